@@ -1,0 +1,42 @@
+"""Rotary position embedding in its two variants (Su et al., arXiv 2104.09864).
+
+Pairs are (i, i + D/2). 'default' rotates every pair; 'proportional' (Gemma 4) rotates only the first
+``partial_rotary_factor * D/2`` pairs, with exponents over the whole D, and leaves the others as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from dgemma_mlx.errors import DgemmaError
+
+
+def rope_periods(parameters: Mapping[str, Any], head_dim: int) -> mx.array:
+    """(D/2,) float32: the angle of pair i at position p is ``p / periods[i]``; inf does not rotate."""
+    kind = parameters.get("rope_type", "default")
+    if kind not in ("default", "proportional"):
+        raise DgemmaError(f"config.json: unsupported rope_type {kind!r}")
+    pairs = head_dim // 2
+    periods = float(parameters["rope_theta"]) ** (mx.arange(pairs, dtype=mx.float32) / pairs)
+    if kind == "proportional":
+        rotated = int(parameters.get("partial_rotary_factor", 1.0) * head_dim // 2)
+        periods = mx.where(mx.arange(pairs) < rotated, periods, mx.inf)
+    return periods
+
+
+class RoPE(nn.Module):
+    """Rotates (B, H, L, D) by the positions ``offset .. offset + L - 1``; offset is an int or (B,)."""
+
+    def __init__(self, parameters: Mapping[str, Any], head_dim: int) -> None:
+        super().__init__()
+        self._head_dim = head_dim
+        self._periods = rope_periods(parameters, head_dim)
+
+    def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
+        return mx.fast.rope(
+            x, self._head_dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._periods
+        )
