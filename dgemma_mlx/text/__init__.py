@@ -1,0 +1,20 @@
+"""Text in and out: tokenizer, chat template, structured parts of an answer, incremental detokenizing."""
+
+from __future__ import annotations
+
+from dgemma_mlx.text.chat import ChatTemplate, encode_chat
+from dgemma_mlx.text.detokenize import Detokenizer
+from dgemma_mlx.text.parts import Parts, PartsParser, ToolCall, parse_parts
+from dgemma_mlx.text.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "ChatTemplate",
+    "Detokenizer",
+    "Parts",
+    "PartsParser",
+    "Tokenizer",
+    "ToolCall",
+    "encode_chat",
+    "load_tokenizer",
+    "parse_parts",
+]
