@@ -1,0 +1,1 @@
+"""One canvas: temperature schedule, acceptance, stopping, and the loop over denoising steps."""
