@@ -1,0 +1,1 @@
+"""Training: the data tasks, the objective and the loop of the demo model."""

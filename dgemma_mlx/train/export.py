@@ -1,0 +1,26 @@
+"""Writes a trained model as a checkpoint folder with the published tensor names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from dgemma_mlx.model.load import source_name
+from dgemma_mlx.model.text import DiffusionGemma
+
+
+def export(
+    model: DiffusionGemma, config: Mapping[str, Any], generation: Mapping[str, Any], folder: Path,
+    dtype: mx.Dtype = mx.bfloat16,
+) -> None:
+    """Writes ``model.safetensors``, ``config.json`` and ``generation_config.json`` into the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {source_name(name): value.astype(dtype) for name, value in tree_flatten(model.parameters())}
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, metadata={"format": "mlx"})
+    for name, value in (("config.json", config), ("generation_config.json", generation)):
+        (folder / name).write_text(json.dumps(value, indent=2) + "\n")

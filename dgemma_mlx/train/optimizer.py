@@ -1,0 +1,62 @@
+"""Muon for matrices, AdamW for the rest, one learning-rate shape for both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.optimizers as optim
+
+Schedule = Callable[[mx.array], mx.array]
+
+
+def warmup_constant_linear(peak: float, steps: int, warmup: int = 100, decay_from: float = 0.3,
+                           floor: float = 0.02) -> Schedule:
+    """Linear warm-up, constant until ``decay_from`` of the steps, then linear down to ``floor * peak``."""
+    start = decay_from * steps
+
+    def schedule(step: mx.array) -> mx.array:
+        rising = mx.minimum(1.0, (step + 1) / warmup)
+        falling = mx.clip(1 - (1 - floor) * (step - start) / (steps - start), floor, 1.0)
+        return peak * mx.minimum(rising, falling)
+
+    return schedule
+
+
+class Muon(optim.Muon):
+    """MLX's Muon with two changes: a stack of matrices (E, O, I) is orthogonalised matrix by matrix, and
+    weight decay is decoupled (it does not pass through the orthogonalisation), as in AdamW."""
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
+        momentum = self.momentum * state["v"] + (1 - self.momentum) * gradient
+        state["v"] = momentum
+        update = gradient * (1 - self.momentum) + momentum * self.momentum if self.nesterov else momentum
+        update = self._zeropower_via_newtonschulz5(update, steps=self.ns_steps)
+        rows, columns = update.shape[-2:]
+        rate = self.learning_rate * max(1, rows / columns) ** 0.5
+        return parameter * (1 - self.learning_rate * self.weight_decay) - rate * update
+
+    def _zeropower_via_newtonschulz5(self, X: mx.array, steps: int) -> mx.array:
+        """Newton-Schulz iteration towards the nearest orthogonal matrix, over the last two axes."""
+        a, b, c = 3.4445, -4.7750, 2.0315
+        wide = X.shape[-2] <= X.shape[-1]
+        X = X if wide else X.swapaxes(-1, -2)
+        X = X / (mx.sqrt((X * X).sum(axis=(-2, -1), keepdims=True)) + 1e-7)
+        for _ in range(steps):
+            A = X @ X.swapaxes(-1, -2)
+            X = a * X + (b * A + c * (A @ A)) @ X
+        return X if wide else X.swapaxes(-1, -2)
+
+
+def is_matrix(path: str, parameter: mx.array) -> bool:
+    """What Muon is for: the hidden layers' matrices, not embeddings, routers, norms or scalars."""
+    return parameter.ndim >= 2 and "embed_tokens" not in path and "router" not in path
+
+
+def make_optimizer(steps: int, muon_rate: float = 0.03, adam_rate: float = 3e-3,
+                   weight_decay: float = 0.05) -> optim.MultiOptimizer:
+    """Rates and betas of the demo model's recipe; the same schedule for both optimizers."""
+    muon = Muon(warmup_constant_linear(muon_rate, steps), weight_decay=weight_decay)
+    adamw = optim.AdamW(warmup_constant_linear(adam_rate, steps), betas=[0.9, 0.98], weight_decay=weight_decay,
+                        bias_correction=True)
+    return optim.MultiOptimizer([muon, adamw], [is_matrix])

@@ -1,0 +1,39 @@
+"""The tasks of the demo model: each draws examples for a split and checks answers."""
+
+from __future__ import annotations
+
+from .base import Example, Split, Task
+from .facts import Question
+from .numbers import Add, Count, Reverse, Sort
+from .recall import Recall
+from .record import Record
+from .sentence import Sentence
+from .sudoku import Sudoku
+from .unknown import Unknown
+
+__all__ = ["MIX", "TASKS", "Example", "Split", "Task"]
+
+
+def _build() -> dict[str, Task]:
+    sort, reverse, add, question, unknown = Sort(), Reverse(), Add(), Question(), Unknown()
+    recall = Recall(others=(sort, reverse, add, question, unknown))
+    tasks: tuple[Task, ...] = (
+        Sudoku(), sort, reverse, add, Record(), Count(), Sentence(), question, recall, unknown,
+    )  # fmt: skip
+    return {task.name: task for task in tasks}
+
+
+TASKS = _build()
+# the share of each task in training
+MIX = {
+    "sudoku": 0.15,
+    "sort": 0.13,
+    "reverse": 0.09,
+    "add": 0.20,
+    "json": 0.09,
+    "count": 0.12,
+    "sentence": 0.03,
+    "question": 0.05,
+    "recall": 0.07,
+    "unknown": 0.07,
+}
