@@ -1,0 +1,64 @@
+# What people run, and CI too. `make` alone lists the targets; ARGS="..." is handed on to the program.
+
+VENV := .venv
+ORACLE := .venv-oracle
+PYTHON_BIN := $(VENV)/bin/python
+REQUIREMENTS := pyproject.toml constraints.txt scripts/setup.sh
+TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+
+.PHONY: help setup demo demo-model test soak lint type oracle bench wheel clean
+.NOTPARALLEL:
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | while IFS="$$(printf '\t')" read -r target text; do \
+		printf '  make %-11s %s\n' "$$target" "$$text"; done
+
+setup: $(VENV)/.installed ## install the program into .venv
+
+demo: $(VENV)/.installed ## ask the built-in model three questions
+	@for prompt in "Sort 52, 7, 31, 18" "What is 27 + 45?" "Make a JSON object: Simon is 59 years old and lives in Rome."; do \
+		echo; echo "\$$ dgemma-mlx generate -m demo \"$$prompt\""; \
+		$(VENV)/bin/dgemma-mlx generate -m demo "$$prompt" || exit 1; done
+
+demo-model: $(VENV)/.installed ## train the built-in model from nothing, into runs/demo (resumes)
+	@library=$$(sh scripts/openblas.sh) || exit 1; \
+		LD_PRELOAD=$$library OPENBLAS_NUM_THREADS=$${OPENBLAS_NUM_THREADS:-2} \
+		$(PYTHON_BIN) -m dgemma_mlx.train.demo $(ARGS)
+
+test: $(VENV)/.installed-test ## the tests, without torch
+	@$(PYTHON_BIN) -m pytest $(ARGS)
+
+soak: $(VENV)/.installed-test ## the tests that take minutes
+	@$(PYTHON_BIN) -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/.installed-test ## ruff
+	@$(PYTHON_BIN) -m ruff check .
+
+type: $(VENV)/.installed-test ## mypy, strict
+	@$(PYTHON_BIN) -m mypy
+
+oracle: $(ORACLE)/.installed ## compare with torch, transformers and mlx-vlm, in a venv of their own
+	@$(ORACLE)/bin/python -m pytest -m oracle -W default $(ARGS)
+
+bench: $(VENV)/.installed-test ## the benchmarks
+	@for script in benchmarks/*.py; do echo "== $$script"; $(PYTHON_BIN) "$$script" $(ARGS) || exit 1; done
+
+wheel: $(VENV)/.installed-test ## build dist/*.whl and the source archive
+	@rm -rf dist
+	@$(PYTHON_BIN) -m build --quiet
+	@ls -1 dist/*
+
+clean: ## remove environments, caches and builds
+	rm -rf $(VENV) $(ORACLE) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+$(VENV)/.installed: $(REQUIREMENTS)
+	@sh scripts/setup.sh $(VENV) 3.10 ""
+	@touch $@
+
+$(VENV)/.installed-test: $(REQUIREMENTS)
+	@sh scripts/setup.sh $(VENV) 3.10 test
+	@touch $(VENV)/.installed $@
+
+$(ORACLE)/.installed: $(REQUIREMENTS)
+	@sh scripts/setup.sh $(ORACLE) 3.11 test,oracle $(TORCH)
+	@touch $@
