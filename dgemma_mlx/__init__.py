@@ -1,0 +1,45 @@
+"""DiffusionGemma on Apple silicon: load a checkpoint, generate text, watch the canvas settle.
+
+    import dgemma_mlx
+
+    model = dgemma_mlx.load("demo")
+    print(dgemma_mlx.generate(model, "Sort 5 2 9").text)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dgemma_mlx.errors import DgemmaError
+
+if TYPE_CHECKING:
+    from dgemma_mlx.events import Committed, Done, Draft, Event, Statistics
+    from dgemma_mlx.generate import Model, generate, load, stream
+    from dgemma_mlx.text.parts import ToolCall
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Committed",
+    "DgemmaError",
+    "Done",
+    "Draft",
+    "Event",
+    "Model",
+    "Statistics",
+    "ToolCall",
+    "generate",
+    "load",
+    "stream",
+]
+
+_EVENTS = ("Committed", "Done", "Draft", "Event", "Statistics", "ToolCall")
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: ``dgemma-mlx --help`` needs no mlx."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module("dgemma_mlx.events" if name in _EVENTS else "dgemma_mlx.generate"), name)

@@ -1,0 +1,5 @@
+"""``python -m dgemma_mlx``."""
+
+from dgemma_mlx.cli.app import main
+
+main()

@@ -1,0 +1,1 @@
+"""The command line: arguments in, events drawn. Nothing here imports mlx before a command needs it."""

@@ -1,0 +1,77 @@
+"""The ``dgemma-mlx`` program: commands, and errors as one line, a hint and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+import typer
+
+from dgemma_mlx import __version__
+from dgemma_mlx.cli.generate import generate
+from dgemma_mlx.errors import DgemmaError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+UsageError = typer.BadParameter.__base__
+"""Typer's parent of all usage errors, of which it exports only this child."""
+
+HELP = """DiffusionGemma on Apple silicon: text that is denoised a canvas at a time.
+
+Without a model the built-in demo answers. It is a demonstration of the program, not a language model: 2 million
+parameters that can solve 4x4 Sudoku, sort, reverse, add, count, fill in JSON and recall a name, and say
+"I do not know that." to most other things.
+"""
+
+app = typer.Typer(
+    name="dgemma-mlx", help=HELP, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(generate)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"dgemma-mlx {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Show the version."),
+) -> None:
+    """Options before the command."""
+
+
+def main() -> NoReturn:
+    """Runs the program and exits: 0 ok, 1 run-time error, 2 usage, 130 interrupted."""
+    sys.exit(run())
+
+
+def run() -> int:
+    """Runs the program; returns the exit code."""
+    assert UsageError is not None
+    try:
+        result = app(standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except DgemmaError as error:
+        return _fail(error.message, error.hint, error.exit_code)
+    except UsageError as error:
+        assert isinstance(error, typer.BadParameter.__base__)
+        command = error.ctx.command_path if error.ctx is not None else "dgemma-mlx"  # type: ignore[attr-defined]
+        return _fail(error.format_message(), f"see {command} --help", 2)  # type: ignore[attr-defined]
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader has what it wanted (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _fail(message: str, hint: str, exit_code: int) -> int:
+    print(f"dgemma-mlx: {message}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+    return exit_code

@@ -1,0 +1,26 @@
+"""The prompt, from the command line and standard input."""
+
+from __future__ import annotations
+
+import sys
+
+from dgemma_mlx.errors import DgemmaError
+
+_HINT = 'Write it after the command: dgemma-mlx generate "...", or pipe it in.'
+
+
+def read_prompt(argument: str | None) -> str:
+    """The argument, standard input, or both joined (argument first); ``-`` or None is standard input alone."""
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else _read_stdin()
+    given = "" if argument in (None, "-") else str(argument)
+    prompt = "\n\n".join(part for part in (given.strip(), piped.strip()) if part)
+    if not prompt:
+        raise DgemmaError("the prompt is empty", _HINT, exit_code=2)
+    return prompt
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DgemmaError(f"standard input is not UTF-8 text (byte {error.start})", exit_code=2) from None

@@ -1,0 +1,217 @@
+"""The outer loop: prefill the prompt, denoise canvas after canvas, commit, until the text ends."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from dgemma_mlx.config import GenerationConfig, ModelConfig
+from dgemma_mlx.diffusion.denoise import denoise
+from dgemma_mlx.diffusion.sampler import Noise
+from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.events import Committed, Done, Draft, Event, FinishReason, Statistics
+from dgemma_mlx.hub import resolve
+from dgemma_mlx.model.cache import PrefixCache
+from dgemma_mlx.model.load import load_model
+from dgemma_mlx.model.text import DiffusionGemma
+from dgemma_mlx.text.chat import ChatTemplate, encode_chat
+from dgemma_mlx.text.parts import Parts, PartsParser
+from dgemma_mlx.text.tokenizer import Tokenizer, load_tokenizer
+
+Message = Mapping[str, Any]
+DEFAULT_MAX_TOKENS = 1024
+PREFILL_STEP_SIZE = 512
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded checkpoint: everything generation needs. Made by ``load``."""
+
+    name: str
+    folder: Path
+    config: ModelConfig
+    generation: GenerationConfig
+    network: DiffusionGemma
+    tokenizer: Tokenizer
+    vision: Mapping[str, mx.array]
+    """the vision tower's tensors under their published names, not used yet"""
+
+    def encode_prompt(
+        self, prompt: str | Sequence[Message], *, system: str | None = None, thinking: bool = False, raw: bool = False
+    ) -> list[int]:
+        """Prompt -> ids (P). A string is one user turn of the checkpoint's chat template, or plain text
+        after a beginning-of-text id when ``raw``; a list holds the messages of a conversation."""
+        if raw:
+            if not isinstance(prompt, str) or system is not None:
+                raise DgemmaError("a raw prompt is one text, without a system prompt", exit_code=2)
+            ids = self.tokenizer.encode(prompt)
+            return ids if self.tokenizer.bos_id is None else [self.tokenizer.bos_id, *ids]
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if system is not None:
+            messages = [{"role": "system", "content": system}, *messages]
+        return encode_chat(self.tokenizer, self.template, messages, enable_thinking=thinking)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The checkpoint's chat template, read when it is first needed: a raw prompt needs none."""
+        return ChatTemplate.load(self.folder)
+
+
+def load(model: str | Path | None = None, *, dtype: mx.Dtype | None = None) -> Model:
+    """Opens a checkpoint: a folder, a Hub id ``owner/name[@revision]``, ``demo``, or None for the default.
+
+    Weights are read when they are first used. ``dtype`` is that of ``load_model``.
+    """
+    checkpoint = resolve(None if model is None else str(model))
+    config = ModelConfig.load(checkpoint.folder)
+    network, weights = load_model(checkpoint.folder, config, dtype)
+    return Model(
+        name=checkpoint.name,
+        folder=checkpoint.folder,
+        config=config,
+        generation=GenerationConfig.load(checkpoint.folder, config),
+        network=network,
+        tokenizer=load_tokenizer(checkpoint.folder),
+        vision=weights.vision,
+    )
+
+
+def generate(model: Model, prompt: str | Sequence[Message], **options: Any) -> Done:
+    """The whole answer in one piece. Takes the options of ``stream``."""
+    for event in stream(model, prompt, **options):
+        if isinstance(event, Done):
+            return event
+    raise AssertionError("stream() ends with Done")
+
+
+def stream(
+    model: Model,
+    prompt: str | Sequence[Message],
+    *,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    seed: int | None = None,
+    temp: float | None = None,
+    system: str | None = None,
+    thinking: bool = False,
+    raw: bool = False,
+    generation: GenerationConfig | None = None,
+    prefill_step_size: int = PREFILL_STEP_SIZE,
+) -> Iterator[Event]:
+    """Generates an answer; yields a ``Draft`` a denoising step, a ``Committed`` a canvas, at last a ``Done``.
+
+    One ``seed`` gives one text on one machine; None draws one, which ``Done`` tells. ``temp`` 0 takes the
+    most probable tokens as denoiser canvas, another value replaces the temperature schedule by a constant.
+    ``generation`` replaces the checkpoint's parameters. To cancel, stop iterating: the work is done step by step.
+    """
+    if max_tokens < 1:
+        raise DgemmaError(f"max_tokens must be at least 1, not {max_tokens}", exit_code=2)
+    if prefill_step_size < 1:
+        raise DgemmaError(f"prefill_step_size must be at least 1, not {prefill_step_size}", exit_code=2)
+    config = generation or model.generation
+    if temp is not None and temp != 0:
+        config = config.override(t_min=temp, t_max=temp)
+    ids = model.encode_prompt(prompt, system=system, thinking=thinking, raw=raw)
+    _check_length(model, ids)
+    run = _Run(model, config, secrets.randbits(32) if seed is None else seed, greedy=temp == 0)
+    return run.events(ids, max_tokens, prefill_step_size)
+
+
+def prefill(network: DiffusionGemma, ids: Sequence[int], cache: PrefixCache, step_size: int) -> None:
+    """Encodes a prompt into the cache chunk by chunk, freeing what each chunk needed on the way."""
+    cache.reserve(len(ids))
+    for start in range(0, len(ids), step_size):
+        network.encode(mx.array([ids[start : start + step_size]], mx.int32), cache)
+        mx.eval(cache.state())
+        mx.clear_cache()
+
+
+def _check_length(model: Model, ids: Sequence[int]) -> None:
+    if not ids:
+        raise DgemmaError("the prompt is empty", "Say what you want to know.", exit_code=2)
+    limit = model.config.text.max_position_embeddings
+    if len(ids) + model.config.canvas_length > limit:
+        raise DgemmaError(
+            f"the prompt has {len(ids):,} tokens; with a canvas of {model.config.canvas_length} "
+            f"the model's limit of {limit:,} positions is passed",
+            "Shorten the prompt.",
+        )
+
+
+@dataclass
+class _Run:
+    """One generation: what has been written so far, and the counts."""
+
+    model: Model
+    config: GenerationConfig
+    seed: int
+    greedy: bool
+    tokens: list[int] = field(default_factory=list)
+    parts: Parts = field(default_factory=Parts)
+    canvases: int = 0
+    steps: int = 0
+
+    def events(self, ids: list[int], max_tokens: int, prefill_step_size: int) -> Iterator[Event]:
+        network, cache, noise = self.model.network, self.model.network.new_cache(), Noise(self.seed)
+        length = self.model.config.canvas_length
+        room = self.model.config.text.max_position_embeddings
+        parser = PartsParser(self.model.tokenizer)
+        mx.reset_peak_memory()
+        began = time.perf_counter()
+        prefill(network, ids, cache, prefill_step_size)
+        prefilled = time.perf_counter()
+        while True:
+            draft: Draft | None = None
+            for (draft,) in denoise(
+                network, cache, self.config, noise, canvas_length=length, canvas_index=self.canvases, greedy=self.greedy
+            ):
+                yield draft
+            assert draft is not None
+            kept, reason = self._commit(draft, max_tokens, fits=cache.offset + 2 * length <= room)
+            new = parser.feed(kept)
+            if reason is not None:
+                new += parser.finish()
+            self.parts += new
+            yield Committed(draft.canvas, tuple(kept), new.text, new.thinking, new.tool_calls, draft.step)
+            if reason is not None:
+                break
+            network.encode(mx.array([draft.tokens], mx.int32), cache)
+        yield self._done(reason, len(ids), prefilled - began, time.perf_counter() - prefilled)
+
+    def _commit(self, draft: Draft, max_tokens: int, fits: bool) -> tuple[list[int], FinishReason | None]:
+        """Cuts a finished canvas after its first end-of-text id, and at max_tokens."""
+        kept = list(draft.tokens)
+        reason: FinishReason | None = None if fits else "length"
+        ends = [i for i, token in enumerate(kept) if token in self.config.eos_token_ids]
+        if ends:
+            kept, reason = kept[: ends[0] + 1], "stop"
+        room = max_tokens - len(self.tokens)
+        if len(kept) > room or (len(kept) == room and reason is None):
+            kept, reason = kept[:room], "length"
+        self.tokens += kept
+        self.canvases += 1
+        self.steps += draft.step
+        return kept, reason
+
+    def _done(self, reason: FinishReason, prompt_tokens: int, prefill_seconds: float, seconds: float) -> Done:
+        count = len(self.tokens)
+        statistics = Statistics(
+            prompt_tokens=prompt_tokens,
+            generated_tokens=count,
+            canvases=self.canvases,
+            denoising_steps=self.steps,
+            tokens_per_forward=count / self.steps,
+            prefill_seconds=prefill_seconds,
+            seconds=prefill_seconds + seconds,
+            tokens_per_second=count / seconds,
+            peak_memory=mx.get_peak_memory(),
+        )
+        return Done(
+            self.parts.text, self.parts.thinking, self.parts.tool_calls, tuple(self.tokens), reason, self.seed, statistics
+        )
