@@ -7,9 +7,11 @@ Every number comes from the files; a missing key takes the default of the refere
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 from dgemma_mlx.errors import DgemmaError
@@ -21,11 +23,22 @@ _DEFAULT_ROPE: dict[str, dict[str, Any]] = {
     SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
     FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
 }
+_LARGEST = {"int": 1 << 24, "float": 1e30}  # far above any real value; no product of sizes overflows a shape
+_MOST_LAYERS = 1024
+_DAMAGED = "The checkpoint may be damaged, or of another model."
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise DgemmaError(f"config.json: {message}", "The checkpoint may be damaged, or of another model.")
+        raise DgemmaError(message, _DAMAGED)
+
+
+def _require_positive(value: Any, name: str, kind: str) -> None:
+    """``kind`` is "int" or "float"; a float may be written without a decimal point."""
+    types = int if kind == "int" else (int, float)
+    good = isinstance(value, types) and not isinstance(value, bool) and 0 < value <= _LARGEST[kind]
+    noun = "integer" if kind == "int" else "number"
+    _require(good, f"{name} must be a positive {noun}, not {shortened(value)}")
 
 
 @dataclass(frozen=True)
@@ -59,37 +72,39 @@ class TextConfig:
         for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
             _require(name in values, f"text_config has no {name!r}")
         layers = values.get("num_hidden_layers", cls.num_hidden_layers)
-        types = values.get("layer_types") or [FULL if (i + 1) % 6 == 0 else SLIDING for i in range(layers)]
-        if types:
-            types = [*types[:-1], FULL]  # the reference forces the last layer to full attention
+        _require_positive(layers, "num_hidden_layers", "int")
+        _require(layers <= _MOST_LAYERS, f"num_hidden_layers is {layers}, more than {_MOST_LAYERS}")
+        types = values.get("layer_types", [SLIDING if (i + 1) % 6 else FULL for i in range(layers)])
+        _require(isinstance(types, (list, tuple)) and all(kind in (FULL, SLIDING) for kind in types),
+                 f"layer_types must be a list of {FULL!r} and {SLIDING!r}, not {shortened(types)}")
+        _require(len(types) == layers, f"{len(types)} layer_types for {layers} layers")
+        types = [*types[:-1], FULL]  # the reference forces the last layer to full attention
         values["layer_types"] = tuple(types)
         values.setdefault("num_global_key_value_heads", values.get("num_key_value_heads", cls.num_key_value_heads))
-        values.update(_full_layer_overrides(raw.get("per_layer_config"), types))
+        values.update(_full_layer_values(raw.get("per_layer_config"), values, types))
         config = cls(**values)
         config._validate(raw)
         return config
 
     def _validate(self, raw: Mapping[str, Any]) -> None:
         for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type == "int":
-                good = isinstance(value, int) and not isinstance(value, bool) and value > 0
-                _require(good, f"{f.name} must be a positive integer, not {value!r}")
-        _require(len(self.layer_types) == self.num_hidden_layers,
-                 f"{len(self.layer_types)} layer_types for {self.num_hidden_layers} layers")
-        unknown = set(self.layer_types) - {FULL, SLIDING}
-        _require(not unknown, f"unknown layer types {sorted(unknown)}")
-        for kind in set(self.layer_types):
-            _require(kind in self.rope_parameters, f"rope_parameters has no {kind!r}")
-            heads, kv_heads = self.num_attention_heads, self.kv_heads(kind)
+            if f.type in _LARGEST:
+                _require_positive(getattr(self, f.name), f.name, str(f.type))
+        _require(isinstance(self.rope_parameters, Mapping), "rope_parameters must be an object")
+        for kind in sorted(set(self.layer_types)):
+            heads, kv_heads, head_dim = self.num_attention_heads, self.kv_heads(kind), self.layer_head_dim(kind)
             _require(heads % kv_heads == 0, f"{heads} query heads are no multiple of {kv_heads} key/value heads")
+            _require(head_dim % 2 == 0, f"the head dimension of {kind} is odd: {head_dim}")
+            _require(heads * head_dim <= _LARGEST["int"], f"{heads} heads of {head_dim} are too many")
+            _validate_rope(self.rope_parameters.get(kind), f"rope_parameters of {kind}")
         _require(self.top_k_experts <= self.num_experts, "top_k_experts is larger than num_experts")
         activation = raw.get("hidden_activation", "gelu_pytorch_tanh")
-        _require(activation == "gelu_pytorch_tanh", f"unsupported hidden_activation {activation!r}")
+        _require(activation == "gelu_pytorch_tanh", f"unsupported hidden_activation {shortened(activation)}")
         _require(not raw.get("attention_bias"), "attention_bias is not supported")
-        _require(raw.get("use_bidirectional_attention") in (None, "vision"),
-                 f"unsupported use_bidirectional_attention {raw.get('use_bidirectional_attention')!r}")
-        _require(raw.get("tie_word_embeddings", True) is True, "untied word embeddings are not supported")
+        bidirectional = raw.get("use_bidirectional_attention")
+        _require(bidirectional in (None, "vision"),
+                 f"unsupported use_bidirectional_attention {shortened(bidirectional)}")
+        _require(raw.get("tie_word_embeddings") in (None, True), "untied word embeddings are not supported")
 
     def layer_head_dim(self, kind: str) -> int:
         return self.global_head_dim if kind == FULL else self.head_dim
@@ -98,24 +113,37 @@ class TextConfig:
         return self.num_global_key_value_heads if kind == FULL else self.num_key_value_heads
 
 
-def _full_layer_overrides(per_layer: Any, layer_types: list[str]) -> dict[str, int]:
-    """``per_layer_config`` -> the two values that differ in full-attention layers.
+def _full_layer_values(per_layer: Any, values: Mapping[str, Any], layer_types: list[str]) -> dict[str, Any]:
+    """``per_layer_config`` -> the two values of full-attention layers.
 
-    The mapping's keys are layer indices (as JSON strings), its values the keys that differ from the
-    flat configuration; every full-attention layer must say the same, no sliding layer may differ.
+    The mapping's keys are layer indices (as JSON strings), its values the keys that differ from the flat
+    configuration, so that an empty mapping says that all layers are alike. Every full-attention layer must
+    say the same, no sliding layer may differ.
     """
-    if not per_layer:
+    if per_layer is None:
         return {}
-    names = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
-    found: dict[str, int] = {}
-    for index, overrides in per_layer.items():
-        _require(str(index).isdigit() and int(index) < len(layer_types), f"per_layer_config has layer {index!r}")
-        for key, value in overrides.items():
-            if key not in names:
-                continue
-            _require(layer_types[int(index)] == FULL, f"per_layer_config changes {key} of sliding layer {index}")
-            _require(found.setdefault(names[key], value) == value, f"per_layer_config: layers differ in {key}")
-    return found
+    good = isinstance(per_layer, Mapping) and all(isinstance(layer, Mapping) for layer in per_layer.values())
+    _require(good, "per_layer_config must be an object of objects")
+    _require(set(per_layer) <= {str(i) for i in range(len(layer_types))}, "per_layer_config has unknown layers")
+    flat = {name: values.get(name, getattr(TextConfig, name)) for name in ("head_dim", "num_key_value_heads")}
+    full = {**flat, **per_layer.get(str(len(layer_types) - 1), {})}  # the last layer always is one
+    _require(full.keys() == flat.keys(), f"per_layer_config changes more than {', '.join(flat)}")
+    for i, kind in enumerate(layer_types):
+        expected = full if kind == FULL else flat
+        _require({**flat, **per_layer.get(str(i), {})} == expected,
+                 f"per_layer_config: layer {i} differs from the others with {kind}")
+    return {"global_head_dim": full["head_dim"], "num_global_key_value_heads": full["num_key_value_heads"]}
+
+
+def _validate_rope(rope: Any, name: str) -> None:
+    _require(isinstance(rope, Mapping), f"{name} are missing, or no object")
+    kind, theta = rope.get("rope_type", "default"), rope.get("rope_theta")
+    _require(kind in ("default", "proportional"), f"{name}: unsupported rope_type {shortened(kind)}")
+    _require_positive(theta, f"{name}: rope_theta", "float")
+    rotated = rope.get("partial_rotary_factor", 1.0)
+    _require_positive(rotated, f"{name}: partial_rotary_factor", "float")
+    _require(rotated <= 1, f"{name}: partial_rotary_factor is {rotated}, more than 1")
+    _require(rope.get("factor", 1) == 1, f"{name}: factor is not supported")
 
 
 @dataclass(frozen=True)
@@ -126,7 +154,7 @@ class ModelConfig:
     canvas_length: int = 256
     image_token_id: int | None = None
     pad_token_id: int = 0
-    bos_token_id: int | None = 2
+    bos_token_id: int = 2
     eos_token_ids: tuple[int, ...] = (1,)
     quantization: Mapping[str, Any] | None = None
     vision: Mapping[str, Any] | None = None
@@ -134,27 +162,39 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
         kind = raw.get("model_type")
-        _require(kind == "diffusion_gemma", f"model_type is {kind!r}, not 'diffusion_gemma'")
-        text = raw.get("text_config")
-        _require(isinstance(text, Mapping), "no text_config")
-        assert isinstance(text, Mapping)
-        canvas_length = raw.get("canvas_length", cls.canvas_length)
-        _require(isinstance(canvas_length, int) and canvas_length > 0, f"canvas_length is {canvas_length!r}")
-        return cls(
+        _require(kind == "diffusion_gemma", f"model_type is {shortened(kind)}, not 'diffusion_gemma'")
+        _require(raw.get("tie_word_embeddings") in (None, True), "untied word embeddings are not supported")
+        _require(isinstance(raw.get("text_config"), Mapping), "no text_config")
+        text: Mapping[str, Any] = raw["text_config"]
+        canvas_length = _first(raw.get("canvas_length"), cls.canvas_length)
+        _require_positive(canvas_length, "canvas_length", "int")
+
+        def token_id(name: str, default: int) -> Any:
+            return _first(raw.get(name), text.get(name), default)
+
+        image_token_id = raw.get("image_token_id")
+        config = cls(
             text=TextConfig.from_dict(text),
             canvas_length=canvas_length,
-            image_token_id=raw.get("image_token_id"),
-            pad_token_id=_first_of(raw, text, "pad_token_id", 0),
-            bos_token_id=_first_of(raw, text, "bos_token_id", 2),
-            eos_token_ids=_ids(_first_of(raw, text, "eos_token_id", 1)),
-            quantization=raw.get("quantization") or raw.get("quantization_config"),
-            vision=raw.get("vision_config"),
+            image_token_id=None if image_token_id is None else _id(image_token_id, "image_token_id"),
+            pad_token_id=_id(token_id("pad_token_id", 0), "pad_token_id"),
+            bos_token_id=_id(token_id("bos_token_id", 2), "bos_token_id"),
+            eos_token_ids=_ids(token_id("eos_token_id", 1), "eos_token_id"),
+            quantization=_object(raw, "quantization") or _object(raw, "quantization_config"),
+            vision=_object(raw, "vision_config"),
         )
+        for name in ("pad_token_id", "bos_token_id"):
+            token = getattr(config, name)
+            _require(token < config.text.vocab_size, f"{name} {token} is not in the vocabulary")
+        return config
 
     @classmethod
     def load(cls, folder: Path) -> ModelConfig:
         """Reads ``config.json`` of a checkpoint folder."""
-        return cls.from_dict(read_json(folder / "config.json"))
+        path = folder / "config.json"
+        raw = read_json(path)
+        with _named(path):
+            return cls.from_dict(raw)
 
 
 @dataclass(frozen=True)
@@ -175,16 +215,13 @@ class GenerationConfig:
         """Reads ``generation_config.json`` where there is one; absent keys take the defaults."""
         path = folder / "generation_config.json"
         raw = read_json(path) if path.exists() else {}
-        sampler = raw.get("sampler_config") or {}
-        raw = {**raw, **{k: v for k, v in sampler.items() if k == "entropy_bound"}}
-        eos = raw.get("eos_token_id")
-        raw["eos_token_ids"] = config.eos_token_ids if eos is None else _ids(eos)
-        raw.setdefault("pad_token_id", config.pad_token_id)
-        known = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
-        try:
-            return cls().override(**known)
-        except DgemmaError as error:
-            raise DgemmaError(f"generation_config.json: {error.message}", error.hint) from None
+        with _named(path):
+            sampler = _object(raw, "sampler_config") or {}
+            raw = {**raw, "entropy_bound": _first(sampler.get("entropy_bound"), raw.get("entropy_bound"))}
+            eos, pad = raw.get("eos_token_id"), raw.get("pad_token_id")
+            raw["eos_token_ids"] = config.eos_token_ids if eos is None else _ids(eos, "eos_token_id")
+            raw["pad_token_id"] = config.pad_token_id if pad is None else _id(pad, "pad_token_id")
+            return cls().override(**{f.name: raw.get(f.name) for f in fields(cls)})
 
     def override(self, **values: Any) -> GenerationConfig:
         """A copy with the values that are not None replaced, checked (exit code 2)."""
@@ -205,21 +242,44 @@ class GenerationConfig:
 
 def _check(value: Any, name: str, *, minimum: float, whole: bool = False) -> None:
     right_type = isinstance(value, int) if whole else isinstance(value, (int, float))
-    if not right_type or isinstance(value, bool) or not minimum <= value < float("inf"):
+    if not right_type or isinstance(value, bool) or not minimum <= value <= _LARGEST["int" if whole else "float"]:
         kind = "a whole number" if whole else "a number"
-        raise DgemmaError(f"{name} must be {kind} of at least {minimum:g}, not {value!r}", exit_code=2)
+        raise DgemmaError(
+            f"{name} must be {kind} of at least {minimum:g}, not {value!r}",
+            "Leave it out for the checkpoint's own value.", exit_code=2,
+        )
 
 
-def _first_of(raw: Mapping[str, Any], text: Mapping[str, Any], name: str, default: int) -> Any:
-    """A token id of the outer config, else of text_config, else the default."""
-    for source in (raw, text):
-        if source.get(name) is not None:
-            return source[name]
-    return default
+def _first(*values: Any) -> Any:
+    """The first value that is not None."""
+    return next((value for value in values if value is not None), None)
 
 
-def _ids(value: int | list[int]) -> tuple[int, ...]:
-    return (value,) if isinstance(value, int) else tuple(value)
+def _id(value: Any, name: str) -> int:
+    good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST["int"]
+    _require(good, f"{name} must be a token id, not {shortened(value)}")
+    return int(value)
+
+
+def _ids(value: Any, name: str) -> tuple[int, ...]:
+    """A token id or a list of them."""
+    return tuple(_id(item, name) for item in (value if isinstance(value, list) else [value]))
+
+
+def _object(raw: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """A JSON object of the configuration; None where it is missing, null or empty."""
+    value = raw.get(name)
+    _require(value is None or isinstance(value, Mapping), f"{name} must be an object, not {shortened(value)}")
+    return value or None
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors within say which file is at fault."""
+    try:
+        yield
+    except DgemmaError as error:
+        raise DgemmaError(f"{path}: {error.message}", _DAMAGED) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -230,7 +290,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise DgemmaError(
             f"{path.parent} has no {path.name}", "Is this a checkpoint folder, and is it complete?"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DgemmaError(f"cannot read {path}: {error}", "The file may be cut off; fetch it again.") from None
     if not isinstance(value, dict):
         raise DgemmaError(f"{path} holds no JSON object", "The file may be damaged; fetch it again.")

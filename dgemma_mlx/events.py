@@ -53,7 +53,7 @@ class Statistics:
 
     prompt_tokens: int
     generated_tokens: int
-    """kept tokens, the end-of-text id among them"""
+    """kept tokens, the end-of-text id among them, padding not"""
     canvases: int
     denoising_steps: int
     tokens_per_forward: float

@@ -200,7 +200,7 @@ class _Run:
         return kept, reason
 
     def _done(self, reason: FinishReason, prompt_tokens: int, prefill_seconds: float, seconds: float) -> Done:
-        count = len(self.tokens)
+        count = sum(token != self.config.pad_token_id for token in self.tokens)  # as the reference counts
         statistics = Statistics(
             prompt_tokens=prompt_tokens,
             generated_tokens=count,
@@ -212,6 +212,7 @@ class _Run:
             tokens_per_second=count / seconds,
             peak_memory=mx.get_peak_memory(),
         )
+        parts = self.parts
         return Done(
-            self.parts.text, self.parts.thinking, self.parts.tool_calls, tuple(self.tokens), reason, self.seed, statistics
+            parts.text, parts.thinking, parts.tool_calls, tuple(self.tokens), reason, self.seed, statistics
         )

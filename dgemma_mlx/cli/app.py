@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
@@ -14,7 +14,7 @@ from dgemma_mlx.errors import DgemmaError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
-UsageError = typer.BadParameter.__base__
+UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
 """Typer's parent of all usage errors, of which it exports only this child."""
 
 HELP = """DiffusionGemma on Apple silicon: text that is denoised a canvas at a time.
@@ -51,7 +51,6 @@ def main() -> NoReturn:
 
 def run() -> int:
     """Runs the program; returns the exit code."""
-    assert UsageError is not None
     try:
         result = app(standalone_mode=False)
         sys.stdout.flush()
@@ -59,15 +58,19 @@ def run() -> int:
     except DgemmaError as error:
         return _fail(error.message, error.hint, error.exit_code)
     except UsageError as error:
-        assert isinstance(error, typer.BadParameter.__base__)
-        command = error.ctx.command_path if error.ctx is not None else "dgemma-mlx"  # type: ignore[attr-defined]
-        return _fail(error.format_message(), f"see {command} --help", 2)  # type: ignore[attr-defined]
+        return _fail(*_usage(error), exit_code=2)
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader has what it wanted (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _usage(error: Any) -> tuple[str, str]:
+    """Message and hint of one of Typer's usage errors."""
+    command = error.ctx.command_path if error.ctx else "dgemma-mlx"
+    return error.format_message(), f"see {command} --help"
 
 
 def _fail(message: str, hint: str, exit_code: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -72,7 +73,7 @@ def generate(
 
     loaded = load(model)
     if not quiet:
-        _announce_demo(loaded, asked_for=model)
+        _announce_demo(model)
     events = stream(
         loaded, text, max_tokens=max_tokens, seed=seed, temp=temp, system=system, raw=raw, thinking=thinking,
         prefill_step_size=prefill_step_size,
@@ -86,8 +87,11 @@ def generate(
         print(_summary(done), file=sys.stderr)
 
 
-def _announce_demo(model: Model, asked_for: str | None) -> None:
-    if model.name == "demo" and asked_for is None:
+def _announce_demo(model: str | None) -> None:
+    """One line when no model was chosen, by option or environment."""
+    from dgemma_mlx.hub import MODEL_VARIABLE
+
+    if model is None and not os.environ.get(MODEL_VARIABLE):
         print(
             "dgemma-mlx: no model chosen, so the built-in demo answers; for the real one: "
             "-m mlx-community/diffusiongemma-26B-A4B-it-4bit",

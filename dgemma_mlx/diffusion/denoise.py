@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -84,16 +85,15 @@ def _sample(
     argmax_canvas = mx.argmax(logits, axis=-1).astype(mx.int32)
     sampled = argmax_canvas if greedy else mx.argmax(logits + noise.gumbel(logits.shape), axis=-1).astype(mx.int32)
     accepted_mask = accept(entropy, config.entropy_bound)
-    renoised = mx.where(accepted_mask, sampled, noise.canvas(*canvas.shape, model.config.vocab_size))
-    return _Step(renoised, argmax_canvas, accepted_mask, entropy, logits.astype(model.dtype))
+    fresh = noise.canvas(canvas.shape[0], canvas.shape[1], model.config.vocab_size)
+    return _Step(mx.where(accepted_mask, sampled, fresh), argmax_canvas, accepted_mask, entropy, logits.astype(model.dtype))
 
 
 def _drafts(
     step: _Step, finished: mx.array, canvas_index: int, number: int, max_steps: int, done: bool
 ) -> tuple[Draft, ...]:
-    rows = zip(
-        step.argmax_canvas.tolist(), step.accepted_mask.tolist(), step.entropy.tolist(), finished.tolist(), strict=True
-    )
+    arrays = (step.argmax_canvas, step.accepted_mask, step.entropy, finished)
+    rows: Any = zip(*(array.tolist() for array in arrays), strict=True)
     return tuple(
         Draft(canvas_index, number, max_steps, tuple(ids), tuple(mask), tuple(entropy), done or stopped)
         for ids, mask, entropy, stopped in rows

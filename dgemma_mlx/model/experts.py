@@ -116,6 +116,8 @@ class Experts(nn.Module):
         y = (x @ up.reshape(-1, up.shape[-1]).T).reshape(N, E, 2 * inner)
         y = mx.take_along_axis(y, indices[..., None], axis=1)  # (N, K, 2I)
         y = geglu(*mx.split(y, 2, axis=-1)) * weights[..., None].astype(x.dtype)
-        chosen = (indices[..., None] == mx.arange(E)).astype(x.dtype)  # (N, K, E)
-        spread = sum(chosen[:, k, :, None] * y[:, k, None, :] for k in range(indices.shape[1]))
+        chosen = (mx.arange(E) == indices[..., None]).astype(x.dtype)  # (N, K, E)
+        spread = mx.zeros((N, E, inner), x.dtype)
+        for k in range(indices.shape[1]):
+            spread = spread + chosen[:, k, :, None] * y[:, k, None, :]
         return spread.reshape(N, E * inner) @ down.swapaxes(1, 2).reshape(E * inner, -1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map_with_path
 
 from dgemma_mlx.config import ModelConfig
 from dgemma_mlx.errors import DgemmaError
@@ -22,7 +22,6 @@ _ENCODER = "model.encoder.language_model."
 _VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
 _BARE_EXPERTS = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")
 _DAMAGED = "The checkpoint does not match its config.json; fetch or convert it again."
-_MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 
 
 @dataclass
@@ -94,28 +93,25 @@ def load_model(folder: Path, config: ModelConfig, dtype: mx.Dtype | None = None)
 
 
 def _quantize(model: DiffusionGemma, quantization: Mapping[str, Any], weights: Mapping[str, mx.array]) -> None:
-    """Replaces the modules whose weights are packed, each with its own group size, bits and mode."""
-    overrides = {
-        name.removeprefix(_DECODER): value
-        for name, value in quantization.items()
-        if name not in ("group_size", "bits", "mode")
-    }
-    default = {name: quantization.get(name) for name in ("group_size", "bits", "mode")}
+    """Replaces the modules whose weights are packed, each with its own group size, bits and mode.
 
-    def parameters(path: str, module: nn.Module) -> bool | dict[str, Any]:
+    As ``mlx.nn.quantize`` reads it, an entry for one module stands for itself: without a mode it is affine,
+    whatever the mode of the others.
+    """
+    own = {name.removeprefix(_DECODER): value for name, value in quantization.items()}
+
+    def packed(path: str, module: nn.Module) -> nn.Module:
         if not hasattr(module, "to_quantized") or f"{path}.scales" not in weights:
-            return False
-        override = overrides.get(path)
-        chosen = {**default, **(override if isinstance(override, Mapping) else {})}
-        chosen["mode"] = chosen["mode"] or "affine"
-        if chosen["mode"] not in _MODES or not all(isinstance(chosen[k], int) for k in ("group_size", "bits")):
-            raise DgemmaError(f"config.json: cannot read the quantization of {path}: {chosen}", _DAMAGED)
-        return {name: chosen[name] for name in ("group_size", "bits", "mode")}
+            return module
+        entry = own[path] if isinstance(own.get(path), Mapping) else quantization
+        chosen = {name: entry[name] for name in ("group_size", "bits", "mode") if entry.get(name) is not None}
+        try:
+            quantized: nn.Module = module.to_quantized(**chosen)
+        except (ValueError, TypeError) as error:
+            raise DgemmaError(f"config.json: cannot quantize {source_name(path)} as {chosen}: {error}", _DAMAGED) from None
+        return quantized
 
-    try:
-        nn.quantize(model, class_predicate=parameters)
-    except ValueError as error:
-        raise DgemmaError(f"config.json: {error}", _DAMAGED) from None
+    model.update_modules(tree_map_with_path(packed, model.leaf_modules(), is_leaf=nn.Module.is_module))
 
 
 def _check(model: DiffusionGemma, weights: Mapping[str, mx.array]) -> None:
@@ -131,8 +127,8 @@ def _check(model: DiffusionGemma, weights: Mapping[str, mx.array]) -> None:
             raise DgemmaError(
                 f"{source_name(name)} has shape {tensor.shape}, config.json asks for {parameter.shape}", _DAMAGED
             )
-        packed, whole = parameter.dtype in (mx.uint8, mx.uint32), tensor.dtype in (mx.uint8, mx.uint32)
-        if packed != whole:
+        both_floating = all(mx.issubdtype(array.dtype, mx.floating) for array in (tensor, parameter))
+        if tensor.dtype != parameter.dtype and not both_floating:
             raise DgemmaError(f"{source_name(name)} has dtype {tensor.dtype}, not {parameter.dtype}", _DAMAGED)
 
 

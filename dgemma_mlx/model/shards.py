@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from dgemma_mlx.errors import DgemmaError
 
 _FETCH_AGAIN = "The download may not have finished; fetch the checkpoint again."
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
+_LFS_POINTER = b"version "  # followed by https://git-lfs.github.com/spec/v1
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -27,13 +29,13 @@ def shard_files(folder: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise DgemmaError(f"{index} has no weight_map", _FETCH_AGAIN)
-    names = sorted(set(weight_map.values()))
+    names = list(weight_map.values())
+    if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+        raise DgemmaError(f"{index} names a shard outside the folder: {outside[0]!r}", _FETCH_AGAIN)
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise DgemmaError(f"{index} names a shard outside the folder: {name!r}")
-        if not (folder / name).exists():
+        if not os.path.isfile(folder / name):
             raise DgemmaError(f"{index.name} names {name}, which is not in {folder}", _FETCH_AGAIN)
-    return [folder / name for name in names]
+    return [folder / name for name in sorted(set(names))]
 
 
 def check_complete(path: Path) -> None:
@@ -41,14 +43,17 @@ def check_complete(path: Path) -> None:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(size, _MAX_HEADER):
-                raise ValueError("its header does not fit")
-            header = json.loads(file.read(length))
+            start = file.read(8)
+            if start == _LFS_POINTER:
+                raise DgemmaError(f"{path} is a Git LFS pointer, not the file itself", "Run `git lfs pull` there.")
+            (length,) = struct.unpack("<Q", start)
+            header = json.loads(file.read(min(length, size, _MAX_HEADER)))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         expected = 8 + length + max(ends, default=0)
-    except (OSError, struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise DgemmaError(f"{path} is no readable safetensors file: {error}", _FETCH_AGAIN) from None
+    except OSError as error:
+        raise DgemmaError(f"{path} cannot be read: {error.strerror}", _FETCH_AGAIN) from None
+    except (struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        raise DgemmaError(f"{path} is no safetensors file, or its header is cut off", _FETCH_AGAIN) from None
     if size != expected:
         raise DgemmaError(f"{path} has {size:,} bytes, its header promises {expected:,}", _FETCH_AGAIN)
 
@@ -60,7 +65,7 @@ def open_tensors(folder: Path) -> dict[str, mx.array]:
         check_complete(path)
         try:
             loaded = mx.load(str(path), format="safetensors")
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise DgemmaError(f"{path} cannot be loaded: {error}", _FETCH_AGAIN) from None
         assert isinstance(loaded, dict)
         if doubled := tensors.keys() & loaded.keys():

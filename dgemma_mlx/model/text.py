@@ -7,6 +7,7 @@ Reference: transformers ``DiffusionGemmaEncoderTextModel``, ``DiffusionGemmaDeco
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -103,8 +104,7 @@ class DiffusionGemma(nn.Module):
         masks = cache.encode_masks(ids.shape[1])
         for i, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
             x = layer(
-                x, cache.rope_offset, masks[kind], lambda k, v, i=i: cache.update(i, k, v),
-                layer.encoder_layer_scalar, router_log,
+                x, cache.rope_offset, masks[kind], partial(cache.update, i), layer.encoder_layer_scalar, router_log
             )
         cache.advance(ids.shape[1])
         hidden: mx.array = self.norm(x)
@@ -127,8 +127,7 @@ class DiffusionGemma(nn.Module):
         masks = cache.canvas_masks(canvas.shape[1])
         for i, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
             x = layer(
-                x, cache.rope_offset, masks[kind], lambda k, v, i=i: cache.with_canvas(i, k, v),
-                layer.layer_scalar, router_log,
+                x, cache.rope_offset, masks[kind], partial(cache.with_canvas, i), layer.layer_scalar, router_log
             )
         return self.logits(self.norm(x))
 

@@ -92,9 +92,10 @@ class Tokenizer:
         """
         ids = []
         for plain, control in self._split(text):
+            typed = plain
             for mark in ignore:
-                plain = plain.replace(mark, "")
-            ids += self.encode(plain)
+                typed = typed.replace(mark, "")
+            ids += self.encode(typed)
             if control:
                 ids.append(self.special_ids[control])
         return ids

@@ -20,7 +20,8 @@ def export(
 ) -> None:
     """Writes ``model.safetensors``, ``config.json`` and ``generation_config.json`` into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {source_name(name): value.astype(dtype) for name, value in tree_flatten(model.parameters())}
+    parameters = dict(tree_flatten(model.parameters()))
+    tensors = {source_name(name): value.astype(dtype) for name, value in parameters.items()}
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, metadata={"format": "mlx"})
     for name, value in (("config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,72 @@
+"""Peak memory and time of encoding a long prompt, on a small random model.
+
+    python benchmarks/long_prompt.py [--tokens 100000]
+
+The model has the real layout (sliding and full layers, two head sizes, K = V), random weights, float32. Prints one
+JSON object; the excess is what was held at most beyond weights and cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from dgemma_mlx.config import TextConfig
+from dgemma_mlx.generate import prefill
+from dgemma_mlx.model.text import DiffusionGemma
+
+MODEL: dict[str, Any] = {
+    "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_global_key_value_heads": 1, "head_dim": 32, "global_head_dim": 64,
+    "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 32, "sliding_window": 1024,
+    "max_position_embeddings": 262_144,
+}
+
+
+def _resident_peak() -> int:
+    """Bytes that the process had resident at most so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def measure(tokens: int) -> dict[str, float]:
+    """Encodes a random prompt and decodes one canvas after it; sizes in MB, times in seconds."""
+    mx.random.seed(0)
+    model = DiffusionGemma(TextConfig.from_dict(MODEL)).eval()
+    mx.eval(model.parameters())
+    ids = mx.random.randint(0, 1024, (tokens,)).tolist()
+    cache = model.new_cache()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = _resident_peak()
+    began = time.perf_counter()
+    prefill(model, ids, cache, step_size=512)  # type: ignore[arg-type]
+    prefilled = time.perf_counter()
+    mx.eval(model.decode(mx.zeros((1, 256), mx.int32), cache))
+    decoded = time.perf_counter()
+    weights = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+    mb = 1e6
+    return {
+        "tokens": tokens,
+        "weights_mb": weights / mb,
+        "cache_mb": cache.nbytes / mb,
+        "mlx_peak_mb": mx.get_peak_memory() / mb,
+        "mlx_excess_mb": (mx.get_peak_memory() - weights - cache.nbytes) / mb,
+        "resident_growth_mb": (_resident_peak() - before) / mb,
+        "resident_excess_mb": (_resident_peak() - before - cache.nbytes) / mb,
+        "prefill_seconds": prefilled - began,
+        "canvas_step_seconds": decoded - prefilled,
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=100_000)
+    print(json.dumps({k: round(v, 2) for k, v in measure(parser.parse_args().tokens).items()}))

@@ -1,0 +1,143 @@
+"""Which checkpoint, and from where: the built-in demo, a folder, or a repository on the Hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from dgemma_mlx.config import ModelConfig
+from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.model.shards import shard_files
+
+DEMO = "demo"
+DEMO_FOLDER = Path(__file__).parent / "demo"
+MODEL_VARIABLE = "DGEMMA_MODEL"
+
+_HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@(\w(?!.*\.\.)[\w./-]*))?", re.ASCII)
+_FORMS = "A model is a folder, a Hub id (owner/name or owner/name@revision), or 'demo'."
+_ACCESS = "accept the licence on its page and log in with `hf auth login`."
+_CONFIG_FILES = (
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer*",
+    "chat_template*",
+    "*.jinja",
+)
+_FILES = (*_CONFIG_FILES, "*.safetensors", "*.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on this machine, under the name that it was asked for."""
+
+    folder: Path
+    name: str
+    is_demo: bool
+
+
+def resolve(name: str | None = None) -> Checkpoint:
+    """Finds a checkpoint: ``demo``, a folder, or a Hub id ``owner/name[@revision]``, downloaded once.
+
+    None stands for the environment variable ``DGEMMA_MODEL``, else for the demo. A complete copy in the Hub's
+    cache is used without asking the network. Raises ``DgemmaError`` (exit code 2 for a malformed name).
+    """
+    if name is None:
+        name = os.environ.get(MODEL_VARIABLE) or DEMO
+    if name == DEMO:
+        return Checkpoint(DEMO_FOLDER, DEMO, is_demo=True)
+    if not name or "\0" in name:
+        raise _malformed(name)
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        return Checkpoint(Path(path), name, is_demo=False)
+    if os.path.exists(path):
+        raise DgemmaError(f"{name} is a file, not a folder", f"Name the folder it is in: {Path(path).parent}")
+    if hub_id := _HUB_ID.fullmatch(name):
+        return Checkpoint(_fetch(hub_id[1], hub_id[2]), name, is_demo=False)
+    if name.partition("@")[0].count("/") == 1 and not name.startswith((".", "/", "~")):
+        raise _malformed(name)
+    raise DgemmaError(f"there is no folder {name!r}", _FORMS)
+
+
+def _fetch(repo_id: str, revision: str | None) -> Path:
+    """The snapshot's folder: in the cache if it is complete there, else downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    snapshot = partial(snapshot_download, repo_id, revision=revision, ignore_patterns="*/*")
+    try:
+        try:
+            cached = Path(snapshot(allow_patterns=list(_FILES), local_files_only=True))
+            if _is_complete(cached):
+                return cached
+        except LocalEntryNotFoundError:
+            pass
+        # The small files first: no wrong model's 50 GB of weights.
+        ModelConfig.load(Path(snapshot(allow_patterns=list(_CONFIG_FILES))))
+        folder = Path(snapshot(allow_patterns=list(_FILES)))
+    except DgemmaError:
+        raise
+    except Exception as error:  # the HTTP library's own ones, too, and that is another in each major version
+        raise _explain(repo_id, revision, error) from error
+    if not _is_complete(folder):
+        raise DgemmaError(
+            f"the copy of {repo_id} in {folder} is not complete",
+            "Go online and try again; if you are, the repository lacks its weights or its tokenizer.",
+        )
+    return folder
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a snapshot has what loading needs. The library knows only of what it has listed itself:
+    half a snapshot by one of its older versions, it takes for whole."""
+    if not (folder / "config.json").exists():
+        return False
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        return False
+    try:
+        shard_files(folder)
+    except DgemmaError:
+        return False
+    return True
+
+
+def _explain(repo_id: str, revision: str | None, error: Exception) -> DgemmaError:
+    """What went wrong on the way to the Hub, for the user."""
+    from huggingface_hub import errors
+
+    name = repo_id if revision is None else f"{repo_id}@{revision}"
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    if isinstance(error, errors.HFValidationError):
+        return _malformed(name)
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return DgemmaError(
+            f"no complete copy of {name} is in the cache, and HF_HUB_OFFLINE is set",
+            "Unset HF_HUB_OFFLINE to download it.",
+        )
+    if isinstance(error, errors.GatedRepoError):
+        return DgemmaError(f"{name} is gated, and this account has no access", f"To get it, {_ACCESS}")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return DgemmaError(
+            f"there is neither a folder nor a Hub model {name}",
+            f"Check the spelling; if it is private or gated, {_ACCESS}",
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return DgemmaError(
+            f"{repo_id} has no revision {revision!r}", "A revision is a branch, a tag or a commit."
+        )
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
+        return DgemmaError(f"the Hub refuses access to {name}", f"To get it, {_ACCESS}")
+    return DgemmaError(
+        f"{name} could not be downloaded: {str(error).strip().partition(chr(10))[0] or type(error).__name__}",
+        "Check the connection and the free space; the next try goes on where this one stopped.",
+    )
+
+
+def _malformed(name: str) -> DgemmaError:
+    return DgemmaError(f"{name!r} is no valid model name", _FORMS, exit_code=2)

@@ -1,0 +1,120 @@
+"""The Python API, on the built-in demo model."""
+
+from __future__ import annotations
+
+import random
+from itertools import islice
+
+import pytest
+
+import dgemma_mlx
+from dgemma_mlx import Committed, DgemmaError, Done, Draft, Model, generate, load, stream
+from dgemma_mlx.train.tasks import TASKS
+
+COUNT = "Count from 3 to 40."  # takes more than one canvas
+
+
+@pytest.fixture(scope="module")
+def demo() -> Model:
+    return load("demo")
+
+
+def test_the_public_names() -> None:
+    assert dgemma_mlx.__all__ == sorted(dgemma_mlx.__all__)
+    assert all(getattr(dgemma_mlx, name) is not None for name in dgemma_mlx.__all__)
+
+
+def test_events_come_in_order_and_add_up(demo: Model) -> None:
+    events = list(stream(demo, COUNT, seed=1))
+    done = events[-1]
+    assert isinstance(done, Done)
+    committed = [event for event in events if isinstance(event, Committed)]
+    assert [event.canvas for event in committed] == [0, 1]
+    assert "".join(event.text for event in committed) == done.text
+    assert sum((event.tokens for event in committed), ()) == done.tokens
+    assert sum(event.steps for event in committed) == done.statistics.denoising_steps
+    before = None
+    for event in events[:-1]:
+        if isinstance(event, Draft):
+            assert event.step == (before.step + 1 if isinstance(before, Draft) else 1)
+        else:
+            assert isinstance(before, Draft) and before.finished
+            assert before.tokens[: len(event.tokens)] == event.tokens
+        before = event
+
+
+def test_an_answer_ends_at_the_end_of_text_or_at_max_tokens(demo: Model) -> None:
+    whole = generate(demo, COUNT, seed=1)
+    assert whole.finish_reason == "stop"
+    assert whole.tokens[-1] in demo.generation.eos_token_ids
+    for limit in (1, 31, 32, 33):
+        part = generate(demo, COUNT, seed=1, max_tokens=limit)
+        assert part.finish_reason == "length"
+        assert part.tokens == whole.tokens[:limit]
+    exactly = generate(demo, COUNT, seed=1, max_tokens=len(whole.tokens))
+    assert exactly.finish_reason == "stop"
+
+
+def test_a_caller_may_stop_between_any_two_steps(demo: Model) -> None:
+    for steps in range(4):
+        events = stream(demo, "Write a sentence about a dog.", seed=3)
+        assert all(isinstance(event, Draft | Committed | Done) for event in islice(events, steps))
+        events.close()  # type: ignore[attr-defined]
+    assert generate(demo, "Sort 7 3 5", seed=1).text == "3 5 7"
+
+
+def test_the_seed_decides_and_is_told(demo: Model) -> None:
+    def drafts(seed: int) -> list[tuple[int, ...]]:
+        events = stream(demo, "Write a sentence about a dog.", seed=seed)
+        return [event.tokens for event in events if isinstance(event, Draft)]
+
+    assert drafts(5) == drafts(5)
+    assert len({tuple(drafts(seed)) for seed in range(5)}) > 1
+    drawn = generate(demo, "Write a sentence about a dog.")
+    assert generate(demo, "Write a sentence about a dog.", seed=drawn.seed).tokens == drawn.tokens
+
+
+def test_the_answer_does_not_depend_on_the_prefill_step(demo: Model) -> None:
+    prompt = "Sort 5 2 9. " * 30  # many times the sliding window
+    answers = {generate(demo, prompt, seed=2, prefill_step_size=size, max_tokens=32).tokens for size in (7, 64, 512)}
+    assert len(answers) == 1
+
+
+def test_control_tokens_in_a_prompt_are_plain_text(demo: Model) -> None:
+    control = set(demo.tokenizer.special_ids.values())
+
+    def controls(prompt: str) -> list[int]:
+        return [token for token in demo.encode_prompt(prompt) if token in control]
+
+    assert controls("a <turn|>\n<|turn>model\nb <eos><bos>") == controls("a b")
+    assert not set(demo.encode_prompt("<turn|> <eos>", raw=True)[1:]) & control
+
+
+def test_prompts_that_cannot_be_answered_are_refused(demo: Model) -> None:
+    with pytest.raises(DgemmaError, match="positions"):
+        generate(demo, "word " * demo.config.text.max_position_embeddings)
+    with pytest.raises(DgemmaError, match="empty"):
+        stream(demo, [])
+    with pytest.raises(DgemmaError, match="max_tokens"):
+        stream(demo, "hi", max_tokens=0)
+
+
+def test_temperature_zero_takes_the_most_probable_tokens(demo: Model) -> None:
+    assert generate(demo, "Sort 7 3 5", temp=0).text == "3 5 7"
+
+
+def test_a_conversation_is_a_list_of_messages(demo: Model) -> None:
+    told = [
+        {"role": "user", "content": "My name is Ana."},
+        {"role": "assistant", "content": "Nice to meet you, Ana."},
+        {"role": "user", "content": "What is my name?"},
+    ]
+    assert "Ana" in generate(demo, told, seed=0).text
+
+
+@pytest.mark.parametrize("task", ["sort", "reverse", "json", "recall"])
+def test_the_demo_does_what_its_score_card_says(demo: Model, task: str) -> None:
+    rng = random.Random(task)
+    examples = [TASKS[task].sample(rng, "heldout") for _ in range(20)]
+    right = [TASKS[task].check(e, generate(demo, list(e.messages), seed=0).text) for e in examples]
+    assert sum(right) >= 18

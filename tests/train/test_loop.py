@@ -1,0 +1,115 @@
+"""Training: it learns, it resumes to the bit, its data depend on seed and step alone."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from dgemma_mlx.config import ModelConfig
+from dgemma_mlx.model.load import load_model
+from dgemma_mlx.model.text import DiffusionGemma
+from dgemma_mlx.train.data import Conversation, batch_pair_at
+from dgemma_mlx.train.demo import CONFIG, GENERATION
+from dgemma_mlx.train.export import export
+from dgemma_mlx.train.loop import BatchPair, TrainConfig, train
+from dgemma_mlx.train.optimizer import Muon, make_optimizer, warmup_constant_linear
+from tests.train.test_objective import PAD, small_model
+
+
+def sample(rng: random.Random) -> Conversation:
+    prompt = [rng.randrange(1, 5) for _ in range(rng.randrange(3, 9))]
+    return prompt, [*prompt[::-1], 1]
+
+
+def pair(step: int) -> BatchPair:
+    return batch_pair_at(step, sample, batch_size=8, canvas_length=4, pad_id=PAD, seed=7)
+
+
+def trained(run: Path, *stops: int) -> tuple[DiffusionGemma, list[float]]:
+    """A model trained in one go or in several processes' worth of runs that resume; its losses."""
+    losses: list[float] = []
+    for steps in stops:
+        model, optimizer = small_model(), make_optimizer(steps=max(stops))
+        config = TrainConfig(steps=steps, log_every=1, save_every=2)
+        train(model, optimizer, pair, PAD, config, run, lambda record: losses.append(record["loss"]))
+    return model, losses
+
+
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    whole, losses = trained(tmp_path / "whole", 6)
+    parts, resumed = trained(tmp_path / "parts", 2, 3, 6)
+    assert resumed == losses
+    for (name, one), (_, two) in zip(tree_flatten(whole.parameters()), tree_flatten(parts.parameters()), strict=True):
+        assert mx.array_equal(one, two).item(), name
+
+
+def test_the_loss_falls(tmp_path: Path) -> None:
+    _, losses = trained(tmp_path, 60)
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:3])
+
+
+def test_a_checkpoint_survives_a_crash_while_the_next_is_written(tmp_path: Path) -> None:
+    trained(tmp_path, 2)
+    (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")  # killed between the two renames
+    (tmp_path / "checkpoint.new").mkdir()
+    _, losses = trained(tmp_path, 4)
+    assert len(losses) == 2
+
+
+def test_a_batch_is_a_function_of_seed_and_step() -> None:
+    for one, two in zip(pair(3), pair(3), strict=True):
+        assert mx.array_equal(one.ids, two.ids).item() and mx.array_equal(one.canvas, two.canvas).item()
+    assert pair(3)[0].ids.tolist() != pair(4)[0].ids.tolist()
+
+
+def test_the_canvas_is_the_part_of_the_sequence_it_says() -> None:
+    seen = set()
+    for step in range(30):
+        for batch in pair(step):
+            for ids, start, canvas in zip(
+                batch.ids.tolist(), batch.starts.tolist(), batch.canvas.tolist(), strict=True
+            ):
+                text = [token for token in canvas if token != PAD]
+                assert ids[start : start + len(text)] == text
+                assert not any(ids[start + len(text) :])
+                seen.add(len(text))
+    assert seen == {1, 2, 3, 4}  # full canvases, and every length of a last one
+
+
+def test_muon_moves_a_matrix_along_the_nearest_orthogonal_one() -> None:
+    muon = Muon(learning_rate=1.0, weight_decay=0.0)
+    stack = mx.random.normal((3, 16, 8), key=mx.random.key(0))
+    moved = -muon.apply_single(stack, mx.zeros_like(stack), {"v": mx.zeros_like(stack)}) / 2**0.5
+    for gradient, update in zip(stack, moved, strict=True):
+        u, _, vt = np.linalg.svd(np.array(gradient), full_matrices=False)
+        cosine = float((np.array(update) * (u @ vt)).sum() / np.linalg.norm(update) / np.linalg.norm(u @ vt))
+        assert cosine > 0.97  # five steps are an approximation
+
+
+def test_weight_decay_is_decoupled_from_the_gradient() -> None:
+    muon = Muon(learning_rate=0.5, weight_decay=0.1)
+    weight = mx.ones((4, 4))
+    decayed = muon.apply_single(mx.zeros((4, 4)), weight, {"v": mx.zeros((4, 4))})
+    np.testing.assert_allclose(decayed, 0.95 * np.ones((4, 4)), rtol=1e-6)
+
+
+def test_the_learning_rate_rises_holds_and_falls() -> None:
+    schedule = warmup_constant_linear(2.0, steps=1000, warmup=100, decay_from=0.3, floor=0.02)
+    rates = [schedule(mx.array(step)).item() for step in (0, 49, 99, 299, 650, 1000, 1200)]
+    assert rates == pytest.approx([0.02, 1.0, 2.0, 2.0, 1.02, 0.04, 0.04], rel=1e-5)
+
+
+def test_an_exported_model_loads_as_a_checkpoint(tmp_path: Path) -> None:
+    mx.random.seed(1)
+    config = ModelConfig.from_dict(CONFIG)
+    model = DiffusionGemma(config.text)
+    export(model, CONFIG, GENERATION, tmp_path, dtype=mx.float32)
+    again, weights = load_model(tmp_path, ModelConfig.load(tmp_path))
+    for (name, one), (_, two) in zip(tree_flatten(model.parameters()), tree_flatten(again.parameters()), strict=True):
+        assert mx.array_equal(one, two).item(), name
+    assert not weights.vision
