@@ -56,6 +56,7 @@ class Attention(nn.Module):
             self.v_proj = nn.Linear(M, Hk * D, bias=False)
         self.o_proj = nn.Linear(H * D, M, bias=False)
         self.q_norm = nn.RMSNorm(D, config.rms_norm_eps)
+        self.q_norm.weight = self.q_norm.weight * D**-0.5  # untrained: q . k near unit variance, as the scale is 1
         self.k_norm = nn.RMSNorm(D, config.rms_norm_eps)
         self._rope = RoPE(config.rope_parameters[kind], D)
 

@@ -54,15 +54,17 @@ class ExpertLinear(nn.Module):
             return wide.astype(x.dtype)
         return mx.gather_mm(x, weight, rhs_indices=indices, sorted_indices=sorted_indices)
 
-    def to_quantized(self, group_size: int, bits: int, mode: str = "affine", **_: Any) -> QuantizedExpertLinear:
-        """Called by ``mlx.nn.quantize``."""
+    def to_quantized(
+        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine", **_: Any
+    ) -> QuantizedExpertLinear:
+        """Called by ``mlx.nn.quantize``; None stands for the mode's own value."""
         return QuantizedExpertLinear(self.weight, group_size, bits, mode)
 
 
 class QuantizedExpertLinear(nn.Module):
     """``ExpertLinear`` with packed weights (E, O, I * bits / 32) uint32, scales and, in affine mode, biases."""
 
-    def __init__(self, weight: mx.array, group_size: int, bits: int, mode: str) -> None:
+    def __init__(self, weight: mx.array, group_size: int | None, bits: int | None, mode: str) -> None:
         super().__init__()
         self.group_size, self.bits, self.mode = group_size, bits, mode
         self.weight, self.scales, *biases = mx.quantize(weight, group_size, bits, mode=mode)
@@ -90,7 +92,8 @@ class Experts(nn.Module):
 
     def __call__(self, x: mx.array, weights: mx.array, indices: mx.array) -> mx.array:
         """x (N, M), weights and indices (N, K) -> (N, M)."""
-        if self.training and self._few_experts and isinstance(self.gate_up_proj, ExpertLinear):
+        whole = isinstance(self.gate_up_proj, ExpertLinear) and isinstance(self.down_proj, ExpertLinear)
+        if self.training and self._few_experts and whole:
             return self._all_experts(x, weights, indices)
         N, K = indices.shape
         flat = indices.flatten()

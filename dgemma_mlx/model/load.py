@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,10 @@ _DAMAGED = "The checkpoint does not match its config.json; fetch or convert it a
 class Weights:
     """A checkpoint's tensors under this package's parameter names; the vision tower's kept aside."""
 
-    text: dict[str, mx.array] = field(default_factory=dict)
-    vision: dict[str, mx.array] = field(default_factory=dict)
+    text: dict[str, mx.array]
+    vision: dict[str, mx.array]
+    names: dict[str, str]
+    """parameter path -> the tensor's name in the checkpoint"""
 
 
 def source_name(parameter: str) -> str:
@@ -44,25 +46,24 @@ def source_name(parameter: str) -> str:
 def remap(tensors: Mapping[str, mx.array]) -> Weights:
     """Published names -> parameter paths. Tied copies that ``save_pretrained`` may write are dropped,
     or used where the decoder's own tensor is absent."""
-    weights = Weights()
-    copies: dict[str, mx.array] = {}
+    vision: dict[str, mx.array] = {}
+    names: dict[str, str] = {}
+    copies: dict[str, str] = {}
     for name, tensor in tensors.items():
         if name.startswith(_VISION):
-            weights.vision[name] = tensor
+            vision[name] = tensor
         elif name.startswith(_DECODER):
-            weights.text[_parameter(name.removeprefix(_DECODER))] = tensor
+            names[_parameter(name.removeprefix(_DECODER))] = name
         elif name.startswith(_ENCODER) and name.endswith(".layer_scalar"):
-            path = name.removeprefix(_ENCODER).replace(".layer_scalar", ".encoder_layer_scalar")
-            weights.text[path] = tensor
+            names[name.removeprefix(_ENCODER).replace(".layer_scalar", ".encoder_layer_scalar")] = name
         elif name.startswith(_ENCODER):
-            copies[_parameter(name.removeprefix(_ENCODER))] = tensor
+            copies[_parameter(name.removeprefix(_ENCODER))] = name
         elif name == "lm_head.weight":
-            copies["embed_tokens.weight"] = tensor
+            copies["embed_tokens.weight"] = name
         else:
-            weights.text[name] = tensor  # unknown: reported with the unexpected ones
-    for path, tensor in copies.items():
-        weights.text.setdefault(path, tensor)
-    return weights
+            names[name] = name  # unknown: reported with the unexpected ones
+    names = {**copies, **names}
+    return Weights({path: tensors[name] for path, name in names.items()}, vision, names)
 
 
 def _parameter(name: str) -> str:
@@ -81,7 +82,7 @@ def load_model(folder: Path, config: ModelConfig, dtype: mx.Dtype | None = None)
         _quantize(model, config.quantization, weights.text)
     if dtype is None and mx.default_device() == mx.Device(mx.cpu):
         dtype = mx.float32
-    _check(model, weights.text)
+    _check(model, weights)
     if dtype is not None:
         weights.text = {
             name: tensor.astype(dtype) if mx.issubdtype(tensor.dtype, mx.floating) else tensor
@@ -107,31 +108,30 @@ def _quantize(model: DiffusionGemma, quantization: Mapping[str, Any], weights: M
         chosen = {name: entry[name] for name in ("group_size", "bits", "mode") if entry.get(name) is not None}
         try:
             quantized: nn.Module = module.to_quantized(**chosen)
-        except (ValueError, TypeError) as error:
-            raise DgemmaError(f"config.json: cannot quantize {source_name(path)} as {chosen}: {error}", _DAMAGED) from None
+        except (ValueError, TypeError):
+            raise DgemmaError(f"config.json: {_DECODER}{path} cannot be quantized as {chosen}", _DAMAGED) from None
         return quantized
 
     model.update_modules(tree_map_with_path(packed, model.leaf_modules(), is_leaf=nn.Module.is_module))
 
 
-def _check(model: DiffusionGemma, weights: Mapping[str, mx.array]) -> None:
+def _check(model: DiffusionGemma, weights: Weights) -> None:
     """Every parameter has a tensor of its shape and kind, and there is none beside."""
     expected = dict(tree_flatten(model.parameters()))
-    if missing := sorted(expected.keys() - weights.keys()):
-        raise DgemmaError(f"the checkpoint lacks {_some(missing)}", _DAMAGED)
-    if unexpected := sorted(weights.keys() - expected.keys()):
-        raise DgemmaError(f"the checkpoint has unknown tensors: {_some(unexpected)}", _DAMAGED)
-    for name, parameter in expected.items():
-        tensor = weights[name]
+    if missing := sorted(expected.keys() - weights.text.keys()):
+        raise DgemmaError(f"the checkpoint lacks {_some([source_name(path) for path in missing])}", _DAMAGED)
+    if unexpected := sorted(weights.text.keys() - expected.keys()):
+        names = [weights.names[path] for path in unexpected]
+        raise DgemmaError(f"the checkpoint has unknown tensors: {_some(names)}", _DAMAGED)
+    for path, parameter in expected.items():
+        name, tensor = weights.names[path], weights.text[path]
         if tensor.shape != parameter.shape:
-            raise DgemmaError(
-                f"{source_name(name)} has shape {tensor.shape}, config.json asks for {parameter.shape}", _DAMAGED
-            )
+            raise DgemmaError(f"{name} has shape {tensor.shape}, config.json asks for {parameter.shape}", _DAMAGED)
         both_floating = all(mx.issubdtype(array.dtype, mx.floating) for array in (tensor, parameter))
         if tensor.dtype != parameter.dtype and not both_floating:
-            raise DgemmaError(f"{source_name(name)} has dtype {tensor.dtype}, not {parameter.dtype}", _DAMAGED)
+            raise DgemmaError(f"{name} has dtype {tensor.dtype}, not {parameter.dtype}", _DAMAGED)
 
 
 def _some(names: list[str]) -> str:
-    shown = ", ".join(source_name(name) if "model." not in name else name for name in names[:3])
+    shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

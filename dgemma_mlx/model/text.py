@@ -90,8 +90,8 @@ class DiffusionGemma(nn.Module):
 
     def embed(self, ids: mx.array) -> mx.array:
         """ids (B, L) int -> (B, L, M), scaled by sqrt(M)."""
-        embeddings: mx.array = self.embed_tokens(ids) * math.sqrt(self.config.hidden_size)
-        return embeddings
+        embeddings: mx.array = self.embed_tokens(ids).astype(self.dtype)  # mxfp4 and its like unpack to bfloat16
+        return embeddings * math.sqrt(self.config.hidden_size)
 
     def encode(
         self, ids: mx.array, cache: PrefixCache, router_log: list[tuple[mx.array, mx.array]] | None = None

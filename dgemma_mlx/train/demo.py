@@ -81,10 +81,6 @@ def new_model(seed: int) -> DiffusionGemma:
     """A freshly initialised demo model, float32."""
     mx.random.seed(seed)
     model = DiffusionGemma(ModelConfig.from_dict(CONFIG).text)
-    for layer in model.layers:
-        # The score scale is 1: the norms must keep q . k near unit variance.
-        norm = layer.self_attn.q_norm
-        norm.weight = norm.weight * norm.weight.shape[0] ** -0.5
     mx.eval(model.parameters())
     return model
 

@@ -17,7 +17,7 @@ from dgemma_mlx.train.data import Conversation, batch_pair_at
 from dgemma_mlx.train.demo import CONFIG, GENERATION
 from dgemma_mlx.train.export import export
 from dgemma_mlx.train.loop import BatchPair, TrainConfig, train
-from dgemma_mlx.train.optimizer import Muon, make_optimizer, warmup_constant_linear
+from dgemma_mlx.train.optimizer import Muon, make_optimizer, rate_schedule
 from tests.train.test_objective import PAD, small_model
 
 
@@ -98,10 +98,10 @@ def test_weight_decay_is_decoupled_from_the_gradient() -> None:
     np.testing.assert_allclose(decayed, 0.95 * np.ones((4, 4)), rtol=1e-6)
 
 
-def test_the_learning_rate_rises_holds_and_falls() -> None:
-    schedule = warmup_constant_linear(2.0, steps=1000, warmup=100, decay_from=0.3, floor=0.02)
-    rates = [schedule(mx.array(step)).item() for step in (0, 49, 99, 299, 650, 1000, 1200)]
-    assert rates == pytest.approx([0.02, 1.0, 2.0, 2.0, 1.02, 0.04, 0.04], rel=1e-5)
+def test_the_learning_rate_rises_holds_drops_and_falls() -> None:
+    schedule = rate_schedule(2.0, steps=3000, warmup=100, hold=1000, drop=0.5, floor=0.02)
+    rates = [schedule(mx.array(step)).item() for step in (0, 49, 99, 999, 1000, 2000, 3000, 4000)]
+    assert rates == pytest.approx([0.02, 1.0, 2.0, 2.0, 1.0, 0.52, 0.04, 0.04], rel=1e-5)
 
 
 def test_an_exported_model_loads_as_a_checkpoint(tmp_path: Path) -> None:
