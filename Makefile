@@ -41,7 +41,9 @@ oracle: $(ORACLE)/.installed ## compare with torch, transformers and mlx-vlm, in
 	@$(ORACLE)/bin/python -m pytest -m oracle -W default $(ARGS)
 
 bench: $(VENV)/.installed-test ## the benchmarks
-	@for script in benchmarks/*.py; do echo "== $$script"; $(PYTHON_BIN) "$$script" $(ARGS) || exit 1; done
+	@library=$$(sh scripts/openblas.sh) || exit 1; \
+		for script in benchmarks/*.py; do echo "== $$script"; \
+		LD_PRELOAD=$$library $(PYTHON_BIN) "$$script" $(ARGS) || exit 1; done
 
 wheel: $(VENV)/.installed-test ## build dist/*.whl and the source archive
 	@rm -rf dist

@@ -23,8 +23,8 @@ from dgemma_mlx.generate import prefill
 from dgemma_mlx.model.text import DiffusionGemma
 
 MODEL: dict[str, Any] = {
-    "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "num_global_key_value_heads": 1, "head_dim": 32, "global_head_dim": 64,
+    "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "num_global_key_value_heads": 1, "head_dim": 32, "global_head_dim": 64,
     "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 32, "sliding_window": 1024,
     "max_position_embeddings": 262_144,
 }

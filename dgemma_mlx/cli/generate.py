@@ -66,7 +66,8 @@ def generate(
 ) -> None:
     """Answer one prompt. Text on stdin is added after the prompt.
 
-    Parameters that are not given come from the checkpoint.
+    Parameters that are not given come from the checkpoint. The built-in demo knows its few tasks only; see
+    dgemma-mlx --help.
     """
     text = read_prompt(prompt)
     from dgemma_mlx.generate import load, stream

@@ -86,7 +86,8 @@ def _sample(
     sampled = argmax_canvas if greedy else mx.argmax(logits + noise.gumbel(logits.shape), axis=-1).astype(mx.int32)
     accepted_mask = accept(entropy, config.entropy_bound)
     fresh = noise.canvas(canvas.shape[0], canvas.shape[1], model.config.vocab_size)
-    return _Step(mx.where(accepted_mask, sampled, fresh), argmax_canvas, accepted_mask, entropy, logits.astype(model.dtype))
+    renoised = mx.where(accepted_mask, sampled, fresh)
+    return _Step(renoised, argmax_canvas, accepted_mask, entropy, logits.astype(model.dtype))
 
 
 def _drafts(

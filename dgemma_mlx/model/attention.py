@@ -17,7 +17,8 @@ from dgemma_mlx.model.rope import RoPE
 AppendKV = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
 """Takes this call's keys and values (B, Hk, L, D), returns those to attend over (B, Hk, S, D)."""
 
-SCORE_BYTES = 64 << 20  # the unfused kernel materialises float32 scores (B, H, L, S): never more than this
+SCORE_BYTES = 64 << 20  # the unfused kernel materialises float32 scores (B, H, L, S): about so many at once
+_ROWS = 8  # queries in a block are a multiple: a GPU's tile
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> mx.array:
@@ -28,7 +29,7 @@ def attend(q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> mx.array:
     """
     B, H, L, _ = q.shape
     S = k.shape[2]
-    rows = max(1, SCORE_BYTES // (4 * B * H * S))
+    rows = max(1, SCORE_BYTES // (4 * B * H * S * _ROWS)) * _ROWS
     blocks = []
     for start in range(0, L, rows):
         end = min(start + rows, L)
