@@ -59,7 +59,7 @@ def resolve(name: str | None = None) -> Checkpoint:
         raise DgemmaError(f"{name} is a file, not a folder", f"Name the folder it is in: {Path(path).parent}")
     if hub_id := _HUB_ID.fullmatch(name):
         return Checkpoint(_fetch(hub_id[1], hub_id[2]), name, is_demo=False)
-    if name.partition("@")[0].count("/") == 1 and not name.startswith((".", "/", "~")):
+    if "/" in name and not name.startswith((".", "/", "~")):
         raise _malformed(name)
     raise DgemmaError(f"there is no folder {name!r}", _FORMS)
 
@@ -140,4 +140,4 @@ def _explain(repo_id: str, revision: str | None, error: Exception) -> DgemmaErro
 
 
 def _malformed(name: str) -> DgemmaError:
-    return DgemmaError(f"{name!r} is no valid model name", _FORMS, exit_code=2)
+    return DgemmaError(f"{name!r} is neither a folder nor a valid Hub id", _FORMS, exit_code=2)

@@ -40,6 +40,7 @@ find_python() {
         [ -n "$found" ] || return 0
         flaws="$flaws $found"
     done
+    [ -z "${PYTHON:-}" ] || fail "$PYTHON is no Python $minimum or later with venv, made for this machine"
     case $flaws in
     *venv*) fail "this Python lacks venv; on Debian and Ubuntu: apt-get install python3-venv" ;;
     *intel*) fail "MLX needs Apple silicon and an arm64 Python; this one is for Intel Macs: brew install python" ;;
@@ -51,7 +52,6 @@ find_python() {
     fail "Python $minimum or later is needed and was not found: $how"
 }
 
-echo "Installing into $venv (once, and when requirements change)"
 if [ -n "$uv" ]; then
     "$venv/bin/python" -c '' 2>/dev/null || "$uv" venv --quiet --clear --python "${PYTHON:->=$minimum}" "$venv"
     install() { "$uv" pip install --quiet --python "$venv/bin/python" --constraint constraints.txt "$@"; }
@@ -60,8 +60,9 @@ else
         find_python
         "$python" -m venv --clear "$venv"
     fi
-    install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$@"; }
+    install() { "$venv/bin/python" -m pip install -qq --disable-pip-version-check --constraint constraints.txt "$@"; }
 fi
+echo "Installing into $venv (once, and when requirements change)"
 for requirement in "$@"; do
     install "$requirement"
 done
