@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import random
 from itertools import islice
 
@@ -22,6 +23,11 @@ def demo() -> Model:
 def test_the_public_names() -> None:
     assert dgemma_mlx.__all__ == sorted(dgemma_mlx.__all__)
     assert all(getattr(dgemma_mlx, name) is not None for name in dgemma_mlx.__all__)
+
+
+def test_no_submodule_hides_a_public_name() -> None:
+    submodules = {module.name for module in pkgutil.iter_modules(dgemma_mlx.__path__)}
+    assert submodules.isdisjoint(dgemma_mlx.__all__)
 
 
 def test_events_come_in_order_and_add_up(demo: Model) -> None:

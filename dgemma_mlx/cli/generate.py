@@ -15,7 +15,7 @@ from dgemma_mlx.cli.prompt import read_prompt
 
 if TYPE_CHECKING:
     from dgemma_mlx.events import Done, Event
-    from dgemma_mlx.generate import Model
+    from dgemma_mlx.engine import Model
 
 Prompt = Annotated[str | None, typer.Argument(help="The prompt; '-' or none reads it from stdin.", show_default=False)]
 ModelName = Annotated[
@@ -70,7 +70,7 @@ def generate(
     dgemma-mlx --help.
     """
     text = read_prompt(prompt)
-    from dgemma_mlx.generate import load, stream
+    from dgemma_mlx.engine import load, stream
 
     loaded = load(model)
     if not quiet:
@@ -117,7 +117,7 @@ def _print_text(events: Iterable[Event], quiet: bool) -> Done:
                 print(f"tool call: {call.name} {json.dumps(call.arguments, ensure_ascii=False)}", file=sys.stderr)
         elif isinstance(event, Done):
             if last != "\n":
-                print()
+                print(flush=True)
             return event
     raise AssertionError("stream() ends with Done")
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dgemma_mlx.generate import Model, generate
+from dgemma_mlx.engine import Model, generate
 from dgemma_mlx.train.tasks import TASKS
 
 
