@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from dgemma_mlx.config import TextConfig
-from dgemma_mlx.generate import prefill
+from dgemma_mlx.engine import prefill
 from dgemma_mlx.model.text import DiffusionGemma
 
 MODEL: dict[str, Any] = {

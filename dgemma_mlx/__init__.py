@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
-    from dgemma_mlx.events import Committed, Done, Draft, Event, Statistics
     from dgemma_mlx.engine import Model, generate, load, stream
+    from dgemma_mlx.events import Committed, Done, Draft, Event, Statistics
     from dgemma_mlx.text.parts import ToolCall
 
 __version__ = "0.1.0"

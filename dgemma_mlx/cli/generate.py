@@ -14,8 +14,8 @@ import typer
 from dgemma_mlx.cli.prompt import read_prompt
 
 if TYPE_CHECKING:
-    from dgemma_mlx.events import Done, Event
     from dgemma_mlx.engine import Model
+    from dgemma_mlx.events import Done, Event
 
 Prompt = Annotated[str | None, typer.Argument(help="The prompt; '-' or none reads it from stdin.", show_default=False)]
 ModelName = Annotated[

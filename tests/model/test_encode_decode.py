@@ -1,0 +1,190 @@
+"""What must hold of the network whatever its weights: chunks, padding, short canvases, the cache, dtypes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from dgemma_mlx.model import attention
+from dgemma_mlx.model.attention import attend
+from dgemma_mlx.model.cache import Mask, PrefixCache
+from dgemma_mlx.model.load import load_model
+from tests.golden.numbers import CONFIG, FOLDER, golden_model
+
+WINDOW = CONFIG.text.sliding_window
+TOLERANCE = 1e-4
+
+
+def random_ids(*shape: int, seed: int = 0) -> mx.array:
+    return mx.array(np.random.default_rng(seed).integers(0, CONFIG.text.vocab_size, shape))
+
+
+def encoded(
+    ids: mx.array, chunk: int | None = None, left_padding: tuple[int, ...] = ()
+) -> tuple[mx.array, PrefixCache]:
+    """Hidden states and cache of a prompt, encoded in chunks."""
+    cache = golden_model().new_cache(mx.array(left_padding) if left_padding else None)
+    step = chunk or ids.shape[1]
+    hidden = [golden_model().encode(ids[:, i : i + step], cache) for i in range(0, ids.shape[1], step)]
+    return mx.concatenate(hidden, axis=1), cache
+
+
+def assert_close(found: mx.array, expected: mx.array, atol: float = TOLERANCE) -> None:
+    np.testing.assert_allclose(np.array(found), np.array(expected), rtol=0, atol=atol)
+
+
+def least_change(before: mx.array, after: mx.array) -> float:
+    """Of all positions, how far the one moved that moved least: (B, C, V) logits."""
+    return float(np.abs(np.array(before) - np.array(after)).max(axis=-1).min())
+
+
+def attention_in_float64(q: mx.array, k: mx.array, v: mx.array, mask: NDArray[Any]) -> NDArray[Any]:
+    """softmax(q k^T) v, plainly; mask (B, H, L, S) bool."""
+    queries, keys, values = (np.array(x, np.float64) for x in (q, k, v))
+    group = queries.shape[1] // keys.shape[1]
+    scores = queries @ keys.repeat(group, axis=1).swapaxes(-1, -2)
+    weights = np.where(mask, np.exp(scores - scores.max(axis=-1, keepdims=True)), 0)
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return np.asarray(weights @ values.repeat(group, axis=1))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 1000])
+@pytest.mark.parametrize("kind", ["none", "causal", "positions", "keys"])
+def test_attention_does_not_depend_on_its_blocks(kind: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    B, H, Hk, L, S, D = 2, 4, 2, 11, 17, 8
+    rng = np.random.default_rng(0)
+    q, k, v = (mx.array(rng.normal(size=shape), mx.float32) for shape in ((B, H, L, D), (B, Hk, S, D), (B, Hk, S, D)))
+    causal = np.arange(S) <= np.arange(S - L, S)[:, None]
+    positions = (rng.random((B, 1, L, S)) < 0.5) | causal
+    keys = rng.random((B, 1, 1, S)) < 0.7
+    masks: dict[str, tuple[Mask, NDArray[Any]]] = {
+        "none": (None, np.array(True)),
+        "causal": ("causal", causal),
+        "positions": (mx.array(positions), positions),
+        "keys": (mx.array(keys), keys),
+    }
+    mask, expected = masks[kind]
+    monkeypatch.setattr(attention, "SCORE_BYTES", rows * 4 * B * H * S)
+    found = np.array(attend(q, k, v, mask))
+    np.testing.assert_allclose(found, attention_in_float64(q, k, v, expected), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW])
+@pytest.mark.parametrize("length", [WINDOW - 2, 4 * WINDOW + 3])
+@pytest.mark.parametrize("left_padding", [(), (3, 0)], ids=["unpadded", "padded"])
+def test_prompt_in_chunks_equals_the_whole(length: int, chunk: int, left_padding: tuple[int, ...]) -> None:
+    ids, canvas = random_ids(2, length), random_ids(2, 7, seed=1)
+    whole, whole_cache = encoded(ids, left_padding=left_padding)
+    found, cache = encoded(ids, chunk, left_padding)
+    assert cache.offset == length
+    assert_close(found[:, 3:], whole[:, 3:])
+    assert_close(golden_model().decode(canvas, cache), golden_model().decode(canvas, whole_cache))
+
+
+def test_encoding_is_causal_and_decoding_is_not() -> None:
+    ids = random_ids(1, 12)
+    changed = mx.concatenate([ids[:, :-1], (ids[:, -1:] + 1) % CONFIG.text.vocab_size], axis=1)
+    before, cache = encoded(ids)
+    after, _ = encoded(changed)
+    assert_close(before[:, :-1], after[:, :-1])
+    assert least_change(golden_model().decode(ids, cache), golden_model().decode(changed, cache)) > TOLERANCE
+
+
+def test_canvas_without_a_prefix() -> None:
+    """A prefix that is all padding is none."""
+    canvas = random_ids(1, 5)
+    _, padding = encoded(random_ids(1, 4, seed=1), left_padding=(4,))
+    alone = golden_model().decode(canvas, golden_model().new_cache())
+    assert_close(golden_model().decode(canvas, padding), alone)
+
+
+@pytest.mark.parametrize("length", [1, 5, CONFIG.canvas_length, 2 * CONFIG.canvas_length])
+def test_every_position_of_a_canvas_sees_every_other(length: int) -> None:
+    """However long the canvas is, and beyond the sliding window."""
+    _, cache = encoded(random_ids(1, 9))
+    canvas = random_ids(1, length, seed=2)
+    logits = golden_model().decode(canvas, cache)
+    assert logits.shape == (1, length, CONFIG.text.vocab_size)
+    assert logits.dtype == mx.float32
+    for position in {0, length - 1}:
+        changed = np.array(canvas)
+        changed[0, position] = (changed[0, position] + 1) % CONFIG.text.vocab_size
+        assert least_change(logits, golden_model().decode(mx.array(changed), cache)) > TOLERANCE
+
+
+@pytest.mark.parametrize("left_padding", [(0, 5), (WINDOW + 2, 1)])
+def test_left_padded_rows_equal_the_rows_alone(left_padding: tuple[int, int]) -> None:
+    """In the prompt, the first canvas, its encoding, and the next canvas with self-conditioning."""
+    model = golden_model()
+    prompt, first, second = random_ids(2, 15), random_ids(2, 8, seed=1), random_ids(2, 8, seed=2)
+    hidden, cache = encoded(prompt, chunk=4, left_padding=left_padding)
+    logits = model.decode(first, cache)
+    committed = model.encode(first, cache)
+    later = model.decode(second, cache, logits)
+    for row, padding in enumerate(left_padding):
+        one = slice(row, row + 1)
+        alone, cache = encoded(prompt[one, padding:])
+        assert_close(hidden[one, padding:], alone)
+        assert_close(logits[one], model.decode(first[one], cache))
+        assert_close(committed[one], model.encode(first[one], cache))
+        assert_close(later[one], model.decode(second[one], cache, logits[one]))
+
+
+@pytest.mark.parametrize("length", [3, WINDOW, 300])
+def test_decoding_leaves_the_cache_as_it_is(length: int) -> None:
+    canvas = random_ids(1, 6, seed=1)
+    _, cache = encoded(random_ids(1, length), chunk=7)
+    before = [np.array(array) for array in cache.state()]
+    first = golden_model().decode(canvas, cache)
+    second = golden_model().decode(canvas, cache)
+    assert mx.array_equal(first, second)
+    assert cache.offset == length
+    for old, new in zip(before, cache.state(), strict=True):
+        np.testing.assert_array_equal(old, np.array(new))
+
+
+def test_reserving_space_changes_nothing() -> None:
+    ids, canvas = random_ids(1, 300), random_ids(1, 6, seed=1)
+    _, cache = encoded(ids, chunk=100)
+    reserved = golden_model().new_cache()
+    reserved.reserve(300)
+    for start in range(0, 300, 100):
+        golden_model().encode(ids[:, start : start + 100], reserved)
+    assert mx.array_equal(golden_model().decode(canvas, cache), golden_model().decode(canvas, reserved))
+
+
+def test_sliding_layers_keep_no_more_than_the_window() -> None:
+    _, cache = encoded(random_ids(1, 10 * WINDOW), chunk=WINDOW + 3)
+    lengths = [array.shape[2] for array in cache.state()]
+    assert lengths == [WINDOW - 1] * 4 + [10 * WINDOW] * 2
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_half_precision_on_this_machine(rows: int) -> None:
+    """bfloat16 has 8 bits: the logits stay near those of float32, in few rows and in many."""
+    model = load_model(FOLDER, CONFIG, mx.bfloat16)[0]
+    ids, canvas = random_ids(1, rows), random_ids(1, rows, seed=1)
+    _, expected_cache = encoded(ids)
+    expected = golden_model().decode(canvas, expected_cache)
+    cache = model.new_cache()
+    hidden = model.encode(ids, cache)
+    logits = model.decode(canvas, cache)
+    assert hidden.dtype == model.dtype == mx.bfloat16
+    assert logits.dtype == mx.float32
+    assert np.abs(np.array(logits - expected)).mean() < 0.1 * np.array(expected).std()
+    assert model.decode(canvas, cache, logits).dtype == mx.float32
+
+
+def test_self_conditioning_goes_by_probabilities() -> None:
+    """Adding a constant to the logits changes nothing, impossible tokens are allowed, and it has an effect."""
+    model, canvas = golden_model(), random_ids(1, 5, seed=1)
+    _, cache = encoded(random_ids(1, 9))
+    predicted = random_ids(1, 5, seed=2)
+    certain = mx.where(mx.arange(CONFIG.text.vocab_size) == predicted[..., None], 0.0, -mx.inf)
+    logits = model.decode(canvas, cache, certain)
+    assert_close(model.decode(canvas, cache, certain + 3.0), logits)
+    assert least_change(logits, model.decode(canvas, cache)) > TOLERANCE

@@ -1,0 +1,72 @@
+"""Experts against one row and one expert at a time: gathered and all at once, in float32 and bfloat16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from dgemma_mlx.config import TextConfig
+from dgemma_mlx.model.experts import Experts
+from tests.model.checkpoint import flat_config
+
+
+def moe(experts: int, dtype: mx.Dtype, rows: int) -> tuple[Experts, mx.array, mx.array, mx.array]:
+    config = TextConfig.from_dict(flat_config(num_experts=experts)["text_config"])
+    rng = np.random.default_rng(experts + rows)
+    layer = Experts(config)
+    layer.gate_up_proj.weight = mx.array(rng.normal(size=(experts, 128, 128)) * 128**-0.5, dtype)
+    layer.down_proj.weight = mx.array(rng.normal(size=(experts, 128, 64)) * 64**-0.5, dtype)
+    indices = np.stack([rng.permutation(experts)[:2] for _ in range(rows)])
+    x = mx.array(rng.normal(size=(rows, 128)), dtype)
+    return layer, x, mx.array(rng.uniform(0.1, 1, (rows, 2)), mx.float32), mx.array(indices)
+
+
+def moe_by_rows(layer: Experts, x: mx.array, weights: mx.array, indices: mx.array) -> np.ndarray[Any, Any]:
+    """In float64, one row and one expert at a time."""
+    up, down = (np.array(m.weight.astype(mx.float32), np.float64) for m in (layer.gate_up_proj, layer.down_proj))
+    rows, w = np.array(x.astype(mx.float32), np.float64), np.array(weights)
+    out = np.zeros_like(rows)
+    for n, chosen in enumerate(np.array(indices)):
+        for k, expert in enumerate(chosen):
+            gate, value = np.split(up[expert] @ rows[n], 2)
+            gelu = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+            out[n] += w[n, k] * (down[expert] @ (gelu * value))
+    return out
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(mx.float32, 2e-5), (mx.bfloat16, 5e-2)], ids=["f32", "bf16"])
+@pytest.mark.parametrize("rows", [1, 9, 40])  # 40 rows of 2 experts are sorted, 9 are not
+@pytest.mark.parametrize("experts", [4, 16])  # all of 4 are computed in training, 16 are gathered
+def test_experts(experts: int, rows: int, dtype: mx.Dtype, tolerance: float) -> None:
+    layer, x, weights, indices = moe(experts, dtype, rows)
+    expected = moe_by_rows(layer, x, weights, indices)  # of size 1; bfloat16 has 8 bits
+    for training in (False, True):
+        y = layer.train(training)(x, weights, indices)
+        assert y.dtype == dtype
+        np.testing.assert_allclose(np.array(y.astype(mx.float32)), expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("rows", [9, 40])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(mx.float32, 1e-4), (mx.bfloat16, 3e-2)], ids=["f32", "bf16"])
+def test_experts_gradient(rows: int, dtype: mx.Dtype, tolerance: float) -> None:
+    layer, x, weights, indices = moe(4, mx.float32, rows)
+    goal = mx.random.normal(x.shape, key=mx.random.key(0))
+
+    def gradients(training: bool, dtype: mx.Dtype) -> list[mx.array]:
+        def loss(x: mx.array, weights: mx.array, up: mx.array, down: mx.array) -> mx.array:
+            layer.gate_up_proj.weight, layer.down_proj.weight = up, down
+            return (layer(x, weights, indices).astype(mx.float32) * goal).sum()
+
+        layer.train(training)
+        up, down = plain
+        found = mx.grad(loss, argnums=(0, 1, 2, 3))(x.astype(dtype), weights, up.astype(dtype), down.astype(dtype))
+        return [gradient.astype(mx.float32) for gradient in found]
+
+    plain = layer.gate_up_proj.weight, layer.down_proj.weight
+    exact = gradients(True, mx.float32)
+    for training in (True, False):
+        for found, expected in zip(gradients(training, dtype), exact, strict=True):
+            assert mx.abs(found - expected).max() < tolerance * mx.abs(expected).max()
