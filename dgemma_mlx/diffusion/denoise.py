@@ -70,9 +70,9 @@ def denoise(
             step = step.keep(last, finished)
         finished = finished | settled(step.argmax_canvas, step.entropy)
         mx.eval(step.current_canvas, step.argmax_canvas, step.accepted_mask, step.entropy, step.conditioning, finished)
-        done = number == config.max_denoising_steps or bool(finished.all().item())
-        yield _drafts(step, finished, canvas_index, number, config.max_denoising_steps, done)
-        if done:
+        drafts = _drafts(step, finished, canvas_index, number, config.max_denoising_steps)
+        yield drafts
+        if all(draft.finished for draft in drafts):
             return
         last, canvas = step, step.current_canvas
 
@@ -91,11 +91,12 @@ def _sample(
 
 
 def _drafts(
-    step: _Step, finished: mx.array, canvas_index: int, number: int, max_steps: int, done: bool
+    step: _Step, finished: mx.array, canvas_index: int, number: int, max_steps: int
 ) -> tuple[Draft, ...]:
+    """The rows of an evaluated step as events."""
     arrays = (step.argmax_canvas, step.accepted_mask, step.entropy, finished)
     rows: Any = zip(*(array.tolist() for array in arrays), strict=True)
     return tuple(
-        Draft(canvas_index, number, max_steps, tuple(ids), tuple(mask), tuple(entropy), done or stopped)
+        Draft(canvas_index, number, max_steps, tuple(ids), tuple(mask), tuple(entropy), stopped or number == max_steps)
         for ids, mask, entropy, stopped in rows
     )

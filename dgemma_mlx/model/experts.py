@@ -94,7 +94,7 @@ class Experts(nn.Module):
         """x (N, M), weights and indices (N, K) -> (N, M)."""
         whole = isinstance(self.gate_up_proj, ExpertLinear) and isinstance(self.down_proj, ExpertLinear)
         if self.training and self._few_experts and whole:
-            return self._grouped(x, weights, indices)
+            return self._all_experts(x, weights, indices)
         N, K = indices.shape
         flat = indices.flatten()
         in_order = N * K >= _SORT_FROM
@@ -109,23 +109,18 @@ class Experts(nn.Module):
             y = y[mx.argsort(order)]
         return (y.reshape(N, K, -1) * weights[..., None].astype(y.dtype)).sum(axis=1)
 
-    def _grouped(self, x: mx.array, weights: mx.array, indices: mx.array) -> mx.array:
-        """The same sum by one batched matmul over all experts, each with its own rows and padding up to the
-        busiest one: for training a model with few experts, where a gather's gradient costs more than that."""
+    def _all_experts(self, x: mx.array, weights: mx.array, indices: mx.array) -> mx.array:
+        """The same sum by two plain matmuls over all experts: for training a model with few of them,
+        where the gradient of a gather costs more than the products it saves."""
         assert isinstance(self.gate_up_proj, ExpertLinear) and isinstance(self.down_proj, ExpertLinear)
+        N = x.shape[0]
         up, down = self.gate_up_proj.weight, self.down_proj.weight  # (E, 2I, M), (E, M, I)
-        (N, K), E = indices.shape, up.shape[0]
-        flat = indices.flatten()
-        counts = (flat[:, None] == mx.arange(E)).sum(axis=0)
-        busiest: Any = counts.max().item()
-        capacity = -(-busiest // 16) * 16
-        order = mx.argsort(flat)
-        ranked = flat[order]
-        place = ranked * capacity + mx.arange(N * K) - (mx.cumsum(counts) - counts)[ranked]
-        slots = place[mx.argsort(order)]  # (N * K): where each row of each token stands in (E * capacity)
-        rows = mx.zeros(E * capacity, mx.int32)
-        rows[slots] = mx.arange(N * K) // K
-        y = x[rows].reshape(E, capacity, -1) @ up.swapaxes(1, 2)
-        y = geglu(*mx.split(y, 2, axis=-1)) @ down.swapaxes(1, 2)
-        y = y.reshape(E * capacity, -1)[slots].reshape(N, K, -1)
-        return (y * weights[..., None].astype(y.dtype)).sum(axis=1)
+        E, _, inner = down.shape
+        y = (x @ up.reshape(-1, up.shape[-1]).T).reshape(N, E, 2 * inner)
+        y = mx.take_along_axis(y, indices[..., None], axis=1)  # (N, K, 2I)
+        y = geglu(*mx.split(y, 2, axis=-1)) * weights[..., None].astype(x.dtype)
+        chosen = (mx.arange(E) == indices[..., None]).astype(x.dtype)  # (N, K, E)
+        spread = mx.zeros((N, E, inner), x.dtype)
+        for k in range(indices.shape[1]):
+            spread = spread + chosen[:, k, :, None] * y[:, k, None, :]
+        return spread.reshape(N, E * inner) @ down.swapaxes(1, 2).reshape(E * inner, -1)

@@ -12,17 +12,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from dgemma_mlx.errors import DgemmaError
-
 
 def rope_periods(parameters: Mapping[str, Any], head_dim: int) -> mx.array:
     """(D/2,) float32: the angle of pair i at position p is ``p / periods[i]``; inf does not rotate."""
-    kind = parameters.get("rope_type", "default")
-    if kind not in ("default", "proportional"):
-        raise DgemmaError(f"config.json: unsupported rope_type {kind!r}")
     pairs = head_dim // 2
     periods = float(parameters["rope_theta"]) ** (mx.arange(pairs, dtype=mx.float32) / pairs)
-    if kind == "proportional":
+    if parameters.get("rope_type") == "proportional":
         rotated = int(parameters.get("partial_rotary_factor", 1.0) * head_dim // 2)
         periods = mx.where(mx.arange(pairs) < rotated, periods, mx.inf)
     return periods

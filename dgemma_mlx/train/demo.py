@@ -32,7 +32,7 @@ from dgemma_mlx.train.optimizer import make_optimizer
 from dgemma_mlx.train.score import as_markdown, score_card
 from dgemma_mlx.train.tasks import MIX, TASKS
 
-STEPS, BATCH, SEED = 5400, 16, 0
+STEPS, BATCH, SEED = 7000, 16, 0
 
 CONFIG: dict[str, Any] = {
     "architectures": ["DiffusionGemmaForBlockDiffusion"],
