@@ -13,10 +13,9 @@ from dgemma_mlx.model import attention
 from dgemma_mlx.model.attention import attend
 from dgemma_mlx.model.cache import Mask, PrefixCache
 from dgemma_mlx.model.load import load_model
-from tests.golden.numbers import CONFIG, FOLDER, golden_model
+from tests.golden.numbers import CONFIG, FOLDER, TOLERANCE, golden_model
 
 WINDOW = CONFIG.text.sliding_window
-TOLERANCE = 1e-4
 
 
 def random_ids(*shape: int, seed: int = 0) -> mx.array:
@@ -33,8 +32,8 @@ def encoded(
     return mx.concatenate(hidden, axis=1), cache
 
 
-def assert_close(found: mx.array, expected: mx.array, atol: float = TOLERANCE) -> None:
-    np.testing.assert_allclose(np.array(found), np.array(expected), rtol=0, atol=atol)
+def assert_close(found: mx.array, expected: mx.array) -> None:
+    np.testing.assert_allclose(np.array(found), np.array(expected), rtol=0, atol=TOLERANCE)
 
 
 def least_change(before: mx.array, after: mx.array) -> float:
@@ -52,10 +51,10 @@ def attention_in_float64(q: mx.array, k: mx.array, v: mx.array, mask: NDArray[An
     return np.asarray(weights @ values.repeat(group, axis=1))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, 1000])
+@pytest.mark.parametrize("rows", [1, 8, 16, 1000])
 @pytest.mark.parametrize("kind", ["none", "causal", "positions", "keys"])
 def test_attention_does_not_depend_on_its_blocks(kind: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    B, H, Hk, L, S, D = 2, 4, 2, 11, 17, 8
+    B, H, Hk, L, S, D = 2, 4, 2, 27, 33, 8
     rng = np.random.default_rng(0)
     q, k, v = (mx.array(rng.normal(size=shape), mx.float32) for shape in ((B, H, L, D), (B, Hk, S, D), (B, Hk, S, D)))
     causal = np.arange(S) <= np.arange(S - L, S)[:, None]
@@ -70,7 +69,7 @@ def test_attention_does_not_depend_on_its_blocks(kind: str, rows: int, monkeypat
     mask, expected = masks[kind]
     monkeypatch.setattr(attention, "SCORE_BYTES", rows * 4 * B * H * S)
     found = np.array(attend(q, k, v, mask))
-    np.testing.assert_allclose(found, attention_in_float64(q, k, v, expected), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found, attention_in_float64(q, k, v, expected), rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW])

@@ -1,0 +1,38 @@
+"""Random numbers that are handed out, so that two programs can be given the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from dgemma_mlx.diffusion.sampler import Noise
+
+
+class Replay(Noise):
+    """Gives canvases (n, B, C) and Gumbel noise (n, B, C, V) one after the other."""
+
+    def __init__(self, canvases: NDArray[Any], gumbels: NDArray[Any]) -> None:
+        self._canvases, self._gumbels = iter(canvases), iter(gumbels)
+
+    def canvas(self, batch: int, length: int, vocab_size: int) -> mx.array:
+        canvas = next(self._canvases)
+        assert canvas.shape == (batch, length)
+        assert canvas.max() < vocab_size
+        return mx.array(canvas, mx.int32)
+
+    def gumbel(self, shape: tuple[int, ...]) -> mx.array:
+        gumbel = next(self._gumbels)
+        assert gumbel.shape == shape
+        return mx.array(gumbel, mx.float32)
+
+
+def draw(
+    seed: int, draws: int, batch: int, length: int, vocab_size: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Canvases and Gumbel noise for that many draws of each."""
+    rng = np.random.default_rng(seed)
+    canvases = rng.integers(0, vocab_size, (draws, batch, length))
+    return canvases, rng.gumbel(size=(draws, batch, length, vocab_size)).astype(np.float32)

@@ -1,0 +1,164 @@
+"""The loop over the steps of a canvas, on the golden checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from dgemma_mlx.config import GenerationConfig
+from dgemma_mlx.diffusion.denoise import denoise
+from dgemma_mlx.diffusion.sampler import Noise
+from dgemma_mlx.events import Draft
+from dgemma_mlx.model.cache import PrefixCache
+from dgemma_mlx.model.text import DiffusionGemma
+from tests.diffusion.replay import Replay, draw
+from tests.golden.numbers import CONFIG, FOLDER, TOLERANCE, golden_model, golden_numbers
+
+SETTLES = GenerationConfig.load(FOLDER, CONFIG)
+C, V = CONFIG.canvas_length, CONFIG.text.vocab_size
+PROMPT = mx.array(np.random.default_rng(3).integers(0, V, (3, 9)))
+
+
+def prefix(batch: int = 1) -> PrefixCache:
+    cache = golden_model().new_cache()
+    golden_model().encode(PROMPT[:batch], cache)
+    return cache
+
+
+def run(
+    noise: Noise | int, config: GenerationConfig = SETTLES, *, batch: int = 1, length: int = C, greedy: bool = False
+) -> list[tuple[Draft, ...]]:
+    """All steps of a canvas after the prefix; ``noise`` may be a seed."""
+    source = Noise(noise) if isinstance(noise, int) else noise
+    return list(
+        denoise(golden_model(), prefix(batch), config, source, batch=batch, canvas_length=length, greedy=greedy)
+    )
+
+
+def test_golden_trace() -> None:
+    """Two canvases of the reference, step by step, with the random numbers that it was given."""
+    numbers = golden_numbers("trace")
+    noise, cache = Replay(numbers["canvases"], numbers["gumbels"]), golden_model().new_cache()
+    golden_model().encode(mx.array(numbers["prompt"]), cache)
+    for index in (0, 1):
+        drafts = list(
+            denoise(golden_model(), cache, SETTLES, noise, canvas_length=C, canvas_index=index)
+        )
+        steps = np.flatnonzero(numbers["canvas"] == index)
+        assert len(drafts) == len(steps) < SETTLES.max_denoising_steps
+        for step, (draft,) in zip(steps, drafts, strict=True):
+            np.testing.assert_array_equal(draft.tokens, numbers["argmax_canvas"][step])
+            np.testing.assert_array_equal(draft.accepted_mask, numbers["accepted_mask"][step])
+            np.testing.assert_allclose(draft.entropy, numbers["entropy"][step], rtol=0, atol=TOLERANCE)
+        golden_model().encode(mx.array([drafts[-1][0].tokens]), cache)
+
+
+def test_drafts_are_numbered_and_the_last_is_finished() -> None:
+    drafts = [draft for (draft,) in run(0)]
+    assert [draft.step for draft in drafts] == list(range(1, len(drafts) + 1))
+    assert [draft.finished for draft in drafts] == [False] * (len(drafts) - 1) + [True]
+    assert 1 < len(drafts) < SETTLES.max_denoising_steps
+    for draft in drafts:
+        assert draft.max_steps == SETTLES.max_denoising_steps
+        assert len(draft.tokens) == len(draft.accepted_mask) == len(draft.entropy) == C
+        assert any(draft.accepted_mask)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_steps_that_are_used_up_finish_too(steps: int) -> None:
+    drafts = run(0, SETTLES.override(max_denoising_steps=steps, confidence_threshold=0.0))
+    assert [draft.finished for (draft,) in drafts] == [False] * (steps - 1) + [True]
+
+
+def test_one_seed_one_text() -> None:
+    assert run(5) == run(5)
+    assert run(5) != run(6)
+
+
+def test_the_next_canvas_is_sampled_where_accepted_and_random_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    canvases, gumbels = draw(0, 17, 1, C, V)
+    decoded: list[mx.array] = []
+    logits: list[mx.array] = []
+    decode = DiffusionGemma.decode
+
+    def spy(self: DiffusionGemma, canvas: mx.array, *rest: Any) -> mx.array:
+        decoded.append(canvas)
+        logits.append(decode(self, canvas, *rest))
+        return logits[-1]
+
+    monkeypatch.setattr(DiffusionGemma, "decode", spy)
+    config = SETTLES.override(t_min=0.5, t_max=0.5)
+    drafts = run(Replay(canvases, gumbels), config)
+    np.testing.assert_array_equal(decoded[0], canvases[0])
+    for step, (draft,) in enumerate(drafts[:-1]):
+        sampled = np.argmax(np.array(logits[step]) / 0.5 + gumbels[step], axis=-1)
+        expected = np.where([draft.accepted_mask], sampled, canvases[step + 1])
+        np.testing.assert_array_equal(decoded[step + 1], expected)
+
+
+@pytest.mark.parametrize("length", [1, 5, 2 * C])
+def test_canvas_of_another_length(length: int) -> None:
+    assert all(len(draft.tokens) == length for (draft,) in run(1, length=length))
+
+
+def test_greedy_needs_no_samples() -> None:
+    """With every position accepted, the first canvas is the only random thing in a greedy run."""
+    config = SETTLES.override(entropy_bound=1e9, max_denoising_steps=5, confidence_threshold=0.0)
+    canvases, gumbels = draw(0, 6, 1, C, V)
+    other_canvases, other_gumbels = draw(1, 6, 1, C, V)
+    other_canvases[0] = canvases[0]
+    one = run(Replay(canvases, gumbels), config, greedy=True)
+    assert one == run(Replay(other_canvases, other_gumbels[:0]), config, greedy=True)
+    assert one[-1] != run(Replay(canvases, gumbels), config)[-1]
+
+
+def test_a_row_that_has_finished_stays_while_others_go_on() -> None:
+    together = run(2, batch=3)
+    lengths = []
+    for row in range(3):
+        drafts = [rows[row] for rows in together]
+        first = [draft.finished for draft in drafts].index(True)
+        lengths.append(first + 1)
+        assert drafts[first:] == [replace(drafts[first], step=draft.step) for draft in drafts[first:]]
+    assert len(set(lengths)) > 1
+    assert max(lengths) == len(together)
+
+
+def test_rows_do_not_touch_each_other() -> None:
+    """Given the same random numbers, a row of a batch goes the way it goes alone."""
+    canvases, gumbels = draw(3, 17, 3, C, V)
+    together = run(Replay(canvases, gumbels), batch=3)
+    for row in range(3):
+        cache, one = golden_model().new_cache(), slice(row, row + 1)
+        golden_model().encode(PROMPT[one], cache)
+        noise = Replay(canvases[:, one], gumbels[:, one])
+        alone = denoise(golden_model(), cache, SETTLES, noise, canvas_length=C)
+        for (draft,), rows in zip(alone, together, strict=False):
+            assert rows[row].tokens == draft.tokens
+            assert rows[row].accepted_mask == draft.accepted_mask
+            assert rows[row].entropy == pytest.approx(draft.entropy, abs=TOLERANCE)
+            assert rows[row].finished == draft.finished
+
+
+def test_a_caller_may_stop_between_two_steps() -> None:
+    """Steps are computed when they are asked for, and what was seen of them is what a whole run shows."""
+    whole = run(4)
+    canvases = 0
+
+    class Counting(Noise):
+        def canvas(self, batch: int, length: int, vocab_size: int) -> mx.array:
+            nonlocal canvases
+            canvases += 1
+            return super().canvas(batch, length, vocab_size)
+
+    steps = denoise(golden_model(), prefix(), SETTLES, Counting(4), canvas_length=C)
+    assert canvases == 0
+    assert list(islice(steps, 2)) == whole[:2]
+    assert canvases == 3
+    del steps
+    assert run(4) == whole

@@ -1,0 +1,93 @@
+"""Entropy, acceptance and random numbers against plain Python and against what they are defined to be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from dgemma_mlx.diffusion.sampler import Noise, accept, token_entropy
+
+
+def accept_one_by_one(entropy: Sequence[float], bound: float) -> list[bool]:
+    """The definition: go through the positions from the most certain, while what is taken fits the bound."""
+    accepted, total = [False] * len(entropy), 0.0
+    for position in sorted(range(len(entropy)), key=entropy.__getitem__):
+        if total > bound:
+            break
+        accepted[position] = True
+        total += entropy[position]
+    return accepted
+
+
+def test_entropy_is_that_of_the_softmax() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(3, 20, 50)) * rng.uniform(0, 10, (3, 20, 1))
+    p = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    found = np.array(token_entropy(mx.array(logits, mx.float32)))
+    np.testing.assert_allclose(found, -(p * np.log(p)).sum(axis=-1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("logits", "entropy"),
+    [
+        ([0.0, 0.0, 0.0, 0.0], math.log(4)),
+        ([75.0, 75.0, -75.0, -math.inf], math.log(2)),
+        ([5.0, -math.inf, -math.inf, -math.inf], 0.0),
+        ([3e38, -3e38, 0.0, 0.0], 0.0),
+    ],
+)
+def test_entropy_of_extreme_logits(logits: list[float], entropy: float) -> None:
+    assert token_entropy(mx.array(logits)).item() == pytest.approx(entropy, abs=1e-5)
+
+
+@pytest.mark.parametrize("bound", [0.0, 1e-6, 0.1, 1.0, 30.0, 1e9])
+def test_accepted_are_the_most_certain_that_fit(bound: float) -> None:
+    """Entropies are multiples of 1/64, some of them equal: their sums are exact, at the bound too."""
+    rng = np.random.default_rng(1)
+    for length in (1, 2, 7, 60):
+        entropy = rng.integers(0, 128, (20, length)) / 64
+        found = accept(mx.array(entropy, mx.float32), bound).tolist()
+        assert found == [accept_one_by_one(row, bound) for row in entropy.tolist()]
+
+
+def test_the_most_certain_position_is_always_accepted() -> None:
+    assert accept(mx.array([[3.0, 2.0, 4.0], [5.0, 5.0, 5.0]]), 0.0).sum(axis=-1).tolist() == [1, 1]
+
+
+def test_one_seed_gives_one_sequence_of_numbers() -> None:
+    def numbers(seed: int) -> list[Any]:
+        noise = Noise(seed)
+        drawn = [noise.canvas(2, 3, 50), noise.gumbel((2, 3)), noise.canvas(2, 3, 50), noise.gumbel((2, 3))]
+        return [array.flatten().tolist() for array in drawn]
+
+    first = numbers(7)
+    mx.random.seed(99)
+    assert numbers(7) == first
+    assert numbers(8) != first
+    assert first[0] != first[2]
+    assert first[1] != first[3]
+
+
+def test_random_canvases_are_uniform_over_the_whole_vocabulary() -> None:
+    canvas = np.array(Noise(0).canvas(40, 500, 10))
+    assert canvas.shape == (40, 500)
+    assert chi_square(canvas.flatten(), np.full(10, 0.1)) < 27.9  # 9 degrees of freedom: 1 in 1,000
+
+
+def test_argmax_with_gumbel_noise_samples_the_softmax() -> None:
+    p = np.array([0.4, 0.3, 0.15, 0.1, 0.04, 0.01])
+    noise = Noise(0).gumbel((20_000, 6))
+    samples = np.array(mx.argmax(mx.array(np.log(p) + 5, mx.float32) + noise, axis=-1))
+    assert chi_square(samples, p) < 20.5  # 5 degrees of freedom: 1 in 1,000
+
+
+def chi_square(samples: NDArray[Any], p: NDArray[Any]) -> float:
+    """Of the samples' counts against probabilities p."""
+    expected = p * samples.size
+    return float(((np.bincount(samples, minlength=p.size) - expected) ** 2 / expected).sum())
