@@ -20,10 +20,8 @@ demo: $(VENV)/.installed ## ask the built-in model three questions
 		echo; echo "\$$ dgemma-mlx generate -m demo \"$$prompt\""; \
 		$(VENV)/bin/dgemma-mlx generate -m demo "$$prompt" || exit 1; done
 
-demo-model: $(VENV)/.installed ## train the built-in model from nothing, into runs/demo (resumes)
-	@library=$$(sh scripts/openblas.sh) || exit 1; \
-		LD_PRELOAD=$$library OPENBLAS_NUM_THREADS=$${OPENBLAS_NUM_THREADS:-2} \
-		$(PYTHON_BIN) -m dgemma_mlx.train.demo $(ARGS)
+demo-model: $(VENV)/.installed ## train the built-in model from nothing, in runs/demo (resumes), and score it
+	@sh scripts/demo_model.sh $(PYTHON_BIN) $(ARGS)
 
 test: $(VENV)/.installed-test ## the tests, without torch
 	@$(PYTHON_BIN) -m pytest $(ARGS)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -101,27 +102,31 @@ def test_stdin_that_is_no_text_is_refused() -> None:
 
 
 def test_a_reader_that_goes_away_ends_the_program_quietly() -> None:
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*PROGRAM, "generate", "-q", "Sort 7 3 5"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, env=ENVIRONMENT,
-    )
-    assert process.stdout is not None and process.stderr is not None
-    process.stdout.close()
-    assert process.wait(timeout=60) == 0
-    assert process.stderr.read() == b""
-    process.stderr.close()
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 0
 
 
 def test_interrupting_a_generation_exits_with_130() -> None:
     with subprocess.Popen(
         [*PROGRAM, "generate", "hi", *ENDLESS], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, env=ENVIRONMENT,
+        # A job in the background ignores SIGINT, and so would its children.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     ) as process:
-        assert process.stderr is not None
-        process.stderr.readline()  # the line about the demo: the model is loaded
-        time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
+        try:
+            assert process.stderr is not None
+            process.stderr.readline()  # the line about the demo: the model is loaded
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert error == b"interrupted\n"
 

@@ -70,6 +70,8 @@ def generate(
     dgemma-mlx --help.
     """
     text = read_prompt(prompt)
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     from dgemma_mlx.engine import load, stream
 
     loaded = load(model)

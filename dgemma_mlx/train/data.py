@@ -34,15 +34,14 @@ def canvas_batch(conversations: Sequence[Conversation], canvas_length: int, pad_
     )
 
 
-def batch_pair_at(step: int, sample: Callable[[random.Random], Conversation], batch_size: int, canvas_length: int,
+def batch_pair_at(number: int, sample: Callable[[random.Random], Conversation], batch_size: int, canvas_length: int,
                   pad_id: int, seed: int) -> tuple[Batch, Batch]:
-    """A training step's batch in two halves, the shorter conversations and the longer ones, in random order.
+    """Batch ``number`` in two halves, the shorter conversations and the longer ones, in random order.
 
-    A function of seed and step alone, so that a resumed run sees the same data. Every step holds the whole mix
-    of tasks: batches sorted by length across steps are batches of one task each, which Muon's normalised
-    updates do not forgive.
+    A function of seed and number alone, so that a resumed run sees the same data. Every batch holds the whole mix
+    of tasks: were conversations sorted by length across batches, they would be batches of one task each.
     """
-    rng = random.Random(f"{seed}/{step}")
+    rng = random.Random(f"{seed}/{number}")
     drawn = sorted((sample(rng) for _ in range(batch_size)), key=lambda c: len(c[0]) + len(c[1]))
     halves = [drawn[: batch_size // 2], drawn[batch_size // 2 :]]
     rng.shuffle(halves)

@@ -32,7 +32,7 @@ from dgemma_mlx.train.optimizer import make_optimizer
 from dgemma_mlx.train.score import as_markdown, score_card
 from dgemma_mlx.train.tasks import MIX, TASKS
 
-STEPS, BATCH, SEED = 7000, 16, 0
+STEPS, BATCH, SEED = 5700, 16, 0  # BATCH for each of the processes that `make demo-model` starts
 
 CONFIG: dict[str, Any] = {
     "architectures": ["DiffusionGemmaForBlockDiffusion"],
@@ -77,6 +77,19 @@ CONFIG: dict[str, Any] = {
 }
 
 
+GENERATION: dict[str, Any] = {
+    "bos_token_id": 2,
+    "pad_token_id": 0,
+    "eos_token_id": [1, 106, 50],
+    "max_denoising_steps": 48,
+    "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 0.1},
+    "t_min": 0.4,
+    "t_max": 0.8,
+    "stability_threshold": 1,
+    "confidence_threshold": 0.005,
+}
+
+
 def new_model(seed: int) -> DiffusionGemma:
     """A freshly initialised demo model, float32."""
     mx.random.seed(seed)
@@ -98,40 +111,44 @@ def sampler(tokenizer: Tokenizer, template: ChatTemplate) -> Callable[[random.Ra
     return sample
 
 
-GENERATION: dict[str, Any] = {
-    "bos_token_id": 2,
-    "pad_token_id": 0,
-    "eos_token_id": [1, 106, 50],
-    "max_denoising_steps": 48,
-    "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 0.1},
-    "t_min": 0.4,
-    "t_max": 0.8,
-    "stability_threshold": 1,
-    "confidence_threshold": 0.005,
-}
-
-
 def build(run: Path, steps: int, log: Log) -> None:
-    """Trains (or goes on training) in the folder ``run`` and writes the checkpoint to ``run/model``."""
-    out = run / "model"
-    demo_tokenizer.build(out)
+    """Trains (or goes on training) in the folder ``run`` and writes the checkpoint to ``run/model``.
+
+    One process of several, when ``mlx.launch`` started them: the first one writes, all of them train.
+    """
+    out, group = run / "model", mx.distributed.init()
+    if group.rank() == 0:
+        demo_tokenizer.build(out)
+    mx.eval(mx.distributed.all_sum(mx.zeros(1)))  # the others wait for it
     tokenizer, template = load_tokenizer(out), ChatTemplate.load(out)
     model, pad_id = new_model(SEED), tokenizer.special_ids["<pad>"]
     sample, canvas_length = sampler(tokenizer, template), CONFIG["canvas_length"]
 
-    def batch_pair(step: int) -> BatchPair:
-        return batch_pair_at(step, sample, BATCH, canvas_length, pad_id, SEED)
+    def batch_pair(number: int) -> BatchPair:
+        return batch_pair_at(number, sample, BATCH, canvas_length, pad_id, SEED)
 
     train(model, make_optimizer(steps), batch_pair, pad_id, TrainConfig(steps=steps, seed=SEED), run, log)
-    export(model, CONFIG, GENERATION, out)
+    if group.rank() == 0:
+        export(model, CONFIG, GENERATION, out)
+
+
+def score(folder: Path, prompts: int) -> None:
+    """Prints the score card of a checkpoint and writes it beside the weights."""
+    scores = score_card(load(folder), prompts)
+    (folder / "score_card.json").write_text(json.dumps([asdict(line) for line in scores], indent=2) + "\n")
+    print(as_markdown(scores))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="checkpoints and log; resumes from it")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--score", type=Path, help="train nothing, score this checkpoint")
     parser.add_argument("--prompts", type=int, default=200, help="held-out prompts for each task of the score card")
     arguments = parser.parse_args()
+    if arguments.score:
+        score(arguments.score, arguments.prompts)
+        return
     run: Path = arguments.run
     (run / "model").mkdir(parents=True, exist_ok=True)
     started = time.time()
@@ -143,10 +160,6 @@ def main() -> None:
             print(line, file=log_file, flush=True)
 
         build(run, arguments.steps, log)
-    scores = score_card(load(run / "model"), arguments.prompts)
-    (run / "model" / "score_card.json").write_text(json.dumps([asdict(score) for score in scores], indent=2) + "\n")
-    print(as_markdown(scores))
-    print(f"\nTo ship it: cp {run / 'model'}/* dgemma_mlx/demo/", file=sys.stderr)
 
 
 if __name__ == "__main__":

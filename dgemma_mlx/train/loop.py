@@ -35,23 +35,31 @@ class TrainConfig:
 
 Log = Callable[[dict[str, Any]], None]
 BatchPair = tuple[Batch, Batch]
-"""The half of a step's batch that is trained with self-conditioning, and the half without."""
+"""The half of a batch that is trained with self-conditioning, and the half without."""
 
 
 def train(
     model: DiffusionGemma, optimizer: optim.Optimizer, batch_pair: Callable[[int], BatchPair], pad_id: int,
     config: TrainConfig, run: Path, log: Log,
 ) -> None:
-    """Trains in place until ``config.steps``; saves to and resumes from the folder ``run``."""
+    """Trains in place until ``config.steps``; saves to and resumes from the folder ``run``.
+
+    Started by ``mlx.launch``, every process takes batches of its own and the gradients are averaged; only the
+    first one logs and saves.
+    """
+    group = mx.distributed.init()
+    first = group.rank() == 0
     step = restore(run, model, optimizer)
     step_and_grad = nn.value_and_grad(model, partial(_loss, config=config.objective, pad_id=pad_id))
     model.train()
     sums: dict[str, float] = {}
     began, began_step = time.perf_counter(), step
     while step < config.steps:
-        with_conditioning, without = batch_pair(step)
-        key = mx.random.key((config.seed << 32) + step)
+        number = step * group.size() + group.rank()
+        with_conditioning, without = batch_pair(number)
+        key = mx.random.key((config.seed << 32) + number)
         (loss, parts), gradients = step_and_grad(model, with_conditioning, without, key)
+        gradients = nn.average_gradients(gradients, group)
         gradients, norm = optim.clip_grad_norm(gradients, config.clip_norm)
         optimizer.update(model, gradients)
         mx.eval(model.parameters(), optimizer.state, loss, parts, norm)
@@ -60,12 +68,12 @@ def train(
         step += 1
         for name, value in {**parts, "loss": loss, "gradient_norm": norm}.items():
             sums[name] = sums.get(name, 0.0) + value.item()
-        if step % config.log_every == 0 or step == config.steps:
+        if first and (step % config.log_every == 0 or step == config.steps):
             passed = step - began_step
             log({"step": step, **{name: round(total / passed, 4) for name, total in sums.items()},
                  "seconds_per_step": round((time.perf_counter() - began) / passed, 3)})
             sums, began, began_step = {}, time.perf_counter(), step
-        if step % config.save_every == 0 or step == config.steps:
+        if first and (step % config.save_every == 0 or step == config.steps):
             save(run, model, optimizer, step)
 
 

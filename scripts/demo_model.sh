@@ -1,0 +1,21 @@
+#!/bin/sh
+# Trains the built-in model in runs/demo (goes on where it stopped) and scores it: demo_model.sh PYTHON [OPTION...]
+# On Linux two processes share the work, a core each, with OpenBLAS; on a Mac one process has the GPU.
+set -eu
+python=$1
+shift
+run=runs/demo
+mkdir -p "$run"
+if [ "$(uname -s)" = Linux ]; then
+    LD_PRELOAD=$(sh "$(dirname "$0")/openblas.sh")
+    echo '[["127.0.0.1:32323"], ["127.0.0.1:32324"]]' > "$run/hosts.json"
+    export LD_PRELOAD OPENBLAS_NUM_THREADS=1
+    MLX_HOSTFILE="$run/hosts.json" MLX_RANK=1 "$python" -m dgemma_mlx.train.demo --run "$run" "$@" &
+    trap 'kill $! 2>/dev/null || true' EXIT
+    MLX_HOSTFILE="$run/hosts.json" MLX_RANK=0 "$python" -m dgemma_mlx.train.demo --run "$run" "$@"
+    wait
+else
+    "$python" -m dgemma_mlx.train.demo --run "$run" "$@"
+fi
+"$python" -m dgemma_mlx.train.demo --score "$run/model"
+echo "To ship it: cp $run/model/* dgemma_mlx/demo/" >&2
