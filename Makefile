@@ -16,9 +16,9 @@ help:
 setup: $(VENV)/.installed ## install the program into .venv
 
 demo: $(VENV)/.installed ## ask the built-in model three questions
-	@for prompt in "Sort 52, 7, 31, 18" "What is 27 + 45?" "Make a JSON object: Simon is 59 years old and lives in Rome."; do \
-		echo; echo "\$$ dgemma-mlx generate -m demo \"$$prompt\""; \
-		$(VENV)/bin/dgemma-mlx generate -m demo "$$prompt" || exit 1; done
+	@for prompt in "Sort 7 3 5" "What is 27 + 45?" "Make a JSON object: Simon is 59 years old and lives in Rome."; do \
+		echo; echo "\$$ dgemma-mlx generate -m demo --seed 1 \"$$prompt\""; \
+		$(VENV)/bin/dgemma-mlx generate -m demo --seed 1 "$$prompt" || exit 1; done
 
 demo-model: $(VENV)/.installed ## train the built-in model from nothing, in runs/demo (resumes), and score it
 	@sh scripts/demo_model.sh $(PYTHON_BIN) $(ARGS)

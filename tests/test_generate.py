@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pkgutil
 import random
 from itertools import islice
@@ -12,7 +13,7 @@ import dgemma_mlx
 from dgemma_mlx import Committed, DgemmaError, Done, Draft, Model, generate, load, stream
 from dgemma_mlx.train.tasks import TASKS
 
-COUNT = "Count from 3 to 40."  # takes more than one canvas
+COUNT = "Count from 13 to 40."  # takes more than one canvas
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +119,10 @@ def test_a_conversation_is_a_list_of_messages(demo: Model) -> None:
     assert "Ana" in generate(demo, told, seed=0).text
 
 
-@pytest.mark.parametrize("task", ["sort", "reverse", "json", "recall"])
+@pytest.mark.parametrize("task", ["add", "json", "count", "unknown"])
 def test_the_demo_does_what_its_score_card_says(demo: Model, task: str) -> None:
+    card = {line["task"]: line["correct"] for line in json.loads((demo.folder / "score_card.json").read_text())}
     rng = random.Random(task)
     examples = [TASKS[task].sample(rng, "heldout") for _ in range(20)]
-    right = [TASKS[task].check(e, generate(demo, list(e.messages), seed=0).text) for e in examples]
-    assert sum(right) >= 18
+    right = [TASKS[task].check(e, generate(demo, list(e.messages), seed=0, max_tokens=64).text) for e in examples]
+    assert sum(right) / 20 > card[task] - 0.25  # three standard deviations of 20 draws

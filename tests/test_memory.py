@@ -20,7 +20,7 @@ def resident():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 model = load("demo")
-prompts = ["Sort 5 2 9", "Count from 3 to 40.", "What is 27 + 45?", "Write a sentence about a cat."]
+prompts = ["Sort 5 2 9", "Count from 13 to 40.", "What is 27 + 45?", "Write a sentence about a cat."]
 sizes = []
 for number in range(1000):
     generate(model, prompts[number % 4], seed=number, max_tokens=64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any, NoReturn
 
@@ -10,6 +9,7 @@ import typer
 
 from dgemma_mlx import __version__
 from dgemma_mlx.cli.generate import generate
+from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.errors import DgemmaError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -52,9 +52,10 @@ def main() -> NoReturn:
 def run() -> int:
     """Runs the program; returns the exit code."""
     try:
-        result = app(standalone_mode=False)
-        sys.stdout.flush()
-        return result if isinstance(result, int) else 0
+        with quiet_when_closed():
+            result = app(standalone_mode=False)
+            return result if isinstance(result, int) else 0
+        return 0
     except DgemmaError as error:
         return _fail(error.message, error.hint, error.exit_code)
     except UsageError as error:
@@ -62,9 +63,6 @@ def run() -> int:
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader has what it wanted (| head)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _usage(error: Any) -> tuple[str, str]:

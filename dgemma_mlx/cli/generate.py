@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.prompt import read_prompt
 
 if TYPE_CHECKING:
@@ -85,9 +86,10 @@ def generate(
             confidence_threshold=confidence_threshold, stability_threshold=stability_threshold,
         ),
     )
-    done = _print_json(events, loaded) if as_json else _print_text(events, quiet)
-    if not quiet:
-        print(_summary(done), file=sys.stderr)
+    with quiet_when_closed():
+        done = _print_json(events, loaded) if as_json else _print_text(events, quiet)
+        if not quiet:
+            print(_summary(done), file=sys.stderr)
 
 
 def _announce_demo(model: str | None) -> None:
