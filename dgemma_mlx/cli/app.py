@@ -20,8 +20,8 @@ UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assign
 HELP = """DiffusionGemma on Apple silicon: text that is denoised a canvas at a time.
 
 Without a model the built-in demo answers. It is a demonstration of the program, not a language model: 2 million
-parameters that can solve 4x4 Sudoku, sort, reverse, add, count, fill in JSON and recall a name, and say
-"I do not know that." to most other things.
+parameters that solve 4x4 Sudoku, sort, reverse, add, count, fill in JSON and recall a name, not always rightly, and
+say "I do not know that." to most other things. The README has its score card.
 """
 
 app = typer.Typer(

@@ -12,12 +12,27 @@ Mask = mx.array | str | None
 _STEP = 256  # full-attention buffers grow by multiples of this many positions
 
 
-class FullLayerCache:
-    """Keys and values of all prefix positions, (B, Hk, S, D) each, in a buffer that grows."""
+class _LayerCache:
+    """One layer's buffers: keys and values (B, Hk, S, D), None before the first update."""
 
     def __init__(self) -> None:
         self._keys: mx.array | None = None
         self._values: mx.array | None = None
+
+    def state(self) -> tuple[mx.array, mx.array]:
+        assert self._keys is not None and self._values is not None
+        return self._keys, self._values
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._keys is None or self._values is None else self._keys.nbytes + self._values.nbytes
+
+
+class FullLayerCache(_LayerCache):
+    """Keys and values of all prefix positions, (B, Hk, S, D) each, in a buffer that grows."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self.size = 0
 
     def _reserve(self, k: mx.array, v: mx.array, capacity: int) -> tuple[mx.array, mx.array]:
@@ -41,24 +56,19 @@ class FullLayerCache:
         return self.state()
 
     def state(self) -> tuple[mx.array, mx.array]:
-        assert self._keys is not None and self._values is not None
-        return self._keys[:, :, : self.size], self._values[:, :, : self.size]
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self._keys is None or self._values is None else self._keys.nbytes + self._values.nbytes
+        keys, values = super().state()
+        return keys[:, :, : self.size], values[:, :, : self.size]
 
 
-class SlidingLayerCache:
+class SlidingLayerCache(_LayerCache):
     """Keys and values of the last ``window - 1`` prefix positions, oldest first.
 
     A query sees itself and the ``window - 1`` positions before it, so no more is ever needed.
     """
 
     def __init__(self, window: int) -> None:
+        super().__init__()
         self._kept = window - 1
-        self._keys: mx.array | None = None
-        self._values: mx.array | None = None
 
     def update(self, k: mx.array, v: mx.array, capacity: int) -> tuple[mx.array, mx.array]:
         """Appends (B, Hk, L, D) and returns the keys and values the new positions may see."""
@@ -69,14 +79,6 @@ class SlidingLayerCache:
         # contiguous: a view would keep the whole chunk's buffer alive
         self._keys, self._values = mx.contiguous(k[:, :, start:]), mx.contiguous(v[:, :, start:])
         return k, v
-
-    def state(self) -> tuple[mx.array, mx.array]:
-        assert self._keys is not None and self._values is not None
-        return self._keys, self._values
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self._keys is None or self._values is None else self._keys.nbytes + self._values.nbytes
 
 
 class PrefixCache:
