@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -38,21 +39,11 @@ class Task(Protocol):
         """Whether ``text`` answers ``example``."""
 
 
-class ContentTask:
-    """A task split by hashing the content key: ``make`` is drawn until the key falls in the wanted split."""
+class ExactTask:
+    """What tasks share: one right text for each example, compared without the white space around it."""
 
     name: str
     heldout_share = 0.1
-
-    def make(self, rng: random.Random) -> Example:
-        """Draw an example of either split."""
-        raise NotImplementedError
-
-    def sample(self, rng: random.Random, split: Split) -> Example:
-        while True:
-            example = self.make(rng)
-            if split_of(f"{self.name}:{example.key}", self.heldout_share) == split:
-                return example
 
     def check(self, example: Example, text: str) -> bool:
         return text.strip() == example.answer
@@ -60,6 +51,20 @@ class ContentTask:
     def example(self, prompt: str, answer: str, key: str) -> Example:
         """A conversation of one user turn."""
         return Example(self.name, (user(prompt),), answer, key)
+
+
+class ContentTask(ExactTask, ABC):
+    """A task split by hashing the content key: ``make`` is drawn until the key falls in the wanted split."""
+
+    @abstractmethod
+    def make(self, rng: random.Random) -> Example:
+        """Draw an example of either split."""
+
+    def sample(self, rng: random.Random, split: Split) -> Example:
+        while True:
+            example = self.make(rng)
+            if split_of(f"{self.name}:{example.key}", self.heldout_share) == split:
+                return example
 
 
 def user(text: str) -> dict[str, str]:

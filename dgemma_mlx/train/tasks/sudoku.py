@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from itertools import permutations
 
-from .base import ContentTask, Example, Split, reword, split_of
+from .base import ExactTask, Example, Split, reword, split_of
 
 Grid = tuple[int, ...]  # 16 digits 1-4, row by row
 
@@ -65,7 +65,7 @@ def format_grid(grid: Grid, empty: str = ".") -> str:
     return "\n".join(" ".join(cells[row : row + 4]) for row in range(0, 16, 4))
 
 
-class Sudoku(ContentTask):
+class Sudoku(ExactTask):
     """Puzzles of 5 to 12 clues with one solution; checked by the rules, not by comparing."""
 
     name = "sudoku"

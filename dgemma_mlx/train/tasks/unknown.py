@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Callable
 
-from .base import Example, Split, reword, split_of, user, with_article
+from .base import ExactTask, Example, Split, reword, split_of, with_article
 from .facts import CAPITALS, OPPOSITES
 from .words import NAMES, NOUNS, listed, made_up_word
 
@@ -154,7 +154,7 @@ FILLERS: dict[str, Callable[[random.Random], str]] = {
 CONTENT = ("n", "m", "name", "country", "animal", "w", "i", "s", "g")
 
 
-class Unknown:
+class Unknown(ExactTask):
     """Questions, requests, sums out of range and nonsense.
 
     Split by template and by filler: a held-out prompt has a held-out template and held-out content words.
@@ -173,7 +173,7 @@ class Unknown:
         articles = {f"a_{slot}": with_article(filler) for slot, filler in fillers.items()}
         prompt = reword(rng, template.format(**fillers, **articles))
         key = "|".join((template, *(value for slot, value in fillers.items() if slot in CONTENT)))
-        return Example(self.name, (user(prompt),), ANSWER, key)
+        return self.example(prompt, ANSWER, key)
 
     def draw(self, rng: random.Random, slot: str, split: Split) -> str:
         while True:
@@ -182,6 +182,3 @@ class Unknown:
                 continue
             if slot not in CONTENT or split_of(f"unknown filler: {filler}", self.heldout_share) == split:
                 return filler
-
-    def check(self, example: Example, text: str) -> bool:
-        return text.strip() == example.answer
