@@ -15,6 +15,7 @@ from dgemma_mlx.errors import DgemmaError
 if TYPE_CHECKING:
     from dgemma_mlx.engine import Model, generate, load, stream
     from dgemma_mlx.events import Committed, Done, Draft, Event, Statistics
+    from dgemma_mlx.prompt_cache import PromptCache
     from dgemma_mlx.text.parts import ToolCall
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "Draft",
     "Event",
     "Model",
+    "PromptCache",
     "Statistics",
     "ToolCall",
     "generate",
@@ -42,4 +44,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    # the engine's own, and PromptCache, which it imports
     return getattr(import_module("dgemma_mlx.events" if name in _EVENTS else "dgemma_mlx.engine"), name)

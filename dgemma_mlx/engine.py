@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from dgemma_mlx.hub import resolve
 from dgemma_mlx.model.cache import PrefixCache
 from dgemma_mlx.model.load import load_model
 from dgemma_mlx.model.text import DiffusionGemma
+from dgemma_mlx.prompt_cache import PromptCache
 from dgemma_mlx.text.chat import ChatTemplate, encode_chat
 from dgemma_mlx.text.parts import Parts, PartsParser
 from dgemma_mlx.text.tokenizer import Tokenizer, load_tokenizer
@@ -103,12 +104,16 @@ def stream(
     raw: bool = False,
     generation: GenerationConfig | None = None,
     prefill_step_size: int = PREFILL_STEP_SIZE,
+    prompt_cache: PromptCache | None = None,
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> Iterator[Event]:
     """Generates an answer; yields a ``Draft`` a denoising step, a ``Committed`` a canvas, at last a ``Done``.
 
     One ``seed`` gives one text on one machine; None draws one, which ``Done`` tells. ``temp`` 0 takes the
     most probable tokens as denoiser canvas, another value replaces the temperature schedule by a constant.
-    ``generation`` replaces the checkpoint's parameters. To cancel, stop iterating: the work is done step by step.
+    ``generation`` replaces the checkpoint's parameters. A ``prompt_cache`` that is handed on from call to call saves
+    encoding what the prompts have in common. To cancel, stop iterating: the work is done step by step; or let
+    ``cancelled`` return True, then the ``Done`` of the committed canvases comes next.
     """
     if max_tokens < 1:
         raise DgemmaError(f"max_tokens must be at least 1, not {max_tokens}", exit_code=2)
@@ -119,17 +124,35 @@ def stream(
         config = config.override(t_min=temp, t_max=temp)
     ids = model.encode_prompt(prompt, system=system, thinking=thinking, raw=raw)
     _check_length(model, ids)
-    run = _Run(model, config, secrets.randbits(32) if seed is None else seed, greedy=temp == 0)
+    run = _Run(
+        model, config, secrets.randbits(32) if seed is None else seed, greedy=temp == 0,
+        memory=prompt_cache or PromptCache(), cancelled=cancelled,
+    )  # fmt: skip
     return run.events(ids, max_tokens, prefill_step_size)
 
 
-def prefill(network: DiffusionGemma, ids: Sequence[int], cache: PrefixCache, step_size: int) -> None:
-    """Encodes a prompt into the cache chunk by chunk, freeing what each chunk needed on the way."""
+def prefill(
+    network: DiffusionGemma, ids: Sequence[int], cache: PrefixCache, step_size: int,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> int:
+    """Encodes a prompt into the cache chunk by chunk, freeing what each chunk needed on the way.
+
+    Returns how many ids were encoded: all of them, if not ``cancelled``.
+    """
     cache.reserve(len(ids))
     for start in range(0, len(ids), step_size):
+        if cancelled():
+            return start
         network.encode(mx.array([ids[start : start + step_size]], mx.int32), cache)
         mx.eval(cache.state())
         mx.clear_cache()
+    return len(ids)
+
+
+def _model_turn(ids: Sequence[int], tokenizer: Tokenizer) -> int:
+    """Where the last turn begins, the one that the model is to write: the next prompt may differ from there."""
+    start = tokenizer.special_ids.get("<|turn>")
+    return next((i for i in range(len(ids) - 1, -1, -1) if ids[i] == start), len(ids))
 
 
 def _check_length(model: Model, ids: Sequence[int]) -> None:
@@ -152,37 +175,60 @@ class _Run:
     config: GenerationConfig
     seed: int
     greedy: bool
+    memory: PromptCache
+    cancelled: Callable[[], bool]
     tokens: list[int] = field(default_factory=list)
     parts: Parts = field(default_factory=Parts)
     canvases: int = 0
     steps: int = 0
 
     def events(self, ids: list[int], max_tokens: int, prefill_step_size: int) -> Iterator[Event]:
-        network, cache, noise = self.model.network, self.model.network.new_cache(), Noise(self.seed)
+        network, noise = self.model.network, Noise(self.seed)
         length = self.model.config.canvas_length
         room = self.model.config.text.max_position_embeddings
         parser = PartsParser(self.model.tokenizer)
         mx.reset_peak_memory()
         began = time.perf_counter()
-        prefill(network, ids, cache, prefill_step_size)
+        cache = self.memory.reuse(network, ids)
+        known = cache.offset
+        self._prefill(ids, cache, prefill_step_size)
         prefilled = time.perf_counter()
-        while True:
+        reason: FinishReason | None = "cancelled" if self.cancelled() else None
+        while reason is None:
             draft: Draft | None = None
             for (draft,) in denoise(
                 network, cache, self.config, noise, canvas_length=length, canvas_index=self.canvases, greedy=self.greedy
             ):
+                self.steps += 1
                 yield draft
+                if self.cancelled():
+                    break
             assert draft is not None
+            if not draft.finished:
+                reason = "cancelled"
+                break
             kept, reason = self._commit(draft, max_tokens, fits=cache.offset + 2 * length <= room)
+            if reason is None and self.cancelled():
+                reason = "cancelled"
             new = parser.feed(kept)
             if reason is not None:
                 new += parser.finish()
             self.parts += new
             yield Committed(draft.canvas, tuple(kept), new.text, new.thinking, new.tool_calls, draft.step)
-            if reason is not None:
-                break
-            network.encode(mx.array([draft.tokens], mx.int32), cache)
-        yield self._done(reason, len(ids), prefilled - began, time.perf_counter() - prefilled)
+            if reason is None:
+                network.encode(mx.array([draft.tokens], mx.int32), cache)
+                self.memory.append(draft.tokens, mark="canvas")
+        yield self._done(reason, len(ids), known, prefilled - began, time.perf_counter() - prefilled)
+
+    def _prefill(self, ids: list[int], cache: PrefixCache, step_size: int) -> None:
+        """Encodes what the cache does not hold of the prompt, with a mark where the model's turn begins."""
+        known = cache.offset
+        turn = max(known, _model_turn(ids, self.model.tokenizer))
+        for part, mark in ((ids[known:turn], "turn"), (ids[turn:], None)):
+            encoded = prefill(self.model.network, part, cache, step_size, self.cancelled)
+            self.memory.append(part[:encoded], mark if encoded else None)
+            if encoded < len(part):
+                return
 
     def _commit(self, draft: Draft, max_tokens: int, fits: bool) -> tuple[list[int], FinishReason | None]:
         """Cuts a finished canvas after its first end-of-text id, and at max_tokens."""
@@ -196,17 +242,19 @@ class _Run:
             kept, reason = kept[:room], "length"
         self.tokens += kept
         self.canvases += 1
-        self.steps += draft.step
         return kept, reason
 
-    def _done(self, reason: FinishReason, prompt_tokens: int, prefill_seconds: float, seconds: float) -> Done:
+    def _done(
+        self, reason: FinishReason, prompt_tokens: int, cached_tokens: int, prefill_seconds: float, seconds: float
+    ) -> Done:
         count = sum(token != self.config.pad_token_id for token in self.tokens)  # as the reference counts
         statistics = Statistics(
             prompt_tokens=prompt_tokens,
+            cached_tokens=cached_tokens,
             generated_tokens=count,
             canvases=self.canvases,
             denoising_steps=self.steps,
-            tokens_per_forward=count / self.steps,
+            tokens_per_forward=count / self.steps if self.steps else 0.0,
             prefill_seconds=prefill_seconds,
             seconds=prefill_seconds + seconds,
             tokens_per_second=count / seconds,

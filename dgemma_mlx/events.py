@@ -7,8 +7,9 @@ from typing import Literal
 
 from dgemma_mlx.text.parts import ToolCall
 
-FinishReason = Literal["stop", "length"]
-"""``stop``: an end-of-text id was written; ``length``: max_tokens or the model's positions were used up."""
+FinishReason = Literal["stop", "length", "cancelled"]
+"""``stop``: an end-of-text id was written; ``length``: max_tokens or the model's positions were used up;
+``cancelled``: the caller asked to stop."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,14 @@ class Statistics:
     """Counts and times of one generation."""
 
     prompt_tokens: int
+    cached_tokens: int
+    """prompt tokens that an earlier call had encoded"""
     generated_tokens: int
     """kept tokens, the end-of-text id among them, padding not"""
     canvases: int
     denoising_steps: int
     tokens_per_forward: float
-    """generated_tokens / denoising_steps, as the reference counts it"""
+    """generated_tokens / denoising_steps, as the reference counts it; 0 without a step"""
     prefill_seconds: float
     seconds: float
     tokens_per_second: float

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import mlx.core as mx
 
 from dgemma_mlx.config import FULL, SLIDING, TextConfig
@@ -70,6 +72,9 @@ class SlidingLayerCache(_LayerCache):
         super().__init__()
         self._kept = window - 1
 
+    def set_state(self, keys: mx.array, values: mx.array) -> None:
+        self._keys, self._values = keys, values
+
     def update(self, k: mx.array, v: mx.array, capacity: int) -> tuple[mx.array, mx.array]:
         """Appends (B, Hk, L, D) and returns the keys and values the new positions may see."""
         if self._keys is not None and self._values is not None:
@@ -79,6 +84,15 @@ class SlidingLayerCache(_LayerCache):
         # contiguous: a view would keep the whole chunk's buffer alive
         self._keys, self._values = mx.contiguous(k[:, :, start:]), mx.contiguous(v[:, :, start:])
         return k, v
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A point to go back to: how many positions were encoded, and what the sliding layers held then."""
+
+    offset: int
+    sliding: dict[int, tuple[mx.array, mx.array]]
+    """by layer; (B, Hk, S, D) each"""
 
 
 class PrefixCache:
@@ -121,6 +135,22 @@ class PrefixCache:
     def advance(self, positions: int) -> None:
         """Counts positions that every layer has appended."""
         self.offset += positions
+
+    def snapshot(self) -> Snapshot:
+        """The present state. Full layers need no copy: what follows is only written behind it."""
+        sliding = {
+            i: layer.state() for i, layer in enumerate(self.layers) if isinstance(layer, SlidingLayerCache)
+        }
+        return Snapshot(self.offset, sliding if self.offset else {})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Goes back to a snapshot of this cache, not before one that was restored since."""
+        self.offset = snapshot.offset
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, FullLayerCache):
+                layer.size = snapshot.offset
+            else:
+                layer.set_state(*snapshot.sliding[i])
 
     def encode_masks(self, length: int) -> dict[str, Mask]:
         """For each kind of layer, who sees whom when ``length`` positions are appended."""

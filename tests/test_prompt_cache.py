@@ -1,0 +1,137 @@
+"""Reuse of the encoded prefix from turn to turn, and cancelling in every phase."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import dgemma_mlx
+from dgemma_mlx import Committed, Done, Draft, Model, PromptCache, generate, stream
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return dgemma_mlx.load("demo")
+
+
+def ids_of(model: Model, *turns: str) -> list[int]:
+    roles = ("user", "assistant")
+    return model.encode_prompt([{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)])
+
+
+def decoded(model: Model, ids: list[int], memory: PromptCache) -> tuple[int, np.ndarray]:
+    """Positions reused, and the logits of a canvas after ``ids`` encoded on top of them."""
+    cache = memory.reuse(model.network, ids)
+    known = cache.offset
+    if known < len(ids):
+        model.network.encode(mx.array([ids[known:]]), cache)
+        memory.append(ids[known:])
+    return known, np.array(model.network.decode(mx.arange(32)[None], cache))
+
+
+def test_a_conversation_goes_on_from_where_the_models_turn_began(model: Model) -> None:
+    memory = PromptCache()
+    first = [{"role": "user", "content": "My name is Ana."}]
+    answer = generate(model, first, seed=1, prompt_cache=memory)
+    assert answer.statistics.cached_tokens == 0
+    more = [*first, {"role": "assistant", "content": answer.text}, {"role": "user", "content": "What is my name?"}]
+    reused = generate(model, more, seed=2, prompt_cache=memory)
+    fresh = generate(model, more, seed=2)
+    assert reused.statistics.cached_tokens == len(model.encode_prompt(first))
+    assert reused.text == fresh.text
+    assert reused.tokens == fresh.tokens
+
+
+def test_asking_again_encodes_nothing(model: Model) -> None:
+    memory = PromptCache()
+    once = generate(model, "What is 27 + 45?", seed=3, prompt_cache=memory)
+    again = generate(model, "What is 27 + 45?", seed=3, prompt_cache=memory)
+    assert again.statistics.cached_tokens == again.statistics.prompt_tokens
+    assert again.tokens == once.tokens
+
+
+@pytest.mark.parametrize("shared", [0, 1, 30, 63, 64, 65, 150, 199])
+def test_what_is_reused_is_what_would_be_encoded_afresh(model: Model, shared: int) -> None:
+    rng = np.random.default_rng(shared)
+    one = rng.integers(200, 768, 200).tolist()
+    other = one[:shared] + rng.integers(200, 768, 200 - shared).tolist()
+    other[shared] = one[shared] + 1 if one[shared] < 767 else 200
+    memory = PromptCache()
+    cache = memory.reuse(model.network, one)
+    model.network.encode(mx.array([one[:150]]), cache)  # longer than the sliding window of 64
+    memory.append(one[:150], mark="turn")
+    model.network.encode(mx.array([one[150:]]), cache)
+    memory.append(one[150:])
+    known, logits = decoded(model, other, memory)
+    assert known == (150 if shared >= 150 else 0)
+    _, expected = decoded(model, other, PromptCache())
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    back, logits = decoded(model, one, memory)  # and back again: the mark still holds
+    assert back == (150 if shared >= 150 else 0)
+    np.testing.assert_allclose(logits, decoded(model, one, PromptCache())[1], atol=1e-4)
+
+
+def test_a_prefix_of_what_was_encoded_goes_back_to_a_mark(model: Model) -> None:
+    ids = np.random.default_rng(0).integers(200, 768, 100).tolist()
+    memory = PromptCache()
+    decoded(model, ids, memory)
+    known, logits = decoded(model, ids[:80], memory)
+    assert known == 0
+    np.testing.assert_allclose(logits, decoded(model, ids[:80], PromptCache())[1], atol=1e-4)
+
+
+def test_whole_canvases_are_reused_where_the_text_is_tokenized_alike(model: Model) -> None:
+    memory = PromptCache()
+    prompt = [{"role": "user", "content": "Count from 13 to 40."}]
+    events = list(stream(model, prompt, seed=1, prompt_cache=memory))
+    canvases = [event for event in events if isinstance(event, Committed)]
+    done = events[-1]
+    assert isinstance(done, Done)
+    assert len(canvases) == 2
+    ids = ids_of(model, "Count from 13 to 40.", done.text, "Hi")
+    assert ids[done.statistics.prompt_tokens :][: len(done.tokens)] == list(done.tokens)
+    assert memory.reuse(model.network, ids).offset == done.statistics.prompt_tokens + len(canvases[0].tokens)
+
+
+def test_another_model_shares_nothing(model: Model) -> None:
+    memory = PromptCache()
+    generate(model, "Sort 7 3 5", seed=1, prompt_cache=memory)
+    other = dgemma_mlx.load("demo")
+    assert generate(other, "Sort 7 3 5", seed=1, prompt_cache=memory).statistics.cached_tokens == 0
+
+
+def test_cancelled_before_the_first_step(model: Model) -> None:
+    (done,) = stream(model, "Count from 13 to 40.", seed=1, cancelled=lambda: True)
+    assert isinstance(done, Done)
+    assert (done.finish_reason, done.text, done.tokens) == ("cancelled", "", ())
+    assert done.statistics.denoising_steps == 0
+
+
+def test_cancelled_within_the_prompt_keeps_what_is_encoded(model: Model) -> None:
+    memory, answers = PromptCache(), iter([False, False, True])
+    events = list(stream(model, "Hello " * 60, seed=1, prompt_cache=memory, prefill_step_size=16,
+                         cancelled=lambda: next(answers, True)))  # fmt: skip
+    assert [type(event) for event in events] == [Done]
+    ids = ids_of(model, "Hello " * 60)
+    known, logits = decoded(model, ids, memory)
+    assert known == 32
+    np.testing.assert_allclose(logits, decoded(model, ids, PromptCache())[1], atol=1e-4)
+
+
+def test_cancelled_within_the_second_canvas_keeps_the_first(model: Model) -> None:
+    whole = generate(model, "Count from 13 to 40.", seed=1)
+    committed: list[str] = []
+    seen: list[Draft] = []
+    for event in stream(model, "Count from 13 to 40.", seed=1,
+                        cancelled=lambda: bool(seen) and seen[-1].canvas == 1):  # fmt: skip
+        if isinstance(event, Draft):
+            seen.append(event)
+        elif isinstance(event, Committed):
+            committed.append(event.text)
+        else:
+            done = event
+    assert done.finish_reason == ("cancelled" if not seen[-1].finished else "stop")
+    assert whole.text.startswith(committed[0])
+    assert done.text == "".join(committed)
+    assert done.statistics.denoising_steps == len(seen)
