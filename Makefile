@@ -38,9 +38,9 @@ type: $(VENV)/.installed-test ## mypy, strict
 oracle: $(ORACLE)/.installed ## compare with torch, transformers and mlx-vlm, in a venv of their own
 	@$(ORACLE)/bin/python -m pytest -m oracle -W default $(ARGS)
 
-bench: $(VENV)/.installed-test ## the benchmarks
+bench: $(VENV)/.installed-test ## the benchmarks; BENCH=long_prompt ARGS="--tokens 32768" runs one
 	@library=$$(sh scripts/openblas.sh) || exit 1; \
-		for script in benchmarks/*.py; do echo "== $$script"; \
+		for script in benchmarks/$(or $(BENCH),*).py; do echo "== $$script"; \
 		LD_PRELOAD=$$library $(PYTHON_BIN) "$$script" $(ARGS) || exit 1; done
 
 wheel: $(VENV)/.installed-test ## build dist/*.whl and the source archive

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dgemma_mlx.config import ModelConfig
 from dgemma_mlx.errors import DgemmaError
@@ -38,13 +39,15 @@ class Checkpoint:
     folder: Path
     name: str
     is_demo: bool
+    has_weights: bool = True
 
 
-def resolve(name: str | None = None) -> Checkpoint:
+def resolve(name: str | None = None, *, weights: bool = True) -> Checkpoint:
     """Finds a checkpoint: ``demo``, a folder, or a Hub id ``owner/name[@revision]``, downloaded once.
 
     None stands for the environment variable ``DGEMMA_MODEL``, else for the demo. A complete copy in the Hub's
-    cache is used without asking the network. Raises ``DgemmaError`` (exit code 2 for a malformed name).
+    cache is used without asking the network. Without ``weights``, what is not there yet is downloaded but for them.
+    Raises ``DgemmaError`` (exit code 2 for a malformed name).
     """
     if name is None:
         name = os.environ.get(MODEL_VARIABLE) or DEMO
@@ -58,14 +61,29 @@ def resolve(name: str | None = None) -> Checkpoint:
     if os.path.exists(path):
         raise DgemmaError(f"{name} is a file, not a folder", f"Name the folder it is in: {Path(path).parent}")
     if hub_id := _HUB_ID.fullmatch(name):
-        return Checkpoint(_fetch(hub_id[1], hub_id[2]), name, is_demo=False)
+        return _fetch(name, hub_id[1], hub_id[2], weights)
     if "/" in name and not name.startswith((".", "/", "~")):
         raise _malformed(name)
     raise DgemmaError(f"there is no folder {name!r}", _FORMS)
 
 
-def _fetch(repo_id: str, revision: str | None) -> Path:
-    """The snapshot's folder: in the cache if it is complete there, else downloaded."""
+def remote_headers(name: str) -> dict[str, Any]:
+    """The headers of a Hub repository's safetensors files, by file name, without their weights.
+
+    Each has ``tensors``: by name, objects with dtype, shape and data_offsets.
+    """
+    from huggingface_hub import get_safetensors_metadata
+
+    found = _HUB_ID.fullmatch(name)
+    assert found is not None, "resolve() has taken it for a Hub id"
+    try:
+        return dict(get_safetensors_metadata(found[1], revision=found[2]).files_metadata)
+    except Exception as error:
+        raise _explain(found[1], found[2], error) from error
+
+
+def _fetch(name: str, repo_id: str, revision: str | None, weights: bool) -> Checkpoint:
+    """The snapshot: in the cache if it is complete there, else downloaded."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -74,11 +92,14 @@ def _fetch(repo_id: str, revision: str | None) -> Path:
         try:
             cached = Path(snapshot(allow_patterns=list(_FILES), local_files_only=True))
             if _is_complete(cached):
-                return cached
+                return Checkpoint(cached, name, is_demo=False)
         except LocalEntryNotFoundError:
             pass
         # The small files first: no wrong model's 50 GB of weights.
-        ModelConfig.load(Path(snapshot(allow_patterns=list(_CONFIG_FILES))))
+        folder = Path(snapshot(allow_patterns=list(_CONFIG_FILES)))
+        ModelConfig.load(folder)
+        if not weights:
+            return Checkpoint(folder, name, is_demo=False, has_weights=False)
         folder = Path(snapshot(allow_patterns=list(_FILES)))
     except DgemmaError:
         raise
@@ -89,7 +110,7 @@ def _fetch(repo_id: str, revision: str | None) -> Path:
             f"the copy of {repo_id} in {folder} is not complete",
             "Go online and try again; if you are, the repository lacks its weights or its tokenizer.",
         )
-    return folder
+    return Checkpoint(folder, name, is_demo=False)
 
 
 def _is_complete(folder: Path) -> bool:
@@ -135,7 +156,7 @@ def _explain(repo_id: str, revision: str | None, error: Exception) -> DgemmaErro
         return DgemmaError(f"the Hub refuses access to {name}", f"To get it, {_ACCESS}")
     return DgemmaError(
         f"{name} could not be downloaded: {str(error).strip().partition(chr(10))[0] or type(error).__name__}",
-        "Check the connection and the free space; the next try goes on where this one stopped.",
+        "Check the connection and the free space; the next try fetches what is still missing.",
     )
 
 

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Trains the built-in model in runs/demo (goes on where it stopped) and scores it: demo_model.sh PYTHON [OPTION...]
+# The built-in model: trains it in runs/demo (goes on where it stopped), converts the bf16 checkpoint that training
+# leaves as users convert theirs, and scores the outcome: demo_model.sh PYTHON [OPTION...]
 # On Linux two processes share the work, a core each, with OpenBLAS; on a Mac one process has the GPU.
 set -eu
 python=$1
@@ -17,5 +18,6 @@ if [ "$(uname -s)" = Linux ]; then
 else
     "$python" -m dgemma_mlx.train.demo --run "$run" "$@"
 fi
-"$python" -m dgemma_mlx.train.demo --score "$run/model"
-echo "To ship it: cp $run/model/* dgemma_mlx/demo/" >&2
+"$python" -m dgemma_mlx convert "$run/model" -o "$run/demo" --recipe bf16 --verify --force
+"$python" -m dgemma_mlx.train.demo --score "$run/demo"
+echo "To ship it: cp $run/demo/* dgemma_mlx/demo/" >&2

@@ -1,13 +1,19 @@
-"""A Hub on the loopback interface: the few requests that downloading a repository takes."""
+"""A Hub on the loopback interface: the few requests that downloading and uploading a repository take."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import re
+import socket
+import sys
 import threading
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 Files = dict[str, bytes]
@@ -15,11 +21,16 @@ Files = dict[str, bytes]
 
 @dataclass
 class Repository:
-    """The files at each revision, and the error that reading one answers: (status, X-Error-Code)."""
+    """The files at each revision, and what goes wrong: errors are a status and an X-Error-Code.
 
-    revisions: dict[str, Files]
+    ``on_info`` and ``on_file`` answer every such request. ``troubles`` of a file are met by its next downloads, one
+    each: a status, or a number of bytes, after which the connection of the next one that is longer breaks off.
+    """
+
+    revisions: dict[str, Files] = field(default_factory=dict)
     on_info: tuple[int, str] | None = None
     on_file: tuple[int, str] | None = None
+    troubles: dict[str, list[HTTPStatus | int]] = field(default_factory=dict)
 
     def commit(self, revision: str) -> str:
         """The commit a revision stands for: 40 hex digits."""
@@ -32,10 +43,18 @@ class Repository:
 
 @dataclass
 class HubServer:
-    """Serves the repositories while its context lasts; ``requests`` lists what was asked for."""
+    """Serves the repositories while its context lasts.
+
+    ``requests`` lists the paths asked for, ``downloads`` the files whose content was, with the range. ``on_write``
+    is what uploads to a path meet: a status and an X-Error-Code.
+    """
 
     repositories: dict[str, Repository]
+    on_write: dict[str, tuple[int, str]] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+    downloads: list[tuple[str, str | None]] = field(default_factory=list)
+    stored: Files = field(default_factory=dict)
+    """large files that were put, by sha256"""
 
     def __enter__(self) -> HubServer:
         hub = self
@@ -65,9 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.server_of.requests.append(path)
-        parts = path.strip("/").split("/")
+        parts = self._path().strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             self._api("/".join(parts[2:4]), parts[4:])
         elif len(parts) > 4 and parts[2] == "resolve":
@@ -77,6 +94,63 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self.do_GET()
+
+    def do_POST(self) -> None:
+        path, body = self._path(), self.rfile.read(int(self.headers["Content-Length"]))
+        parts = path.strip("/").split("/")
+        if "Authorization" not in self.headers:
+            self._error(401, "")
+        elif error := self.server_of.on_write.get(path):
+            self._error(*error)
+        elif path == "/api/validate-yaml":
+            self._json({})
+        elif path == "/api/repos/create":
+            self._create(json.loads(body))
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            self._json({"objects": [self._upload_of(item) for item in json.loads(body)["objects"]]})
+        elif parts[4:5] == ["preupload"]:
+            modes = {True: "lfs", False: "regular"}
+            self._json({"files": [
+                {"path": file["path"], "uploadMode": modes[file["path"].endswith(".safetensors")],
+                 "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]})  # fmt: skip
+        elif parts[4:5] == ["commit"]:
+            self._commit("/".join(parts[2:4]), parts[5], [json.loads(line) for line in body.splitlines()])
+        else:
+            self._error(404, "")
+
+    def do_PUT(self) -> None:
+        path, body = self._path(), self.rfile.read(int(self.headers["Content-Length"]))
+        if error := self.server_of.on_write.get(path):
+            return self._error(*error)
+        self.server_of.stored[hashlib.sha256(body).hexdigest()] = body
+        return self._answer(b"")
+
+    def _path(self) -> str:
+        path = unquote(urlsplit(self.path).path)
+        self.server_of.requests.append(path)
+        return path
+
+    def _create(self, wanted: dict[str, str]) -> None:
+        repo_id = f"{wanted['organization']}/{wanted['name']}"
+        known = repo_id in self.server_of.repositories
+        self.server_of.repositories.setdefault(repo_id, Repository({"main": {}}))
+        self._json({"url": f"{self.server_of.url}/{repo_id}"}, 409 if known else 200)
+
+    def _upload_of(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Where to put a large file."""
+        return {**item, "actions": {"upload": {"href": f"{self.server_of.url}/put/{item['oid']}"}}}
+
+    def _commit(self, repo_id: str, revision: str, lines: list[dict[str, Any]]) -> None:
+        repository = self.server_of.repositories[repo_id]
+        files = repository.revisions[revision]
+        for value in (line["value"] for line in lines if line["key"] == "file"):
+            files[value["path"]] = base64.b64decode(value["content"])
+        for value in (line["value"] for line in lines if line["key"] == "lfsFile"):
+            files[value["path"]] = self.server_of.stored[value["oid"]]
+        commit = repository.commit(revision)
+        self._json({"commitUrl": f"{self.server_of.url}/{repo_id}/commit/{commit}", "commitOid": commit})
 
     def _api(self, repo_id: str, rest: list[str]) -> None:
         repository = self.server_of.repositories.get(repo_id)
@@ -89,14 +163,11 @@ class _Handler(BaseHTTPRequestHandler):
         if files is None:
             return self._error(404, "RevisionNotFound")
         if kind == "tree":
-            entries = [
-                {"type": "file", "path": name, "size": len(data), "oid": _digest(data)}
-                for name, data in files.items()
-            ]
-            return self._answer(json.dumps(entries).encode())
+            return self._json([
+                {"type": "file", "path": name, "size": len(data), "oid": _digest(data)} for name, data in files.items()
+            ])  # fmt: skip
         siblings = [{"rfilename": name} for name in files]
-        info = {"id": repo_id, "sha": _commit_of(repository, revision), "siblings": siblings}
-        return self._answer(json.dumps(info).encode())
+        return self._json({"id": repo_id, "sha": _commit_of(repository, revision), "siblings": siblings})
 
     def _file(self, repo_id: str, revision: str, name: str) -> None:
         repository = self.server_of.repositories[repo_id]
@@ -106,17 +177,38 @@ class _Handler(BaseHTTPRequestHandler):
         if files is None or name not in files:
             return self._error(404, "EntryNotFound")
         data = files[name]
-        return self._answer(
-            data, {"ETag": f'"{_digest(data)}"', "X-Repo-Commit": _commit_of(repository, revision)}
-        )
+        headers = {"ETag": f'"{_digest(data)}"', "X-Repo-Commit": _commit_of(repository, revision)}
+        if self.command == "HEAD":
+            return self._answer(data, headers)
+        asked = self.headers["Range"]
+        self.server_of.downloads.append((name, asked))
+        status = 200
+        if found := re.fullmatch(r"bytes=(\d+)-(\d*)", asked or ""):
+            start, end = int(found[1]), min(int(found[2] or len(data)), len(data) - 1)
+            headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
+            data, status = data[start : end + 1], 206
+        trouble = next(iter(repository.troubles.get(name, [])), len(data))
+        if isinstance(trouble, HTTPStatus) or trouble < len(data):
+            repository.troubles[name].pop(0)
+        if isinstance(trouble, HTTPStatus):
+            return self._error(trouble, "")
+        return self._answer(data, headers, status, breaks_after=trouble)
 
-    def _answer(self, body: bytes, headers: dict[str, str] | None = None, status: int = 200) -> None:
+    def _json(self, value: Any, status: int = 200) -> None:
+        self._answer(json.dumps(value).encode(), {"Content-Type": "application/json"}, status)
+
+    def _answer(
+        self, body: bytes, headers: dict[str, str] | None = None, status: int = 200, breaks_after: int = sys.maxsize
+    ) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body[:breaks_after])
+        if breaks_after < len(body):
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def _error(self, status: int, code: str) -> None:
         self._answer(b"", {"X-Error-Code": code}, status)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,34 +43,43 @@ def source_name(parameter: str) -> str:
     return stem if _BARE_EXPERTS.search(stem) else name
 
 
-def remap(tensors: Mapping[str, mx.array]) -> Weights:
-    """Published names -> parameter paths. Tied copies that ``save_pretrained`` may write are dropped,
-    or used where the decoder's own tensor is absent."""
-    vision: dict[str, mx.array] = {}
-    names: dict[str, str] = {}
+def parameter_names(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Names in a checkpoint -> (parameter path -> name, the vision tower's names).
+
+    Tied copies that ``save_pretrained`` may write are dropped, or used where the decoder's own tensor is absent.
+    """
+    vision: list[str] = []
+    text: dict[str, str] = {}
     copies: dict[str, str] = {}
-    for name, tensor in tensors.items():
+    for name in names:
         if name.startswith(_VISION):
-            vision[name] = tensor
+            vision.append(name)
         elif name.startswith(_DECODER):
-            names[_parameter(name.removeprefix(_DECODER))] = name
+            text[_parameter(name.removeprefix(_DECODER))] = name
         elif name.startswith(_ENCODER) and name.endswith(".layer_scalar"):
-            names[name.removeprefix(_ENCODER).replace(".layer_scalar", ".encoder_layer_scalar")] = name
+            text[name.removeprefix(_ENCODER).replace(".layer_scalar", ".encoder_layer_scalar")] = name
         elif name.startswith(_ENCODER):
             copies[_parameter(name.removeprefix(_ENCODER))] = name
         elif name == "lm_head.weight":
             copies["embed_tokens.weight"] = name
         else:
-            names[name] = name  # unknown: reported with the unexpected ones
-    names = {**copies, **names}
-    return Weights({path: tensors[name] for path, name in names.items()}, vision, names)
+            text[name] = name  # unknown: reported with the unexpected ones
+    return {**copies, **text}, vision
+
+
+def remap(tensors: Mapping[str, mx.array]) -> Weights:
+    """Published names -> parameter paths."""
+    names, vision = parameter_names(tensors)
+    text = {path: tensors[name] for path, name in names.items()}
+    return Weights(text, {name: tensors[name] for name in vision}, names)
 
 
 def _parameter(name: str) -> str:
     return name + ".weight" if _BARE_EXPERTS.search(name) else name
 
 
-def load_model(folder: Path, config: ModelConfig, dtype: mx.Dtype | None = None) -> tuple[DiffusionGemma, Weights]:
+def load_model(folder: Path, config: ModelConfig, dtype: mx.Dtype | None = None, *,
+               strict: bool = True) -> tuple[DiffusionGemma, Weights]:
     """Builds the network and binds the folder's tensors to it.
 
     ``dtype`` converts all floating tensors (lazily); by default they stay as stored, except on a machine
@@ -82,6 +91,9 @@ def load_model(folder: Path, config: ModelConfig, dtype: mx.Dtype | None = None)
         _quantize(model, config.quantization, weights.text)
     if dtype is None and mx.default_device() == mx.Device(mx.cpu):
         dtype = mx.float32
+    if not strict:
+        known = dict(tree_flatten(model.parameters()))
+        weights.text = {path: tensor for path, tensor in weights.text.items() if path in known}
     _check(model, weights)
     if dtype is not None:
         weights.text = {
@@ -93,19 +105,25 @@ def load_model(folder: Path, config: ModelConfig, dtype: mx.Dtype | None = None)
     return model, weights
 
 
-def _quantize(model: DiffusionGemma, quantization: Mapping[str, Any], weights: Mapping[str, mx.array]) -> None:
-    """Replaces the modules whose weights are packed, each with its own group size, bits and mode.
+def module_quantization(quantization: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The "group_size", "bits" and "mode" of a packed module, from config.json's ``quantization``.
 
     As ``mlx.nn.quantize`` reads it, an entry for one module stands for itself: without a mode it is affine,
-    whatever the mode of the others.
+    whatever the mode of the others. ``path`` is the module's, with or without ``model.decoder.``
     """
-    own = {name.removeprefix(_DECODER): value for name, value in quantization.items()}
+    path = path.removeprefix(_DECODER)
+    own = next((quantization[name] for name in (path, _DECODER + path) if name in quantization), None)
+    entry = own if isinstance(own, Mapping) else quantization
+    return {name: entry[name] for name in ("group_size", "bits", "mode") if entry.get(name) is not None}
+
+
+def _quantize(model: DiffusionGemma, quantization: Mapping[str, Any], weights: Mapping[str, mx.array]) -> None:
+    """Replaces the modules whose weights are packed, each with its own group size, bits and mode."""
 
     def packed(path: str, module: nn.Module) -> nn.Module:
         if not hasattr(module, "to_quantized") or f"{path}.scales" not in weights:
             return module
-        entry = own[path] if isinstance(own.get(path), Mapping) else quantization
-        chosen = {name: entry[name] for name in ("group_size", "bits", "mode") if entry.get(name) is not None}
+        chosen = module_quantization(quantization, path)
         try:
             quantized: nn.Module = module.to_quantized(**chosen)
         except (ValueError, TypeError):

@@ -6,6 +6,7 @@ import json
 import os
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,6 +17,21 @@ from dgemma_mlx.errors import DgemmaError
 _FETCH_AGAIN = "The download may not have finished; fetch the checkpoint again."
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 _LFS_POINTER = b"version "  # followed by https://git-lfs.github.com/spec/v1
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: bytes ``start`` to ``end`` of the file; dtype in safetensors' words ("BF16", ...)."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -38,8 +54,8 @@ def shard_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(names))]
 
 
-def check_complete(path: Path) -> None:
-    """Compares the file's size with the end of its last tensor; a ``DgemmaError`` names a cut-off file."""
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, without their data; a ``DgemmaError`` names a cut-off or damaged file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -48,21 +64,26 @@ def check_complete(path: Path) -> None:
                 raise DgemmaError(f"{path} is a Git LFS pointer, not the file itself", "Run `git lfs pull` there.")
             (length,) = struct.unpack("<Q", start)
             header = json.loads(file.read(min(length, size, _MAX_HEADER)))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        expected = 8 + length + max(ends, default=0)
+        tensors = {
+            name: StoredTensor(path, str(entry["dtype"]), shape, 8 + length + begin, 8 + length + end)
+            for name, entry in header.items() if name != "__metadata__"
+            for shape, (begin, end) in [(tuple(map(int, entry["shape"])), entry["data_offsets"])]
+        }
+        expected = max((tensor.end for tensor in tensors.values()), default=8 + length)
     except OSError as error:
         raise DgemmaError(f"{path} cannot be read: {error.strerror}", _FETCH_AGAIN) from None
     except (struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         raise DgemmaError(f"{path} is no safetensors file, or its header is cut off", _FETCH_AGAIN) from None
     if size != expected:
         raise DgemmaError(f"{path} has {size:,} bytes, its header promises {expected:,}", _FETCH_AGAIN)
+    return tensors
 
 
 def open_tensors(folder: Path) -> dict[str, mx.array]:
     """Every tensor of the checkpoint under its own name; nothing is read from disk before it is used."""
     tensors: dict[str, mx.array] = {}
     for path in shard_files(folder):
-        check_complete(path)
+        read_header(path)
         try:
             loaded = mx.load(str(path), format="safetensors")
         except (RuntimeError, ValueError) as error:

@@ -1,0 +1,206 @@
+"""The ``mixed`` recipe: bits for each part of a layer, by measured error, within a budget of bytes.
+
+Each group (the attention of one layer, its experts, ...) is packed at 3, 4, 5, 6 and 8 bits, and the error of its
+output is measured: with calibration texts, errors of an input channel count by its mean square in the activations
+(|x dW|^2 = sum over channels of x_i^2 |dW_i|^2 where channels are independent); without, all channels count alike.
+The budget is then spent greedily, on the group that gains most for a byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from dgemma_convert.formats import Format
+from dgemma_convert.recipes import KEPT, class_of, layer_of
+from dgemma_convert.source import Source, Weight
+from dgemma_convert.walk import Walk, make_samples, number
+from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.model.text import Layer
+
+BITS = (3, 4, 5, 6, 8)
+_SAMPLE_VALUES = 8 << 20  # of a tensor, measured; in slabs spread over its rows
+_SLABS = 8
+
+Moments = dict[str, mx.array]
+"""Parameter path -> mean square of each input channel (I,)."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """What gets the same bits. ``size`` in bytes and relative ``error`` of the output, by bits."""
+
+    name: str
+    paths: tuple[str, ...]
+    values: int
+    size: Mapping[int, int]
+    error: Mapping[int, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        error = {bits: round(error, 6) for bits, error in self.error.items()}
+        return {"values": self.values, "bytes": dict(self.size), "error": error}
+
+
+def groups_of(source: Source, group_size: int) -> dict[str, list[str]]:
+    """Group name -> parameter paths of the matrices that can be packed."""
+    groups: dict[str, list[str]] = {}
+    for path, weight in source.text.items():
+        tensor_class = class_of(path + weight.suffix)
+        if tensor_class != KEPT and Format(4, group_size).fits(weight.shape):
+            layer = layer_of(path)
+            groups.setdefault(tensor_class if layer is None else f"layer {layer} {tensor_class}", []).append(path)
+    return groups
+
+
+def measure(source: Source, group_size: int, moments: Moments,
+            progress: Callable[[int, int], None]) -> list[Group]:
+    """Packs a sample of every group at each number of bits; ``progress`` is told groups done and in all."""
+    groups = groups_of(source, group_size)
+    table = []
+    for done, (name, paths) in enumerate(groups.items(), 1):
+        weights = [source.text[path] for path in paths]
+        errors = dict.fromkeys(BITS, 0.0)
+        whole = 0.0
+        for path, weight in zip(paths, weights, strict=True):
+            wrong, norm = _squares(weight, group_size, moments.get(path))
+            whole += norm
+            errors = {bits: errors[bits] + wrong[bits] for bits in BITS}
+        size = {b: sum(_packed_bytes(w, Format(b, group_size)) for w in weights) for b in BITS}
+        relative = {bits: (error / whole) ** 0.5 if whole else 0.0 for bits, error in errors.items()}
+        table.append(Group(name, tuple(paths), sum(w.size for w in weights), size, relative))
+        progress(done, len(groups))
+    return table
+
+
+def solve(groups: Sequence[Group], budget: int, *, by_size: bool) -> dict[str, int]:
+    """Group name -> bits, so that their bytes stay within ``budget``.
+
+    Minimises the sum of squared relative errors, with ``by_size`` each times its number of values: all start at the
+    fewest bits, and the step that takes most error for a byte is made as long as one fits.
+    """
+    chosen = {group.name: BITS[0] for group in groups}
+    left = budget - sum(group.size[BITS[0]] for group in groups)
+    if left < 0:
+        raise DgemmaError(
+            f"the target is {-left / 1e9:.2f} GB too small: {BITS[0]} bits for everything is the least",
+            "Choose a larger --target-size or --target-bpw.", exit_code=2,
+        )
+
+    def steps() -> Iterator[tuple[float, int, str, int]]:
+        for group in groups:
+            have = chosen[group.name]
+            for bits in (b for b in BITS if b > have):
+                extra = group.size[bits] - group.size[have]
+                gain = (group.error[have] ** 2 - group.error[bits] ** 2) * (group.values if by_size else 1)
+                if extra <= left and gain > 0:
+                    yield gain / extra, extra, group.name, bits
+
+    while best := max(steps(), default=None):
+        _, extra, name, bits = best
+        chosen[name] = bits
+        left -= extra
+    return chosen
+
+
+def calibrate(source: Source, texts: Sequence[tuple[str, str]], progress: Callable[[int, int], None]) -> Moments:
+    """Runs the source on (prompt, answer) pairs, layer by layer, and records what goes into each matrix."""
+    samples = make_samples(source.folder, source.config, texts)
+    walk = Walk(source.folder, source.config, samples)
+    moments: Moments = {}
+    layers = source.config.text.num_hidden_layers
+    for index in range(layers):
+        recorders: dict[str, Recorder] = {}
+        walk.next_layer(lambda layer, kept=recorders: _record(layer, kept))  # type: ignore[misc]
+        moments |= {f"layers.{index}.{path}": recorder.mean_square() for path, recorder in recorders.items()}
+        mx.eval(moments)
+        progress(index + 1, layers)
+    states = mx.concatenate([state[0] for state in walk.final_states()])
+    moments["embed_tokens"] = mx.square(states.astype(mx.float32)).mean(axis=0)
+    return moments
+
+
+class Recorder(nn.Module):
+    """A linear module that sums up the squares of its inputs."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self._sums: list[mx.array] = []
+        self._rows = 0
+
+    def __call__(self, x: mx.array, *args: Any, **options: Any) -> mx.array:
+        rows = x.reshape(-1, x.shape[-1]).astype(mx.float32)
+        self._sums.append(mx.square(rows).sum(axis=0))
+        self._rows += rows.shape[0]
+        result: mx.array = self.inner(x, *args, **options)
+        return result
+
+    def mean_square(self) -> mx.array:
+        return mx.stack(self._sums).sum(axis=0) / self._rows
+
+
+def _record(layer: Layer, recorders: dict[str, Recorder]) -> None:
+    """Wraps every matrix of a layer."""
+    modules = dict(tree_flatten(layer.leaf_modules(), is_leaf=nn.Module.is_module))
+    for path, module in modules.items():
+        if "weight" in module and module.weight.ndim > 1:
+            recorders[path] = Recorder(module)
+    layer.update_modules(tree_unflatten(list(recorders.items())))
+
+
+def _squares(weight: Weight, group_size: int, moments: mx.array | None) -> tuple[dict[int, float], float]:
+    """Sums of squares over a sample of the rows: of the error at each number of bits, and of the weight itself.
+
+    Scaled up to the whole tensor, so that the members of a group count by their size.
+    """
+    wrong = dict.fromkeys(BITS, 0.0)
+    whole, seen = 0.0, 0
+    for start, stop in _slabs(weight):
+        rows = weight.read(start, stop)
+        values = rows.astype(mx.float32)
+        scale = mx.array(1.0) if moments is None else moments
+        errors = []
+        for bits in BITS:
+            packing = Format(bits, group_size)
+            errors.append((mx.square(packing.unpack(packing.pack(rows)).astype(mx.float32) - values) * scale).sum())
+        norm = (mx.square(values) * scale).sum()
+        mx.eval(errors, norm)
+        wrong = {bits: wrong[bits] + number(error) for bits, error in zip(BITS, errors, strict=True)}
+        whole += number(norm)
+        seen += rows.size
+        mx.clear_cache()
+    share = weight.size / seen
+    return {bits: error * share for bits, error in wrong.items()}, whole * share
+
+
+def _slabs(weight: Weight) -> Iterator[tuple[int, int]]:
+    """Ranges of rows spread over the first axis, together about ``_SAMPLE_VALUES``."""
+    rows = weight.shape[0]
+    most = max(1, _SAMPLE_VALUES * rows // weight.size)
+    if most >= rows:
+        return iter([(0, rows)])
+    count = min(_SLABS, most)
+    height = most // count
+    return ((i * rows // count, i * rows // count + height) for i in range(count))
+
+
+def _packed_bytes(weight: Weight, packing: Format) -> int:
+    return sum(part.nbytes for part in packing.parts(weight.shape))
+
+
+def read_calibration(path: Path) -> list[tuple[str, str]]:
+    """Texts of a file, one a line: the first half of its words is the prompt, the second the canvas."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DgemmaError(f"cannot read {path}: {error}", "Calibration texts are UTF-8, one a line.") from None
+    words = [line.split() for line in lines if line.strip()]
+    if not words:
+        raise DgemmaError(f"{path} holds no text", "Calibration texts are UTF-8, one a line.")
+    return [(" ".join(line[: -(-len(line) // 2)]), " ".join(line[-(-len(line) // 2) :])) for line in words]

@@ -1,0 +1,196 @@
+"""Writes the output's shards: streamed, synced, renamed; a manifest of finished ones lets a later run go on."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from dgemma_convert.formats import PLAIN
+from dgemma_convert.plan import MANIFEST, Plan, Target
+from dgemma_mlx.config import read_json
+from dgemma_mlx.errors import DgemmaError
+
+Progress = Callable[[int], None]
+"""Called with the number of source bytes that were just converted."""
+
+INDEX = "model.safetensors.index.json"
+_UNFINISHED = ".unfinished"
+_HASH_BLOCK = 1 << 20
+
+
+def write_shards(plan: Plan, progress: Progress) -> dict[str, str]:
+    """Writes what the manifest does not hold yet; returns each shard's sha256. Raises ``DgemmaError`` for
+    damaged weights."""
+    manifest = _read_manifest(plan)
+    for name, targets in plan.shards.items():
+        path = plan.partial / name
+        if name in manifest and path.exists() and sha256(path) == manifest[name]:
+            progress(sum(target.weight.nbytes for target in targets))
+            continue
+        manifest[name] = _write_shard(path, targets, progress)
+        record = {"plan": plan.fingerprint(), "shards": manifest}
+        write_text(plan.partial / MANIFEST, json.dumps(record, indent=2) + "\n")
+    return {name: manifest[name] for name in plan.shards}
+
+
+def begin(plan: Plan, resume: bool, force: bool) -> None:
+    """Readies the folder to write in: empties it (``force``), or checks that what is there is of the same plan."""
+    left = list(plan.partial.iterdir())
+    if left and force and not resume:
+        for path in left:
+            path.unlink()
+    elif left and not resume:
+        raise DgemmaError(
+            f"an earlier conversion to {plan.output} was interrupted",
+            "Go on with --resume, or start over with --force.",
+        )
+    manifest = plan.partial / MANIFEST
+    if not manifest.exists():
+        write_text(manifest, json.dumps({"plan": plan.fingerprint(), "shards": {}}) + "\n")
+    elif read_json(manifest).get("plan") != plan.fingerprint():
+        raise DgemmaError(
+            f"the interrupted conversion to {plan.output} was of another source, recipe or version",
+            "Start over with --force, or name another output with -o.",
+        )
+
+
+def _read_manifest(plan: Plan) -> dict[str, str]:
+    return dict(read_json(plan.partial / MANIFEST)["shards"])
+
+
+def _write_shard(path: Path, targets: Sequence[Target], progress: Progress) -> str:
+    """One safetensors file, under another name until it is whole; returns its sha256."""
+    unfinished = path.with_name(path.name + _UNFINISHED)
+    digest = hashlib.sha256()
+    with unfinished.open("wb") as file:
+
+        def write(data: bytes | memoryview) -> None:
+            file.write(data)
+            digest.update(data)
+
+        # MLX stays on this thread: it keeps a stream for every other one that has used it.
+        with ThreadPoolExecutor(1) as pool:
+            pending = pool.submit(write, header_of(targets))
+            for target in targets:
+                for data in _encoded(target, progress):
+                    pending.result()
+                    pending = pool.submit(write, data)
+            pending.result()
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    sync_folder(path.parent)
+    return digest.hexdigest()
+
+
+def header_of(targets: Sequence[Target]) -> bytes:
+    """The length and the JSON header of a safetensors file with the targets' parts in order."""
+    entries: dict[str, object] = {"__metadata__": {"format": "mlx"}}
+    end = 0
+    for target in targets:
+        for part in target.parts:
+            begin, end = end, end + part.nbytes
+            entry = {"dtype": part.dtype, "shape": list(part.shape), "data_offsets": [begin, end]}
+            entries[target.weight.name + part.suffix] = entry
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the data begins aligned
+    return len(header).to_bytes(8, "little") + header
+
+
+def _encoded(target: Target, progress: Progress) -> Iterator[memoryview]:
+    """The target's bytes in file order: values block by block, then scales, which are small enough to hold."""
+    held: list[list[memoryview]] = [[] for _ in target.parts]
+    row_bytes = target.weight.nbytes / (target.weight.shape[0] if target.weight.shape else 1)
+    for start, stop in target.weight.blocks():
+        arrays = _convert(target, start, stop)
+        mx.eval(arrays)
+        first, *others = map(_bytes, arrays)
+        yield first
+        for parts, data in zip(held, others, strict=False):
+            parts.append(data)
+        progress(round(stop * row_bytes) - round(start * row_bytes))
+    mx.clear_cache()
+    for parts in held:
+        yield from parts
+
+
+def _convert(target: Target, start: int, stop: int) -> list[mx.array]:
+    """Rows of the target's parts."""
+    if target.is_copy:
+        stored = target.weight.read_stored(start, stop)  # scales of a float16 or float32 conversion are rounded
+        rounded = [part.dtype == PLAIN for part in target.parts]
+        return [x.astype(mx.bfloat16) if plain else x for x, plain in zip(stored, rounded, strict=True)]
+    rows = target.weight.read(start, stop)
+    return [rows] if target.format is None else target.format.pack(rows)
+
+
+def _bytes(array: mx.array) -> memoryview:
+    if array.dtype == mx.bfloat16:
+        array = array.view(mx.uint16)
+    return np.ascontiguousarray(array).data.cast("B")
+
+
+def write_index(plan: Plan) -> None:
+    """``model.safetensors.index.json``."""
+    weight_map = {
+        target.weight.name + part.suffix: name
+        for name, targets in plan.shards.items() for target in targets for part in target.parts
+    }
+    values = sum(target.weight.size for target in plan.targets)
+    metadata = {"total_size": plan.bytes_out, "total_parameters": values}
+    record = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    write_text(plan.partial / INDEX, json.dumps(record, indent=2) + "\n")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps a second conversion out of the folder as long as this one runs."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise DgemmaError(f"another conversion is writing {folder}", "Wait for it, or stop it.") from None
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file in UTF-8: whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a small file: whole or not at all."""
+    unfinished = path.with_name(path.name + _UNFINISHED)
+    with unfinished.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in the folder last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

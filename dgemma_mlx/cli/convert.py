@@ -1,0 +1,245 @@
+"""``dgemma-mlx convert``: a checkpoint to an MLX one; the plan first, then the work, then what came of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dgemma_mlx.cli.pipe import quiet_when_closed
+from dgemma_mlx.cli.sizes import size
+from dgemma_mlx.errors import DgemmaError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dgemma_convert import Plan, Report
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+_STAGES = {"convert": "converting", "verify": "comparing", "measure": "measuring", "calibrate": "calibrating"}
+
+SourceName = Annotated[
+    str | None, typer.Argument(help="A folder, or a Hub id owner/name[@revision].", show_default=False)
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="The new folder; SOURCE-RECIPE beside the source by default.")
+]
+RecipeName = Annotated[str, typer.Option("--recipe", help="See --list-recipes.")]
+GroupSize = Annotated[int | None, typer.Option("--group-size", help="Values for a scale: 32, 64 or 128.")]
+TargetSize = Annotated[str | None, typer.Option("--target-size", help="For mixed: size of the weights, as 14GB.")]
+TargetBpw = Annotated[float | None, typer.Option("--target-bpw", help="For mixed: bits per weight, as 4.5.")]
+Calibration = Annotated[
+    Path | None, typer.Option("--calibration", help="For mixed: texts to measure errors with, one a line.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print plan or result as one JSON object.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output, or an interrupted conversion.")]
+Verify = Annotated[bool, typer.Option("--verify", help="Compare the output with the source on built-in prompts.")]
+UploadRepo = Annotated[str | None, typer.Option("--upload-repo", help="Upload to this Hub repository (owner/name).")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Upload without asking.")]
+ListRecipes = Annotated[bool, typer.Option("--list-recipes", help="Show the recipes.")]
+
+
+def convert(
+    source: SourceName = None,
+    output: Output = None,
+    recipe: RecipeName = "q4",
+    group_size: GroupSize = None,
+    target_size: TargetSize = None,
+    target_bpw: TargetBpw = None,
+    calibration: Calibration = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    resume: Resume = False,
+    force: Force = False,
+    verify: Verify = False,
+    upload_repo: UploadRepo = None,
+    yes: Yes = False,
+    list_recipes: ListRecipes = False,
+) -> None:
+    """Convert a DiffusionGemma checkpoint to a smaller MLX one, in little memory.
+
+    It can be interrupted at any time and gone on with.
+    """
+    if list_recipes:
+        with quiet_when_closed():
+            _print_recipes(as_json)
+        return
+    if source is None:
+        raise DgemmaError("no source was given", "dgemma-mlx convert SOURCE, a folder or a Hub id.", exit_code=2)
+    target_bytes = None if target_size is None else _parse_size(target_size)
+    if upload_repo:
+        _check_upload(upload_repo, yes)
+    from dgemma_convert import carry_out, prepare
+
+    try:
+        with _progress() as progress:
+            planned = partial(
+                prepare, source, output, recipe, group_size=group_size, target_bytes=target_bytes,
+                target_bpw=target_bpw, calibration=calibration, progress=progress,
+            )
+            plan = planned(download=False)
+        with quiet_when_closed():
+            _show_plan(plan, dry_run, as_json)
+        if dry_run:
+            return
+        plan.check_room()
+        if not plan.source.checkpoint.has_weights:
+            plan = planned()
+        with _progress() as progress:
+            report = carry_out(plan, resume=resume, force=force, check=verify, progress=progress)
+    except KeyboardInterrupt:
+        raise DgemmaError("interrupted", "The same command with --resume goes on.", exit_code=130) from None
+    _show_result(report, as_json)
+    if upload_repo and (yes or typer.confirm(f"Upload {report.output} to {upload_repo}?", err=True)):
+        _upload(report.output, upload_repo)
+
+
+def _parse_size(text: str) -> int:
+    """``14GB``, ``900 MiB``; bytes without a unit."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None or not 0 < float(found[1]) < float("inf"):
+        raise DgemmaError(f"{text!r} is no size", "A size is a number and a unit: 14GB, 13.5GiB, 900MB.", exit_code=2)
+    base = 1024 if found[3] else 1000
+    return int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " "))
+
+
+def _print_recipes(as_json: bool) -> None:
+    from dgemma_convert import RECIPES
+
+    if as_json:
+        rules = {
+            name: [{"classes": rule.classes, "edge_layers": rule.edge, **rule.format.as_config()}
+                   for rule in recipe.rules]
+            for name, recipe in RECIPES.items()
+        }  # fmt: skip
+        print(json.dumps({n: {"summary": r.summary, "rules": rules[n]} for n, r in RECIPES.items()}))
+        return
+    for name, recipe in RECIPES.items():
+        print(f"{name:9} {recipe.summary}")
+        for rule in recipe.rules:
+            edge = " (first and last 3 layers)" if rule.edge else ""
+            print(f"{'':11}{rule.format!s:10} {', '.join(rule.classes)}{edge}")
+
+
+def _show_plan(plan: Plan, dry_run: bool, as_json: bool) -> None:
+    """The table on stdout where it is what was asked for, else on stderr; warnings on stderr always."""
+    for warning in plan.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if as_json:
+        if dry_run:
+            print(json.dumps(plan.as_dict()))
+        return
+    from rich.console import Console
+
+    console = Console(stderr=not dry_run, highlight=False)
+    console.print(_plan_table(plan))
+    recipe = plan.recipe.name
+    to_download = "" if plan.source.checkpoint.has_weights else " to download"
+    for line in (
+        f"from {plan.source.checkpoint.name}, {size(plan.bytes_in)}" + to_download,
+        f"to {plan.output}, {size(plan.bytes_out)}, {plan.bits_per_weight:.2f} bits per weight ({recipe})",
+        f"disk: {size(plan.bytes_needed)} needed, {size(plan.bytes_free)} free",
+        f"memory to run it with 8k tokens of context: about {size(plan.memory_to_run)} (estimated)",
+    ):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _plan_table(plan: Plan) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("tensors")
+    for title in ("count", "format", "in", "out", "bits/weight"):
+        table.add_column(title, justify="left" if title == "format" else "right")
+    for row in plan.classes():
+        table.add_row(
+            row.tensor_class, str(row.tensors), ", ".join(row.formats), size(row.bytes_in), size(row.bytes_out),
+            f"{row.bits_per_weight:.2f}",
+        )
+    return table
+
+
+def _show_result(report: Report, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"output": str(report.output), **report.data}))
+        return
+    if verification := report.verification:
+        print(
+            f"compared with the source: hidden states {verification.decoder_error[-1]:.4f} relative error in the last "
+            f"layer (encoder {verification.encoder_error[-1]:.4f}), logits KL {verification.kl_divergence:.5f} nats, "
+            f"same top token at {verification.top1_agreement:.1%} of positions",
+            file=sys.stderr,
+        )
+    print(f"wrote {report.output}; try: dgemma-mlx generate -m {report.output} \"Hello\"", file=sys.stderr)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each stage, on a terminal's stderr; nothing elsewhere. Drawn from the first report on: before that,
+    the Hub draws bars of its own."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = _stderr()
+    percentage = TextColumn("{task.percentage:.0f}%")
+    bars = Progress(
+        TextColumn("{task.description}"), BarColumn(), percentage, TimeRemainingColumn(), console=console,
+        transient=True, disable=not console.is_terminal,
+    )  # fmt: skip
+    tasks: dict[str, Any] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            bars.start()
+            tasks[stage] = bars.add_task(_STAGES[stage], total=total)
+        bars.update(tasks[stage], completed=done)
+
+    try:
+        yield progress
+    finally:
+        bars.stop()
+
+
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _check_upload(repo_id: str, yes: bool) -> None:
+    """Before hours of work: can it be uploaded at their end?"""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise DgemmaError(f"{repo_id!r} is no name for a repository", "Write it owner/name.", exit_code=2) from None
+    if not yes and not sys.stdin.isatty():
+        raise DgemmaError("nobody is there to confirm the upload", "Add -y to upload without asking.", exit_code=2)
+
+
+def _upload(folder: Path, repo_id: str) -> None:
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repo_id, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"{folder.name} by dgemma-mlx")
+    except Exception as error:  # the HTTP library's own ones, too
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise DgemmaError(
+            f"uploading {folder} to {repo_id} failed: {reason}",
+            f"The conversion itself is whole. Log in with `hf auth login`, then: hf upload {repo_id} {folder}",
+        ) from error
+    print(f"uploaded to {repo_id}", file=sys.stderr)
+

@@ -1,0 +1,158 @@
+"""Small source checkpoints for the converter, and what tests ask of its outputs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from dgemma_convert import Report, convert
+from dgemma_convert.formats import Format
+from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.hub import DEMO_FOLDER
+from dgemma_mlx.model.shards import shard_files
+from tests.model.checkpoint import Tensors, flat_config, random_tensors, write_checkpoint
+
+SMALL_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+TOKENIZER_VOCABULARY = 768  # of the demo's tokenizer
+SMALLEST = {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+
+TOWER = "model.encoder.vision_tower.encoder.layers.0"
+VISION = {
+    f"{TOWER}.self_attn.q_proj.linear.weight": (64, 64),
+    f"{TOWER}.self_attn.q_proj.input_max": (1,),
+    f"{TOWER}.input_layernorm.weight": (64,),
+    "model.encoder.vision_tower.patch_embedder.position_embedding_table": (2, 5, 64),
+    "model.encoder.embed_vision.embedding_projection.weight": (128, 64),
+}
+
+
+@cache
+def some_tensors(dtype: mx.Dtype = mx.bfloat16, vocab_size: int = 96) -> Tensors:
+    """The text tensors of ``flat_config(vocab_size=...)``: not to be changed."""
+    tensors = random_tensors(flat_config(vocab_size=vocab_size), dtype)
+    mx.eval(tensors)
+    return tensors
+
+
+@cache
+def smallest_tensors(dtype: mx.Dtype = mx.bfloat16) -> Tensors:
+    """Those of ``flat_config(**SMALLEST)``: not to be changed."""
+    tensors = random_tensors(flat_config(**SMALLEST), dtype)
+    mx.eval(tensors)
+    return tensors
+
+
+def vision_tensors(dtype: mx.Dtype = mx.bfloat16) -> Tensors:
+    return {name: mx.random.normal(shape, key=mx.random.key(i)).astype(dtype)
+            for i, (name, shape) in enumerate(VISION.items())}
+
+
+def make_source(
+    folder: Path, config: Mapping[str, Any] | None = None, tensors: Mapping[str, mx.array] | None = None, *,
+    shards: int = 1, tokenizer: bool = False,
+) -> Path:  # fmt: skip
+    """A source checkpoint, bf16 unless ``tensors`` are given. With the demo's tokenizer comes its vocabulary."""
+    if config is None:
+        config = flat_config(vocab_size=TOKENIZER_VOCABULARY) if tokenizer else flat_config()
+    if tensors is None:
+        tensors = some_tensors(vocab_size=config["text_config"]["vocab_size"])
+    write_checkpoint(folder, config, tensors, shards)
+    if tokenizer:
+        for name in SMALL_FILES:
+            shutil.copy(DEMO_FOLDER / name, folder)
+    return folder
+
+
+def smallest_source(folder: Path) -> Path:
+    """One layer: for tests that convert it dozens of times."""
+    return make_source(folder, flat_config(**SMALLEST), smallest_tensors())
+
+
+def stored(folder: Path) -> Tensors:
+    """Every tensor of a checkpoint's weight files, under its own name."""
+    tensors: Tensors = {}
+    for path in shard_files(folder):
+        part = mx.load(str(path))
+        assert isinstance(part, dict)
+        assert not tensors.keys() & part.keys()
+        tensors |= part
+    return tensors
+
+
+def identical(one: mx.array, other: mx.array) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and bool(mx.array_equal(one, other))
+
+
+def unpacked(parts: Sequence[mx.array], packing: Format) -> mx.array:
+    """The values of a packed weight: computed by MLX in float32, rounded to bfloat16 once."""
+    scales = [part.astype(mx.float32) if packing.mode == "affine" else part for part in parts[1:]]
+    values = mx.dequantize(
+        parts[0], *scales, group_size=packing.group_size, bits=packing.bits, mode=packing.mode, dtype=mx.float32
+    )
+    return values.astype(mx.bfloat16)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file in a folder, by its name."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def read(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value
+
+
+def names_in(folder: Path) -> set[str]:
+    """Everything in a folder, hidden things too."""
+    return {path.name for path in folder.iterdir()}
+
+
+def user_error(error: DgemmaError) -> str:
+    """Message and hint of an error that a user can act on, each of them one line."""
+    assert error.message and error.hint
+    assert "\n" not in error.message + error.hint
+    return f"{error.message} {error.hint}"
+
+
+def check_output(report: Report, tensors: Tensors) -> None:
+    """Every tensor of the source is there: packed as MLX packs it in one piece, or the same in bf16; and no other."""
+    found = stored(report.output)
+    formats = {target.weight.name: target.format for target in report.plan.targets}
+    expected: Tensors = {}
+    for name, tensor in tensors.items():
+        module, wide = name.removesuffix(".weight"), tensor.astype(mx.bfloat16)
+        if packing := formats.get(module):
+            arrays = mx.quantize(wide, packing.group_size, packing.bits, mode=packing.mode)
+            names = (module + suffix for suffix in (".weight", ".scales", ".biases"))
+            expected |= dict(zip(names, arrays, strict=False))
+        else:
+            bare_expert = re.search(r"experts\.\w+_proj$", name)
+            expected[f"{name}.weight" if bare_expert else name] = wide
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert identical(found[name], tensor), name
+
+
+def snapshot(folder: Path) -> dict[Path, bytes | None]:
+    """Everything in a folder and below."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def failure(source: Path | str, output: Path | None = None, *arguments: Any, code: int = 1, **options: Any) -> str:
+    """The error of a conversion that leaves everything beside a source as it was."""
+    parent = Path(source).parent
+    before = snapshot(parent)
+    with pytest.raises(DgemmaError) as caught:
+        convert(str(source), output, *arguments, **options)
+    assert snapshot(parent) == before
+    assert caught.value.exit_code == code
+    return user_error(caught.value)
