@@ -119,7 +119,7 @@ def test_a_conversation_is_a_list_of_messages(demo: Model) -> None:
     assert "Ana" in generate(demo, told, seed=0).text
 
 
-@pytest.mark.parametrize("task", ["add", "json", "count", "unknown"])
+@pytest.mark.parametrize("task", ["sudoku", "sort", "reverse", "add", "json", "count", "question", "recall", "unknown"])
 def test_the_demo_does_what_its_score_card_says(demo: Model, task: str) -> None:
     card = {line["task"]: line["correct"] for line in json.loads((demo.folder / "score_card.json").read_text())}
     rng = random.Random(task)

@@ -10,19 +10,21 @@ import mlx.optimizers as optim
 Schedule = Callable[[mx.array], mx.array]
 
 
-def rate_schedule(peak: float, steps: int, warmup: int = 100, hold: int = 1000, drop: float = 0.5,
-                  floor: float = 0.02) -> Schedule:
-    """Linear warm-up, ``peak`` until step ``hold``, then linear from ``drop * peak`` down to ``floor * peak``.
+def rate_schedule(peak: float, steps: int, warmup: int = 100, hold: int = 1000) -> Schedule:
+    """Two cycles, each falling linearly almost to nothing: from ``peak`` to the middle, from a fifth of it to the end.
 
-    The high rate finds the rough shape fast; from then on small batches ask for a lower one: dropping the rate to
-    a third at step 750 of the demo model lowered the training loss by a tenth within 70 steps.
+    Linear warm-up, then ``peak`` until step ``hold``: the high rate finds the rough shape fast; from there half of it,
+    as small batches ask for a lower one: dropping the rate to a third at step 750 of the demo model lowered the
+    training loss by a tenth within 70 steps. The second cycle refines what the first one has found.
     """
+    middle = steps // 2
     schedules = [
         optim.linear_schedule(peak / warmup, peak, warmup - 1),
         optim.linear_schedule(peak, peak, hold),
-        optim.linear_schedule(drop * peak, floor * peak, max(1, steps - hold)),
+        optim.linear_schedule(peak / 2, peak / 50, max(1, middle - hold)),
+        optim.linear_schedule(peak / 5, peak / 200, max(1, steps - middle)),
     ]
-    joined: Schedule = optim.join_schedules(schedules, [warmup, hold])
+    joined: Schedule = optim.join_schedules(schedules, [warmup, hold, max(hold + 1, middle)])
     return joined
 
 

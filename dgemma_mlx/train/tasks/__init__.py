@@ -27,13 +27,13 @@ TASKS = _build()
 # the share of each task in training
 MIX = {
     "sudoku": 0.15,
-    "sort": 0.13,
-    "reverse": 0.09,
-    "add": 0.20,
+    "sort": 0.23,
+    "reverse": 0.12,
+    "add": 0.15,
     "json": 0.09,
-    "count": 0.12,
-    "sentence": 0.03,
-    "question": 0.05,
-    "recall": 0.07,
-    "unknown": 0.07,
+    "count": 0.06,
+    "sentence": 0.04,
+    "question": 0.06,
+    "recall": 0.06,
+    "unknown": 0.04,
 }
