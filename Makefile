@@ -6,7 +6,7 @@ PYTHON_BIN := $(VENV)/bin/python
 REQUIREMENTS := pyproject.toml constraints.txt scripts/setup.sh
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help setup demo demo-model test soak lint type oracle bench wheel clean
+.PHONY: help setup demo demo-model test soak lint type oracle bench capture wheel clean
 .NOTPARALLEL:
 
 help:
@@ -42,6 +42,9 @@ bench: $(VENV)/.installed-test ## the benchmarks; BENCH=long_prompt ARGS="--toke
 	@library=$$(sh scripts/openblas.sh) || exit 1; \
 		for script in benchmarks/$(or $(BENCH),*).py; do echo "== $$script"; \
 		LD_PRELOAD=$$library $(PYTHON_BIN) "$$script" $(ARGS) || exit 1; done
+
+capture: $(VENV)/.installed ## draw docs/canvas.svg: a canvas, as the program draws it
+	@$(PYTHON_BIN) scripts/capture.py docs/canvas.svg $(ARGS)
 
 wheel: $(VENV)/.installed-test ## build dist/*.whl and the source archive
 	@rm -rf dist

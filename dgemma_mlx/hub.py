@@ -22,6 +22,7 @@ _FORMS = "A model is a folder, a Hub id (owner/name or owner/name@revision), or 
 _ACCESS = "accept the licence on its page and log in with `hf auth login`."
 _CONFIG_FILES = (
     "config.json",
+    "conversion_report.json",
     "generation_config.json",
     "processor_config.json",
     "preprocessor_config.json",

@@ -8,10 +8,17 @@ from typing import Any, NoReturn
 import typer
 
 from dgemma_mlx import __version__
+from dgemma_mlx.cli.chat.repl import chat
+from dgemma_mlx.cli.config import config
+from dgemma_mlx.cli.convert import convert
+from dgemma_mlx.cli.doctor import doctor
 from dgemma_mlx.cli.generate import generate
-from dgemma_mlx.cli.pipe import quiet_when_closed
+from dgemma_mlx.cli.info import info
+from dgemma_mlx.cli.models import models
+from dgemma_mlx.cli.pipe import quiet_when_closed, reopen_streams
 from dgemma_mlx.errors import DgemmaError
 
+PROGRAM = "dgemma-mlx"
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
@@ -24,11 +31,20 @@ parameters that solve 4x4 Sudoku, sort, reverse, add, count, fill in JSON and re
 say "I do not know that." to most other things. The README has its score card.
 """
 
+
+class _Shown:
+    """What --debug adds."""
+
+    tracebacks = False
+
+
 app = typer.Typer(
-    name="dgemma-mlx", help=HELP, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    name=PROGRAM, help=HELP, rich_markup_mode=None, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(generate)
+for command in (chat, generate, convert, info, doctor, config):
+    app.command()(command)
+app.add_typer(models, name="models")
 
 
 def _print_version(value: bool) -> None:
@@ -40,8 +56,10 @@ def _print_version(value: bool) -> None:
 @app.callback()
 def options(
     version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Show the version."),
+    debug: bool = typer.Option(False, "--debug", help="Show tracebacks of errors."),
 ) -> None:
     """Options before the command."""
+    _Shown.tracebacks = debug
 
 
 def main() -> NoReturn:
@@ -51,9 +69,13 @@ def main() -> NoReturn:
 
 def run() -> int:
     """Runs the program; returns the exit code."""
+    reopen_streams()
     try:
         with quiet_when_closed():
-            result = app(standalone_mode=False)
+            # Its own name also as `python -m dgemma_mlx`: completion and errors go by it.
+            result = app(args=sys.argv[1:] or ["--help"], prog_name=PROGRAM, standalone_mode=False)
+            if result == INTERRUPTED:
+                raise KeyboardInterrupt  # Typer made an exit code of it
             return result if isinstance(result, int) else 0
         return 0
     except DgemmaError as error:
@@ -63,16 +85,26 @@ def run() -> int:
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        message = f"unexpected {type(error).__name__}: {error}"
+        return _fail(message, "This is a bug; `dgemma-mlx --debug ...` shows where.", exit_code=1)
 
 
 def _usage(error: Any) -> tuple[str, str]:
     """Message and hint of one of Typer's usage errors."""
-    command = error.ctx.command_path if error.ctx else "dgemma-mlx"
+    command = error.ctx.command_path if error.ctx else PROGRAM
     return error.format_message(), f"see {command} --help"
 
 
 def _fail(message: str, hint: str, exit_code: int) -> int:
-    print(f"dgemma-mlx: {message}", file=sys.stderr)
-    if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+    """Prints the error, each of its parts on one line."""
+    from dgemma_mlx.cli.render.visible import visible
+
+    if _Shown.tracebacks:
+        import traceback
+
+        traceback.print_exc()
+    for name, text in ((PROGRAM, message), ("hint", hint)):
+        if text:
+            print(f"{name}: {' '.join(visible(text).splitlines())}", file=sys.stderr)
     return exit_code

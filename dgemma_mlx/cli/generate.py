@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dgemma_mlx.cli.batch import answer_batch, read_batch
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.prompt import read_prompt
+from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
+    from typing import TextIO
+
     from dgemma_mlx.engine import Model
     from dgemma_mlx.events import Done, Event
 
@@ -23,11 +27,26 @@ ModelName = Annotated[
     str | None,
     typer.Option("--model", "-m", help="A folder, a Hub id owner/name[@revision], or 'demo'. Else $DGEMMA_MODEL."),
 ]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Longest answer, in tokens.")]
-Seed = Annotated[int | None, typer.Option(min=0, help="One seed, one text (on one machine). Random by default.")]
+MaxTokens = Annotated[
+    int | None, typer.Option("--max-tokens", "-n", min=1, help="Longest answer, in tokens; 1024 if not set.")
+]
+Seed = Annotated[
+    int | None, typer.Option(min=0, max=2**64 - 1, help="One seed, one text (on one machine). Random by default.")
+]
 System = Annotated[str | None, typer.Option(help="System prompt.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Take the prompt as plain text, without chat template.")]
-Thinking = Annotated[bool, typer.Option("--thinking", help="Let the model think first (shown on stderr).")]
+Thinking = Annotated[
+    bool | None, typer.Option("--thinking/--no-thinking", help="Let the model think first (shown on stderr).")
+]
+NoLive = Annotated[bool, typer.Option("--no-live", help="On a terminal, print canvases only when they are final.")]
+ShowSteps = Annotated[
+    int | None, typer.Option("--show-steps", min=1, help="Print so many steps of each canvas on stderr.")
+]
+Trace = Annotated[Path | None, typer.Option(help="Write each step to this file, as lines of JSON.")]
+AsJsonLines = Annotated[bool, typer.Option("--jsonl", help="Print every event as a line of JSON.")]
+Batch = Annotated[
+    Path | None, typer.Option(help="Answer the prompts of a JSONL file, one JSON object a line out.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
 Temp = Annotated[
@@ -49,12 +68,17 @@ PrefillStep = Annotated[int, typer.Option(min=1, help="Prompt tokens encoded at 
 def generate(
     prompt: Prompt = None,
     model: ModelName = None,
-    max_tokens: MaxTokens = 1024,
+    max_tokens: MaxTokens = None,
     seed: Seed = None,
     system: System = None,
     raw: Raw = False,
-    thinking: Thinking = False,
+    thinking: Thinking = None,
+    no_live: NoLive = False,
+    show_steps: ShowSteps = None,
+    trace: Trace = None,
+    batch: Batch = None,
     as_json: AsJson = False,
+    as_json_lines: AsJsonLines = False,
     quiet: Quiet = False,
     temp: Temp = None,
     max_denoising_steps: Steps = None,
@@ -67,72 +91,106 @@ def generate(
 ) -> None:
     """Answer one prompt. Text on stdin is added after the prompt.
 
-    Parameters that are not given come from the checkpoint. The built-in demo knows its few tasks only; see
-    dgemma-mlx --help.
+    What is not given comes from the settings (dgemma-mlx config), then from the checkpoint. The built-in demo knows
+    its few tasks only; see dgemma-mlx --help.
     """
-    text = read_prompt(prompt)
+    _check_options(prompt, batch, as_json, as_json_lines, trace, show_steps)
+    text = read_prompt(prompt) if batch is None else ""
+    requests = [] if batch is None else read_batch(batch)
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    from dgemma_mlx.engine import load, stream
+    from dgemma_mlx.cli.render.plain import traced, with_snapshots
+    from dgemma_mlx.settings import Settings
 
-    loaded = load(model)
-    if not quiet:
-        _announce_demo(model)
-    events = stream(
-        loaded, text, max_tokens=max_tokens, seed=seed, temp=temp, system=system, raw=raw, thinking=thinking,
-        prefill_step_size=prefill_step_size,
-        generation=loaded.generation.override(
-            max_denoising_steps=max_denoising_steps, entropy_bound=entropy_bound, t_min=t_min, t_max=t_max,
-            confidence_threshold=confidence_threshold, stability_threshold=stability_threshold,
-        ),
-    )
-    with quiet_when_closed():
-        done = _print_json(events, loaded) if as_json else _print_text(events, quiet)
+    settings = Settings()
+    name = settings.pick("model", model)
+    loop = {
+        "max_denoising_steps": max_denoising_steps, "entropy_bound": entropy_bound, "t_min": t_min, "t_max": t_max,
+        "confidence_threshold": confidence_threshold, "stability_threshold": stability_threshold,
+    }  # fmt: skip
+    given = {"max_tokens": max_tokens, "seed": seed, "temp": temp, "system": system, "thinking": thinking}
+    options: dict[str, Any] = {
+        **{option: settings.pick(option, flag) for option, flag in given.items()},
+        "raw": raw,
+        **({"system": system} if raw else {}),  # a system prompt from the settings is not meant for raw prompts
+        "prefill_step_size": prefill_step_size,
+    }
+    live = settings.pick("live", False if no_live or quiet or show_steps else None) and draws()
+    with quiet_when_closed(), _open(trace) as file:
+        from dgemma_mlx.engine import load, stream
+
+        loaded = load(name)
+        if not quiet:
+            announce_demo(name)
+        options["generation"] = loaded.generation.override(**{n: settings.pick(n, flag) for n, flag in loop.items()})
+        if batch is not None:
+            answer_batch(loaded, requests, options)
+            return
+        events: Iterable[Event] = stream(loaded, text, **options)
+        if file is not None:
+            events = traced(events, file, loaded.name)
+        if show_steps is not None:
+            events = with_snapshots(events, show_steps, loaded.tokenizer.decode)
+        form = "json" if as_json else "jsonl" if as_json_lines else "live" if live else "text"
+        done = _print(events, loaded, form, quiet)
         if not quiet:
             print(_summary(done), file=sys.stderr)
 
 
-def _announce_demo(model: str | None) -> None:
-    """One line when no model was chosen, by option or environment."""
-    from dgemma_mlx.hub import MODEL_VARIABLE
+def _print(events: Iterable[Event], model: Model, form: str, quiet: bool) -> Done:
+    from dgemma_mlx.cli.render.plain import print_json, print_lines, print_text
 
-    if model is None and not os.environ.get(MODEL_VARIABLE):
+    if form == "json":
+        return print_json(events, model.name)
+    if form == "jsonl":
+        return print_lines(events, model.name)
+    if form != "live":
+        return print_text(events, quiet)
+    from dgemma_mlx.cli.render.live import draw
+
+    return draw(events, model.tokenizer, model.generation.eos_token_ids)
+
+
+def _check_options(
+    prompt: str | None, batch: Path | None, as_json: bool, as_json_lines: bool, trace: Path | None,
+    show_steps: int | None,
+) -> None:
+    if batch is not None and prompt is not None:
+        raise DgemmaError("a prompt and --batch exclude each other", "Put the prompt into the file.", exit_code=2)
+    if batch is not None and (as_json_lines or trace is not None or show_steps is not None):
+        raise DgemmaError("--batch goes without --jsonl, --trace and --show-steps", "It prints the answers.", 2)
+    if as_json and as_json_lines:
+        raise DgemmaError("--json and --jsonl exclude each other", "--json prints the answer, --jsonl all events.", 2)
+
+
+def draws() -> bool:
+    """Whether stdout and stderr are a terminal that can be drawn on."""
+    able = not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+    return able and sys.stdout.isatty() and sys.stderr.isatty()
+
+
+@contextmanager
+def _open(path: Path | None) -> Iterator[TextIO | None]:
+    """The file of --trace, opened before any work."""
+    if path is None:
+        yield None
+        return
+    try:
+        file = path.open("w", encoding="utf-8", buffering=1)
+    except OSError as error:
+        raise DgemmaError(f"cannot write {path}: {error.strerror}") from None
+    with file:
+        yield file
+
+
+def announce_demo(model: str | None) -> None:
+    """One line when no model was chosen, by option, environment or settings."""
+    if model is None:
         print(
             "dgemma-mlx: no model chosen, so the built-in demo answers; for the real one: "
             "-m mlx-community/diffusiongemma-26B-A4B-it-4bit",
             file=sys.stderr,
         )
-
-
-def _print_text(events: Iterable[Event], quiet: bool) -> Done:
-    """Writes each committed canvas when it is final."""
-    from dgemma_mlx.events import Committed, Done
-
-    last = "\n"
-    for event in events:
-        if isinstance(event, Committed):
-            if event.text:
-                sys.stdout.write(event.text)
-                sys.stdout.flush()
-                last = event.text[-1]
-            if event.thinking and not quiet:
-                print(event.thinking, end="", file=sys.stderr, flush=True)
-            for call in event.tool_calls:
-                print(f"tool call: {call.name} {json.dumps(call.arguments, ensure_ascii=False)}", file=sys.stderr)
-        elif isinstance(event, Done):
-            if last != "\n":
-                print(flush=True)
-            return event
-    raise AssertionError("stream() ends with Done")
-
-
-def _print_json(events: Iterable[Event], model: Model) -> Done:
-    from dgemma_mlx.events import Done
-
-    done = next(event for event in events if isinstance(event, Done))
-    record: dict[str, Any] = {"model": model.name, **asdict(done)}
-    print(json.dumps(record, ensure_ascii=False))
-    return done
 
 
 def _summary(done: Done) -> str:

@@ -10,13 +10,23 @@ _HINT = 'Write it after the command: dgemma-mlx generate "...", or pipe it in.'
 
 
 def read_prompt(argument: str | None) -> str:
-    """The argument, standard input, or both joined (argument first); ``-`` or None is standard input alone."""
-    piped = "" if sys.stdin is None or sys.stdin.isatty() else _read_stdin()
-    given = "" if argument in (None, "-") else str(argument)
+    """The argument, standard input, or both joined (argument first); ``-`` or None is standard input alone.
+
+    A terminal is read only where ``-`` asks for it.
+    """
+    piped = "" if sys.stdin.isatty() and argument != "-" else _read_stdin()
+    given = "" if argument is None or argument == "-" else argument
+    if not is_text(given):
+        raise DgemmaError("the prompt is not UTF-8 text", exit_code=2)
     prompt = "\n\n".join(part for part in (given.strip(), piped.strip()) if part)
     if not prompt:
         raise DgemmaError("the prompt is empty", _HINT, exit_code=2)
     return prompt
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8: a command line may hold other bytes, and JSON half a character."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _read_stdin() -> str:

@@ -1,0 +1,98 @@
+"""``generate --batch``: many prompts, one model load; a JSON object a line in, one out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dgemma_mlx.cli.prompt import is_text
+from dgemma_mlx.errors import DgemmaError
+
+if TYPE_CHECKING:
+    from dgemma_mlx.engine import Model
+
+_HINT = 'A line is a JSON string, or an object like {"prompt": "...", "id": "a", "system": "...", "seed": 1}.'
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and is_text(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**64
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"role", "content"} and all(map(_is_text, value.values()))
+
+
+def _is_prompt(value: Any) -> bool:
+    """A text with something in it, or the messages of a conversation."""
+    if isinstance(value, list):
+        return bool(value) and all(map(_is_message, value))
+    return _is_text(value) and bool(value.strip())
+
+
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "prompt": _is_prompt,
+    "id": lambda value: _is_text(value) or (isinstance(value, int) and not isinstance(value, bool)),
+    "system": _is_text,
+    "seed": _is_count,
+    "max_tokens": lambda value: _is_count(value) and value > 0,
+}
+
+
+def read_batch(path: Path) -> list[dict[str, Any]]:
+    """Every line checked before any is answered; a ``DgemmaError`` names the first bad one."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise DgemmaError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DgemmaError(f"{path} is not UTF-8 text (byte {error.start})", exit_code=2) from None
+    requests = [_request(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not requests:
+        raise DgemmaError(f"{path} holds no prompt", _HINT, exit_code=2)
+    return requests
+
+
+def _request(line: str, place: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        raise DgemmaError(f"{place} is not JSON", _HINT, exit_code=2) from None
+    request = {"prompt": value} if isinstance(value, str) else value
+    if not isinstance(request, dict) or "prompt" not in request:
+        raise DgemmaError(f"{place} has no prompt", _HINT, exit_code=2)
+    for name, item in request.items():
+        if name not in _CHECKS:
+            raise DgemmaError(f"{place}: unknown key {name!r}", _HINT, exit_code=2)
+        if not _CHECKS[name](item):
+            raise DgemmaError(f"{place}: {name} cannot be {json.dumps(item)[:80]}", _HINT, exit_code=2)
+    return request
+
+
+def answer_batch(model: Model, requests: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> None:
+    """Prints one object for each request, in order: its number (from 0), its id where it has one, and the answer.
+
+    A request that fails gives an object with ``error``; the others go on. Then, at the end, so does this.
+    """
+    from dgemma_mlx.cli.render.visible import json_line
+    from dgemma_mlx.engine import generate
+
+    failed = 0
+    for number, request in enumerate(requests):
+        own = {name: request[name] for name in ("system", "seed", "max_tokens") if name in request}
+        record: dict[str, Any] = {"index": number, **({"id": request["id"]} if "id" in request else {})}
+        try:
+            done = generate(model, request["prompt"], **{**options, **own})
+            record |= {"model": model.name, **asdict(done)}
+        except DgemmaError as error:
+            record["error"] = error.message
+            failed += 1
+        print(json_line(record), flush=True)
+    if failed:
+        raise DgemmaError(f"{failed} of {len(requests)} prompts could not be answered", 'Their lines say "error".')

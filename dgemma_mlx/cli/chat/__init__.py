@@ -1,0 +1,1 @@
+"""``dgemma-mlx chat``: a conversation in the terminal."""

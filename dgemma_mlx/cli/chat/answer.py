@@ -1,0 +1,149 @@
+"""One turn of the conversation: from the session to the model, and back on the screen."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from dgemma_mlx.cli.chat.session import Session
+from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.events import Done
+from dgemma_mlx.prompt_cache import PromptCache
+
+if TYPE_CHECKING:
+    from dgemma_mlx.config import GenerationConfig
+    from dgemma_mlx.engine import Model
+
+_LOOP = (
+    "max_denoising_steps", "entropy_bound", "t_min", "t_max", "confidence_threshold", "stability_threshold",
+)  # fmt: skip
+
+
+class Chat:
+    """A session, the model that answers, and the prefix that both share from turn to turn.
+
+    ``defaults`` are the settings that ``/set`` has not changed. With ``draw``, the canvas is drawn on the terminal.
+    """
+
+    def __init__(self, model: Model, session: Session, defaults: dict[str, Any], *, draw: bool) -> None:
+        self.model, self.session, self.draw = model, session, draw
+        self.attached = ""  # goes before the next message
+        self.last: Done | None = None
+        self._defaults = defaults
+        self._cache = PromptCache()
+
+    def setting(self, name: str) -> Any:
+        return self.session.settings.get(name, self._defaults[name])
+
+    def generation(self) -> GenerationConfig:
+        """The denoising loop's parameters in force; a ``DgemmaError`` where they do not go together."""
+        return self.model.generation.override(**{name: self.setting(name) for name in _LOOP})
+
+    def answer(self, *, again: bool = False) -> bool:
+        """Answers the session's last message; the answer becomes its next one. False where there is none.
+
+        Ctrl-C stops after the step under way: committed canvases stay as an answer that is marked cancelled. Pressed
+        again, it interrupts at once (``KeyboardInterrupt``). With a fixed seed, answering ``again`` takes the next one.
+        """
+        with _interruptible() as cancelled, _keys_unseen():
+            self._make_room()
+            try:
+                done = self._run(self._seed(again), cancelled)
+            except BaseException:
+                self._cache = PromptCache()  # it may have stopped anywhere
+                raise
+        self.last = done
+        stopped = done.finish_reason == "cancelled"
+        if stopped and not done.text.strip():
+            print("cancelled; nothing was kept", file=sys.stderr)
+            return False
+        self.session.add("assistant", done.text, thinking=done.thinking, cancelled=stopped)
+        if stopped:
+            print("cancelled; what is above was kept", file=sys.stderr)
+        elif done.finish_reason == "length":
+            print("the answer was cut: it reached max_tokens, or the model's positions", file=sys.stderr)
+        return True
+
+    def _seed(self, again: bool) -> int | None:
+        seed: int | None = self.setting("seed")
+        if seed is None or not again:
+            return seed
+        return (seed if self.last is None else self.last.seed) + 1
+
+    def _run(self, seed: int | None, cancelled: Callable[[], bool]) -> Done:
+        from dgemma_mlx.cli.render.live import draw
+        from dgemma_mlx.cli.render.plain import print_text
+        from dgemma_mlx.engine import stream
+
+        events = stream(
+            self.model, self.session.prompt(), max_tokens=self.setting("max_tokens"), seed=seed,
+            temp=self.setting("temp"), thinking=self.setting("thinking"), generation=self.generation(),
+            prompt_cache=self._cache, cancelled=cancelled,
+        )  # fmt: skip
+        if not self.draw:
+            return print_text(events, quiet=False)
+        return draw(events, self.model.tokenizer, self.model.generation.eos_token_ids)
+
+    def _make_room(self) -> None:
+        """Drops the oldest turns where the conversation and an answer no longer fit the model's positions."""
+        positions, canvas = self.model.config.text.max_position_embeddings, self.model.config.canvas_length
+        answer = max(canvas, min(self.setting("max_tokens"), positions // 4))
+        starts = self.session.questions
+
+        def length(turn: int) -> int:
+            """Tokens of the conversation from this turn on."""
+            return len(self.model.encode_prompt(self.session.prompt(starts[turn]), thinking=self.setting("thinking")))
+
+        if length(0) <= positions - answer:
+            return
+        last = len(starts) - 1
+        if (alone := length(last)) > positions - canvas:
+            raise DgemmaError(
+                f"the message is too long: {alone:,} tokens; with a canvas of {canvas} the model's limit of "
+                f"{positions:,} positions is passed", "Send less of it; the conversation is as it was.",
+            )  # fmt: skip
+        dropped = bisect_left(range(last), True, key=lambda turn: length(turn) <= positions - answer)
+        del self.session.messages[: starts[dropped]]
+        if dropped:
+            turns = "turn is" if dropped == 1 else f"{dropped} turns are"
+            print(f"the conversation no longer fits: its oldest {turns} forgotten", file=sys.stderr)
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Says whether Ctrl-C was pressed; pressed again, it interrupts at once."""
+    pressed = False
+
+    def press(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _keys_unseen() -> Iterator[None]:
+    """What is typed while the model writes is not echoed into its text; the next prompt gets it."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    import termios
+
+    before, unseen = termios.tcgetattr(sys.stdin), termios.tcgetattr(sys.stdin)
+    unseen[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, unseen)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)

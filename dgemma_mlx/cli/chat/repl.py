@@ -1,0 +1,184 @@
+"""The loop: a line from the user, an answer from the model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dgemma_mlx.cli.generate import ModelName, Seed, System, announce_demo, draws
+from dgemma_mlx.cli.pipe import quiet_when_closed
+from dgemma_mlx.errors import DgemmaError
+
+if TYPE_CHECKING:
+    from dgemma_mlx.cli.chat.answer import Chat
+    from dgemma_mlx.cli.chat.session import Session
+
+Ask = Callable[[str], str | None]
+"""Asks for a line, with a text to start from; None when the user leaves."""
+
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", "-n", min=1, help="Longest answer, in tokens.")]
+Thinking = Annotated[bool | None, typer.Option("--thinking/--no-thinking", help="Let the model think first.")]
+NoLive = Annotated[bool, typer.Option("--no-live", help="Print canvases only when they are final.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the last conversation.")]
+
+
+def chat(
+    model: ModelName = None,
+    max_tokens: MaxTokens = None,
+    seed: Seed = None,
+    system: System = None,
+    thinking: Thinking = None,
+    no_live: NoLive = False,
+    resume: Resume = False,
+) -> None:
+    """Talk with the model; /help lists the commands. The conversation is saved after every turn.
+
+    Without a terminal every line of stdin is a message, and the answers go to stdout.
+    """
+    from dgemma_mlx.cli.chat.answer import Chat
+    from dgemma_mlx.cli.chat.session import Session
+    from dgemma_mlx.engine import load
+    from dgemma_mlx.hub import DEMO
+    from dgemma_mlx.settings import SETTINGS, Settings
+
+    settings = Settings()
+    flags = {"max_tokens": max_tokens, "seed": seed, "system": system, "thinking": thinking}
+    defaults = {name: settings.pick(name, flags.get(name)) for name in SETTINGS}
+    folder = _state_folder()
+    session = _resumed(folder) if resume else Session(model=defaults["model"])
+    for name, flag in flags.items():
+        if flag is not None:
+            session.settings.pop(name, None)  # a flag goes before what /set once said
+    if system is not None or not resume:
+        session.system = defaults["system"]
+    name = settings.pick("model", session.model if model is None else model)
+    loaded = load(name)
+    announce_demo(name)
+    # the next one may begin in another folder
+    session.model = os.path.abspath(name) if name not in (None, DEMO) and os.path.isdir(name) else name
+    draw = defaults["live"] and not no_live and draws()
+    conversation = Chat(loaded, session, defaults, draw=draw)
+    conversation.generation()  # refuses settings that do not go together before anything is written
+    if resume:
+        turns = f"{session.turns} turn{'' if session.turns == 1 else 's'}"
+        print(f"going on after {turns}; /show shows them", file=sys.stderr)
+    with quiet_when_closed():
+        _talk(conversation, folder, kept=resume)
+
+
+def _state_folder() -> Path | None:
+    """Where history and the last conversation are kept: the platform's folder, or ``DGEMMA_STATE``.
+
+    For its owner alone. None, with a word about it, where it cannot be written.
+    """
+    if named := os.environ.get("DGEMMA_STATE"):
+        folder = Path(os.path.expanduser(named))
+    else:
+        from platformdirs import user_state_path
+
+        folder = user_state_path("dgemma-mlx")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _history(folder).open("ab").close()
+    except OSError as error:
+        print(f"history and conversation will not be kept: cannot write {folder}: {error.strerror}", file=sys.stderr)
+        return None
+    return folder
+
+
+def _history(folder: Path) -> Path:
+    return folder / "history"
+
+
+def _last_session(folder: Path) -> Path:
+    return folder / "last_session.json"
+
+
+def _resumed(folder: Path | None) -> Session:
+    from dgemma_mlx.cli.chat.session import Session
+
+    if folder is None or not _last_session(folder).exists():
+        raise DgemmaError("there is no conversation to go on with", "`dgemma-mlx chat` begins one.")
+    return Session.load(_last_session(folder))
+
+
+def _talk(chat: Chat, folder: Path | None, kept: bool) -> None:
+    """Takes messages until there are no more; ``kept`` says whether this conversation is the last one on disk."""
+    from dgemma_mlx.cli.chat.commands import at_terminal, can_edit, take
+
+    person = at_terminal()
+    if person:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the terminal is put right first
+        print("/help lists the commands, Ctrl-D leaves", file=sys.stderr)
+    ask = _editor(folder) if can_edit() else _lines(">>> " if person else "")
+    failed, start = False, ""
+    while (line := ask(start)) is not None:
+        start, before = "", list(chat.session.messages)
+        try:
+            outcome = take(chat, line)
+            if outcome.leave:
+                break
+            start = outcome.text
+            if outcome.ask and not chat.answer(again=outcome.again):
+                chat.session.messages = before
+        except DgemmaError as error:
+            chat.session.messages, failed = before, True
+            _complain(error)
+        except KeyboardInterrupt:
+            if not person:
+                raise
+            chat.session.messages = before
+            print("interrupted", file=sys.stderr)
+        kept = kept or bool(chat.session.messages)
+        if folder is not None and kept:
+            _keep(chat.session, folder)
+        if not person and chat.last is not None and chat.last.finish_reason == "cancelled":
+            raise KeyboardInterrupt
+    if failed and not person:
+        raise typer.Exit(1)
+
+
+def _editor(folder: Path | None) -> Ask:
+    from dgemma_mlx.cli.chat.editor import editor
+
+    return editor(None if folder is None else _history(folder))
+
+
+def _lines(prompt: str) -> Ask:
+    """Every line of stdin is a message."""
+    number = 0
+
+    def ask(start: str) -> str | None:
+        nonlocal number
+        number += 1
+        print(prompt, end="", flush=True)
+        line = sys.stdin.buffer.readline()
+        try:
+            return line.decode("utf-8") if line else None
+        except UnicodeDecodeError:
+            message = f"standard input is not UTF-8 text (line {number})"
+            raise DgemmaError(message, "Convert it first, with iconv for example.", exit_code=2) from None
+
+    return ask
+
+
+def _keep(session: Session, folder: Path) -> None:
+    """Saves the conversation for ``--resume``."""
+    try:
+        session.save(_last_session(folder))
+    except DgemmaError as error:
+        _complain(error)
+
+
+def _complain(error: DgemmaError) -> None:
+    from dgemma_mlx.cli.render.visible import visible
+
+    print(visible(error.message), file=sys.stderr)
+    if error.hint:
+        print(f"hint: {visible(error.hint)}", file=sys.stderr)

@@ -1,0 +1,191 @@
+"""``dgemma-mlx doctor``: is this machine fit, how fast is it, and what to change."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dgemma_mlx.cli.pipe import quiet_when_closed
+
+_PROBE_SECONDS = 5.0  # for each of the two probes
+_TOLERANCE = 0.01  # of the self-check: Macs may multiply float32 with ten bits
+_ENOUGH_MEMORY = 24e9  # the published 4-bit weights are 16.6 GB
+_ENOUGH_DISK = 20e9
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+NoProbe = Annotated[bool, typer.Option("--no-probe", help="Leave out the speed probe (10 seconds).")]
+
+
+def doctor(as_json: AsJson = False, no_probe: NoProbe = False) -> None:
+    """Look at this machine: chip, memory, versions, Metal, caches, speed; say what to change."""
+    facts = examine()
+    facts["self_check"] = self_check()
+    if not no_probe:
+        facts["probe"] = probe()
+    facts["advice"] = advice(facts)
+    with quiet_when_closed():
+        print(json.dumps(facts) if as_json else _as_text(facts))
+
+
+def examine() -> dict[str, Any]:
+    """What can be seen without work."""
+    import platform
+    import shutil
+
+    import mlx.core as mx
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from dgemma_mlx import __version__
+
+    cache = Path(HF_HUB_CACHE)
+    existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    return {
+        "dgemma_mlx": __version__,
+        "python": platform.python_version(),
+        "mlx": _version("mlx"),
+        "huggingface_hub": _version("huggingface_hub"),
+        "mlx_lm": _version("mlx-lm"),
+        "os": " ".join(("macOS", platform.mac_ver()[0]) if sys.platform == "darwin" else platform.uname()[0:3:2]),
+        "machine": platform.machine(),
+        "chip": _chip(),
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "metal": mx.metal.is_available(),
+        "gpu_memory": mx.device_info().get("max_recommended_working_set_size") if mx.metal.is_available() else None,
+        "cache_folder": str(cache),
+        "cache_free": shutil.disk_usage(existing).free,
+    }
+
+
+def self_check() -> dict[str, float]:
+    """Errors of the operations that generating stands on, relative to the largest value of numpy's in float64."""
+    import mlx.core as mx
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> mx.array:
+        return mx.array(rng.standard_normal(shape), mx.float32)
+
+    def wide(array: mx.array) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return np.array(array, np.float64)
+
+    x, experts, chosen = normal(32, 256), normal(4, 64, 256), np.repeat(np.arange(4), 8)
+    w, scales, biases = mx.quantize(experts, group_size=64, bits=4)
+    unpacked = wide(mx.dequantize(w, scales, biases, group_size=64, bits=4)).swapaxes(1, 2)
+    q, k, v = normal(1, 4, 32, 64) / 8, normal(1, 4, 48, 64), normal(1, 4, 48, 64)
+    weights = np.exp(wide(q) @ wide(k).swapaxes(2, 3))
+    pairs = {
+        "matmul": (x @ experts[0].T, wide(x) @ wide(experts)[0].T),
+        "quantized_matmul": (
+            mx.quantized_matmul(x, w[0], scales[0], biases[0], group_size=64, bits=4), wide(x) @ unpacked[0]
+        ),
+        "gather_qmm": (
+            mx.gather_qmm(x[:, None], w, scales, biases, rhs_indices=mx.array(chosen), group_size=64, bits=4,
+                          sorted_indices=True),
+            wide(x)[:, None] @ unpacked[chosen],
+        ),
+        "attention": (
+            mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0), weights @ wide(v) / weights.sum(-1, keepdims=True)
+        ),
+    }  # fmt: skip
+    return {name: float(abs(wide(ours) - right).max() / abs(right).max()) for name, (ours, right) in pairs.items()}
+
+
+def probe() -> dict[str, float]:
+    """Two short runs: a matrix product, and denoising steps of the built-in model."""
+    import mlx.core as mx
+
+    from dgemma_mlx.engine import load, stream
+    from dgemma_mlx.events import Draft
+
+    size, dtype = (2048, mx.bfloat16) if mx.metal.is_available() else (512, mx.float32)
+    a = mx.random.normal((size, size)).astype(dtype)
+    mx.eval(a)
+    products, seconds = _repeat(lambda: mx.eval(a @ a))
+    model = load("demo")
+    steps = 0
+    began = time.perf_counter()
+    while time.perf_counter() - began < _PROBE_SECONDS:
+        steps += sum(isinstance(event, Draft) for event in stream(model, "Count from 13 to 40.", seed=steps))
+    return {
+        "matmul_tflops": round(products * 2 * size**3 / seconds / 1e12, 4),
+        "demo_steps_per_second": round(steps / (time.perf_counter() - began), 1),
+    }
+
+
+def advice(facts: dict[str, Any]) -> list[str]:
+    """What the user might change; empty where all is well."""
+    found = []
+    if not facts["metal"]:
+        found.append("no Metal here: the program works, but slowly; it is made for Macs with Apple silicon")
+    for name, error in facts["self_check"].items():
+        if not error < _TOLERANCE:
+            found.append(f"MLX gets {name} wrong here ({error:.2g}): update macOS, and mlx with pip install -U mlx")
+    if facts["machine"] == "x86_64" and sys.platform == "darwin":
+        found.append("this Python is for Intel Macs; install an arm64 one")
+    if facts["memory"] < _ENOUGH_MEMORY:
+        found.append("less than 24 GB of memory: too little for the published 4-bit weights (16.6 GB)")
+    if facts["cache_free"] < _ENOUGH_DISK:
+        found.append(f"less than 20 GB free for models in {facts['cache_folder']}; HF_HOME names another folder")
+    return found
+
+
+def _repeat(action: Callable[[], None]) -> tuple[int, float]:
+    """How often in ``_PROBE_SECONDS``, and the seconds it really took."""
+    action()
+    count, began = 0, time.perf_counter()
+    while time.perf_counter() - began < _PROBE_SECONDS:
+        action()
+        count += 1
+    return count, time.perf_counter() - began
+
+
+def _chip() -> str:
+    import platform
+    import subprocess
+
+    if sys.platform == "darwin":
+        done = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
+        return done.stdout.strip() or platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _as_text(facts: dict[str, Any]) -> str:
+    from dgemma_mlx.cli.sizes import size
+
+    metal = f"yes, {size(facts['gpu_memory'])} for the GPU" if facts["metal"] else "no"
+    rows = [
+        ("chip", f"{facts['chip']} ({facts['machine']})"),
+        ("memory", size(facts["memory"])),
+        ("system", facts["os"]),
+        ("Metal", metal),
+        ("versions", f"dgemma-mlx {facts['dgemma_mlx']}, mlx {facts['mlx']}, Python {facts['python']}"),
+        ("self-check", f"{len(facts['self_check'])} operations, error at most {max(facts['self_check'].values()):.1g}"),
+        ("models in", f"{facts['cache_folder']}, {size(facts['cache_free'])} free"),
+    ]
+    if result := facts.get("probe"):
+        rows.append(("products", f"{result['matmul_tflops']:.2f} TFLOP/s"))
+        rows.append(("demo model", f"{result['demo_steps_per_second']:.0f} denoising steps/s"))
+    lines = [f"{name:10} {value}" for name, value in rows]
+    return "\n".join([*lines, *(f"! {line}" for line in facts["advice"])] + ([] if facts["advice"] else ["all well"]))

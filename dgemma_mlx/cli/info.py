@@ -1,0 +1,103 @@
+"""``dgemma-mlx info``: what a checkpoint is and what it takes to run, from its headers alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dgemma_mlx.cli.pipe import quiet_when_closed
+
+if TYPE_CHECKING:
+    from dgemma_convert.source import Source
+
+_CONTEXTS = (1024, 8192, 32_768, 131_072)
+
+ModelName = Annotated[str | None, typer.Argument(help="A folder, a Hub id, or 'demo'. Else the model in force.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def info(model: ModelName = None, as_json: AsJson = False) -> None:
+    """Show a checkpoint's architecture, size, and the memory it needs. Reads no weights."""
+    from dgemma_convert.source import open_source
+    from dgemma_mlx.hub import resolve
+    from dgemma_mlx.settings import Settings
+
+    source = open_source(resolve(Settings().pick("model", model), weights=False))
+    facts = describe(source)
+    with quiet_when_closed():
+        print(json.dumps(facts) if as_json else _as_text(facts))
+
+
+def describe(source: Source) -> dict[str, Any]:
+    """The facts, sizes in bytes."""
+    from dgemma_convert.recipes import EXPERTS, class_of
+    from dgemma_mlx.model.memory import cache_memory, run_memory
+
+    config, text = source.config, source.config.text
+    weights = [*source.text.values(), *source.vision]
+    parameters, size = sum(weight.size for weight in weights), sum(weight.nbytes for weight in weights)
+    experts = sum(weight.size for path, weight in source.text.items() if class_of(path + weight.suffix) == EXPERTS)
+    in_text = sum(weight.size for weight in source.text.values())
+    positions = text.max_position_embeddings
+    contexts = [*(n for n in _CONTEXTS if n < positions), positions]
+    return {
+        "model": source.checkpoint.name,
+        "folder": str(source.folder),
+        "architecture": "DiffusionGemma",
+        "parameters": parameters,
+        "active_parameters": in_text - experts + experts * text.top_k_experts // text.num_experts,
+        "layers": text.num_hidden_layers,
+        "full_attention_layers": text.layer_types.count("full_attention"),
+        "sliding_window": text.sliding_window,
+        "experts": text.num_experts,
+        "experts_per_token": text.top_k_experts,
+        "vocabulary": text.vocab_size,
+        "canvas_length": config.canvas_length,
+        "positions": positions,
+        "vision": bool(source.vision),
+        "bytes": size,
+        "bits_per_weight": round(8 * size / parameters, 2),
+        "formats": sorted({str(weight.format) if weight.format else weight.stored[0].dtype for weight in weights}),
+        "recipe": _recipe(source.folder),
+        "memory": {
+            str(n): {"cache": cache_memory(config, n), "total": run_memory(config, size, n)} for n in contexts
+        },
+    }
+
+
+def _recipe(folder: Path) -> str | None:
+    """That of a conversion by this program."""
+    path = folder / "conversion_report.json"
+    try:
+        recipe = json.loads(path.read_text(encoding="utf-8"))["recipe"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return None
+    return recipe if isinstance(recipe, str) else None
+
+
+def _as_text(facts: dict[str, Any]) -> str:
+    from dgemma_mlx.cli.sizes import size
+
+    recipe = f", recipe {facts['recipe']}" if facts["recipe"] else ""
+    full, window = facts["full_attention_layers"], facts["sliding_window"]
+    rows = {
+        "parameters": f"{facts['parameters'] / 1e6:,.1f} M, {facts['active_parameters'] / 1e6:,.1f} M active a token",
+        "attention": f"full in {full} of {facts['layers']} layers, in the others a window of {window}",
+        "experts": f"{facts['experts_per_token']} of {facts['experts']}",
+        "canvas": f"{facts['canvas_length']} tokens of a vocabulary of {facts['vocabulary']:,}",
+        "positions": f"{facts['positions']:,}",
+        "vision": "yes" if facts["vision"] else "no",
+        "on disk": f"{size(facts['bytes'])}, {facts['bits_per_weight']} bits per weight",
+        "formats": ", ".join(facts["formats"]) + recipe,
+        "folder": facts["folder"],
+    }
+    lines = [f"{facts['model']}: {facts['architecture']}", *(f"  {name:11} {text}" for name, text in rows.items())]
+    lines.append("  memory to run it, estimated:")
+    lines += [
+        f"    {int(context):>7,} tokens of context  {size(memory['total']):>9}, of it {size(memory['cache'])} cache"
+        for context, memory in facts["memory"].items()
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,96 @@
+"""``dgemma-mlx models``: checkpoints in the Hub's cache, listed and removed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dgemma_mlx.cli.pipe import quiet_when_closed
+from dgemma_mlx.errors import DgemmaError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HFCacheInfo
+
+models = typer.Typer(help="List and remove cached checkpoints.", invoke_without_command=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON array.")]
+Names = Annotated[list[str], typer.Argument(help="Hub ids, as the list shows them.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")]
+
+
+@models.callback()
+def show(context: typer.Context, as_json: AsJson = False) -> None:
+    """List the DiffusionGemma checkpoints in the Hub's cache."""
+    if context.invoked_subcommand is not None:
+        return
+    from dgemma_mlx.cli.sizes import size
+
+    found = _cached(_scan())
+    with quiet_when_closed():
+        if as_json:
+            print(json.dumps(found))
+            return
+        for model in found:
+            print(f"{model['name']}  {size(model['bytes'])}")
+        if not found:
+            print("no checkpoint is in the cache; the demo is built in", file=sys.stderr)
+
+
+@models.command("rm")
+def remove(names: Names, yes: Yes = False) -> None:
+    """Remove checkpoints from the cache, all their revisions."""
+    from dgemma_mlx.cli.sizes import size
+
+    cache = _scan()
+    known = {model["name"] for model in _cached(cache)}
+    missing = [name for name in names if name not in known]
+    if missing or cache is None:
+        raise DgemmaError(f"{missing[0]} is not in the cache", "`dgemma-mlx models` lists what is.")
+    plans = [
+        # One repository at a time: forks share commits, and the library would take the first that has one.
+        replace(cache, repos=frozenset({repo})).delete_revisions(*(revision.commit_hash for revision in repo.revisions))
+        for repo in cache.repos if repo.repo_type == "model" and repo.repo_id in names
+    ]
+    freed = size(sum(plan.expected_freed_size for plan in plans))
+    if not yes:
+        if not sys.stdin.isatty():
+            raise DgemmaError("nobody is there to confirm", "Add -y to remove without asking.", exit_code=2)
+        if not typer.confirm(f"Remove {', '.join(names)} ({freed})?", err=True):
+            return
+    for plan in plans:
+        plan.execute()
+    print(f"removed {', '.join(names)}, {freed}", file=sys.stderr)
+
+
+def _scan() -> HFCacheInfo | None:
+    """The Hub's cache; None where there is none yet."""
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        return scan_cache_dir()
+    except CacheNotFound:
+        return None
+    except (OSError, ValueError) as error:
+        raise DgemmaError(f"cannot read the Hub's cache: {error}", "HF_HOME names the folder it is in.") from None
+
+
+def _cached(cache: HFCacheInfo | None) -> list[dict[str, Any]]:
+    """Models whose configuration says that they are DiffusionGemma, by name."""
+    found = [
+        {"name": repo.repo_id, "bytes": repo.size_on_disk, "folder": str(repo.repo_path)}
+        for repo in (cache.repos if cache else ())
+        if repo.repo_type == "model" and any(_is_ours(revision.snapshot_path) for revision in repo.revisions)
+    ]
+    return sorted(found, key=lambda model: str(model["name"]))
+
+
+def _is_ours(snapshot: Any) -> bool:
+    try:
+        config = json.loads((snapshot / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "diffusion_gemma"

@@ -1,0 +1,1 @@
+"""What draws: events in, text out. Nothing here imports mlx."""

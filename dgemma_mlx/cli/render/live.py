@@ -1,0 +1,161 @@
+"""The canvas in flight on a terminal: drawn in place a step at a time, dimmer where it is less settled."""
+
+from __future__ import annotations
+
+import codecs
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, TextIO
+
+from dgemma_mlx.cli.render.plain import print_tool_calls
+from dgemma_mlx.cli.render.region import Region
+from dgemma_mlx.cli.render.visible import Piece, Row, visible, wrap
+from dgemma_mlx.events import Committed, Done, Draft, Event
+
+if TYPE_CHECKING:
+    from dgemma_mlx.text.tokenizer import Tokenizer
+
+FRAME_SECONDS = 0.05
+DIM = "2"
+_STABLE = 0.1  # nats: below, a token that has not changed is settled
+# Entropy in nats up to which a token gets each style: theme-aware attributes, right on dark and on light.
+_STYLES = ((_STABLE, ""), (0.7, DIM), (2.0, "90"))
+_NOISE = "2;90"  # above all of them
+_SHOWN = 20_000  # characters: more than a screen has room for
+_NO_BREAK = "\xa0"  # a space at which a row does not break
+_ENDS = 0.5  # nats: an end-of-text token below this ends what is shown
+
+
+class LiveView:
+    """Shows events on a terminal; a context manager. ``eos_ids`` end the text of a canvas.
+
+    Finished lines go above the drawn rows as plain text, unbroken, to be copied; the last, unfinished line stays among
+    them until it is complete. Thinking is drawn dim while it lasts; one line that counts its words remains of it.
+    """
+
+    def __init__(
+        self, stream: TextIO, tokenizer: Tokenizer, eos_ids: Collection[int],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``clock`` gives seconds. While it says those of now, no times are shown."""
+        self._region, self._tokenizer, self._eos_ids, self._clock = Region(stream), tokenizer, eos_ids, clock
+        self._open_channel = tokenizer.special_ids.get("<|channel>")
+        self._close_channel = tokenizer.special_ids.get("<channel|>")
+        self._tail = ""  # of the committed text, behind its last line feed
+        self._thinking = False  # where the committed tokens end
+        self._thought = ""  # committed thinking that is not over
+        self._previous: tuple[int, ...] = ()
+        self._status = "reading the prompt"
+        self._began = clock()
+        self._drawn = float("-inf")
+        self._kept = 0  # tokens committed
+
+    def __enter__(self) -> LiveView:
+        try:
+            self._region.draw(self._rows(self._region.size[0]))
+        except BaseException:  # a Ctrl-C that comes before the block has begun
+            self._region.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leaves the committed text, and the cursor at the start of a line."""
+        self._region.close(self._fold() + (self._tail + "\n" if self._tail else ""))
+        self._tail = ""
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Draft):
+            self._draft(event)
+        elif isinstance(event, Committed):
+            self._committed(event)
+        else:
+            assert isinstance(event, Done)
+
+    def frame(self, draft: Draft, columns: int) -> list[Row]:
+        """What is drawn for a draft: the unfinished line with the draft behind it, and the status line."""
+        levels = self._levels(draft)
+        self._previous = draft.tokens
+        seconds = self._clock() - self._began
+        settled = self._kept + sum(level < _STABLE for level in levels)
+        parts = (
+            f"canvas {draft.canvas + 1}",
+            f"step {draft.step}/{draft.max_steps}",
+            f"{sum(draft.accepted_mask) / len(draft.accepted_mask):.0%} accepted",
+            f"entropy {draft.mean_entropy:.2f}",
+            *((f"{settled / seconds:.0f} tokens/s", f"{seconds:.1f} s") if seconds else ()),
+        )
+        self._status = "  ".join(part.replace(" ", _NO_BREAK) for part in parts)
+        return self._rows(columns, self._pieces(draft, levels))
+
+    def _draft(self, draft: Draft) -> None:
+        now = self._clock()
+        if draft.finished or now - self._drawn >= FRAME_SECONDS:
+            self._drawn = now
+            self._region.draw(self.frame(draft, self._region.size[0]))
+        self._previous = draft.tokens
+
+    def _committed(self, event: Committed) -> None:
+        self._kept += len(event.tokens)
+        self._previous = ()
+        for token in event.tokens:
+            self._thinking = self._thinks(token, self._thinking)
+        self._thought += visible(event.thinking)
+        fold = "" if self._thinking else self._fold()
+        lines, feed, self._tail = (self._tail + visible(event.text)).rpartition("\n")
+        self._region.draw(self._rows(self._region.size[0]), above=fold + lines + feed)
+
+    def _fold(self) -> str:
+        """Thinking that is over, as one line."""
+        words = len(self._thought.split())
+        self._thought = ""
+        return f"\x1b[{DIM}mthought, {words:,} {'word' if words == 1 else 'words'}\x1b[0m\n" if words else ""
+
+    def _rows(self, columns: int, pieces: Iterable[Piece] = ()) -> list[Row]:
+        """What is not finished, the status below; in rows that leave the last column free, where terminals differ."""
+        width = max(columns - 1, 1)
+        before = [(self._thought[-_SHOWN:], DIM), (self._tail[-_SHOWN:], "")]
+        lines = textwrap.wrap(self._status, width)
+        status: list[Row] = [[(line.replace(_NO_BREAK, " "), DIM)] for line in lines]
+        rows = wrap([*before, *pieces], width)
+        return status if rows == [[]] else rows + status
+
+    def _levels(self, draft: Draft) -> list[float]:
+        """Of each token up to the end of the text: its entropy in nats, or that of an unsettled one if it changed."""
+        levels: list[float] = []
+        previous = self._previous or (None,) * len(draft.tokens)
+        for token, entropy, before in zip(draft.tokens, draft.entropy, previous, strict=True):
+            if token in self._eos_ids and entropy < _ENDS:
+                break
+            levels.append(entropy if token == before else max(entropy, _STABLE))
+        return levels
+
+    def _pieces(self, draft: Draft, levels: list[float]) -> Iterator[Piece]:
+        """The draft's text, token by token, each in the style of how settled it is."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        thinking = self._thinking
+        for token, level in zip(draft.tokens, levels, strict=False):
+            thinking = self._thinks(token, thinking)
+            style = next((style for limit, style in _STYLES if level < limit), _NOISE)
+            text = decoder.decode(self._tokenizer.token_bytes(token))
+            yield visible(text), style or (DIM if thinking else "")
+
+    def _thinks(self, token: int, before: bool) -> bool:
+        """Whether what follows the token is thinking."""
+        if token == self._open_channel:
+            return True
+        return before and token != self._close_channel
+
+
+def draw(events: Iterable[Event], tokenizer: Tokenizer, eos_ids: Collection[int]) -> Done:
+    """Shows a generation on stdout, a terminal; tool calls on stderr when it is over."""
+    with LiveView(sys.stdout, tokenizer, eos_ids) as view:
+        for event in events:
+            view(event)
+    assert isinstance(event, Done)
+    print_tool_calls(event)
+    return event

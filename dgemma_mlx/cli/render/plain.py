@@ -1,0 +1,112 @@
+"""Events as text or JSON, for pipes and for people who want no drawing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from typing import Any, TextIO
+
+from dgemma_mlx.cli.render.visible import json_line, visible
+from dgemma_mlx.events import Committed, Done, Draft, Event
+
+
+class _Writer:
+    """Writes text at once, made safe where it goes to a terminal; a pipe gets it as it is."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._safe: Callable[[str], str] = visible if stream.isatty() else str
+        self._in_line = False
+
+    def write(self, text: str) -> None:
+        if text:
+            self._stream.write(self._safe(text))
+            self._stream.flush()
+            self._in_line = not text.endswith("\n")
+
+    def end_line(self) -> None:
+        if self._in_line:
+            self.write("\n")
+
+
+def print_text(events: Iterable[Event], quiet: bool) -> Done:
+    """Writes each committed canvas to stdout when it is final; thinking and tool calls go to stderr."""
+    answer, thinking = _Writer(sys.stdout), _Writer(sys.stderr)
+    try:
+        for event in events:
+            if isinstance(event, Committed):
+                if not quiet:
+                    thinking.write(event.thinking)
+                if event.text:
+                    thinking.end_line()
+                answer.write(event.text)
+            elif isinstance(event, Done):
+                thinking.end_line()
+                answer.end_line()
+                print_tool_calls(event)
+                return event
+    finally:
+        thinking.end_line()
+        answer.end_line()
+    raise AssertionError("stream() ends with Done")
+
+
+def print_tool_calls(answer: Done) -> None:
+    for call in answer.tool_calls:
+        print(f"tool call: {visible(call.name)} {json_line(call.arguments)}", file=sys.stderr)
+
+
+def print_json(events: Iterable[Event], model: str) -> Done:
+    """Writes the whole answer as one JSON object."""
+    done = next(event for event in events if isinstance(event, Done))
+    print(json_line({"model": model, **asdict(done)}))
+    return done
+
+
+def print_lines(events: Iterable[Event], model: str) -> Done:
+    """Writes every event as a line of JSON."""
+    for event in events:
+        print(json_line(record(event, model)), flush=True)
+        if isinstance(event, Done):
+            return event
+    raise AssertionError("stream() ends with Done")
+
+
+def record(event: Event, model: str) -> dict[str, Any]:
+    """An event as plain data; ``event`` says which: draft, committed or done."""
+    name = {"event": type(event).__name__.lower()}
+    return {**name, "model": model, **asdict(event)} if isinstance(event, Done) else {**name, **asdict(event)}
+
+
+def traced(events: Iterable[Event], file: TextIO, model: str) -> Iterator[Event]:
+    """The same events; each is written to the file as a line of JSON."""
+    for event in events:
+        file.write(json_line(record(event, model)) + "\n")
+        yield event
+
+
+def with_snapshots(
+    events: Iterable[Event], count: int, decode: Callable[[Iterable[int]], str]
+) -> Iterator[Event]:
+    """The same events; before a canvas is committed, ``count`` of its steps are printed to stderr."""
+    drafts: list[Draft] = []
+    for event in events:
+        if isinstance(event, Draft):
+            drafts.append(event)
+        elif isinstance(event, Committed):
+            for draft in _spread(drafts, count):
+                print(f"--- canvas {draft.canvas + 1}, step {draft.step} of {len(drafts)}, "
+                      f"mean entropy {draft.mean_entropy:.3f}", file=sys.stderr)  # fmt: skip
+                print(visible(decode(draft.tokens)), file=sys.stderr)
+            drafts = []
+        yield event
+
+
+def _spread(drafts: list[Draft], count: int) -> list[Draft]:
+    """At most ``count`` of them, evenly spaced; the last one always, the first if there are two."""
+    if count >= len(drafts):
+        return drafts
+    if count == 1:
+        return drafts[-1:]
+    return [drafts[round(i * (len(drafts) - 1) / (count - 1))] for i in range(count)]

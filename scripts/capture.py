@@ -1,0 +1,55 @@
+"""Draws how the built-in model denoises a canvas, step beside step as on terminals of that width, into an SVG."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dgemma_mlx import Draft, Model, load, stream
+from dgemma_mlx.cli.render.live import LiveView
+from dgemma_mlx.cli.render.region import styled
+
+COLUMNS = 24  # of each step
+PROMPT = "Solve this Sudoku:\n. . 3 .\n3 . . 2\n. 1 . .\n4 . . ."
+
+
+def frames(model: Model, prompt: str, seed: int, count: int) -> list[Text]:
+    """``count`` steps of the first canvas, evenly spaced with the last one among them; without times: those differ."""
+    view = LiveView(io.StringIO(), model.tokenizer, model.generation.eos_token_ids, clock=lambda: 0.0)
+    drawn = []
+    for event in stream(model, prompt, seed=seed):
+        if not isinstance(event, Draft):
+            break
+        drawn.append(Text.from_ansi("\n".join(map(styled, view.frame(event, COLUMNS)))))
+    steps = {round((i + 1) * len(drawn) / count) - 1 for i in range(count)}
+    return [drawn[step] for step in sorted(steps) if step >= 0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4)
+    arguments = parser.parse_args()
+    steps = Table.grid(*[""] * arguments.steps, padding=(0, 2))
+    steps.add_row(*frames(load("demo"), arguments.prompt, arguments.seed, arguments.steps))
+    width = (COLUMNS + 2) * arguments.steps
+    console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="standard")
+    command = f'$ dgemma-mlx generate -m demo --seed {arguments.seed} "{arguments.prompt}"'
+    console.print(Text(command + "\n"))
+    console.print(steps)
+    svg = console.export_svg(title="dgemma-mlx", unique_id="canvas")
+    svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)  # they would be fetched from elsewhere
+    arguments.file.parent.mkdir(parents=True, exist_ok=True)
+    arguments.file.write_text(svg, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,347 @@
+"""Every slash command, on the built-in model; none of this needs a terminal."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import dgemma_mlx
+from dgemma_mlx import Model
+from dgemma_mlx.cli.chat.answer import Chat
+from dgemma_mlx.cli.chat.commands import COMMANDS, Outcome, take
+from dgemma_mlx.cli.chat.session import CHANGEABLE, Session
+from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.hub import DEMO_FOLDER
+from dgemma_mlx.settings import SETTINGS
+
+ANA, NAME = "My name is Ana.", "What is my name?"
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return dgemma_mlx.load("demo")
+
+
+@pytest.fixture
+def chat(model: Model) -> Chat:
+    return new_chat(model)
+
+
+def new_chat(model: Model) -> Chat:
+    """With few denoising steps: the model needs two for what it can do, and uses all for what it cannot."""
+    defaults = {name: kind.default for name, kind in SETTINGS.items()}
+    return Chat(model, Session(), {**defaults, "max_denoising_steps": 4, "max_tokens": 32}, draw=False)
+
+
+def say(chat: Chat, line: str) -> Outcome:
+    """What the loop does with a line."""
+    outcome = take(chat, line)
+    if outcome.ask:
+        assert chat.answer(again=outcome.again)
+    return outcome
+
+
+def contents(chat: Chat) -> list[str]:
+    return [message["content"] for message in chat.session.messages]
+
+
+def refused(chat: Chat, line: str) -> str:
+    """Message and hint of a line that changes nothing."""
+    before = replace(chat.session, messages=list(chat.session.messages), settings=dict(chat.session.settings))
+    with pytest.raises(DgemmaError) as caught:
+        take(chat, line)
+    assert chat.session == before
+    assert caught.value.hint
+    return f"{caught.value.message} {caught.value.hint}"
+
+
+@pytest.mark.parametrize("line", ["/bogus", "/", "/ help", "  /bogus Sort 7 3 5", "/HELP", "/usr/bin/env", "/\x1b[2J"])
+def test_an_unknown_command_never_reaches_the_model(chat: Chat, line: str) -> None:
+    assert "there is no command" in refused(chat, line)
+    assert chat.last is None
+
+
+def test_text_in_three_quotation_marks_is_a_message_whatever_it_says(chat: Chat) -> None:
+    say(chat, '"""\n/help me:\nSort 7 3 5\n"""')
+    assert contents(chat)[0] == "/help me:\nSort 7 3 5"
+    for line in ("", "  \n", '""""""', '"""\n"""'):
+        assert take(chat, line) == Outcome()
+    assert chat.session.turns == 1
+    take(chat, '"""not closed')
+    assert contents(chat)[-1] == '"""not closed'
+
+
+def test_help_lists_every_command_of_the_issue(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["help", "system", "set", "show", "clear", "regen", "undo", "edit", "read", "save", "load", "stats", "bye"]
+    assert list(COMMANDS) == names
+    take(chat, "/help")
+    printed = capsys.readouterr()
+    assert printed.out == ""  # no terminal: stdout is for answers
+    assert [line.split()[0] for line in printed.err.splitlines()[: len(names)]] == [f"/{name}" for name in names]
+
+
+def test_the_system_prompt_is_set_sent_and_removed(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
+    without = len(chat.model.encode_prompt("Hi"))
+    take(chat, "/system Be brief.\nAnd kind.")
+    assert chat.session.system == "Be brief.\nAnd kind."
+    say(chat, "Hi")
+    assert chat.last is not None and chat.last.statistics.prompt_tokens > without
+    take(chat, "/system")
+    assert chat.session.system == "Be brief.\nAnd kind."
+    assert "Be brief." in capsys.readouterr().err
+    take(chat, "/system none")
+    assert chat.session.system is None
+
+
+def test_what_is_set_is_what_the_engine_gets(chat: Chat) -> None:
+    for line in ("/set seed 11", "/set steps 1", "/set max_tokens 3", "/set thinking on"):
+        take(chat, line)
+    assert chat.session.settings == {"seed": 11, "max_denoising_steps": 1, "max_tokens": 3, "thinking": True}
+    say(chat, "Count from 13 to 40.")
+    assert chat.last is not None
+    assert (chat.last.seed, chat.last.finish_reason) == (11, "length")
+    assert (chat.last.statistics.denoising_steps, chat.last.statistics.generated_tokens) == (1, 3)
+    assert chat.last.statistics.prompt_tokens == len(chat.model.encode_prompt("Count from 13 to 40.", thinking=True))
+
+
+def test_temperatures_are_set(chat: Chat) -> None:
+    for line in ("/set t_max 1.25", "/set t_min 0.5", "/set entropy_bound 0.2", "/set confidence_threshold 0.01",
+                 "/set stability_threshold 2"):  # fmt: skip
+        take(chat, line)
+    generation = chat.generation()
+    assert (generation.t_max, generation.t_min, generation.entropy_bound) == (1.25, 0.5, 0.2)
+    assert (generation.confidence_threshold, generation.stability_threshold) == (0.01, 2)
+    take(chat, "/set temp 0")
+    take(chat, "/set seed 1")
+    say(chat, "Write a sentence about a cat.")
+    one = contents(chat)[-1]
+    chat.session.messages.clear()
+    say(chat, "Write a sentence about a cat.")
+    assert contents(chat)[-1] == one
+
+
+def test_a_setting_goes_back_to_its_default(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    chat = Chat(model, Session(), {**{name: kind.default for name, kind in SETTINGS.items()}, "seed": 4}, draw=False)
+    take(chat, "/set seed 9")
+    take(chat, "/set steps 7")
+    assert capsys.readouterr().err == "seed: 9\nmax_denoising_steps: 7\n"
+    take(chat, "/set seed")
+    take(chat, "/set steps default")
+    assert capsys.readouterr().err == f"seed: 4\nmax_denoising_steps: {model.generation.max_denoising_steps}\n"
+    assert chat.session.settings == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/set", "which setting?"),
+        ("/set colour red", "there is no setting 'colour'"),
+        ("/set model demo", "there is no setting 'model'"),
+        ("/set seed one", "seed must be a whole number"),
+        ("/set seed -1", "seed must be"),
+        ("/set max_tokens 0", "max_tokens must be"),
+        ("/set max_tokens 1.5", "max_tokens must be"),
+        ("/set steps 0", "max_denoising_steps must be"),
+        ("/set temp nan", "temp must be"),
+        ("/set t_min 0.9", "not below t_min (0.9)"),
+        ("/set t_max 0", "t_max (0.0) must be above 0"),
+        ("/set thinking perhaps", "thinking must be true or false"),
+    ],
+)
+def test_a_bad_setting_is_refused_and_the_old_one_stays(chat: Chat, line: str, message: str) -> None:
+    take(chat, "/set t_max 0.85")
+    assert message in refused(chat, line)
+
+
+def test_settings_that_go_together_one_by_one_only_are_refused(chat: Chat) -> None:
+    take(chat, "/set t_max 2")
+    take(chat, "/set t_min 1.5")
+    assert "not below t_min (1.5)" in refused(chat, "/set t_max default")
+
+
+def test_show_has_settings_and_conversation(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
+    take(chat, "/system Be brief.")
+    chat.session.messages = [
+        {"role": "user", "content": "Hi\x1b[2J"}, {"role": "assistant", "content": "Hello", "cancelled": True},
+    ]  # fmt: skip
+    capsys.readouterr()
+    take(chat, "/show")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[0] for line in lines[: len(CHANGEABLE)]] == list(CHANGEABLE)
+    assert lines[len(CHANGEABLE) :] == [
+        "system                 Be brief.", "", "[user]", "Hi␛[2J", "", "[assistant (cancelled)]", "Hello"
+    ]  # fmt: skip
+
+
+def test_clear_begins_anew(chat: Chat, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("7 3 5")
+    take(chat, "/set seed 1")
+    say(chat, ANA)
+    take(chat, f"/read {tmp_path / 'a.txt'}")
+    take(chat, "/clear")
+    say(chat, NAME)
+    assert contents(chat)[0] == NAME
+    assert "Ana" not in contents(chat)[1]
+    assert chat.session.settings == {"seed": 1}
+
+
+def test_undo_forgets_the_last_turn(chat: Chat) -> None:
+    say(chat, ANA)
+    say(chat, NAME)
+    take(chat, "/undo")
+    assert contents(chat)[0] == ANA and chat.session.turns == 1
+    take(chat, "/undo")
+    assert "there is no turn yet" in refused(chat, "/undo")
+
+
+def test_regen_answers_the_same_question_with_another_seed(chat: Chat) -> None:
+    take(chat, "/set seed 20")
+    say(chat, "Write a sentence about a cat.")
+    answers = [contents(chat)[1]]
+    for seed in (21, 22, 23):
+        say(chat, "/regen")
+        assert chat.last is not None and chat.last.seed == seed
+        assert chat.last.statistics.cached_tokens == chat.last.statistics.prompt_tokens
+        assert contents(chat)[0] == "Write a sentence about a cat." and chat.session.turns == 1
+        answers.append(contents(chat)[1])
+    assert len(set(answers)) > 1
+    say(chat, "Write a sentence about a dog.")
+    assert chat.last is not None and chat.last.seed == 20
+
+
+def test_regen_and_edit_need_a_turn_and_edit_a_terminal(chat: Chat) -> None:
+    assert "there is no turn yet" in refused(chat, "/regen")
+    say(chat, "Sort 7 3 5")
+    assert "/edit needs a terminal" in refused(chat, "/edit")
+
+
+def test_files_go_with_the_next_message(chat: Chat, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("Sort\n")
+    (tmp_path / "and two.txt").write_text("  7 3 5 ß\n")
+    take(chat, f"/read {tmp_path / 'one.txt'}")
+    take(chat, f"/read   {tmp_path / 'and two.txt'}  ")
+    assert chat.session.messages == []
+    say(chat, "please")
+    say(chat, "Sort 2 1")
+    assert contents(chat)[0::2] == ["Sort\n\n7 3 5 ß\n\nplease", "Sort 2 1"]
+
+
+def test_files_that_cannot_be_read(chat: Chat, tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"caf\xe9")
+    assert "which file?" in refused(chat, "/read")
+    assert "which file?" in refused(chat, "/read a\0b")
+    assert "nowhere: No such file" in refused(chat, "/read nowhere")
+    assert "~nosuchuser/x: No such file" in refused(chat, "/read ~nosuchuser/x")
+    assert "is no file" in refused(chat, f"/read {tmp_path}")
+    assert "is no file" in refused(chat, "/read /dev/zero")
+    assert "no text in UTF-8" in refused(chat, f"/read {tmp_path / 'binary'}")
+    assert chat.attached == ""
+
+
+def test_a_conversation_is_saved_and_gone_on_with(chat: Chat, tmp_path: Path) -> None:
+    path = tmp_path / "my talk.json"
+    take(chat, "/set seed 1")
+    take(chat, "/system Be brief.")
+    say(chat, ANA)
+    take(chat, f"/save {path}")
+    other = new_chat(chat.model)
+    say(other, "Sort 2 1")
+    take(other, f"/load {path}")
+    assert other.session == chat.session
+    say(other, NAME)
+    say(chat, NAME)
+    assert contents(other) == contents(chat)
+    assert "Ana" in contents(other)[-1]
+    take(other, f"/save {path}")  # a saved conversation may be replaced
+    assert Session.load(path) == other.session
+
+
+def test_files_that_cannot_be_saved_or_loaded(chat: Chat, tmp_path: Path) -> None:
+    mine = tmp_path / "notes.txt"
+    mine.write_text("mine")
+    for line in ("/save", "/load", "/save .", "/save /", "/load a\0b"):
+        assert "which file?" in refused(chat, line)
+    assert "not overwritten" in refused(chat, f"/save {mine}")
+    assert "not overwritten" in refused(chat, f"/save {tmp_path}")
+    assert "cannot write" in refused(chat, f"/save {mine}/talk.json")
+    assert "cannot write" in refused(chat, f"/save {tmp_path}/{'x' * 300}")
+    assert "cannot read" in refused(chat, f"/load {mine}")
+    assert "there is no file" in refused(chat, f"/load {tmp_path}/nowhere")
+    assert mine.read_text() == "mine" and list(tmp_path.iterdir()) == [mine]
+
+
+def test_stats_tell_how_much_was_reused(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nothing was generated yet" in refused(chat, "/stats")
+    say(chat, ANA)
+    first = chat.model.encode_prompt(ANA)
+    say(chat, NAME)
+    capsys.readouterr()
+    take(chat, "/stats")
+    shown = {line[:20].strip(): line[20:].strip() for line in capsys.readouterr().err.splitlines()}
+    assert chat.last is not None
+    assert shown["cached tokens"] == str(len(first)) == str(chat.last.statistics.cached_tokens)
+    assert int(shown["prompt tokens"]) > len(first)
+    assert shown["peak memory"].endswith("B") and shown["finish reason"] == "stop"
+    assert shown.keys() >= {"denoising steps", "tokens per second", "seed"}
+
+
+def test_bye_leaves(chat: Chat) -> None:
+    assert take(chat, "/bye").leave
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """The demo with 160 positions."""
+    folder = tmp_path_factory.mktemp("short") / "model"
+    shutil.copytree(DEMO_FOLDER, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 160
+    (folder / "config.json").write_text(json.dumps(config))
+    return dgemma_mlx.load(folder)
+
+
+def test_a_conversation_that_no_longer_fits_loses_its_oldest_turns(
+    short: Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = new_chat(short)
+    take(chat, "/system Be brief.")
+    take(chat, "/set seed 1")
+    questions: list[str] = []
+    while len(questions) == chat.session.turns:
+        assert len(questions) < 20
+        questions.append(f"Sort {len(questions)} 3 5")
+        say(chat, questions[-1])
+        assert len(short.encode_prompt(chat.session.prompt()[:-1])) <= 160 - 32
+    kept = contents(chat)[0::2]
+    assert len(kept) > 1 and kept == questions[-len(kept) :]  # nothing but the oldest is missing
+    assert chat.session.system == "Be brief."
+    notes = [line for line in capsys.readouterr().err.splitlines() if "no longer fits" in line]
+    assert len(notes) == 1 and re.search("its oldest (turn is|[2-9] turns are) forgotten", notes[0])
+
+
+def test_a_message_too_long_by_itself_leaves_the_conversation_as_it_was(short: Model) -> None:
+    chat = new_chat(short)
+    say(chat, ANA)
+    say(chat, "Sort 7 3 5")
+    before = contents(chat)
+    take(chat, "Sort 7 3 5 " * 60)
+    with pytest.raises(DgemmaError, match=r"the message is too long: .* limit of 160 positions"):
+        chat.answer()
+    assert contents(chat)[:-1] == before
+
+
+def test_a_single_message_may_use_all_the_room(short: Model) -> None:
+    """Up to one canvas, though an answer could then be longer than that."""
+    chat = new_chat(short)
+    message = "Sort 7 3 5"
+    while len(short.encode_prompt(message + " 1")) <= 160 - 32:
+        message += " 1"
+    say(chat, message)
+    take(chat, message + " 1 1")
+    with pytest.raises(DgemmaError, match="too long"):
+        chat.answer()

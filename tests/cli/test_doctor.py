@@ -1,0 +1,82 @@
+"""What doctor sees, measures and advises."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+import dgemma_mlx
+from dgemma_mlx.cli import doctor
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "dgemma_mlx", "doctor", *arguments], stdin=subprocess.DEVNULL, capture_output=True,
+        timeout=120, env={**os.environ, **environment}, check=False,
+    )
+
+
+def test_it_tells_what_is_here(tmp_path: Path) -> None:
+    done = run("--no-probe", "--json", HF_HUB_CACHE=str(tmp_path / "not" / "yet"))
+    assert (done.returncode, done.stderr) == (0, b"")
+    facts = json.loads(done.stdout)
+    assert facts["dgemma_mlx"] == dgemma_mlx.__version__
+    assert facts["python"] == sys.version.split()[0]
+    assert facts["mlx"].split(".") >= ["0", "32"]
+    assert facts["metal"] is mx.metal.is_available()
+    assert facts["memory"] > 1e9 and facts["cache_free"] > 0
+    assert facts["cache_folder"] == str(tmp_path / "not" / "yet")
+    assert facts["os"] and facts["machine"] and isinstance(facts["chip"], str)
+    assert facts["self_check"].keys() == {"matmul", "quantized_matmul", "gather_qmm", "attention"}
+    assert all(0 < error < 0.01 for error in facts["self_check"].values())
+    assert "probe" not in facts
+    assert ("no Metal" in " ".join(facts["advice"])) is not facts["metal"]
+
+
+def test_it_says_the_same_to_people() -> None:
+    done = run("--no-probe", COLUMNS="20")
+    assert (done.returncode, done.stderr) == (0, b"")
+    rows = done.stdout.decode().splitlines()
+    names = [row[:10].strip() for row in rows if not row.startswith("!")]
+    assert names[:6] == ["chip", "memory", "system", "Metal", "versions", "self-check"]
+    assert any(row.startswith("! ") for row in rows) != (rows[-1] == "all well")
+
+
+def good_facts() -> dict[str, Any]:
+    return {
+        "metal": True, "machine": "arm64", "memory": 64e9, "cache_free": 500e9, "cache_folder": "/cache",
+        "self_check": {"matmul": 1e-6},
+    }  # fmt: skip
+
+
+def test_a_good_machine_needs_no_advice() -> None:
+    assert doctor.advice(good_facts()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"metal": False}, "no Metal"),
+        ({"memory": 16e9}, "24 GB of memory"),
+        ({"cache_free": 5e9}, "HF_HOME"),
+        ({"self_check": {"matmul": 0.5}}, "matmul wrong"),
+        ({"self_check": {"matmul": float("nan")}}, "matmul wrong"),
+    ],
+)
+def test_each_trouble_has_its_advice(change: dict[str, Any], word: str) -> None:
+    (line,) = doctor.advice({**good_facts(), **change})
+    assert word in line
+
+
+def test_the_probe_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_PROBE_SECONDS", 0.3)
+    found = doctor.probe()
+    assert found.keys() == {"matmul_tflops", "demo_steps_per_second"}
+    assert all(value > 0 for value in found.values())

@@ -1,0 +1,182 @@
+"""What info says of a checkpoint, from its headers alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dgemma_convert import convert
+from dgemma_convert.source import open_source
+from dgemma_mlx.cli.info import describe
+from dgemma_mlx.hub import DEMO_FOLDER, resolve
+from dgemma_mlx.model.shards import read_header
+from tests.hub_server import HubServer, Repository
+from tests.model.checkpoint import flat_config
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("DGEMMA_")}
+    return subprocess.run(
+        [sys.executable, "-m", "dgemma_mlx", "info", *arguments], stdin=subprocess.DEVNULL, capture_output=True,
+        timeout=60, env={**inherited, "HF_HUB_OFFLINE": "1", **environment}, check=False,
+    )
+
+
+def facts_of(model: Path | str) -> dict[str, Any]:
+    done = run("--json", str(model))
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stderr == b""
+    facts: dict[str, Any] = json.loads(done.stdout)
+    return facts
+
+
+def test_the_demo() -> None:
+    facts = facts_of("demo")
+    stored = read_header(DEMO_FOLDER / "model.safetensors").values()
+    assert facts["parameters"] == sum(math.prod(tensor.shape) for tensor in stored)
+    assert facts["bytes"] == sum(tensor.nbytes for tensor in stored)
+    assert (facts["bits_per_weight"], facts["formats"]) == (16.0, ["BF16"])
+    assert (facts["layers"], facts["full_attention_layers"], facts["sliding_window"]) == (6, 1, 64)
+    assert (facts["experts"], facts["experts_per_token"], facts["canvas_length"]) == (8, 2, 32)
+    assert facts["parameters"] / 4 < facts["active_parameters"] < facts["parameters"]
+    assert facts["vision"] is False
+    assert list(facts["memory"]) == ["1024", "4096"]
+    small, large = facts["memory"].values()
+    assert small["cache"] < large["cache"] and facts["bytes"] < small["total"] < large["total"]
+    assert large["total"] - small["total"] == large["cache"] - small["cache"]
+
+
+def test_it_says_the_same_to_people_and_takes_the_model_in_force() -> None:
+    done = run(DGEMMA_MODEL="demo")
+    assert (done.returncode, done.stderr) == (0, b"")
+    first, *rows = done.stdout.decode().splitlines()
+    assert first == "demo: DiffusionGemma"
+    shown = {row[2:13].strip(): row[13:].strip() for row in rows}
+    assert shown["experts"] == "2 of 8" and shown["positions"] == "4,096"
+    assert shown["on disk"].endswith("16.0 bits per weight")
+    assert [row.split()[0] for row in rows[-2:]] == ["1,024", "4,096"]
+
+
+def test_a_converted_checkpoint(tmp_path: Path) -> None:
+    output = tmp_path / "converted"
+    report = convert("demo", output, "q4")
+    facts, source = facts_of(output), describe(open_source(resolve("demo")))
+    assert facts["recipe"] == "q4"
+    assert facts["parameters"] == source["parameters"]
+    assert facts["active_parameters"] == source["active_parameters"]
+    assert facts["bytes"] < source["bytes"]
+    assert facts["bits_per_weight"] == pytest.approx(report.plan.bits_per_weight, abs=0.01)
+    assert len(facts["formats"]) == 3  # 4 bits, 8 bits, and what is not packed
+    for broken in ("{", "[]", '{"recipe": 4}', "[" * 100_000):
+        (output / "conversion_report.json").write_text(broken)
+        assert describe(open_source(resolve(str(output))))["recipe"] is None
+
+
+def huge_checkpoint(folder: Path) -> int:
+    """The demo's tensors, 4096 times as many experts, in a sparse file of which no weight was ever written."""
+    experts = 8 * 4096
+    shutil.copytree(DEMO_FOLDER, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["num_experts"] = experts
+    (folder / "config.json").write_text(json.dumps(config))
+    path = folder / "model.safetensors"
+    header, end = {}, 0
+    for name, tensor in read_header(path).items():
+        shape = [experts if n == 8 else n for n in tensor.shape]
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    written = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(written)) + written)
+        file.truncate(8 + len(written) + end)
+    return end
+
+
+def test_no_weight_is_read(tmp_path: Path) -> None:
+    """Of this file of 10 GB nothing but the header is on the disk, and nobody has memory to read it all."""
+    folder = tmp_path / "huge"
+    size = huge_checkpoint(folder)
+    file = (folder / "model.safetensors").stat()
+    assert size > 9e9
+    assert file.st_blocks * 512 < 1e6, "this file system has no sparse files"
+    limited = (
+        "import resource, sys\n"
+        "from dgemma_mlx.cli.app import run\n"
+        "code = run()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n"
+        "sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", limited, "info", "--json", str(folder)], capture_output=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert json.loads(done.stdout)["bytes"] == size
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert int(done.stderr.split()[-1]) * unit < 1e9
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("no weights", "has no model.safetensors"),
+        ("cut off", "its header promises"),
+        ("no config", "has no config.json"),
+        ("other model", "model_type is 'gemma4'"),
+        ("other sizes", "config.json asks for"),
+    ],
+)
+def test_a_folder_that_is_no_checkpoint(tmp_path: Path, broken: str, message: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(DEMO_FOLDER, folder)
+    config = json.loads((folder / "config.json").read_text())
+    if broken == "no weights":
+        for path in folder.glob("model.safetensors*"):
+            path.unlink()
+    elif broken == "cut off":
+        os.truncate(folder / "model.safetensors", 1_000_000)
+    elif broken == "no config":
+        (folder / "config.json").unlink()
+    elif broken == "other model":
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": "gemma4"}))
+    else:
+        (folder / "config.json").write_text(json.dumps(flat_config()))
+    done = run(str(folder))
+    assert (done.returncode, done.stdout) == (1, b"")
+    error, hint = done.stderr.decode().splitlines()
+    assert error.startswith("dgemma-mlx: ") and message in error
+    assert hint.startswith("hint: ")
+
+
+def test_a_model_on_the_hub_is_described_without_downloading_it(tmp_path: Path) -> None:
+    files = {path.name: path.read_bytes() for path in DEMO_FOLDER.iterdir()}
+    with HubServer({"owner/name": Repository({"main": files})}) as hub:
+        done = run(
+            "--json", "owner/name", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0",
+            HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1", NO_PROXY="127.0.0.1",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr.decode()
+        weights = [part for name, part in hub.downloads if name == "model.safetensors"]
+    facts, demo = json.loads(done.stdout), describe(open_source(resolve("demo")))
+    assert facts["model"] == "owner/name"
+    elsewhere = {"model", "folder", "recipe"}
+    assert {name: facts[name] for name in facts.keys() - elsewhere} == {
+        name: demo[name] for name in demo.keys() - elsewhere
+    }
+    assert weights and None not in weights  # parts of the file alone, with its header
+    assert not list(tmp_path.rglob("model.safetensors"))
+
+
+def test_names_that_are_no_model() -> None:
+    for name, exit_code in (("./nowhere", 1), ("", 2)):
+        done = run(name)
+        assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (exit_code, b"", 2)

@@ -1,0 +1,131 @@
+"""Checkpoints in the Hub's cache: listed, and removed only when that was asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.terminal import Terminal
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def run(cache: Path, *arguments: str, variable: str = "HF_HUB_CACHE") -> subprocess.CompletedProcess[bytes]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "DGEMMA_"))}
+    return subprocess.run(
+        [sys.executable, "-m", "dgemma_mlx", "models", *arguments], stdin=subprocess.DEVNULL, capture_output=True,
+        timeout=60, env={**inherited, variable: str(cache), "HF_HUB_OFFLINE": "1"}, check=False,
+    )
+
+
+def put(cache: Path, repo_id: str, config: str, size: int, kind: str = "models") -> Path:
+    """A repository as the Hub's library lays it out: blobs, and a snapshot that links to them.
+
+    All have the same commit, as forks do.
+    """
+    folder = cache / f"{kind}--{repo_id.replace('/', '--')}"
+    snapshot = folder / "snapshots" / COMMIT
+    (folder / "blobs").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    snapshot.mkdir(parents=True)
+    (folder / "refs" / "main").write_text(COMMIT)
+    for name, content in (("config.json", config.encode()), ("model.safetensors", b"\0" * size)):
+        (folder / "blobs" / name).write_bytes(content)
+        (snapshot / name).symlink_to(Path("../../blobs") / name)
+    return folder
+
+
+OURS = json.dumps({"model_type": "diffusion_gemma"})
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    folder = tmp_path / "hub"
+    put(folder, "owner/two", OURS, 3_000_000)
+    put(folder, "owner/one", OURS, 1_000_000)
+    put(folder, "owner/other", json.dumps({"model_type": "gemma4"}), 1000)
+    put(folder, "owner/broken", "{", 1000)
+    put(folder, "owner/list", "[]", 1000)
+    put(folder, "owner/data", OURS, 1000, kind="datasets")
+    return folder
+
+
+def test_ours_are_listed_with_their_sizes(cache: Path) -> None:
+    done = run(cache)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode().splitlines() == ["owner/one  1.0 MB", "owner/two  3.0 MB"]
+    listed = json.loads(run(cache, "--json").stdout)
+    assert [model["name"] for model in listed] == ["owner/one", "owner/two"]
+    assert listed[0]["bytes"] == 1_000_000 + len(OURS)
+    assert Path(listed[0]["folder"]) == cache / "models--owner--one"
+
+
+def test_the_cache_is_found_by_hf_home_too(cache: Path) -> None:
+    assert run(cache.parent, variable="HF_HOME").stdout.count(b"\n") == 2
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_an_empty_cache(tmp_path: Path, made: bool) -> None:
+    cache = tmp_path / "hub"
+    if made:
+        cache.mkdir()
+    done = run(cache)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert b"no checkpoint is in the cache" in done.stderr
+    if not made:
+        assert json.loads(run(cache, "--json").stdout) == []
+        assert run(cache, "rm", "-y", "owner/one").returncode == 1
+
+
+def test_removing_takes_the_named_ones_alone(cache: Path) -> None:
+    done = run(cache, "rm", "-y", "owner/one")
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert b"removed owner/one, 1.0 MB" in done.stderr
+    assert not (cache / "models--owner--one").exists()
+    assert run(cache).stdout == b"owner/two  3.0 MB\n"
+    assert (cache / "models--owner--other").exists() and (cache / "datasets--owner--data").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        (["rm", "owner/one"], 2, "nobody is there to confirm"),
+        (["rm", "-y", "owner/one", "owner/three"], 1, "owner/three is not in the cache"),
+        (["rm", "-y", "owner/other"], 1, "owner/other is not in the cache"),
+        (["rm"], 2, "Missing argument"),
+    ],
+)
+def test_what_is_refused_removes_nothing(cache: Path, arguments: list[str], exit_code: int, message: str) -> None:
+    before = sorted(cache.rglob("*"))
+    done = run(cache, *arguments)
+    assert (done.returncode, done.stdout) == (exit_code, b"")
+    error, hint = done.stderr.decode().splitlines()
+    assert error.startswith("dgemma-mlx: ") and message in error
+    assert hint.startswith("hint: ")
+    assert sorted(cache.rglob("*")) == before
+
+
+def test_a_cache_that_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "hub").write_text("")
+    done = run(tmp_path / "hub")
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"dgemma-mlx: cannot read the Hub's cache: ")
+
+
+def test_a_person_is_asked_before_anything_is_removed(cache: Path) -> None:
+    with Terminal(["models", "rm", "owner/one", "owner/two"], env={"HF_HUB_CACHE": str(cache)}) as terminal:
+        terminal.wait_for_text("Remove owner/one, owner/two (4.0 MB)? [y/N]:")
+        terminal.type("n\r")
+        assert terminal.finish() == 0
+    assert run(cache).stdout.count(b"\n") == 2
+    with Terminal(["models", "rm", "owner/one", "owner/two"], env={"HF_HUB_CACHE": str(cache)}) as terminal:
+        terminal.wait_for_text("[y/N]:")
+        terminal.type("y\r")
+        assert terminal.finish() == 0
+        assert "removed owner/one, owner/two, 4.0 MB" in terminal.text
+    assert run(cache).stdout == b""
