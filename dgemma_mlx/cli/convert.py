@@ -20,7 +20,7 @@ from dgemma_mlx.errors import DgemmaError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dgemma_convert import Plan, Report
+    from dgemma_convert import Plan, Report, Verification
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 _STAGES = {"convert": "converting", "verify": "comparing", "measure": "measuring", "calibrate": "calibrating"}
@@ -173,14 +173,21 @@ def _show_result(report: Report, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"output": str(report.output), **report.data}))
         return
-    if verification := report.verification:
-        print(
-            f"compared with the source: hidden states {verification.decoder_error[-1]:.4f} relative error in the last "
-            f"layer (encoder {verification.encoder_error[-1]:.4f}), logits KL {verification.kl_divergence:.5f} nats, "
-            f"same top token at {verification.top1_agreement:.1%} of positions",
-            file=sys.stderr,
-        )
+    if report.verification:
+        print(_comparison(report.verification), file=sys.stderr)
     print(f"wrote {report.output}; try: dgemma-mlx generate -m {report.output} \"Hello\"", file=sys.stderr)
+
+
+def _comparison(verification: Verification) -> str:
+    """A short table: errors of the first, the middle and the last layer, and of the logits."""
+    layers = len(verification.decoder_error)
+    lines = ["compared with the source (relative errors)  encoder  decoder"]
+    for layer in sorted({1, (layers + 1) // 2, layers}):
+        encoder, decoder = verification.encoder_error[layer - 1], verification.decoder_error[layer - 1]
+        lines.append(f"  hidden states after layer {layer:<14}  {encoder:7.4f}  {decoder:7.4f}")
+    lines.append(f"  canvas logits: KL divergence {verification.kl_divergence:.5f} nats, "
+                 f"same top token at {verification.top1_agreement:.1%} of positions")  # fmt: skip
+    return "\n".join(lines)
 
 
 @contextmanager

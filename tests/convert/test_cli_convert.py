@@ -81,9 +81,12 @@ def test_converted_model_answers(talking: Path, tmp_path: Path) -> None:
     done = program("convert", talking, "-o", tmp_path / "out", "--verify")
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
-    compared = next(line for line in done.stderr.splitlines() if line.startswith("compared with the source: "))
+    _, _, compared = done.stderr.partition("compared with the source")
     verification = read(tmp_path / "out" / "conversion_report.json")["verification"]
-    assert f"KL {verification['kl_divergence']:.5f}" in compared
+    assert f"KL divergence {verification['kl_divergence']:.5f}" in compared
+    last = len(verification["decoder_error"])
+    (row,) = [line.split() for line in compared.splitlines() if line.startswith(f"  hidden states after layer {last} ")]
+    assert row[-2:] == [f"{verification[name][-1]:.4f}" for name in ("encoder_error", "decoder_error")]
     assert f"generate -m {tmp_path / 'out'}" in done.stderr
     answer = program(
         "generate", "-m", tmp_path / "out", "--json", "-n", "16", "--max-denoising-steps", "2", "--seed", "1", "hello"
