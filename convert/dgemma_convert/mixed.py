@@ -162,7 +162,7 @@ def _squares(weight: Weight, group_size: int, moments: mx.array | None) -> tuple
     wrong = dict.fromkeys(BITS, 0.0)
     whole, seen = 0.0, 0
     for start, stop in _slabs(weight):
-        rows = weight.read(start, stop)
+        rows = weight.values(weight.load(start, stop))
         values = rows.astype(mx.float32)
         scale = mx.array(1.0) if moments is None else moments
         errors = []

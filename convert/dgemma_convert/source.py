@@ -34,8 +34,12 @@ _FLOATING = ("BF16", "F16", "F32")
 _LARGEST = {"BF16": (np.uint16, 0x7F7F), "F16": (np.uint16, 0x7BFF), "F32": (np.uint32, 0x7F7F7FFF)}
 
 
-def read_rows(tensor: StoredTensor, start: int, stop: int, name: str) -> mx.array:
-    """Rows of the first axis as they are stored. NaN or infinity is an error that names the tensor."""
+Rows = np.ndarray[Any, np.dtype[Any]]
+"""Rows of a tensor as they are stored; bfloat16 as uint16."""
+
+
+def read_rows(tensor: StoredTensor, start: int, stop: int, name: str) -> Rows:
+    """Rows of the first axis. NaN or infinity is an error that names the tensor."""
     dtype, row_bytes = _NUMPY[tensor.dtype], tensor.nbytes // _rows(tensor.shape)
     count = (stop - start) * row_bytes // ITEM_SIZE[tensor.dtype]
     try:
@@ -50,8 +54,7 @@ def read_rows(tensor: StoredTensor, start: int, stop: int, name: str) -> mx.arra
             raise DgemmaError(
                 f"{name} in {tensor.path} holds NaN or infinity", "Its weights are damaged; fetch the checkpoint again."
             )
-    array = mx.array(values.reshape(stop - start, *tensor.shape[1:]) if tensor.shape else values.reshape(()))
-    return array.view(mx.bfloat16) if tensor.dtype == "BF16" else array
+    return values.reshape(stop - start, *tensor.shape[1:]) if tensor.shape else values.reshape(())
 
 
 def _rows(shape: tuple[int, ...]) -> int:
@@ -86,13 +89,19 @@ class Weight:
         step = max(1, BLOCK_BYTES * rows // max(1, self.nbytes, 2 * self.size))  # packed ones grow when they are read
         return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
-    def read_stored(self, start: int, stop: int) -> list[mx.array]:
-        """The parts as they are stored: the values, or packed values, scales and biases."""
+    def load(self, start: int, stop: int) -> list[Rows]:
+        """Some rows of each part as they are stored, without MLX, so that another thread may do it."""
         return [read_rows(tensor, start, stop, self.name) for tensor in self.stored]
 
-    def read(self, start: int, stop: int) -> mx.array:
-        """Values of some rows, in bfloat16."""
-        parts = self.read_stored(start, stop)
+    def arrays(self, rows: list[Rows]) -> list[mx.array]:
+        """What was loaded: the values, or packed values, scales and biases."""
+        pairs = zip(rows, self.stored, strict=True)
+        return [mx.array(part).view(mx.bfloat16) if tensor.dtype == "BF16" else mx.array(part)
+                for part, tensor in pairs]  # fmt: skip
+
+    def values(self, rows: list[Rows]) -> mx.array:
+        """The values of what was loaded, in bfloat16."""
+        parts = self.arrays(rows)
         if self.format is not None:
             return self.format.unpack(parts)
         (values,) = parts

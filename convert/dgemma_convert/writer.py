@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from dgemma_convert.formats import PLAIN
 from dgemma_convert.plan import MANIFEST, Plan, Target
+from dgemma_convert.source import Rows
 from dgemma_mlx.config import read_json
 from dgemma_mlx.errors import DgemmaError
 
@@ -77,13 +78,12 @@ def _write_shard(path: Path, targets: Sequence[Target], progress: Progress) -> s
             file.write(data)
             digest.update(data)
 
-        # MLX stays on this thread: it keeps a stream for every other one that has used it.
-        with ThreadPoolExecutor(1) as pool:
-            pending = pool.submit(write, header_of(targets))
-            for target in targets:
-                for data in _encoded(target, progress):
-                    pending.result()
-                    pending = pool.submit(write, data)
+        # One thread reads ahead, one writes. MLX stays on this one: it keeps a stream for each that has used it.
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+            pending = writer.submit(write, header_of(targets))
+            for data in _encoded(targets, reader, progress):
+                pending.result()
+                pending = writer.submit(write, data)
             pending.result()
         file.flush()
         os.fsync(file.fileno())
@@ -106,31 +106,53 @@ def header_of(targets: Sequence[Target]) -> bytes:
     return len(header).to_bytes(8, "little") + header
 
 
-def _encoded(target: Target, progress: Progress) -> Iterator[memoryview]:
-    """The target's bytes in file order: values block by block, then scales, which are small enough to hold."""
-    held: list[list[memoryview]] = [[] for _ in target.parts]
-    row_bytes = target.weight.nbytes / (target.weight.shape[0] if target.weight.shape else 1)
-    for start, stop in target.weight.blocks():
-        arrays = _convert(target, start, stop)
+def _encoded(targets: Sequence[Target], reader: Executor, progress: Progress) -> Iterator[memoryview]:
+    """The targets' bytes in file order: values block by block, then scales, which are small enough to hold."""
+    blocks = ((target, start, stop) for target in targets for start, stop in target.weight.blocks())
+    held: list[list[memoryview]] = []
+    for target, start, stop, rows in _read_ahead(blocks, reader):
+        if start == 0:
+            held = [[] for _ in target.parts[1:]]
+        arrays = _convert(target, rows)
         mx.eval(arrays)
         first, *others = map(_bytes, arrays)
         yield first
-        for parts, data in zip(held, others, strict=False):
+        for parts, data in zip(held, others, strict=True):
             parts.append(data)
-        progress(round(stop * row_bytes) - round(start * row_bytes))
-    mx.clear_cache()
-    for parts in held:
-        yield from parts
+        length = target.weight.shape[0] if target.weight.shape else 1
+        progress(target.weight.nbytes * stop // length - target.weight.nbytes * start // length)
+        if stop == length:
+            mx.clear_cache()
+            for parts in held:
+                yield from parts
 
 
-def _convert(target: Target, start: int, stop: int) -> list[mx.array]:
+Block = tuple[Target, int, int]
+
+
+def _read_ahead(blocks: Iterator[Block], reader: Executor) -> Iterator[tuple[Target, int, int, list[Rows]]]:
+    """Each block with its rows; the next one is read meanwhile."""
+
+    def submit() -> tuple[Block, Future[list[Rows]]] | None:
+        block = next(blocks, None)
+        return None if block is None else (block, reader.submit(block[0].weight.load, block[1], block[2]))
+
+    ahead = submit()
+    while ahead is not None:
+        (target, start, stop), loading = ahead
+        rows = loading.result()
+        ahead = submit()
+        yield target, start, stop, rows
+
+
+def _convert(target: Target, rows: list[Rows]) -> list[mx.array]:
     """Rows of the target's parts."""
     if target.is_copy:
-        stored = target.weight.read_stored(start, stop)  # scales of a float16 or float32 conversion are rounded
+        stored = target.weight.arrays(rows)  # scales of a float16 or float32 conversion are rounded
         rounded = [part.dtype == PLAIN for part in target.parts]
         return [x.astype(mx.bfloat16) if plain else x for x, plain in zip(stored, rounded, strict=True)]
-    rows = target.weight.read(start, stop)
-    return [rows] if target.format is None else target.format.pack(rows)
+    values = target.weight.values(rows)
+    return [values] if target.format is None else target.format.pack(values)
 
 
 def _bytes(array: mx.array) -> memoryview:
