@@ -6,12 +6,12 @@ PYTHON_BIN := $(VENV)/bin/python
 REQUIREMENTS := pyproject.toml constraints.txt scripts/setup.sh
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help setup demo demo-model test soak lint type oracle bench capture wheel clean
+.PHONY: help setup demo demo-model test test-kernels soak lint type oracle bench capture wheel clean
 .NOTPARALLEL:
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | while IFS="$$(printf '\t')" read -r target text; do \
-		printf '  make %-11s %s\n' "$$target" "$$text"; done
+		printf '  make %-12s %s\n' "$$target" "$$text"; done
 
 setup: $(VENV)/.installed ## install the program into .venv
 
@@ -25,6 +25,9 @@ demo-model: $(VENV)/.installed ## train the built-in model from nothing, in runs
 
 test: $(VENV)/.installed-test ## the tests, without torch
 	@$(PYTHON_BIN) -m pytest $(ARGS)
+
+test-kernels: $(VENV)/.installed-kernels ## the Metal kernels, in a simulator where there is no Metal
+	@$(PYTHON_BIN) -m pytest -m kernels $(ARGS)
 
 soak: $(VENV)/.installed-test ## the tests that take minutes
 	@$(PYTHON_BIN) -m pytest -m slow $(ARGS)
@@ -61,6 +64,10 @@ $(VENV)/.installed: $(REQUIREMENTS)
 $(VENV)/.installed-test: $(REQUIREMENTS)
 	@sh scripts/setup.sh $(VENV) 3.10 test
 	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-kernels: $(REQUIREMENTS)
+	@sh scripts/setup.sh $(VENV) 3.10 test,kernels
+	@touch $(VENV)/.installed $(VENV)/.installed-test $@
 
 $(ORACLE)/.installed: $(REQUIREMENTS)
 	@sh scripts/setup.sh $(ORACLE) 3.11 test,oracle $(TORCH)

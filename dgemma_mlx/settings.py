@@ -14,24 +14,25 @@ from dgemma_mlx.errors import DgemmaError
 
 APP = "dgemma-mlx"
 CONFIG_VARIABLE = "DGEMMA_CONFIG"
-_LARGEST_SEED = 2**64 - 1  # that a key of MLX takes
+LARGEST_SEED = 2**64 - 1  # that a key of MLX takes
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A setting: the type it must have, the program's default, what it is for, and its range where it has one."""
+    """A setting: the type it must have, the program's default, what it is for; its range, or the values it may have."""
 
     type: type
     default: Any
     meaning: str
     least: int | None = None
     most: int | None = None
+    choices: tuple[str, ...] | None = None
 
 
 SETTINGS: dict[str, Kind] = {
     "model": Kind(str, None, "folder, Hub id or 'demo'"),
     "max_tokens": Kind(int, 1024, "longest answer, in tokens", least=1),
-    "seed": Kind(int, None, "one seed, one text; random without", least=0, most=_LARGEST_SEED),
+    "seed": Kind(int, None, "one seed, one text; random without", least=0, most=LARGEST_SEED),
     "system": Kind(str, None, "system prompt"),
     "thinking": Kind(bool, False, "let the model think first"),
     "live": Kind(bool, True, "draw the canvas on a terminal"),
@@ -42,6 +43,7 @@ SETTINGS: dict[str, Kind] = {
     "t_max": Kind(float, None, "temperature of the first step", least=0),
     "confidence_threshold": Kind(float, None, "stop when the mean entropy is below", least=0),
     "stability_threshold": Kind(int, None, "stop when unchanged for so many steps", least=0),
+    "kernels": Kind(str, "auto", "this program's own Metal kernels", choices=("auto", "off", "reference", "force")),
 }
 """None as a default leaves the choice to the checkpoint or the program."""
 
@@ -117,17 +119,25 @@ def checked(name: str, value: Any, place: str) -> Any:
 
     ``DgemmaError`` (exit code 2) names the ``place`` of one that is not.
     """
-    kind = SETTINGS[name]
-    if kind.type is float and type(value) is int and abs(value) < _LARGEST_SEED:
+    if SETTINGS[name].type is float and type(value) is int and abs(value) < LARGEST_SEED:
         value = float(value)
-    right = isinstance(value, kind.type) and (kind.type is bool or not isinstance(value, bool))
-    if right and isinstance(value, str):
-        right = not any(0xD800 <= ord(character) < 0xE000 for character in value)  # bytes that were no UTF-8
-    elif right and kind.least is not None:
-        right = kind.least <= value < math.inf and (kind.most is None or value <= kind.most)
-    if not right:
+    if not fits(name, value):
         raise _bad(name, value, place)
     return value
+
+
+def fits(name: str, value: Any) -> bool:
+    """Whether the value has the setting's type and is in its range."""
+    kind = SETTINGS[name]
+    right = isinstance(value, kind.type) and (kind.type is bool or not isinstance(value, bool))
+    if not right or kind.type is str:
+        return right and is_text(value) and (kind.choices is None or value in kind.choices)
+    return kind.least is None or (kind.least <= value < math.inf and (kind.most is None or value <= kind.most))
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8: a command line may hold other bytes, and JSON half a character."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def parse(name: str, text: str, place: str) -> Any:
@@ -140,7 +150,8 @@ def parse(name: str, text: str, place: str) -> Any:
 
 
 def _bad(name: str, value: Any, place: str) -> DgemmaError:
-    kind, noun = SETTINGS[name], _NOUNS[SETTINGS[name].type]
+    kind = SETTINGS[name]
+    noun = f"one of {', '.join(kind.choices)}" if kind.choices else _NOUNS[kind.type]
     bounds = "" if kind.least is None else f" of at least {kind.least}"
     bounds += "" if kind.most is None else f" and at most {kind.most}"
     return DgemmaError(f"{place} must be {noun}{bounds}, not {value!r}", f"It is the setting: {kind.meaning}.", 2)

@@ -15,6 +15,7 @@ from dgemma_mlx.cli.batch import answer_batch, read_batch
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.prompt import read_prompt
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.settings import LARGEST_SEED, Settings
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -31,13 +32,14 @@ MaxTokens = Annotated[
     int | None, typer.Option("--max-tokens", "-n", min=1, help="Longest answer, in tokens; 1024 if not set.")
 ]
 Seed = Annotated[
-    int | None, typer.Option(min=0, max=2**64 - 1, help="One seed, one text (on one machine). Random by default.")
+    int | None, typer.Option(min=0, max=LARGEST_SEED, help="One seed, one text (on one machine). Random by default.")
 ]
 System = Annotated[str | None, typer.Option(help="System prompt.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Take the prompt as plain text, without chat template.")]
 Thinking = Annotated[
     bool | None, typer.Option("--thinking/--no-thinking", help="Let the model think first (shown on stderr).")
 ]
+NoKernels = Annotated[bool, typer.Option("--no-kernels", help="Only plain MLX operations, none of our Metal kernels.")]
 NoLive = Annotated[bool, typer.Option("--no-live", help="On a terminal, print canvases only when they are final.")]
 ShowSteps = Annotated[
     int | None, typer.Option("--show-steps", min=1, help="Print so many steps of each canvas on stderr.")
@@ -88,6 +90,7 @@ def generate(
     confidence_threshold: Confidence = None,
     stability_threshold: Stability = None,
     prefill_step_size: PrefillStep = 512,
+    no_kernels: NoKernels = False,
 ) -> None:
     """Answer one prompt. Text on stdin is added after the prompt.
 
@@ -99,42 +102,57 @@ def generate(
     requests = [] if batch is None else read_batch(batch)
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    from dgemma_mlx.cli.render.plain import traced, with_snapshots
-    from dgemma_mlx.settings import Settings
-
     settings = Settings()
-    name = settings.pick("model", model)
     loop = {
         "max_denoising_steps": max_denoising_steps, "entropy_bound": entropy_bound, "t_min": t_min, "t_max": t_max,
         "confidence_threshold": confidence_threshold, "stability_threshold": stability_threshold,
     }  # fmt: skip
-    given = {"max_tokens": max_tokens, "seed": seed, "temp": temp, "system": system, "thinking": thinking}
     options: dict[str, Any] = {
-        **{option: settings.pick(option, flag) for option, flag in given.items()},
-        "raw": raw,
-        **({"system": system} if raw else {}),  # a system prompt from the settings is not meant for raw prompts
-        "prefill_step_size": prefill_step_size,
-    }
+        "max_tokens": settings.pick("max_tokens", max_tokens), "seed": settings.pick("seed", seed),
+        "temp": settings.pick("temp", temp), "thinking": settings.pick("thinking", thinking), "raw": raw,
+        # a system prompt from the settings is not meant for raw prompts
+        "system": system if raw else settings.pick("system", system), "prefill_step_size": prefill_step_size,
+    }  # fmt: skip
     live = settings.pick("live", False if no_live or quiet or show_steps else None) and draws()
+    form = "json" if as_json else "jsonl" if as_json_lines else "live" if live else "text"
     with quiet_when_closed(), _open(trace) as file:
-        from dgemma_mlx.engine import load, stream
-
-        loaded = load(name)
-        if not quiet:
-            announce_demo(name)
+        loaded = load_as_told(settings, model, no_kernels, quiet)
         options["generation"] = loaded.generation.override(**{n: settings.pick(n, flag) for n, flag in loop.items()})
         if batch is not None:
             answer_batch(loaded, requests, options)
-            return
-        events: Iterable[Event] = stream(loaded, text, **options)
-        if file is not None:
-            events = traced(events, file, loaded.name)
-        if show_steps is not None:
-            events = with_snapshots(events, show_steps, loaded.tokenizer.decode)
-        form = "json" if as_json else "jsonl" if as_json_lines else "live" if live else "text"
-        done = _print(events, loaded, form, quiet)
-        if not quiet:
-            print(_summary(done), file=sys.stderr)
+        else:
+            _answer(loaded, text, options, file, show_steps, form, quiet)
+
+
+def load_as_told(settings: Settings, model: str | None, no_kernels: bool, quiet: bool = False) -> Model:
+    """The model of the flag or the settings, and its kernels switched as they say."""
+    from dgemma_mlx.engine import load
+    from dgemma_mlx.kernels.dispatch import set_mode
+
+    set_mode(settings.pick("kernels", "off" if no_kernels else None))
+    name = settings.pick("model", model)
+    loaded = load(name)
+    if not quiet:
+        announce_demo(name)
+    return loaded
+
+
+def _answer(
+    model: Model, prompt: str, options: dict[str, Any], trace: TextIO | None, show_steps: int | None, form: str,
+    quiet: bool,
+) -> None:
+    """Generates one answer and prints it."""
+    from dgemma_mlx.cli.render.plain import traced, with_snapshots
+    from dgemma_mlx.engine import stream
+
+    events: Iterable[Event] = stream(model, prompt, **options)
+    if trace is not None:
+        events = traced(events, trace, model.name)
+    if show_steps is not None:
+        events = with_snapshots(events, show_steps, model.tokenizer.decode)
+    done = _print(events, model, form, quiet)
+    if not quiet:
+        print(_summary(done), file=sys.stderr)
 
 
 def _print(events: Iterable[Event], model: Model, form: str, quiet: bool) -> Done:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.kernels.dispatch import MODES, VARIABLE
 from dgemma_mlx.settings import SETTINGS, Settings, config_file
 
 # One value of every setting that is not its default: as TOML has it, as the environment has it, as Python has it.
@@ -29,7 +30,13 @@ OTHERS: dict[str, tuple[str, str, Any]] = {
     "t_max": ("1.5", "1.5", 1.5),
     "confidence_threshold": ("0.0", "0", 0.0),
     "stability_threshold": ("0", "0", 0),
+    "kernels": ('"off"', "off", "off"),
 }
+
+
+def test_the_modes_of_the_kernels_are_those_of_the_dispatcher() -> None:
+    assert SETTINGS["kernels"].choices == MODES
+    assert f"DGEMMA_{'kernels'.upper()}" == VARIABLE
 
 
 def written(folder: Path, text: str) -> Path:
@@ -85,6 +92,8 @@ def test_the_environment_goes_before_the_file(tmp_path: Path) -> None:
         ("t_max = true", "t_max must be a number"),
         (f"t_max = {'9' * 400}", "t_max must be a number"),
         ("system = 2020-01-01", "system must be a text"),
+        ('kernels = "fast"', "kernels must be one of auto, off, reference, force, not 'fast'"),
+        ("kernels = false", "kernels must be one of auto"),
         ("model = ", "cannot read"),
         ("model = demo", "cannot read"),
         ("seed = 1\nseed = 2", "cannot read"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dgemma_mlx.cli.generate import ModelName, Seed, System, announce_demo, draws
+from dgemma_mlx.cli.generate import MaxTokens, ModelName, NoKernels, NoLive, Seed, System, draws, load_as_told
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.errors import DgemmaError
 
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 Ask = Callable[[str], str | None]
 """Asks for a line, with a text to start from; None when the user leaves."""
 
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", "-n", min=1, help="Longest answer, in tokens.")]
 Thinking = Annotated[bool | None, typer.Option("--thinking/--no-thinking", help="Let the model think first.")]
-NoLive = Annotated[bool, typer.Option("--no-live", help="Print canvases only when they are final.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the last conversation.")]
 
 
@@ -36,6 +34,7 @@ def chat(
     thinking: Thinking = None,
     no_live: NoLive = False,
     resume: Resume = False,
+    no_kernels: NoKernels = False,
 ) -> None:
     """Talk with the model; /help lists the commands. The conversation is saved after every turn.
 
@@ -43,7 +42,6 @@ def chat(
     """
     from dgemma_mlx.cli.chat.answer import Chat
     from dgemma_mlx.cli.chat.session import Session
-    from dgemma_mlx.engine import load
     from dgemma_mlx.hub import DEMO
     from dgemma_mlx.settings import SETTINGS, Settings
 
@@ -58,8 +56,7 @@ def chat(
     if system is not None or not resume:
         session.system = defaults["system"]
     name = settings.pick("model", session.model if model is None else model)
-    loaded = load(name)
-    announce_demo(name)
+    loaded = load_as_told(settings, name, no_kernels)
     # the next one may begin in another folder
     session.model = os.path.abspath(name) if name not in (None, DEMO) and os.path.isdir(name) else name
     draw = defaults["live"] and not no_live and draws()

@@ -1,0 +1,215 @@
+"""Which of kernel and reference runs, what the self-check finds, and what is remembered of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.kernels import dispatch
+from dgemma_mlx.kernels.dispatch import Operation, references, set_mode
+from dgemma_mlx.kernels.selfcheck import Store, Verdict, close, examine
+
+DTYPES = [mx.float32, mx.float16, mx.bfloat16]
+
+
+def twice(x: mx.array) -> mx.array:
+    return x * 2
+
+
+def example(dtype: mx.Dtype) -> tuple[mx.array]:
+    return (mx.random.normal((8, 16), key=mx.random.key(0)).astype(dtype),)
+
+
+def operation(kernel: Callable[[mx.array], Any], source: str = "y = 2 * x;") -> Operation[..., Any]:
+    return Operation("double", kernel, twice, example=example, source=source)
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A machine with a GPU, as far as the dispatcher knows, and nothing remembered."""
+    store = Store(tmp_path / "cache" / "kernels.json")
+    monkeypatch.setattr(dispatch, "has_metal", lambda: True)
+    monkeypatch.setattr(dispatch, "_store", lambda: store)
+    monkeypatch.setattr(dispatch._State, "mode", "auto")
+    return store
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_kernel_within_rounding_is_timed(dtype: mx.Dtype) -> None:
+    def rounds_otherwise(x: mx.array) -> mx.array:
+        return (x.astype(mx.float32) * (2 * (1 + 1e-6))).astype(x.dtype)
+
+    verdict = examine(operation(rounds_otherwise), dtype)
+    assert verdict.status in ("faster", "slower")
+    assert verdict.kernel > 0 and verdict.reference > 0
+    assert (verdict.status == "faster") == (verdict.kernel < verdict.reference)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        lambda x: x * 2.2,
+        lambda x: mx.where(mx.arange(16) == 15, mx.nan, x * 2).astype(x.dtype),
+        lambda x: mx.where(mx.arange(16) == 15, mx.inf, x * 2).astype(x.dtype),
+        lambda x: (x * 2)[1:],
+        lambda x: (x * 2).astype(mx.int32),
+    ],
+    ids=["value", "nan", "inf", "shape", "dtype"],
+)
+def test_a_wrong_kernel_is_seen(kernel: Callable[[mx.array], mx.array], dtype: mx.Dtype) -> None:
+    assert examine(operation(kernel), dtype).status == "wrong"
+
+
+def test_a_kernel_that_does_not_compile_is_seen() -> None:
+    without_metal = mx.fast.metal_kernel(name="twice", input_names=["x"], output_names=["y"], source="no C++ at all")
+
+    def kernel(x: mx.array) -> mx.array:
+        return without_metal(
+            inputs=[x], grid=(x.size, 1, 1), threadgroup=(32, 1, 1), output_shapes=[x.shape], output_dtypes=[x.dtype]
+        )[0]
+
+    verdict = examine(operation(kernel), mx.float32)
+    assert verdict.status == "failed"
+    assert "metal" in verdict.detail.lower()
+
+
+def test_integers_must_be_equal() -> None:
+    ids = mx.arange(100_000, 100_010)
+    assert close((ids, ids), (ids, ids))
+    assert not close((ids, ids), (ids, ids + (mx.arange(10) == 3)))
+
+
+def test_a_broken_kernel_is_replaced_with_one_warning(store: Store) -> None:
+    def broken(x: mx.array) -> mx.array:
+        raise RuntimeError("error: use of undeclared identifier 'y'\nmore lines")
+
+    double = operation(broken)
+    with pytest.warns(RuntimeWarning, match="double.*undeclared identifier 'y'") as warned:
+        first = double(mx.array([1.0, 2.0]))
+    assert len(warned) == 1
+    assert first.tolist() == double(mx.array([1.0, 2.0])).tolist() == [2.0, 4.0]
+    # the next start knows
+    assert operation(broken)(mx.array([3.0])).tolist() == [6.0]
+
+
+@pytest.mark.parametrize(("status", "runs"), [("faster", True), ("slower", False), ("wrong", False), ("failed", False)])
+def test_only_a_faster_kernel_runs(store: Store, status: Any, runs: bool) -> None:
+    calls = []
+
+    def counted(x: mx.array) -> mx.array:
+        calls.append(x.dtype)
+        return x * 2
+
+    double = operation(counted)
+    store.put(store.key(double, mx.float16), Verdict(status))
+    assert double(mx.array([1.5], mx.float16)).item() == 3.0
+    assert bool(calls) is runs
+
+
+def test_what_was_found_is_kept_per_source_and_dtype(store: Store) -> None:
+    double = operation(twice)
+    store.put(store.key(double, mx.float16), Verdict("slower", "", 2.0, 1.0))
+    assert store.get(store.key(operation(twice), mx.float16)) == Verdict("slower", "", 2.0, 1.0)
+    assert store.get(store.key(double, mx.bfloat16)) is None
+    assert store.get(store.key(operation(twice, source="y = x + x;"), mx.float16)) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "[" * 100_000, '{"KEY": 1}', '{"KEY": {}}', '{"KEY": {"status": "splendid"}}',
+     '{"KEY": {"status": "faster", "kernel": "x"}}', '{"KEY": {"status": "faster", "more": 1}}'],
+)  # fmt: skip
+def test_a_damaged_file_is_as_good_as_none(store: Store, text: str) -> None:
+    key = store.key(operation(twice), mx.float32)
+    store._path.parent.mkdir(parents=True)
+    store._path.write_text(text.replace("KEY", key))
+    assert store.get(key) is None
+    store.put(key, Verdict("slower"))
+    assert store.get(key) == Verdict("slower")
+
+
+def test_a_folder_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    store = Store(tmp_path / "file" / "kernels.json")
+    store.put("key", Verdict("faster"))
+    assert store.get("key") is None
+
+
+def test_a_kernel_that_killed_the_program_is_not_tried_again(store: Store) -> None:
+    """The file then still says that a process is checking, and that process is gone."""
+    double = operation(twice)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    store.put(store.key(double, mx.float32), Verdict("checking", pid=gone.pid))
+    assert double.verdict(mx.float32).status == "failed"
+    assert double(mx.array([1.0])).item() == 2.0
+
+
+def test_a_check_under_way_elsewhere_is_not_waited_for(store: Store) -> None:
+    double = operation(twice)
+    store.put(store.key(double, mx.float32), Verdict("checking", pid=os.getppid()))
+    assert double.verdict(mx.float32).status == "checking"
+
+
+@pytest.mark.parametrize("mode", ["off", "reference"])
+def test_kernels_can_be_switched_off(store: Store, mode: str) -> None:
+    set_mode(mode)
+    assert operation(lambda x: x * 0)(mx.array([1.0])).item() == 2.0
+    assert not store._path.exists()
+
+
+def test_kernels_can_be_forced_where_there_is_a_gpu(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_mode("force")
+    assert operation(lambda x: x * 0)(mx.array([1.0])).item() == 0.0
+    monkeypatch.setattr(dispatch, "has_metal", lambda: False)
+    with pytest.raises(DgemmaError, match="no Metal") as caught:
+        operation(twice)(mx.array([1.0]))
+    assert caught.value.exit_code == 2
+
+
+def test_training_goes_by_the_references(store: Store) -> None:
+    set_mode("force")
+    zero = operation(lambda x: x * 0)
+    with references():
+        assert zero(mx.array([1.0])).item() == 2.0
+        with references(only=False):
+            assert zero(mx.array([1.0])).item() == 2.0
+    with references(only=False):
+        assert zero(mx.array([1.0])).item() == 0.0
+
+
+@pytest.mark.parametrize("command", [["generate", "-m", "demo", "Sort 2 1"], ["chat", "-m", "demo"]])
+def test_the_programs_switch(command: list[str]) -> None:
+    """Where there is no GPU, forcing is an error, which shows that setting and flag arrive."""
+
+    def run(*flags: str, mode: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "dgemma_mlx", *command, *flags], capture_output=True, check=False, text=True,
+            stdin=subprocess.DEVNULL, env={**os.environ, "DGEMMA_KERNELS": mode},
+        )  # fmt: skip
+
+    unknown = run(mode="fast")
+    assert unknown.returncode == 2
+    assert unknown.stderr.startswith("dgemma-mlx: DGEMMA_KERNELS must be one of auto, off, reference, force")
+    assert run("--no-kernels", mode="force").returncode == 0
+    if not dispatch.has_metal() and "generate" in command:
+        refused = run(mode="force")
+        assert refused.returncode == 2
+        assert "no Metal" in refused.stderr
+
+
+def test_the_file_is_for_people_too(store: Store) -> None:
+    store.put(store.key(operation(twice), mx.float32), Verdict("wrong", "because"))
+    ((key, entry),) = json.loads(store._path.read_text()).items()
+    assert key.startswith("mlx 0.") and "double" in key and "float32" in key
+    assert entry["detail"] == "because"
