@@ -42,6 +42,12 @@ class Checkpoint:
     is_demo: bool
     has_weights: bool = True
 
+    @property
+    def repo_id(self) -> str | None:
+        """``owner/name`` where it is from the Hub, None for a folder and the demo."""
+        found = _HUB_ID.fullmatch(self.name)
+        return found[1] if found and self.folder != Path(os.path.expanduser(self.name)) else None
+
 
 def resolve(name: str | None = None, *, weights: bool = True) -> Checkpoint:
     """Finds a checkpoint: ``demo``, a folder, or a Hub id ``owner/name[@revision]``, downloaded once.

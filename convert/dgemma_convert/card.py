@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from dgemma_mlx.config import FULL, SLIDING, ModelConfig
 
 REPORT = "conversion_report.json"
 CARD = "README.md"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@.+)?")
 
 
 def write_small_files(plan: Plan) -> None:
@@ -72,8 +70,8 @@ def model_card(plan: Plan, verification: Verification | None) -> str:
     """The README of the output, in the Hub's form."""
     name, recipe = _public_name(plan), plan.recipe
     lines = ["---", "library_name: mlx", "pipeline_tag: text-generation", "tags: [mlx, diffusion_gemma, dgemma-mlx]"]
-    if _HUB_ID.fullmatch(name):
-        lines.append(f"base_model: {name.partition('@')[0]}")
+    if repo_id := plan.source.checkpoint.repo_id:
+        lines.append(f"base_model: {repo_id}")
     lines += ["---", "", f"# {plan.output.name}", ""]
     lines += [f"Converted from {name} by dgemma-mlx {__version__}, recipe `{recipe.name}`: {recipe.summary}.", ""]
     lines += ["| tensors | count | format | MB | bits per weight |", "|---|--:|---|--:|--:|"]
@@ -99,8 +97,8 @@ def model_card(plan: Plan, verification: Verification | None) -> str:
 
 def _public_name(plan: Plan) -> str:
     """The Hub id, or a folder's own name: where it lies is nobody's business."""
-    name = plan.source.checkpoint.name
-    return name if _HUB_ID.fullmatch(name) and not Path(name).exists() else plan.source.folder.resolve().name
+    checkpoint = plan.source.checkpoint
+    return checkpoint.name if checkpoint.repo_id else checkpoint.folder.resolve().name
 
 
 def _write_json(path: Path, value: Any) -> None:

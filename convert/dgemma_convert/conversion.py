@@ -122,12 +122,12 @@ def carry_out(plan: Plan, *, resume: bool = False, force: bool = False, check: b
 
 def _write(plan: Plan, check: bool, progress: Progress) -> Report:
     """Shards, files, comparison; then the output gets its name."""
-    done = 0
+    done, total = 0, plan.bytes_in
 
     def converted(count: int) -> None:
         nonlocal done
         done += count
-        progress("convert", done, plan.bytes_in)
+        progress("convert", done, total)
 
     try:
         shards = write_shards(plan, converted)
@@ -161,12 +161,11 @@ def _recipe(name: str, group_size: int | None) -> Recipe:
 
 def _beside(checkpoint: Checkpoint, recipe: str) -> Path:
     """``<source name>-<recipe>``: beside a folder, here for the demo and what lies in the Hub's cache."""
-    folder = Path(checkpoint.name).expanduser()
-    if folder.is_dir() and not checkpoint.is_demo:
-        folder = folder.resolve()
-        return folder.with_name(f"{folder.name}-{recipe}")
-    name = checkpoint.name.partition("@")[0].rpartition("/")[2]
-    return Path(f"{name}-{recipe}")
+    if checkpoint.is_demo or checkpoint.repo_id:
+        name = (checkpoint.repo_id or checkpoint.name).rpartition("/")[2]
+        return Path(f"{name}-{recipe}")
+    folder = checkpoint.folder.resolve()
+    return folder.with_name(f"{folder.name}-{recipe}")
 
 
 def _mix(

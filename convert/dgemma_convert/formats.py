@@ -98,8 +98,3 @@ class Format:
 
 PLAIN = "BF16"
 """What stays unpacked is written in this dtype."""
-
-
-def plain_parts(suffix: str, shape: Sequence[int]) -> tuple[Part, ...]:
-    """An unpacked tensor."""
-    return (Part(suffix, PLAIN, tuple(shape)),)

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dgemma_convert.formats import Format, Part, plain_parts
+from dgemma_convert.formats import PLAIN, Format, Part
 from dgemma_convert.recipes import CLASSES, VISION, Recipe, class_of, layer_of
 from dgemma_convert.source import Source, Weight
 from dgemma_mlx import __version__
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.model.load import some_of
 from dgemma_mlx.model.memory import run_memory
 
 SHARD_BYTES = 5_000_000_000
@@ -203,9 +204,9 @@ def make_plan(source: Source, output: Path, recipe: Recipe, *, shard_bytes: int 
     targets += [_target(VISION, weight, weight.format) for weight in source.vision]
     warnings = []
     if odd:
-        warnings.append(f"rows that no group fits stay bf16: {_some(odd)}")
+        warnings.append(f"rows that no group fits stay bf16: {some_of(odd)}")
     if source.unknown:
-        warnings.append(f"unknown tensors are left out: {_some(source.unknown)}")
+        warnings.append(f"unknown tensors are left out: {some_of(source.unknown)}")
     if source.is_packed:
         warnings.append(_loss(recipe))
     return Plan(source, output, recipe, _shards(targets, shard_bytes), tuple(warnings), mixed)
@@ -215,9 +216,8 @@ def _target(tensor_class: str, weight: Weight, packing: Format | None) -> Target
     if packing is not None:
         return Target(tensor_class, weight, packing, packing.parts(weight.shape))
     stored = weight.stored[0].dtype
-    if weight.format is None and stored in ("U8", "U32"):  # no numbers to round: as it is
-        return Target(tensor_class, weight, None, (Part(weight.suffix, stored, weight.shape),))
-    return Target(tensor_class, weight, None, plain_parts(weight.suffix, weight.shape))
+    kept = weight.format is None and stored in ("U8", "U32")  # no numbers to round: as it is
+    return Target(tensor_class, weight, None, (Part(weight.suffix, stored if kept else PLAIN, weight.shape),))
 
 
 def _shards(targets: list[Target], shard_bytes: int) -> dict[str, tuple[Target, ...]]:
@@ -242,7 +242,3 @@ def _loss(recipe: Recipe) -> str:
         "the source is packed already: parts that change their format are rounded a second time, so this is less exact "
         "than the same recipe from the bf16 checkpoint"
     )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

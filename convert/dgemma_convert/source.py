@@ -17,7 +17,7 @@ from dgemma_mlx.config import ModelConfig, read_json
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.hub import Checkpoint, remote_headers
 from dgemma_mlx.model.load import module_quantization, parameter_names, source_name
-from dgemma_mlx.model.shards import StoredTensor, read_header, shard_files
+from dgemma_mlx.model.shards import StoredTensor, merged, read_header, shard_files
 from dgemma_mlx.model.text import DiffusionGemma
 
 BLOCK_BYTES = 64 << 20  # of values in bfloat16, read and packed at a time
@@ -40,7 +40,7 @@ Rows = np.ndarray[Any, np.dtype[Any]]
 
 def read_rows(tensor: StoredTensor, start: int, stop: int, name: str) -> Rows:
     """Rows of the first axis. NaN or infinity is an error that names the tensor."""
-    dtype, row_bytes = _NUMPY[tensor.dtype], tensor.nbytes // _rows(tensor.shape)
+    dtype, row_bytes = _NUMPY[tensor.dtype], tensor.nbytes // (tensor.shape[0] if tensor.shape else 1)
     count = (stop - start) * row_bytes // ITEM_SIZE[tensor.dtype]
     try:
         values = np.fromfile(tensor.path, dtype, count, offset=tensor.start + start * row_bytes)
@@ -55,11 +55,6 @@ def read_rows(tensor: StoredTensor, start: int, stop: int, name: str) -> Rows:
                 f"{name} in {tensor.path} holds NaN or infinity", "Its weights are damaged; fetch the checkpoint again."
             )
     return values.reshape(stop - start, *tensor.shape[1:]) if tensor.shape else values.reshape(())
-
-
-def _rows(shape: tuple[int, ...]) -> int:
-    """Length of the first axis; a scalar is one row."""
-    return shape[0] if shape else 1
 
 
 @dataclass(frozen=True)
@@ -83,11 +78,16 @@ class Weight:
     def size(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def rows(self) -> int:
+        """Length of the first axis; a scalar is one row."""
+        return self.shape[0] if self.shape else 1
+
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Ranges of rows of the first axis, about ``BLOCK_BYTES`` each."""
-        rows = _rows(self.shape)
-        step = max(1, BLOCK_BYTES * rows // max(1, self.nbytes, 2 * self.size))  # packed ones grow when they are read
-        return ((start, min(start + step, rows)) for start in range(0, rows, step))
+        largest = max(1, self.nbytes, 2 * self.size)  # packed ones grow when they are read
+        step = max(1, BLOCK_BYTES * self.rows // largest)
+        return ((start, min(start + step, self.rows)) for start in range(0, self.rows, step))
 
     def load(self, start: int, stop: int) -> list[Rows]:
         """Some rows of each part as they are stored, without MLX, so that another thread may do it."""
@@ -148,12 +148,7 @@ def open_source(checkpoint: Checkpoint) -> Source:
     folder = checkpoint.folder
     raw = read_json(folder / "config.json")
     config = ModelConfig.load(folder)
-    stored: dict[str, StoredTensor] = {}
-    for header in _local_headers(folder) if checkpoint.has_weights else _remote_headers(checkpoint):
-        if doubled := stored.keys() & header.keys():
-            name = min(doubled)
-            raise DgemmaError(f"{name} stands in {stored[name].path} and again in {header[name].path}", _DAMAGED)
-        stored.update(header)
+    stored = merged(map(read_header, shard_files(folder)) if checkpoint.has_weights else _remote_headers(checkpoint))
     text_names, vision_names = parameter_names(stored)
     text: dict[str, Weight] = {}
     used: set[str] = set()
@@ -169,10 +164,6 @@ def open_source(checkpoint: Checkpoint) -> Source:
         text[stem] = _weight(source_name(path).removesuffix(".weight"), parts, config, stem, array.shape)
     unknown = sorted(set(text_names.values()) - used)
     return Source(checkpoint, raw, config, text, _vision(stored, vision_names, config), unknown)
-
-
-def _local_headers(folder: Path) -> Iterator[dict[str, StoredTensor]]:
-    return map(read_header, shard_files(folder))
 
 
 def _remote_headers(checkpoint: Checkpoint) -> Iterator[dict[str, StoredTensor]]:

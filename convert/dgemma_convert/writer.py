@@ -31,14 +31,14 @@ _HASH_BLOCK = 1 << 20
 def write_shards(plan: Plan, progress: Progress) -> dict[str, str]:
     """Writes what the manifest does not hold yet; returns each shard's sha256. Raises ``DgemmaError`` for
     damaged weights."""
-    manifest = _read_manifest(plan)
+    manifest, fingerprint = _read_manifest(plan), plan.fingerprint()
     for name, targets in plan.shards.items():
         path = plan.partial / name
         if name in manifest and path.exists() and sha256(path) == manifest[name]:
             progress(sum(target.weight.nbytes for target in targets))
             continue
         manifest[name] = _write_shard(path, targets, progress)
-        record = {"plan": plan.fingerprint(), "shards": manifest}
+        record = {"plan": fingerprint, "shards": manifest}
         write_text(plan.partial / MANIFEST, json.dumps(record, indent=2) + "\n")
     return {name: manifest[name] for name in plan.shards}
 
@@ -54,10 +54,10 @@ def begin(plan: Plan, resume: bool, force: bool) -> None:
             f"an earlier conversion to {plan.output} was interrupted",
             "Go on with --resume, or start over with --force.",
         )
-    manifest = plan.partial / MANIFEST
+    manifest, fingerprint = plan.partial / MANIFEST, plan.fingerprint()
     if not manifest.exists():
-        write_text(manifest, json.dumps({"plan": plan.fingerprint(), "shards": {}}) + "\n")
-    elif read_json(manifest).get("plan") != plan.fingerprint():
+        write_text(manifest, json.dumps({"plan": fingerprint, "shards": {}}) + "\n")
+    elif read_json(manifest).get("plan") != fingerprint:
         raise DgemmaError(
             f"the interrupted conversion to {plan.output} was of another source, recipe or version",
             "Start over with --force, or name another output with -o.",
@@ -119,9 +119,9 @@ def _encoded(targets: Sequence[Target], reader: Executor, progress: Progress) ->
         yield first
         for parts, data in zip(held, others, strict=True):
             parts.append(data)
-        length = target.weight.shape[0] if target.weight.shape else 1
-        progress(target.weight.nbytes * stop // length - target.weight.nbytes * start // length)
-        if stop == length:
+        size, height = target.weight.nbytes, target.weight.rows
+        progress(size * stop // height - size * start // height)
+        if stop == height:
             mx.clear_cache()
             for parts in held:
                 yield from parts

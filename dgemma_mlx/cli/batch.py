@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dgemma_mlx.cli.prompt import is_text
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.settings import LARGEST_SEED, fits, is_text
 
 if TYPE_CHECKING:
     from dgemma_mlx.engine import Model
@@ -19,10 +20,6 @@ _HINT = 'A line is a JSON string, or an object like {"prompt": "...", "id": "a",
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and is_text(value)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**64
 
 
 def _is_message(value: Any) -> bool:
@@ -39,9 +36,9 @@ def _is_prompt(value: Any) -> bool:
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "prompt": _is_prompt,
     "id": lambda value: _is_text(value) or (isinstance(value, int) and not isinstance(value, bool)),
-    "system": _is_text,
-    "seed": _is_count,
-    "max_tokens": lambda value: _is_count(value) and value > 0,
+    "system": partial(fits, "system"),
+    "seed": partial(fits, "seed"),
+    "max_tokens": lambda value: fits("max_tokens", value) and value <= LARGEST_SEED,
 }
 
 

@@ -18,8 +18,6 @@ from dgemma_mlx.cli.sizes import size
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from dgemma_convert import Plan, Report, Verification
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
@@ -194,9 +192,10 @@ def _comparison(verification: Verification) -> str:
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each stage, on a terminal's stderr; nothing elsewhere. Drawn from the first report on: before that,
     the Hub draws bars of its own."""
+    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = _stderr()
+    console = Console(stderr=True)
     percentage = TextColumn("{task.percentage:.0f}%")
     bars = Progress(
         TextColumn("{task.description}"), BarColumn(), percentage, TimeRemainingColumn(), console=console,
@@ -214,12 +213,6 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         yield progress
     finally:
         bars.stop()
-
-
-def _stderr() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True)
 
 
 def _check_upload(repo_id: str, yes: bool) -> None:

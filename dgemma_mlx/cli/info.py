@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dgemma_mlx.cli.pipe import quiet_when_closed
+from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
     from dgemma_convert.source import Source
@@ -70,10 +71,11 @@ def describe(source: Source) -> dict[str, Any]:
 
 def _recipe(folder: Path) -> str | None:
     """That of a conversion by this program."""
-    path = folder / "conversion_report.json"
+    from dgemma_mlx.config import read_json
+
     try:
-        recipe = json.loads(path.read_text(encoding="utf-8"))["recipe"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        recipe = read_json(folder / "conversion_report.json").get("recipe")
+    except DgemmaError:
         return None
     return recipe if isinstance(recipe, str) else None
 

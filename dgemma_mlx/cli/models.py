@@ -89,8 +89,9 @@ def _cached(cache: HFCacheInfo | None) -> list[dict[str, Any]]:
 
 
 def _is_ours(snapshot: Any) -> bool:
+    from dgemma_mlx.config import read_json
+
     try:
-        config = json.loads((snapshot / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(snapshot / "config.json").get("model_type") == "diffusion_gemma"
+    except DgemmaError:
         return False
-    return isinstance(config, dict) and config.get("model_type") == "diffusion_gemma"

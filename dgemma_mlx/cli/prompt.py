@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.settings import is_text
 
 _HINT = 'Write it after the command: dgemma-mlx generate "...", or pipe it in.'
 
@@ -22,11 +23,6 @@ def read_prompt(argument: str | None) -> str:
     if not prompt:
         raise DgemmaError("the prompt is empty", _HINT, exit_code=2)
     return prompt
-
-
-def is_text(value: str) -> bool:
-    """Whether it can be written as UTF-8: a command line may hold other bytes, and JSON half a character."""
-    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _read_stdin() -> str:

@@ -137,10 +137,10 @@ def _check(model: DiffusionGemma, weights: Weights) -> None:
     """Every parameter has a tensor of its shape and kind, and there is none beside."""
     expected = dict(tree_flatten(model.parameters()))
     if missing := sorted(expected.keys() - weights.text.keys()):
-        raise DgemmaError(f"the checkpoint lacks {_some([source_name(path) for path in missing])}", _DAMAGED)
+        raise DgemmaError(f"the checkpoint lacks {some_of([source_name(path) for path in missing])}", _DAMAGED)
     if unexpected := sorted(weights.text.keys() - expected.keys()):
         names = [weights.names[path] for path in unexpected]
-        raise DgemmaError(f"the checkpoint has unknown tensors: {_some(names)}", _DAMAGED)
+        raise DgemmaError(f"the checkpoint has unknown tensors: {some_of(names)}", _DAMAGED)
     for path, parameter in expected.items():
         name, tensor = weights.names[path], weights.text[path]
         if tensor.shape != parameter.shape:
@@ -150,6 +150,6 @@ def _check(model: DiffusionGemma, weights: Weights) -> None:
             raise DgemmaError(f"{name} has dtype {tensor.dtype}, not {parameter.dtype}", _DAMAGED)
 
 
-def _some(names: list[str]) -> str:
+def some_of(names: list[str]) -> str:
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

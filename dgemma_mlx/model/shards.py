@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,17 +79,30 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def merged(headers: Iterable[Mapping[str, StoredTensor]]) -> dict[str, StoredTensor]:
+    """The tensors of all shards; a ``DgemmaError`` names one that two of them have."""
+    tensors: dict[str, StoredTensor] = {}
+    for header in headers:
+        if doubled := tensors.keys() & header.keys():
+            name = min(doubled)
+            raise DgemmaError(
+                f"{header[name].path} holds {name} again, which another shard has",
+                f"That one is {tensors[name].path}. {_FETCH_AGAIN}",
+            )
+        tensors.update(header)
+    return tensors
+
+
 def open_tensors(folder: Path) -> dict[str, mx.array]:
     """Every tensor of the checkpoint under its own name; nothing is read from disk before it is used."""
+    files = shard_files(folder)
+    merged(map(read_header, files))  # complete, and no tensor twice
     tensors: dict[str, mx.array] = {}
-    for path in shard_files(folder):
-        read_header(path)
+    for path in files:
         try:
             loaded = mx.load(str(path), format="safetensors")
         except (RuntimeError, ValueError) as error:
             raise DgemmaError(f"{path} cannot be loaded: {error}", _FETCH_AGAIN) from None
         assert isinstance(loaded, dict)
-        if doubled := tensors.keys() & loaded.keys():
-            raise DgemmaError(f"{path} holds {min(doubled)} again, which another shard has", _FETCH_AGAIN)
         tensors.update(loaded)
     return tensors

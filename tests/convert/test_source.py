@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
 from dgemma_convert import carry_out, prepare
@@ -28,7 +27,7 @@ from tests.convert.checkpoints import (
     vision_tensors,
 )
 from tests.model.checkpoint import Tensors, flat_config, quantized
-from tests.model.odd_values import ODD_VALUES, changed, one_line, places, reported
+from tests.model.odd_values import ODD_VALUES, changed, flipped_headers, one_line, places, reported
 from tests.model.test_quantized import ODD_QUANTIZATION
 
 INDEX = "model.safetensors.index.json"
@@ -237,14 +236,7 @@ def test_damaged_file(tmp_path: Path, tensors: Tensors, damage: Callable[[bytes]
 
 def test_any_flipped_byte_of_the_header_is_read_or_reported(tmp_path: Path, tensors: Tensors) -> None:
     source = write(tmp_path / "source", tensors)
-    file = source / "model.safetensors"
-    original = file.read_bytes()
-    header = 8 + struct.unpack("<Q", original[:8])[0]
-    rng = np.random.default_rng(0)
-    for position in rng.integers(0, header, 300):
-        damaged = bytearray(original)
-        damaged[position] ^= int(rng.integers(1, 256))
-        file.write_bytes(damaged)
+    for position in flipped_headers(source / "model.safetensors", 300):
         error = reported(prepare, str(source))
         assert error is None or one_line(error), position
 

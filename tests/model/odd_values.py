@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dgemma_mlx.errors import DgemmaError
 
@@ -34,6 +38,18 @@ def changed(document: Any, path: tuple[Any, ...], value: Any) -> Any:
     else:
         parent[path[-1]] = value
     return document
+
+
+def flipped_headers(file: Path, count: int) -> Iterator[int]:
+    """Flips bits of one random byte in the header of a safetensors file, ``count`` times; yields its position."""
+    original = file.read_bytes()
+    header = 8 + struct.unpack("<Q", original[:8])[0]
+    rng = np.random.default_rng(0)
+    for position in rng.integers(0, header, count).tolist():
+        damaged = bytearray(original)
+        damaged[position] ^= int(rng.integers(1, 256))
+        file.write_bytes(damaged)
+        yield position
 
 
 def one_line(error: DgemmaError) -> bool:
