@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, get_args
@@ -34,16 +34,17 @@ VARIABLE = "DGEMMA_KERNELS"
 class Operation(Generic[P, R]):
     """A kernel and its reference under one name; calling it runs one of the two.
 
-    ``example(dtype)`` gives positional arguments of the published model's sizes, to check and time it with;
-    ``source`` is all of its Metal text; ``agree(found, expected)`` compares results where ``close`` is not right.
+    ``examples``, one for each form of the kernel, take a dtype and give positional arguments of the published model's
+    sizes, to check and time it with; ``source`` is all of its Metal text; ``agree(found, expected)`` compares results
+    where ``close`` is not right.
     """
 
     def __init__(
         self, name: str, kernel: Callable[P, R], reference: Callable[P, R], *,
-        example: Callable[[mx.Dtype], tuple[Any, ...]], source: str, agree: Callable[[R, R], bool] = close,
+        examples: Sequence[Callable[[mx.Dtype], tuple[Any, ...]]], source: str, agree: Callable[[R, R], bool] = close,
     ) -> None:
         self.name, self.kernel, self.reference = name, kernel, reference
-        self.example, self.source, self.agree = example, source, agree
+        self.examples, self.source, self.agree = examples, source, agree
         self._verdicts: dict[mx.Dtype, Verdict] = {}
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:

@@ -43,18 +43,21 @@ class Verdict:
 
 
 def examine(operation: Operation[..., Any], dtype: mx.Dtype) -> Verdict:
-    """Runs kernel and reference on the operation's example; compares, then times them."""
-    arguments = operation.example(dtype)
-    mx.eval([leaf for leaf in _leaves(arguments) if isinstance(leaf, mx.array)])
-    try:
-        found = operation.kernel(*arguments)
-        mx.eval(found)
-    except Exception as error:  # whatever a compiler or a driver may raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return Verdict("failed", lines[0])
-    if not operation.agree(found, operation.reference(*arguments)):
-        return Verdict("wrong", "its results are not those of the reference")
-    kernel, reference = (_seconds(partial(run, *arguments)) for run in (operation.kernel, operation.reference))
+    """Runs kernel and reference on the operation's examples; compares, then times them."""
+    kernel = reference = 0.0
+    for example in operation.examples:
+        arguments = example(dtype)
+        mx.eval([leaf for leaf in _leaves(arguments) if isinstance(leaf, mx.array)])
+        try:
+            found = operation.kernel(*arguments)
+            mx.eval(found)
+        except Exception as error:  # whatever a compiler or a driver may raise
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            return Verdict("failed", lines[0])
+        if not operation.agree(found, operation.reference(*arguments)):
+            return Verdict("wrong", "its results are not those of the reference")
+        kernel += _seconds(partial(operation.kernel, *arguments))
+        reference += _seconds(partial(operation.reference, *arguments))
     return Verdict("faster" if kernel < reference else "slower", kernel=kernel, reference=reference)
 
 

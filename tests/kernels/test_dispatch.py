@@ -30,7 +30,7 @@ def example(dtype: mx.Dtype) -> tuple[mx.array]:
 
 
 def operation(kernel: Callable[[mx.array], Any], source: str = "y = 2 * x;") -> Operation[..., Any]:
-    return Operation("double", kernel, twice, example=example, source=source)
+    return Operation("double", kernel, twice, examples=[example], source=source)
 
 
 @pytest.fixture
@@ -68,6 +68,14 @@ def test_a_kernel_within_rounding_is_timed(dtype: mx.Dtype) -> None:
 )
 def test_a_wrong_kernel_is_seen(kernel: Callable[[mx.array], mx.array], dtype: mx.Dtype) -> None:
     assert examine(operation(kernel), dtype).status == "wrong"
+
+
+def test_every_form_of_a_kernel_is_looked_at() -> None:
+    wrong_from_ten_rows_on = Operation(
+        "double", lambda x: x * 2 if len(x) < 10 else x * 3, twice, examples=[example, lambda _: (mx.ones((10, 3)),)],
+        source="",
+    )  # fmt: skip
+    assert examine(wrong_from_ten_rows_on, mx.float32).status == "wrong"
 
 
 def test_a_kernel_that_does_not_compile_is_seen() -> None:

@@ -1,0 +1,40 @@
+"""Fused operations: each a Metal kernel beside a reference in plain ops, and a name that calls one of the two."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dgemma_mlx.kernels.attention_residual import AttentionResidual, attention_residual
+from dgemma_mlx.kernels.canvas_sampler import MAX_KEPT, CanvasSample, canvas_sampler
+from dgemma_mlx.kernels.dispatch import Operation, references
+from dgemma_mlx.kernels.moe_combine import moe_combine
+from dgemma_mlx.kernels.moe_route import Route, moe_route
+from dgemma_mlx.kernels.norm_residual import norm_residual
+from dgemma_mlx.kernels.qk_norm_rope import qk_norm_rope
+from dgemma_mlx.kernels.sparse_soft_embedding import (
+    dense_soft_embedding,
+    packed_soft_embedding,
+    sparse_soft_embedding,
+)
+
+OPERATIONS: tuple[Operation[..., Any], ...] = (
+    canvas_sampler, dense_soft_embedding, *packed_soft_embedding.values(), qk_norm_rope, attention_residual, moe_route,
+    moe_combine, norm_residual,
+)  # fmt: skip
+
+__all__ = [
+    "MAX_KEPT",
+    "OPERATIONS",
+    "AttentionResidual",
+    "CanvasSample",
+    "Operation",
+    "Route",
+    "attention_residual",
+    "canvas_sampler",
+    "moe_combine",
+    "moe_route",
+    "norm_residual",
+    "qk_norm_rope",
+    "references",
+    "sparse_soft_embedding",
+]

@@ -1,0 +1,175 @@
+"""What attention does to its projections: the head norms of q, k and v, the rotary embedding, attention's layout.
+
+Rows of D values are normed in float32 and rounded, then rotated in float32 by the angle ``position / period`` and
+rounded again. Positions are given one by one, not as an offset, so that one call serves any batch; the reference
+takes each as a batch row of its own, which gives ``mx.fast.rope`` as many threads and bytes as an offset does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from dgemma_mlx.kernels._common import SIMD, scalar
+from dgemma_mlx.kernels.dispatch import Operation
+
+QKV = tuple[mx.array, mx.array, mx.array]
+_THREADS = 8 * SIMD
+
+# A threadgroup takes one position. It works out the position's angles once, then its SIMD groups share out the heads.
+_SOURCE = """
+    constexpr int PAIRS = D / 2;
+    constexpr int N = (PAIRS + 31) / 32;  // neighbouring pairs of a lane
+    constexpr int HEADS = SHARED ? H + HK : H + 2 * HK;
+    threadgroup float cosines[PAIRS];
+    threadgroup float sines[PAIRS];
+    int lane = thread_index_in_simdgroup;
+    int group = simdgroup_index_in_threadgroup;
+    size_t row = threadgroup_position_in_grid.x;  // b * L + l
+    size_t L = positions_shape[1];
+    size_t b = row / L;
+    size_t l = row % L;
+
+    float position = static_cast<float>(positions[row]);
+    for (int i = thread_position_in_threadgroup.x; i < PAIRS; i += THREADS) {
+        float angle = position * (1.0f / periods[i]);
+        cosines[i] = metal::precise::cos(angle);
+        sines[i] = metal::precise::sin(angle);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+
+    float cosine[N], sine[N];
+    for (int n = 0; n < N; n++) {
+        int i = lane * N + n;
+        cosine[n] = i < PAIRS ? cosines[i] : 1.0f;
+        sine[n] = i < PAIRS ? sines[i] : 0.0f;
+    }
+
+    // Heads in the order q, k, v; where K = V, those of k give v as well.
+    for (int head = group; head < HEADS; head += THREADS / 32) {
+        bool is_q = head < H;
+        bool is_v = head >= H + HK;
+        int count = is_q ? H : HK;
+        int h = is_q ? head : (head - H) % HK;
+        const device T* x = (is_q ? queries : is_v ? values : keys) + (row * count + h) * D;
+        size_t out = ((b * count + h) * L + l) * D;
+
+        float low[N], high[N];
+        float sum = 0.0f;
+        for (int n = 0; n < N; n++) {
+            int i = lane * N + n;
+            low[n] = i < PAIRS ? static_cast<float>(x[i]) : 0.0f;
+            high[n] = i < PAIRS ? static_cast<float>(x[i + PAIRS]) : 0.0f;
+            sum += low[n] * low[n] + high[n] * high[n];
+        }
+        float scale = metal::precise::rsqrt(simd_sum(sum) / D + eps);
+
+        for (int n = 0; n < N; n++) {
+            int i = lane * N + n;
+            if (i >= PAIRS) {
+                break;
+            }
+            float first = low[n] * scale;
+            float second = high[n] * scale;
+            if (is_v || (SHARED && !is_q)) {
+                v[out + i] = static_cast<T>(first);
+                v[out + i + PAIRS] = static_cast<T>(second);
+            }
+            if (!is_v) {
+                float first_weight = is_q ? q_weight[i] : k_weight[i];
+                float second_weight = is_q ? q_weight[i + PAIRS] : k_weight[i + PAIRS];
+                first = static_cast<T>(first * first_weight);
+                second = static_cast<T>(second * second_weight);
+                device T* rotated = is_q ? q : k;
+                rotated[out + i] = static_cast<T>(first * cosine[n] - second * sine[n]);
+                rotated[out + i + PAIRS] = static_cast<T>(first * sine[n] + second * cosine[n]);
+            }
+        }
+    }
+"""
+
+_kernel: Any = mx.fast.metal_kernel(
+    name="qk_norm_rope",
+    input_names=["queries", "keys", "values", "q_weight", "k_weight", "periods", "positions", "eps"],
+    output_names=["q", "k", "v"],
+    source=_SOURCE,
+)
+
+
+def qk_norm_rope_kernel(
+    q: mx.array, k: mx.array, v: mx.array | None, q_weight: mx.array, k_weight: mx.array,
+    periods: mx.array, positions: mx.array, eps: float,
+) -> QKV:
+    """q (B, L, H * D), k and v (B, L, Hk * D), positions (B, L) -> (B, H, L, D), twice (B, Hk, L, D); D >= 8."""
+    B, L, _ = q.shape
+    D = q_weight.size
+    H, Hk = q.shape[-1] // D, k.shape[-1] // D
+    q, k, v = _kernel(
+        inputs=[q, k, k if v is None else v, q_weight, k_weight, periods, positions, scalar(eps)],
+        template=[("T", q.dtype), ("D", D), ("H", H), ("HK", Hk), ("SHARED", v is None), ("THREADS", _THREADS)],
+        grid=(B * L * _THREADS, 1, 1),
+        threadgroup=(_THREADS, 1, 1),
+        output_shapes=[(B, H, L, D), (B, Hk, L, D), (B, Hk, L, D)],
+        output_dtypes=[q.dtype] * 3,
+    )
+    return q, k, v
+
+
+def qk_norm_rope_reference(
+    q: mx.array, k: mx.array, v: mx.array | None, q_weight: mx.array, k_weight: mx.array,
+    periods: mx.array, positions: mx.array, eps: float,
+) -> QKV:
+    """The same in plain operations: at most five launches."""
+    B, L, _ = q.shape
+    D = q_weight.size
+
+    def attention_layout(y: mx.array) -> mx.array:  # -> (B, H, L, D)
+        return y.reshape(B, L, -1, D).swapaxes(1, 2)
+
+    def rotated(y: mx.array, weight: mx.array) -> mx.array:
+        normed = mx.fast.rms_norm(y.reshape(B * L, -1, 1, D), weight, eps)
+        return attention_layout(
+            mx.fast.rope(
+                normed, D, traditional=False, base=None, scale=1.0, offset=positions.flatten(), freqs=periods
+            )
+        )
+
+    values = mx.fast.rms_norm((k if v is None else v).reshape(B, L, -1, D), None, eps)
+    return rotated(q, q_weight), rotated(k, k_weight), values.swapaxes(1, 2)
+
+
+def _sliding_example(dtype: mx.Dtype) -> tuple[Any, ...]:
+    """A sliding layer's projections of a canvas of 256: 16 heads, 8 of k and v, head dim 256."""
+    C, H, Hk, D = 256, 16, 8, 256
+    q, k, v, q_weight, k_weight = (
+        mx.random.normal(shape, dtype, key=mx.random.key(i))
+        for i, shape in enumerate([(1, C, H * D), (1, C, Hk * D), (1, C, Hk * D), (D,), (D,)])
+    )
+    periods = 10_000.0 ** (mx.arange(D // 2, dtype=mx.float32) / (D // 2))
+    return q, k, v, q_weight, k_weight, periods, mx.arange(100, 100 + C)[None], 1e-6
+
+
+def _full_example(dtype: mx.Dtype) -> tuple[Any, ...]:
+    """A full-attention layer's: 16 heads, 2 of k, which is v too, head dim 512, of which a quarter is rotated."""
+    C, H, Hk, D = 256, 16, 2, 512
+    q, k, q_weight, k_weight = (
+        mx.random.normal(shape, dtype, key=mx.random.key(i))
+        for i, shape in enumerate([(1, C, H * D), (1, C, Hk * D), (D,), (D,)])
+    )
+    pairs = mx.arange(D // 2, dtype=mx.float32)
+    periods = mx.where(pairs < D // 8, 1e6 ** (pairs / (D // 2)), mx.inf)
+    return q, k, None, q_weight, k_weight, periods, mx.arange(100, 100 + C)[None], 1e-6
+
+
+qk_norm_rope = Operation(
+    "qk_norm_rope", qk_norm_rope_kernel, qk_norm_rope_reference,
+    examples=[_sliding_example, _full_example], source=_SOURCE,
+)
+"""Projections q (B, L, H * D), k and v (B, L, Hk * D) -> q (B, H, L, D), k and v (B, Hk, L, D), in q's dtype.
+
+``q`` and ``k`` are normed with their weights (D,) and rotated, ``v`` is normed without a weight and not rotated;
+v None stands for K = V: ``k`` then gives both, and is read once. Pair i, values i and i + D/2 of a head, turns by
+``positions[b, l] / periods[i]``; positions (B, L) int32, periods (D/2,) float32, inf does not turn.
+Reference: transformers ``DiffusionGemmaDecoderTextAttention``; rotations: Su et al., arXiv 2104.09864.
+"""

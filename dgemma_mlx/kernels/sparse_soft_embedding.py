@@ -1,0 +1,206 @@
+"""The expected embedding of a few tokens: sum of p[i] * E[id[i]] over the list that ``canvas_sampler`` makes of a row.
+
+With all V probabilities this is a matrix product as large as the vocabulary projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from dgemma_mlx.kernels.dispatch import Operation
+
+# A thread for each word of a row of the table, WORD values. A list longer than its S places is not complete: no sum.
+_HEADER = """
+inline int complete(int count, int places) {
+    return count > places ? 0 : count;
+}
+"""
+
+_DENSE = """
+    int column = thread_position_in_grid.x * WORD;
+    size_t row = thread_position_in_grid.y;
+    int n = complete(counts[row], S);
+    float sum[WORD] = {0.0f};
+    for (int i = 0; i < n; i++) {
+        float p = weights[row * S + i];
+        auto e = table + size_t(ids[row * S + i]) * M + column;
+        for (int j = 0; j < WORD; j++) {
+            sum[j] += M % WORD == 0 || column + j < M ? p * static_cast<float>(e[j]) : 0.0f;
+        }
+    }
+    for (int j = 0; j < WORD && column + j < M; j++) {
+        soft[row * M + column + j] = sum[j];
+    }
+"""
+
+# value = scale * q + bias, one scale and one bias for GROUP_SIZE values; the first value is in the lowest bits.
+_PACKED = """
+    constexpr int WORD = 32 / BITS;
+    constexpr int WORDS = M / WORD;
+    constexpr int GROUPS = M / GROUP_SIZE;
+    int word = thread_position_in_grid.x;
+    size_t row = thread_position_in_grid.y;
+    int group = word * WORD / GROUP_SIZE;
+    int n = complete(counts[row], S);
+    float sum[WORD] = {0.0f};
+    float offset = 0.0f;
+    for (int i = 0; i < n; i++) {
+        float p = weights[row * S + i];
+        size_t id = ids[row * S + i];
+        uint q = packed[id * WORDS + word];
+        float scale = p * static_cast<float>(scales[id * GROUPS + group]);
+        offset += p * static_cast<float>(biases[id * GROUPS + group]);
+        for (int j = 0; j < WORD; j++) {
+            sum[j] += scale * static_cast<float>((q >> (BITS * j)) & ((1u << BITS) - 1));
+        }
+    }
+    for (int j = 0; j < WORD; j++) {
+        soft[row * M + word * WORD + j] = sum[j] + offset;
+    }
+"""
+
+_dense_kernel: Any = mx.fast.metal_kernel(
+    name="sparse_soft_embedding",
+    input_names=["table", "ids", "weights", "counts"],
+    output_names=["soft"],
+    source=_DENSE,
+    header=_HEADER,
+)
+_packed_kernel: Any = mx.fast.metal_kernel(
+    name="sparse_soft_embedding_packed",
+    input_names=["packed", "scales", "biases", "ids", "weights", "counts"],
+    output_names=["soft"],
+    source=_PACKED,
+    header=_HEADER,
+)
+_WORD = 4  # values of a thread where nothing is packed
+_THREADS = 128
+
+
+def dense_soft_embedding_kernel(table: mx.array, ids: mx.array, weights: mx.array, counts: mx.array) -> mx.array:
+    """Table (V, M), ids and weights (N, S), counts (N,) -> (N, M) float32."""
+    (N, S), M = ids.shape, table.shape[1]
+    soft: mx.array = _dense_kernel(
+        inputs=[table, ids, weights, counts],
+        template=[("M", M), ("S", S), ("WORD", _WORD)],
+        grid=(-(-M // _WORD), N, 1),
+        threadgroup=(min(_THREADS, -(-M // _WORD)), 1, 1),
+        output_shapes=[(N, M)],
+        output_dtypes=[mx.float32],
+    )[0]
+    return soft
+
+
+def dense_soft_embedding_reference(table: mx.array, ids: mx.array, weights: mx.array, counts: mx.array) -> mx.array:
+    """Table (V, M), ids and weights (N, S), counts (N,) -> (N, M) float32."""
+    return _sum_of_rows(lambda some: table[some], ids, weights, counts)
+
+
+def packed_soft_embedding_kernel(
+    packed: mx.array, scales: mx.array, biases: mx.array, ids: mx.array, weights: mx.array, counts: mx.array,
+    group_size: int, bits: int,
+) -> mx.array:
+    """Packed (V, M * bits / 32) uint32, scales and biases (V, M / group_size), ids and weights (N, S), counts (N,)
+    -> (N, M) float32. A word holds 32 / bits values: 2, 4 or 8 bits."""
+    (N, S), words = ids.shape, packed.shape[1]
+    M = words * 32 // bits
+    soft: mx.array = _packed_kernel(
+        inputs=[packed, scales, biases, ids, weights, counts],
+        template=[("M", M), ("S", S), ("BITS", bits), ("GROUP_SIZE", group_size)],
+        grid=(words, N, 1),
+        threadgroup=(min(_THREADS, words), 1, 1),
+        output_shapes=[(N, M)],
+        output_dtypes=[mx.float32],
+    )[0]
+    return soft
+
+
+def packed_soft_embedding_reference(
+    packed: mx.array, scales: mx.array, biases: mx.array | None, ids: mx.array, weights: mx.array, counts: mx.array,
+    group_size: int, bits: int, mode: str = "affine",
+) -> mx.array:
+    """As ``packed_soft_embedding_kernel``, in every mode that MLX has."""
+
+    def rows(some: mx.array) -> mx.array:
+        if biases is None:
+            return mx.dequantize(packed[some], scales[some], None, group_size, bits, mode)
+        scale, bias = (part[some].astype(mx.float32) for part in (scales, biases))  # else MLX rounds each value
+        return mx.dequantize(packed[some], scale, bias, group_size, bits, mode)
+
+    return _sum_of_rows(rows, ids, weights, counts)
+
+
+_PLACES = 8  # of all lists at once: 23 MB for 256 lists of the published model
+
+
+def _sum_of_rows(
+    rows: Callable[[mx.array], mx.array], ids: mx.array, weights: mx.array, counts: mx.array
+) -> mx.array:
+    """Goes along the lists, as far as the longest is filled; for that the counts are evaluated."""
+    counts = mx.where(counts > ids.shape[1], 0, counts)
+    weights = mx.where(mx.arange(ids.shape[1]) < counts[:, None], weights, 0)
+    soft = mx.array(0.0)
+    longest: Any = counts.max().item()
+    for i in range(0, max(1, longest), _PLACES):
+        part = rows(ids[:, i : i + _PLACES]).astype(mx.float32)  # (N, PLACES, M)
+        soft = soft + (weights[:, None, i : i + _PLACES] @ part)[:, 0]
+    return soft
+
+
+def _lists(tokens: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Of 256 rows, up to 64 of 512 places filled."""
+    keys = mx.random.split(mx.random.key(0), 3)
+    counts = mx.random.randint(0, 65, (256,), key=keys[0])
+    weights = mx.random.uniform(0, 1 / 32, (256, 512), key=keys[1])
+    return mx.random.randint(0, tokens, (256, 512), key=keys[2]), weights, counts
+
+
+_TOKENS = 32_768  # in the examples, of 262,144: what takes time is how many rows are read
+
+
+def _dense_example(dtype: mx.Dtype) -> tuple[mx.array, ...]:
+    return (mx.random.normal((_TOKENS, 2816), dtype, key=mx.random.key(1)), *_lists(_TOKENS))
+
+
+def _packed_example(dtype: mx.Dtype, bits: int) -> tuple[Any, ...]:
+    table = mx.random.normal((_TOKENS, 2816), dtype, key=mx.random.key(1))
+    return (*mx.quantize(table, 64, bits), *_lists(_TOKENS), 64, bits)
+
+
+dense_soft_embedding = Operation(
+    "sparse_soft_embedding", dense_soft_embedding_kernel, dense_soft_embedding_reference,
+    examples=[_dense_example], source=_HEADER + _DENSE,
+)
+packed_soft_embedding = {
+    bits: Operation(
+        f"sparse_soft_embedding_{bits}bit", packed_soft_embedding_kernel, packed_soft_embedding_reference,
+        examples=[partial(_packed_example, bits=bits)], source=_HEADER + _PACKED,
+    )
+    for bits in (4, 8)
+}  # fmt: skip
+
+
+def sparse_soft_embedding(
+    table: nn.Embedding | nn.QuantizedEmbedding, ids: mx.array, weights: mx.array, counts: mx.array
+) -> mx.array:
+    """Sum of weights[..., i] * table[ids[..., i]] over i < counts; ids int32 and weights float32 (..., S), counts (...)
+    int32 -> (..., M) float32. Zeros where counts > S: such a list is not complete.
+
+    There is a kernel for tables that are not packed, and for those packed to 4 or 8 bits in affine mode.
+    """
+    lists = (ids.reshape(-1, ids.shape[-1]), weights.reshape(-1, ids.shape[-1]), counts.reshape(-1))
+    if not isinstance(table, nn.QuantizedEmbedding):
+        soft = dense_soft_embedding(table.weight, *lists)
+    elif table.mode == "affine" and table.bits in packed_soft_embedding:
+        run = packed_soft_embedding[table.bits]
+        soft = run(table.weight, table.scales, table.biases, *lists, table.group_size, table.bits)
+    else:
+        soft = packed_soft_embedding_reference(
+            table.weight, table.scales, table.get("biases"), *lists, table.group_size, table.bits, table.mode
+        )
+    return soft.reshape(*counts.shape, soft.shape[-1])
