@@ -11,6 +11,8 @@ import mlx.core as mx
 import numpy as np
 
 from dgemma_mlx.config import ModelConfig
+from dgemma_mlx.model.attention import AppendKV
+from dgemma_mlx.model.cache import Mask, row_positions
 from dgemma_mlx.model.load import load_model
 from dgemma_mlx.model.text import Layer
 from dgemma_mlx.text.chat import ChatTemplate, encode_chat
@@ -79,10 +81,10 @@ class Walk:
             cache = self._model.new_cache()
             length, append = encoded.shape[1], partial(cache.update, i)
             mask = cache.encode_masks(length)[kind]
-            self.encoded[number] = layer(encoded, 0, mask, append, layer.encoder_layer_scalar, None)
+            self.encoded[number] = _run(layer, encoded, 0, mask, append, layer.encoder_layer_scalar)
             cache.advance(length)
             mask, append = cache.canvas_masks(draft.shape[1])[kind], partial(cache.with_canvas, i)
-            self.drafts[number] = layer(draft, cache.rope_offset, mask, append, layer.layer_scalar, None)
+            self.drafts[number] = _run(layer, draft, cache.rope_offset, mask, append, layer.layer_scalar)
         mx.eval(self.encoded, self.drafts)
         self._layer += 1
         del layer
@@ -97,6 +99,15 @@ class Walk:
         head, _ = load_model(self._folder, self._config, strict=False)
         for state in self.final_states():
             yield head.logits(state)
+
+
+def _run(
+    layer: Layer, x: mx.array, rope_offset: int | mx.array, mask: Mask, append: AppendKV, scalar: mx.array
+) -> mx.array:
+    """x (1, L, M) -> (1, L, M). The norm for the next layer, which is not there, is left uncomputed."""
+    norm = layer.input_layernorm
+    x, _ = layer(x, norm(x), row_positions(rope_offset, *x.shape[:2]), mask, append, scalar, norm)
+    return x
 
 
 def number(x: mx.array) -> float:

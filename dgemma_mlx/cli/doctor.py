@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,7 @@ def doctor(as_json: AsJson = False, no_probe: NoProbe = False) -> None:
     """Look at this machine: chip, memory, versions, Metal, caches, speed; say what to change."""
     facts = examine()
     facts["self_check"] = self_check()
+    facts["kernels"] = kernels()
     if not no_probe:
         facts["probe"] = probe()
     facts["advice"] = advice(facts)
@@ -98,6 +100,26 @@ def self_check() -> dict[str, float]:
     return {name: float(abs(wide(ours) - right).max() / abs(right).max()) for name, (ours, right) in pairs.items()}
 
 
+def kernels() -> dict[str, Any]:
+    """The mode of our own Metal kernels, and what their self-check has found on this machine, for each dtype that
+    checkpoints have; nothing is checked where there is no Metal, or where they are switched off."""
+    import mlx.core as mx
+
+    from dgemma_mlx.kernels import OPERATIONS
+    from dgemma_mlx.kernels.dispatch import has_metal, set_mode
+    from dgemma_mlx.settings import Settings
+
+    mode = Settings()["kernels"].value
+    set_mode(mode)
+    checks = [
+        {"operation": operation.name, "dtype": str(dtype).removeprefix("mlx.core."), **asdict(operation.verdict(dtype))}
+        for operation in OPERATIONS
+        for dtype in (mx.bfloat16, mx.float16)
+        if has_metal() and mode != "off"
+    ]
+    return {"mode": mode, "operations": [operation.name for operation in OPERATIONS], "checks": checks}
+
+
 def probe() -> dict[str, float]:
     """Two short runs: a matrix product, and denoising steps of the built-in model."""
     import mlx.core as mx
@@ -125,6 +147,11 @@ def advice(facts: dict[str, Any]) -> list[str]:
     found = []
     if not facts["metal"]:
         found.append("no Metal here: the program works, but slowly; it is made for Macs with Apple silicon")
+    found += [
+        f"the kernel {check['operation']} is not used for {check['dtype']}: {check['detail']}"
+        for check in facts["kernels"]["checks"]
+        if check["status"] in ("wrong", "failed")
+    ]
     for name, error in facts["self_check"].items():
         if not error < _TOLERANCE:
             found.append(f"MLX gets {name} wrong here ({error:.2g}): update macOS, and mlx with pip install -U mlx")
@@ -145,6 +172,18 @@ def _repeat(action: Callable[[], None]) -> tuple[int, float]:
         action()
         count += 1
     return count, time.perf_counter() - began
+
+
+def _kernel_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    names, mode = facts["kernels"]["operations"], facts["kernels"]["mode"]
+    if not facts["metal"] or mode == "off":
+        why = "switched off" if mode == "off" else "no Metal"
+        return [("kernels", f"none of {len(names)}, {why}: plain MLX operations do their work")]
+    rows = [("kernels", f"mode {mode}; milliseconds of the kernel and of plain MLX, the faster one is used")]
+    for check in facts["kernels"]["checks"]:
+        times = f"{1e3 * check['kernel']:8.3f} {1e3 * check['reference']:8.3f}" if check["kernel"] else check["detail"]
+        rows.append(("", f"{check['operation']:22} {check['dtype']:9} {check['status']:8} {times}"))
+    return rows
 
 
 def _chip() -> str:
@@ -187,5 +226,6 @@ def _as_text(facts: dict[str, Any]) -> str:
     if result := facts.get("probe"):
         rows.append(("products", f"{result['matmul_tflops']:.2f} TFLOP/s"))
         rows.append(("demo model", f"{result['demo_steps_per_second']:.0f} denoising steps/s"))
+    rows += _kernel_rows(facts)
     lines = [f"{name:10} {value}" for name, value in rows]
     return "\n".join([*lines, *(f"! {line}" for line in facts["advice"])] + ([] if facts["advice"] else ["all well"]))

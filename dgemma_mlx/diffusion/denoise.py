@@ -12,23 +12,24 @@ from typing import Any
 import mlx.core as mx
 
 from dgemma_mlx.config import GenerationConfig
-from dgemma_mlx.diffusion.sampler import Noise, accept, token_entropy
+from dgemma_mlx.diffusion.sampler import Noise, accept
 from dgemma_mlx.diffusion.schedule import temperature
 from dgemma_mlx.diffusion.stopping import StableAndConfident
 from dgemma_mlx.events import Draft
+from dgemma_mlx.kernels import canvas_sampler
 from dgemma_mlx.model.cache import PrefixCache
+from dgemma_mlx.model.prediction import Prediction
 from dgemma_mlx.model.text import DiffusionGemma
 
 
 @dataclass
 class _Step:
-    """Arrays of one step over the batch, before they become events."""
+    """Arrays of one step over the batch, before they become events; (B, C) each."""
 
-    current_canvas: mx.array  # (B, C): the next step's input
-    argmax_canvas: mx.array  # (B, C)
-    accepted_mask: mx.array  # (B, C) bool
-    entropy: mx.array  # (B, C) float32
-    conditioning: mx.array  # (B, C, V): processed logits in the weights' dtype
+    current_canvas: mx.array  # the next step's input
+    argmax_canvas: mx.array
+    accepted_mask: mx.array  # bool
+    entropy: mx.array  # float32
 
     def keep(self, last: _Step, finished: mx.array) -> _Step:
         """This step, with the rows that had finished as they were."""
@@ -38,7 +39,6 @@ class _Step:
             mx.where(row, last.argmax_canvas, self.argmax_canvas),
             mx.where(row, last.accepted_mask, self.accepted_mask),
             mx.where(row, last.entropy, self.entropy),
-            mx.where(row[..., None], last.conditioning, self.conditioning),
         )
 
 
@@ -58,36 +58,30 @@ def denoise(
     ``greedy`` takes the argmax as denoiser canvas instead of a sample. Each step is evaluated once, before
     it is yielded; a caller may stop between any two.
     """
-    canvas = noise.canvas(batch, canvas_length, model.config.vocab_size)
+    vocab_size = model.config.vocab_size
+    canvas = noise.canvas(batch, canvas_length, vocab_size)
     settled = StableAndConfident(config.stability_threshold, config.confidence_threshold)
     finished = mx.zeros(batch, mx.bool_)
     last: _Step | None = None
+    prediction: Prediction | None = None
     for number in range(1, config.max_denoising_steps + 1):
+        raw = model.project(model.decode_hidden(canvas, cache, prediction))
+        uniforms = mx.zeros(canvas.shape) if greedy else noise.uniform(batch, canvas_length)
         degree = temperature(config.max_denoising_steps + 1 - number, config)
-        logits = model.decode(canvas, cache, None if last is None else last.conditioning) / degree
-        step = _sample(logits, canvas, config, noise, greedy, model)
-        if batch > 1 and last is not None:
+        sample = canvas_sampler(raw, uniforms, model.config.final_logit_softcapping, degree)
+        accepted_mask = accept(sample.entropy, config.entropy_bound)
+        denoised = sample.argmax if greedy else sample.sample
+        current = mx.where(accepted_mask, denoised, noise.canvas(batch, canvas_length, vocab_size))
+        step = _Step(current, sample.argmax, accepted_mask, sample.entropy)
+        if last is not None:
             step = step.keep(last, finished)
         finished = finished | settled(step.argmax_canvas, step.entropy)
-        mx.eval(step.current_canvas, step.argmax_canvas, step.accepted_mask, step.entropy, step.conditioning, finished)
+        mx.eval(step.current_canvas, step.argmax_canvas, step.accepted_mask, step.entropy, finished, *sample)
         drafts = _drafts(step, finished, canvas_index, number, config.max_denoising_steps)
         yield drafts
         if all(draft.finished for draft in drafts):
             return
-        last, canvas = step, step.current_canvas
-
-
-def _sample(
-    logits: mx.array, canvas: mx.array, config: GenerationConfig, noise: Noise, greedy: bool, model: DiffusionGemma
-) -> _Step:
-    """Processed logits (B, C, V) -> acceptance and the next canvas."""
-    entropy = token_entropy(logits)
-    argmax_canvas = mx.argmax(logits, axis=-1).astype(mx.int32)
-    sampled = argmax_canvas if greedy else mx.argmax(logits + noise.gumbel(logits.shape), axis=-1).astype(mx.int32)
-    accepted_mask = accept(entropy, config.entropy_bound)
-    fresh = noise.canvas(canvas.shape[0], canvas.shape[1], model.config.vocab_size)
-    renoised = mx.where(accepted_mask, sampled, fresh)
-    return _Step(renoised, argmax_canvas, accepted_mask, entropy, logits.astype(model.dtype))
+        last, canvas, prediction = step, step.current_canvas, model.predict(raw, sample, degree)
 
 
 def _drafts(

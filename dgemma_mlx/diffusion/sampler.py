@@ -8,16 +8,6 @@ from __future__ import annotations
 import mlx.core as mx
 
 
-def token_entropy(logits: mx.array) -> mx.array:
-    """Entropy in nats of softmax(logits) over the last axis: (..., V) float32 -> (...).
-
-    A logit of -inf has probability 0 and adds nothing.
-    """
-    log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    log_p = mx.maximum(log_p, mx.finfo(mx.float32).min)  # 0 * -inf would be NaN
-    return -(mx.exp(log_p) * log_p).sum(axis=-1)
-
-
 def accept(entropy: mx.array, entropy_bound: float) -> mx.array:
     """(B, C) entropies -> (B, C) bool: positions taken in ascending order of entropy while the sum of the
     entropies before them stays within the bound. The most certain position is always accepted."""
@@ -44,6 +34,6 @@ class Noise:
         """Uniform random ids (B, C) over the whole vocabulary."""
         return mx.random.randint(0, vocab_size, (batch, length), key=self._next())
 
-    def gumbel(self, shape: tuple[int, ...]) -> mx.array:
-        """Standard Gumbel noise: argmax(logits + noise) is a sample of softmax(logits)."""
-        return mx.random.gumbel(shape, key=self._next())
+    def uniform(self, batch: int, length: int) -> mx.array:
+        """Numbers (B, C) in [0, 1): one for each sample that is drawn by inverse CDF."""
+        return mx.random.uniform(shape=(batch, length), key=self._next())

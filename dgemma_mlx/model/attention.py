@@ -11,8 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from dgemma_mlx.config import FULL, TextConfig
+from dgemma_mlx.kernels import qk_norm_rope
 from dgemma_mlx.model.cache import Mask
-from dgemma_mlx.model.rope import RoPE
+from dgemma_mlx.model.rope import rope_periods
 
 AppendKV = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
 """Takes this call's keys and values (B, Hk, L, D), returns those to attend over (B, Hk, S, D)."""
@@ -50,7 +51,7 @@ class Attention(nn.Module):
         super().__init__()
         D, H, Hk = config.layer_head_dim(kind), config.num_attention_heads, config.kv_heads(kind)
         M = config.hidden_size
-        self._head_dim, self._eps = D, config.rms_norm_eps
+        self._eps = config.rms_norm_eps
         self.q_proj = nn.Linear(M, H * D, bias=False)
         self.k_proj = nn.Linear(M, Hk * D, bias=False)
         if kind != FULL:
@@ -59,19 +60,15 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(D, config.rms_norm_eps)
         self.q_norm.weight = self.q_norm.weight * D**-0.5  # untrained: q . k near unit variance, as the scale is 1
         self.k_norm = nn.RMSNorm(D, config.rms_norm_eps)
-        self._rope = RoPE(config.rope_parameters[kind], D)
+        self._periods = rope_periods(config.rope_parameters[kind], D)
 
-    def __call__(self, x: mx.array, rope_offset: int | mx.array, mask: Mask, append: AppendKV) -> mx.array:
-        """x (B, L, M) -> (B, L, M)."""
+    def __call__(self, x: mx.array, positions: mx.array, mask: Mask, append: AppendKV) -> mx.array:
+        """x (B, L, M), positions (B, L) int32 -> (B, L, M)."""
         B, L, _ = x.shape
-
-        def heads(y: mx.array) -> mx.array:  # (B, L, H * D) -> (B, L, H, D)
-            return y.reshape(B, L, -1, self._head_dim)
-
-        projected = heads(self.k_proj(x))
-        values = heads(self.v_proj(x)) if "v_proj" in self else projected
-        q = self._rope(self.q_norm(heads(self.q_proj(x))).swapaxes(1, 2), rope_offset)
-        k = self._rope(self.k_norm(projected).swapaxes(1, 2), rope_offset)
-        v = mx.fast.rms_norm(values, None, self._eps).swapaxes(1, 2)
+        v = self.v_proj(x) if "v_proj" in self else None
+        q, k, v = qk_norm_rope(
+            self.q_proj(x), self.k_proj(x), v, self.q_norm.weight, self.k_norm.weight, self._periods, positions,
+            self._eps,
+        )  # fmt: skip
         k, v = append(k, v)
         return self.o_proj(attend(q, k, v, mask).swapaxes(1, 2).reshape(B, L, -1))

@@ -86,6 +86,12 @@ class SlidingLayerCache(_LayerCache):
         return k, v
 
 
+def row_positions(rope_offset: int | mx.array, batch: int, length: int) -> mx.array:
+    """(B, L) int32: the positions from ``rope_offset``, an int or (B,), on."""
+    first = mx.array(rope_offset, mx.int32).reshape(-1, 1)
+    return mx.contiguous(mx.broadcast_to(first + mx.arange(length, dtype=mx.int32), (batch, length)))
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A point to go back to: how many positions were encoded, and what the sliding layers held then."""

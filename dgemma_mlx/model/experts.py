@@ -11,29 +11,30 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from dgemma_mlx.config import TextConfig
+from dgemma_mlx.kernels import Route, moe_combine, moe_route
 from dgemma_mlx.model.mlp import geglu
 
-_SORT_FROM = 64  # rows; sorting by expert pays once several rows share one
+RouterLog = list[tuple[mx.array, mx.array]]
+"""For each layer, the probabilities (N, E) and the chosen experts (N, K)."""
 
 
 class Router(nn.Module):
-    """Picks K of E experts for each row. It reads the residual stream itself, not its normed copy."""
+    """Picks K of E experts for each row of the residual stream, normed with ``scale * M**-0.5`` as its weight."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self._top_k, self._eps = config.top_k_experts, config.rms_norm_eps
+        self._top_k = config.top_k_experts
         self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.scale = mx.ones(config.hidden_size)
         self.per_expert_scale = mx.ones(config.num_experts)
 
-    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """x (N, M) -> probabilities (N, E) float32, weights (N, K), expert indices (N, K)."""
-        normed = mx.fast.rms_norm(x, self.scale * x.shape[-1] ** -0.5, self._eps)
-        probabilities = mx.softmax(self.proj(normed).astype(mx.float32), axis=-1)
-        indices = mx.stop_gradient(mx.argpartition(-probabilities, self._top_k - 1, axis=-1)[..., : self._top_k])
-        weights = mx.take_along_axis(probabilities, indices, axis=-1)
-        weights = weights / weights.sum(axis=-1, keepdims=True)
-        return probabilities, weights * self.per_expert_scale[indices], indices
+    def __call__(self, normed: mx.array, log: RouterLog | None = None) -> Route:
+        """normed (N, M) -> the route of N rows; ``log`` gets the probabilities (N, E) float32 and indices (N, K)."""
+        logits = self.proj(normed)
+        route = moe_route(logits, self.per_expert_scale, self._top_k)
+        if log is not None:
+            log.append((mx.softmax(logits.astype(mx.float32), axis=-1), route.indices))
+        return route
 
 
 class ExpertLinear(nn.Module):
@@ -81,7 +82,7 @@ class QuantizedExpertLinear(nn.Module):
 
 
 class Experts(nn.Module):
-    """down(gelu(gate x) * up x) of the chosen experts, weighted and summed. Gate rows come first."""
+    """down(gelu(gate x) * up x) of the chosen experts, weighted, summed and normed. Gate rows come first."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -90,24 +91,14 @@ class Experts(nn.Module):
         self.gate_up_proj: ExpertLinear | QuantizedExpertLinear = ExpertLinear(E, M, 2 * inner)
         self.down_proj: ExpertLinear | QuantizedExpertLinear = ExpertLinear(E, inner, M)
 
-    def __call__(self, x: mx.array, weights: mx.array, indices: mx.array) -> mx.array:
-        """x (N, M), weights and indices (N, K) -> (N, M)."""
+    def __call__(self, x: mx.array, route: Route, norm: nn.RMSNorm) -> mx.array:
+        """x (N, M) -> norm(the sum of each row's experts), (N, M)."""
         whole = isinstance(self.gate_up_proj, ExpertLinear) and isinstance(self.down_proj, ExpertLinear)
         if self.training and self._few_experts and whole:
-            return self._all_experts(x, weights, indices)
-        N, K = indices.shape
-        flat = indices.flatten()
-        in_order = N * K >= _SORT_FROM
-        if in_order:
-            order = mx.argsort(flat)
-            flat, rows = flat[order], order // K
-        else:
-            rows = mx.arange(N * K) // K
-        y = self.gate_up_proj(x[rows][:, None], flat, sorted_indices=in_order)
-        y = self.down_proj(geglu(*mx.split(y, 2, axis=-1)), flat, sorted_indices=in_order)[:, 0]
-        if in_order:
-            y = y[mx.argsort(order)]
-        return (y.reshape(N, K, -1) * weights[..., None].astype(y.dtype)).sum(axis=1)
+            return norm(self._all_experts(x, route.weights, route.indices))
+        y = self.gate_up_proj(x[route.rows][:, None], route.experts, sorted_indices=True)
+        y = self.down_proj(geglu(*mx.split(y, 2, axis=-1)), route.experts, sorted_indices=True)[:, 0]
+        return moe_combine(y, route.slots, route.weights, norm.weight, norm.eps)
 
     def _all_experts(self, x: mx.array, weights: mx.array, indices: mx.array) -> mx.array:
         """The same sum by two plain matmuls over all experts: for training a model with few of them,

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 
 def rope_periods(parameters: Mapping[str, Any], head_dim: int) -> mx.array:
@@ -21,17 +20,3 @@ def rope_periods(parameters: Mapping[str, Any], head_dim: int) -> mx.array:
         rotated = int(parameters.get("partial_rotary_factor", 1.0) * head_dim // 2)
         periods = mx.where(mx.arange(pairs) < rotated, periods, mx.inf)
     return periods
-
-
-class RoPE(nn.Module):
-    """Rotates (B, H, L, D) by the positions ``offset .. offset + L - 1``; offset is an int or (B,)."""
-
-    def __init__(self, parameters: Mapping[str, Any], head_dim: int) -> None:
-        super().__init__()
-        self._head_dim = head_dim
-        self._periods = rope_periods(parameters, head_dim)
-
-    def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
-        return mx.fast.rope(
-            x, self._head_dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._periods
-        )

@@ -7,27 +7,32 @@ Reference: transformers ``DiffusionGemmaEncoderTextModel``, ``DiffusionGemmaDeco
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from dgemma_mlx.config import TextConfig
+from dgemma_mlx.kernels import CanvasSample, attention_residual, norm_residual, references, sparse_soft_embedding
 from dgemma_mlx.model.attention import AppendKV, Attention
-from dgemma_mlx.model.cache import Mask, PrefixCache
-from dgemma_mlx.model.experts import Experts, Router
+from dgemma_mlx.model.cache import Mask, PrefixCache, row_positions
+from dgemma_mlx.model.experts import Experts, Router, RouterLog
 from dgemma_mlx.model.mlp import MLP, SelfConditioning
+from dgemma_mlx.model.prediction import Prediction, incomplete
 
 
 class Layer(nn.Module):
     """Attention, then a dense and a mixture-of-experts branch side by side; norms before and after each.
 
+    The residual stream travels with the norm of it that comes next: at its end a layer norms for the one after it.
     ``layer_scalar`` scales the output when decoding, ``encoder_layer_scalar`` when encoding: the only
     two weights of a layer that the two ways do not share.
     """
 
     def __init__(self, config: TextConfig, kind: str) -> None:
         super().__init__()
+        self._eps = config.rms_norm_eps
 
         def norm() -> nn.RMSNorm:
             return nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -49,24 +54,27 @@ class Layer(nn.Module):
     def __call__(
         self,
         x: mx.array,
-        rope_offset: int | mx.array,
+        normed: mx.array,
+        positions: mx.array,
         mask: Mask,
         append: AppendKV,
         scalar: mx.array,
-        router_log: list[tuple[mx.array, mx.array]] | None,
-    ) -> mx.array:
-        """x (B, L, M) -> (B, L, M)."""
-        attended = self.self_attn(self.input_layernorm(x), rope_offset, mask, append)
-        x = x + self.post_attention_layernorm(attended)
-        dense = self.mlp(self.pre_feedforward_layernorm(x))
-        rows = x.reshape(-1, x.shape[-1])  # (N, M)
-        probabilities, weights, indices = self.router(rows)
-        if router_log is not None:
-            router_log.append((probabilities, indices))
-        routed = self.experts(self.pre_feedforward_layernorm_2(rows), weights, indices)
-        both = self.post_feedforward_layernorm_1(dense)
-        both = both + self.post_feedforward_layernorm_2(routed).reshape(x.shape)
-        return (x + self.post_feedforward_layernorm(both)) * scalar
+        next_norm: nn.RMSNorm,
+        router_log: RouterLog | None = None,
+    ) -> tuple[mx.array, mx.array]:
+        """x and its input norm, both (B, L, M) -> x after this layer and ``next_norm`` of it."""
+        attended = self.self_attn(normed, positions, mask, append)
+        after = attention_residual(
+            x, attended, self.post_attention_layernorm.weight, self.pre_feedforward_layernorm.weight,
+            self.pre_feedforward_layernorm_2.weight, self.router.scale, self._eps,
+        )  # fmt: skip
+        rows = (-1, x.shape[-1])  # (N, M)
+        route = self.router(after.router.reshape(rows), router_log)
+        routed = self.experts(after.experts.reshape(rows), route, self.post_feedforward_layernorm_2)
+        return norm_residual(
+            after.x, self.mlp(after.dense), routed.reshape(x.shape), self.post_feedforward_layernorm_1.weight,
+            self.post_feedforward_layernorm.weight, next_norm.weight, scalar, self._eps,
+        )  # fmt: skip
 
 
 class DiffusionGemma(nn.Module):
@@ -93,54 +101,89 @@ class DiffusionGemma(nn.Module):
         embeddings: mx.array = self.embed_tokens(ids).astype(self.dtype)  # mxfp4 and its like unpack to bfloat16
         return embeddings * math.sqrt(self.config.hidden_size)
 
-    def encode(
-        self, ids: mx.array, cache: PrefixCache, router_log: list[tuple[mx.array, mx.array]] | None = None
-    ) -> mx.array:
+    def encode(self, ids: mx.array, cache: PrefixCache, router_log: RouterLog | None = None) -> mx.array:
         """Appends ids (B, P) to the cache, causally; returns the hidden states (B, P, M) after the final norm.
 
         Everything is lazy: a caller that evaluates only the cache pays nothing for the last layer's output.
         """
-        x = self.embed(ids)
-        masks = cache.encode_masks(ids.shape[1])
-        for i, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
-            x = layer(
-                x, cache.rope_offset, masks[kind], partial(cache.update, i), layer.encoder_layer_scalar, router_log
-            )
+        masks, scalars = cache.encode_masks(ids.shape[1]), [layer.encoder_layer_scalar for layer in self.layers]
+        hidden = self._layers(self.embed(ids), cache.rope_offset, masks, cache.update, scalars, router_log)
         cache.advance(ids.shape[1])
-        hidden: mx.array = self.norm(x)
         return hidden
 
     def decode(
-        self,
-        canvas: mx.array,
-        cache: PrefixCache,
-        self_conditioning: mx.array | None = None,
-        router_log: list[tuple[mx.array, mx.array]] | None = None,
+        self, canvas: mx.array, cache: PrefixCache, self_conditioning: mx.array | None = None,
+        router_log: RouterLog | None = None,
     ) -> mx.array:
-        """Canvas ids (B, C) after the cached prefix -> logits (B, C, V) float32.
+        """Canvas ids (B, C) after the cached prefix -> logits (B, C, V) float32. Takes what ``decode_hidden`` takes."""
+        return self.logits(self.decode_hidden(canvas, cache, self_conditioning, router_log))
 
-        ``self_conditioning`` is the last step's processed logits (B, C, V), None in the first step.
+    def decode_hidden(
+        self, canvas: mx.array, cache: PrefixCache, self_conditioning: mx.array | Prediction | None = None,
+        router_log: RouterLog | None = None,
+    ) -> mx.array:
+        """Canvas ids (B, C) after the cached prefix -> hidden states (B, C, M) after the final norm.
+
+        ``self_conditioning`` is the last step's processed logits (B, C, V), or what ``predict`` made of them;
+        None in the first step.
         The cache is read, never written.
         """
         x = self.embed(canvas)
         x = self.self_conditioning.condition(x, self._soft_embeddings(self_conditioning, x))
-        masks = cache.canvas_masks(canvas.shape[1])
-        for i, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
-            x = layer(
-                x, cache.rope_offset, masks[kind], partial(cache.with_canvas, i), layer.layer_scalar, router_log
-            )
-        return self.logits(self.norm(x))
+        masks, scalars = cache.canvas_masks(canvas.shape[1]), [layer.layer_scalar for layer in self.layers]
+        return self._layers(x, cache.rope_offset, masks, cache.with_canvas, scalars, router_log)
+
+    def _layers(
+        self, x: mx.array, rope_offset: int | mx.array, masks: dict[str, Mask],
+        append: Callable[[int, mx.array, mx.array], tuple[mx.array, mx.array]], scalars: list[mx.array],
+        router_log: RouterLog | None,
+    ) -> mx.array:
+        """x (B, L, M) through all layers and the final norm; ``append`` takes a layer's number, keys and values."""
+        norms = [*(layer.input_layernorm for layer in self.layers), self.norm]
+        with references(only=self.training):
+            positions = row_positions(rope_offset, *x.shape[:2])
+            normed = norms[0](x)
+            for i, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
+                x, normed = layer(
+                    x, normed, positions, masks[kind], partial(append, i), scalars[i], norms[i + 1], router_log
+                )
+        return normed
+
+    def project(self, hidden: mx.array) -> mx.array:
+        """hidden (..., M) -> logits (..., V) before the softcap, in the weights' dtype."""
+        return self.embed_tokens.as_linear(hidden)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden (..., M) -> softcapped logits (..., V) float32."""
-        cap = self.config.final_logit_softcapping
-        return cap * mx.tanh(self.embed_tokens.as_linear(hidden).astype(mx.float32) / cap)
+        return self._capped(self.project(hidden))
 
-    def _soft_embeddings(self, logits: mx.array | None, like: mx.array) -> mx.array:
-        """The expected embedding under softmax(logits), (B, C, V) -> (B, C, M); zeros without logits."""
-        if logits is None:
+    def predict(self, raw: mx.array, sample: CanvasSample, temperature: float) -> Prediction:
+        """What conditions the next step: from ``project``'s logits (B, C, V) and the evaluated sample of them."""
+        dense = incomplete(sample, self.dtype)
+        if dense is None:
+            return Prediction(sample)
+        return Prediction(sample, dense, self._capped(raw.reshape(-1, raw.shape[-1])[dense]) / temperature)
+
+    def _capped(self, raw: mx.array) -> mx.array:
+        cap = self.config.final_logit_softcapping
+        return cap * mx.tanh(raw.astype(mx.float32) / cap)
+
+    def _soft_embeddings(self, conditioning: mx.array | Prediction | None, like: mx.array) -> mx.array:
+        """The expected embedding (B, C, M) of what was predicted; zeros where nothing was."""
+        if conditioning is None:
             return mx.zeros_like(like)
-        probabilities = mx.softmax(logits.astype(mx.float32), axis=-1).astype(like.dtype)
+        if isinstance(conditioning, mx.array):
+            return self._expected_embedding(conditioning)
+        sample = conditioning.sample
+        soft = sparse_soft_embedding(self.embed_tokens, sample.kept_ids, sample.kept_weights, sample.kept_count)
+        soft = soft.astype(self.dtype).reshape(-1, like.shape[-1]) * math.sqrt(self.config.hidden_size)
+        if conditioning.dense is not None and conditioning.logits is not None:
+            soft[conditioning.dense] = self._expected_embedding(conditioning.logits)
+        return soft.reshape(like.shape)
+
+    def _expected_embedding(self, logits: mx.array) -> mx.array:
+        """The mean embedding under softmax(logits), logits rounded to the weights' dtype: (..., V) -> (..., M)."""
+        probabilities = mx.softmax(logits.astype(self.dtype).astype(mx.float32), axis=-1).astype(self.dtype)
         table = self.embed_tokens
         if isinstance(table, nn.QuantizedEmbedding):
             soft = mx.quantized_matmul(

@@ -37,6 +37,10 @@ def test_it_tells_what_is_here(tmp_path: Path) -> None:
     assert facts["self_check"].keys() == {"matmul", "quantized_matmul", "gather_qmm", "attention"}
     assert all(0 < error < 0.01 for error in facts["self_check"].values())
     assert "probe" not in facts
+    assert facts["kernels"]["mode"] == "auto"
+    assert "canvas_sampler" in facts["kernels"]["operations"]
+    if not facts["metal"]:
+        assert facts["kernels"]["checks"] == []
     assert ("no Metal" in " ".join(facts["advice"])) is not facts["metal"]
 
 
@@ -46,13 +50,21 @@ def test_it_says_the_same_to_people() -> None:
     rows = done.stdout.decode().splitlines()
     names = [row[:10].strip() for row in rows if not row.startswith("!")]
     assert names[:6] == ["chip", "memory", "system", "Metal", "versions", "self-check"]
+    assert "kernels" in names
     assert any(row.startswith("! ") for row in rows) != (rows[-1] == "all well")
+
+
+FINE = {
+    "operation": "moe_route", "dtype": "float16", "status": "faster", "detail": "", "kernel": 1e-3, "reference": 2e-3,
+    "pid": 0,
+}  # fmt: skip
+WRONG = {**FINE, "status": "wrong", "detail": "its results differ", "kernel": 0.0}
 
 
 def good_facts() -> dict[str, Any]:
     return {
         "metal": True, "machine": "arm64", "memory": 64e9, "cache_free": 500e9, "cache_folder": "/cache",
-        "self_check": {"matmul": 1e-6},
+        "self_check": {"matmul": 1e-6}, "kernels": {"mode": "auto", "operations": ["moe_route"], "checks": [FINE]},
     }  # fmt: skip
 
 
@@ -68,11 +80,22 @@ def test_a_good_machine_needs_no_advice() -> None:
         ({"cache_free": 5e9}, "HF_HOME"),
         ({"self_check": {"matmul": 0.5}}, "matmul wrong"),
         ({"self_check": {"matmul": float("nan")}}, "matmul wrong"),
+        ({"kernels": {"mode": "auto", "operations": ["moe_route"], "checks": [FINE, WRONG]}}, "moe_route is not used"),
     ],
 )
 def test_each_trouble_has_its_advice(change: dict[str, Any], word: str) -> None:
     (line,) = doctor.advice({**good_facts(), **change})
     assert word in line
+
+
+def test_a_row_for_every_kernel_and_dtype() -> None:
+    facts = {**good_facts(), "kernels": {"mode": "auto", "operations": ["moe_route"], "checks": [FINE, WRONG]}}
+    head, *rows = (text.split() for _, text in doctor._kernel_rows(facts))
+    assert "auto" in head[1]
+    assert rows == [
+        ["moe_route", "float16", "faster", "1.000", "2.000"],
+        ["moe_route", "float16", "wrong", "its", "results", "differ"],
+    ]
 
 
 def test_the_probe_measures(monkeypatch: pytest.MonkeyPatch) -> None:

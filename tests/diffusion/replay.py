@@ -12,10 +12,10 @@ from dgemma_mlx.diffusion.sampler import Noise
 
 
 class Replay(Noise):
-    """Gives canvases (n, B, C) and Gumbel noise (n, B, C, V) one after the other."""
+    """Gives canvases (n, B, C) and uniform numbers (n, B, C) one after the other."""
 
-    def __init__(self, canvases: NDArray[Any], gumbels: NDArray[Any]) -> None:
-        self._canvases, self._gumbels = iter(canvases), iter(gumbels)
+    def __init__(self, canvases: NDArray[Any], uniforms: NDArray[Any]) -> None:
+        self._canvases, self._uniforms = iter(canvases), iter(uniforms)
 
     def canvas(self, batch: int, length: int, vocab_size: int) -> mx.array:
         canvas = next(self._canvases)
@@ -23,16 +23,16 @@ class Replay(Noise):
         assert canvas.max() < vocab_size
         return mx.array(canvas, mx.int32)
 
-    def gumbel(self, shape: tuple[int, ...]) -> mx.array:
-        gumbel = next(self._gumbels)
-        assert gumbel.shape == shape
-        return mx.array(gumbel, mx.float32)
+    def uniform(self, batch: int, length: int) -> mx.array:
+        uniform = next(self._uniforms)
+        assert uniform.shape == (batch, length)
+        return mx.array(uniform, mx.float32)
 
 
 def draw(
     seed: int, draws: int, batch: int, length: int, vocab_size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Canvases and Gumbel noise for that many draws of each."""
+    """Canvases and uniform numbers for that many draws of each."""
     rng = np.random.default_rng(seed)
     canvases = rng.integers(0, vocab_size, (draws, batch, length))
-    return canvases, rng.gumbel(size=(draws, batch, length, vocab_size)).astype(np.float32)
+    return canvases, rng.random((draws, batch, length), np.float32)

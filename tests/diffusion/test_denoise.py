@@ -43,7 +43,7 @@ def run(
 def test_golden_trace() -> None:
     """Two canvases of the reference, step by step, with the random numbers that it was given."""
     numbers = golden_numbers("trace")
-    noise, cache = Replay(numbers["canvases"], numbers["gumbels"]), golden_model().new_cache()
+    noise, cache = Replay(numbers["canvases"], numbers["uniforms"]), golden_model().new_cache()
     golden_model().encode(mx.array(numbers["prompt"]), cache)
     for index in (0, 1):
         drafts = list(
@@ -81,22 +81,24 @@ def test_one_seed_one_text() -> None:
 
 
 def test_the_next_canvas_is_sampled_where_accepted_and_random_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    canvases, gumbels = draw(0, 17, 1, C, V)
+    canvases, uniforms = draw(0, 17, 1, C, V)
     decoded: list[mx.array] = []
     logits: list[mx.array] = []
-    decode = DiffusionGemma.decode
+    decode = DiffusionGemma.decode_hidden
 
     def spy(self: DiffusionGemma, canvas: mx.array, *rest: Any) -> mx.array:
+        hidden = decode(self, canvas, *rest)
         decoded.append(canvas)
-        logits.append(decode(self, canvas, *rest))
-        return logits[-1]
+        logits.append(self.logits(hidden))
+        return hidden
 
-    monkeypatch.setattr(DiffusionGemma, "decode", spy)
+    monkeypatch.setattr(DiffusionGemma, "decode_hidden", spy)
     config = SETTLES.override(t_min=0.5, t_max=0.5)
-    drafts = run(Replay(canvases, gumbels), config)
+    drafts = run(Replay(canvases, uniforms), config)
     np.testing.assert_array_equal(decoded[0], canvases[0])
     for step, (draft,) in enumerate(drafts[:-1]):
-        sampled = np.argmax(np.array(logits[step]) / 0.5 + gumbels[step], axis=-1)
+        cumulative = np.exp(np.array(logits[step]).astype(np.float64) / 0.5).cumsum(axis=-1)
+        sampled = (cumulative > uniforms[step][..., None] * cumulative[..., -1:]).argmax(axis=-1)
         expected = np.where([draft.accepted_mask], sampled, canvases[step + 1])
         np.testing.assert_array_equal(decoded[step + 1], expected)
 
@@ -109,12 +111,12 @@ def test_canvas_of_another_length(length: int) -> None:
 def test_greedy_needs_no_samples() -> None:
     """With every position accepted, the first canvas is the only random thing in a greedy run."""
     config = SETTLES.override(entropy_bound=1e9, max_denoising_steps=5, confidence_threshold=0.0)
-    canvases, gumbels = draw(0, 6, 1, C, V)
-    other_canvases, other_gumbels = draw(1, 6, 1, C, V)
+    canvases, uniforms = draw(0, 6, 1, C, V)
+    other_canvases, other_uniforms = draw(1, 6, 1, C, V)
     other_canvases[0] = canvases[0]
-    one = run(Replay(canvases, gumbels), config, greedy=True)
-    assert one == run(Replay(other_canvases, other_gumbels[:0]), config, greedy=True)
-    assert one[-1] != run(Replay(canvases, gumbels), config)[-1]
+    one = run(Replay(canvases, uniforms), config, greedy=True)
+    assert one == run(Replay(other_canvases, other_uniforms[:0]), config, greedy=True)
+    assert one[-1] != run(Replay(canvases, uniforms), config)[-1]
 
 
 def test_a_row_that_has_finished_stays_while_others_go_on() -> None:
@@ -131,12 +133,12 @@ def test_a_row_that_has_finished_stays_while_others_go_on() -> None:
 
 def test_rows_do_not_touch_each_other() -> None:
     """Given the same random numbers, a row of a batch goes the way it goes alone."""
-    canvases, gumbels = draw(3, 17, 3, C, V)
-    together = run(Replay(canvases, gumbels), batch=3)
+    canvases, uniforms = draw(3, 17, 3, C, V)
+    together = run(Replay(canvases, uniforms), batch=3)
     for row in range(3):
         cache, one = golden_model().new_cache(), slice(row, row + 1)
         golden_model().encode(PROMPT[one], cache)
-        noise = Replay(canvases[:, one], gumbels[:, one])
+        noise = Replay(canvases[:, one], uniforms[:, one])
         alone = denoise(golden_model(), cache, SETTLES, noise, canvas_length=C)
         for (draft,), rows in zip(alone, together, strict=False):
             assert rows[row].tokens == draft.tokens

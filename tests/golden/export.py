@@ -34,7 +34,8 @@ GENERATION: dict[str, Any] = {
     "max_denoising_steps": 16, "t_min": 0.2, "t_max": 0.6, "stability_threshold": 1, "confidence_threshold": 0.6,
 }  # fmt: skip
 ENTROPY_BOUND = 3.0
-MARGIN = 1e-3
+MARGIN = 1e-3  # of entropies and logits
+CUMULATIVE_MARGIN = 1e-5  # of a uniform number from the steps of the cumulative probability
 
 
 def network(reference: Reference, left_padding: tuple[int, int]) -> dict[str, Array]:
@@ -55,16 +56,16 @@ def trace(reference: Reference, seed: int) -> tuple[dict[str, Array], Generation
     """A generation of two canvases with the random numbers it was given; (S, C) each, all S steps in a row."""
     prompt = np.random.default_rng(seed).integers(0, reference.vocab_size, (1, 9))
     draws = CANVASES * (GENERATION["max_denoising_steps"] + 1)
-    canvases, gumbels = draw(seed, draws, 1, CANVAS, reference.vocab_size)
+    canvases, uniforms = draw(seed, draws, 1, CANVAS, reference.vocab_size)
     generated = generate(
-        reference.model, prompt, canvases, gumbels,
+        reference.model, prompt, canvases, uniforms,
         max_new_tokens=CANVASES * CANVAS, entropy_bound=ENTROPY_BOUND, eos_token_id=None, **GENERATION,
     )  # fmt: skip
     steps = [step for canvas in generated.canvases for step in canvas]
     numbers: dict[str, Array] = {
         "prompt": prompt,
         "canvases": canvases[: len(steps) + CANVASES],
-        "gumbels": gumbels[: len(steps)],
+        "uniforms": uniforms[: len(steps)],
         "canvas": np.repeat(np.arange(CANVASES), [len(canvas) for canvas in generated.canvases]),
         "argmax_canvas": np.concatenate([step.argmax_canvas for step in steps]),
         "current_canvas": np.concatenate([step.current_canvas for step in steps]),
@@ -78,12 +79,14 @@ def trace(reference: Reference, seed: int) -> tuple[dict[str, Array], Generation
 def margin(numbers: dict[str, Array], generated: Generation) -> float:
     """How near the closest decision of a trace was: its golden numbers should hold with another machine's rounding."""
     logits = np.concatenate([step.logits for canvas in generated.canvases for step in canvas])  # (S, C, V)
+    cumulative = np.exp(logits - logits.max(axis=-1, keepdims=True)).astype(np.float64).cumsum(axis=-1)
     entropy = np.sort(numbers["entropy"], axis=-1)
     before = np.cumsum(entropy, axis=-1) - entropy
     return float(
         min(
             np.abs(np.diff(np.sort(logits)[..., -2:])).min(),
-            np.abs(np.diff(np.sort(logits + numbers["gumbels"][:, 0])[..., -2:])).min(),
+            np.abs(cumulative / cumulative[..., -1:] - numbers["uniforms"][:, 0, :, None]).min()
+            * (MARGIN / CUMULATIVE_MARGIN),
             np.abs(before - ENTROPY_BOUND).min(),
             np.abs(entropy.mean(axis=-1) - GENERATION["confidence_threshold"]).min(),
         )

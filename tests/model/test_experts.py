@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
 from dgemma_mlx.config import TextConfig
+from dgemma_mlx.kernels import Route
 from dgemma_mlx.model.experts import Experts
 from tests.model.checkpoint import flat_config
 
@@ -24,8 +26,21 @@ def moe(experts: int, dtype: mx.Dtype, rows: int) -> tuple[Experts, mx.array, mx
     return layer, x, mx.array(rng.uniform(0.1, 1, (rows, 2)), mx.float32), mx.array(indices)
 
 
+def route(weights: mx.array, indices: mx.array) -> Route:
+    """The work of each row in order of experts."""
+    order = mx.argsort(indices.flatten())
+    slots = mx.argsort(order).reshape(indices.shape)
+    return Route(weights, indices, indices.flatten()[order], order // indices.shape[1], slots)
+
+
+def norm(dtype: mx.Dtype) -> nn.RMSNorm:
+    norm = nn.RMSNorm(128, 1e-6)
+    norm.weight = mx.linspace(0.25, 1, 128).astype(dtype)
+    return norm
+
+
 def moe_by_rows(layer: Experts, x: mx.array, weights: mx.array, indices: mx.array) -> np.ndarray[Any, Any]:
-    """In float64, one row and one expert at a time."""
+    """In float64, one row and one expert at a time, and the norm."""
     up, down = (np.array(m.weight.astype(mx.float32), np.float64) for m in (layer.gate_up_proj, layer.down_proj))
     rows, w = np.array(x.astype(mx.float32), np.float64), np.array(weights)
     out = np.zeros_like(rows)
@@ -34,17 +49,17 @@ def moe_by_rows(layer: Experts, x: mx.array, weights: mx.array, indices: mx.arra
             gate, value = np.split(up[expert] @ rows[n], 2)
             gelu = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
             out[n] += w[n, k] * (down[expert] @ (gelu * value))
-    return out
+    return np.asarray(out / np.sqrt((out**2).mean(axis=-1, keepdims=True) + 1e-6) * np.linspace(0.25, 1, 128))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(mx.float32, 2e-5), (mx.bfloat16, 5e-2)], ids=["f32", "bf16"])
-@pytest.mark.parametrize("rows", [1, 9, 40])  # 40 rows of 2 experts are sorted, 9 are not
+@pytest.mark.parametrize("rows", [1, 9, 40])
 @pytest.mark.parametrize("experts", [4, 16])  # all of 4 are computed in training, 16 are gathered
 def test_experts(experts: int, rows: int, dtype: mx.Dtype, tolerance: float) -> None:
     layer, x, weights, indices = moe(experts, dtype, rows)
     expected = moe_by_rows(layer, x, weights, indices)  # of size 1; bfloat16 has 8 bits
     for training in (False, True):
-        y = layer.train(training)(x, weights, indices)
+        y = layer.train(training)(x, route(weights, indices), norm(dtype))
         assert y.dtype == dtype
         np.testing.assert_allclose(np.array(y.astype(mx.float32)), expected, atol=tolerance)
 
@@ -58,7 +73,7 @@ def test_experts_gradient(rows: int, dtype: mx.Dtype, tolerance: float) -> None:
     def gradients(training: bool, dtype: mx.Dtype) -> list[mx.array]:
         def loss(x: mx.array, weights: mx.array, up: mx.array, down: mx.array) -> mx.array:
             layer.gate_up_proj.weight, layer.down_proj.weight = up, down
-            return (layer(x, weights, indices).astype(mx.float32) * goal).sum()
+            return (layer(x, route(weights, indices), norm(x.dtype)).astype(mx.float32) * goal).sum()
 
         layer.train(training)
         up, down = plain

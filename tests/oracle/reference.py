@@ -193,10 +193,11 @@ class Generation:
 
 
 def generate(
-    model: Any, ids: Array, canvases: Array, gumbels: Array, attention_mask: Array | None = None, **options: Any
+    model: Any, ids: Array, canvases: Array, uniforms: Array, attention_mask: Array | None = None, **options: Any
 ) -> Generation:
-    """The reference's ``generate`` with its random canvases (n, B, C) and Gumbel noise (n, B, C, V) given."""
-    next_canvas, next_gumbel = iter(canvases), iter(gumbels)
+    """The reference's ``generate`` with its random canvases (n, B, C) and uniform numbers (n, B, C) given:
+    its samples are by inverse CDF."""
+    next_canvas, next_uniform = iter(canvases), iter(uniforms)
     steps: list[list[Step]] = []
     denoising_step = model._denoising_step
 
@@ -211,7 +212,9 @@ def generate(
 
     def multinomial(p: Any, num_samples: int) -> Any:
         assert num_samples == 1
-        return (p.log() + torch.tensor(next(next_gumbel)).reshape(p.shape)).argmax(-1, keepdim=True)
+        cumulative = p.double().cumsum(-1)
+        u = torch.tensor(next(next_uniform)).reshape(-1, 1).double()
+        return (cumulative > u * cumulative[:, -1:]).int().argmax(-1, keepdim=True)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(

@@ -55,13 +55,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Array]:
     """Every canvas that our network is given to decode."""
     canvases: list[Array] = []
-    decode = DiffusionGemma.decode
+    decode = DiffusionGemma.decode_hidden
 
     def spy(self: DiffusionGemma, canvas: mx.array, *rest: Any) -> mx.array:
         canvases.append(np.array(canvas))
         return decode(self, canvas, *rest)
 
-    monkeypatch.setattr(DiffusionGemma, "decode", spy)
+    monkeypatch.setattr(DiffusionGemma, "decode_hidden", spy)
     return canvases
 
 
@@ -97,17 +97,17 @@ def test_stream(
     settings = SETTINGS[name]
     prompt = "52718309461"  # digits: single tokens with ids below 256
     ids = np.array([model.encode_prompt(prompt, raw=True)])
-    canvases, gumbels = draw(0, 80, 1, CANVAS, reference.vocab_size)
+    canvases, uniforms = draw(0, 80, 1, CANVAS, reference.vocab_size)
 
     def run(eos: int | None) -> Any:
         options = {**settings, "max_new_tokens": CANVASES * CANVAS, "pad_token_id": 0, "eos_token_id": eos}
-        return generate(reference.model, ids, canvases, gumbels, **options)
+        return generate(reference.model, ids, canvases, uniforms, **options)
 
     expected = run(None)
     eos = middle_of_second_canvas(expected.sequences[0, ids.shape[1] :]) if ends else -1
     expected = run(eos) if ends else expected
 
-    monkeypatch.setattr(engine, "Noise", lambda seed: Replay(canvases, gumbels))
+    monkeypatch.setattr(engine, "Noise", lambda seed: Replay(canvases, uniforms))
     config = GenerationConfig(**settings, eos_token_ids=(eos,))
     events = list(stream(model, prompt, raw=True, generation=config, max_tokens=CANVASES * CANVAS))
     drafts = [event for event in events if isinstance(event, Draft)]
@@ -136,13 +136,13 @@ def test_batch(models: Models, name: str, left_padding: tuple[int, int], decoded
     reference, model = models
     settings = SETTINGS[name]
     ids = np.random.default_rng(0).integers(0, reference.vocab_size, (2, 11))
-    canvases, gumbels = draw(1, 80, 2, CANVAS, reference.vocab_size)
+    canvases, uniforms = draw(1, 80, 2, CANVAS, reference.vocab_size)
     expected = generate(
-        reference.model, ids, canvases, gumbels, np.arange(11) >= np.array(left_padding)[:, None],
+        reference.model, ids, canvases, uniforms, np.arange(11) >= np.array(left_padding)[:, None],
         max_new_tokens=CANVASES * CANVAS, eos_token_id=None, **settings,
     )  # fmt: skip
 
-    noise, config = Replay(canvases, gumbels), GenerationConfig(**settings)
+    noise, config = Replay(canvases, uniforms), GenerationConfig(**settings)
     cache = model.network.new_cache(mx.array(left_padding) if any(left_padding) else None)
     model.network.encode(mx.array(ids), cache)
     forward_passes = np.zeros(2)
