@@ -29,6 +29,7 @@ from dgemma_mlx.text.tokenizer import Tokenizer, load_tokenizer
 Message = Mapping[str, Any]
 DEFAULT_MAX_TOKENS = 1024
 PREFILL_STEP_SIZE = 512
+_TRIM = 64
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def stream(
     thinking: bool = False,
     raw: bool = False,
     generation: GenerationConfig | None = None,
+    trim_canvas: bool = False,
     prefill_step_size: int = PREFILL_STEP_SIZE,
     prompt_cache: PromptCache | None = None,
     cancelled: Callable[[], bool] = lambda: False,
@@ -111,9 +113,10 @@ def stream(
 
     One ``seed`` gives one text on one machine; None draws one, which ``Done`` tells. ``temp`` 0 takes the
     most probable tokens as denoiser canvas, another value replaces the temperature schedule by a constant.
-    ``generation`` replaces the checkpoint's parameters. A ``prompt_cache`` that is handed on from call to call saves
-    encoding what the prompts have in common. To cancel, stop iterating: the work is done step by step; or let
-    ``cancelled`` return True, then the ``Done`` of the committed canvases comes next.
+    ``generation`` replaces the checkpoint's parameters. ``trim_canvas`` makes the last canvas no longer than
+    ``max_tokens`` leaves to write (a multiple of 64): less work, another text. A ``prompt_cache`` that is handed on
+    from call to call saves encoding what the prompts have in common. To cancel, stop iterating: the work is done step
+    by step; or let ``cancelled`` return True, then the ``Done`` of the committed canvases comes next.
     """
     if max_tokens < 1:
         raise DgemmaError(f"max_tokens must be at least 1, not {max_tokens}", exit_code=2)
@@ -126,7 +129,7 @@ def stream(
     _check_length(model, ids)
     run = _Run(
         model, config, secrets.randbits(32) if seed is None else seed, greedy=temp == 0,
-        memory=prompt_cache or PromptCache(), cancelled=cancelled,
+        trim=trim_canvas, memory=prompt_cache or PromptCache(), cancelled=cancelled,
     )  # fmt: skip
     return run.events(ids, max_tokens, prefill_step_size)
 
@@ -175,6 +178,7 @@ class _Run:
     config: GenerationConfig
     seed: int
     greedy: bool
+    trim: bool
     memory: PromptCache
     cancelled: Callable[[], bool]
     tokens: list[int] = field(default_factory=list)
@@ -184,7 +188,7 @@ class _Run:
 
     def events(self, ids: list[int], max_tokens: int, prefill_step_size: int) -> Iterator[Event]:
         network, noise = self.model.network, Noise(self.seed)
-        length = self.model.config.canvas_length
+        length = self._canvas_length(max_tokens)
         room = self.model.config.text.max_position_embeddings
         parser = PartsParser(self.model.tokenizer)
         mx.reset_peak_memory()
@@ -218,7 +222,15 @@ class _Run:
             if reason is None:
                 network.encode(mx.array([draft.tokens], mx.int32), cache)
                 self.memory.append(draft.tokens, mark="canvas")
+                length = self._canvas_length(max_tokens)
         yield self._done(reason, len(ids), known, prefilled - began, time.perf_counter() - prefilled)
+
+    def _canvas_length(self, max_tokens: int) -> int:
+        """Of the next canvas. One that is trimmed has whole blocks of 64: with fewer positions, experts that are
+        chosen by few of them leave MLX's fast path."""
+        whole = self.model.config.canvas_length
+        left = max_tokens - len(self.tokens)
+        return min(whole, -(-left // _TRIM) * _TRIM) if self.trim else whole
 
     def _prefill(self, ids: list[int], cache: PrefixCache, step_size: int) -> None:
         """Encodes what the cache does not hold of the prompt, with a mark where the model's turn begins."""

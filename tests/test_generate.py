@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pkgutil
 import random
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -60,6 +61,21 @@ def test_an_answer_ends_at_the_end_of_text_or_at_max_tokens(demo: Model) -> None
         assert part.tokens == whole.tokens[:limit]
     exactly = generate(demo, COUNT, seed=1, max_tokens=len(whole.tokens))
     assert exactly.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "lengths"), [(1, {64}), (64, {64}), (65, {128}), (190, {192}), (200, {192, 64}), (400, {192, 64})]
+)
+def test_the_last_canvas_is_trimmed_on_request(demo: Model, max_tokens: int, lengths: set[int]) -> None:
+    wide = replace(
+        demo, config=replace(demo.config, canvas_length=192), generation=demo.generation.override(max_denoising_steps=1)
+    )
+    endless = replace(wide.generation, eos_token_ids=())
+    options = {"seed": 1, "max_tokens": max_tokens, "generation": endless}
+    events = list(stream(wide, COUNT, trim_canvas=True, **options))
+    assert {len(event.tokens) for event in events if isinstance(event, Draft)} == lengths
+    assert len(generate(wide, COUNT, trim_canvas=True, **options).tokens) == max_tokens
+    assert {len(event.tokens) for event in stream(wide, COUNT, **options) if isinstance(event, Draft)} == {192}
 
 
 def test_a_caller_may_stop_between_any_two_steps(demo: Model) -> None:

@@ -64,6 +64,9 @@ Confidence = Annotated[
 Stability = Annotated[
     int | None, typer.Option("--stability-threshold", help="Stop when unchanged for so many steps.")
 ]
+TrimCanvas = Annotated[
+    bool, typer.Option("--trim-canvas", help="Make the last canvas no longer than --max-tokens needs: less work.")
+]
 PrefillStep = Annotated[int, typer.Option(min=1, help="Prompt tokens encoded at once; affects memory only.")]
 
 
@@ -89,6 +92,7 @@ def generate(
     t_max: TMax = None,
     confidence_threshold: Confidence = None,
     stability_threshold: Stability = None,
+    trim_canvas: TrimCanvas = False,
     prefill_step_size: PrefillStep = 512,
     no_kernels: NoKernels = False,
 ) -> None:
@@ -112,6 +116,7 @@ def generate(
         "temp": settings.pick("temp", temp), "thinking": settings.pick("thinking", thinking), "raw": raw,
         # a system prompt from the settings is not meant for raw prompts
         "system": system if raw else settings.pick("system", system), "prefill_step_size": prefill_step_size,
+        "trim_canvas": trim_canvas,
     }  # fmt: skip
     live = settings.pick("live", False if no_live or quiet or show_steps else None) and draws()
     form = "json" if as_json else "jsonl" if as_json_lines else "live" if live else "text"
