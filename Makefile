@@ -27,7 +27,7 @@ test: $(VENV)/.installed-test ## the tests, without torch
 	@$(PYTHON_BIN) -m pytest $(ARGS)
 
 test-kernels: $(VENV)/.installed-kernels ## the Metal kernels, in a simulator where there is no Metal
-	@$(PYTHON_BIN) -m pytest -m kernels $(ARGS)
+	@$(PYTHON_BIN) -m pytest -m kernels tests/kernels tests/metalsim $(ARGS)
 
 soak: $(VENV)/.installed-test ## the tests that take minutes
 	@$(PYTHON_BIN) -m pytest -m slow $(ARGS)

@@ -9,7 +9,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
+from dgemma_mlx.model.dequantize import dequantize, dequantized_bytes
 from dgemma_mlx.model.experts import QuantizedExpertLinear
 from tests.model.checkpoint import Tensors, flat_config, load, logits, quantized, random_tensors, write_checkpoint
 from tests.model.odd_values import one_line, reported
@@ -80,6 +82,26 @@ def test_quantized_modules_stay_packed(tmp_path: Path, tensors: Tensors) -> None
     assert len(bits) == sum(name.endswith(".scales") for name in packed)
     assert (bits["embed_tokens"], bits["layers.0.experts.down_proj"], bits["layers.2.router.proj"]) == (8, 4, 8)
     assert isinstance(model.layers[0].experts.down_proj, QuantizedExpertLinear)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_unpacked_at_load_they_are_the_same_numbers(tmp_path: Path, scheme: str) -> None:
+    default, choose = SCHEMES[scheme]
+    choose = choose or (lambda path: default)
+    tensors = random_tensors(flat_config(), mx.bfloat16)
+    packed, whole = quantized(tensors, choose)
+    config = {**flat_config(), "quantization": quantization(choose, tensors, default)}
+    model, _ = load(write_checkpoint(tmp_path / "packed", config, packed), mx.float32)
+    stems = {name.removesuffix(".scales") for name in packed if name.endswith(".scales")}
+    values = sum(tensor.size for name, tensor in whole.items() if name.removesuffix(".weight") in stems)
+    assert dequantized_bytes(model) == 4 * values > 0
+    dequantize(model)
+    assert dequantized_bytes(model) == 0
+    expected = load(write_checkpoint(tmp_path / "whole", flat_config(), whole))[0]
+    assert [(name, a.shape) for name, a in tree_flatten(model.parameters())] == [
+        (name, a.shape) for name, a in tree_flatten(expected.parameters())
+    ]
+    np.testing.assert_allclose(logits(model), logits(expected), atol=2e-4)
 
 
 ODD_QUANTIZATION = [

@@ -1,0 +1,45 @@
+"""Packed weights made plain when a model is loaded, for machines without Metal.
+
+MLX's CPU back end multiplies by packed weights 20 to 30 times slower than BLAS by plain ones. On Metal packed weights
+are the fast ones, and stay.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map_with_path
+
+from dgemma_mlx.model.experts import ExpertLinear, QuantizedExpertLinear
+from dgemma_mlx.model.text import DiffusionGemma
+
+_PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedExpertLinear)
+
+
+def dequantized_bytes(model: DiffusionGemma) -> int:
+    """What the packed weights would take in the activations' dtype; 0 where nothing is packed."""
+    packed: list[Any] = [module for module in model.modules() if isinstance(module, _PACKED)]
+    values: int = sum(module.weight.size * 32 // module.bits for module in packed)
+    return values * model.dtype.size
+
+
+def dequantize(model: DiffusionGemma) -> None:
+    """Replaces packed modules by plain ones of the activations' dtype, lazily: the same numbers, unpacked once."""
+
+    def plain(_: str, module: nn.Module) -> nn.Module:
+        if not isinstance(module, _PACKED):
+            return module
+        whole: nn.Module
+        if isinstance(module, nn.QuantizedEmbedding):
+            whole = nn.Embedding(1, 1)
+        else:
+            whole = nn.Linear(1, 1, bias=False) if isinstance(module, nn.QuantizedLinear) else ExpertLinear(1, 1, 1)
+        weight = mx.dequantize(
+            module.weight, module.scales, module.get("biases"), module.group_size, module.bits, module.mode
+        )
+        whole.weight = weight.astype(model.dtype)
+        return whole.eval()
+
+    model.update_modules(tree_map_with_path(plain, model.leaf_modules(), is_leaf=nn.Module.is_module))
