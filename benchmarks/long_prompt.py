@@ -3,7 +3,7 @@
     python benchmarks/long_prompt.py [--tokens 100000]
 
 The model has the real layout (sliding and full layers, two head sizes, K = V), random weights, float32. Prints one
-JSON object; the excess is what was held at most beyond weights and cache.
+JSON object; the excess is what was held at most beyond weights and cache, the estimate is the one that ``info`` prints.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from dgemma_mlx.config import TextConfig
-from dgemma_mlx.engine import prefill
+from dgemma_mlx.config import ModelConfig, TextConfig
+from dgemma_mlx.engine import PREFILL_STEP_SIZE, prefill
+from dgemma_mlx.model.memory import run_memory
 from dgemma_mlx.model.text import DiffusionGemma
 
 MODEL: dict[str, Any] = {
-    "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2,
+    "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 7, "num_attention_heads": 2,
     "num_key_value_heads": 1, "num_global_key_value_heads": 1, "head_dim": 32, "global_head_dim": 64,
     "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 32, "sliding_window": 1024,
     "max_position_embeddings": 262_144,
@@ -39,7 +40,8 @@ def _resident_peak() -> int:
 def measure(tokens: int) -> dict[str, float]:
     """Encodes a random prompt and decodes one canvas after it; sizes in MB, times in seconds."""
     mx.random.seed(0)
-    model = DiffusionGemma(TextConfig.from_dict(MODEL)).eval()
+    config = ModelConfig(TextConfig.from_dict(MODEL))
+    model = DiffusionGemma(config.text).eval()
     mx.eval(model.parameters())
     ids = mx.random.randint(0, 1024, (tokens,)).tolist()
     cache = model.new_cache()
@@ -47,9 +49,9 @@ def measure(tokens: int) -> dict[str, float]:
     mx.reset_peak_memory()
     before = _resident_peak()
     began = time.perf_counter()
-    prefill(model, ids, cache, step_size=512)  # type: ignore[arg-type]
+    prefill(model, ids, cache, step_size=PREFILL_STEP_SIZE)  # type: ignore[arg-type]
     prefilled = time.perf_counter()
-    mx.eval(model.decode(mx.zeros((1, 256), mx.int32), cache))
+    mx.eval(model.decode(mx.zeros((1, config.canvas_length), mx.int32), cache))
     decoded = time.perf_counter()
     weights = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
     mb = 1e6
@@ -58,6 +60,7 @@ def measure(tokens: int) -> dict[str, float]:
         "weights_mb": weights / mb,
         "cache_mb": cache.nbytes / mb,
         "mlx_peak_mb": mx.get_peak_memory() / mb,
+        "mlx_estimate_mb": run_memory(config, weights, tokens) / mb,
         "mlx_excess_mb": (mx.get_peak_memory() - weights - cache.nbytes) / mb,
         "resident_growth_mb": (_resident_peak() - before) / mb,
         "resident_excess_mb": (_resident_peak() - before - cache.nbytes) / mb,

@@ -33,7 +33,7 @@ def info(model: ModelName = None, as_json: AsJson = False) -> None:
 
 
 def describe(source: Source) -> dict[str, Any]:
-    """The facts, sizes in bytes."""
+    """The facts, sizes in bytes; memory is that of a prompt of so many tokens and its answer, on this machine."""
     from dgemma_convert.recipes import EXPERTS, class_of
     from dgemma_mlx.model.memory import cache_memory, run_memory
 
@@ -42,6 +42,7 @@ def describe(source: Source) -> dict[str, Any]:
     parameters, size = sum(weight.size for weight in weights), sum(weight.nbytes for weight in weights)
     experts = sum(weight.size for path, weight in source.text.items() if class_of(path + weight.suffix) == EXPERTS)
     in_text = sum(weight.size for weight in source.text.values())
+    loaded = loaded_bytes(source)
     positions = text.max_position_embeddings
     contexts = [*(n for n in _CONTEXTS if n < positions), positions]
     return {
@@ -64,9 +65,23 @@ def describe(source: Source) -> dict[str, Any]:
         "formats": sorted({str(weight.format) if weight.format else weight.stored[0].dtype for weight in weights}),
         "recipe": _recipe(source.folder),
         "memory": {
-            str(n): {"cache": cache_memory(config, n), "total": run_memory(config, size, n)} for n in contexts
+            str(n): {"cache": cache_memory(config, n), "total": run_memory(config, loaded, n)} for n in contexts
         },
     }
+
+
+def loaded_bytes(source: Source) -> int:
+    """Of the text network's weights, once this machine has loaded them as ``load`` does by default."""
+    import mlx.core as mx
+
+    from dgemma_mlx.model.memory import free_memory, weight_memory
+
+    weights = source.text.values()
+    stored = weight_memory(tensor for weight in weights for tensor in weight.stored)
+    plain = 4 * sum(weight.size for weight in weights if weight.format is not None)
+    if mx.metal.is_available() or plain > free_memory() // 2:
+        return stored
+    return plain + weight_memory(tensor for weight in weights if weight.format is None for tensor in weight.stored)
 
 
 def _recipe(folder: Path) -> str | None:

@@ -12,9 +12,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
+from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.model.experts import ExpertLinear, QuantizedExpertLinear
+from dgemma_mlx.model.memory import free_memory
 from dgemma_mlx.model.text import DiffusionGemma
 
+CHOICES = ("auto", "on", "off")
 _PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedExpertLinear)
 
 
@@ -23,6 +26,15 @@ def dequantized_bytes(model: DiffusionGemma) -> int:
     packed: list[Any] = [module for module in model.modules() if isinstance(module, _PACKED)]
     values: int = sum(module.weight.size * 32 // module.bits for module in packed)
     return values * model.dtype.size
+
+
+def should_dequantize(model: DiffusionGemma, choice: str) -> bool:
+    """Whether to: never on a GPU; else ``choice`` "on" or "off", or "auto" while half of the free memory will do."""
+    if choice not in CHOICES:
+        raise DgemmaError(f"cpu_dequantize must be one of {', '.join(CHOICES)}, not {choice!r}", exit_code=2)
+    if choice == "off" or mx.default_device() != mx.Device(mx.cpu):
+        return False
+    return choice == "on" or dequantized_bytes(model) <= free_memory() // 2
 
 
 def dequantize(model: DiffusionGemma) -> None:

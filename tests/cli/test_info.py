@@ -16,8 +16,9 @@ import pytest
 
 from dgemma_convert import convert
 from dgemma_convert.source import open_source
-from dgemma_mlx.cli.info import describe
+from dgemma_mlx.cli.info import describe, loaded_bytes
 from dgemma_mlx.hub import DEMO_FOLDER, resolve
+from dgemma_mlx.model.memory import run_memory
 from dgemma_mlx.model.shards import read_header
 from tests.hub_server import HubServer, Repository
 from tests.model.checkpoint import flat_config
@@ -52,7 +53,29 @@ def test_the_demo() -> None:
     assert list(facts["memory"]) == ["1024", "4096"]
     small, large = facts["memory"].values()
     assert small["cache"] < large["cache"] and facts["bytes"] < small["total"] < large["total"]
-    assert large["total"] - small["total"] == large["cache"] - small["cache"]
+
+
+MEASURE = """
+import sys
+from dgemma_mlx import generate, load
+model = load("demo")
+words = model.tokenizer.decode(list(range(300, 400)) * 41)
+ids = model.encode_prompt(words, raw=True)[: int(sys.argv[1])]
+prompt = model.tokenizer.decode(ids[1:])
+few_steps = model.generation.override(max_denoising_steps=2)
+statistics = generate(model, prompt, raw=True, seed=1, max_tokens=1, generation=few_steps).statistics
+print(statistics.prompt_tokens, statistics.peak_memory)
+"""
+
+
+@pytest.mark.parametrize("tokens", [1024, 4000])
+def test_the_estimate_is_what_running_takes(tokens: int) -> None:
+    source = open_source(resolve("demo"))
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(tokens)], capture_output=True, check=True)
+    found, peak = map(int, done.stdout.split())
+    assert found == pytest.approx(tokens, rel=0.02)
+    assert run_memory(source.config, loaded_bytes(source), found) == pytest.approx(peak, rel=0.15)
+    assert facts_of("demo")["memory"]["1024"]["total"] == run_memory(source.config, loaded_bytes(source), 1024)
 
 
 def test_it_says_the_same_to_people_and_takes_the_model_in_force() -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dgemma_mlx.model import attention
 from dgemma_mlx.model.attention import attend
 from dgemma_mlx.model.cache import Mask, PrefixCache
 from dgemma_mlx.model.load import load_model
@@ -51,15 +50,18 @@ def attention_in_float64(q: mx.array, k: mx.array, v: mx.array, mask: NDArray[An
     return np.asarray(weights @ values.repeat(group, axis=1))
 
 
-@pytest.mark.parametrize("rows", [1, 8, 16, 1000])
+@pytest.mark.parametrize("rows", [1, 16, 64, 1000])
 @pytest.mark.parametrize("kind", ["none", "causal", "positions", "keys"])
-def test_attention_does_not_depend_on_its_blocks(kind: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    B, H, Hk, L, S, D = 2, 4, 2, 27, 33, 8
+@pytest.mark.parametrize(("L", "S"), [(27, 33), (74, 200), (300, 330)])
+def test_attention_does_not_depend_on_its_blocks(kind: str, L: int, S: int, rows: int) -> None:
+    """Blocks of keys for 1 and 16 rows, of queries for 64."""
+    B, H, Hk, D = 2, 4, 2, 8
     rng = np.random.default_rng(0)
     q, k, v = (mx.array(rng.normal(size=shape), mx.float32) for shape in ((B, H, L, D), (B, Hk, S, D), (B, Hk, S, D)))
+    q = mx.linspace(0.1, 10, H)[:, None, None] * q  # flat and peaked heads
     causal = np.arange(S) <= np.arange(S - L, S)[:, None]
-    positions = (rng.random((B, 1, L, S)) < 0.5) | causal
-    keys = rng.random((B, 1, 1, S)) < 0.7
+    positions = (rng.random((B, 1, L, S)) < 0.5) & causal | (np.arange(S) == np.arange(S - L, S)[:, None])
+    keys = np.arange(S) >= np.array([0, S - 7]).reshape(B, 1, 1, 1)  # left padding that hides blocks whole
     masks: dict[str, tuple[Mask, NDArray[Any]]] = {
         "none": (None, np.array(True)),
         "causal": ("causal", causal),
@@ -67,9 +69,24 @@ def test_attention_does_not_depend_on_its_blocks(kind: str, rows: int, monkeypat
         "keys": (mx.array(keys), keys),
     }
     mask, expected = masks[kind]
-    monkeypatch.setattr(attention, "SCORE_BYTES", rows * 4 * B * H * S)
-    found = np.array(attend(q, k, v, mask))
+    found = np.array(attend(q, k, v, mask, rows * 4 * B * H * S))
     np.testing.assert_allclose(found, attention_in_float64(q, k, v, expected), rtol=0, atol=TOLERANCE)
+
+
+def test_blocks_of_keys_lose_nothing_in_half_precision() -> None:
+    B, H, Hk, L, S, D = 1, 4, 1, 32, 1000, 16
+    rng = np.random.default_rng(0)
+    shapes = ((B, H, L, D), (B, Hk, S, D), (B, Hk, S, D))
+    q, k, v = (mx.array(rng.normal(size=shape)).astype(mx.bfloat16).astype(mx.float32) for shape in shapes)
+    expected = attention_in_float64(q, k, v, np.array(True))
+    q, k, v = (x.astype(mx.bfloat16) for x in (q, k, v))
+
+    def error(score_bytes: int) -> float:
+        found = attend(q, k, v, None, score_bytes)
+        assert found.dtype == mx.bfloat16
+        return float(np.abs(np.array(found.astype(mx.float32)) - expected).mean())
+
+    assert error(1) < 1.2 * error(1 << 30)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW])

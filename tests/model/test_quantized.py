@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from dgemma_mlx.model.dequantize import dequantize, dequantized_bytes
+from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.model import dequantize as dequantize_module
+from dgemma_mlx.model.dequantize import CHOICES, dequantize, dequantized_bytes, should_dequantize
 from dgemma_mlx.model.experts import QuantizedExpertLinear
 from tests.model.checkpoint import Tensors, flat_config, load, logits, quantized, random_tensors, write_checkpoint
 from tests.model.odd_values import one_line, reported
@@ -102,6 +104,21 @@ def test_unpacked_at_load_they_are_the_same_numbers(tmp_path: Path, scheme: str)
         (name, a.shape) for name, a in tree_flatten(expected.parameters())
     ]
     np.testing.assert_allclose(logits(model), logits(expected), atol=2e-4)
+
+
+@pytest.mark.skipif(mx.metal.is_available(), reason="packed weights are the fast ones on Metal")
+def test_they_are_unpacked_on_request_or_where_there_is_room(
+    tmp_path: Path, tensors: Tensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed, _ = quantized(tensors, mixed)
+    config = {**flat_config(), "quantization": quantization(mixed, tensors, mixed("experts"))}
+    model, _ = load(write_checkpoint(tmp_path, config, packed))
+    needed = dequantized_bytes(model)
+    for free, roomy in ((2 * needed, True), (2 * needed - 2, False)):
+        monkeypatch.setattr(dequantize_module, "free_memory", lambda free=free: free)
+        assert [should_dequantize(model, choice) for choice in CHOICES] == [roomy, True, False]
+    with pytest.raises(DgemmaError, match="auto, on, off"):
+        should_dequantize(model, "yes")
 
 
 ODD_QUANTIZATION = [

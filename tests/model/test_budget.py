@@ -1,0 +1,109 @@
+"""Estimates of memory, and budgets that keep within a limit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from dgemma_mlx.config import ModelConfig, TextConfig
+from dgemma_mlx.engine import prefill
+from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.model.memory import Budget, cache_memory, device_limit, fitting_budget, parse_size, run_memory
+from dgemma_mlx.model.text import DiffusionGemma
+
+PUBLISHED = ModelConfig(TextConfig.from_dict({
+    "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704, "hidden_size": 2816,
+    "intermediate_size": 2112, "num_hidden_layers": 30, "num_attention_heads": 16, "num_key_value_heads": 8,
+    "num_global_key_value_heads": 2, "global_head_dim": 512, "sliding_window": 1024,
+    "max_position_embeddings": 262_144,
+}))  # fmt: skip
+WEIGHTS = 15_000_000_000
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 256, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 7, "num_attention_heads": 4,
+    "num_key_value_heads": 1, "num_global_key_value_heads": 1, "head_dim": 32, "global_head_dim": 64,
+    "num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 16, "sliding_window": 256,
+}
+
+
+def test_memory_grows_linearly_and_less_than_a_gigabyte_is_work() -> None:
+    def work(config: ModelConfig, positions: int) -> int:
+        return run_memory(config, WEIGHTS, positions) - WEIGHTS - cache_memory(config, positions)
+
+    assert work(PUBLISHED, 262_144) == work(PUBLISHED, 16_384)
+    # Beside a step's logits and the windows that a prompt cache may go back to.
+    layers_alone = replace(PUBLISHED, text=replace(PUBLISHED.text, vocab_size=1000, sliding_window=1))
+    assert work(layers_alone, 262_144) < 1e9
+    per_position = cache_memory(PUBLISHED, 200_000) - cache_memory(PUBLISHED, 199_999)
+    element = 2 if mx.metal.is_available() else 4
+    assert per_position == 5 * 2 * 2 * 512 * element  # full layers, keys and values, heads, head dim
+
+
+def test_a_tighter_limit_makes_smaller_steps() -> None:
+    config = replace(PUBLISHED, text=replace(PUBLISHED.text, vocab_size=1000))
+    most = run_memory(config, WEIGHTS, 100_000)
+    assert fitting_budget(config, WEIGHTS, 100_000, most) == Budget()
+    sizes = []
+    for limit in range(most, 0, -1_000_000):
+        try:
+            budget = fitting_budget(config, WEIGHTS, 100_000, limit)
+        except DgemmaError as error:
+            assert "memory limit of" in error.message and error.hint
+            break
+        assert run_memory(config, WEIGHTS, 100_000, budget) <= limit
+        sizes.append((budget.prefill_step_size, budget.score_bytes))
+    else:
+        pytest.fail("no limit was too small")
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) > 1
+
+
+def test_the_devices_own_limit_is_no_error() -> None:
+    weights = 2 * device_limit()
+    assert fitting_budget(PUBLISHED, weights, 1000).prefill_step_size < Budget().prefill_step_size
+
+
+def prefill_peak(config: ModelConfig, positions: int, budget: Budget) -> int:
+    """Bytes above those of the weights."""
+    model = DiffusionGemma(config.text)
+    model.eval()
+    budget.apply(model)
+    mx.eval(dict(tree_flatten(model)))
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    prefill(model, [1] * positions, model.new_cache(), budget.prefill_step_size)
+    return mx.get_peak_memory() - before
+
+
+@pytest.mark.parametrize("positions", [1024, 2048])
+def test_what_prefill_takes_is_what_was_estimated(positions: int) -> None:
+    config = ModelConfig(TextConfig.from_dict(SMALL), canvas_length=32)
+    peak = prefill_peak(config, positions, Budget())
+    assert run_memory(config, 0, positions, Budget()) == pytest.approx(peak, rel=0.15)
+
+
+def test_a_smaller_budget_takes_less() -> None:
+    """How many of the small blocks are there at a time is a matter of luck, but there is a bound."""
+    config, budget = ModelConfig(TextConfig.from_dict(SMALL), canvas_length=32), Budget(128, 1 << 18)
+    peak = prefill_peak(config, 2048, budget)
+    assert peak < 1.15 * run_memory(config, 0, 2048, budget) < 0.6 * run_memory(config, 0, 2048, Budget())
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GB", 8e9), ("8g", 8e9), ("7.5 GiB", 7.5 * 2**30), ("500M", 5e8), ("1000", 1000), ("64KiB", 65536)],
+)
+def test_sizes(text: str, size: float) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "0", "0GB", "-1GB", "8XB", "8 I", "1e9", "8GB8"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(DgemmaError, match="no size of memory") as caught:
+        parse_size(text)
+    assert caught.value.exit_code == 2
