@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from dgemma_mlx.config import GenerationConfig, ModelConfig
 from dgemma_mlx.diffusion.denoise import denoise
@@ -19,7 +20,9 @@ from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Committed, Done, Draft, Event, FinishReason, Statistics
 from dgemma_mlx.hub import resolve
 from dgemma_mlx.model.cache import PrefixCache
+from dgemma_mlx.model.dequantize import dequantize, should_dequantize
 from dgemma_mlx.model.load import load_model
+from dgemma_mlx.model.memory import Budget, fitting_budget
 from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.prompt_cache import PromptCache
 from dgemma_mlx.text.chat import ChatTemplate, encode_chat
@@ -28,7 +31,6 @@ from dgemma_mlx.text.tokenizer import Tokenizer, load_tokenizer
 
 Message = Mapping[str, Any]
 DEFAULT_MAX_TOKENS = 1024
-PREFILL_STEP_SIZE = 512
 _TRIM = 64
 
 
@@ -66,14 +68,20 @@ class Model:
         return ChatTemplate.load(self.folder)
 
 
-def load(model: str | Path | None = None, *, dtype: mx.Dtype | None = None) -> Model:
+def load(
+    model: str | Path | None = None, *, dtype: mx.Dtype | None = None, cpu_dequantize: str = "auto"
+) -> Model:
     """Opens a checkpoint: a folder, a Hub id ``owner/name[@revision]``, ``demo``, or None for the default.
 
-    Weights are read when they are first used. ``dtype`` is that of ``load_model``.
+    Weights are read when they are first used. ``dtype`` is that of ``load_model``. ``cpu_dequantize`` says whether
+    packed weights are unpacked where there is no Metal, "on" or "off"; "auto" unpacks them where that takes no more
+    than half of the free memory.
     """
     checkpoint = resolve(None if model is None else str(model))
     config = ModelConfig.load(checkpoint.folder)
     network, weights = load_model(checkpoint.folder, config, dtype)
+    if should_dequantize(network, cpu_dequantize):
+        dequantize(network)
     return Model(
         name=checkpoint.name,
         folder=checkpoint.folder,
@@ -105,7 +113,8 @@ def stream(
     raw: bool = False,
     generation: GenerationConfig | None = None,
     trim_canvas: bool = False,
-    prefill_step_size: int = PREFILL_STEP_SIZE,
+    prefill_step_size: int | None = None,
+    memory_limit: int | None = None,
     prompt_cache: PromptCache | None = None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Iterator[Event]:
@@ -114,24 +123,27 @@ def stream(
     One ``seed`` gives one text on one machine; None draws one, which ``Done`` tells. ``temp`` 0 takes the
     most probable tokens as denoiser canvas, another value replaces the temperature schedule by a constant.
     ``generation`` replaces the checkpoint's parameters. ``trim_canvas`` makes the last canvas no longer than
-    ``max_tokens`` leaves to write (a multiple of 64): less work, another text. A ``prompt_cache`` that is handed on
-    from call to call saves encoding what the prompts have in common. To cancel, stop iterating: the work is done step
-    by step; or let ``cancelled`` return True, then the ``Done`` of the committed canvases comes next.
+    ``max_tokens`` leaves to write (a multiple of 64): less work, another text. ``memory_limit`` in bytes, by default
+    the device's, bounds what is worked on at a time; ``prefill_step_size`` sets outright how many positions of the
+    prompt are encoded at once. A ``prompt_cache`` that is handed on from call to call saves encoding what the prompts
+    have in common. To cancel, stop iterating: the work is done step by step; or let ``cancelled`` return True, then the
+    ``Done`` of the committed canvases comes next.
     """
     if max_tokens < 1:
         raise DgemmaError(f"max_tokens must be at least 1, not {max_tokens}", exit_code=2)
-    if prefill_step_size < 1:
+    if prefill_step_size is not None and prefill_step_size < 1:
         raise DgemmaError(f"prefill_step_size must be at least 1, not {prefill_step_size}", exit_code=2)
     config = generation or model.generation
     if temp is not None and temp != 0:
         config = config.override(t_min=temp, t_max=temp)
     ids = model.encode_prompt(prompt, system=system, thinking=thinking, raw=raw)
     _check_length(model, ids)
+    budget = _budget(model, len(ids), memory_limit)
     run = _Run(
         model, config, secrets.randbits(32) if seed is None else seed, greedy=temp == 0,
         trim=trim_canvas, memory=prompt_cache or PromptCache(), cancelled=cancelled,
     )  # fmt: skip
-    return run.events(ids, max_tokens, prefill_step_size)
+    return run.events(ids, max_tokens, prefill_step_size or budget.prefill_step_size)
 
 
 def prefill(
@@ -156,6 +168,15 @@ def _model_turn(ids: Sequence[int], tokenizer: Tokenizer) -> int:
     """Where the last turn begins, the one that the model is to write: the next prompt may differ from there."""
     start = tokenizer.special_ids.get("<|turn>")
     return next((i for i in range(len(ids) - 1, -1, -1) if ids[i] == start), len(ids))
+
+
+def _budget(model: Model, positions: int, limit: int | None) -> Budget:
+    """What may be worked on at a time, also noted in the network: ``DgemmaError`` where ``limit`` is too low."""
+    parameters: Any = tree_flatten(model.network.parameters())  # type: ignore[no-untyped-call]
+    weights = sum(array.nbytes for _, array in parameters)
+    budget = fitting_budget(model.config, weights, positions, limit)
+    budget.apply(model.network)
+    return budget
 
 
 def _check_length(model: Model, ids: Sequence[int]) -> None:

@@ -7,6 +7,7 @@ import pkgutil
 import random
 from dataclasses import replace
 from itertools import islice
+from unittest.mock import ANY
 
 import pytest
 
@@ -76,6 +77,14 @@ def test_the_last_canvas_is_trimmed_on_request(demo: Model, max_tokens: int, len
     assert {len(event.tokens) for event in events if isinstance(event, Draft)} == lengths
     assert len(generate(wide, COUNT, trim_canvas=True, **options).tokens) == max_tokens
     assert {len(event.tokens) for event in stream(wide, COUNT, **options) if isinstance(event, Draft)} == {192}
+
+
+def test_a_memory_limit_that_is_too_low_is_refused_before_any_work(demo: Model) -> None:
+    with pytest.raises(DgemmaError, match=r"tokens of context take about .* more than the memory limit of 0\.0 GB"):
+        stream(demo, COUNT, memory_limit=5_000_000)
+    assert generate(demo, COUNT, seed=1, memory_limit=100_000_000) == replace(
+        generate(demo, COUNT, seed=1), statistics=ANY
+    )
 
 
 def test_a_caller_may_stop_between_any_two_steps(demo: Model) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import typer
 
 from dgemma_mlx import __version__
+from dgemma_mlx.cli.bench import bench
 from dgemma_mlx.cli.chat.repl import chat
 from dgemma_mlx.cli.config import config
 from dgemma_mlx.cli.convert import convert
@@ -42,7 +43,7 @@ app = typer.Typer(
     name=PROGRAM, help=HELP, rich_markup_mode=None, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, generate, convert, info, doctor, config):
+for command in (chat, generate, convert, info, doctor, bench, config):
     app.command()(command)
 app.add_typer(models, name="models")
 

@@ -39,6 +39,10 @@ Raw = Annotated[bool, typer.Option("--raw", help="Take the prompt as plain text,
 Thinking = Annotated[
     bool | None, typer.Option("--thinking/--no-thinking", help="Let the model think first (shown on stderr).")
 ]
+Dequantize = Annotated[
+    str | None,
+    typer.Option("--cpu-dequantize", help="auto, on or off: unpack 4- and 8-bit weights where there is no Metal."),
+]
 NoKernels = Annotated[bool, typer.Option("--no-kernels", help="Only plain MLX operations, none of our Metal kernels.")]
 NoLive = Annotated[bool, typer.Option("--no-live", help="On a terminal, print canvases only when they are final.")]
 ShowSteps = Annotated[
@@ -67,7 +71,12 @@ Stability = Annotated[
 TrimCanvas = Annotated[
     bool, typer.Option("--trim-canvas", help="Make the last canvas no longer than --max-tokens needs: less work.")
 ]
-PrefillStep = Annotated[int, typer.Option(min=1, help="Prompt tokens encoded at once; affects memory only.")]
+PrefillStep = Annotated[
+    int | None, typer.Option(min=1, help="Prompt tokens encoded at once; affects memory only. 512, or what fits.")
+]
+MemoryLimit = Annotated[
+    str | None, typer.Option(help="Work in smaller steps to stay within, as 20GB. By default what the device has.")
+]
 
 
 def generate(
@@ -93,7 +102,9 @@ def generate(
     confidence_threshold: Confidence = None,
     stability_threshold: Stability = None,
     trim_canvas: TrimCanvas = False,
-    prefill_step_size: PrefillStep = 512,
+    prefill_step_size: PrefillStep = None,
+    memory_limit: MemoryLimit = None,
+    cpu_dequantize: Dequantize = None,
     no_kernels: NoKernels = False,
 ) -> None:
     """Answer one prompt. Text on stdin is added after the prompt.
@@ -116,12 +127,12 @@ def generate(
         "temp": settings.pick("temp", temp), "thinking": settings.pick("thinking", thinking), "raw": raw,
         # a system prompt from the settings is not meant for raw prompts
         "system": system if raw else settings.pick("system", system), "prefill_step_size": prefill_step_size,
-        "trim_canvas": trim_canvas,
+        "trim_canvas": trim_canvas, "memory_limit": in_bytes(settings.pick("memory_limit", memory_limit)),
     }  # fmt: skip
     live = settings.pick("live", False if no_live or quiet or show_steps else None) and draws()
     form = "json" if as_json else "jsonl" if as_json_lines else "live" if live else "text"
     with quiet_when_closed(), _open(trace) as file:
-        loaded = load_as_told(settings, model, no_kernels, quiet)
+        loaded = load_as_told(settings, model, cpu_dequantize, no_kernels, quiet)
         options["generation"] = loaded.generation.override(**{n: settings.pick(n, flag) for n, flag in loop.items()})
         if batch is not None:
             answer_batch(loaded, requests, options)
@@ -129,14 +140,16 @@ def generate(
             _answer(loaded, text, options, file, show_steps, form, quiet)
 
 
-def load_as_told(settings: Settings, model: str | None, no_kernels: bool, quiet: bool = False) -> Model:
-    """The model of the flag or the settings, and its kernels switched as they say."""
+def load_as_told(
+    settings: Settings, model: str | None, cpu_dequantize: str | None, no_kernels: bool, quiet: bool = False
+) -> Model:
+    """The model of the flag or the settings, its weights and kernels as they say."""
     from dgemma_mlx.engine import load
     from dgemma_mlx.kernels.dispatch import set_mode
 
     set_mode(settings.pick("kernels", "off" if no_kernels else None))
     name = settings.pick("model", model)
-    loaded = load(name)
+    loaded = load(name, cpu_dequantize=settings.pick("cpu_dequantize", cpu_dequantize))
     if not quiet:
         announce_demo(name)
     return loaded
@@ -184,6 +197,15 @@ def _check_options(
         raise DgemmaError("--batch goes without --jsonl, --trace and --show-steps", "It prints the answers.", 2)
     if as_json and as_json_lines:
         raise DgemmaError("--json and --jsonl exclude each other", "--json prints the answer, --jsonl all events.", 2)
+
+
+def in_bytes(size: str | None) -> int | None:
+    """``20GB`` as a number; ``DgemmaError`` (exit code 2) for what is no size."""
+    if size is None:
+        return None
+    from dgemma_mlx.model.memory import parse_size
+
+    return parse_size(size)
 
 
 def draws() -> bool:

@@ -14,7 +14,7 @@ import pytest
 import dgemma_mlx
 
 PROGRAM = [sys.executable, "-m", "dgemma_mlx"]
-COMMANDS = ["chat", "generate", "convert", "info", "doctor", "config", "models"]
+COMMANDS = ["chat", "generate", "convert", "info", "doctor", "bench", "config", "models"]
 SLOW = {"mlx", "numpy", "tokenizers", "jinja2", "huggingface_hub", "rich", "prompt_toolkit", "platformdirs"}
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.kernels.dispatch import MODES, VARIABLE
+from dgemma_mlx.model.dequantize import CHOICES
 from dgemma_mlx.settings import SETTINGS, Settings, config_file
 
 # One value of every setting that is not its default: as TOML has it, as the environment has it, as Python has it.
@@ -30,12 +31,15 @@ OTHERS: dict[str, tuple[str, str, Any]] = {
     "t_max": ("1.5", "1.5", 1.5),
     "confidence_threshold": ("0.0", "0", 0.0),
     "stability_threshold": ("0", "0", 0),
+    "memory_limit": ('"8GB"', "8GB", "8GB"),
+    "cpu_dequantize": ('"on"', "on", "on"),
     "kernels": ('"off"', "off", "off"),
 }
 
 
-def test_the_modes_of_the_kernels_are_those_of_the_dispatcher() -> None:
+def test_choices_are_those_of_the_modules_that_make_them() -> None:
     assert SETTINGS["kernels"].choices == MODES
+    assert SETTINGS["cpu_dequantize"].choices == CHOICES
     assert f"DGEMMA_{'kernels'.upper()}" == VARIABLE
 
 
@@ -206,3 +210,14 @@ def test_settings_that_do_not_go_together_are_refused_at_the_start(tmp_path: Pat
     done = run(*command, folder=tmp_path, DGEMMA_CONFIG=str(path))
     assert done.returncode == 2
     assert b"t_max (0.5) must be above 0 and not below t_min (0.9)" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("size", "code", "message"),
+    [("much", 2, "no size of memory: 'much'"), ("5MB", 1, "more than the memory limit of 0.0 GB"), ("2GB", 0, "")],
+)
+def test_a_limit_of_memory(tmp_path: Path, size: str, code: int, message: str) -> None:
+    done = run("generate", "-q", "-m", "demo", "--memory-limit", size, "Sort 2 1", folder=tmp_path)
+    assert done.returncode == code
+    assert message in done.stderr.decode()
+    assert bool(done.stdout) is (code == 0)

@@ -76,6 +76,7 @@ class Chat:
         return (seed if self.last is None else self.last.seed) + 1
 
     def _run(self, seed: int | None, cancelled: Callable[[], bool]) -> Done:
+        from dgemma_mlx.cli.generate import in_bytes
         from dgemma_mlx.cli.render.live import draw
         from dgemma_mlx.cli.render.plain import print_text
         from dgemma_mlx.engine import stream
@@ -83,7 +84,7 @@ class Chat:
         events = stream(
             self.model, self.session.prompt(), max_tokens=self.setting("max_tokens"), seed=seed,
             temp=self.setting("temp"), thinking=self.setting("thinking"), generation=self.generation(),
-            prompt_cache=self._cache, cancelled=cancelled,
+            memory_limit=in_bytes(self.setting("memory_limit")), prompt_cache=self._cache, cancelled=cancelled,
         )  # fmt: skip
         if not self.draw:
             return print_text(events, quiet=False)

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dgemma_mlx.cli.generate import MaxTokens, ModelName, NoKernels, NoLive, Seed, System, draws, load_as_told
+from dgemma_mlx.cli.generate import (
+    Dequantize,
+    MaxTokens,
+    ModelName,
+    NoKernels,
+    NoLive,
+    Seed,
+    System,
+    draws,
+    load_as_told,
+)
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.errors import DgemmaError
 
@@ -34,6 +44,7 @@ def chat(
     thinking: Thinking = None,
     no_live: NoLive = False,
     resume: Resume = False,
+    cpu_dequantize: Dequantize = None,
     no_kernels: NoKernels = False,
 ) -> None:
     """Talk with the model; /help lists the commands. The conversation is saved after every turn.
@@ -56,7 +67,7 @@ def chat(
     if system is not None or not resume:
         session.system = defaults["system"]
     name = settings.pick("model", session.model if model is None else model)
-    loaded = load_as_told(settings, name, no_kernels)
+    loaded = load_as_told(settings, name, cpu_dequantize, no_kernels)
     # the next one may begin in another folder
     session.model = os.path.abspath(name) if name not in (None, DEMO) and os.path.isdir(name) else name
     draw = defaults["live"] and not no_live and draws()

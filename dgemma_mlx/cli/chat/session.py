@@ -12,7 +12,8 @@ from typing import Any
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.settings import SETTINGS, checked
 
-CHANGEABLE = tuple(name for name in SETTINGS if name not in ("model", "system", "live", "kernels"))
+_FIXED = ("model", "system", "live", "memory_limit", "cpu_dequantize", "kernels")
+CHANGEABLE = tuple(name for name in SETTINGS if name not in _FIXED)
 """The settings that a conversation can change."""
 
 _FORMAT = "dgemma-mlx session 1"

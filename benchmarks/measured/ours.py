@@ -1,0 +1,36 @@
+"""dgemma-mlx as a measured program: ``load`` and ``stream``, in the reference's mode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from job import Found, Generate, Prompt, main, now
+
+
+def start(folder: Path, options: dict[str, Any]) -> Generate:
+    """``options`` are those of ``load``."""
+    import mlx.core as mx
+
+    from dgemma_mlx import Done, Draft, load, stream
+
+    model = load(folder, **options)
+
+    def generate(prompt: Prompt, steps: int) -> Found:
+        loop = model.generation.override(max_denoising_steps=steps)
+        ends = []
+        for event in stream(
+            model, prompt.text, raw=True, seed=0, max_tokens=model.config.canvas_length, generation=loop
+        ):
+            if isinstance(event, Draft):
+                ends.append(now())
+            elif isinstance(event, Done):
+                seconds, tokens = event.statistics.prefill_seconds, event.statistics.prompt_tokens
+        assert (tokens, len(ends)) == (len(prompt.ids), steps)
+        return Found(seconds, ends, mx.get_peak_memory())
+
+    return generate
+
+
+if __name__ == "__main__":
+    main(start, ("dgemma-mlx", "mlx"))

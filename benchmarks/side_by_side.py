@@ -1,0 +1,251 @@
+"""This project beside mlx-vlm and transformers: time of a denoising step and of a prompt, start, peak memory.
+
+    python benchmarks/side_by_side.py --peer PYTHON [--cases small-32k,small-262k,small-262k-settled,demo]
+           [--prompts 512,2048] [--steps 3] [--runs 5] [--unchunked] [--output FILE] [--plots FOLDER]
+
+All read the same random checkpoints, made on the fly, and answer the same prompts; every measurement is a process of
+its own. For each case and length the programs take turns, as often as ``--runs`` says. ``--peer`` names a Python that
+has mlx-vlm, transformers or both; without it this project is measured alone.
+
+* a step: a denoising step with self-conditioning and sampling, by the reference's rules, after a prompt of that length;
+  and the CPU it takes, which is more to be trusted on a machine that has other work
+* prefill: encoding the prompt, in an engine that has already answered another one
+* start: from the start of the process to the end of its first denoising step
+* MLX's peak while a canvas is generated, weights and all; and what the process had resident at most
+
+mlx-vlm encodes 2,048 tokens at once, the default of its command line; ``--unchunked`` also measures it as a library,
+whose default is the whole prompt at once. transformers computes with the weights as they were before packing. Prints a
+table of medians and, beneath, how many times as much the others take; ``--output`` gets all of it as JSON. The cases
+"large" (for Macs) and "tiny" (to try this program) run only when they are asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+MEASURED = Path(__file__).parent / "measured"
+CASES = "small-32k,small-262k,small-262k-settled,demo"
+OURS = "dgemma-mlx"
+DEQUANTIZED = "dgemma-mlx, dequantized"
+QUANTITIES = {  # name in the results -> (heading, unit's factor, unit)
+    "step_seconds": ("a step", 1.0, "s"),
+    "step_cpu_seconds": ("its CPU", 1.0, "s"),
+    "prefill_seconds": ("prefill", 1.0, "s"),
+    "start_seconds": ("start", 1.0, "s"),
+    "mlx_peak": ("MLX peak", 1e-6, "MB"),
+    "resident_peak": ("resident", 1e-6, "MB"),
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A script of ``measured/``, the interpreter that runs it, the form of checkpoint it reads, its own options."""
+
+    python: str
+    script: str
+    weights: str = "packed"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def programs(peer: str | None, unchunked: bool) -> dict[str, Program]:
+    """What takes turns, this project first. Each way of running a program is one of its own: never average two."""
+    found = {OURS: Program(sys.executable, "ours.py", options={"cpu_dequantize": "off"})}
+    if sys.platform == "linux":  # with Metal packed weights stay packed
+        found[DEQUANTIZED] = Program(sys.executable, "ours.py", options={"cpu_dequantize": "on"})
+    if peer is not None and _has(peer, "mlx_vlm"):
+        found["mlx-vlm"] = Program(peer, "vlm.py", options={"prefill_step_size": 2048})
+        if unchunked:
+            found["mlx-vlm, unchunked"] = Program(peer, "vlm.py")
+    if peer is not None and _has(peer, "transformers"):
+        found["transformers"] = Program(peer, "reference.py", weights="plain")
+    if peer is not None and all(program.script == "ours.py" for program in found.values()):
+        sys.exit(f"{peer} has neither mlx-vlm nor transformers")
+    return found
+
+
+def _has(python: str, module: str) -> bool:
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+    return subprocess.run([python, "-c", code], check=False).returncode == 0
+
+
+def run(program: Program, folder: Path, tokens: int, steps: int) -> dict[str, Any]:
+    """One measurement. A program that fails is a result, too: ``error`` says how, in the last line it wrote.
+
+    On Linux a process starts with the peak of the one that started it: this one stays small for that.
+    """
+    job = {"folder": str(folder / program.weights), "tokens": tokens, "steps": steps, "options": program.options}
+    command = [program.python, str(MEASURED / program.script), json.dumps(job)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as log:
+        began = time.monotonic()
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        for file in (out, log):
+            file.seek(0)
+        if process.returncode < 0:  # MLX crashes where it is refused memory
+            return {"error": f"ended by signal {-process.returncode}"}
+        if process.returncode > 0:
+            lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+            return {"error": lines[-1] if lines else f"ended with exit code {process.returncode}"}
+        found: dict[str, Any] = json.loads(out.read().splitlines()[-1])
+    found["start_seconds"] = found.pop("first_step_at") - began
+    found["load_seconds"] = found.pop("loaded_at") - began
+    found["resident_peak"] = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return found
+
+
+def measure(case: str, contestants: dict[str, Program], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of one case: one for each length and program."""
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for tokens in _make(case, folder, arguments.prompts, arguments.dtype):
+            turns: dict[str, list[dict[str, Any]]] = {program: [] for program in contestants}
+            for turn in range(arguments.runs):
+                for program, contestant in contestants.items():
+                    _say(f"{case}, {tokens:,} tokens, turn {turn + 1} of {arguments.runs}: {program}")
+                    turns[program].append(run(contestant, folder, tokens, arguments.steps))
+            rows += [summary(case, tokens, program, found) for program, found in turns.items()]
+    return rows
+
+
+def _make(case: str, folder: Path, lengths: str, dtype: str) -> list[int]:
+    """Writes the case's checkpoints in a process of its own; returns the lengths of its prompts."""
+    _say(f"{case}: writing the checkpoint")
+    command = [sys.executable, str(MEASURED / "checkpoints.py"), case, str(folder), lengths, dtype]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    if done.returncode != 0:
+        sys.exit(f"the checkpoint of {case} could not be written")
+    fitting: list[int] = json.loads(done.stdout)
+    return fitting
+
+
+def summary(case: str, tokens: int, program: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """A row: of each quantity the median of the runs, the least and the most, over all runs that did not fail."""
+    row: dict[str, Any] = {"case": case, "prompt_tokens": tokens, "program": program, "runs": len(runs)}
+    good = [run for run in runs if "error" not in run]
+    if len(good) < len(runs):
+        row["errors"] = [run["error"] for run in runs if "error" in run]
+    if not good:
+        return row
+    row |= {name: good[0][name] for name in ("versions", "blas")}
+    for quantity in (*QUANTITIES, "load_seconds"):
+        values = [value for run in good for value in _listed(run[quantity])]
+        if values:
+            row[quantity] = {"median": median(values), "least": min(values), "most": max(values)}
+    return row
+
+
+def _listed(value: float | list[float] | None) -> list[float]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each median, how many times ours another program's is: above 1 ours is less, so better."""
+    own = {(row["case"], row["prompt_tokens"]): row for row in rows if row["program"] == OURS}
+    found = []
+    for row in rows:
+        ours = own[row["case"], row["prompt_tokens"]]
+        if row is not ours:
+            both = [quantity for quantity in QUANTITIES if quantity in row and quantity in ours]
+            times = {quantity: row[quantity]["median"] / ours[quantity]["median"] for quantity in both}
+            found.append({**{name: row[name] for name in ("case", "prompt_tokens", "program")}, **times})
+    return found
+
+
+def as_table(rows: list[dict[str, Any]], compared: list[dict[str, Any]]) -> str:
+    def line(row: dict[str, Any], cells: list[str]) -> str:
+        head = f"{row['case']:18} {row['prompt_tokens']:>7,}  {row['program']:19}"
+        return head + "".join(f"{cell:>13}" for cell in cells)
+
+    headings = [f"{heading}, {unit}" for heading, _, unit in QUANTITIES.values()]
+    lines = [f"{'case':18} {'prompt':>7}  {'medians':19}" + "".join(f"{heading:>13}" for heading in headings)]
+    for row in rows:
+        cells = [
+            f"{row[name]['median'] * factor:,.3f}" if name in row else "failed" if "errors" in row else "-"
+            for name, (_, factor, _) in QUANTITIES.items()
+        ]
+        lines.append(line(row, cells))
+    if compared:
+        lines += ["", f"{'':28}times {OURS}"]
+        lines += [line(row, [f"{row[name]:.2f} x" if name in row else "-" for name in QUANTITIES]) for row in compared]
+    return "\n".join(lines)
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "preloaded": os.environ.get("LD_PRELOAD"),
+        "load_average_before": os.getloadavg()[0],
+    }
+
+
+def _processor() -> str:
+    if sys.platform == "darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _draw(results: Path, folder: Path) -> None:
+    subprocess.run([sys.executable, str(MEASURED / "draw.py"), str(results), str(folder)], check=True)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", metavar="PYTHON", help="an interpreter that has mlx-vlm, transformers, or both")
+    parser.add_argument("--cases", help=f"which checkpoints: {CASES} with a peer, else demo")
+    parser.add_argument("--prompts", default="512,2048", help="lengths of prompts, in tokens")
+    parser.add_argument("--steps", type=int, default=3, help="denoising steps timed in a run")
+    parser.add_argument("--runs", type=int, default=5, help="turns of each program")
+    parser.add_argument("--unchunked", action="store_true", help="also mlx-vlm with the whole prompt at once")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="bfloat16" if sys.platform == "darwin" else "float32",
+        help="of what is not packed; MLX's CPU back end needs float32 for experts that are not",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, help="write everything to this file, as JSON")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the results into this folder")
+    arguments = parser.parse_args()
+    if min(arguments.steps, arguments.runs) < 1:
+        parser.error("--steps and --runs must be at least 1")
+    if arguments.peer is not None and shutil.which(arguments.peer) is None:
+        parser.error(f"there is no program {arguments.peer}")
+    arguments.cases = arguments.cases or (CASES if arguments.peer else "demo")
+    return arguments
+
+
+if __name__ == "__main__":
+    arguments = _arguments()
+    contestants = programs(arguments.peer, arguments.unchunked)
+    settings = {name: getattr(arguments, name) for name in ("steps", "runs", "dtype")}
+    results: dict[str, Any] = {"machine": _machine(), **settings, "rows": [], "ratios": []}
+    with tempfile.TemporaryDirectory() as folder:
+        output = arguments.output or Path(folder) / "results.json"
+        for case in arguments.cases.split(","):
+            results["rows"] += measure(case, contestants, arguments)
+            results["ratios"] = ratios(results["rows"])
+            output.write_text(json.dumps(results, indent=1) + "\n")  # after each case: the next may take an hour
+        print(as_table(results["rows"], results["ratios"]))
+        if arguments.plots is not None:
+            _draw(output, arguments.plots)

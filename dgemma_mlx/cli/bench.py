@@ -1,0 +1,247 @@
+"""``dgemma-mlx bench``: how fast a model is on this machine, and how much memory it takes."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dgemma_mlx.cli.doctor import examine
+from dgemma_mlx.cli.generate import Dequantize, ModelName, NoKernels, load_as_told
+from dgemma_mlx.cli.pipe import quiet_when_closed
+from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.settings import Settings
+
+if TYPE_CHECKING:
+    from dgemma_mlx.engine import Model
+    from dgemma_mlx.text import Tokenizer
+
+_LENGTHS = (512, 4096)  # of prompts, where none are asked for and the model holds them
+_MAX_TOKENS = 512  # of the whole answer
+_DEMO_PROMPT = "Count from 13 to 40."
+_PROMPT = "Explain in about 300 words why the sky is blue."
+_MACHINE = ("chip", "machine", "memory", "os", "metal", "gpu_memory")
+_VERSIONS = ("dgemma_mlx", "mlx", "python")
+
+PromptTokens = Annotated[
+    str | None,
+    typer.Option(help="Lengths of prompts, as 512,4096, which are the default.", show_default=False),
+]
+Steps = Annotated[int, typer.Option(min=1, help="Denoising steps timed after each prompt.")]
+Runs = Annotated[int, typer.Option(min=1, help="How often everything is measured.")]
+Prompt = Annotated[str | None, typer.Option(help="What the whole answer is asked for.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+Progress = Callable[[str], None]
+
+
+def bench(
+    model: ModelName = None,
+    prompt_tokens: PromptTokens = None,
+    steps: Steps = 8,
+    runs: Runs = 3,
+    prompt: Prompt = None,
+    cpu_dequantize: Dequantize = None,
+    no_kernels: NoKernels = False,
+    as_json: AsJson = False,
+) -> None:
+    """Time a model: encoding of prompts, denoising steps after them, a whole answer; and its peak memory."""
+    asked = None if prompt_tokens is None else _parse_lengths(prompt_tokens)
+    loaded = load_as_told(Settings(), model, cpu_dequantize, no_kernels, quiet=as_json)
+    lengths = _fitting(asked, loaded)
+    question = prompt or (_DEMO_PROMPT if loaded.name == "demo" else _PROMPT)
+    with _progress(runs * (len(lengths) + 1) + 1) as progress:
+        results = measure(loaded, lengths, steps, runs, question, progress)
+    facts = {**_circumstances(loaded, steps, runs), **results}
+    with quiet_when_closed():
+        print(json.dumps(facts) if as_json else _as_text(facts))
+
+
+def measure(
+    model: Model, lengths: Sequence[int], steps: int, runs: int, question: str, progress: Progress
+) -> dict[str, Any]:
+    """Times in seconds, memory in bytes. ``progress`` hears before each measurement what comes next."""
+    texts = [text_of(model.tokenizer, length) for length in lengths]
+    progress("warming up")
+    _timed_steps(model, texts[0], steps=1)
+    prompts: list[list[dict[str, Any]]] = [[] for _ in lengths]
+    answers = []
+    for _ in range(runs):
+        for length, text, found in zip(lengths, texts, prompts, strict=True):
+            progress(f"{length:,} tokens of prompt")
+            found.append(_timed_steps(model, text, steps))
+        progress("an answer")
+        answers.append(_timed_answer(model, question))
+    return {"prompts": [_prompt_row(found) for found in prompts], "answer": _answer_row(question, answers)}
+
+
+def text_of(tokenizer: Tokenizer, count: int, seed: int = 0) -> str:
+    """A text of random words that is ``count`` tokens long with its beginning-of-text id, or just below."""
+    rng = random.Random(seed)
+    words = ("".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 7))) for _ in range(count))
+    text = " ".join(words)  # no word is less than a token
+    room = count - (tokenizer.bos_id is not None)
+    longest = bisect_right(range(len(text) + 1), room, key=lambda end: len(tokenizer.encode(text[:end]))) - 1
+    return text[:longest]
+
+
+def _timed_steps(model: Model, text: str, steps: int) -> dict[str, Any]:
+    """Encodes a prompt and denoises a canvas. The first step, which has no self-conditioning, is not timed."""
+    from dgemma_mlx.engine import stream
+    from dgemma_mlx.events import Done, Draft
+
+    never_settled = model.generation.override(max_denoising_steps=steps + 1, confidence_threshold=0.0)
+    drafts: list[float] = []
+    canvas = model.config.canvas_length
+    for event in stream(model, text, raw=True, seed=0, max_tokens=canvas, generation=never_settled):
+        if isinstance(event, Draft):
+            drafts.append(time.perf_counter())
+        elif isinstance(event, Done):
+            statistics = event.statistics
+    return {
+        "prompt_tokens": statistics.prompt_tokens,
+        "prefill_seconds": statistics.prefill_seconds,
+        "step_seconds": [after - before for before, after in pairwise(drafts)],
+        "peak_memory": statistics.peak_memory,
+    }
+
+
+def _timed_answer(model: Model, question: str) -> dict[str, Any]:
+    """An answer as a user would get it, with the checkpoint's own parameters."""
+    from dataclasses import asdict
+
+    from dgemma_mlx.engine import generate
+
+    done = generate(model, question, seed=0, max_tokens=_MAX_TOKENS)
+    return {**asdict(done.statistics), "finish_reason": done.finish_reason}
+
+
+def _prompt_row(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What all runs after one prompt say together."""
+    tokens = runs[0]["prompt_tokens"]
+    return {
+        "prompt_tokens": tokens,
+        "prefill_seconds": _spread([run["prefill_seconds"] for run in runs]),
+        "prefill_tokens_per_second": _spread([tokens / run["prefill_seconds"] for run in runs]),
+        "step_seconds": _spread([seconds for run in runs for seconds in run["step_seconds"]]),
+        "peak_memory": max(run["peak_memory"] for run in runs),
+    }
+
+
+def _answer_row(question: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The same seed gives the same answer in every run: only times differ."""
+    counts = ("prompt_tokens", "generated_tokens", "canvases", "denoising_steps", "tokens_per_forward", "finish_reason")
+    return {
+        "prompt": question,
+        **{name: runs[0][name] for name in counts},
+        "tokens_per_second": _spread([run["tokens_per_second"] for run in runs]),
+        "seconds": _spread([run["seconds"] for run in runs]),
+        "peak_memory": max(run["peak_memory"] for run in runs),
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": median(values), "least": min(values), "most": max(values)}
+
+
+def _parse_lengths(text: str) -> list[int]:
+    """``512,4096`` -> [512, 4096]."""
+    try:
+        lengths = [int(part) for part in text.split(",")]
+    except ValueError:
+        lengths = []
+    if not lengths or min(lengths) < 2:
+        raise DgemmaError(
+            f"--prompt-tokens must be whole numbers of at least 2, not {text!r}", "Write it like 512,4096.", exit_code=2
+        )
+    return lengths
+
+
+def _fitting(asked: list[int] | None, model: Model) -> list[int]:
+    """The lengths to measure: those asked for, all of which must fit before a canvas, or the default ones that do."""
+    canvas, positions = model.config.canvas_length, model.config.text.max_position_embeddings
+    most = positions - canvas
+    if asked is None:
+        return [length for length in _LENGTHS if length <= most] or [most]
+    if max(asked) > most:
+        raise DgemmaError(
+            f"a prompt of {max(asked):,} tokens does not fit: with a canvas of {canvas} "
+            f"the model's limit of {positions:,} positions is passed",
+            f"Ask for at most {most:,}.", exit_code=2,
+        )
+    return asked
+
+
+def _circumstances(model: Model, steps: int, runs: int) -> dict[str, Any]:
+    """What the figures depend on."""
+    from dgemma_mlx.kernels.dispatch import mode
+
+    facts = examine()
+    return {
+        "model": model.name,
+        "canvas_length": model.config.canvas_length,
+        "dtype": str(model.network.dtype).removeprefix("mlx.core."),
+        "machine": {name: facts[name] for name in _MACHINE},
+        "versions": {name: facts[name] for name in _VERSIONS},
+        "kernels": mode(),
+        "steps": steps,
+        "runs": runs,
+    }
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Progress]:
+    """A line on a terminal's stderr that says what is measured; nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task("", total=total + 1)  # what is announced is not yet done
+        yield lambda what: bars.update(task, description=what, advance=1)
+
+
+def _as_text(facts: dict[str, Any]) -> str:
+    from dgemma_mlx.cli.sizes import size
+
+    machine, versions, answer = facts["machine"], facts["versions"], facts["answer"]
+    metal = "Metal" if machine["metal"] else "no Metal"
+    lines = [
+        f"{facts['model']}, canvas of {facts['canvas_length']}, {facts['dtype']}, kernels {facts['kernels']}",
+        f"{machine['chip']} ({machine['machine']}), {size(machine['memory'])}, {machine['os']}, {metal}",
+        f"dgemma-mlx {versions['dgemma_mlx']}, mlx {versions['mlx']}, Python {versions['python']}",
+        "",
+        f"medians (least - most) of {facts['runs']} runs, {facts['steps']} steps in each",
+        f"{'prompt':>7}  {'prefill tokens/s':>27}  {'seconds a step':>27}  {'peak':>9}",
+    ]
+    lines += [
+        f"{row['prompt_tokens']:>7,}  {_range(row['prefill_tokens_per_second']):>27}  "
+        f"{_range(row['step_seconds']):>27}  {size(row['peak_memory']):>9}"
+        for row in facts["prompts"]
+    ]
+    tokens_per_second, tokens_a_step = _range(answer["tokens_per_second"]), f"{answer['tokens_per_forward']:.2f}"
+    lines += [
+        "",
+        f"an answer of {answer['generated_tokens']} tokens in {answer['denoising_steps']} steps:",
+        f"{tokens_per_second} tokens/s, {tokens_a_step} tokens a step, peak {size(answer['peak_memory'])}",
+    ]
+    return "\n".join(lines)
+
+
+def _range(values: dict[str, float]) -> str:
+    return f"{_short(values['median'])} ({_short(values['least'])} - {_short(values['most'])})"
+
+
+def _short(value: float) -> str:
+    """Three digits or more: ``0.00123``, ``1.23``, ``1,234``."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
