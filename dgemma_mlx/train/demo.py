@@ -32,7 +32,7 @@ from dgemma_mlx.train.optimizer import make_optimizer
 from dgemma_mlx.train.score import as_markdown, score_card
 from dgemma_mlx.train.tasks import MIX, TASKS
 
-STEPS, BATCH, SEED = 11_700, 16, 0  # BATCH for each of the processes that `make demo-model` starts
+STEPS, BATCH, SEED = 16_700, 16, 0  # BATCH for each of the processes that `make demo-model` starts
 
 CONFIG: dict[str, Any] = {
     "architectures": ["DiffusionGemmaForBlockDiffusion"],

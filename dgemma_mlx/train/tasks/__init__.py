@@ -26,14 +26,14 @@ def _build() -> dict[str, Task]:
 TASKS = _build()
 # the share of each task in training
 MIX = {
-    "sudoku": 0.15,
-    "sort": 0.23,
-    "reverse": 0.12,
-    "add": 0.15,
-    "json": 0.09,
-    "count": 0.06,
-    "sentence": 0.04,
-    "question": 0.06,
-    "recall": 0.06,
-    "unknown": 0.04,
+    "sudoku": 0.13,
+    "sort": 0.32,
+    "reverse": 0.16,
+    "add": 0.06,
+    "json": 0.08,
+    "count": 0.05,
+    "sentence": 0.05,
+    "question": 0.04,
+    "recall": 0.08,
+    "unknown": 0.03,
 }
