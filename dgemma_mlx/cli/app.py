@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any, NoReturn
 
 import typer
@@ -71,6 +72,7 @@ def main() -> NoReturn:
 def run() -> int:
     """Runs the program; returns the exit code."""
     reopen_streams()
+    warnings.showwarning = _show_warning
     try:
         with quiet_when_closed():
             # Its own name also as `python -m dgemma_mlx`: completion and errors go by it.
@@ -89,6 +91,11 @@ def run() -> int:
     except Exception as error:
         message = f"unexpected {type(error).__name__}: {error}"
         return _fail(message, "This is a bug; `dgemma-mlx --debug ...` shows where.", exit_code=1)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """One line, without the place in the code."""
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
 
 
 def _usage(error: Any) -> tuple[str, str]:

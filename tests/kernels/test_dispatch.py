@@ -216,6 +216,33 @@ def test_the_programs_switch(command: list[str]) -> None:
         assert "no Metal" in refused.stderr
 
 
+@pytest.mark.skipif(mx.metal.is_available(), reason="without Metal, every kernel is a broken one")
+def test_generation_goes_on_where_no_kernel_works(tmp_path: Path) -> None:
+    program = """
+import sys
+from dgemma_mlx.cli.app import run
+from dgemma_mlx.kernels import dispatch
+dispatch.has_metal = lambda: True
+sys.exit(run())
+"""
+
+    def generate() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", program, "generate", "-q", "-m", "demo", "--seed", "1", "Sort 7 3 5"],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+            env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+        )  # fmt: skip
+
+    first = generate()
+    assert (first.returncode, first.stdout) == (0, "3 5 7\n")
+    lines = first.stderr.splitlines()
+    assert all(line.startswith("dgemma-mlx: the kernel ") and "No Metal" in line for line in lines)
+    names = [line.split()[3] for line in lines]
+    assert len(names) == len(set(names)) > 5
+    again = generate()  # what was found is kept
+    assert (again.returncode, again.stdout, again.stderr) == (0, "3 5 7\n", "")
+
+
 def test_the_file_is_for_people_too(store: Store) -> None:
     store.put(store.key(operation(twice), mx.float32), Verdict("wrong", "because"))
     ((key, entry),) = json.loads(store._path.read_text()).items()
