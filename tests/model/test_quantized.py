@@ -15,6 +15,7 @@ from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.model import dequantize as dequantize_module
 from dgemma_mlx.model.dequantize import CHOICES, dequantize, dequantized_bytes, should_dequantize
 from dgemma_mlx.model.experts import QuantizedExpertLinear
+from dgemma_mlx.model.text import DiffusionGemma
 from tests.model.checkpoint import Tensors, flat_config, load, logits, quantized, random_tensors, write_checkpoint
 from tests.model.odd_values import one_line, reported
 
@@ -61,15 +62,21 @@ SCHEMES: dict[str, tuple[dict[str, Any], Callable[[str], Any] | None]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_quantized_weights_mean_what_they_decode_to(tmp_path: Path, scheme: str) -> None:
+def packed_and_whole(folder: Path, scheme: str) -> tuple[DiffusionGemma, DiffusionGemma, Tensors, Tensors]:
+    """A packed model in float32, one with its weights unpacked, and the tensors of both."""
     default, choose = SCHEMES[scheme]
     choose = choose or (lambda path: default)
     tensors = random_tensors(flat_config(), mx.bfloat16)
     packed, whole = quantized(tensors, choose)
     config = {**flat_config(), "quantization": quantization(choose, tensors, default)}
-    model, _ = load(write_checkpoint(tmp_path / "packed", config, packed), mx.float32)
-    expected = logits(load(write_checkpoint(tmp_path / "whole", flat_config(), whole))[0])
+    model, _ = load(write_checkpoint(folder / "packed", config, packed), mx.float32)
+    return model, load(write_checkpoint(folder / "whole", flat_config(), whole))[0], packed, whole
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantized_weights_mean_what_they_decode_to(tmp_path: Path, scheme: str) -> None:
+    model, unpacked, _, _ = packed_and_whole(tmp_path, scheme)
+    expected = logits(unpacked)
     # The same numbers in float32; only the order of summation differs.
     np.testing.assert_allclose(logits(model), expected, atol=2e-4)
     model.train()
@@ -88,18 +95,12 @@ def test_quantized_modules_stay_packed(tmp_path: Path, tensors: Tensors) -> None
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_unpacked_at_load_they_are_the_same_numbers(tmp_path: Path, scheme: str) -> None:
-    default, choose = SCHEMES[scheme]
-    choose = choose or (lambda path: default)
-    tensors = random_tensors(flat_config(), mx.bfloat16)
-    packed, whole = quantized(tensors, choose)
-    config = {**flat_config(), "quantization": quantization(choose, tensors, default)}
-    model, _ = load(write_checkpoint(tmp_path / "packed", config, packed), mx.float32)
+    model, expected, packed, whole = packed_and_whole(tmp_path, scheme)
     stems = {name.removesuffix(".scales") for name in packed if name.endswith(".scales")}
     values = sum(tensor.size for name, tensor in whole.items() if name.removesuffix(".weight") in stems)
     assert dequantized_bytes(model) == 4 * values > 0
     dequantize(model)
     assert dequantized_bytes(model) == 0
-    expected = load(write_checkpoint(tmp_path / "whole", flat_config(), whole))[0]
     assert [(name, a.shape) for name, a in tree_flatten(model.parameters())] == [
         (name, a.shape) for name, a in tree_flatten(expected.parameters())
     ]
