@@ -19,8 +19,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from dgemma_mlx.config import ModelConfig, TextConfig
-from dgemma_mlx.engine import PREFILL_STEP_SIZE, prefill
-from dgemma_mlx.model.memory import run_memory
+from dgemma_mlx.engine import prefill
+from dgemma_mlx.model.memory import PREFILL_STEP_SIZE, run_memory
 from dgemma_mlx.model.text import DiffusionGemma
 
 MODEL: dict[str, Any] = {
