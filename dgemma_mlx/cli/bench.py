@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import random
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -85,6 +82,9 @@ def measure(
 
 def text_of(tokenizer: Tokenizer, count: int, seed: int = 0) -> str:
     """A text of random words that is ``count`` tokens long with its beginning-of-text id, or just below."""
+    import random
+    from bisect import bisect_right
+
     rng = random.Random(seed)
     words = ("".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 7))) for _ in range(count))
     text = " ".join(words)  # no word is less than a token
@@ -149,6 +149,8 @@ def _answer_row(question: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _spread(values: list[float]) -> dict[str, float]:
+    from statistics import median
+
     return {"median": median(values), "least": min(values), "most": max(values)}
 
 

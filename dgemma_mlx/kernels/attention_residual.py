@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from dgemma_mlx.kernels._common import row_threads, scalar
 from dgemma_mlx.kernels.dispatch import Operation
-from dgemma_mlx.kernels.norm_residual import INVERSE_RMS
+from dgemma_mlx.kernels.norm_residual import INVERSE_RMS, ROW
 
 
 class AttentionResidual(NamedTuple):
@@ -24,16 +24,8 @@ class AttentionResidual(NamedTuple):
     router: mx.array
 
 
-# A threadgroup takes one row, a thread N neighbouring values of it.
-_SOURCE = """
-    constexpr int N = (M + THREADS - 1) / THREADS;
+_SOURCE = ROW + """
     threadgroup float partial[2][32];
-    uint lane = thread_index_in_simdgroup;
-    uint group = simdgroup_index_in_threadgroup;
-    int first = thread_position_in_threadgroup.x * N;
-    size_t row = size_t(threadgroup_position_in_grid.x) * M;
-
-    float value[N];
     for (int n = 0; n < N; n++) {
         int m = first + n;
         value[n] = m < M ? static_cast<float>(attended[row + m]) : 0.0f;

@@ -26,15 +26,17 @@ inline float inverse_rms(const thread float* values, float eps, threadgroup floa
 """
 
 # A threadgroup takes one row, a thread N neighbouring values of it.
-_SOURCE = """
+ROW = """
     constexpr int N = (M + THREADS - 1) / THREADS;
-    threadgroup float partial[3][32];
     uint lane = thread_index_in_simdgroup;
     uint group = simdgroup_index_in_threadgroup;
     int first = thread_position_in_threadgroup.x * N;
     size_t row = size_t(threadgroup_position_in_grid.x) * M;
-
     float value[N];
+"""
+
+_SOURCE = ROW + """
+    threadgroup float partial[3][32];
     for (int n = 0; n < N; n++) {
         int m = first + n;
         value[n] = m < M ? static_cast<float>(dense[row + m]) : 0.0f;

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from dgemma_mlx.files import write_whole
+
 if TYPE_CHECKING:
     from dgemma_mlx.kernels.dispatch import Operation
 
@@ -116,11 +118,8 @@ class Store:
         return verdict
 
     def put(self, key: str, verdict: Verdict) -> None:
-        unfinished = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         with suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished.write_text(json.dumps({**self._read(), key: asdict(verdict)}, indent=1))
-            unfinished.replace(self._path)
+            write_whole(self._path, json.dumps({**self._read(), key: asdict(verdict)}, indent=1))
 
     def _read(self) -> dict[str, Any]:
         try:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.files import write_whole
 from dgemma_mlx.settings import SETTINGS, checked
 
 _FIXED = ("model", "system", "live", "memory_limit", "cpu_dequantize", "kernels")
@@ -60,17 +59,11 @@ class Session:
 
     def save(self, path: Path) -> None:
         """Writes the file whole or not at all."""
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        record = {"format": _FORMAT, **asdict(self)}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            record = {"format": _FORMAT, **asdict(self)}
-            unfinished.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            unfinished.replace(path)
+            write_whole(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         except OSError as error:
             raise DgemmaError(f"cannot write {path}: {error.strerror}", "Choose another place: /save FILE.") from None
-        finally:
-            with suppress(OSError):
-                unfinished.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> Session:
