@@ -19,9 +19,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from dgemma_mlx.config import ModelConfig, TextConfig
-from dgemma_mlx.engine import prefill
 from dgemma_mlx.model.memory import PREFILL_STEP_SIZE, run_memory
 from dgemma_mlx.model.text import DiffusionGemma
+from dgemma_mlx.run import prefill
 
 MODEL: dict[str, Any] = {
     "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 7, "num_attention_heads": 2,
@@ -43,13 +43,13 @@ def measure(tokens: int) -> dict[str, float]:
     config = ModelConfig(TextConfig.from_dict(MODEL))
     model = DiffusionGemma(config.text).eval()
     mx.eval(model.parameters())
-    ids = mx.random.randint(0, 1024, (tokens,)).tolist()
+    ids = mx.random.randint(0, 1024, (1, tokens))
     cache = model.new_cache()
     mx.clear_cache()
     mx.reset_peak_memory()
     before = _resident_peak()
     began = time.perf_counter()
-    prefill(model, ids, cache, step_size=PREFILL_STEP_SIZE)  # type: ignore[arg-type]
+    prefill(model, ids, cache, step_size=PREFILL_STEP_SIZE)
     prefilled = time.perf_counter()
     mx.eval(model.decode(mx.zeros((1, config.canvas_length), mx.int32), cache))
     decoded = time.perf_counter()

@@ -26,7 +26,8 @@ import mlx.core as mx
 
 from dgemma_mlx.config import GenerationConfig
 from dgemma_mlx.diffusion.sampler import Noise, accept
-from dgemma_mlx.diffusion.stopping import StableAndConfident
+from dgemma_mlx.diffusion.speed import REFERENCE
+from dgemma_mlx.diffusion.stopping import Stopping
 from dgemma_mlx.kernels import canvas_sampler
 
 TEMPERATURE = 0.6
@@ -40,13 +41,12 @@ def our_step() -> Step:
     noise = Noise(0)
 
     def step(logits: mx.array, canvas: mx.array) -> None:
-        sample = canvas_sampler(logits, noise.uniform(*canvas.shape), None, TEMPERATURE)
+        sample = canvas_sampler(logits, noise.uniform(canvas.shape[-1]), None, TEMPERATURE)
         accepted_mask = accept(sample.entropy, CONFIG.entropy_bound)
-        fresh = noise.canvas(*canvas.shape, logits.shape[-1])
-        settled = StableAndConfident(CONFIG.stability_threshold, CONFIG.confidence_threshold)
-        settled(canvas, sample.entropy)
-        finished = settled(sample.argmax, sample.entropy)
-        mx.eval(mx.where(accepted_mask, sample.sample, fresh), finished, *sample)
+        fresh = noise.canvas(canvas.shape[-1], logits.shape[-1])
+        stopping = Stopping(CONFIG, REFERENCE)
+        stopping(sample._replace(argmax=canvas))
+        mx.eval(mx.where(accepted_mask, sample.sample, fresh), *stopping(sample), *sample)
 
     return step
 

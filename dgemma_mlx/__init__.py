@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
-    from dgemma_mlx.engine import Model, generate, load, stream
+    from dgemma_mlx.engine import Model, generate, generate_batch, load, stream
     from dgemma_mlx.events import Committed, Done, Draft, Event, Statistics
     from dgemma_mlx.prompt_cache import PromptCache
     from dgemma_mlx.text.parts import ToolCall
@@ -31,6 +31,7 @@ __all__ = [
     "Statistics",
     "ToolCall",
     "generate",
+    "generate_batch",
     "load",
     "stream",
 ]

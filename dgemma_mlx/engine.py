@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,24 +13,22 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from dgemma_mlx.config import GenerationConfig, ModelConfig
-from dgemma_mlx.diffusion.denoise import denoise
-from dgemma_mlx.diffusion.sampler import Noise
+from dgemma_mlx.diffusion.speed import DEFAULT_SPEED, SPEEDS
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.events import Committed, Done, Draft, Event, FinishReason, Statistics
+from dgemma_mlx.events import Done, Event
 from dgemma_mlx.hub import resolve
-from dgemma_mlx.model.cache import PrefixCache
 from dgemma_mlx.model.dequantize import dequantize, should_dequantize
 from dgemma_mlx.model.load import load_model
 from dgemma_mlx.model.memory import Budget, fitting_budget
 from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.prompt_cache import PromptCache
+from dgemma_mlx.run import VERIFY, Answer, Loop, Run, Verify
 from dgemma_mlx.text.chat import ChatTemplate, encode_chat
-from dgemma_mlx.text.parts import Parts, PartsParser
+from dgemma_mlx.text.parts import PartsParser
 from dgemma_mlx.text.tokenizer import Tokenizer, load_tokenizer
 
 Message = Mapping[str, Any]
 DEFAULT_MAX_TOKENS = 1024
-_TRIM = 64
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ def load(
 
 
 def generate(model: Model, prompt: str | Sequence[Message], **options: Any) -> Done:
-    """The whole answer in one piece. Takes the options of ``stream``."""
+    """The whole answer in one piece. Takes what ``stream`` takes."""
     for event in stream(model, prompt, **options):
         if isinstance(event, Done):
             return event
@@ -107,67 +104,112 @@ def stream(
     *,
     max_tokens: int = DEFAULT_MAX_TOKENS,
     seed: int | None = None,
-    temp: float | None = None,
     system: str | None = None,
     thinking: bool = False,
     raw: bool = False,
-    generation: GenerationConfig | None = None,
-    trim_canvas: bool = False,
-    prefill_step_size: int | None = None,
-    memory_limit: int | None = None,
     prompt_cache: PromptCache | None = None,
-    cancelled: Callable[[], bool] = lambda: False,
+    **options: Any,
 ) -> Iterator[Event]:
     """Generates an answer; yields a ``Draft`` a denoising step, a ``Committed`` a canvas, at last a ``Done``.
 
-    One ``seed`` gives one text on one machine; None draws one, which ``Done`` tells. ``temp`` 0 takes the
-    most probable tokens as denoiser canvas, another value replaces the temperature schedule by a constant.
-    ``generation`` replaces the checkpoint's parameters. ``trim_canvas`` makes the last canvas no longer than
-    ``max_tokens`` leaves to write (a multiple of 64): less work, another text. ``memory_limit`` in bytes, by default
-    the device's, bounds what is worked on at a time; ``prefill_step_size`` sets outright how many positions of the
-    prompt are encoded at once. A ``prompt_cache`` that is handed on from call to call saves encoding what the prompts
-    have in common. To cancel, stop iterating: the work is done step by step; or let ``cancelled`` return True, then the
-    ``Done`` of the committed canvases comes next.
+    One ``seed`` gives one text on one machine; None draws one, which ``Done`` tells. A ``prompt_cache`` that is handed
+    on from call to call saves encoding what the prompts have in common. ``options`` are those of ``Options``. To
+    cancel, stop iterating: the work is done step by step; or let ``cancelled`` return True, then the ``Done`` of the
+    committed canvases comes next.
     """
-    if max_tokens < 1:
-        raise DgemmaError(f"max_tokens must be at least 1, not {max_tokens}", exit_code=2)
-    if prefill_step_size is not None and prefill_step_size < 1:
-        raise DgemmaError(f"prefill_step_size must be at least 1, not {prefill_step_size}", exit_code=2)
-    config = generation or model.generation
-    if temp is not None and temp != 0:
-        config = config.override(t_min=temp, t_max=temp)
     ids = model.encode_prompt(prompt, system=system, thinking=thinking, raw=raw)
-    _check_length(model, ids)
-    budget = _budget(model, len(ids), memory_limit)
-    run = _Run(
-        model, config, secrets.randbits(32) if seed is None else seed, greedy=temp == 0,
-        trim=trim_canvas, memory=prompt_cache or PromptCache(), cancelled=cancelled,
-    )  # fmt: skip
-    return run.events(ids, max_tokens, prefill_step_size or budget.prefill_step_size)
+    seeds = None if seed is None else [seed]
+    run = _run(model, [ids], seeds, [max_tokens], Options(**options), prompt_cache or PromptCache())
+    return (event for _, event in run.events())
 
 
-def prefill(
-    network: DiffusionGemma, ids: Sequence[int], cache: PrefixCache, step_size: int,
-    cancelled: Callable[[], bool] = lambda: False,
-) -> int:
-    """Encodes a prompt into the cache chunk by chunk, freeing what each chunk needed on the way.
+def generate_batch(
+    model: Model,
+    prompts: Sequence[str | Sequence[Message]],
+    *,
+    max_tokens: int | Sequence[int] = DEFAULT_MAX_TOKENS,
+    seeds: Sequence[int] | None = None,
+    system: str | None = None,
+    thinking: bool = False,
+    raw: bool = False,
+    **options: Any,
+) -> list[Done]:
+    """Answers several prompts at once, each as it would be alone with its seed, but for rounding.
 
-    Returns how many ids were encoded: all of them, if not ``cancelled``.
+    Takes ``Options`` without ``trim_canvas``, which would give the answers other texts than alone.
     """
-    cache.reserve(len(ids))
-    for start in range(0, len(ids), step_size):
-        if cancelled():
-            return start
-        network.encode(mx.array([ids[start : start + step_size]], mx.int32), cache)
-        mx.eval(cache.state())
-        mx.clear_cache()
-    return len(ids)
+    if not prompts:
+        return []
+    if options.get("trim_canvas") and len(prompts) > 1:
+        raise DgemmaError("trim_canvas goes with one prompt at a time", "Leave it out.", exit_code=2)
+    ids = [model.encode_prompt(prompt, system=system, thinking=thinking, raw=raw) for prompt in prompts]
+    most = [max_tokens] * len(ids) if isinstance(max_tokens, int) else max_tokens
+    for name, values in (("max_tokens", most), ("seeds", seeds)):
+        if values is not None and len(values) != len(ids):
+            raise DgemmaError(f"{name} must be one for each of {len(ids)} prompts, not {len(values)}", exit_code=2)
+    run = _run(model, ids, seeds, most, Options(**options))
+    done = {number: event for number, event in run.events() if isinstance(event, Done)}
+    return [done[number] for number in range(len(ids))]
 
 
-def _model_turn(ids: Sequence[int], tokenizer: Tokenizer) -> int:
-    """Where the last turn begins, the one that the model is to write: the next prompt may differ from there."""
-    start = tokenizer.special_ids.get("<|turn>")
-    return next((i for i in range(len(ids) - 1, -1, -1) if ids[i] == start), len(ids))
+@dataclass(frozen=True)
+class Options:
+    """How answers are written; the keyword arguments that ``stream``, ``generate`` and ``generate_batch`` share."""
+
+    speed: str = DEFAULT_SPEED
+    """``reference``, ``balanced`` or ``fast``: see ``dgemma_mlx.diffusion.speed``"""
+    verify: Verify = "off"
+    """``flag``: tokens that the encoder would have written otherwise are told as ``Committed.doubted``; ``repair``: the
+    canvas is denoised again from the first of them, with the encoder's own token there"""
+    temp: float | None = None
+    """0 takes the most probable tokens as denoiser canvas, another value is a constant temperature"""
+    generation: GenerationConfig | None = None
+    """instead of the checkpoint's parameters"""
+    trim_canvas: bool = False
+    """the last canvas is no longer than ``max_tokens`` leaves to write (a multiple of 64): less work, another text"""
+    prefill_step_size: int | None = None
+    """positions of a prompt that are encoded at once; None: as many as ``memory_limit`` allows"""
+    memory_limit: int | None = None
+    """bytes, which bound what is worked on at a time; None: the device's"""
+    cancelled: Callable[[], bool] = lambda: False
+    """asked between any two steps"""
+
+    def __post_init__(self) -> None:
+        if self.prefill_step_size is not None and self.prefill_step_size < 1:
+            raise DgemmaError(f"prefill_step_size must be at least 1, not {self.prefill_step_size}", exit_code=2)
+        for name, value, choices in (("speed", self.speed, tuple(SPEEDS)), ("verify", self.verify, VERIFY)):
+            if value not in choices:
+                raise DgemmaError(f"{name} must be one of {', '.join(choices)}, not {value!r}", exit_code=2)
+
+    def config(self, model: Model) -> GenerationConfig:
+        """The parameters in force."""
+        config = self.generation or model.generation
+        constant = self.temp is not None and self.temp != 0
+        return config.override(t_min=self.temp, t_max=self.temp) if constant else config
+
+
+def _run(
+    model: Model, prompts: Sequence[list[int]], seeds: Sequence[int] | None, max_tokens: Sequence[int],
+    options: Options, memory: PromptCache | None = None,
+) -> Run:
+    """A checked run over encoded prompts, nothing of it done yet."""
+    for most in max_tokens:
+        if most < 1:
+            raise DgemmaError(f"max_tokens must be at least 1, not {most}", exit_code=2)
+    config = options.config(model)
+    for ids in prompts:
+        _check_length(model, ids)
+    budget = _budget(model, len(prompts) * max(map(len, prompts)), options.memory_limit)
+    loop = Loop(
+        config, SPEEDS[options.speed], model.config.canvas_length, model.config.text.max_position_embeddings,
+        options.prefill_step_size or budget.prefill_step_size, greedy=options.temp == 0, trim=options.trim_canvas,
+        verify=options.verify, cancelled=options.cancelled,
+    )  # fmt: skip
+    answers = [
+        Answer(ids, seed, most, PartsParser(model.tokenizer))
+        for ids, seed, most in zip(prompts, seeds or [secrets.randbits(32) for _ in prompts], max_tokens, strict=True)
+    ]
+    return Run(model.network, model.tokenizer, loop, answers, memory)
 
 
 def _budget(model: Model, positions: int, limit: int | None) -> Budget:
@@ -188,112 +230,4 @@ def _check_length(model: Model, ids: Sequence[int]) -> None:
             f"the prompt has {len(ids):,} tokens; with a canvas of {model.config.canvas_length} "
             f"the model's limit of {limit:,} positions is passed",
             "Shorten the prompt.",
-        )
-
-
-@dataclass
-class _Run:
-    """One generation: what has been written so far, and the counts."""
-
-    model: Model
-    config: GenerationConfig
-    seed: int
-    greedy: bool
-    trim: bool
-    memory: PromptCache
-    cancelled: Callable[[], bool]
-    tokens: list[int] = field(default_factory=list)
-    parts: Parts = field(default_factory=Parts)
-    canvases: int = 0
-    steps: int = 0
-
-    def events(self, ids: list[int], max_tokens: int, prefill_step_size: int) -> Iterator[Event]:
-        network, noise = self.model.network, Noise(self.seed)
-        length = self._canvas_length(max_tokens)
-        room = self.model.config.text.max_position_embeddings
-        parser = PartsParser(self.model.tokenizer)
-        mx.reset_peak_memory()
-        began = time.perf_counter()
-        cache = self.memory.reuse(network, ids)
-        known = cache.offset
-        self._prefill(ids, cache, prefill_step_size)
-        prefilled = time.perf_counter()
-        reason: FinishReason | None = "cancelled" if self.cancelled() else None
-        while reason is None:
-            draft: Draft | None = None
-            for (draft,) in denoise(
-                network, cache, self.config, noise, canvas_length=length, canvas_index=self.canvases, greedy=self.greedy
-            ):
-                self.steps += 1
-                yield draft
-                if self.cancelled():
-                    break
-            assert draft is not None
-            if not draft.finished:
-                reason = "cancelled"
-                break
-            kept, reason = self._commit(draft, max_tokens, fits=cache.offset + 2 * length <= room)
-            if reason is None and self.cancelled():
-                reason = "cancelled"
-            new = parser.feed(kept)
-            if reason is not None:
-                new += parser.finish()
-            self.parts += new
-            yield Committed(draft.canvas, tuple(kept), new.text, new.thinking, new.tool_calls, draft.step)
-            if reason is None:
-                network.encode(mx.array([draft.tokens], mx.int32), cache)
-                self.memory.append(draft.tokens, mark="canvas")
-                length = self._canvas_length(max_tokens)
-        yield self._done(reason, len(ids), known, prefilled - began, time.perf_counter() - prefilled)
-
-    def _canvas_length(self, max_tokens: int) -> int:
-        """Of the next canvas. One that is trimmed has whole blocks of 64: with fewer positions, experts that are
-        chosen by few of them leave MLX's fast path."""
-        whole = self.model.config.canvas_length
-        left = max_tokens - len(self.tokens)
-        return min(whole, -(-left // _TRIM) * _TRIM) if self.trim else whole
-
-    def _prefill(self, ids: list[int], cache: PrefixCache, step_size: int) -> None:
-        """Encodes what the cache does not hold of the prompt, with a mark where the model's turn begins."""
-        known = cache.offset
-        turn = max(known, _model_turn(ids, self.model.tokenizer))
-        for part, mark in ((ids[known:turn], "turn"), (ids[turn:], None)):
-            encoded = prefill(self.model.network, part, cache, step_size, self.cancelled)
-            self.memory.append(part[:encoded], mark if encoded else None)
-            if encoded < len(part):
-                return
-
-    def _commit(self, draft: Draft, max_tokens: int, fits: bool) -> tuple[list[int], FinishReason | None]:
-        """Cuts a finished canvas after its first end-of-text id, and at max_tokens."""
-        kept = list(draft.tokens)
-        reason: FinishReason | None = None if fits else "length"
-        ends = [i for i, token in enumerate(kept) if token in self.config.eos_token_ids]
-        if ends:
-            kept, reason = kept[: ends[0] + 1], "stop"
-        room = max_tokens - len(self.tokens)
-        if len(kept) > room or (len(kept) == room and reason is None):
-            kept, reason = kept[:room], "length"
-        self.tokens += kept
-        self.canvases += 1
-        return kept, reason
-
-    def _done(
-        self, reason: FinishReason, prompt_tokens: int, cached_tokens: int, prefill_seconds: float, seconds: float
-    ) -> Done:
-        count = sum(token != self.config.pad_token_id for token in self.tokens)  # as the reference counts
-        statistics = Statistics(
-            prompt_tokens=prompt_tokens,
-            cached_tokens=cached_tokens,
-            generated_tokens=count,
-            canvases=self.canvases,
-            denoising_steps=self.steps,
-            tokens_per_forward=count / self.steps if self.steps else 0.0,
-            prefill_seconds=prefill_seconds,
-            seconds=prefill_seconds + seconds,
-            tokens_per_second=count / seconds,
-            peak_memory=mx.get_peak_memory(),
-        )
-        parts = self.parts
-        return Done(
-            parts.text, parts.thinking, parts.tool_calls, tuple(self.tokens), reason, self.seed, statistics
         )

@@ -28,7 +28,12 @@ class Draft:
     entropy: tuple[float, ...]
     """of the processed logits, in nats (C)"""
     finished: bool
-    """True for the last step: stable and confident, or steps used up"""
+    """True for the last step: a test was passed, or steps used up"""
+    settled_by: str | None = None
+    """of the last step: the test that the canvas passed, one of ``dgemma_mlx.diffusion.stopping.TESTS``, or "steps":
+    all were used, and it is not uncertain; None where it still is"""
+    attempt: int = 0
+    """counts up each time that a canvas is begun again: from other noise, or to repair it"""
 
     @property
     def mean_entropy(self) -> float:
@@ -46,7 +51,13 @@ class Committed:
     thinking: str
     tool_calls: tuple[ToolCall, ...]
     steps: int
-
+    """of all attempts"""
+    settled_by: str | None = "steps"
+    """of the attempt that is committed, as in ``Draft``"""
+    low_confidence: bool = False
+    """all steps were used, of a second attempt too where the speed mode has one, and the canvas is still uncertain"""
+    doubted: tuple[int, ...] = ()
+    """places in ``tokens`` at which the encoder would have written another token, where it was asked (``verify``)"""
 
 @dataclass(frozen=True)
 class Statistics:
@@ -67,6 +78,10 @@ class Statistics:
     """generated_tokens over the time after the prefill"""
     peak_memory: int
     """bytes held by MLX at most"""
+    low_confidence: int = 0
+    """canvases committed with low confidence"""
+    doubted_tokens: int = 0
+    """tokens that the encoder would have written otherwise, where it was asked (``verify``)"""
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,8 @@ SETTINGS: dict[str, Kind] = {
     "t_max": Kind(float, None, "temperature of the first step", least=0),
     "confidence_threshold": Kind(float, None, "stop when the mean entropy is below", least=0),
     "stability_threshold": Kind(int, None, "stop when unchanged for so many steps", least=0),
+    "speed": Kind(str, "balanced", "when a canvas is settled", choices=("reference", "balanced", "fast")),
+    "verify": Kind(str, "off", "let the encoder check the answer", choices=("off", "flag", "repair")),
     "memory_limit": Kind(str, None, "at most so much, as 20GB; else the device's"),
     "cpu_dequantize": Kind(str, "auto", "unpack weights where there is no Metal", choices=("auto", "on", "off")),
     "kernels": Kind(str, "auto", "this program's own Metal kernels", choices=("auto", "off", "reference", "force")),

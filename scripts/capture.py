@@ -23,7 +23,7 @@ def frames(model: Model, prompt: str, seed: int, count: int) -> list[Text]:
     """``count`` steps of the first canvas, evenly spaced with the last one among them; without times: those differ."""
     view = LiveView(io.StringIO(), model.tokenizer, model.generation.eos_token_ids, clock=lambda: 0.0)
     drawn = []
-    for event in stream(model, prompt, seed=seed):
+    for event in stream(model, prompt, seed=seed, speed="reference"):
         if not isinstance(event, Draft):
             break
         drawn.append(Text.from_ansi("\n".join(map(styled, view.frame(event, COLUMNS)))))

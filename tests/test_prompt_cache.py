@@ -94,6 +94,23 @@ def test_whole_canvases_are_reused_where_the_text_is_tokenized_alike(model: Mode
     assert memory.reuse(model.network, ids).offset == done.statistics.prompt_tokens + len(canvases[0].tokens)
 
 
+def test_every_turn_of_a_long_chat_sees_what_it_would_see_afresh(model: Model) -> None:
+    """Each turn is longer than the sliding window of 64, and the first is asked again at last."""
+    memory, turns = PromptCache(), ["Hello " * 70]
+    few = model.generation.override(max_denoising_steps=2)
+    for number in range(3):
+        messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+        done = generate(model, messages, seed=number, max_tokens=40, generation=few, prompt_cache=memory)
+        assert (done.statistics.cached_tokens > 64) == (number > 0)
+        ids = [*ids_of(model, *turns), *done.tokens]
+        _, logits = decoded(model, ids, memory)
+        np.testing.assert_allclose(logits, decoded(model, ids, PromptCache())[1], atol=1e-4)
+        turns += [done.text, f"{number} " * 80]
+    known, logits = decoded(model, ids_of(model, turns[0]), memory)
+    assert known == 0  # both marks are behind it
+    np.testing.assert_allclose(logits, decoded(model, ids_of(model, turns[0]), PromptCache())[1], atol=1e-4)
+
+
 def test_another_model_shares_nothing(model: Model) -> None:
     memory = PromptCache()
     generate(model, "Sort 7 3 5", seed=1, prompt_cache=memory)

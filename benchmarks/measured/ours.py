@@ -20,7 +20,8 @@ def start(folder: Path, options: dict[str, Any]) -> Generate:
         loop = model.generation.override(max_denoising_steps=steps)
         ends = []
         for event in stream(
-            model, prompt.text, raw=True, seed=0, max_tokens=model.config.canvas_length, generation=loop
+            model, prompt.text, raw=True, seed=0, max_tokens=model.config.canvas_length, speed="reference",
+            generation=loop,
         ):
             if isinstance(event, Draft):
                 ends.append(now())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -14,6 +15,7 @@ from dgemma_mlx.settings import LARGEST_SEED, fits, is_text
 
 if TYPE_CHECKING:
     from dgemma_mlx.engine import Model
+    from dgemma_mlx.events import Done
 
 _HINT = 'A line is a JSON string, or an object like {"prompt": "...", "id": "a", "system": "...", "seed": 1}.'
 
@@ -72,24 +74,55 @@ def _request(line: str, place: str) -> dict[str, Any]:
     return request
 
 
-def answer_batch(model: Model, requests: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> None:
+def answer_batch(
+    model: Model, requests: Sequence[Mapping[str, Any]], options: Mapping[str, Any], size: int = 1
+) -> None:
     """Prints one object for each request, in order: its number (from 0), its id where it has one, and the answer.
 
-    A request that fails gives an object with ``error``; the others go on. Then, at the end, so does this.
+    ``size`` requests are answered at a time. One that fails gives an object with ``error``; the others go on. Then,
+    at the end, so does this.
     """
     from dgemma_mlx.cli.render.visible import json_line
-    from dgemma_mlx.engine import generate
 
     failed = 0
-    for number, request in enumerate(requests):
-        own = {name: request[name] for name in ("system", "seed", "max_tokens") if name in request}
-        record: dict[str, Any] = {"index": number, **({"id": request["id"]} if "id" in request else {})}
-        try:
-            done = generate(model, request["prompt"], **{**options, **own})
-            record |= {"model": model.name, **asdict(done)}
-        except DgemmaError as error:
-            record["error"] = error.message
-            failed += 1
-        print(json_line(record), flush=True)
+    for first in range(0, len(requests), size):
+        group = requests[first : first + size]
+        for number, (request, result) in enumerate(zip(group, _answers(model, group, options), strict=True), first):
+            record: dict[str, Any] = {"index": number, **({"id": request["id"]} if "id" in request else {})}
+            if isinstance(result, DgemmaError):
+                record["error"] = result.message
+                failed += 1
+            else:
+                record |= {"model": model.name, **asdict(result)}
+            print(json_line(record), flush=True)
     if failed:
         raise DgemmaError(f"{failed} of {len(requests)} prompts could not be answered", 'Their lines say "error".')
+
+
+def _answers(
+    model: Model, requests: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+) -> list[Done | DgemmaError]:
+    """All together; one by one where that fails, so that only those at fault do."""
+    from dgemma_mlx.engine import generate_batch
+
+    common = {name: value for name, value in options.items() if name not in ("seed", "max_tokens", "system")}
+    wishes = [{**options, **request} for request in requests]
+    try:
+        answers: list[Any] = generate_batch(
+            model, [_messages(wish) for wish in wishes], max_tokens=[wish["max_tokens"] for wish in wishes],
+            seeds=[secrets.randbits(32) if wish["seed"] is None else wish["seed"] for wish in wishes], **common,
+        )  # fmt: skip
+        return answers
+    except DgemmaError as error:
+        if len(requests) == 1:
+            return [error]
+        return [answer for request in requests for answer in _answers(model, [request], options)]
+
+
+def _messages(wish: Mapping[str, Any]) -> Any:
+    """The prompt, behind a system prompt where there is one."""
+    prompt, system = wish["prompt"], wish["system"]
+    if system is None:
+        return prompt
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [{"role": "system", "content": system}, *messages]

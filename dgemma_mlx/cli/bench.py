@@ -101,7 +101,7 @@ def _timed_steps(model: Model, text: str, steps: int) -> dict[str, Any]:
     never_settled = model.generation.override(max_denoising_steps=steps + 1, confidence_threshold=0.0)
     drafts: list[float] = []
     canvas = model.config.canvas_length
-    for event in stream(model, text, raw=True, seed=0, max_tokens=canvas, generation=never_settled):
+    for event in stream(model, text, raw=True, seed=0, max_tokens=canvas, speed="reference", generation=never_settled):
         if isinstance(event, Draft):
             drafts.append(time.perf_counter())
         elif isinstance(event, Done):

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dgemma_mlx.cli.batch import answer_batch, read_batch
+from dgemma_mlx.cli.interrupt import interruptible, unless_cancelled
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.prompt import read_prompt
+from dgemma_mlx.cli.prompt_cache import PromptCacheFile, kept_prompt_cache
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.settings import LARGEST_SEED, Settings
+from dgemma_mlx.settings import LARGEST_SEED, Settings, checked
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -53,6 +55,7 @@ AsJsonLines = Annotated[bool, typer.Option("--jsonl", help="Print every event as
 Batch = Annotated[
     Path | None, typer.Option(help="Answer the prompts of a JSONL file, one JSON object a line out.")
 ]
+BatchSize = Annotated[int, typer.Option(min=1, help="Of the prompts of --batch, answer so many at once.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
 Temp = Annotated[
@@ -67,6 +70,15 @@ Confidence = Annotated[
 ]
 Stability = Annotated[
     int | None, typer.Option("--stability-threshold", help="Stop when unchanged for so many steps.")
+]
+SpeedMode = Annotated[
+    str | None,
+    typer.Option("--speed", help="reference, balanced or fast: what it takes to commit a canvas. Else balanced."),
+]
+VerifyMode = Annotated[
+    str | None,
+    typer.Option("--verify", help="off, flag or repair: have the encoder check each canvas. For answers that follow "
+                 "from the prompt; of no use for open prose."),
 ]
 TrimCanvas = Annotated[
     bool, typer.Option("--trim-canvas", help="Make the last canvas no longer than --max-tokens needs: less work.")
@@ -91,6 +103,7 @@ def generate(
     show_steps: ShowSteps = None,
     trace: Trace = None,
     batch: Batch = None,
+    batch_size: BatchSize = 1,
     as_json: AsJson = False,
     as_json_lines: AsJsonLines = False,
     quiet: Quiet = False,
@@ -101,9 +114,12 @@ def generate(
     t_max: TMax = None,
     confidence_threshold: Confidence = None,
     stability_threshold: Stability = None,
+    speed: SpeedMode = None,
+    verify: VerifyMode = None,
     trim_canvas: TrimCanvas = False,
     prefill_step_size: PrefillStep = None,
     memory_limit: MemoryLimit = None,
+    prompt_cache: PromptCacheFile = None,
     cpu_dequantize: Dequantize = None,
     no_kernels: NoKernels = False,
 ) -> None:
@@ -113,6 +129,8 @@ def generate(
     its few tasks only; see dgemma-mlx --help.
     """
     _check_options(prompt, batch, as_json, as_json_lines, trace, show_steps)
+    if batch is not None and prompt_cache is not None:
+        raise DgemmaError("--batch goes without --prompt-cache", "The file holds one prompt.", exit_code=2)
     text = read_prompt(prompt) if batch is None else ""
     requests = [] if batch is None else read_batch(batch)
     if quiet:
@@ -127,6 +145,7 @@ def generate(
         "temp": settings.pick("temp", temp), "thinking": settings.pick("thinking", thinking), "raw": raw,
         # a system prompt from the settings is not meant for raw prompts
         "system": system if raw else settings.pick("system", system), "prefill_step_size": prefill_step_size,
+        "speed": chosen(settings, "speed", speed), "verify": chosen(settings, "verify", verify),
         "trim_canvas": trim_canvas, "memory_limit": in_bytes(settings.pick("memory_limit", memory_limit)),
     }  # fmt: skip
     live = settings.pick("live", False if no_live or quiet or show_steps else None) and draws()
@@ -135,9 +154,15 @@ def generate(
         loaded = load_as_told(settings, model, cpu_dequantize, no_kernels, quiet)
         options["generation"] = loaded.generation.override(**{n: settings.pick(n, flag) for n, flag in loop.items()})
         if batch is not None:
-            answer_batch(loaded, requests, options)
+            answer_batch(loaded, requests, options, batch_size)
         else:
-            _answer(loaded, text, options, file, show_steps, form, quiet)
+            with kept_prompt_cache(prompt_cache, loaded) as options["prompt_cache"]:
+                _answer(loaded, text, options, file, show_steps, form, quiet)
+
+
+def chosen(settings: Settings, name: str, flag: Any) -> Any:
+    """The flag, checked as the setting of its name is, or else that setting."""
+    return settings.pick(name, None if flag is None else checked(name, flag, f"--{name}"))
 
 
 def load_as_told(
@@ -163,14 +188,27 @@ def _answer(
     from dgemma_mlx.cli.render.plain import traced, with_snapshots
     from dgemma_mlx.engine import stream
 
-    events: Iterable[Event] = stream(model, prompt, **options)
-    if trace is not None:
-        events = traced(events, trace, model.name)
-    if show_steps is not None:
-        events = with_snapshots(events, show_steps, model.tokenizer.decode)
-    done = _print(events, model, form, quiet)
+    with interruptible() as cancelled:
+        events: Iterable[Event] = unless_cancelled(stream(model, prompt, **options, cancelled=cancelled))
+        if trace is not None:
+            events = traced(events, trace, model.name)
+        if show_steps is not None:
+            events = with_snapshots(events, show_steps, model.tokenizer.decode)
+        done = _print(events, model, form, quiet)
     if not quiet:
         print(_summary(done), file=sys.stderr)
+    warn_of_doubts(done)
+
+
+def warn_of_doubts(done: Done) -> None:
+    """What the user has to know of an answer that may be wrong, also when ``--quiet``."""
+    uncertain, doubted = done.statistics.low_confidence, done.statistics.doubted_tokens
+    if uncertain:
+        canvases = "a canvas was" if uncertain == 1 else f"{uncertain} canvases were"
+        print(f"dgemma-mlx: {canvases} still uncertain after all steps: low confidence", file=sys.stderr)
+    if doubted:
+        tokens = "a token" if doubted == 1 else f"{doubted} tokens"
+        print(f"dgemma-mlx: the encoder doubts {tokens} of the answer", file=sys.stderr)
 
 
 def _print(events: Iterable[Event], model: Model, form: str, quiet: bool) -> Done:

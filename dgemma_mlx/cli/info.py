@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dgemma_mlx.cli.generate import Dequantize
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.errors import DgemmaError
 
@@ -20,20 +21,22 @@ ModelName = Annotated[str | None, typer.Argument(help="A folder, a Hub id, or 'd
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-def info(model: ModelName = None, as_json: AsJson = False) -> None:
+def info(model: ModelName = None, cpu_dequantize: Dequantize = None, as_json: AsJson = False) -> None:
     """Show a checkpoint's architecture, size, and the memory it needs. Reads no weights."""
     from dgemma_convert.source import open_source
     from dgemma_mlx.hub import resolve
     from dgemma_mlx.settings import Settings
 
-    source = open_source(resolve(Settings().pick("model", model), weights=False))
-    facts = describe(source)
+    settings = Settings()
+    source = open_source(resolve(settings.pick("model", model), weights=False))
+    facts = describe(source, settings.pick("cpu_dequantize", cpu_dequantize))
     with quiet_when_closed():
         print(json.dumps(facts) if as_json else _as_text(facts))
 
 
-def describe(source: Source) -> dict[str, Any]:
-    """The facts, sizes in bytes; memory is that of a prompt of so many tokens and its answer, on this machine."""
+def describe(source: Source, cpu_dequantize: str = "auto") -> dict[str, Any]:
+    """The facts, sizes in bytes; memory is that of a prompt of so many tokens and its answer, on this machine, and
+    ``unpacked`` whether packed weights are unpacked in it, as ``load`` with this ``cpu_dequantize`` does."""
     from dgemma_convert.recipes import EXPERTS, class_of
     from dgemma_mlx.model.memory import cache_memory, run_memory
 
@@ -42,7 +45,7 @@ def describe(source: Source) -> dict[str, Any]:
     parameters, size = sum(weight.size for weight in weights), sum(weight.nbytes for weight in weights)
     experts = sum(weight.size for path, weight in source.text.items() if class_of(path + weight.suffix) == EXPERTS)
     in_text = sum(weight.size for weight in source.text.values())
-    loaded = loaded_bytes(source)
+    loaded = loaded_bytes(source, cpu_dequantize)
     positions = text.max_position_embeddings
     contexts = [*(n for n in _CONTEXTS if n < positions), positions]
     return {
@@ -64,24 +67,38 @@ def describe(source: Source) -> dict[str, Any]:
         "bits_per_weight": round(8 * size / parameters, 2),
         "formats": sorted({str(weight.format) if weight.format else weight.stored[0].dtype for weight in weights}),
         "recipe": _recipe(source.folder),
+        "unpacked": _unpacks(source, cpu_dequantize),
         "memory": {
             str(n): {"cache": cache_memory(config, n), "total": run_memory(config, loaded, n)} for n in contexts
         },
     }
 
 
-def loaded_bytes(source: Source) -> int:
-    """Of the text network's weights, once this machine has loaded them as ``load`` does by default."""
+def loaded_bytes(source: Source, cpu_dequantize: str = "auto") -> int:
+    """Of the text network's weights, once this machine has loaded them as ``load`` does."""
+    from dgemma_mlx.model.memory import weight_memory
+
+    weights, unpacked = source.text.values(), _unpacks(source, cpu_dequantize)
+    stored = [weight for weight in weights if weight.format is None or not unpacked]
+    plain = _plain_bytes(source) if unpacked else 0
+    return plain + weight_memory(tensor for weight in stored for tensor in weight.stored)
+
+
+def _unpacks(source: Source, cpu_dequantize: str) -> bool:
+    """Whether ``load`` would unpack packed weights here."""
     import mlx.core as mx
 
-    from dgemma_mlx.model.memory import free_memory, weight_memory
+    from dgemma_mlx.model.memory import free_memory
 
-    weights = source.text.values()
-    stored = weight_memory(tensor for weight in weights for tensor in weight.stored)
-    plain = 4 * sum(weight.size for weight in weights if weight.format is not None)
-    if mx.metal.is_available() or plain > free_memory() // 2:
-        return stored
-    return plain + weight_memory(tensor for weight in weights if weight.format is None for tensor in weight.stored)
+    plain = _plain_bytes(source)
+    if mx.metal.is_available() or plain == 0 or cpu_dequantize == "off":
+        return False
+    return cpu_dequantize == "on" or plain <= free_memory() // 2
+
+
+def _plain_bytes(source: Source) -> int:
+    """Of the packed weights, once unpacked to float32."""
+    return 4 * sum(weight.size for weight in source.text.values() if weight.format is not None)
 
 
 def _recipe(folder: Path) -> str | None:
@@ -112,7 +129,8 @@ def _as_text(facts: dict[str, Any]) -> str:
         "folder": facts["folder"],
     }
     lines = [f"{facts['model']}: {facts['architecture']}", *(f"  {name:11} {text}" for name, text in rows.items())]
-    lines.append("  memory to run it, estimated:")
+    unpacked = ", packed weights unpacked (--cpu-dequantize off: not)" if facts["unpacked"] else ""
+    lines.append(f"  memory to run it, estimated{unpacked}:")
     lines += [
         f"    {int(context):>7,} tokens of context  {size(memory['total']):>9}, of it {size(memory['cache'])} cache"
         for context, memory in facts["memory"].items()

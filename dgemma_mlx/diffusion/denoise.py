@@ -14,7 +14,8 @@ import mlx.core as mx
 from dgemma_mlx.config import GenerationConfig
 from dgemma_mlx.diffusion.sampler import Noise, accept
 from dgemma_mlx.diffusion.schedule import temperature
-from dgemma_mlx.diffusion.stopping import StableAndConfident
+from dgemma_mlx.diffusion.speed import REFERENCE, Speed
+from dgemma_mlx.diffusion.stopping import TESTS, Stopping
 from dgemma_mlx.events import Draft
 from dgemma_mlx.kernels import canvas_sampler
 from dgemma_mlx.model.cache import PrefixCache
@@ -22,24 +23,37 @@ from dgemma_mlx.model.prediction import Prediction
 from dgemma_mlx.model.text import DiffusionGemma
 
 
+@dataclass(frozen=True)
+class Pins:
+    """Positions of a canvas that hold given ids: never renoised, counted neither for acceptance nor for stopping."""
+
+    ids: mx.array
+    """(B, C) int32; what stands at a free position does not matter"""
+    free: mx.array
+    """(B, C) bool: the other positions"""
+
+
 @dataclass
 class _Step:
-    """Arrays of one step over the batch, before they become events; (B, C) each."""
+    """Arrays of one step over the batch, before they become events."""
 
-    current_canvas: mx.array  # the next step's input
-    argmax_canvas: mx.array
-    accepted_mask: mx.array  # bool
-    entropy: mx.array  # float32
+    current_canvas: mx.array  # (B, C), the next step's input
+    argmax_canvas: mx.array  # (B, C)
+    accepted_mask: mx.array  # (B, C) bool
+    entropy: mx.array  # (B, C) float32
+    test: mx.array  # (B,) int32, as ``Stopping`` has it
+    uncertain: mx.array  # (B,) bool
 
-    def keep(self, last: _Step, finished: mx.array) -> _Step:
+    def arrays(self) -> tuple[mx.array, ...]:
+        return (
+            self.current_canvas, self.argmax_canvas, self.accepted_mask, self.entropy, self.test, self.uncertain,
+        )  # fmt: skip
+
+    def keep(self, last: _Step) -> _Step:
         """This step, with the rows that had finished as they were."""
-        row = finished[:, None]
-        return _Step(
-            mx.where(row, last.current_canvas, self.current_canvas),
-            mx.where(row, last.argmax_canvas, self.argmax_canvas),
-            mx.where(row, last.accepted_mask, self.accepted_mask),
-            mx.where(row, last.entropy, self.entropy),
-        )
+        finished = last.test < len(TESTS)
+        pairs = zip(last.arrays(), self.arrays(), strict=True)
+        return _Step(*(mx.where(finished if new.ndim == 1 else finished[:, None], old, new) for old, new in pairs))
 
 
 def denoise(
@@ -48,49 +62,65 @@ def denoise(
     config: GenerationConfig,
     noise: Noise,
     *,
-    batch: int = 1,
     canvas_length: int,
     canvas_index: int = 0,
+    attempt: int = 0,
+    speed: Speed = REFERENCE,
     greedy: bool = False,
+    pins: Pins | None = None,
 ) -> Iterator[tuple[Draft, ...]]:
     """Denoises a canvas after the cached prefix; yields one ``Draft`` for each row a step, last ones ``finished``.
 
     ``greedy`` takes the argmax as denoiser canvas instead of a sample. Each step is evaluated once, before
     it is yielded; a caller may stop between any two.
     """
-    vocab_size = model.config.vocab_size
-    canvas = noise.canvas(batch, canvas_length, vocab_size)
-    settled = StableAndConfident(config.stability_threshold, config.confidence_threshold)
-    finished = mx.zeros(batch, mx.bool_)
+    vocab_size, steps = model.config.vocab_size, config.max_denoising_steps
+    stopping = Stopping(config, speed, None if pins is None else pins.free)
+    canvas = _pinned(noise.canvas(canvas_length, vocab_size), pins)
     last: _Step | None = None
     prediction: Prediction | None = None
-    for number in range(1, config.max_denoising_steps + 1):
+    for number in range(1, steps + 1):
         raw = model.project(model.decode_hidden(canvas, cache, prediction))
-        uniforms = mx.zeros(canvas.shape) if greedy else noise.uniform(batch, canvas_length)
-        degree = temperature(config.max_denoising_steps + 1 - number, config)
+        uniforms = mx.zeros(canvas.shape) if greedy else noise.uniform(canvas_length)
+        degree = temperature(steps + 1 - number, config)
         sample = canvas_sampler(raw, uniforms, model.config.final_logit_softcapping, degree)
-        accepted_mask = accept(sample.entropy, config.entropy_bound)
+        accepted_mask = _accept(sample.entropy, config.entropy_bound * speed.entropy_bound_factor, pins)
         denoised = sample.argmax if greedy else sample.sample
-        current = mx.where(accepted_mask, denoised, noise.canvas(batch, canvas_length, vocab_size))
-        step = _Step(current, sample.argmax, accepted_mask, sample.entropy)
+        current = mx.where(accepted_mask, denoised, noise.canvas(canvas_length, vocab_size))
+        entropy = sample.entropy if pins is None else mx.where(pins.free, sample.entropy, 0)
+        argmax = _pinned(sample.argmax, pins)
+        test, uncertain = stopping(sample._replace(argmax=argmax, entropy=entropy))
+        step = _Step(_pinned(current, pins), argmax, accepted_mask, entropy, test, uncertain)
         if last is not None:
-            step = step.keep(last, finished)
-        finished = finished | settled(step.argmax_canvas, step.entropy)
-        mx.eval(step.current_canvas, step.argmax_canvas, step.accepted_mask, step.entropy, finished, *sample)
-        drafts = _drafts(step, finished, canvas_index, number, config.max_denoising_steps)
+            step = step.keep(last)
+        mx.eval(*step.arrays(), *sample)
+        drafts = _drafts(step, canvas_index, attempt, number, steps)
         yield drafts
         if all(draft.finished for draft in drafts):
             return
         last, canvas, prediction = step, step.current_canvas, model.predict(raw, sample, degree)
 
 
+def _pinned(canvas: mx.array, pins: Pins | None) -> mx.array:
+    return canvas if pins is None else mx.where(pins.free, canvas, pins.ids)
+
+
+def _accept(entropy: mx.array, bound: float, pins: Pins | None) -> mx.array:
+    if pins is None:
+        return accept(entropy, bound)
+    return accept(mx.where(pins.free, entropy, mx.inf), bound) & pins.free
+
+
 def _drafts(
-    step: _Step, finished: mx.array, canvas_index: int, number: int, max_steps: int
+    step: _Step, canvas_index: int, attempt: int, number: int, max_steps: int
 ) -> tuple[Draft, ...]:
     """The rows of an evaluated step as events."""
-    arrays = (step.argmax_canvas, step.accepted_mask, step.entropy, finished)
-    rows: Any = zip(*(array.tolist() for array in arrays), strict=True)
-    return tuple(
-        Draft(canvas_index, number, max_steps, tuple(ids), tuple(mask), tuple(entropy), stopped or number == max_steps)
-        for ids, mask, entropy, stopped in rows
-    )
+    rows: Any = zip(*(array.tolist() for array in step.arrays()[1:]), strict=True)
+    drafts = []
+    for ids, mask, entropy, test, uncertain in rows:
+        settled_by = TESTS[test] if test < len(TESTS) else "steps" if number == max_steps and not uncertain else None
+        drafts.append(Draft(
+            canvas_index, number, max_steps, tuple(ids), tuple(mask), tuple(entropy),
+            finished=settled_by is not None or number == max_steps, settled_by=settled_by, attempt=attempt,
+        ))
+    return tuple(drafts)

@@ -5,6 +5,8 @@ Reference: transformers ``EntropyBoundSampler``; Ben-Hamu et al., arXiv 2505.248
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 
@@ -18,22 +20,37 @@ def accept(entropy: mx.array, entropy_bound: float) -> mx.array:
 
 
 class Noise:
-    """The random numbers of a generation, all from one key: one seed, one text, on one machine.
+    """The random numbers of one canvas or more, for a batch of rows with a seed each: row b draws what it would alone.
 
-    Tests replace it by an object with the same two methods to inject the reference's numbers.
+    One seed, one text, on one machine. Tests replace it by an object with the same methods to inject the
+    reference's numbers.
     """
 
-    def __init__(self, seed: int) -> None:
-        self._key = mx.random.key(seed)
+    def __init__(self, *seeds: int) -> None:
+        self._keys = [mx.random.key(seed) for seed in seeds]
 
-    def _next(self) -> mx.array:
-        self._key, key = mx.random.split(self._key)
-        return key
+    def fork(self) -> Noise:
+        """Numbers for the next canvas: what they are does not depend on how many the canvas before has drawn."""
+        forked = Noise()
+        forked._keys = self._next()
+        return forked
 
-    def canvas(self, batch: int, length: int, vocab_size: int) -> mx.array:
+    def keep(self, rows: list[int]) -> None:
+        """Goes on with these rows of the batch alone."""
+        self._keys = [self._keys[row] for row in rows]
+
+    def canvas(self, length: int, vocab_size: int) -> mx.array:
         """Uniform random ids (B, C) over the whole vocabulary."""
-        return mx.random.randint(0, vocab_size, (batch, length), key=self._next())
+        return self._rows(lambda key: mx.random.randint(0, vocab_size, (length,), key=key))
 
-    def uniform(self, batch: int, length: int) -> mx.array:
+    def uniform(self, length: int) -> mx.array:
         """Numbers (B, C) in [0, 1): one for each sample that is drawn by inverse CDF."""
-        return mx.random.uniform(shape=(batch, length), key=self._next())
+        return self._rows(lambda key: mx.random.uniform(shape=(length,), key=key))
+
+    def _rows(self, draw: Callable[[mx.array], mx.array]) -> mx.array:
+        return mx.stack([draw(key) for key in self._next()])
+
+    def _next(self) -> list[mx.array]:
+        pairs = [mx.random.split(key) for key in self._keys]
+        self._keys = [pair[0] for pair in pairs]
+        return [pair[1] for pair in pairs]

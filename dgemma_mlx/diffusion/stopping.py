@@ -1,28 +1,84 @@
 """When a canvas is settled.
 
-Reference: transformers ``StableAndConfidentStoppingCriteria``.
+Reference: transformers ``StableAndConfidentStoppingCriteria``; what else may settle one is told in ``speed``.
 """
 
 from __future__ import annotations
 
 import mlx.core as mx
 
+from dgemma_mlx.config import GenerationConfig
+from dgemma_mlx.diffusion.speed import SETTLED_END, UNCERTAIN, Speed
+from dgemma_mlx.kernels import MAX_KEPT, CanvasSample
 
-class StableAndConfident:
-    """True for a row whose argmax canvas equals those of the last ``stability_threshold`` steps and whose
-    mean entropy is below ``confidence_threshold`` (an upper bound, in nats)."""
+TESTS = ("stable", "confident", "gap", "plateau")
 
-    def __init__(self, stability_threshold: int, confidence_threshold: float) -> None:
-        self._stability, self._confidence = stability_threshold, confidence_threshold
-        self._history: list[mx.array] = []
 
-    def __call__(self, argmax_canvas: mx.array, entropy: mx.array) -> mx.array:
-        """Argmax canvas (B, C) and entropies (B, C) of a step -> (B,) bool."""
-        confident = entropy.mean(axis=-1) < self._confidence
-        if self._stability == 0:
-            return confident
-        stable = mx.full(confident.shape, len(self._history) == self._stability)
-        for earlier in self._history:
-            stable = stable & (earlier == argmax_canvas).all(axis=-1)
-        self._history = [*self._history, argmax_canvas][-self._stability :]
-        return stable & confident
+class Stopping:
+    """Says after each step which of ``TESTS`` the canvas of each row has passed.
+
+    ``stable``, the reference's: the argmax canvas equals those of the last ``stability_threshold`` steps and the mean
+    entropy is below ``confidence_threshold`` (an upper bound, in nats). The others are ``Speed``'s. Only positions
+    that are ``free`` (B, C) bool count, where that is given; ``Speed`` may leave out more of them.
+    """
+
+    def __init__(self, config: GenerationConfig, speed: Speed, free: mx.array | None = None) -> None:
+        self._config, self._speed, self._free = config, speed, free
+        self._history: list[mx.array] = []  # the argmax canvases (B, C) before this one, the latest last
+
+    def __call__(self, sample: CanvasSample) -> tuple[mx.array, mx.array]:
+        """A step's sample (B, C) -> (B,) int32, which test was passed, by number, or ``len(TESTS)``: none; and (B,)
+        bool: whether the mean entropy is above ``UNCERTAIN``."""
+        config, speed = self._config, self._speed
+        counts = self._counting(sample)
+        entropy = self._mean_entropy(sample, counts)
+        no = mx.zeros(entropy.shape, mx.bool_)
+        passed = dict.fromkeys(TESTS, no)
+        confident = entropy < config.confidence_threshold
+        passed["stable"] = self._unchanged(sample, counts, config.stability_threshold) & confident
+        if speed.confident_steps is not None and len(self._history) + 1 >= speed.confident_steps:
+            passed["confident"] = entropy < max(speed.confident_entropy, config.confidence_threshold)
+        if speed.gap is not None:
+            passed["gap"] = _all(_gap(sample) > speed.gap, counts)
+        if speed.plateau_steps is not None:
+            passed["plateau"] = self._unchanged(sample, counts, speed.plateau_steps) & (entropy < speed.plateau_entropy)
+        self._history.append(sample.argmax)
+        first = mx.argmax(mx.stack([*passed.values(), ~no], axis=-1), axis=-1)
+        return first.astype(mx.int32), entropy > UNCERTAIN
+
+    def _counting(self, sample: CanvasSample) -> mx.array | None:
+        """(B, C) bool: the positions that count; None: all of them."""
+        if not self._speed.ignore_after_end:
+            return self._free
+        ends = (sample.argmax[..., None] == mx.array(self._config.eos_token_ids)).any(axis=-1)
+        first = ends & (mx.cumsum(ends, axis=-1) == 1)
+        settled = first & (sample.entropy < SETTLED_END)
+        counts = mx.cumsum(settled, axis=-1) - settled == 0
+        return counts if self._free is None else counts & self._free
+
+    def _mean_entropy(self, sample: CanvasSample, counts: mx.array | None) -> mx.array:
+        """(B,) float32. What comes behind the end counts as certain, so that no answer is held up by being short."""
+        if counts is None:
+            return sample.entropy.mean(axis=-1)
+        total = mx.where(counts, sample.entropy, 0).sum(axis=-1)
+        size = sample.entropy.shape[-1] if self._free is None else mx.maximum(self._free.sum(axis=-1), 1)
+        return total / size
+
+    def _unchanged(self, sample: CanvasSample, counts: mx.array | None, steps: int) -> mx.array:
+        """(B,) bool: whether the argmax is that of so many steps before, wherever it counts."""
+        same = mx.full(sample.argmax.shape[:1], len(self._history) >= steps)
+        for earlier in self._history[len(self._history) - steps :] if steps else ():
+            same = same & _all(earlier == sample.argmax, counts)
+        return same
+
+
+def _all(true: mx.array, counts: mx.array | None) -> mx.array:
+    """(B,) bool: whether it is true (B, C) wherever it counts."""
+    return (true if counts is None else true | ~counts).all(axis=-1)
+
+
+def _gap(sample: CanvasSample) -> mx.array:
+    """(B, C) float32: how far the two most probable tokens are apart in probability; 0 where the list of the probable
+    ones is cut off."""
+    two = mx.topk(sample.kept_weights, 2, axis=-1)
+    return mx.where(sample.kept_count <= MAX_KEPT, mx.abs(two[..., 1] - two[..., 0]), 0)

@@ -147,7 +147,10 @@ def _sum_of_rows(
     soft = mx.array(0.0)
     longest: Any = counts.max().item()
     for i in range(0, max(1, longest), _PLACES):
-        part = rows(ids[:, i : i + _PLACES]).astype(mx.float32)  # (N, PLACES, M)
+        some = ids[:, i : i + _PLACES]
+        if i:  # else MLX might fetch the rows of all places first
+            [some] = mx.depends([some], [soft])
+        part = rows(some).astype(mx.float32)  # (N, PLACES, M)
         soft = soft + (weights[:, None, i : i + _PLACES] @ part)[:, 0]
     return soft
 

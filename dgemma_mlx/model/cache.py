@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -103,7 +104,10 @@ class SlidingLayerCache(_LayerCache):
             k, v = mx.concatenate([keys, k], axis=2), mx.concatenate([values, v], axis=2)
         start = max(0, k.shape[2] - self._kept)
         # contiguous: a view would keep the whole chunk's buffer alive
-        self.set_state(mx.contiguous(k[:, :, start:]), mx.contiguous(v[:, :, start:]))
+        kept = mx.contiguous(k[:, :, start:]), mx.contiguous(v[:, :, start:])
+        self.set_state(*kept)
+        # Else MLX would leave the copies of all layers to the end, and hold the chunk's keys and values until then.
+        k, v = mx.depends([k, v], list(kept))
         return k, v
 
 
@@ -138,6 +142,12 @@ class PrefixCache:
             FullLayerCache() if kind == FULL else SlidingLayerCache(config.sliding_window)
             for kind in config.layer_types
         ]
+        self._ends = [0] * len(self.layers)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every layer holds what ``offset`` says: not so where an ``encode`` or ``restore`` was interrupted."""
+        return all(end == self.offset for end in self._ends)
 
     @property
     def rope_offset(self) -> int | mx.array:
@@ -150,6 +160,7 @@ class PrefixCache:
 
     def update(self, layer: int, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         """Appends one layer's (B, Hk, L, D); returns what the new positions attend over."""
+        self._ends[layer] = self.offset + k.shape[2]
         return self.layers[layer].update(k, v, self._capacity)
 
     def with_canvas(self, layer: int, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
@@ -175,6 +186,15 @@ class PrefixCache:
                 layer.size = snapshot.offset
             else:
                 layer.set_state(*snapshot.sliding[i])
+        self._ends = [snapshot.offset] * len(self.layers)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Goes on with these rows of the batch alone. Snapshots taken before are of no use then."""
+        chosen = mx.array(list(rows), mx.int32)
+        if self._left_padding is not None:
+            self._left_padding = self._left_padding[chosen]
+        for layer in self.layers:
+            layer.set_state(*(array[chosen] for array in layer.state()))
 
     def encode_masks(self, length: int) -> dict[str, Mask]:
         """For each kind of layer, who sees whom when ``length`` positions are appended."""

@@ -12,16 +12,19 @@ import mlx.core as mx
 
 from dgemma_mlx.config import FULL, SLIDING, ModelConfig
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.kernels import MAX_KEPT
 from dgemma_mlx.model.attention import SCORE_BYTES
 from dgemma_mlx.model.cache import SPARE
 from dgemma_mlx.model.shards import StoredTensor
-from dgemma_mlx.model.text import DiffusionGemma
+from dgemma_mlx.model.text import DENSE_BYTES, DiffusionGemma, dense_value_bytes
 
 PREFILL_STEP_SIZE = 512
 _LEAST_STEP_SIZE = 64
 _LEAST_SCORE_BYTES = 4 << 20
 _AHEAD = 8  # blocks of scores alive at a time: MLX sets out on operations before those in front have ended (measured)
 _MARKS = 2  # copies of the sliding layers' keys and values in a ``PromptCache``
+_SAMPLER_BYTES, _SAMPLER_ARRAYS = 4 << 20, 5  # without Metal: of a block of the sampler, and how many are alive
+_SPARSE_ROWS = 72  # without Metal: of the embedding table, float32, alive for each list of probable tokens
 _SHARE_OF_FREE = 0.9
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -53,18 +56,20 @@ def cache_memory(config: ModelConfig, positions: int) -> int:
 
 
 def run_memory(config: ModelConfig, weight_bytes: int, positions: int, budget: Budget | None = None) -> int:
-    """Bytes at the peak, for a prompt of so many positions: weights, cache, and the larger of what prefill and a
-    denoising step work with."""
+    """Bytes at the peak, for a prompt of so many positions, once the weights are loaded: weights, cache, and the larger
+    of what prefill and denoising work with.
+
+    The first answer may stay below: weights come in layer by layer when they are first used.
+    """
     budget = budget or Budget()
-    step = min(budget.prefill_step_size, positions)
-    kinds, canvas = config.text.layer_types, config.canvas_length
+    rows = min(budget.prefill_step_size, positions)
+    kinds = config.text.layer_types
     # Encoding needs the last layer's keys and values, not what it would attend to.
-    prefill = step * _position_memory(config, kinds[:-1]) + _score_memory(config, kinds[:-1], step, positions, budget)
-    logits = 4 * canvas * config.text.vocab_size  # an array of float32
-    # Two are there while the layers run, as raw and as processed logits, up to two and a half more in the softmax.
-    layers = canvas * _position_memory(config, kinds) + _score_memory(config, kinds, canvas, positions + canvas, budget)
+    prefill = _layer_memory(config, kinds[:-1], rows, positions, budget, encoding=True)
     marks = _MARKS * _kept_memory(config, SLIDING, _window(config, positions))
-    denoising = marks + 2 * logits + max(layers, 5 * logits // 2)
+    canvas = config.canvas_length
+    layers = _layer_memory(config, kinds, canvas, positions + canvas, budget, encoding=False)
+    denoising = marks + max(layers, _prediction_memory(config))
     return weight_bytes + cache_memory(config, positions) + max(prefill, denoising)
 
 
@@ -122,9 +127,13 @@ def free_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def _dtype() -> mx.Dtype:
+    """Of activations, logits, keys and values, in the published checkpoints once they are loaded."""
+    return mx.bfloat16 if mx.metal.is_available() else mx.float32
+
+
 def _element() -> int:
-    """Bytes of an activation, and of a key's or value's element."""
-    return 2 if mx.metal.is_available() else 4
+    return _dtype().size
 
 
 def _window(config: ModelConfig, positions: int) -> int:
@@ -138,18 +147,36 @@ def _kept_memory(config: ModelConfig, kind: str, positions: int) -> int:
     return 2 * layers * positions * width * _element()
 
 
-def _position_memory(config: ModelConfig, kinds: Sequence[str]) -> int:
-    """Bytes of a position's intermediate results in a layer of these kinds, as many as were measured at a time."""
+def _layer_memory(
+    config: ModelConfig, kinds: Sequence[str], rows: int, keys: int, budget: Budget, encoding: bool
+) -> int:
+    """Bytes of intermediate results of so many rows in layers of these kinds, the most that is there at a time.
+
+    The numbers say how many arrays of a width MLX holds at once, of several operations on whose results it has set out
+    before those in front have ended: the slopes of measured peaks over each width (float32, MLX 0.32 on Linux).
+    """
     text = config.text
-    heads = text.num_attention_heads * max((text.layer_head_dim(kind) for kind in kinds), default=0)
-    expert = text.hidden_size + 5 * text.moe_intermediate_size  # a row, gate and up, what their product needs
-    return _element() * (
-        6 * text.hidden_size + text.top_k_experts * expert + 3 * text.intermediate_size + 7 * heads
-    )
+    M, K, element = text.hidden_size, text.top_k_experts, _element()
+    feed_forward = 10 * M + K * (5 * M // 2 + 3 * text.moe_intermediate_size) + 3 * text.intermediate_size
+    most = rows * feed_forward * element
+    for kind in set(kinds):
+        seen = keys if kind == FULL else min(keys, text.sliding_window - 1 + rows)
+        heads, kv_heads = (n * text.layer_head_dim(kind) for n in (text.num_attention_heads, text.kv_heads(kind)))
+        attention = rows * (4 * M + 6 * heads + 6 * kv_heads) * element
+        if encoding and kind == SLIDING:  # the window with the new positions behind it, and the next window
+            attention += 4 * seen * kv_heads * element
+        scores = 4 * text.num_attention_heads * rows * seen
+        most = max(most, attention + min(scores, _AHEAD * budget.score_bytes))
+    return most
 
 
-def _score_memory(config: ModelConfig, kinds: Sequence[str], queries: int, keys: int, budget: Budget) -> int:
-    """Bytes of the scores that are there at a time, in layers of these kinds."""
-    seen = {FULL: keys, SLIDING: min(keys, config.text.sliding_window - 1 + queries)}
-    whole = 4 * config.text.num_attention_heads * queries * max((seen[kind] for kind in kinds), default=0)
-    return min(whole, _AHEAD * budget.score_bytes)
+def _prediction_memory(config: ModelConfig) -> int:
+    """Bytes of a step's logits and of what samples from them, then of what makes expected embeddings of them: of a
+    position's list, or of all its logits."""
+    canvas, element, on_gpu = config.canvas_length, _element(), mx.metal.is_available()
+    values = canvas * config.text.vocab_size
+    lists = 3 * 8 * canvas * MAX_KEPT  # ids and weights: this step's, the last one's, and in parts
+    sampler = 0 if on_gpu else _SAMPLER_ARRAYS * min(4 * values, _SAMPLER_BYTES)
+    dense = min(values * dense_value_bytes(_dtype()), DENSE_BYTES)
+    sparse = 0 if on_gpu else _SPARSE_ROWS * canvas * config.text.hidden_size * 4
+    return lists + max(values * element + max(sampler, dense), sparse)

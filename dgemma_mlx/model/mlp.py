@@ -22,7 +22,7 @@ def geglu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 if mx.metal.is_available():  # one fused kernel; on CPU compiling calls a C++ compiler and gains nothing
-    geglu = mx.compile(geglu)
+    geglu = mx.compile(geglu, shapeless=True)  # traced once, not again for each length of prompt, canvas or batch
 
 
 class MLP(nn.Module):

@@ -16,18 +16,18 @@ def least_kept(dtype: mx.Dtype) -> float:
     return 1 - (2**-20 if dtype == mx.float32 else 2**-9)
 
 
-
 @dataclass(frozen=True)
 class Prediction:
-    """The probable tokens of each canvas position, and all logits of those positions where they are too many.
+    """The probable tokens of each canvas position, and the mean embedding of those positions where they are too many.
 
     ``sample`` is the step's, over (B, C); ``dense`` (n,) are the positions, counted through the batch, that its lists
-    do not stand for, and ``logits`` (n, V) float32 their processed logits; both None where there are none.
+    do not stand for, and ``expected`` (n, M) their expected embeddings, smaller to keep through the next step than
+    logits (n, V); both None where there are none.
     """
 
     sample: CanvasSample
     dense: mx.array | None = None
-    logits: mx.array | None = None
+    expected: mx.array | None = None
 
 
 def incomplete(sample: CanvasSample, dtype: mx.Dtype) -> mx.array | None:

@@ -21,6 +21,14 @@ from dgemma_mlx.model.experts import Experts, Router, RouterLog
 from dgemma_mlx.model.mlp import MLP, SelfConditioning
 from dgemma_mlx.model.prediction import Prediction, incomplete
 
+DENSE_BYTES = 128 << 20
+"""What is worked on at a time where expected embeddings take all logits of a position."""
+
+
+def dense_value_bytes(dtype: mx.Dtype) -> int:
+    """Of a value of ``DENSE_BYTES``: float32 stays in one array, half precision is rounded to and from (measured)."""
+    return 4 if dtype == mx.float32 else 14
+
 
 class Layer(nn.Module):
     """Attention, then a dense and a mixture-of-experts branch side by side; norms before and after each.
@@ -162,7 +170,22 @@ class DiffusionGemma(nn.Module):
         dense = incomplete(sample, self.dtype)
         if dense is None:
             return Prediction(sample)
-        return Prediction(sample, dense, self._capped(raw.reshape(-1, raw.shape[-1])[dense]) / temperature)
+        return Prediction(sample, dense, self._expected_embeddings(raw.reshape(-1, raw.shape[-1]), dense, temperature))
+
+    def _expected_embeddings(self, raw: mx.array, positions: mx.array, temperature: float) -> mx.array:
+        """Those of some rows (n,) of raw logits (N, V) -> (n, M), evaluated: in blocks, one after the other.
+
+        Left lazy, the blocks would be part of the next step's evaluation, but MLX starts on several before the first
+        has ended. Measured for 256 rows of 262,144 in float32: 134 MB beside the logits instead of 269, in the same
+        time (2 Linux cores).
+        """
+        step = max(1, DENSE_BYTES // (dense_value_bytes(self.dtype) * raw.shape[-1]))
+        blocks = []
+        for start in range(0, positions.size, step):
+            rows = positions[start : start + step]
+            blocks.append(self._expected_embedding(self._capped(raw[rows]) / temperature))
+            mx.eval(blocks[-1])
+        return mx.concatenate(blocks)
 
     def _capped(self, raw: mx.array) -> mx.array:
         cap = self.config.final_logit_softcapping
@@ -177,8 +200,8 @@ class DiffusionGemma(nn.Module):
         sample = conditioning.sample
         soft = sparse_soft_embedding(self.embed_tokens, sample.kept_ids, sample.kept_weights, sample.kept_count)
         soft = soft.astype(self.dtype).reshape(-1, like.shape[-1]) * math.sqrt(self.config.hidden_size)
-        if conditioning.dense is not None and conditioning.logits is not None:
-            soft[conditioning.dense] = self._expected_embedding(conditioning.logits)
+        if conditioning.dense is not None and conditioning.expected is not None:
+            soft[conditioning.dense] = conditioning.expected
         return soft.reshape(like.shape)
 
     def _expected_embedding(self, logits: mx.array) -> mx.array:

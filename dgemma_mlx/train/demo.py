@@ -27,12 +27,12 @@ from dgemma_mlx.text.tokenizer import Tokenizer, load_tokenizer
 from dgemma_mlx.train import demo_tokenizer
 from dgemma_mlx.train.data import Conversation, batch_pair_at
 from dgemma_mlx.train.export import export
-from dgemma_mlx.train.loop import BatchPair, Log, TrainConfig, train
+from dgemma_mlx.train.loop import BatchPair, Log, TrainConfig, mean_weights, train
 from dgemma_mlx.train.optimizer import make_optimizer
 from dgemma_mlx.train.score import as_markdown, score_card
-from dgemma_mlx.train.tasks import MIX, TASKS
+from dgemma_mlx.train.tasks import training_example
 
-STEPS, BATCH, SEED = 16_700, 16, 0  # BATCH for each of the processes that `make demo-model` starts
+STEPS, BATCH, SEED = 20_000, 16, 0  # BATCH for each of the processes that `make demo-model` starts
 
 CONFIG: dict[str, Any] = {
     "architectures": ["DiffusionGemmaForBlockDiffusion"],
@@ -100,11 +100,10 @@ def new_model(seed: int) -> DiffusionGemma:
 
 def sampler(tokenizer: Tokenizer, template: ChatTemplate) -> Callable[[random.Random], Conversation]:
     """Draws tokenized training conversations from the mix of tasks."""
-    names, shares = list(MIX), list(MIX.values())
     end = tokenizer.special_ids["<turn|>"]
 
     def sample(rng: random.Random) -> Conversation:
-        example = TASKS[rng.choices(names, shares)[0]].sample(rng, "train")
+        example = training_example(rng)
         prompt = encode_chat(tokenizer, template, list(example.messages))
         return prompt, [*tokenizer.encode(example.answer), end]
 
@@ -127,8 +126,11 @@ def build(run: Path, steps: int, log: Log) -> None:
     def batch_pair(number: int) -> BatchPair:
         return batch_pair_at(number, sample, BATCH, canvas_length, pad_id, SEED)
 
-    train(model, make_optimizer(steps), batch_pair, pad_id, TrainConfig(steps=steps, seed=SEED), run, log)
+    ends = (steps * 4 // 5, steps)  # of the last two cycles of the learning rate
+    config = TrainConfig(steps=steps, seed=SEED, mean_of=ends)
+    train(model, make_optimizer(steps), batch_pair, pad_id, config, run, log)
     if group.rank() == 0:
+        model.load_weights(list(mean_weights(run, ends).items()))
         export(model, CONFIG, GENERATION, out)
 
 

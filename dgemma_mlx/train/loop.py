@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,8 @@ class TrainConfig:
     clip_norm: float = 1.0
     log_every: int = 20
     save_every: int = 250
+    mean_of: tuple[int, ...] = ()
+    """steps whose weights are kept, for ``mean_weights``"""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
 
 
@@ -75,6 +77,18 @@ def train(
             sums, began, began_step = {}, time.perf_counter(), step
         if first and (step % config.save_every == 0 or step == config.steps):
             save(run, model, optimizer, step)
+        if first and step in config.mean_of:
+            mx.save_safetensors(str(_kept(run, step)), dict(tree_flatten(model.parameters())))
+
+
+def mean_weights(run: Path, steps: Sequence[int]) -> dict[str, mx.array]:
+    """The mean of the weights that were kept at those steps: stochastic weight averaging (arXiv 1803.05407)."""
+    kept: Any = [mx.load(str(_kept(run, step))) for step in steps]
+    return {name: sum(weights[name] for weights in kept) / len(kept) for name in kept[0]}
+
+
+def _kept(run: Path, step: int) -> Path:
+    return run / f"weights-{step}.safetensors"
 
 
 def _loss(

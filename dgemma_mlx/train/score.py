@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from dgemma_mlx.engine import Model, generate
 from dgemma_mlx.train.tasks import TASKS
@@ -22,13 +23,16 @@ class Score:
     tokens_per_forward: float
 
 
-def score_task(model: Model, task: str, prompts: int, seed: int = 0) -> Score:
-    """Generates answers to ``prompts`` held-out prompts of a task and counts the right ones."""
+def score_task(model: Model, task: str, prompts: int, seed: int = 0, **options: Any) -> Score:
+    """Generates answers to ``prompts`` held-out prompts of a task and counts the right ones.
+
+    The reference's loop, where ``options`` (those of ``generate``) say nothing else.
+    """
     rng = random.Random(f"score/{task}/{seed}")
     correct = tokens = steps = canvases = 0
     for number in range(prompts):
         example = TASKS[task].sample(rng, "heldout")
-        done = generate(model, list(example.messages), max_tokens=128, seed=number)
+        done = generate(model, list(example.messages), max_tokens=128, seed=number, **{"speed": "reference", **options})
         correct += TASKS[task].check(example, done.text)
         tokens += done.statistics.generated_tokens
         steps += done.statistics.denoising_steps

@@ -54,6 +54,19 @@ def test_every_prompt_is_answered_in_order_and_as_by_itself(tmp_path: Path) -> N
         assert records[0][name] == alone[name]
 
 
+def test_answers_are_the_same_however_many_are_answered_at_once(tmp_path: Path) -> None:
+    wishes = [{"prompt": "Sort 7 3 5"}, {"prompt": "word " * 5000}, {"prompt": "Count from 13 to 40.", "seed": 5},
+              {"prompt": "Reverse: red blue", "system": "Be brief.", "max_tokens": 3}, {"prompt": "What is 2 + 5?"}]
+    path = write(tmp_path, *wishes)
+    answers = []
+    for size in ("1", "2", "9"):
+        done = run("--batch", path, "--batch-size", size)
+        assert done.returncode == 1 and "1 of 5 prompts" in done.stderr
+        records = [json.loads(line) for line in done.stdout.splitlines()]
+        answers.append([(record.get("text"), record.get("tokens"), record.get("seed")) for record in records])
+    assert answers[0] == answers[1] == answers[2]
+
+
 def test_a_prompt_that_cannot_be_answered_does_not_stop_the_others(tmp_path: Path) -> None:
     done = run("--batch", write(tmp_path, json.dumps("word " * 5000), json.dumps("Sort 7 3 5")))
     long, sort = map(json.loads, done.stdout.splitlines())

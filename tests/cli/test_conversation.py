@@ -22,7 +22,9 @@ from tests.cli.terminal import Terminal
 
 # The model needs two steps for what it can do, and would use all there are for what it cannot.
 FEW = {"DGEMMA_MAX_DENOISING_STEPS": "4", "DGEMMA_MAX_TOKENS": "32"}
-ENDLESS = {"DGEMMA_MAX_DENOISING_STEPS": "100000", "DGEMMA_STABILITY_THRESHOLD": "99999"}
+ENDLESS = {
+    "DGEMMA_MAX_DENOISING_STEPS": "100000", "DGEMMA_STABILITY_THRESHOLD": "99999", "DGEMMA_SPEED": "reference",
+}
 UP, SEARCH, ALT_ENTER, CTRL_C, CTRL_D = "\x1b[A", "\x12", "\x1b\r", "\x03", "\x04"
 
 
@@ -161,7 +163,10 @@ def test_ctrl_c_in_the_first_canvas_keeps_nothing(state: Path) -> None:
 
 
 # Each canvas takes all its steps.
-LONG = {"DGEMMA_MAX_DENOISING_STEPS": "15", "DGEMMA_STABILITY_THRESHOLD": "99999", "DGEMMA_MAX_TOKENS": "64"}
+LONG = {
+    "DGEMMA_MAX_DENOISING_STEPS": "15", "DGEMMA_STABILITY_THRESHOLD": "99999", "DGEMMA_SPEED": "reference",
+    "DGEMMA_MAX_TOKENS": "64",
+}
 
 
 def test_ctrl_c_in_the_second_canvas_keeps_the_first(state: Path) -> None:

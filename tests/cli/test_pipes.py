@@ -33,7 +33,7 @@ ESCAPE = b"\x1b"
 
 def slowly(steps: int) -> list[str]:
     """Options with which every canvas takes so many steps."""
-    return ["--max-denoising-steps", str(steps), "--stability-threshold", str(steps)]
+    return ["--speed", "reference", "--max-denoising-steps", str(steps), "--stability-threshold", str(steps)]
 
 
 def events(trace: Path) -> list[dict[str, Any]]:
@@ -153,6 +153,9 @@ def test_ctrl_c_while_it_loads(tmp_path: Path) -> None:
             except OSError as error:
                 assert error.errno == errno.ENXIO
                 time.sleep(0.01)
+        # It is about to read. Python looks for signals before a read and after it: one that comes in between is
+        # only noticed when there is something to read.
+        time.sleep(1)
         interrupt(terminal)
         os.close(writer)
     assert terminal.text == "^Cinterrupted"

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from dgemma_mlx.diffusion.speed import DEFAULT_SPEED, SPEEDS
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.kernels.dispatch import MODES, VARIABLE
 from dgemma_mlx.model.dequantize import CHOICES
+from dgemma_mlx.run import VERIFY
 from dgemma_mlx.settings import SETTINGS, Settings, config_file
 
 # One value of every setting that is not its default: as TOML has it, as the environment has it, as Python has it.
@@ -31,6 +33,8 @@ OTHERS: dict[str, tuple[str, str, Any]] = {
     "t_max": ("1.5", "1.5", 1.5),
     "confidence_threshold": ("0.0", "0", 0.0),
     "stability_threshold": ("0", "0", 0),
+    "speed": ('"fast"', "fast", "fast"),
+    "verify": ('"flag"', "flag", "flag"),
     "memory_limit": ('"8GB"', "8GB", "8GB"),
     "cpu_dequantize": ('"on"', "on", "on"),
     "kernels": ('"off"', "off", "off"),
@@ -40,6 +44,9 @@ OTHERS: dict[str, tuple[str, str, Any]] = {
 def test_choices_are_those_of_the_modules_that_make_them() -> None:
     assert SETTINGS["kernels"].choices == MODES
     assert SETTINGS["cpu_dequantize"].choices == CHOICES
+    assert SETTINGS["speed"].choices == tuple(SPEEDS)
+    assert SETTINGS["speed"].default == DEFAULT_SPEED
+    assert SETTINGS["verify"].choices == VERIFY
     assert f"DGEMMA_{'kernels'.upper()}" == VARIABLE
 
 

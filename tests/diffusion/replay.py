@@ -17,15 +17,18 @@ class Replay(Noise):
     def __init__(self, canvases: NDArray[Any], uniforms: NDArray[Any]) -> None:
         self._canvases, self._uniforms = iter(canvases), iter(uniforms)
 
-    def canvas(self, batch: int, length: int, vocab_size: int) -> mx.array:
+    def fork(self) -> Replay:
+        return self
+
+    def canvas(self, length: int, vocab_size: int) -> mx.array:
         canvas = next(self._canvases)
-        assert canvas.shape == (batch, length)
+        assert canvas.shape[1:] == (length,)
         assert canvas.max() < vocab_size
         return mx.array(canvas, mx.int32)
 
-    def uniform(self, batch: int, length: int) -> mx.array:
+    def uniform(self, length: int) -> mx.array:
         uniform = next(self._uniforms)
-        assert uniform.shape == (batch, length)
+        assert uniform.shape[1:] == (length,)
         return mx.array(uniform, mx.float32)
 
 

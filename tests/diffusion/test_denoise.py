@@ -33,11 +33,9 @@ def prefix(batch: int = 1) -> PrefixCache:
 def run(
     noise: Noise | int, config: GenerationConfig = SETTLES, *, batch: int = 1, length: int = C, greedy: bool = False
 ) -> list[tuple[Draft, ...]]:
-    """All steps of a canvas after the prefix; ``noise`` may be a seed."""
-    source = Noise(noise) if isinstance(noise, int) else noise
-    return list(
-        denoise(golden_model(), prefix(batch), config, source, batch=batch, canvas_length=length, greedy=greedy)
-    )
+    """All steps of a canvas after the prefix; ``noise`` may be the first row's seed."""
+    source = Noise(*range(noise, noise + batch)) if isinstance(noise, int) else noise
+    return list(denoise(golden_model(), prefix(batch), config, source, canvas_length=length, greedy=greedy))
 
 
 def test_golden_trace() -> None:
@@ -153,10 +151,10 @@ def test_a_caller_may_stop_between_two_steps() -> None:
     canvases = 0
 
     class Counting(Noise):
-        def canvas(self, batch: int, length: int, vocab_size: int) -> mx.array:
+        def canvas(self, length: int, vocab_size: int) -> mx.array:
             nonlocal canvases
             canvases += 1
-            return super().canvas(batch, length, vocab_size)
+            return super().canvas(length, vocab_size)
 
     steps = denoise(golden_model(), prefix(), SETTLES, Counting(4), canvas_length=C)
     assert canvases == 0

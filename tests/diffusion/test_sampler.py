@@ -40,8 +40,8 @@ def test_the_most_certain_position_is_always_accepted() -> None:
 
 def test_one_seed_gives_one_sequence_of_numbers() -> None:
     def numbers(seed: int) -> list[Any]:
-        noise = Noise(seed)
-        drawn = [noise.canvas(2, 3, 50), noise.uniform(2, 3), noise.canvas(2, 3, 50), noise.uniform(2, 3)]
+        noise = Noise(seed, 100 + seed)
+        drawn = [noise.canvas(3, 50), noise.uniform(3), noise.canvas(3, 50), noise.uniform(3)]
         return [array.flatten().tolist() for array in drawn]
 
     first = numbers(7)
@@ -52,14 +52,29 @@ def test_one_seed_gives_one_sequence_of_numbers() -> None:
     assert first[1] != first[3]
 
 
+def test_a_row_draws_what_it_would_alone() -> None:
+    together, alone = Noise(1, 2, 3), Noise(2)
+    canvas, one = together.fork().canvas(5, 50), alone.fork().canvas(5, 50)
+    assert canvas[1].tolist() == one[0].tolist() != canvas[2].tolist()
+    together.keep([1])
+    assert together.uniform(5).tolist() == alone.uniform(5).tolist()
+
+
+def test_what_a_fork_draws_does_not_depend_on_what_others_draw() -> None:
+    one, other = Noise(4), Noise(4)
+    one.fork().canvas(3, 50)
+    other.fork()
+    assert one.fork().canvas(9, 50).tolist() == other.fork().canvas(9, 50).tolist() != Noise(4).canvas(9, 50).tolist()
+
+
 def test_random_canvases_are_uniform_over_the_whole_vocabulary() -> None:
-    canvas = np.array(Noise(0).canvas(40, 500, 10))
+    canvas = np.array(Noise(*range(40)).canvas(500, 10))
     assert canvas.shape == (40, 500)
     assert chi_square(canvas.flatten(), np.full(10, 0.1)) < 27.9  # 9 degrees of freedom: 1 in 1,000
 
 
 def test_uniform_numbers_are_uniform() -> None:
-    numbers = np.array(Noise(0).uniform(40, 500))
+    numbers = np.array(Noise(*range(40)).uniform(500))
     assert numbers.shape == (40, 500)
     assert numbers.min() >= 0
     assert chi_square((numbers * 10).astype(int).flatten(), np.full(10, 0.1)) < 27.9

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dgemma_mlx import engine
+from dgemma_mlx import run as run_module
 from dgemma_mlx.config import FULL, SLIDING, GenerationConfig, ModelConfig
 from dgemma_mlx.diffusion.denoise import denoise
 from dgemma_mlx.engine import Model, stream
@@ -107,9 +107,11 @@ def test_stream(
     eos = middle_of_second_canvas(expected.sequences[0, ids.shape[1] :]) if ends else -1
     expected = run(eos) if ends else expected
 
-    monkeypatch.setattr(engine, "Noise", lambda seed: Replay(canvases, uniforms))
+    monkeypatch.setattr(run_module, "Noise", lambda seed: Replay(canvases, uniforms))
     config = GenerationConfig(**settings, eos_token_ids=(eos,))
-    events = list(stream(model, prompt, raw=True, generation=config, max_tokens=CANVASES * CANVAS))
+    events = list(
+        stream(model, prompt, raw=True, speed="reference", generation=config, max_tokens=CANVASES * CANVAS)
+    )
     drafts = [event for event in events if isinstance(event, Draft)]
     committed = [event for event in events if isinstance(event, Committed)]
     done = events[-1]
@@ -149,7 +151,7 @@ def test_batch(models: Models, name: str, left_padding: tuple[int, int], decoded
     stopped_together = []
     for index, steps in enumerate(expected.canvases):
         drafts = list(
-            denoise(model.network, cache, config, noise, batch=2, canvas_length=CANVAS, canvas_index=index)
+            denoise(model.network, cache, config, noise, canvas_length=CANVAS, canvas_index=index)
         )
         assert_same_steps(drafts, steps, decoded)
         tokens = [draft.tokens for draft in drafts[-1]]

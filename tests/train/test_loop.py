@@ -16,7 +16,7 @@ from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.train.data import Conversation, batch_pair_at
 from dgemma_mlx.train.demo import CONFIG, GENERATION
 from dgemma_mlx.train.export import export
-from dgemma_mlx.train.loop import BatchPair, TrainConfig, train
+from dgemma_mlx.train.loop import BatchPair, TrainConfig, mean_weights, train
 from dgemma_mlx.train.optimizer import Muon, make_optimizer, rate_schedule
 from tests.train.test_objective import PAD, small_model
 
@@ -30,12 +30,14 @@ def pair(step: int) -> BatchPair:
     return batch_pair_at(step, sample, batch_size=8, canvas_length=4, pad_id=PAD, seed=7)
 
 
-def trained(run: Path, *stops: int) -> tuple[DiffusionGemma, list[float]]:
+def trained(
+    run: Path, *stops: int, schedule: int | None = None, mean_of: tuple[int, ...] = ()
+) -> tuple[DiffusionGemma, list[float]]:
     """A model trained in one go or in several processes' worth of runs that resume; its losses."""
     losses: list[float] = []
     for steps in stops:
-        model, optimizer = small_model(), make_optimizer(steps=max(stops))
-        config = TrainConfig(steps=steps, log_every=1, save_every=2)
+        model, optimizer = small_model(), make_optimizer(steps=schedule or max(stops))
+        config = TrainConfig(steps=steps, log_every=1, save_every=2, mean_of=mean_of)
         train(model, optimizer, pair, PAD, config, run, lambda record: losses.append(record["loss"]))
     return model, losses
 
@@ -51,6 +53,16 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
 def test_the_loss_falls(tmp_path: Path) -> None:
     _, losses = trained(tmp_path, 60)
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:3])
+
+
+def test_the_mean_is_that_of_the_weights_at_those_steps(tmp_path: Path) -> None:
+    (two, _), (four, _) = trained(tmp_path / "a", 2, schedule=4), trained(tmp_path / "b", 4)
+    trained(tmp_path / "c", 3, 4, mean_of=(2, 4))  # resumed in between
+    mean = mean_weights(tmp_path / "c", (2, 4))
+    ends = [dict(tree_flatten(model.parameters())) for model in (two, four)]
+    assert mean.keys() == ends[0].keys()
+    for name, value in mean.items():
+        np.testing.assert_allclose(np.array(value), (np.array(ends[0][name]) + np.array(ends[1][name])) / 2, rtol=1e-6)
 
 
 def test_a_checkpoint_survives_a_crash_while_the_next_is_written(tmp_path: Path) -> None:
@@ -98,12 +110,13 @@ def test_weight_decay_is_decoupled_from_the_gradient() -> None:
     np.testing.assert_allclose(decayed, 0.95 * np.ones((4, 4)), rtol=1e-6)
 
 
-def test_the_learning_rate_falls_in_two_cycles() -> None:
-    schedule = rate_schedule(2.0, steps=6000, warmup=100, hold=1000)
-    steps = (0, 49, 99, 999, 1000, 1500, 2000, 3000, 4000, 5000, 6000, 7000)
+def test_the_learning_rate_falls_in_cycles() -> None:
+    schedule = rate_schedule(2.0, steps=10_000, warmup=100, hold=1000)
+    steps = (0, 49, 99, 999, 1000, 1500, 2000, 3000, 4000, 5000, 6000, 8000, 9000, 10_000, 11_000)
     rates = [schedule(mx.array(step)).item() for step in steps]
+    third = 2 / 7.5
     assert rates == pytest.approx(
-        [0.02, 1.0, 2.0, 2.0, 1.0, 0.52, 0.4, 0.205, 2 / 7.5, (2 / 7.5 + 0.01) / 2, 0.01, 0.01], rel=1e-5
+        [0.02, 1.0, 2.0, 2.0, 1.0, 0.52, 0.4, 0.205, third, (third + 0.01) / 2, 0.2, 0.2, 0.105, 0.01, 0.01], rel=1e-5
     )
 
 

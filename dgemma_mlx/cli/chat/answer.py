@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from dgemma_mlx.cli.chat.session import Session
+from dgemma_mlx.cli.generate import in_bytes, warn_of_doubts
+from dgemma_mlx.cli.interrupt import interruptible
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Done
 from dgemma_mlx.prompt_cache import PromptCache
@@ -28,14 +28,17 @@ class Chat:
     """A session, the model that answers, and the prefix that both share from turn to turn.
 
     ``defaults`` are the settings that ``/set`` has not changed. With ``draw``, the canvas is drawn on the terminal.
+    ``cache`` is that prefix, where some of it is encoded already.
     """
 
-    def __init__(self, model: Model, session: Session, defaults: dict[str, Any], *, draw: bool) -> None:
+    def __init__(
+        self, model: Model, session: Session, defaults: dict[str, Any], *, draw: bool, cache: PromptCache | None = None
+    ) -> None:
         self.model, self.session, self.draw = model, session, draw
         self.attached = ""  # goes before the next message
         self.last: Done | None = None
         self._defaults = defaults
-        self._cache = PromptCache()
+        self._cache = cache or PromptCache()
 
     def setting(self, name: str) -> Any:
         return self.session.settings.get(name, self._defaults[name])
@@ -50,14 +53,11 @@ class Chat:
         Ctrl-C stops after the step under way: committed canvases stay as an answer that is marked cancelled. Pressed
         again, it interrupts at once (``KeyboardInterrupt``). With a fixed seed, answering ``again`` takes the next one.
         """
-        with _interruptible() as cancelled, _keys_unseen():
+        with interruptible() as cancelled, _keys_unseen():
             self._make_room()
-            try:
-                done = self._run(self._seed(again), cancelled)
-            except BaseException:
-                self._cache = PromptCache()  # it may have stopped anywhere
-                raise
+            done = self._run(self._seed(again), cancelled)
         self.last = done
+        warn_of_doubts(done)
         stopped = done.finish_reason == "cancelled"
         if stopped and not done.text.strip():
             print("cancelled; nothing was kept", file=sys.stderr)
@@ -76,7 +76,6 @@ class Chat:
         return (seed if self.last is None else self.last.seed) + 1
 
     def _run(self, seed: int | None, cancelled: Callable[[], bool]) -> Done:
-        from dgemma_mlx.cli.generate import in_bytes
         from dgemma_mlx.cli.render.live import draw
         from dgemma_mlx.cli.render.plain import print_text
         from dgemma_mlx.engine import stream
@@ -84,6 +83,7 @@ class Chat:
         events = stream(
             self.model, self.session.prompt(), max_tokens=self.setting("max_tokens"), seed=seed,
             temp=self.setting("temp"), thinking=self.setting("thinking"), generation=self.generation(),
+            speed=self.setting("speed"), verify=self.setting("verify"),
             memory_limit=in_bytes(self.setting("memory_limit")), prompt_cache=self._cache, cancelled=cancelled,
         )  # fmt: skip
         if not self.draw:
@@ -113,24 +113,6 @@ class Chat:
         if dropped:
             turns = "turn is" if dropped == 1 else f"{dropped} turns are"
             print(f"the conversation no longer fits: its oldest {turns} forgotten", file=sys.stderr)
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Says whether Ctrl-C was pressed; pressed again, it interrupts at once."""
-    pressed = False
-
-    def press(number: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

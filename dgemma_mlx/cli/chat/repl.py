@@ -18,11 +18,15 @@ from dgemma_mlx.cli.generate import (
     NoKernels,
     NoLive,
     Seed,
+    SpeedMode,
     System,
+    VerifyMode,
+    chosen,
     draws,
     load_as_told,
 )
 from dgemma_mlx.cli.pipe import quiet_when_closed
+from dgemma_mlx.cli.prompt_cache import PromptCacheFile, kept_prompt_cache
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
@@ -44,6 +48,9 @@ def chat(
     thinking: Thinking = None,
     no_live: NoLive = False,
     resume: Resume = False,
+    speed: SpeedMode = None,
+    verify: VerifyMode = None,
+    prompt_cache: PromptCacheFile = None,
     cpu_dequantize: Dequantize = None,
     no_kernels: NoKernels = False,
 ) -> None:
@@ -57,8 +64,11 @@ def chat(
     from dgemma_mlx.settings import SETTINGS, Settings
 
     settings = Settings()
-    flags = {"max_tokens": max_tokens, "seed": seed, "system": system, "thinking": thinking}
-    defaults = {name: settings.pick(name, flags.get(name)) for name in SETTINGS}
+    flags = {
+        "max_tokens": max_tokens, "seed": seed, "system": system, "thinking": thinking, "speed": speed,
+        "verify": verify,
+    }  # fmt: skip
+    defaults = {name: chosen(settings, name, flags.get(name)) for name in SETTINGS}
     folder = _state_folder()
     session = _resumed(folder) if resume else Session(model=defaults["model"])
     for name, flag in flags.items():
@@ -71,12 +81,12 @@ def chat(
     # the next one may begin in another folder
     session.model = os.path.abspath(name) if name not in (None, DEMO) and os.path.isdir(name) else name
     draw = defaults["live"] and not no_live and draws()
-    conversation = Chat(loaded, session, defaults, draw=draw)
-    conversation.generation()  # refuses settings that do not go together before anything is written
-    if resume:
-        turns = f"{session.turns} turn{'' if session.turns == 1 else 's'}"
-        print(f"going on after {turns}; /show shows them", file=sys.stderr)
-    with quiet_when_closed():
+    with kept_prompt_cache(prompt_cache, loaded) as cache, quiet_when_closed():
+        conversation = Chat(loaded, session, defaults, draw=draw, cache=cache)
+        conversation.generation()  # refuses settings that do not go together before anything is written
+        if resume:
+            turns = f"{session.turns} turn{'' if session.turns == 1 else 's'}"
+            print(f"going on after {turns}; /show shows them", file=sys.stderr)
         _talk(conversation, folder, kept=resume)
 
 

@@ -83,7 +83,7 @@ class LiveView:
         seconds = self._clock() - self._began
         settled = self._kept + sum(level < _STABLE for level in levels)
         parts = (
-            f"canvas {draft.canvas + 1}",
+            f"canvas {draft.canvas + 1}" + (", again" if draft.attempt else ""),
             f"step {draft.step}/{draft.max_steps}",
             f"{sum(draft.accepted_mask) / len(draft.accepted_mask):.0%} accepted",
             f"entropy {draft.mean_entropy:.2f}",

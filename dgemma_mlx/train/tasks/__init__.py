@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 from .base import Example, Split, Task
 from .facts import Question
 from .numbers import Add, Count, Reverse, Sort
@@ -11,7 +13,7 @@ from .sentence import Sentence
 from .sudoku import Sudoku
 from .unknown import Unknown
 
-__all__ = ["MIX", "TASKS", "Example", "Split", "Task"]
+__all__ = ["MIX", "TASKS", "Example", "Split", "Task", "training_example"]
 
 
 def _build() -> dict[str, Task]:
@@ -26,14 +28,27 @@ def _build() -> dict[str, Task]:
 TASKS = _build()
 # the share of each task in training
 MIX = {
-    "sudoku": 0.13,
-    "sort": 0.32,
-    "reverse": 0.16,
+    "sudoku": 0.12,
+    "sort": 0.38,
+    "reverse": 0.14,
     "add": 0.06,
-    "json": 0.08,
+    "json": 0.07,
     "count": 0.05,
-    "sentence": 0.05,
+    "sentence": 0.04,
     "question": 0.04,
-    "recall": 0.08,
+    "recall": 0.07,
     "unknown": 0.03,
 }
+
+_SORTED_IN_TRAINING = {7: 0.5, 8: 1.0}  # of the lists to sort, by length, those that are taken: long ones are harder
+_SORTED_ELSE = 0.25
+
+
+def training_example(rng: random.Random) -> Example:
+    """An example of a task drawn by ``MIX``."""
+    task = rng.choices(list(MIX), list(MIX.values()))[0]
+    while True:
+        example = TASKS[task].sample(rng, "train")
+        length = len(example.answer.split())
+        if task != "sort" or rng.random() < _SORTED_IN_TRAINING.get(length, _SORTED_ELSE):
+            return example

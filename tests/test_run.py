@@ -1,0 +1,204 @@
+"""Speed modes, the encoder's check and batches, on the built-in demo model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+import dgemma_mlx
+from dgemma_mlx import Committed, DgemmaError, Done, Draft, Model, PromptCache, generate, generate_batch, stream
+from dgemma_mlx.diffusion.speed import SPEEDS
+
+COUNT = "Count from 13 to 40."  # takes more than one canvas
+PROMPTS = (
+    "Sort 5 2 9", COUNT, "What is 27 + 45?", "My name is Ana.", "Count from 3 to 47.", "Reverse: red blue green",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def demo() -> Model:
+    return dgemma_mlx.load("demo")
+
+
+def committed(events: Any) -> list[Committed]:
+    return [event for event in events if isinstance(event, Committed)]
+
+
+def hazy(model: Model, steps: int = 2) -> Any:
+    """Parameters with which every canvas stays uncertain."""
+    return model.generation.override(t_min=6.0, t_max=6.0, max_denoising_steps=steps)
+
+
+def test_the_default_takes_fewer_steps_for_the_same_answers(demo: Model) -> None:
+    steps = dict.fromkeys(SPEEDS, 0)
+    for prompt in PROMPTS:
+        answers = {speed: generate(demo, prompt, seed=1, speed=speed) for speed in SPEEDS}
+        assert len({answer.text for answer in answers.values()}) == 1
+        default = generate(demo, prompt, seed=1).statistics.denoising_steps
+        assert default == answers["balanced"].statistics.denoising_steps
+        for speed, answer in answers.items():
+            steps[speed] += answer.statistics.denoising_steps
+    assert steps["balanced"] < 0.8 * steps["reference"]
+    assert steps["fast"] <= steps["balanced"]
+
+
+@pytest.mark.parametrize("speed", SPEEDS)
+def test_a_committed_canvas_says_which_test_it_has_passed(demo: Model, speed: str) -> None:
+    events = list(stream(demo, COUNT, seed=1, speed=speed))
+    finished = [event for event in events if isinstance(event, Draft) and event.finished]
+    for draft, canvas in zip(finished, committed(events), strict=True):
+        assert canvas.settled_by == draft.settled_by is not None
+        assert not canvas.low_confidence
+        assert draft.settled_by == "stable" or speed != "reference"
+
+
+@pytest.mark.parametrize("speed", SPEEDS)
+def test_an_uncertain_canvas_is_begun_again_once_and_never_committed_silently(demo: Model, speed: str) -> None:
+    events = list(stream(demo, "Sort 5 2 9", seed=1, speed=speed, generation=hazy(demo), max_tokens=32))
+    drafts = [event for event in events if isinstance(event, Draft)]
+    attempts = [0, 0] if speed == "reference" else [0, 0, 1, 1]
+    assert [draft.attempt for draft in drafts] == attempts
+    assert [draft.step for draft in drafts] == [1, 2] * (len(attempts) // 2)
+    (canvas,) = committed(events)
+    assert canvas.low_confidence and canvas.settled_by is None
+    assert canvas.steps == len(attempts)
+    last = min((draft for draft in drafts if draft.finished), key=lambda draft: draft.mean_entropy)
+    assert last.tokens[: len(canvas.tokens)] == canvas.tokens
+    done = events[-1]
+    assert isinstance(done, Done)
+    assert done.statistics.low_confidence == 1
+    assert done.statistics.denoising_steps == len(attempts)
+
+
+def test_only_what_is_uncertain_is_begun_again(demo: Model) -> None:
+    seen = set()
+    for degree in (1.0, 1.3, 1.6, 2.0):
+        config = demo.generation.override(max_denoising_steps=2, t_min=degree, t_max=degree)
+        events = list(stream(demo, "Sort 71 12 93 44 31 8 67 50", seed=1, generation=config, max_tokens=32))
+        (canvas,) = committed(events)
+        seen.add((max(event.attempt for event in events if isinstance(event, Draft)), canvas.low_confidence))
+    assert {(0, False), (1, True)} <= seen <= {(0, False), (1, False), (1, True)}
+
+
+def written_by_the_encoder(model: Model, ids: list[int], tokens: list[int]) -> list[int]:
+    """The most probable next token at each place of ``tokens``, from one pass over all of it."""
+    hidden = model.network.encode(mx.array([ids + tokens]), model.network.new_cache())
+    found: Any = mx.argmax(model.network.logits(hidden[0, len(ids) - 1 : -1]), axis=-1).tolist()
+    return list(found)
+
+
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("endless", [False, True])
+def test_flag_tells_where_the_encoder_would_have_written_another_token(
+    demo: Model, endless: bool, memory: bool
+) -> None:
+    """One step a canvas makes mistakes. They are flagged, in a later canvas and with the prompt in the cache too."""
+    prompt, config = "Make a sentence.", demo.generation.override(max_denoising_steps=1)
+    config = replace(config, eos_token_ids=()) if endless else config
+    options: dict[str, Any] = {"seed": 3, "generation": config, "max_tokens": 60, "speed": "reference"}
+    if memory:
+        options["prompt_cache"] = PromptCache()
+        generate(demo, prompt, **options)
+    events = list(stream(demo, prompt, verify="flag", **options))
+    done = events[-1]
+    assert isinstance(done, Done)
+    assert done.tokens == generate(demo, prompt, **options).tokens
+    expected = written_by_the_encoder(demo, demo.encode_prompt(prompt), list(done.tokens))
+    wrong = [place for place, token in enumerate(done.tokens) if token != expected[place]]
+    starts = (0, 32) if endless else (0,)
+    canvases = zip(starts, committed(events), strict=True)
+    assert [start + place for start, canvas in canvases for place in canvas.doubted] == wrong
+    assert done.statistics.doubted_tokens == len(wrong) > 0
+
+
+def test_repair_ends_in_what_the_encoder_would_write(demo: Model) -> None:
+    config = demo.generation.override(max_denoising_steps=1)
+    attempts = []
+    for number in range(12):
+        prompt = f"Sort 5 2 {number} 44 31 8 67 {5 * number}"
+        events = list(stream(demo, prompt, seed=3, generation=config, verify="repair", speed="reference"))
+        done = events[-1]
+        assert isinstance(done, Done)
+        assert written_by_the_encoder(demo, demo.encode_prompt(prompt), list(done.tokens)) == list(done.tokens)
+        assert done.statistics.doubted_tokens == 0
+        attempts.append(max(event.attempt for event in events if isinstance(event, Draft)))
+        assert done.statistics.denoising_steps == sum(isinstance(event, Draft) for event in events)
+    assert max(attempts) > 1
+
+
+def test_repairs_come_to_an_end(demo: Model) -> None:
+    """What the encoder still doubts then is told."""
+    config = demo.generation.override(max_denoising_steps=1)
+    events = list(stream(demo, "Make a sentence.", seed=3, generation=config, verify="repair", max_tokens=32))
+    attempts = sorted({event.attempt for event in events if isinstance(event, Draft)})
+    (canvas,) = committed(events)
+    assert len(attempts) <= 10
+    assert canvas.doubted or len(attempts) < 10
+
+
+def test_nothing_to_repair_is_nothing_changed(demo: Model) -> None:
+    plain, checked = (generate(demo, COUNT, seed=1, verify=verify) for verify in ("off", "repair"))
+    assert checked.tokens == plain.tokens
+    assert checked.statistics.denoising_steps == plain.statistics.denoising_steps
+
+
+@pytest.mark.parametrize("verify", ["off", "flag", "repair"])
+@pytest.mark.parametrize("speed", ["reference", "balanced"])
+def test_a_prompt_is_answered_in_a_batch_as_it_is_alone(demo: Model, speed: str, verify: str) -> None:
+    """Prompts of several lengths, answers of one canvas and of more, rows that end long before others."""
+    options: dict[str, Any] = {"speed": speed, "verify": verify}
+    limits = [64, 80, 64, 64, 100, 64]
+    together = generate_batch(demo, PROMPTS, seeds=range(6), max_tokens=limits, **options)
+    for seed, (prompt, limit, found) in enumerate(zip(PROMPTS, limits, together, strict=True)):
+        alone = generate(demo, prompt, seed=seed, max_tokens=limit, **options)
+        assert (found.tokens, found.text, found.finish_reason, found.seed) == (
+            alone.tokens, alone.text, alone.finish_reason, seed
+        )  # fmt: skip
+        for name in ("prompt_tokens", "canvases", "denoising_steps", "doubted_tokens"):
+            assert getattr(found.statistics, name) == getattr(alone.statistics, name)
+    assert len({done.statistics.canvases for done in together}) > 1
+
+
+def test_rows_of_a_batch_are_begun_again_alone(demo: Model) -> None:
+    options: dict[str, Any] = {"generation": demo.generation.override(max_denoising_steps=2)}
+    prompts = ["Make a sentence.", "Sort 5 2 9", "What is 27 + 45?", "Make a sentence about a cat."]
+    together = generate_batch(demo, prompts, seeds=range(4), max_tokens=32, **options)
+    alone = [generate(demo, prompt, seed=seed, max_tokens=32, **options) for seed, prompt in enumerate(prompts)]
+    assert [done.tokens for done in together] == [done.tokens for done in alone]
+    steps = [done.statistics.denoising_steps for done in together]
+    assert steps == [done.statistics.denoising_steps for done in alone]
+    assert max(steps) > 2 >= min(steps)
+
+
+def test_a_batch_that_is_cancelled_keeps_what_is_committed(demo: Model) -> None:
+    calls = count()
+    found = generate_batch(demo, PROMPTS, seeds=range(6), speed="reference", cancelled=lambda: next(calls) > 8)
+    reasons = [done.finish_reason for done in found]
+    assert "cancelled" in reasons and len(reasons) == 6
+    for number, done in enumerate(found):
+        alone = generate(demo, PROMPTS[number], seed=number, speed="reference")
+        assert alone.tokens[: len(done.tokens)] == done.tokens
+        assert done.tokens == alone.tokens or done.finish_reason == "cancelled"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"speed": "warp"}, "speed must be one of reference, balanced, fast, not 'warp'"),
+     ({"verify": "hope"}, "verify must be one of off, flag, repair, not 'hope'"),
+     ({"seeds": [1]}, "seeds must be one for each of 2 prompts, not 1"),
+     ({"max_tokens": [1, 2, 3]}, "max_tokens must be one for each of 2 prompts, not 3"),
+     ({"max_tokens": [1, 0]}, "max_tokens must be at least 1, not 0"),
+     ({"trim_canvas": True}, "trim_canvas goes with one prompt at a time")],
+)  # fmt: skip
+def test_bad_options_are_one_clear_error(demo: Model, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(DgemmaError, match=said) as error:
+        generate_batch(demo, ["Sort 5 2 9", "Sort 7 1 3"], **options)
+    assert error.value.exit_code == 2
+
+
+def test_no_prompts_no_answers(demo: Model) -> None:
+    assert generate_batch(demo, []) == []
