@@ -16,7 +16,7 @@ import pytest
 PROGRAM = [sys.executable, "-m", "dgemma_mlx"]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
 ENVIRONMENT.pop("DGEMMA_MODEL", None)
-ENDLESS = ["--max-denoising-steps", "100000", "--stability-threshold", "99999"]
+ENDLESS = ["--speed", "reference", "--max-denoising-steps", "100000", "--stability-threshold", "99999"]
 
 
 def run(*arguments: str, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:

@@ -80,7 +80,7 @@ def test_a_terminal_that_is_resized_meanwhile_shows_the_answer(tmp_path: Path) -
     [([], {"NO_COLOR": "1"}), ([], {"TERM": "dumb"}), (["--no-live"], {}), (["--show-steps", "2"], {})],
 )
 def test_no_escape_codes_where_none_are_wanted(options: list[str], variables: dict[str, str]) -> None:
-    with Terminal([*GENERATE, *options, "Sort 7 3 5"], env=variables) as terminal:
+    with Terminal([*GENERATE, "--speed", "reference", *options, "Sort 7 3 5"], env=variables) as terminal:
         assert terminal.finish() == 0
     assert ESCAPE not in terminal.output
     *steps, text, _ = terminal.text.split("\n")

@@ -7,11 +7,12 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from itertools import product
 
 import pytest
 
-from dgemma_mlx.train.tasks import MIX, TASKS, Example, Split
+from dgemma_mlx.train.tasks import MIX, TASKS, Example, Split, training_example
 from dgemma_mlx.train.tasks.base import split_of
 from dgemma_mlx.train.tasks.facts import CAPITALS, LEGS, SOUNDS, build_facts
 from dgemma_mlx.train.tasks.numbers import DESCENDING
@@ -41,6 +42,18 @@ def test_mix_gives_every_task_a_share() -> None:
     assert list(MIX) == NAMES
     assert sum(MIX.values()) == pytest.approx(1)
     assert min(MIX.values()) > 0
+
+
+def test_training_draws_the_mix_and_more_of_the_long_lists_to_sort() -> None:
+    rng = random.Random(0)
+    examples = [training_example(rng) for _ in range(6000)]
+    counts = Counter(example.task for example in examples)
+    for name, share in MIX.items():
+        assert abs(counts[name] / len(examples) - share) < 5 * (share / len(examples)) ** 0.5
+    lengths = Counter(len(example.answer.split()) for example in examples if example.task == "sort")
+    assert sorted(lengths) == [3, 4, 5, 6, 7, 8]
+    assert 3 < lengths[8] / lengths[5] < 5 and 1.5 < lengths[7] / lengths[4] < 2.7
+    assert all(TASKS[example.task].check(example, example.answer) for example in examples[:200])
 
 
 def test_tasks_need_no_array_library() -> None:
