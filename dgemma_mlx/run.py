@@ -177,7 +177,9 @@ class Run:
         cache = self._memory.reuse(self._network, ids, leave=self._loop.verify != "off")
         known = cache.offset
         turn = max(known, _model_turn(ids, self._turn))
-        shared = max(known, min(self._memory.shared, turn))
+        shared = min(self._memory.shared, turn)
+        if shared - known < self._loop.prefill_step_size:  # it would save the next prompt little
+            shared = known
         for part, mark in ((ids[known:shared], "shared"), (ids[shared:turn], "turn"), (ids[turn:], None)):
             encoded = self._encode_prompt(mx.array([part], mx.int32), cache)
             self._memory.append(part[:encoded], mark if encoded else None)

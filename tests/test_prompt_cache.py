@@ -43,6 +43,20 @@ def test_a_conversation_goes_on_from_where_the_models_turn_began(model: Model) -
     assert reused.tokens == fresh.tokens
 
 
+def test_one_document_and_one_question_after_the_other(model: Model) -> None:
+    """The second prompt shows where the prompts part: from the third on, only the question is encoded."""
+    memory, document = PromptCache(), "My name is Ana. " + "Hello there. " * 60  # far longer than the sliding window
+    cached = []
+    for question in ("What is my name?", "Sort 7 3 5", "What is 2 + 5?", "Count from 3 to 9."):
+        options = {"seed": 1, "prefill_step_size": 64}
+        found = generate(model, document + question, prompt_cache=memory, **options)
+        assert found.tokens == generate(model, document + question, **options).tokens
+        cached.append(found.statistics.cached_tokens)
+        length = found.statistics.prompt_tokens
+    assert cached[:2] == [0, 0]
+    assert length - 30 < cached[2] <= cached[3] < length
+
+
 def test_asking_again_encodes_nothing(model: Model) -> None:
     memory = PromptCache()
     once = generate(model, "What is 27 + 45?", seed=3, prompt_cache=memory)
