@@ -8,6 +8,7 @@ import pytest
 
 import dgemma_mlx
 from dgemma_mlx import Committed, Done, Draft, Model, PromptCache, generate, stream
+from tests.reuse import decoded
 
 
 @pytest.fixture(scope="module")
@@ -18,16 +19,6 @@ def model() -> Model:
 def ids_of(model: Model, *turns: str) -> list[int]:
     roles = ("user", "assistant")
     return model.encode_prompt([{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)])
-
-
-def decoded(model: Model, ids: list[int], memory: PromptCache) -> tuple[int, np.ndarray]:
-    """Positions reused, and the logits of a canvas after ``ids`` encoded on top of them."""
-    cache = memory.reuse(model.network, ids)
-    known = cache.offset
-    if known < len(ids):
-        model.network.encode(mx.array([ids[known:]]), cache)
-        memory.append(ids[known:])
-    return known, np.array(model.network.decode(mx.arange(32)[None], cache))
 
 
 def test_a_conversation_goes_on_from_where_the_models_turn_began(model: Model) -> None:
@@ -77,22 +68,22 @@ def test_what_is_reused_is_what_would_be_encoded_afresh(model: Model, shared: in
     memory.append(one[:150], mark="turn")
     model.network.encode(mx.array([one[150:]]), cache)
     memory.append(one[150:])
-    known, logits = decoded(model, other, memory)
+    known, logits = decoded(model, memory, other)
     assert known == (150 if shared >= 150 else 0)
-    _, expected = decoded(model, other, PromptCache())
+    _, expected = decoded(model, PromptCache(), other)
     np.testing.assert_allclose(logits, expected, atol=1e-4)
-    back, logits = decoded(model, one, memory)  # and back again: the mark still holds
+    back, logits = decoded(model, memory, one)  # and back again: the mark still holds
     assert back == (150 if shared >= 150 else 0)
-    np.testing.assert_allclose(logits, decoded(model, one, PromptCache())[1], atol=1e-4)
+    np.testing.assert_allclose(logits, decoded(model, PromptCache(), one)[1], atol=1e-4)
 
 
 def test_a_prefix_of_what_was_encoded_goes_back_to_a_mark(model: Model) -> None:
     ids = np.random.default_rng(0).integers(200, 768, 100).tolist()
     memory = PromptCache()
-    decoded(model, ids, memory)
-    known, logits = decoded(model, ids[:80], memory)
+    decoded(model, memory, ids)
+    known, logits = decoded(model, memory, ids[:80])
     assert known == 0
-    np.testing.assert_allclose(logits, decoded(model, ids[:80], PromptCache())[1], atol=1e-4)
+    np.testing.assert_allclose(logits, decoded(model, PromptCache(), ids[:80])[1], atol=1e-4)
 
 
 def test_whole_canvases_are_reused_where_the_text_is_tokenized_alike(model: Model) -> None:
@@ -117,12 +108,12 @@ def test_every_turn_of_a_long_chat_sees_what_it_would_see_afresh(model: Model) -
         done = generate(model, messages, seed=number, max_tokens=40, generation=few, prompt_cache=memory)
         assert (done.statistics.cached_tokens > 64) == (number > 0)
         ids = [*ids_of(model, *turns), *done.tokens]
-        _, logits = decoded(model, ids, memory)
-        np.testing.assert_allclose(logits, decoded(model, ids, PromptCache())[1], atol=1e-4)
+        _, logits = decoded(model, memory, ids)
+        np.testing.assert_allclose(logits, decoded(model, PromptCache(), ids)[1], atol=1e-4)
         turns += [done.text, f"{number} " * 80]
-    known, logits = decoded(model, ids_of(model, turns[0]), memory)
+    known, logits = decoded(model, memory, ids_of(model, turns[0]))
     assert known == 0  # both marks are behind it
-    np.testing.assert_allclose(logits, decoded(model, ids_of(model, turns[0]), PromptCache())[1], atol=1e-4)
+    np.testing.assert_allclose(logits, decoded(model, PromptCache(), ids_of(model, turns[0]))[1], atol=1e-4)
 
 
 def test_another_model_shares_nothing(model: Model) -> None:
@@ -145,9 +136,9 @@ def test_cancelled_within_the_prompt_keeps_what_is_encoded(model: Model) -> None
                          cancelled=lambda: next(answers, True)))  # fmt: skip
     assert [type(event) for event in events] == [Done]
     ids = ids_of(model, "Hello " * 60)
-    known, logits = decoded(model, ids, memory)
+    known, logits = decoded(model, memory, ids)
     assert known == 32
-    np.testing.assert_allclose(logits, decoded(model, ids, PromptCache())[1], atol=1e-4)
+    np.testing.assert_allclose(logits, decoded(model, PromptCache(), ids)[1], atol=1e-4)
 
 
 def test_cancelled_within_the_second_canvas_keeps_the_first(model: Model) -> None:

@@ -25,10 +25,10 @@ from dgemma_mlx import DgemmaError, Model, PromptCache, generate
 from dgemma_mlx.hub import DEMO_FOLDER
 from dgemma_mlx.prompt_cache_file import check_place
 from tests.model.checkpoint import quantized, write_checkpoint
+from tests.reuse import decoded
 
 WINDOW = 64  # the demo model's
 IDS = np.random.default_rng(0).integers(200, 768, 320).tolist()
-Logits = np.ndarray[Any, np.dtype[np.float32]]
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +45,6 @@ def encoded(model: Model, *points: int, marks: tuple[str, ...] = ("turn", "canva
         memory.append(IDS[start:point], None if i == len(points) - 1 else marks[i])
         start = point
     return memory
-
-
-def decoded(model: Model, memory: PromptCache, ids: list[int]) -> tuple[int, Logits]:
-    """Positions reused, and the logits of a canvas after ``ids`` encoded on top of them."""
-    cache = memory.reuse(model.network, ids)
-    known = cache.offset
-    if known < len(ids):
-        model.network.encode(mx.array([ids[known:]]), cache)
-        memory.append(ids[known:])
-    return known, np.array(model.network.decode(mx.arange(32)[None], cache))
 
 
 def reloaded(memory: PromptCache, path: Path, model: Model) -> PromptCache:
