@@ -9,8 +9,9 @@ import pytest
 from dgemma_mlx.config import GenerationConfig
 from dgemma_mlx.diffusion.sampler import accept
 from dgemma_mlx.diffusion.schedule import temperature
-from dgemma_mlx.diffusion.stopping import StableAndConfident
-from dgemma_mlx.kernels import canvas_sampler
+from dgemma_mlx.diffusion.speed import REFERENCE
+from dgemma_mlx.diffusion.stopping import TESTS, Stopping
+from dgemma_mlx.kernels import CanvasSample, canvas_sampler
 from tests.oracle.reference import Array, generation, torch
 
 pytestmark = pytest.mark.oracle
@@ -92,7 +93,9 @@ def test_stopping_decisions(stability: int, confidence: float) -> None:
     """Canvases that stay for a while, change in one position, and come back; entropies around the bound."""
     rng = np.random.default_rng(stability)
     theirs = generation.StableAndConfidentStoppingCriteria(stability, confidence)
-    ours = StableAndConfident(stability, confidence)
+    ours = Stopping(
+        GenerationConfig(stability_threshold=stability, confidence_threshold=confidence), REFERENCE
+    )
     canvas = rng.integers(0, V, (B, C))
     decisions = []
     for _ in range(60):
@@ -100,7 +103,10 @@ def test_stopping_decisions(stability: int, confidence: float) -> None:
         canvas[changed, rng.integers(0, C)] = rng.integers(0, 2, changed.sum())
         logits = random_logits(int(rng.integers(1000))) * rng.choice([1, 5, 100], (B, 1, 1)).astype(np.float32)
         expected = theirs(torch.tensor(canvas), torch.tensor(logits)).numpy()
-        found = np.array(ours(mx.array(canvas), mx.array(reference_entropy(logits))))
-        np.testing.assert_array_equal(found, expected)
+        nothing = mx.zeros(canvas.shape, mx.int32)
+        sample = CanvasSample(mx.array(reference_entropy(logits)), mx.array(canvas), *[nothing] * 5)
+        test, _ = ours(sample)
+        np.testing.assert_array_equal(np.array(test) == TESTS.index("stable"), expected)
+        assert set(test.tolist()) <= {TESTS.index("stable"), len(TESTS)}
         decisions.append(expected)
     assert 0 < np.mean(decisions) < 1 or (stability == 0 and confidence == 100.0)
