@@ -55,7 +55,7 @@ def _draw(plot: Plot, rows: list[Row], folder: Path) -> Path:
 
     rows = [row for row in rows if plot.quantity in row]
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    figure, panels = plt.subplots(1, len(cases), figsize=(3 * len(cases) + 0.5, 2.8), squeeze=False)
+    figure, panels = plt.subplots(1, len(cases), figsize=(3.7 * len(cases) + 0.5, 2.8), squeeze=False)
     for case, axes in zip(cases, panels[0], strict=True):
         own = [row for row in rows if row["case"] == case]
         if plot.quantity == "start_seconds":  # has nothing to do with the prompt that comes later

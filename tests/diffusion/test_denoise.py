@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from dgemma_mlx.config import GenerationConfig
-from dgemma_mlx.diffusion.denoise import denoise
-from dgemma_mlx.diffusion.sampler import Noise
+from dgemma_mlx.diffusion import denoise as denoise_module
+from dgemma_mlx.diffusion.denoise import Pins, denoise
+from dgemma_mlx.diffusion.sampler import Noise, accept
 from dgemma_mlx.events import Draft
+from dgemma_mlx.kernels import CanvasSample
 from dgemma_mlx.model.cache import PrefixCache
 from dgemma_mlx.model.text import DiffusionGemma
 from tests.diffusion.replay import Replay, draw
@@ -99,6 +101,38 @@ def test_the_next_canvas_is_sampled_where_accepted_and_random_elsewhere(monkeypa
         sampled = (cumulative > uniforms[step][..., None] * cumulative[..., -1:]).argmax(axis=-1)
         expected = np.where([draft.accepted_mask], sampled, canvases[step + 1])
         np.testing.assert_array_equal(decoded[step + 1], expected)
+
+
+def test_pinned_positions_hold_their_ids_and_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(8)
+    ids, free = rng.integers(0, V, (2, C)), rng.random((2, C)) < 0.5
+    decoded: list[Any] = []
+    entropies: list[Any] = []
+    decode, sampler = DiffusionGemma.decode_hidden, denoise_module.canvas_sampler
+
+    def spy(self: DiffusionGemma, canvas: mx.array, *rest: Any) -> mx.array:
+        decoded.append(np.array(canvas))
+        return decode(self, canvas, *rest)
+
+    def sampled(*arguments: Any) -> CanvasSample:
+        sample = sampler(*arguments)
+        entropies.append(sample.entropy)
+        return sample
+
+    monkeypatch.setattr(DiffusionGemma, "decode_hidden", spy)
+    monkeypatch.setattr(denoise_module, "canvas_sampler", sampled)
+    pins = Pins(mx.array(ids, mx.int32), mx.array(free))
+    steps = list(denoise(golden_model(), prefix(2), SETTLES, Noise(1, 2), canvas_length=C, pins=pins))
+    assert len(steps) > 1
+    for canvas, entropy, drafts in zip(decoded, entropies, steps, strict=True):
+        np.testing.assert_array_equal(canvas[~free], ids[~free])
+        for row, draft in enumerate(drafts):
+            here = free[row]
+            np.testing.assert_array_equal(np.array(draft.tokens)[~here], ids[row][~here])
+            assert not np.array(draft.accepted_mask)[~here].any() and not np.array(draft.entropy)[~here].any()
+            if not draft.finished:  # the free positions are accepted as if there were no others
+                alone = accept(entropy[row][None][:, mx.array(np.flatnonzero(here))], SETTLES.entropy_bound)
+                np.testing.assert_array_equal(np.array(draft.accepted_mask)[here], np.array(alone)[0])
 
 
 @pytest.mark.parametrize("length", [1, 5, 2 * C])
