@@ -118,8 +118,7 @@ def stream(
     committed canvases comes next.
     """
     ids = model.encode_prompt(prompt, system=system, thinking=thinking, raw=raw)
-    seeds = None if seed is None else [seed]
-    run = _run(model, [ids], seeds, [max_tokens], Options(**options), prompt_cache or PromptCache())
+    run = _run(model, [ids], [seed], [max_tokens], Options(**options), prompt_cache or PromptCache())
     return (event for _, event in run.events())
 
 
@@ -128,28 +127,35 @@ def generate_batch(
     prompts: Sequence[str | Sequence[Message]],
     *,
     max_tokens: int | Sequence[int] = DEFAULT_MAX_TOKENS,
-    seeds: Sequence[int] | None = None,
-    system: str | None = None,
+    seeds: Sequence[int | None] | None = None,
+    system: str | Sequence[str | None] | None = None,
     thinking: bool = False,
     raw: bool = False,
     **options: Any,
 ) -> list[Done]:
     """Answers several prompts at once, each as it would be alone with its seed, but for rounding.
 
-    Takes ``Options`` without ``trim_canvas``, which would give the answers other texts than alone.
+    ``max_tokens`` and ``system`` may be one for all or one for each. Takes ``Options`` without ``trim_canvas``, which
+    would give the answers other texts than alone.
     """
     if not prompts:
         return []
     if options.get("trim_canvas") and len(prompts) > 1:
         raise DgemmaError("trim_canvas goes with one prompt at a time", "Leave it out.", exit_code=2)
-    ids = [model.encode_prompt(prompt, system=system, thinking=thinking, raw=raw) for prompt in prompts]
-    most = [max_tokens] * len(ids) if isinstance(max_tokens, int) else max_tokens
-    for name, values in (("max_tokens", most), ("seeds", seeds)):
-        if values is not None and len(values) != len(ids):
-            raise DgemmaError(f"{name} must be one for each of {len(ids)} prompts, not {len(values)}", exit_code=2)
+    count = len(prompts)
+    most = [max_tokens] * count if isinstance(max_tokens, int) else max_tokens
+    systems = [system] * count if system is None or isinstance(system, str) else system
+    seeds = [None] * count if seeds is None else seeds
+    for name, values in (("max_tokens", most), ("seeds", seeds), ("system", systems)):
+        if len(values) != count:
+            raise DgemmaError(f"{name} must be one for each of {count} prompts, not {len(values)}", exit_code=2)
+    ids = [
+        model.encode_prompt(prompt, system=own, thinking=thinking, raw=raw)
+        for prompt, own in zip(prompts, systems, strict=True)
+    ]
     run = _run(model, ids, seeds, most, Options(**options))
     done = {number: event for number, event in run.events() if isinstance(event, Done)}
-    return [done[number] for number in range(len(ids))]
+    return [done[number] for number in range(count)]
 
 
 @dataclass(frozen=True)
@@ -189,7 +195,7 @@ class Options:
 
 
 def _run(
-    model: Model, prompts: Sequence[list[int]], seeds: Sequence[int] | None, max_tokens: Sequence[int],
+    model: Model, prompts: Sequence[list[int]], seeds: Sequence[int | None], max_tokens: Sequence[int],
     options: Options, memory: PromptCache | None = None,
 ) -> Run:
     """A checked run over encoded prompts, nothing of it done yet."""
@@ -206,8 +212,8 @@ def _run(
         verify=options.verify, cancelled=options.cancelled,
     )  # fmt: skip
     answers = [
-        Answer(ids, seed, most, PartsParser(model.tokenizer))
-        for ids, seed, most in zip(prompts, seeds or [secrets.randbits(32) for _ in prompts], max_tokens, strict=True)
+        Answer(ids, secrets.randbits(32) if seed is None else seed, most, PartsParser(model.tokenizer))
+        for ids, seed, most in zip(prompts, seeds, max_tokens, strict=True)
     ]
     return Run(model.network, model.tokenizer, loop, answers, memory)
 

@@ -62,14 +62,12 @@ class Answer:
 
     def commit(self, draft: Draft, loop: Loop, doubted: Sequence[int]) -> Committed:
         """Takes over a finished canvas: cut after its first end-of-text id, and at max_tokens."""
-        kept = list(draft.tokens)
-        length = len(kept)
+        kept = list(_text(draft.tokens, loop.config.eos_token_ids))
         self.canvases += 1
-        if len(self.ids) + len(self.tokens) + 2 * length > loop.positions:
+        if kept[-1] in loop.config.eos_token_ids:
+            self.reason = "stop"
+        elif len(self.ids) + len(self.tokens) + 2 * len(kept) > loop.positions:
             self.reason = "length"
-        ends = [i for i, token in enumerate(kept) if token in loop.config.eos_token_ids]
-        if ends:
-            kept, self.reason = kept[: ends[0] + 1], "stop"
         room = self.max_tokens - len(self.tokens)
         if len(kept) > room or (len(kept) == room and self.reason is None):
             kept, self.reason = kept[:room], "length"
@@ -126,10 +124,9 @@ class Final:
 
     def expect(self, tokens: list[int], eos_ids: Sequence[int]) -> None:
         """Compares with what the encoder would have written."""
-        written = self.draft.tokens
-        end = next((place for place, token in enumerate(written) if token in eos_ids), len(written))
         self.expected = tokens
-        self.doubted = [place for place in range(min(end + 1, len(written))) if tokens[place] != written[place]]
+        written = enumerate(_text(self.draft.tokens, eos_ids))
+        self.doubted = [place for place, token in written if token != tokens[place]]
 
 
 class Run:
@@ -176,6 +173,7 @@ class Run:
         # The encoder is asked for what follows the prompt, so its last position has to be encoded here.
         cache = self._memory.reuse(self._network, ids, leave=self._loop.verify != "off")
         known = cache.offset
+        cache.reserve(len(ids) - known)  # all at once: a part that is encoded later would have the first ones copied
         turn = max(known, _model_turn(ids, self._turn))
         shared = min(self._memory.shared, turn)
         if shared - known < self._loop.prefill_step_size:  # it would save the next prompt little
@@ -319,6 +317,12 @@ def prefill(
         mx.eval(cache.state())
         mx.clear_cache()
     return ids.shape[1], hidden
+
+
+def _text(canvas: Sequence[int], eos_ids: Sequence[int]) -> Sequence[int]:
+    """The canvas up to its first end-of-text id, which is kept."""
+    end = next((place for place, token in enumerate(canvas) if token in eos_ids), len(canvas))
+    return canvas[: end + 1]
 
 
 def _doubt(final: Final) -> tuple[bool, float]:

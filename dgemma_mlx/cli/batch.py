@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -105,24 +104,14 @@ def _answers(
     """All together; one by one where that fails, so that only those at fault do."""
     from dgemma_mlx.engine import generate_batch
 
-    common = {name: value for name, value in options.items() if name not in ("seed", "max_tokens", "system")}
+    each = {"seeds": "seed", "max_tokens": "max_tokens", "system": "system"}
+    common = {name: value for name, value in options.items() if name not in each.values()}
     wishes = [{**options, **request} for request in requests]
+    own: dict[str, Any] = {name: [wish[key] for wish in wishes] for name, key in each.items()}
     try:
-        answers: list[Any] = generate_batch(
-            model, [_messages(wish) for wish in wishes], max_tokens=[wish["max_tokens"] for wish in wishes],
-            seeds=[secrets.randbits(32) if wish["seed"] is None else wish["seed"] for wish in wishes], **common,
-        )  # fmt: skip
+        answers: list[Any] = generate_batch(model, [wish["prompt"] for wish in wishes], **own, **common)
         return answers
     except DgemmaError as error:
         if len(requests) == 1:
             return [error]
         return [answer for request in requests for answer in _answers(model, [request], options)]
-
-
-def _messages(wish: Mapping[str, Any]) -> Any:
-    """The prompt, behind a system prompt where there is one."""
-    prompt, system = wish["prompt"], wish["system"]
-    if system is None:
-        return prompt
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return [{"role": "system", "content": system}, *messages]

@@ -128,9 +128,7 @@ def generate(
     What is not given comes from the settings (dgemma-mlx config), then from the checkpoint. The built-in demo knows
     its few tasks only; see dgemma-mlx --help.
     """
-    _check_options(prompt, batch, as_json, as_json_lines, trace, show_steps)
-    if batch is not None and prompt_cache is not None:
-        raise DgemmaError("--batch goes without --prompt-cache", "The file holds one prompt.", exit_code=2)
+    _check_options(prompt, batch, as_json, as_json_lines, trace, show_steps, prompt_cache)
     text = read_prompt(prompt) if batch is None else ""
     requests = [] if batch is None else read_batch(batch)
     if quiet:
@@ -227,12 +225,14 @@ def _print(events: Iterable[Event], model: Model, form: str, quiet: bool) -> Don
 
 def _check_options(
     prompt: str | None, batch: Path | None, as_json: bool, as_json_lines: bool, trace: Path | None,
-    show_steps: int | None,
+    show_steps: int | None, prompt_cache: Path | None,
 ) -> None:
     if batch is not None and prompt is not None:
         raise DgemmaError("a prompt and --batch exclude each other", "Put the prompt into the file.", exit_code=2)
     if batch is not None and (as_json_lines or trace is not None or show_steps is not None):
         raise DgemmaError("--batch goes without --jsonl, --trace and --show-steps", "It prints the answers.", 2)
+    if batch is not None and prompt_cache is not None:
+        raise DgemmaError("--batch goes without --prompt-cache", "The file holds one prompt.", exit_code=2)
     if as_json and as_json_lines:
         raise DgemmaError("--json and --jsonl exclude each other", "--json prints the answer, --jsonl all events.", 2)
 

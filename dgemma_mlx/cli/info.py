@@ -86,14 +86,10 @@ def loaded_bytes(source: Source, cpu_dequantize: str = "auto") -> int:
 
 def _unpacks(source: Source, cpu_dequantize: str) -> bool:
     """Whether ``load`` would unpack packed weights here."""
-    import mlx.core as mx
-
-    from dgemma_mlx.model.memory import free_memory
+    from dgemma_mlx.model.dequantize import may_unpack
 
     plain = _plain_bytes(source)
-    if mx.metal.is_available() or plain == 0 or cpu_dequantize == "off":
-        return False
-    return cpu_dequantize == "on" or plain <= free_memory() // 2
+    return may_unpack(plain, cpu_dequantize) and plain > 0
 
 
 def _plain_bytes(source: Source) -> int:

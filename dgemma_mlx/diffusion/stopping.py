@@ -67,7 +67,7 @@ class Stopping:
     def _unchanged(self, sample: CanvasSample, counts: mx.array | None, steps: int) -> mx.array:
         """(B,) bool: whether the argmax is that of so many steps before, wherever it counts."""
         same = mx.full(sample.argmax.shape[:1], len(self._history) >= steps)
-        for earlier in self._history[len(self._history) - steps :] if steps else ():
+        for earlier in self._history[-steps:] if steps else ():
             same = same & _all(earlier == sample.argmax, counts)
         return same
 

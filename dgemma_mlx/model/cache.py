@@ -156,7 +156,7 @@ class PrefixCache:
 
     def reserve(self, positions: int) -> None:
         """Sizes buffers once for ``positions`` more and some canvases, so that a long prefill never copies them."""
-        self._capacity = self.offset + positions
+        self._capacity = max(self._capacity, self.offset + positions)
 
     def update(self, layer: int, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         """Appends one layer's (B, Hk, L, D); returns what the new positions attend over."""

@@ -29,12 +29,17 @@ def dequantized_bytes(model: DiffusionGemma) -> int:
 
 
 def should_dequantize(model: DiffusionGemma, choice: str) -> bool:
-    """Whether to: never on a GPU; else ``choice`` "on" or "off", or "auto" while half of the free memory will do."""
+    """Whether to, as ``choice`` says."""
+    return may_unpack(dequantized_bytes(model), choice)
+
+
+def may_unpack(nbytes: int, choice: str) -> bool:
+    """Never on a GPU; else ``choice`` "on" or "off", or "auto" while half of the free memory holds so many bytes."""
     if choice not in CHOICES:
         raise DgemmaError(f"cpu_dequantize must be one of {', '.join(CHOICES)}, not {choice!r}", exit_code=2)
     if choice == "off" or mx.default_device() != mx.Device(mx.cpu):
         return False
-    return choice == "on" or dequantized_bytes(model) <= free_memory() // 2
+    return choice == "on" or nbytes <= free_memory() // 2
 
 
 def dequantize(model: DiffusionGemma) -> None:
