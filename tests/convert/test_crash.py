@@ -190,7 +190,8 @@ def test_killed_at_any_time(tmp_path: Path, source: Path, whole: dict[str, str])
         time.sleep(rng.uniform(0.01, 0.4))
         process.kill()
         assert process.wait(timeout=60) in (0, KILLED)
-    if process.returncode == KILLED:
+    if not output.exists():  # else the kill came after the last rename, at any exit code
+        assert process.returncode == KILLED
         check_interrupted(source, output, whole)
         assert resume(source, output) == whole
     assert digests(output) == whole
