@@ -204,8 +204,8 @@ def _run(
             raise DgemmaError(f"max_tokens must be at least 1, not {most}", exit_code=2)
     config = options.config(model)
     for ids in prompts:
-        _check_length(model, ids)
-    budget = _budget(model, len(prompts) * max(map(len, prompts)), options.memory_limit)
+        check_prompt(model, ids)
+    budget = budget_for(model, len(prompts) * max(map(len, prompts)), options.memory_limit)
     loop = Loop(
         config, SPEEDS[options.speed], model.config.canvas_length, model.config.text.max_position_embeddings,
         options.prefill_step_size or budget.prefill_step_size, greedy=options.temp == 0, trim=options.trim_canvas,
@@ -218,7 +218,7 @@ def _run(
     return Run(model.network, model.tokenizer, loop, answers, memory)
 
 
-def _budget(model: Model, positions: int, limit: int | None) -> Budget:
+def budget_for(model: Model, positions: int, limit: int | None) -> Budget:
     """What may be worked on at a time, also noted in the network: ``DgemmaError`` where ``limit`` is too low."""
     parameters: Any = tree_flatten(model.network.parameters())  # type: ignore[no-untyped-call]
     weights = sum(array.nbytes for _, array in parameters)
@@ -227,7 +227,8 @@ def _budget(model: Model, positions: int, limit: int | None) -> Budget:
     return budget
 
 
-def _check_length(model: Model, ids: Sequence[int]) -> None:
+def check_prompt(model: Model, ids: Sequence[int]) -> None:
+    """``DgemmaError`` where there is no prompt, or no room for a canvas behind it."""
     if not ids:
         raise DgemmaError("the prompt is empty", "Say what you want to know.", exit_code=2)
     limit = model.config.text.max_position_embeddings

@@ -24,6 +24,26 @@ from dgemma_mlx.model.text import DiffusionGemma
 
 
 @dataclass(frozen=True)
+class Barred:
+    """Ids that must not be written, as what is added to logits: (V,) float32, -inf for such an id and else 0."""
+
+    everywhere: mx.array
+    there: mx.array | None = None
+    """at ``places`` only, besides"""
+    places: mx.array | None = None
+    """(n,) int32: positions, counted through the batch"""
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        """Capped logits (B, C, V) float32 -> the same without these ids."""
+        logits = logits + self.everywhere
+        if self.there is None or self.places is None:
+            return logits
+        rows = logits.reshape(-1, logits.shape[-1])
+        rows[self.places] = rows[self.places] + self.there
+        return rows.reshape(logits.shape)
+
+
+@dataclass(frozen=True)
 class Pins:
     """Positions of a canvas that hold given ids: never renoised, counted neither for acceptance nor for stopping."""
 
@@ -31,6 +51,32 @@ class Pins:
     """(B, C) int32; what stands at a free position does not matter"""
     free: mx.array
     """(B, C) bool: the other positions"""
+
+    def canvas(self, canvas: mx.array) -> mx.array:
+        """Ids (B, C) with the given ones in their places."""
+        return mx.where(self.free, canvas, self.ids)
+
+    def sample(self, sample: CanvasSample) -> CanvasSample:
+        """A step's sample (B, C), certain of the given ids."""
+        first = mx.arange(sample.kept_ids.shape[-1]) == 0
+        free = self.free[..., None]
+        return sample._replace(
+            entropy=mx.where(self.free, sample.entropy, 0), argmax=self.canvas(sample.argmax),
+            sample=self.canvas(sample.sample), kept_count=mx.where(self.free, sample.kept_count, 1),
+            kept_ids=mx.where(free, sample.kept_ids, mx.where(first, self.ids[..., None], 0)),
+            kept_weights=mx.where(free, sample.kept_weights, first.astype(mx.float32)),
+            kept_mass=mx.where(self.free, sample.kept_mass, 1),
+        )
+
+
+@dataclass(frozen=True)
+class Start:
+    """A canvas to begin with instead of noise, as in image editing (SDEdit, Meng et al., arXiv 2108.01073)."""
+
+    canvas: mx.array
+    """(B, C) int32"""
+    step: int
+    """the first one, from 1: those before it are taken as done"""
 
 
 @dataclass
@@ -68,6 +114,8 @@ def denoise(
     speed: Speed = REFERENCE,
     greedy: bool = False,
     pins: Pins | None = None,
+    barred: Barred | None = None,
+    start: Start | None = None,
 ) -> Iterator[tuple[Draft, ...]]:
     """Denoises a canvas after the cached prefix; yields one ``Draft`` for each row a step, last ones ``finished``.
 
@@ -76,21 +124,28 @@ def denoise(
     """
     vocab_size, steps = model.config.vocab_size, config.max_denoising_steps
     stopping = Stopping(config, speed, None if pins is None else pins.free)
-    canvas = _pinned(noise.canvas(canvas_length, vocab_size), pins)
+    canvas = noise.canvas(canvas_length, vocab_size) if start is None else start.canvas
+    if pins is not None:
+        canvas = pins.canvas(canvas)
     last: _Step | None = None
     prediction: Prediction | None = None
-    for number in range(1, steps + 1):
+    for number in range(1 if start is None else start.step, steps + 1):
         raw = model.project(model.decode_hidden(canvas, cache, prediction))
         uniforms = mx.zeros(canvas.shape) if greedy else noise.uniform(canvas_length)
         degree = temperature(steps + 1 - number, config)
-        sample = canvas_sampler(raw, uniforms, model.config.final_logit_softcapping, degree)
+        if barred is None:
+            sample = canvas_sampler(raw, uniforms, model.config.final_logit_softcapping, degree)
+        else:
+            sample = canvas_sampler(barred(model.capped(raw)), uniforms, None, degree)
+        if pins is not None:
+            sample = pins.sample(sample)
         accepted_mask = _accept(sample.entropy, config.entropy_bound * speed.entropy_bound_factor, pins)
         denoised = sample.argmax if greedy else sample.sample
         current = mx.where(accepted_mask, denoised, noise.canvas(canvas_length, vocab_size))
-        entropy = sample.entropy if pins is None else mx.where(pins.free, sample.entropy, 0)
-        argmax = _pinned(sample.argmax, pins)
-        test, uncertain = stopping(sample._replace(argmax=argmax, entropy=entropy))
-        step = _Step(_pinned(current, pins), argmax, accepted_mask, entropy, test, uncertain)
+        test, uncertain = stopping(sample)
+        if pins is not None:
+            current = pins.canvas(current)
+        step = _Step(current, sample.argmax, accepted_mask, sample.entropy, test, uncertain)
         if last is not None:
             step = step.keep(last)
         mx.eval(*step.arrays(), *sample)
@@ -99,10 +154,6 @@ def denoise(
         if all(draft.finished for draft in drafts):
             return
         last, canvas, prediction = step, step.current_canvas, model.predict(raw, sample, degree)
-
-
-def _pinned(canvas: mx.array, pins: Pins | None) -> mx.array:
-    return canvas if pins is None else mx.where(pins.free, canvas, pins.ids)
 
 
 def _accept(entropy: mx.array, bound: float, pins: Pins | None) -> mx.array:

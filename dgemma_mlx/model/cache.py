@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -195,6 +196,14 @@ class PrefixCache:
             self._left_padding = self._left_padding[chosen]
         for layer in self.layers:
             layer.set_state(*(array[chosen] for array in layer.state()))
+
+    def repeated(self, rows: int) -> PrefixCache:
+        """Another cache, of so many rows that all hold what the one row of this one does."""
+        other = copy(self)
+        other.layers, other._ends = [copy(layer) for layer in self.layers], list(self._ends)
+        for layer in other.layers:
+            layer.set_state(*(mx.repeat(array, rows, axis=0) for array in layer.state()))
+        return other
 
     def encode_masks(self, length: int) -> dict[str, Mask]:
         """For each kind of layer, who sees whom when ``length`` positions are appended."""

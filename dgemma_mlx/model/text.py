@@ -163,7 +163,7 @@ class DiffusionGemma(nn.Module):
 
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden (..., M) -> softcapped logits (..., V) float32."""
-        return self._capped(self.project(hidden))
+        return self.capped(self.project(hidden))
 
     def predict(self, raw: mx.array, sample: CanvasSample, temperature: float) -> Prediction:
         """What conditions the next step: from ``project``'s logits (B, C, V) and the evaluated sample of them."""
@@ -183,11 +183,12 @@ class DiffusionGemma(nn.Module):
         blocks = []
         for start in range(0, positions.size, step):
             rows = positions[start : start + step]
-            blocks.append(self._expected_embedding(self._capped(raw[rows]) / temperature))
+            blocks.append(self._expected_embedding(self.capped(raw[rows]) / temperature))
             mx.eval(blocks[-1])
         return mx.concatenate(blocks)
 
-    def _capped(self, raw: mx.array) -> mx.array:
+    def capped(self, raw: mx.array) -> mx.array:
+        """``project``'s logits -> softcapped ones, float32."""
         cap = self.config.final_logit_softcapping
         return cap * mx.tanh(raw.astype(mx.float32) / cap)
 

@@ -1,0 +1,1 @@
+"""Text around which, or from which, a canvas is denoised: filling gaps, editing, choosing."""

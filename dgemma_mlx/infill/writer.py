@@ -1,0 +1,122 @@
+"""Canvases with pinned text, several at a time: denoised, then scored."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from dgemma_mlx.diffusion.denoise import Barred, Pins, Start, denoise
+from dgemma_mlx.diffusion.sampler import Noise
+from dgemma_mlx.diffusion.speed import SPEEDS
+from dgemma_mlx.engine import Model, Options, budget_for, check_prompt
+from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.events import Draft
+from dgemma_mlx.run import prefill
+
+_PATIENCE = 4  # steps; what is right settles soon, what has the wrong length often never does
+
+
+@dataclass(frozen=True)
+class InfillStatistics:
+    """Counts and times of a text that was filled in or edited."""
+
+    prompt_tokens: int
+    """of the prefix, what comes before the first gap among them"""
+    canvases: int
+    """that were tried"""
+    denoising_steps: int
+    """passes of the decoder over some canvases at a time"""
+    seconds: float
+    peak_memory: int
+    """bytes held by MLX at most"""
+
+
+class Writer:
+    """Denoises canvases behind one prefix, with the random numbers of one seed and the parameters of ``Options``."""
+
+    def __init__(self, model: Model, prefix: Sequence[int], rows: int, seed: int | None, options: dict[str, Any]) -> None:
+        """Encodes the prefix (P). ``rows`` is how many canvases there will be at a time at the most."""
+        self.options = Options(**options)
+        if self.options.verify != "off" or self.options.trim_canvas:
+            raise DgemmaError("verify and trim_canvas are for answers that are generated", exit_code=2)
+        self.seed = secrets.randbits(32) if seed is None else seed
+        self._began, self._model = time.perf_counter(), model
+        self._prompt_tokens, self._canvases, self._steps = len(prefix), 0, 0
+        check_prompt(model, prefix)
+        mx.reset_peak_memory()
+        budget = budget_for(model, rows * len(prefix), self.options.memory_limit)
+        self._config = self.options.config(model)
+        self._cache = model.network.new_cache()
+        step_size = self.options.prefill_step_size or budget.prefill_step_size
+        ids = mx.array([prefix], mx.int32)
+        _, hidden = prefill(model.network, ids, self._cache, step_size, self.options.cancelled)
+        self._stop_if_cancelled()
+        assert hidden is not None
+        mx.eval(hidden)
+        self._hidden = hidden
+        """(1, 1, M) of the prefix' last position"""
+
+    def noise(self, rows: int) -> Noise:
+        """Random numbers: those of the seed in the first row, of the seeds that follow in the others."""
+        return Noise(*((self.seed + row) % 2**64 for row in range(rows)))
+
+    @property
+    def steps(self) -> int:
+        """That a canvas may take at most."""
+        return self._config.max_denoising_steps
+
+    def write(
+        self, length: int, rows: int, pins: Pins | None, barred: Barred, start: Start | None = None
+    ) -> list[Draft]:
+        """Denoises canvases (rows, length); returns the last draft of each, ``settled_by`` None where there was no
+        hope for it: some other row was settled in less than half of the steps. ``KeyboardInterrupt`` where cancelled.
+        """
+        drafts: tuple[Draft, ...] = ()
+        settled_at = 0
+        self._canvases += rows
+        for drafts in denoise(
+            self._model.network, self._cache.repeated(rows), self._config, self.noise(rows), canvas_length=length,
+            speed=SPEEDS[self.options.speed], greedy=self.options.temp == 0, pins=pins, barred=barred, start=start,
+        ):  # fmt: skip
+            self._steps += 1
+            self._stop_if_cancelled()
+            if not settled_at and any(draft.settled_by for draft in drafts):
+                settled_at = drafts[0].step
+            if settled_at and drafts[0].step > 2 * settled_at + _PATIENCE:
+                break
+        return list(drafts)
+
+    def first_step(self, length: int) -> mx.array:
+        """(C, V) float32: log-probabilities of a canvas' first step, from noise, at the temperature 1."""
+        network = self._model.network
+        canvas = self.noise(1).canvas(length, network.config.vocab_size)
+        self._canvases, self._steps = self._canvases + 1, self._steps + 1
+        logits = network.decode(canvas, self._cache)[0]
+        return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+    def log_probabilities(self, canvases: mx.array) -> mx.array:
+        """Canvases (B, C) -> (B, C) float32: how probable each token is to the causal encoder, given all before it."""
+        network, cache = self._model.network, self._cache.repeated(canvases.shape[0])
+        hidden = network.encode(canvases, cache)
+        behind = mx.concatenate([mx.repeat(self._hidden, canvases.shape[0], axis=0), hidden[:, :-1]], axis=1)
+        rows = []
+        for ids, row in zip(canvases, behind, strict=True):  # the logits of one canvas at a time
+            logits = network.logits(row)
+            chosen = mx.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
+            rows.append(chosen - mx.logsumexp(logits, axis=-1))
+            mx.eval(rows[-1])
+        return mx.stack(rows)
+
+    def statistics(self) -> InfillStatistics:
+        return InfillStatistics(
+            self._prompt_tokens, self._canvases, self._steps, time.perf_counter() - self._began, mx.get_peak_memory()
+        )
+
+    def _stop_if_cancelled(self) -> None:
+        if self.options.cancelled():
+            raise KeyboardInterrupt
