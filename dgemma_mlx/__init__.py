@@ -15,35 +15,67 @@ from dgemma_mlx.errors import DgemmaError
 if TYPE_CHECKING:
     from dgemma_mlx.engine import Model, generate, generate_batch, load, stream
     from dgemma_mlx.events import Committed, Done, Draft, Event, Statistics
+    from dgemma_mlx.infill.choose import Choice, choose
+    from dgemma_mlx.infill.edit import edit
+    from dgemma_mlx.infill.fill import Filled, fill
+    from dgemma_mlx.infill.search import Candidate
+    from dgemma_mlx.infill.template import Gap
     from dgemma_mlx.prompt_cache import PromptCache
     from dgemma_mlx.text.parts import ToolCall
 
 __version__ = "0.1.0"
 
+_PLACES = {
+    "Candidate": "infill.search",
+    "Choice": "infill.choose",
+    "Committed": "events",
+    "DgemmaError": "errors",
+    "Done": "events",
+    "Draft": "events",
+    "Event": "events",
+    "Filled": "infill.fill",
+    "Gap": "infill.template",
+    "Model": "engine",
+    "PromptCache": "prompt_cache",
+    "Statistics": "events",
+    "ToolCall": "text.parts",
+    "choose": "infill.choose",
+    "edit": "infill.edit",
+    "fill": "infill.fill",
+    "generate": "engine",
+    "generate_batch": "engine",
+    "load": "engine",
+    "stream": "engine",
+}
+
 __all__ = [
+    "Candidate",
+    "Choice",
     "Committed",
     "DgemmaError",
     "Done",
     "Draft",
     "Event",
+    "Filled",
+    "Gap",
     "Model",
     "PromptCache",
     "Statistics",
     "ToolCall",
+    "choose",
+    "edit",
+    "fill",
     "generate",
     "generate_batch",
     "load",
     "stream",
 ]
 
-_EVENTS = ("Committed", "Done", "Draft", "Event", "Statistics", "ToolCall")
-
 
 def __getattr__(name: str) -> Any:
     """Imports on first use: ``dgemma-mlx --help`` needs no mlx."""
-    if name not in __all__:
+    if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    # the engine's own, and PromptCache, which it imports
-    return getattr(import_module("dgemma_mlx.events" if name in _EVENTS else "dgemma_mlx.engine"), name)
+    return getattr(import_module(f"dgemma_mlx.{_PLACES[name]}"), name)

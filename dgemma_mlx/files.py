@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,10 +18,16 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """The same for bytes: a file to write to, which becomes ``path`` when the block has ended well."""
+    """The same for bytes: a file to write to, which becomes ``path`` when the block has ended well.
+
+    Of a file that is there, the permissions stay; of a link, the file that it points to is replaced.
+    """
+    path = Path(os.path.realpath(path))
     with _unfinished(path) as other:
         with other.open("wb") as file:
             yield file
+        if path.exists():
+            shutil.copymode(path, other)
         other.replace(path)
 
 

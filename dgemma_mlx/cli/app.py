@@ -11,9 +11,12 @@ import typer
 from dgemma_mlx import __version__
 from dgemma_mlx.cli.bench import bench
 from dgemma_mlx.cli.chat.repl import chat
+from dgemma_mlx.cli.choose import choose
 from dgemma_mlx.cli.config import config
 from dgemma_mlx.cli.convert import convert
 from dgemma_mlx.cli.doctor import doctor
+from dgemma_mlx.cli.edit import edit
+from dgemma_mlx.cli.fill import fill
 from dgemma_mlx.cli.generate import generate
 from dgemma_mlx.cli.info import info
 from dgemma_mlx.cli.models import models
@@ -44,7 +47,7 @@ app = typer.Typer(
     name=PROGRAM, help=HELP, rich_markup_mode=None, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, generate, convert, info, doctor, bench, config):
+for command in (chat, generate, fill, edit, choose, convert, info, doctor, bench, config):
     app.command()(command)
 app.add_typer(models, name="models")
 

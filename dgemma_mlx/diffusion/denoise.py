@@ -17,7 +17,7 @@ from dgemma_mlx.diffusion.schedule import temperature
 from dgemma_mlx.diffusion.speed import REFERENCE, Speed
 from dgemma_mlx.diffusion.stopping import TESTS, Stopping
 from dgemma_mlx.events import Draft
-from dgemma_mlx.kernels import canvas_sampler
+from dgemma_mlx.kernels import CanvasSample, canvas_sampler
 from dgemma_mlx.model.cache import PrefixCache
 from dgemma_mlx.model.prediction import Prediction
 from dgemma_mlx.model.text import DiffusionGemma

@@ -10,10 +10,10 @@ import mlx.core as mx
 from dgemma_mlx.diffusion.denoise import Barred
 from dgemma_mlx.engine import Model
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.infill.fill import Filled, end_id, lay_out, noised, write_gaps
+from dgemma_mlx.infill.fill import Filled, check_candidates, end_id, lay_out, noised, write_gaps
 from dgemma_mlx.infill.layout import barring
 from dgemma_mlx.infill.search import Candidate, around
-from dgemma_mlx.infill.template import Gap, Part
+from dgemma_mlx.infill.template import Gap, Part, lines_of
 from dgemma_mlx.infill.writer import Writer
 
 DEFAULT_STRENGTH = 0.6
@@ -49,15 +49,16 @@ def edit(
         raise DgemmaError("the instruction is empty", "Say what is to change.", exit_code=2)
     if strength is not None and not 0 < strength <= 1:
         raise DgemmaError(f"strength must be above 0 and at most 1, not {strength}", exit_code=2)
-    if candidates < 1:
-        raise DgemmaError(f"candidates must be at least 1, not {candidates}", exit_code=2)
+    check_candidates(candidates)
     asked = f"{instruction.strip()}\n\n{text}"
     if lines is None and match is None:
         return _edit_all(model, text, asked, system, seed, strength or DEFAULT_STRENGTH, options)
     parts = selected(text, lines, match)
     layout = lay_out(model, parts)
     ladders = [around(len(slot.original), layout.room, candidates) for slot in layout.slots]
-    return write_gaps(model, parts, layout, asked, system, ladders, candidates, seed, options, strength or 1.0)
+    opening = model.encode_prompt(asked, system=system)
+    writer = Writer(model, [*opening, *layout.prefix], candidates, seed, options)
+    return write_gaps(writer, layout, ladders, candidates, strength or 1.0)
 
 
 def selected(text: str, lines: Lines | None, match: str | None) -> list[Part]:
@@ -83,7 +84,7 @@ def selected(text: str, lines: Lines | None, match: str | None) -> list[Part]:
 
 def _line_span(text: str, lines: Lines) -> Lines:
     """Characters of the lines, without the last one's line break."""
-    rows = text.splitlines(keepends=True)
+    rows = lines_of(text)
     first, last = lines
     if not 1 <= first <= last <= len(rows):
         raise DgemmaError(f"there are no lines {first} to {last}", f"The text has {len(rows)}.", exit_code=2)
@@ -103,15 +104,14 @@ def _edit_all(
             "Edit a part of it: --lines A-B or --match REGEX.", exit_code=2,
         )
     writer = Writer(model, model.encode_prompt(asked, system=system), 1, seed, options)
+    kept = {pad, *model.generation.eos_token_ids}
+    control = [id for id in model.tokenizer.special_ids.values() if id < writer.vocab_size and id not in kept]
+    barred = Barred(barring([*control, *range(model.tokenizer.vocab_size, writer.vocab_size)], writer.vocab_size))
     canvas = mx.array([ids + [pad] * (length - len(ids))], mx.int32)
-    vocab_size, kept = model.config.text.vocab_size, {pad, *model.generation.eos_token_ids}
-    control = [id for id in model.tokenizer.special_ids.values() if id < vocab_size and id not in kept]
-    barred = Barred(barring([*control, *range(model.tokenizer.vocab_size, vocab_size)], vocab_size))
-    [draft] = writer.write(length, 1, None, barred, noised(writer, canvas, vocab_size, strength))
-    written = next((i for i, id in enumerate(draft.tokens) if id in kept), length)
-    tokens = mx.array([draft.tokens], mx.int32)
-    score = writer.log_probabilities(tokens)[0, : written + 1].mean().item()
-    changed = model.tokenizer.decode(draft.tokens[:written])
-    candidate = Candidate((written,), (changed,), float(score), draft.settled_by is None, draft.tokens)  # type: ignore[arg-type]
+    [draft] = writer.write(length, 1, None, barred, noised(writer, canvas, strength))
+    size = next((place for place, id in enumerate(draft.tokens) if id in kept), length)
+    [score] = writer.scores([draft.tokens], [min(size + 1, length)])
+    changed = model.tokenizer.decode(draft.tokens[:size])
+    candidate = Candidate((size,), (changed,), score, draft.settled_by is None or size == length, draft.tokens)
     whole = changed.rstrip() + text[len(stem) :]
     return Filled(whole, (candidate,), (whole,), writer.seed, writer.statistics())

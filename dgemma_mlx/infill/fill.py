@@ -62,17 +62,23 @@ def fill(
     ``cancelled`` says so.
     """
     parts = alternating(parse_gaps(text, mark) if isinstance(text, str) else text)
-    asked = None if raw else _PROMPT + shown(parts) if prompt is None else prompt
     if raw and (prompt is not None or system is not None):
         raise DgemmaError("raw text goes without a prompt and a system prompt", exit_code=2)
-    if candidates < 1:
-        raise DgemmaError(f"candidates must be at least 1, not {candidates}", exit_code=2)
+    check_candidates(candidates)
     layout = lay_out(model, parts)
     ladders = [
         [slot.gap.size] if slot.gap.size else ladder(layout.room - len(layout.slots) + 1, candidates)
         for slot in layout.slots
     ]
-    return write_gaps(model, parts, layout, asked, system, ladders, candidates, seed, options)
+    asked = "" if raw else _PROMPT + shown(parts) if prompt is None else prompt
+    opening = model.encode_prompt(asked, system=system, raw=raw)
+    writer = Writer(model, [*opening, *layout.prefix], candidates, seed, options)
+    return write_gaps(writer, layout, ladders, candidates)
+
+
+def check_candidates(count: int) -> None:
+    if count < 1:
+        raise DgemmaError(f"candidates must be at least 1, not {count}", exit_code=2)
 
 
 def alternating(parts: Sequence[Part]) -> list[Part]:
@@ -101,45 +107,31 @@ def end_id(model: Model) -> int:
 
 
 def write_gaps(
-    model: Model, parts: Sequence[Part], layout: Layout, asked: str | None, system: str | None,
-    ladders: Sequence[Sequence[int]], count: int, seed: int | None, options: dict[str, Any], strength: float | None = None,
+    writer: Writer, layout: Layout, ladders: Sequence[Sequence[int]], count: int, strength: float | None = None
 ) -> Filled:
-    """Writes the gaps at the lengths of the ladders and some more. With a ``strength``, canvases begin as what stands
-    in the gaps now, that share of it noise."""
-    opening = model.encode_prompt("", raw=True) if asked is None else model.encode_prompt(asked, system=system)
-    writer = Writer(model, [*opening, *layout.prefix], count, seed, options)
-    found = search(ladders, layout.room, count, partial(_evaluate, model, layout, writer, strength))
-    texts = tuple(_whole(parts, candidate) for candidate in found)
+    """Writes the gaps at the lengths of the ladders and some more, ``count`` at a time. With a ``strength``, canvases
+    begin as what stands in the gaps now, that share of it noise."""
+    found = search(ladders, layout.room, count, partial(_evaluate, writer, layout, strength))
+    texts = tuple(layout.whole(candidate.texts) for candidate in found)
     return Filled(texts[0], tuple(found), texts, writer.seed, writer.statistics())
 
 
-def _evaluate(
-    model: Model, layout: Layout, writer: Writer, strength: float | None, wanted: list[Lengths]
-) -> list[Candidate]:
+def _evaluate(writer: Writer, layout: Layout, strength: float | None, wanted: list[Lengths]) -> list[Candidate]:
     """Denoises a canvas for each of the combinations of lengths, and scores what came of it."""
-    length, vocab_size = layout.length(wanted), model.config.text.vocab_size
-    pins, barred = layout.pins(wanted, length), layout.barred(wanted, length, vocab_size)
-    start = None if strength is None else noised(writer, pins.ids, vocab_size, strength)
+    length = layout.length(wanted)
+    pins, barred = layout.pins(wanted, length), layout.barred(wanted, length, writer.vocab_size)
+    start = None if strength is None else noised(writer, pins.ids, strength)
     drafts = writer.write(length, len(wanted), pins, barred, start)
-    canvases = mx.array([draft.tokens for draft in drafts], mx.int32)
-    ends = [layout.used(lengths, length) for lengths in wanted]
-    judged = mx.arange(length) < mx.array(ends)[:, None]
-    log_probabilities = mx.where(judged, writer.log_probabilities(canvases), 0).sum(axis=-1).tolist()
+    scores = writer.scores([draft.tokens for draft in drafts], [layout.used(lengths, length) for lengths in wanted])
     return [
-        Candidate(lengths, layout.texts(draft.tokens, lengths), total / end, draft.settled_by is None,
-                  draft.tokens)
-        for lengths, draft, total, end in zip(wanted, drafts, log_probabilities, ends, strict=True)  # type: ignore[arg-type]
-    ]  # fmt: skip
+        Candidate(lengths, layout.texts(draft.tokens, lengths), score, draft.settled_by is None, draft.tokens)
+        for lengths, draft, score in zip(wanted, drafts, scores, strict=True)
+    ]
 
 
-def noised(writer: Writer, ids: mx.array, vocab_size: int, strength: float) -> Start:
+def noised(writer: Writer, ids: mx.array, strength: float) -> Start:
     """The canvases (B, C) with a share of random ids, to be denoised by as large a share of the steps."""
     noise = writer.noise(ids.shape[0]).fork()
     replaced = noise.uniform(ids.shape[1]) < strength
-    canvas = mx.where(replaced, noise.canvas(ids.shape[1], vocab_size), ids)
+    canvas = mx.where(replaced, noise.canvas(ids.shape[1], writer.vocab_size), ids)
     return Start(canvas, 1 + min(int((1 - strength) * writer.steps), writer.steps - 1))
-
-
-def _whole(parts: Sequence[Part], candidate: Candidate) -> str:
-    texts = iter(candidate.texts)
-    return "".join(part if isinstance(part, str) else next(texts) for part in parts)

@@ -37,9 +37,11 @@ class Layout:
     What is behind the last gap is cut where the canvas ends; where it does not have to be, an end-of-text id follows.
     """
 
-    def __init__(self, tokenizer: Tokenizer, parts: Sequence[Part], canvas_length: int, end_id: int, pad_id: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, parts: Sequence[Part], canvas_length: int, end_id: int, pad_id: int
+    ) -> None:
         """``parts`` are those of ``parse_gaps``. ``DgemmaError`` where the gaps and what is between do not fit."""
-        self._tokenizer, self._canvas_length, self._end, self._pad = tokenizer, canvas_length, end_id, pad_id
+        self._tokenizer, self._parts, self._canvas_length, self._pad = tokenizer, parts, canvas_length, pad_id
         texts = [part for part in parts if isinstance(part, str)]
         gaps = [part for part in parts if isinstance(part, Gap)]
         spaced = [before.endswith(" ") and not before.endswith("  ") for before in texts[:-1]]
@@ -126,6 +128,11 @@ class Layout:
         """What a canvas has written into the gaps, without the spaces that belong to the text before."""
         written = [self._tokenizer.decode(tokens[start:end]) for start, end in self.spans(lengths)]
         return tuple(text[slot.spaced :] for slot, text in zip(self.slots, written, strict=True))
+
+    def whole(self, texts: Sequence[str]) -> str:
+        """The text with its gaps filled."""
+        gaps = iter(texts)
+        return "".join(part if isinstance(part, str) else next(gaps) for part in self._parts)
 
 
 def block_length(needed: int, canvas_length: int) -> int:

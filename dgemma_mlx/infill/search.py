@@ -9,7 +9,7 @@ from dgemma_mlx.infill.layout import Lengths
 
 _LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
 _DIGITS = 2
-"""of a score, in nats a token: what differs by less is a tie, as two certain texts differ by rounding"""
+"""of a score: what differs by less than 0.01 nats a token is a tie, as two certain texts differ by rounding"""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Candidate:
     texts: tuple[str, ...]
     """of the gaps"""
     score: float
-    """mean log-probability of a gap's token, in nats"""
+    """mean log-probability, in nats, of the tokens from the first gap to the end, by the causal encoder"""
     low_confidence: bool
     """all denoising steps were used, and the canvas is still uncertain"""
     tokens: tuple[int, ...]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import StringIO
 
 from dgemma_mlx.errors import DgemmaError
 
@@ -51,6 +52,11 @@ def parse_gaps(text: str, mark: str = MARK) -> list[Part]:
             f"Write {mark} where something is missing; --hole names another mark.", exit_code=2,
         )
     return [*parts, text[done:]]
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines with their line feeds, which alone end a line, as editors and patch have it."""
+    return StringIO(text, newline="\n").readlines()
 
 
 def shown(parts: Sequence[Part]) -> str:

@@ -39,7 +39,9 @@ class InfillStatistics:
 class Writer:
     """Denoises canvases behind one prefix, with the random numbers of one seed and the parameters of ``Options``."""
 
-    def __init__(self, model: Model, prefix: Sequence[int], rows: int, seed: int | None, options: dict[str, Any]) -> None:
+    def __init__(
+        self, model: Model, prefix: Sequence[int], rows: int, seed: int | None, options: dict[str, Any]
+    ) -> None:
         """Encodes the prefix (P). ``rows`` is how many canvases there will be at a time at the most."""
         self.options = Options(**options)
         if self.options.verify != "off" or self.options.trim_canvas:
@@ -64,6 +66,10 @@ class Writer:
     def noise(self, rows: int) -> Noise:
         """Random numbers: those of the seed in the first row, of the seeds that follow in the others."""
         return Noise(*((self.seed + row) % 2**64 for row in range(rows)))
+
+    @property
+    def vocab_size(self) -> int:
+        return self._model.config.text.vocab_size
 
     @property
     def steps(self) -> int:
@@ -94,23 +100,26 @@ class Writer:
     def first_step(self, length: int) -> mx.array:
         """(C, V) float32: log-probabilities of a canvas' first step, from noise, at the temperature 1."""
         network = self._model.network
-        canvas = self.noise(1).canvas(length, network.config.vocab_size)
+        canvas = self.noise(1).canvas(length, self.vocab_size)
         self._canvases, self._steps = self._canvases + 1, self._steps + 1
         logits = network.decode(canvas, self._cache)[0]
         return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
-    def log_probabilities(self, canvases: mx.array) -> mx.array:
-        """Canvases (B, C) -> (B, C) float32: how probable each token is to the causal encoder, given all before it."""
-        network, cache = self._model.network, self._cache.repeated(canvases.shape[0])
-        hidden = network.encode(canvases, cache)
-        behind = mx.concatenate([mx.repeat(self._hidden, canvases.shape[0], axis=0), hidden[:, :-1]], axis=1)
-        rows = []
-        for ids, row in zip(canvases, behind, strict=True):  # the logits of one canvas at a time
-            logits = network.logits(row)
-            chosen = mx.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
-            rows.append(chosen - mx.logsumexp(logits, axis=-1))
-            mx.eval(rows[-1])
-        return mx.stack(rows)
+    def scores(self, canvases: Sequence[Sequence[int]], ends: Sequence[int]) -> list[float]:
+        """How probable the causal encoder finds each canvas (C) up to its end: nats a token, on average.
+
+        Not the decoder: it confirms whatever stands in a canvas, as it sees each token that it is asked for.
+        """
+        network, ids = self._model.network, mx.array(list(canvases), mx.int32)
+        rows = len(canvases)
+        hidden = network.encode(ids, self._cache.repeated(rows))
+        behind = mx.concatenate([mx.repeat(self._hidden, rows, axis=0), hidden[:, :-1]], axis=1)
+        scores: list[Any] = []
+        for row, end in enumerate(ends):  # the logits of one canvas at a time
+            logits = network.logits(behind[row, :end])
+            chosen = mx.take_along_axis(logits, ids[row, :end, None], axis=-1)
+            scores.append((chosen[:, 0] - mx.logsumexp(logits, axis=-1)).mean().item())
+        return scores
 
     def statistics(self) -> InfillStatistics:
         return InfillStatistics(
