@@ -57,7 +57,7 @@ class Layout:
         self._fixed = sum(map(len, self._between))
         self.room = canvas_length - self._fixed
         """tokens that all gaps together may have"""
-        least = sum(slot.gap.size or 1 for slot in self.slots)
+        least = sum(slot.gap.size or len(slot.original) or 1 for slot in self.slots)
         if least > self.room:
             raise DgemmaError(
                 f"the gaps and the text between them take {self._fixed + least:,} tokens, "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from dgemma_mlx.infill.layout import Lengths
@@ -33,6 +33,9 @@ class Candidate:
         return self.low_confidence, -round(self.score, _DIGITS), sum(self.lengths)
 
 
+_REFINEMENTS = 2
+"""of a gap's length: of 15 that lie between two rungs, 8 are tried, then those next to the best of them"""
+
 Evaluate = Callable[[list[Lengths]], list[Candidate]]
 
 
@@ -54,8 +57,8 @@ def search(ladders: Sequence[Sequence[int]], room: int, count: int, evaluate: Ev
     """Writes the gaps ``count`` times at once, until their lengths are found; returns all candidates, the best first.
 
     First all gaps go up their ladders together, then one gap after the other tries its other rungs and what lies
-    between them. Combinations of more than ``room`` tokens are left out. Where all lengths are known, the same ones
-    are written ``count`` times.
+    between the best and the next ones. Combinations of more than ``room`` tokens are left out. Where all lengths are
+    known, the same ones are written ``count`` times.
     """
     tried: dict[Lengths, Candidate] = {}
 
@@ -74,7 +77,10 @@ def search(ladders: Sequence[Sequence[int]], room: int, count: int, evaluate: Ev
         if len(rungs) > 1:
             if len(ladders) > 1:
                 attempt(_replaced(_best(tried).lengths, gap, rungs))
-            attempt(_replaced(_best(tried).lengths, gap, _between(_best(tried).lengths[gap], rungs, count)))
+            for _ in range(_REFINEMENTS):
+                best = _best(tried).lengths
+                near = {lengths[gap] for lengths in tried if _replaced(lengths, gap, [0]) == _replaced(best, gap, [0])}
+                attempt(_replaced(best, gap, _between(best[gap], near, count)))
     return _ranked(tried.values())
 
 
@@ -94,11 +100,11 @@ def _replaced(lengths: Lengths, gap: int, sizes: Sequence[int]) -> list[Lengths]
     return [(*lengths[:gap], size, *lengths[gap + 1 :]) for size in sizes]
 
 
-def _between(length: int, rungs: Sequence[int], count: int) -> list[int]:
-    """Up to ``count`` lengths between the rungs next to this one, evenly spaced."""
-    low = max((rung for rung in rungs if rung < length), default=length)
-    high = min((rung for rung in rungs if rung > length), default=length)
-    inner = [size for size in range(low + 1, high) if size not in rungs]
+def _between(length: int, tried: Collection[int], count: int) -> list[int]:
+    """Up to ``count`` lengths between this one and those next to it that were tried, evenly spaced."""
+    low = max((size for size in tried if size < length), default=length)
+    high = min((size for size in tried if size > length), default=length)
+    inner = [size for size in range(low + 1, high) if size != length]
     if len(inner) <= count:
         return inner
-    return [inner[i * (len(inner) - 1) // max(count - 1, 1)] for i in range(count)]
+    return [inner[(2 * i + 1) * len(inner) // (2 * count)] for i in range(count)]

@@ -12,7 +12,7 @@ import pytest
 
 from dgemma_mlx.config import GenerationConfig
 from dgemma_mlx.diffusion import denoise as denoise_module
-from dgemma_mlx.diffusion.denoise import Pins, denoise
+from dgemma_mlx.diffusion.denoise import Barred, Pins, Start, denoise
 from dgemma_mlx.diffusion.sampler import Noise, accept
 from dgemma_mlx.events import Draft
 from dgemma_mlx.kernels import CanvasSample
@@ -196,3 +196,46 @@ def test_a_caller_may_stop_between_two_steps() -> None:
     assert canvases == 3
     del steps
     assert run(4) == whole
+
+
+def test_barred_ids_are_never_written() -> None:
+    rng = np.random.default_rng(1)
+    banned, here = rng.choice(V, V // 2, replace=False), rng.choice(V, V // 3, replace=False)
+    places = np.array([3, C + 2])
+
+    def barring(ids: Any) -> mx.array:
+        return mx.array(np.where(np.isin(np.arange(V), ids), -np.inf, 0).astype(np.float32))
+
+    barred = Barred(barring(banned), barring(here), mx.array(places, mx.int32))
+    steps = list(denoise(golden_model(), prefix(2), SETTLES, Noise(1, 2), canvas_length=C, barred=barred))
+    free = run(1, batch=2)
+    assert any(set(draft.tokens) & set(banned.tolist()) for draft in free[-1])
+    for drafts in steps:
+        tokens = np.array([draft.tokens for draft in drafts]).reshape(-1)
+        assert not np.isin(tokens, banned).any()
+        assert not np.isin(tokens[places], here).any()
+
+
+def test_barring_nothing_changes_nothing() -> None:
+    steps = denoise(golden_model(), prefix(), SETTLES, Noise(4), canvas_length=C, barred=Barred(mx.zeros(V)))
+    for (draft,), (expected,) in zip(steps, run(4), strict=True):
+        assert draft.tokens == expected.tokens
+        assert draft.entropy == pytest.approx(expected.entropy, abs=TOLERANCE)
+
+
+def test_a_start_takes_the_place_of_noise_and_of_the_first_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[Any] = []
+    decode = DiffusionGemma.decode_hidden
+
+    def spy(self: DiffusionGemma, canvas: mx.array, *rest: Any) -> mx.array:
+        decoded.append((np.array(canvas), rest[1]))
+        return decode(self, canvas, *rest)
+
+    monkeypatch.setattr(DiffusionGemma, "decode_hidden", spy)
+    canvas, last = np.random.default_rng(2).integers(0, V, (1, C)), SETTLES.max_denoising_steps
+    start = Start(mx.array(canvas, mx.int32), last - 1)
+    config = SETTLES.override(confidence_threshold=0.0)
+    drafts = [draft for (draft,) in denoise(golden_model(), prefix(), config, Noise(1), canvas_length=C, start=start)]
+    assert [draft.step for draft in drafts] == [last - 1, last]
+    np.testing.assert_array_equal(decoded[0][0], canvas)
+    assert decoded[0][1] is None  # nothing was predicted before

@@ -116,3 +116,24 @@ def test_a_denoising_step_copies_nothing_of_the_prefix() -> None:
         extra = 10_000 + (2 * window_bytes if step == 0 else 0)
         assert mx.get_peak_memory() - before < extra < cache.nbytes / 10
     assert mark.offset == prefix
+
+
+def test_a_repeated_cache_is_one_of_its_own() -> None:
+    history = History(3)
+    history.encode(5)
+    one = PrefixCache.repeated(rows_of(history.cache, [0]), 3)
+    before = [np.array(array) for array in history.cache.state()]
+    for layer in range(2):
+        new = np.random.default_rng(layer).normal(size=(2, 3, HK, 4, D)).astype(np.float32)
+        seen = one.with_canvas(layer, *map(mx.array, new))
+        old = history.appended[layer]
+        check(seen, tuple(np.repeat(part[:1], 3, axis=0) for part in old), new)
+    assert one.offset == history.cache.offset
+    for array, expected in zip(history.cache.state(), before, strict=True):
+        np.testing.assert_array_equal(array, expected)
+
+
+def rows_of(cache: PrefixCache, rows: list[int]) -> PrefixCache:
+    chosen = cache.repeated(1)
+    chosen.keep(rows)
+    return chosen

@@ -1,0 +1,148 @@
+"""``fill``, ``edit`` and ``choose`` as processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PROGRAM = (sys.executable, "-m", "dgemma_mlx")
+RECORD = "Make a JSON object: Simon is 59 years old and lives in Rome."
+GAPS = '{"name": "Simon", "age": ___:2___, "city": "Rome"}\r\nend'
+FILLED = '{"name": "Simon", "age": 59, "city": "Rome"}\r\nend'
+FILL = ("fill", "-m", "demo", "--seed", "1", "--prompt", RECORD, "--candidates", "2")
+EDIT = ("edit", "-m", "demo", "--seed", "1", "--candidates", "1", RECORD)
+
+
+def run(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([*PROGRAM, *arguments], input=stdin, capture_output=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "a file.json"
+    path.write_bytes(GAPS.encode())
+    return path
+
+
+def test_a_pipe_gets_the_text_exactly(file: Path) -> None:
+    done = run(*FILL, "-q", stdin=GAPS.encode())
+    assert (done.returncode, done.stdout, done.stderr) == (0, FILLED.encode(), b"")
+    assert run(*FILL, str(file)).stdout == FILLED.encode()
+
+
+def test_json_has_every_candidate(file: Path) -> None:
+    done = run(*FILL, "--json", "--show-all", str(file))
+    found = json.loads(done.stdout)
+    assert found["text"] == FILLED
+    assert found["model"] == "demo"
+    assert found["candidates"][0]["texts"] == ["59"]
+    assert done.stderr.decode().count(" tokens") == len(found["candidates"])
+
+
+def test_a_diff_is_one_that_patch_takes(file: Path, tmp_path: Path) -> None:
+    done = run(*FILL, "--diff", "-q", str(file))
+    lines = done.stdout.decode().splitlines()
+    assert lines[2:5:2] == ["@@ -1,2 +1,2 @@", f"+{FILLED.splitlines()[0]}"]
+    if shutil.which("patch"):
+        copy = tmp_path / "copy"
+        shutil.copy(file, copy)
+        patched = subprocess.run(["patch", "--binary", str(copy)], input=done.stdout, capture_output=True, check=False)
+        assert patched.returncode == 0, patched
+        assert copy.read_bytes() == FILLED.encode()
+
+
+def test_write_replaces_the_file_and_keeps_its_mode(file: Path) -> None:
+    file.chmod(0o640)
+    link = file.with_name("link")
+    link.symlink_to(file)
+    done = run(*FILL, "--write", str(link))
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert file.read_bytes() == FILLED.encode()
+    assert link.is_symlink()
+    assert file.stat().st_mode & 0o777 == 0o640
+    assert sorted(path.name for path in file.parent.iterdir()) == [file.name, "link"]
+
+
+def test_a_gap_at_a_cursor_and_between_two_files(tmp_path: Path) -> None:
+    text = tmp_path / "x"
+    text.write_text('{"name": "Simon",\n"age": , "city": "Rome"}')
+    done = run(*FILL, "-q", "--at", "2:8", "--size", "2", str(text))
+    assert done.stdout == b'{"name": "Simon",\n"age": 59, "city": "Rome"}'
+    before, behind = tmp_path / "before", tmp_path / "behind"
+    before.write_text('{"name": "Simon", "age": ')
+    behind.write_text(', "city": "Rome"}')
+    done = run(*FILL, "-q", "--size", "2", "--prefix-file", str(before), "--suffix-file", str(behind))
+    assert done.stdout == b'{"name": "Simon", "age": 59, "city": "Rome"}'
+
+
+def test_edit_shows_a_diff_and_writes_when_asked(file: Path) -> None:
+    text = FILLED.replace("59", "58")
+    file.write_bytes(text.encode())
+    done = run(*EDIT, "-q", "--match", "58", "--strength", "1", str(file))
+    assert done.returncode == 0
+    assert file.read_bytes() == text.encode()
+    piped = run(*EDIT, "-q", "--match", "58", "--strength", "1", stdin=text.encode())
+    assert piped.stdout.startswith(b'{"name": "Simon", "age": ')
+    assert piped.stdout.endswith(b', "city": "Rome"}\r\nend')
+    assert run(*EDIT, "-q", "--match", "58", "--strength", "1", "--write", str(file)).returncode == 0
+    assert file.read_bytes() == piped.stdout
+
+
+def test_choose_prints_probabilities() -> None:
+    done = run("choose", "-m", "demo", "-q", "--seed", "1", "What is 27 + 45?", "--from", '71, 72,"a, b"')
+    lines = [line.split("  ") for line in done.stdout.decode().splitlines()]
+    assert lines[0][1] == "72"
+    assert {text for _, text in lines} == {"71", "72", "a, b"}
+    assert sum(float(probability) for probability, _ in lines) == pytest.approx(1, abs=0.001)
+    done = run("choose", "-m", "demo", "--json", "--from", "71,72", stdin=b"What is 27 + 45?")
+    assert [choice["text"] for choice in json.loads(done.stdout)["choices"]] == ["72", "71"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "message"),
+    [
+        (["fill", "no such file"], b"", "cannot read no such file"),
+        (["fill"], b"\xff___", "not UTF-8"),
+        (["fill"], b"no gap", "no gap"),
+        (["fill", "--write"], b"___", "--write needs a FILE"),
+        (["fill", "--at", "3:1"], b"a\nb", "no line 3"),
+        (["fill", "--at", "1:3"], b"a\nb", "no column 3"),
+        (["fill", "--at", "x"], b"a", "LINE:COL"),
+        (["fill", "--size", "3"], b"___", "--size"),
+        (["fill", "--diff", "--json"], b"___", "exclude"),
+        (["fill", "--prefix-file", "a", "b"], b"", "go without FILE"),
+        (["fill", "-m", "demo"], b"___ " + b"word " * 60 + b"___", "a canvas holds 32"),
+        (["edit", "x", "--lines", "3-a"], b"a", "A-B"),
+        (["edit", "x", "-m", "demo", "--lines", "3"], b"a", "no lines 3 to 3"),
+        (["edit", "x", "-m", "demo"], b"", "empty"),
+        (["edit", "x", "-m", "demo"], b"word " * 60, "a canvas holds 31"),
+        (["choose", "x", "-m", "demo", "--from", "a"], b"", "no choices"),
+        (["choose", "--from", "a,b"], b"", "prompt is empty"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(arguments: list[str], stdin: bytes, message: str) -> None:
+    done = run(*arguments, stdin=stdin)
+    assert done.returncode == 2
+    assert message in done.stderr.decode()
+    assert done.stdout == b""
+    assert b"Traceback" not in done.stderr
+
+
+def test_ctrl_c_writes_nothing(file: Path) -> None:
+    arguments = [*PROGRAM, *FILL, "--candidates", "8", "--max-denoising-steps", "48", "--write", str(file)]
+    file.write_text("___ ___ ___ ___")
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE) as process:
+        time.sleep(1.5)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+    if process.returncode != 0:  # else it was quicker
+        assert process.returncode in (130, -signal.SIGINT)
+        assert file.read_text() == "___ ___ ___ ___"
+        assert b"Traceback" not in error
