@@ -37,13 +37,14 @@ def choose(
     """Say how probable each of some answers is, by one pass over one canvas: a fast classifier."""
     asked = read_prompt(question)
     answers = [answer for row in csv.reader([choices], skipinitialspace=True) for answer in row]
-    with quiet_when_closed(), prepared(
-        model=model, seed=seed, system=system, raw=raw, speed=None, temp=None, max_denoising_steps=None,
-        memory_limit=memory_limit, cpu_dequantize=cpu_dequantize, no_kernels=no_kernels, quiet=quiet,
-    ) as (loaded, options):  # fmt: skip
-        from dgemma_mlx.infill.choose import choose as choose_among
+    with quiet_when_closed():
+        with prepared(
+            model=model, seed=seed, system=system, raw=raw, speed=None, temp=None, max_denoising_steps=None,
+            memory_limit=memory_limit, cpu_dequantize=cpu_dequantize, no_kernels=no_kernels, quiet=quiet,
+        ) as (loaded, options):  # fmt: skip
+            from dgemma_mlx.infill.choose import choose as choose_among
 
-        found = choose_among(loaded, asked, answers, listed=listed, raw=raw, **options)
+            found = choose_among(loaded, asked, answers, listed=listed, raw=raw, **options)
         if as_json:
             print(json_line({"model": loaded.name, "choices": [asdict(choice) for choice in found]}))
         else:

@@ -57,17 +57,18 @@ def edit(
         raise DgemmaError("--write needs a FILE", "Without it the text goes to stdout.", exit_code=2)
     span = None if lines is None else _span(lines)
     before = read_text(file)
-    with quiet_when_closed(), prepared(
-        model=model, seed=seed, system=system, raw=False, speed=speed, temp=temp, memory_limit=memory_limit,
-        max_denoising_steps=max_denoising_steps, cpu_dequantize=cpu_dequantize, no_kernels=no_kernels, quiet=quiet,
-    ) as (loaded, options):  # fmt: skip
-        from dgemma_mlx.infill.edit import DEFAULT_CANDIDATES
-        from dgemma_mlx.infill.edit import edit as edit_text
+    with quiet_when_closed():
+        with prepared(
+            model=model, seed=seed, system=system, raw=False, speed=speed, temp=temp, memory_limit=memory_limit,
+            max_denoising_steps=max_denoising_steps, cpu_dequantize=cpu_dequantize, no_kernels=no_kernels, quiet=quiet,
+        ) as (loaded, options):  # fmt: skip
+            from dgemma_mlx.infill.edit import DEFAULT_CANDIDATES
+            from dgemma_mlx.infill.edit import edit as edit_text
 
-        edited = edit_text(
-            loaded, instruction, before, lines=span, match=match, strength=strength,
-            candidates=candidates or DEFAULT_CANDIDATES, **options,
-        )
+            edited = edit_text(
+                loaded, instruction, before, lines=span, match=match, strength=strength,
+                candidates=candidates or DEFAULT_CANDIDATES, **options,
+            )
         report(edited, loaded, show_all, quiet)
         if edited.text == before and not quiet:
             print("dgemma-mlx: nothing has changed", file=sys.stderr)

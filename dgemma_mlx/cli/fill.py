@@ -65,16 +65,17 @@ def fill(
     split = prefix_file is not None or suffix_file is not None
     _check(file, at, size, hint, split, diff, as_json, write)
     before, parts = _parts(file, hole, at, size, hint, prefix_file, suffix_file)
-    with quiet_when_closed(), prepared(
-        model=model, seed=seed, system=system, raw=raw, speed=speed, temp=temp, memory_limit=memory_limit,
-        max_denoising_steps=max_denoising_steps, cpu_dequantize=cpu_dequantize, no_kernels=no_kernels, quiet=quiet,
-    ) as (loaded, options):  # fmt: skip
-        from dgemma_mlx.infill.fill import DEFAULT_CANDIDATES
-        from dgemma_mlx.infill.fill import fill as fill_text
+    with quiet_when_closed():
+        with prepared(
+            model=model, seed=seed, system=system, raw=raw, speed=speed, temp=temp, memory_limit=memory_limit,
+            max_denoising_steps=max_denoising_steps, cpu_dequantize=cpu_dequantize, no_kernels=no_kernels, quiet=quiet,
+        ) as (loaded, options):  # fmt: skip
+            from dgemma_mlx.infill.fill import DEFAULT_CANDIDATES
+            from dgemma_mlx.infill.fill import fill as fill_text
 
-        filled = fill_text(
-            loaded, parts, prompt=prompt, raw=raw, candidates=candidates or DEFAULT_CANDIDATES, **options
-        )
+            filled = fill_text(
+                loaded, parts, prompt=prompt, raw=raw, candidates=candidates or DEFAULT_CANDIDATES, **options
+            )
         report(filled, loaded, show_all, quiet)
         if write and file is not None:
             save_text(file, filled.text, before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -47,8 +47,23 @@ def prepared(
         "memory_limit": in_bytes(settings.pick("memory_limit", memory_limit)),
         "generation": loaded.generation.override(max_denoising_steps=steps),
     }  # fmt: skip
-    with interruptible() as cancelled:
-        yield loaded, {**options, "cancelled": cancelled}
+    with interruptible() as cancelled, _status(quiet) as progress:
+        yield loaded, {**options, "cancelled": cancelled, "progress": progress}
+
+
+@contextmanager
+def _status(quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Says on a terminal, while something is written, how many canvases and steps there have been."""
+    if quiet or not draws():
+        yield lambda canvases, steps: None
+        return
+    from dgemma_mlx.cli.render.region import Region
+
+    region = Region(sys.stderr)
+    try:
+        yield lambda canvases, steps: region.draw([[(f"{canvases} canvases, step {steps}", "2")]])
+    finally:
+        region.close()
 
 
 def report(filled: Filled, model: Model, show_all: bool, quiet: bool) -> None:

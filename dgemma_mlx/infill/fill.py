@@ -56,7 +56,8 @@ def fill(
     the model's turn, what is between and behind them is pinned in one canvas. Where a gap's length is not given,
     ``candidates`` lengths are denoised at a time; the most probable text wins, of equal ones the shorter.
     ``prompt`` is what the model is asked instead of being shown the text with its gaps; ``raw`` asks nothing: the
-    model sees only what is before and after. Takes the ``Options`` of ``generate`` but ``verify`` and ``trim_canvas``.
+    model sees only what is before and after. Takes the ``Options`` of ``generate`` but ``verify`` and ``trim_canvas``,
+    and ``progress``, which hears after each step how many canvases and steps there have been.
 
     ``DgemmaError`` where there is no gap, or the canvas does not hold all of them; ``KeyboardInterrupt`` where
     ``cancelled`` says so.

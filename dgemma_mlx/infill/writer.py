@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Draft
 from dgemma_mlx.run import prefill
 
+Progress = Callable[[int, int], None]
 _PATIENCE = 4  # steps; what is right settles soon, what has the wrong length often never does
 
 
@@ -42,8 +43,10 @@ class Writer:
     def __init__(
         self, model: Model, prefix: Sequence[int], rows: int, seed: int | None, options: dict[str, Any]
     ) -> None:
-        """Encodes the prefix (P). ``rows`` is how many canvases there will be at a time at the most."""
-        self.options = Options(**options)
+        """Encodes the prefix (P). ``rows`` is how many canvases there will be at a time at the most. Of the options
+        ``progress`` hears after each step how many canvases and steps there have been; the rest is ``Options``'."""
+        self._progress: Progress = options.get("progress", lambda canvases, steps: None)
+        self.options = Options(**{name: value for name, value in options.items() if name != "progress"})
         if self.options.verify != "off" or self.options.trim_canvas:
             raise DgemmaError("verify and trim_canvas are for answers that are generated", exit_code=2)
         self.seed = secrets.randbits(32) if seed is None else seed
@@ -90,6 +93,7 @@ class Writer:
             speed=SPEEDS[self.options.speed], greedy=self.options.temp == 0, pins=pins, barred=barred, start=start,
         ):  # fmt: skip
             self._steps += 1
+            self._progress(self._canvases, self._steps)
             self._stop_if_cancelled()
             if not settled_at and any(draft.settled_by for draft in drafts):
                 settled_at = drafts[0].step

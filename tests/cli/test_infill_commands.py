@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.terminal import Terminal
+
 PROGRAM = (sys.executable, "-m", "dgemma_mlx")
 RECORD = "Make a JSON object: Simon is 59 years old and lives in Rome."
 GAPS = '{"name": "Simon", "age": ___:2___, "city": "Rome"}\r\nend'
@@ -146,3 +148,15 @@ def test_ctrl_c_writes_nothing(file: Path) -> None:
         assert process.returncode in (130, -signal.SIGINT)
         assert file.read_text() == "___ ___ ___ ___"
         assert b"Traceback" not in error
+
+
+@pytest.mark.parametrize("option", ["--show-all", "--diff"])
+def test_a_terminal_shows_the_result_and_keeps_nothing_of_the_progress(file: Path, option: str) -> None:
+    with Terminal([*FILL, option, str(file)], 100, 24) as terminal:
+        assert terminal.finish() == 0
+    shown = FILLED.replace("\r", "\u240d").splitlines()  # a carriage return steers the terminal
+    assert [line for line in shown if line in terminal.text] == shown
+    assert b"canvases, step 1" in terminal.output
+    assert "canvases, step" not in terminal.text
+    assert b"\x1b[?" not in terminal.output
+    assert terminal.screen.is_sane
