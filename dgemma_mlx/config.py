@@ -237,7 +237,15 @@ class GenerationConfig:
                 f"t_max ({config.t_max}) must be above 0 and not below t_min ({config.t_min})",
                 "The temperature falls from t_max to t_min over the steps.", exit_code=2,
             )
+        if config.t_max < _LEAST_TEMPERATURE:
+            raise DgemmaError(
+                f"t_max must be at least {_LEAST_TEMPERATURE:g}, not {config.t_max:g}",
+                "A temperature of 0 (--temp 0) takes the most probable tokens.", exit_code=2,
+            )
         return config
+
+
+_LEAST_TEMPERATURE = 1e-6  # far below it, logits over temperature are no float32 numbers
 
 
 def _check(value: Any, name: str, *, minimum: float, whole: bool = False) -> None:

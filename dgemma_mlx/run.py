@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -327,7 +328,8 @@ def _text(canvas: Sequence[int], eos_ids: Sequence[int]) -> Sequence[int]:
 
 def _doubt(final: Final) -> tuple[bool, float]:
     """Less is better."""
-    return final.draft.settled_by is None, final.draft.mean_entropy
+    entropy = final.draft.mean_entropy
+    return final.draft.settled_by is None, math.inf if math.isnan(entropy) else entropy
 
 
 def _repairs(finals: list[Final]) -> Pins:

@@ -224,7 +224,7 @@ def _as_text(facts: dict[str, Any]) -> str:
         ("models in", f"{facts['cache_folder']}, {size(facts['cache_free'])} free"),
     ]
     if result := facts.get("probe"):
-        rows.append(("products", f"{result['matmul_tflops']:.2f} TFLOP/s"))
+        rows.append(("products", f"{1000 * result['matmul_tflops']:,.0f} GFLOP/s"))
         rows.append(("demo model", f"{result['demo_steps_per_second']:.0f} denoising steps/s"))
     rows += _kernel_rows(facts)
     lines = [f"{name:10} {value}" for name, value in rows]

@@ -44,7 +44,7 @@ class Stopping:
             passed["plateau"] = self._unchanged(sample, counts, speed.plateau_steps) & (entropy < speed.plateau_entropy)
         self._history.append(sample.argmax)
         first = mx.argmax(mx.stack([*passed.values(), ~no], axis=-1), axis=-1)
-        return first.astype(mx.int32), entropy > UNCERTAIN
+        return first.astype(mx.int32), ~(entropy <= UNCERTAIN)  # logits that are no numbers are not certain
 
     def _counting(self, sample: CanvasSample) -> mx.array | None:
         """(B, C) bool: the positions that count; None: all of them."""

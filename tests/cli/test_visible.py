@@ -75,3 +75,8 @@ def test_rows_hold_all_the_text_and_no_more_cells_than_they_may() -> None:
             wanted = "".join(text for text, own in pieces if own == style)
             got = "".join(text for row in rows for text, own in row if own == style)
             assert got.replace(" ", "") == "".join(wanted.split())
+
+
+def test_json_has_null_for_what_is_no_number() -> None:
+    value = {"a": [float("nan"), (float("inf"), 1.5)], "b": "NaN"}
+    assert json.loads(json_line(value), parse_constant=pytest.fail) == {"a": [None, [None, 1.5]], "b": "NaN"}

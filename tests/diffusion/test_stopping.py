@@ -124,3 +124,12 @@ def test_where_the_reference_stops_so_do_the_other_modes() -> None:
     assert 0 < stops["reference"].mean() < 1
     for name in SPEEDS:
         assert (stops[name] | ~stops["reference"]).all()
+
+
+@pytest.mark.parametrize("speed", SPEEDS.values(), ids=SPEEDS)
+def test_what_is_no_number_is_uncertain_and_passes_no_test(speed: Speed) -> None:
+    stopping = Stopping(GenerationConfig(), speed)
+    for _ in range(15):
+        test, uncertain = stopping(sampled([[1, 2, 3]], [[float("nan")] * C], float("nan")))
+        assert test.item() == len(TESTS)
+        assert uncertain.item()

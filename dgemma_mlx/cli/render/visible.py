@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -39,8 +40,23 @@ def visible(text: str) -> str:
 
 
 def json_line(value: Any) -> str:
-    """A value as JSON on one line that steers no terminal either: what ``visible`` replaces is escaped."""
-    return json.dumps(value, ensure_ascii=False).translate(_ESCAPES)
+    """A value as JSON on one line that steers no terminal either: what ``visible`` replaces is escaped.
+
+    JSON has no NaN and no infinities; they become null.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(value), ensure_ascii=False)
+    return text.translate(_ESCAPES)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @lru_cache(maxsize=4096)
