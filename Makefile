@@ -4,6 +4,7 @@ VENV := .venv
 ORACLE := .venv-oracle
 PYTHON_BIN := $(VENV)/bin/python
 REQUIREMENTS := pyproject.toml constraints.txt scripts/setup.sh
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
 .PHONY: help setup demo demo-model test test-kernels soak lint type oracle bench capture wheel clean
@@ -24,7 +25,7 @@ demo-model: $(VENV)/.installed ## train the built-in model from nothing, in runs
 	@sh scripts/demo_model.sh $(PYTHON_BIN) $(ARGS)
 
 test: $(VENV)/.installed-test ## the tests, without torch
-	@$(PYTHON_BIN) -m pytest $(ARGS)
+	@$(PYTHON_BIN) -m pytest $(PARALLEL) $(ARGS)
 
 test-kernels: $(VENV)/.installed-kernels ## the Metal kernels, in a simulator where there is no Metal
 	@$(PYTHON_BIN) -m pytest -m kernels tests/kernels tests/metalsim $(ARGS)
