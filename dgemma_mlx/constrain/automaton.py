@@ -1,0 +1,128 @@
+"""A deterministic automaton over UTF-8 bytes, made from a regular expression."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dgemma_mlx.errors import DgemmaError
+
+MAX_STATES = 20_000
+MAX_MINIMIZED = 2_000
+DEAD = -1
+
+
+@dataclass(frozen=True)
+class Automaton:
+    """Every state can be reached from the first one, 0, and leads to an accepting one."""
+
+    table: NDArray[np.int32]
+    """(Q, 256): the state after a byte, or ``DEAD``"""
+    accepting: NDArray[np.bool_]
+    """(Q,)"""
+
+    @property
+    def size(self) -> int:
+        return len(self.accepting)
+
+    def after(self, state: int, text: bytes) -> int:
+        """The state that the bytes lead to, or ``DEAD``."""
+        for byte in text:
+            if state == DEAD:
+                break
+            state = int(self.table[state, byte])
+        return state
+
+    def matches(self, text: bytes) -> bool:
+        state = self.after(0, text)
+        return state != DEAD and bool(self.accepting[state])
+
+    def completions(self) -> list[bytes]:
+        """For each state the shortest text that leads to an accepting one; of several, the one of the smallest bytes."""
+        distance = np.where(self.accepting, 0, self.size)
+        targets = np.where(self.table == DEAD, self.size, self.table)
+        while True:
+            shorter = np.minimum(distance, np.append(distance, self.size)[targets].min(axis=1) + 1)
+            if (shorter == distance).all():
+                break
+            distance = shorter
+        best = np.append(distance, self.size)[targets].argmin(axis=1)
+        texts = [b""] * self.size
+        for state in np.argsort(distance, kind="stable").tolist():
+            if distance[state]:
+                byte = int(best[state])
+                texts[state] = bytes([byte]) + texts[int(self.table[state, byte])]
+        return texts
+
+
+def automaton_of(regex: str, what: str) -> Automaton:
+    """Compiles a regular expression (the syntax of Rust's ``regex``) that has to match the whole text.
+
+    Raises ``DgemmaError`` (exit code 2), which calls it ``what``: where it is malformed, too large, or matches nothing.
+    """
+    from outlines_core import Index, Vocabulary
+
+    try:
+        index = Index(regex, Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)}))
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise DgemmaError(
+            f"{what} cannot be compiled: {reason}",
+            "The syntax is that of Rust's regex; there are no look-arounds, back references or word boundaries.", 2,
+        ) from None
+    transitions = index.get_transitions()
+    if len(transitions) > MAX_STATES:
+        raise DgemmaError(
+            f"{what} is too large: {len(transitions):,} states, {MAX_STATES:,} at most",
+            "Make repetitions and lengths smaller.", 2,
+        )
+    numbers = {state: number for number, state in enumerate({index.get_initial_state(): None, **transitions})}
+    for state in index.get_final_states():
+        numbers.setdefault(state, len(numbers))
+    table = np.full((len(numbers), 256), DEAD, np.int32)
+    for state, steps in transitions.items():
+        taken = [(byte, numbers[to]) for byte, to in steps.items() if byte < 256 and to in numbers]
+        if taken:
+            table[numbers[state], [byte for byte, _ in taken]] = [to for _, to in taken]
+    accepting = np.zeros(len(numbers), np.bool_)
+    accepting[[numbers[state] for state in index.get_final_states()]] = True
+    table, accepting = _trimmed(table, accepting)
+    if not len(accepting):
+        raise DgemmaError(f"{what} matches no text at all", exit_code=2)
+    # Long chains (a string of up to 1,000 characters) take a round for each state, and there is little to gain.
+    return _minimal(table, accepting) if len(accepting) <= MAX_MINIMIZED else Automaton(table, accepting)
+
+
+def _trimmed(
+    table: NDArray[np.int32], accepting: NDArray[np.bool_]
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Without the states that lead to no accepting one; empty where the first is among them."""
+    useful = accepting.copy()
+    while True:
+        more = useful | np.append(useful, False)[table].any(axis=1)  # DEAD, -1, is the one appended
+        if (more == useful).all():
+            break
+        useful = more
+    if not useful[0]:
+        return table[:0], accepting[:0]
+    numbers = np.append(np.where(useful, np.cumsum(useful) - 1, DEAD), DEAD).astype(np.int32)
+    return numbers[table[useful]], accepting[useful]
+
+
+def _minimal(table: NDArray[np.int32], accepting: NDArray[np.bool_]) -> Automaton:
+    """Moore's algorithm: states are split until those of a class go to the same classes."""
+    columns = np.unique(table, axis=1)  # bytes that do the same everywhere are one
+    classes, count = accepting.astype(np.int64), len(np.unique(accepting))
+    while True:
+        rows = np.concatenate([classes[:, None], np.append(classes, DEAD)[columns]], axis=1)
+        firsts, split = np.unique(rows, axis=0, return_index=True, return_inverse=True)[1:]
+        classes = split.reshape(-1)
+        if len(firsts) == count:
+            break
+        count = len(firsts)
+    order = np.argsort(firsts)  # a class is numbered by its first state, so that the first state stays 0
+    numbers = np.append(np.argsort(order), DEAD).astype(np.int32)
+    states = firsts[order]
+    return Automaton(numbers[np.append(classes, DEAD)[table[states]]], accepting[states])
