@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from dgemma_mlx.errors import DgemmaError
 MAX_STATES = 20_000
 MAX_MINIMIZED = 2_000
 DEAD = -1
+_FRONT = "X"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Automaton:
         return state != DEAD and bool(self.accepting[state])
 
     def completions(self) -> list[bytes]:
-        """For each state the shortest text that leads to an accepting one; of several, the one of the smallest bytes."""
+        """For each state the shortest text that leads to an accepting one; of several, that of the smallest bytes."""
         distance = np.where(self.accepting, 0, self.size)
         targets = np.where(self.table == DEAD, self.size, self.table)
         while True:
@@ -65,7 +67,10 @@ def automaton_of(regex: str, what: str) -> Automaton:
     from outlines_core import Index, Vocabulary
 
     try:
-        index = Index(regex, Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)}))
+        # outlines-core looks for the leftmost match, and of a|ab would take a alone: with \z it takes all. It cannot
+        # have an empty text match \z, so there is a character in front (which also spares it seconds where a string
+        # of bounded length follows a quote).
+        index = Index(f"{_FRONT}(?:{regex})\\z", Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)}))
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise DgemmaError(
@@ -78,21 +83,34 @@ def automaton_of(regex: str, what: str) -> Automaton:
             f"{what} is too large: {len(transitions):,} states, {MAX_STATES:,} at most",
             "Make repetitions and lengths smaller.", 2,
         )
-    numbers = {state: number for number, state in enumerate({index.get_initial_state(): None, **transitions})}
-    for state in index.get_final_states():
-        numbers.setdefault(state, len(numbers))
-    table = np.full((len(numbers), 256), DEAD, np.int32)
-    for state, steps in transitions.items():
-        taken = [(byte, numbers[to]) for byte, to in steps.items() if byte < 256 and to in numbers]
-        if taken:
-            table[numbers[state], [byte for byte, _ in taken]] = [to for _, to in taken]
-    accepting = np.zeros(len(numbers), np.bool_)
-    accepting[[numbers[state] for state in index.get_final_states()]] = True
-    table, accepting = _trimmed(table, accepting)
+    front = transitions.get(index.get_initial_state(), {})
+    if front.keys() - {256, ord(_FRONT)}:
+        raise DgemmaError(f"{what} cannot be compiled: parentheses are not balanced", exit_code=2)
+    table, accepting = _trimmed(*_dense(transitions, front.get(ord(_FRONT), -1), index.get_final_states()))
     if not len(accepting):
         raise DgemmaError(f"{what} matches no text at all", exit_code=2)
     # Long chains (a string of up to 1,000 characters) take a round for each state, and there is little to gain.
     return _minimal(table, accepting) if len(accepting) <= MAX_MINIMIZED else Automaton(table, accepting)
+
+
+def _dense(
+    transitions: Mapping[int, Mapping[int, int]], first: int, final: set[int]
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """The states that can be reached from the first one, which becomes 0: a table and which are final."""
+    numbers = {first: 0}
+    table = np.full((len(transitions) + len(final) + 1, 256), DEAD, np.int32)
+    waiting = [first]
+    while waiting:
+        state = waiting.pop()
+        for byte, to in transitions.get(state, {}).items():
+            if byte < 256 and (to in transitions or to in final):
+                if to not in numbers:
+                    numbers[to] = len(numbers)
+                    waiting.append(to)
+                table[numbers[state], byte] = numbers[to]
+    accepting = np.zeros(len(numbers), np.bool_)
+    accepting[[numbers[state] for state in final if state in numbers]] = True
+    return table[: len(numbers)], accepting
 
 
 def _trimmed(

@@ -85,12 +85,14 @@ class _Candidates:
     def probabilities(self, of_classes: Floats) -> Floats:
         """Of classes (C, m) -> of candidates (C, N)."""
         share = np.divide(of_classes, self.sums, out=np.zeros_like(of_classes), where=self.sums > 0)
-        return np.asarray(np.take_along_axis(share, self.number, axis=1) * self.weights)
+        probabilities: Floats = np.take_along_axis(share, self.number, axis=1) * self.weights
+        return probabilities
 
-    def most_probable(self, numbers: Ids) -> Ids:
+    def most_probable(self, numbers: NDArray[np.int64]) -> Ids:
         """(C,) the most probable token of a class, one at each position."""
         places = np.where(self.number == numbers[:, None], self.weights, 0).argmax(axis=1)
-        return self.ids[np.arange(len(numbers)), places]
+        tokens: Ids = np.take_along_axis(self.ids, places[:, None], axis=1)[:, 0]
+        return tokens
 
     def pick(self, position: int, number: int, uniform: float) -> int:
         """A token of a class at a position, drawn by inverse CDF."""
@@ -120,25 +122,26 @@ class _Paths:
     def best(self) -> Ids:
         """(C,) the tokens of the most probable path."""
         table, scores = self._table, self._table.largest[:, self._number]
-        ahead = np.zeros(len(self._final))  # the best score from each state to the end of the canvas
+        ahead: Floats = np.zeros(len(self._final))  # the best score from each state to the end of the canvas
         for i in range(len(scores) - 1, -1, -1):
             scores[i] += self._behind(i, ahead)
             ahead = np.full(len(ahead), -np.inf)
             ahead[self._left] = np.maximum.reduceat(scores[i], self._first)
-        path, state = np.zeros(len(scores), np.int64), self._state
+        path: NDArray[np.int64] = np.zeros(len(scores), np.int64)
+        state = self._state
         for i in range(len(scores)):
             place = self._bounds[state] + scores[i, self._bounds[state] : self._bounds[state + 1]].argmax()
-            path[i], state = self._number[place], self._target[place]
+            path[i], state = self._number[place], int(self._target[place])
         return table.most_probable(path)
 
     def transitions(self) -> Floats:
         """(C, E) the probability of each transition, given the state that it leaves, and all that has to follow."""
-        result = (self._table.largest + np.log(self._table.sums))[:, self._number]
-        ahead = np.zeros(len(self._final))  # the logarithm of the sum over all paths from each state
+        result: Floats = (self._table.largest + np.log(self._table.sums))[:, self._number]
+        ahead: Floats = np.zeros(len(self._final))  # the logarithm of the sum over all paths from each state
         for i in range(len(result) - 1, -1, -1):
             scores = result[i] + self._behind(i, ahead)
             largest = np.maximum(np.maximum.reduceat(scores, self._first), -_FAR)
-            weights = np.exp(scores - largest[self._segment])
+            weights: Floats = np.exp(scores - largest[self._segment])
             sums = np.add.reduceat(weights, self._first)
             ahead = np.full(len(ahead), -np.inf)
             ahead[self._left] = largest + np.log(sums)
@@ -149,7 +152,7 @@ class _Paths:
         """(C, m): how probable each class is at each position."""
         C, m = self._table.sums.shape
         result = np.zeros((C, m))
-        there = np.zeros(len(self._final))
+        there: Floats = np.zeros(len(self._final))
         there[self._state] = 1
         for i in range(C):
             taken = there[self._source] * transitions[i]
@@ -164,7 +167,7 @@ class _Paths:
             first, last = self._bounds[state], self._bounds[state + 1]
             place, rest = _pick(transitions[i, first:last], uniform)
             tokens[i] = self._table.pick(i, int(self._number[first + place]), rest)
-            state = self._target[first + place]
+            state = int(self._target[first + place])
         return tokens
 
     def _behind(self, i: int, ahead: Floats) -> Floats:

@@ -22,10 +22,10 @@ class TokenAutomaton:
     """States are the automaton's and one more, ``end``: behind an end-of-text token, where padding follows.
 
     Tokens that lead from the same states to the same states are one class; class 0 leads nowhere. A token's class is
-    worked out when it is first asked for. ``skeleton`` (S,) are tokens that keep every state alive, in the order of
-    their classes: those that spell the shortest way to an accepting state, and, where few bytes may follow, the shortest
-    way behind each of these; end-of-text tokens and padding. ``shortest`` (Q + 1,) says how many of them it takes to come
-    from a state to the end, the end-of-text token included.
+    worked out when it is first asked for. ``skeleton`` (S,) are tokens that keep every state alive: those that spell
+    the shortest way to an accepting state and, where few bytes may follow, the shortest way behind each of these;
+    end-of-text tokens and padding. ``shortest`` (Q + 1,) says how many of them it takes to come from a state to the
+    end, the end-of-text token included.
     """
 
     def __init__(
@@ -41,12 +41,11 @@ class TokenAutomaton:
         self._numbers = {b"": 0}
         self._starts = [np.flatnonzero(automaton.table[:, byte] != DEAD).astype(np.int32) for byte in range(256)]
         self._add_ends(pad_id)
-        skeleton = np.array(sorted({*self._spelling(), *self._eos_ids, pad_id}), np.int32)
-        classes = self.classes(skeleton)
-        self.skeleton: Ids = skeleton[np.argsort(classes, kind="stable")]
-        self.shortest = self._distances(self.pairs(np.unique(classes))[1:])
+        self.skeleton: Ids = np.array(sorted({*self._spelling(), *self._eos_ids, pad_id}), np.int32)
+        _, source, target = self.pairs(np.unique(self.classes(self.skeleton)))
+        self.shortest = self._distances(source, target)
         if (self.shortest >= _FAR).any():
-            raise DgemmaError("the tokenizer of this model lacks tokens for bytes that the constraint needs", exit_code=2)
+            raise DgemmaError("this model's tokenizer lacks tokens for bytes that the constraint needs", exit_code=2)
 
     def classes(self, ids: Ids) -> Ids:
         """The class of each token, in the shape of ``ids``."""
@@ -129,14 +128,13 @@ class TokenAutomaton:
         found = (self._tokenizer.id_of_bytes(text) for text in beginnings)
         return {id for id in found if id is not None and id < self._vocab_size and id not in self._eos_ids}
 
-    def _distances(self, edges: tuple[Ids, ...]) -> NDArray[np.int64]:
-        """(Q + 1,) tokens from each state to the end, along these edges; ``_FAR`` where there is no way."""
-        source, target = edges
-        distance = np.full(self.end + 1, _FAR)
+    def _distances(self, source: Ids, target: Ids) -> NDArray[np.int64]:
+        """(Q + 1,) tokens from each state to the end, along these transitions; ``_FAR`` where there is no way."""
+        distance = np.full(self.end + 1, _FAR, np.int64)
         distance[self.end] = 0
         while True:
             shorter = distance.copy()
-            np.minimum.at(shorter, source, distance[target] + 1)
+            np.minimum.at(shorter, source, np.minimum(distance[target] + 1, _FAR))
             if (shorter == distance).all():
-                return np.minimum(distance, _FAR)
+                return distance
             distance = shorter
