@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
+    from dgemma_mlx.constrain.constraint import Constraint
     from dgemma_mlx.engine import Model, generate, generate_batch, load, stream
     from dgemma_mlx.events import Committed, Done, Draft, Event, Statistics
     from dgemma_mlx.prompt_cache import PromptCache
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Committed",
+    "Constraint",
     "DgemmaError",
     "Done",
     "Draft",
@@ -45,5 +47,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    # the engine's own, and PromptCache, which it imports
+    # the engine's own, and Constraint and PromptCache, which it imports
     return getattr(import_module("dgemma_mlx.events" if name in _EVENTS else "dgemma_mlx.engine"), name)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from dgemma_mlx.errors import DgemmaError
 
 MAX_STATES = 20_000
-MAX_MINIMIZED = 2_000
+MAX_MINIMIZED = 4_000
 DEAD = -1
 _FRONT = "X"
 

@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-from dgemma_mlx.constrain.automaton import Automaton, automaton_of
+from dgemma_mlx.config import GenerationConfig
+from dgemma_mlx.constrain.automaton import automaton_of
 from dgemma_mlx.constrain.grammar import regex_of_grammar
 from dgemma_mlx.constrain.regex import any_of, checked_text, quoted, without_anchors
 from dgemma_mlx.constrain.schema import regex_of_any_object, regex_of_schema
+from dgemma_mlx.constrain.vocabulary import TokenAutomaton
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
 class Constraint:
     """A set of texts: an answer that is written under it is one of them. Made by the class methods.
 
     All of them raise ``DgemmaError`` (exit code 2) for what is malformed, unsupported, too large, or matches nothing.
     """
 
-    pattern: str
-    """a regular expression in the syntax of Rust's ``regex``, which matches the whole text"""
-    kind: str
-    """what errors call it"""
-
-    def __post_init__(self) -> None:
-        _ = self.automaton  # whatever is wrong with it shows before any work is done
+    def __init__(self, pattern: str, kind: str) -> None:
+        """``pattern`` matches the whole text, in the syntax of Rust's ``regex``; errors call the constraint ``kind``."""
+        self.pattern = pattern
+        self.automaton = automaton_of(pattern, kind)
+        self._over: tuple[tuple[Any, ...], TokenAutomaton] | None = None
 
     @classmethod
     def regex(cls, pattern: str) -> Constraint:
@@ -68,9 +66,14 @@ class Constraint:
             raise DgemmaError("response_format has no schema", _FORMAT_HINT, exit_code=2)
         raise DgemmaError(f"response_format cannot be of type {kind!r}", _FORMAT_HINT, exit_code=2)
 
-    @cached_property
-    def automaton(self) -> Automaton:
-        return automaton_of(self.pattern, self.kind)
+    def over(self, tokenizer: Tokenizer, config: GenerationConfig, vocab_size: int) -> TokenAutomaton:
+        """The same over a model's tokens; the last one is kept. ``DgemmaError`` where they cannot write all of it."""
+        response = tokenizer.special_ids.get("<|tool_response>")  # ends a text, too: one that calls a tool
+        ends = [id for id in config.eos_token_ids if id != response]
+        key = (tokenizer, ends, config.pad_token_id, vocab_size)
+        if self._over is None or self._over[0] != key:
+            self._over = key, TokenAutomaton(self.automaton, tokenizer, ends, config.pad_token_id, vocab_size)
+        return self._over[1]
 
 
 _FORMAT_HINT = '{"type": "json_schema", "json_schema": {"schema": {...}}}, or of type json_object or text.'

@@ -5,7 +5,7 @@ Reference: transformers ``DiffusionGemmaGenerationMixin._denoising_step``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,13 @@ from dgemma_mlx.diffusion.schedule import temperature
 from dgemma_mlx.diffusion.speed import REFERENCE, Speed
 from dgemma_mlx.diffusion.stopping import TESTS, Stopping
 from dgemma_mlx.events import Draft
-from dgemma_mlx.kernels import canvas_sampler
+from dgemma_mlx.kernels import CanvasSample, canvas_sampler
 from dgemma_mlx.model.cache import PrefixCache
 from dgemma_mlx.model.prediction import Prediction
 from dgemma_mlx.model.text import DiffusionGemma
+
+Project = Callable[[mx.array, mx.array, float | None, float], CanvasSample]
+"""Takes what ``canvas_sampler`` takes, of rows (B, C); gives what it gives, but of the canvases that a constraint allows."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,12 @@ def denoise(
     speed: Speed = REFERENCE,
     greedy: bool = False,
     pins: Pins | None = None,
+    project: Project | None = None,
 ) -> Iterator[tuple[Draft, ...]]:
     """Denoises a canvas after the cached prefix; yields one ``Draft`` for each row a step, last ones ``finished``.
 
-    ``greedy`` takes the argmax as denoiser canvas instead of a sample. Each step is evaluated once, before
+    ``greedy`` takes the argmax as denoiser canvas instead of a sample. With ``project``, acceptance and stopping go by
+    what it says of a step; the next one is conditioned on the model's own prediction even so. Each step is evaluated once, before
     it is yielded; a caller may stop between any two.
     """
     vocab_size, steps = model.config.vocab_size, config.max_denoising_steps
@@ -84,6 +89,9 @@ def denoise(
         uniforms = mx.zeros(canvas.shape) if greedy else noise.uniform(canvas_length)
         degree = temperature(steps + 1 - number, config)
         sample = canvas_sampler(raw, uniforms, model.config.final_logit_softcapping, degree)
+        own = sample
+        if project is not None:
+            sample = project(raw, uniforms, model.config.final_logit_softcapping, degree)
         accepted_mask = _accept(sample.entropy, config.entropy_bound * speed.entropy_bound_factor, pins)
         denoised = sample.argmax if greedy else sample.sample
         current = mx.where(accepted_mask, denoised, noise.canvas(canvas_length, vocab_size))
@@ -93,12 +101,12 @@ def denoise(
         step = _Step(_pinned(current, pins), argmax, accepted_mask, entropy, test, uncertain)
         if last is not None:
             step = step.keep(last)
-        mx.eval(*step.arrays(), *sample)
+        mx.eval(*step.arrays(), *own)
         drafts = _drafts(step, canvas_index, attempt, number, steps)
         yield drafts
         if all(draft.finished for draft in drafts):
             return
-        last, canvas, prediction = step, step.current_canvas, model.predict(raw, sample, degree)
+        last, canvas, prediction = step, step.current_canvas, model.predict(raw, own, degree)
 
 
 def _pinned(canvas: mx.array, pins: Pins | None) -> mx.array:
