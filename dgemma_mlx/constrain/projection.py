@@ -141,7 +141,7 @@ class _Paths:
         for i in range(len(result) - 1, -1, -1):
             scores = result[i] + self._behind(i, ahead)
             largest = np.maximum(np.maximum.reduceat(scores, self._first), -_FAR)
-            weights: Floats = np.exp(scores - largest[self._segment])
+            weights = np.exp(scores - largest[self._segment])
             sums = np.add.reduceat(weights, self._first)
             ahead = np.full(len(ahead), -np.inf)
             ahead[self._left] = largest + np.log(sums)
@@ -157,7 +157,7 @@ class _Paths:
         for i in range(C):
             taken = there[self._source] * transitions[i]
             result[i] = np.bincount(self._number, taken, m)
-            there = np.bincount(self._target, taken, len(there))
+            there = np.bincount(self._target, taken, len(there)).astype(np.float64)
         return result
 
     def draw(self, transitions: Floats, uniforms: Floats) -> Ids:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,10 @@ class TokenAutomaton:
         self._pairs: list[Ids] = [np.zeros((0, 2), np.int32)]
         """of each class: from which state (n, 0) to which (n, 1)"""
         self._numbers = {b"": 0}
+        self._alike = bytes(np.unique(automaton.table, axis=1, return_inverse=True)[1].astype(np.uint8).ravel())
+        """bytes that do the same in every state have the same number"""
+        self._known: dict[bytes, int] = {}
+        """the classes of texts, written in these numbers"""
         self._starts = [np.flatnonzero(automaton.table[:, byte] != DEAD).astype(np.int32) for byte in range(256)]
         self._add_ends(pad_id)
         self.skeleton: Ids = np.array(sorted({*self._spelling(), *self._eos_ids, pad_id}), np.int32)
@@ -91,10 +95,19 @@ class TokenAutomaton:
         return number
 
     def _learn(self, ids: Ids) -> None:
-        """Follows new tokens (n,), all at once, byte by byte; what has died on the way is left out."""
-        texts = [self._tokenizer.token_bytes(id) for id in ids.tolist()]
+        """Finds the classes of new tokens (n,)."""
+        texts = {id: self._tokenizer.token_bytes(id) for id in ids.tolist()}
+        keys = [text.translate(self._alike) for text in texts.values()]
+        new = {key: text for key, text in zip(keys, texts.values(), strict=True) if key not in self._known}
+        if new:
+            self._follow(new)
+        self._classes[ids] = [self._known[key] for key in keys]
+
+    def _follow(self, new: Mapping[bytes, bytes]) -> None:
+        """Follows texts from all states, all at once, byte by byte; what has died on the way is left out."""
+        texts = list(new.values())
         firsts = [self._starts[text[0]] if text else self._starts[0][:0] for text in texts]
-        token = np.repeat(np.arange(len(ids)), [len(states) for states in firsts])
+        token = np.repeat(np.arange(len(texts)), [len(states) for states in firsts])
         source = np.concatenate(firsts)
         table = self._automaton.table
         lengths = np.array([len(text) for text in texts])
@@ -109,11 +122,11 @@ class TokenAutomaton:
             token, source, state = token[live], source[live], state[live]
         pairs = np.stack([source, state], axis=1).astype(np.int32)
         raw, width = pairs.tobytes(), pairs.itemsize * 2
-        ends = np.searchsorted(token, np.arange(len(ids)), side="right")
+        ends = np.searchsorted(token, np.arange(len(texts)), side="right")
         start = 0
-        for id, end in zip(ids.tolist(), ends.tolist(), strict=True):
+        for key, end in zip(new, ends.tolist(), strict=True):
             number = self._numbers.get(raw[start * width : end * width])
-            self._classes[id] = self._class_of(pairs[start:end].copy()) if number is None else number
+            self._known[key] = self._class_of(pairs[start:end].copy()) if number is None else number
             start = end
 
     def _spelling(self) -> set[int]:
