@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dgemma_mlx.constrain.regex import weight
 from dgemma_mlx.errors import DgemmaError
 
 MAX_STATES = 20_000
 MAX_MINIMIZED = 4_000
 DEAD = -1
 _FRONT = "X"
+_HEAVIEST = 50_000
+_SMALLER = "Make repetitions and lengths smaller."
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Automaton:
         return texts
 
 
+@lru_cache(maxsize=16)
 def automaton_of(regex: str, what: str) -> Automaton:
     """Compiles a regular expression (the syntax of Rust's ``regex``) that has to match the whole text.
 
@@ -66,6 +71,8 @@ def automaton_of(regex: str, what: str) -> Automaton:
     """
     from outlines_core import Index, Vocabulary
 
+    if weight(regex) > _HEAVIEST:
+        raise DgemmaError(f"{what} is too large", _SMALLER, exit_code=2)
     try:
         # outlines-core looks for the leftmost match, and of a|ab would take a alone: with \z it takes all. It cannot
         # have an empty text match \z, so there is a character in front (which also spares it seconds where a string
@@ -73,6 +80,8 @@ def automaton_of(regex: str, what: str) -> Automaton:
         index = Index(f"{_FRONT}(?:{regex})\\z", Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)}))
     except ValueError as error:
         reason = " ".join(str(error).split())
+        if "incompatible" in reason:
+            raise DgemmaError(f"{what} has a part that no text matches", exit_code=2) from None
         raise DgemmaError(
             f"{what} cannot be compiled: {reason}",
             "The syntax is that of Rust's regex; there are no look-arounds, back references or word boundaries.", 2,
@@ -80,8 +89,7 @@ def automaton_of(regex: str, what: str) -> Automaton:
     transitions = index.get_transitions()
     if len(transitions) > MAX_STATES:
         raise DgemmaError(
-            f"{what} is too large: {len(transitions):,} states, {MAX_STATES:,} at most",
-            "Make repetitions and lengths smaller.", 2,
+            f"{what} is too large: {len(transitions):,} states, {MAX_STATES:,} at most", _SMALLER, exit_code=2
         )
     front = transitions.get(index.get_initial_state(), {})
     if front.keys() - {256, ord(_FRONT)}:

@@ -71,6 +71,35 @@ def _digits(low: str, high: str) -> str:
     return any_of(*parts)
 
 
+_ATOM = re.compile(
+    r"""(?P<class>\[\^?\]?(?:\\.|\[[^\]]*\]|[^\]\\])*\]+)|(?P<wide>\\[dDwWsSpP])|(?P<flags>\(\?[\w-]+\))
+    |(?P<open>\((?:\?(?:[\w-]*:|P?<\w+>))?)|(?P<close>\))
+    |\{(?P<least>\d+)(?:,(?P<most>\d*))?\}|(?P<atom>\\.|[^|*+?])""",
+    re.VERBOSE | re.DOTALL,
+)
+_WEIGHTS = {"class": 10, "wide": 100, "atom": 1, "flags": 0}
+
+
+def weight(regex: str) -> int:
+    """About how many states it takes when repetitions are written out, worked out without writing them out."""
+    totals, last = [0], 0  # of each open group, and of what a repetition would repeat
+    for match in _ATOM.finditer(regex):
+        kind = str(match.lastgroup)
+        if kind == "open":
+            totals.append(0)
+        elif kind == "close":
+            last = totals.pop() if len(totals) > 1 else 0
+            totals[-1] += last
+        elif kind in _WEIGHTS:
+            last = _WEIGHTS[kind]
+            totals[-1] += last
+        else:
+            times = max(int(match["most"] or match["least"]), 1)
+            totals[-1] += last * (times - 1)
+            last *= times
+    return sum(totals)
+
+
 def checked_text(value: object, what: str) -> str:
     """A text that has an encoding."""
     if not isinstance(value, str):

@@ -32,12 +32,15 @@ FORMATS = {
 }
 
 _ATOM = re.compile(
-    r"""(?P<class>\[\^?\]?(?:\\.|\[:\^?\w+:\]|[^\]\\])*\])|(?P<group>\((?:\?:)?)|(?P<escape>\\(?:x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|[pP]\{\w+\}|.))
+    r"""(?P<class>\[\^?\]?(?:\\.|\[:\^?\w+:\]|[^\]\\])*\])|(?P<group>\((?:\?:)?)|(?P<escape>\\(?:x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|.))
     |(?P<repeat>[*+?]\??|\{\d+(?:,\d*)?\}\??)|(?P<other>.)""",
     re.VERBOSE | re.DOTALL,
 )
 _CONTROL = {"n": "\n", "r": "\r", "t": "\t", "f": "\f"}
-_ASCII = {"d": "0-9", "w": "A-Za-z0-9_", "s": r"\ "}  # what ECMAScript, Python and Rust agree on
+# Characters that ECMAScript, Python and Rust all take for a digit, word character or space, ...
+_KINDS = {"d": "0-9", "w": "A-Za-z0-9_", "s": r"\ "}
+# ... and such that none of them does.
+_OTHERS = {"D": r"\ -/:-~\p{L}", "W": r"\ -/:-@\[-\^`{-~", "S": r"!-~\p{L}"}
 
 
 def string_of_lengths(least: int, most: int | None) -> str:
@@ -97,31 +100,35 @@ def _escape(name: str) -> str:
         return _literal(chr(int(name[1:], 16)))
     if name in _CONTROL:
         return _literal(_CONTROL[name])
-    if name in "dws":
-        return f"[{_ASCII[name]}]"
-    if name in "DWS" or name[0] in "pP":
-        return rf"[\{name}&&{_PLAIN}]"
+    if name in _KINDS:
+        return f"[{_KINDS[name]}]"
+    if name in _OTHERS:
+        return f"[[{_OTHERS[name]}]&&{_PLAIN}]"
     if name.isalnum():
         raise ValueError(f"\\{name}")
     return _literal(name)
 
 
 def _class(text: str) -> str:
-    r"""A class of characters, those left out that JSON escapes; in one that is negated, \d leaves out all digits."""
+    """A class of characters, those left out that JSON escapes."""
     negated = text.startswith("[^")
     inner = text[2:-1] if negated else text[1:-1]
     if not inner or "[" in re.sub(r"\\.", "", inner):
         raise ValueError(f"the class {text}")
+    among = {_PLAIN}
 
     def escape(match: re.Match[str]) -> str:
         name = match[1]
-        if name in "dws" and not negated:
-            return _ASCII[name]
-        if name in "DWSdwsnrtf" or not name.isalnum():
-            return f"\\{name}"
-        if name in ("x", "u"):
+        if negated and name in _KINDS:
+            among.add(f"[{_OTHERS[name.upper()]}]")
+        if name in _KINDS:
+            return _KINDS[name]
+        if name in _OTHERS:
+            return f"[^{_KINDS[name.lower()]}]" if negated else _OTHERS[name]
+        if name in (*_CONTROL, "x", "u") or not name.isalnum():
             return match[0]
         raise ValueError(f"\\{name} in the class {text}")
 
-    inner = re.sub(r"\\(.)", escape, re.sub(r"&&|--|~~", lambda m: "".join("\\" + c for c in m[0]), inner))
-    return f"[[{'^' if negated else ''}{inner}]&&{_PLAIN}]"
+    plain = re.sub(r"&&|--|~~", lambda match: "".join("\\" + mark for mark in match[0]), inner)
+    own = re.sub(r"\\(.)", escape, plain)
+    return f"[[{'^' if negated else ''}{own}]&&{'&&'.join(sorted(among))}]"

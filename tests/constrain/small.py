@@ -63,3 +63,19 @@ def shares(found: list[tuple[int, ...]], logits: NDArray[np.float64]) -> NDArray
     scores = np.array([logits[np.arange(len(canvas)), list(canvas)].sum() for canvas in found])
     weights = np.exp(scores - scores.max())
     return np.asarray(weights / weights.sum())
+
+
+def text_of(automaton: Automaton, rng: np.random.Generator, steps: int = 60) -> bytes:
+    """A text that it accepts, by a random walk that turns to the shortest way out after some steps."""
+    text, state, completions = b"", 0, automaton.completions()
+    for _ in range(int(rng.integers(1, steps + 1))):
+        following = np.flatnonzero(automaton.table[state] >= 0)
+        if not following.size or (automaton.accepting[state] and rng.random() < 0.1):
+            break
+        if rng.random() < 0.2 and completions[state]:  # else a string hardly ever ends
+            byte = completions[state][0]
+        else:
+            byte = int(rng.choice(following))
+        text += bytes([byte])
+        state = int(automaton.table[state, byte])
+    return text + completions[state]
