@@ -30,7 +30,7 @@ def projection(
     temperature: float,
 ) -> CanvasSample:
     """Logits (B, C, V) before the softcap and uniforms (B, C) -> a sample as ``canvas_sampler`` has it, of canvases
-    that match. Its lists hold the two largest probabilities of each position, without their tokens. Evaluates."""
+    that match. Its lists hold two probabilities that are the gap apart, without their tokens. Evaluates."""
     ids = top_ids(raw, CANDIDATES)
     skeleton = mx.array(tokens.skeleton)
     logits = mx.concatenate([raw[..., skeleton], mx.take_along_axis(raw, ids, axis=-1)], axis=-1).astype(mx.float32)
@@ -43,8 +43,8 @@ def projection(
         own.append(project(
             tokens, state, room, scores[row, :, :S], candidates[row], scores[row, :, S:], draws[row],
         ))
-    argmax, sample, entropy, largest = (np.stack(parts) for parts in zip(*own, strict=True))
-    weights = mx.array(largest.astype(np.float32))
+    argmax, sample, entropy, gap = (np.stack(parts) for parts in zip(*own, strict=True))
+    weights = mx.array(np.stack([gap, np.zeros_like(gap)], axis=-1).astype(np.float32))
     return CanvasSample(
         mx.array(entropy.astype(np.float32)), mx.array(argmax.astype(np.int32)), mx.array(sample.astype(np.int32)),
         mx.full(entropy.shape, 2, mx.int32), mx.zeros(weights.shape, mx.int32), weights, weights.sum(axis=-1),

@@ -1,9 +1,15 @@
 """The canvas that a constraint allows: dynamic programming over positions.
 
 A canvas is a path through the token automaton, one token a position; its weight is the product of the tokens'
-probabilities. The most probable path is the argmax canvas (DINGO, arXiv 2505.23061). Sums over all paths give what
-acceptance and stopping look at, each position's distribution given that the whole canvas matches, and a sample of whole
-canvases. Positions' normalisers are the same for all paths, so scores may be logits.
+probabilities. The most probable path is the argmax canvas (DINGO, arXiv 2505.23061). Sums over all paths give a sample of
+whole canvases, and each position's distribution q, given that the whole canvas matches. Positions' normalisers are the
+same for all paths, so scores may be logits.
+
+q alone is too sure of itself. The model says what it thinks of each position without knowing of the others; where that
+does not fit together (it wavers where a name ends), the product of all soon decides, and the entropy of q is near 0
+before the model has seen the decision. So acceptance and stopping go by -sum q log r instead, r the model's own
+distribution over what is possible at the position in any matching canvas: the entropy of q and the divergence from r.
+Both are 0 where the model agrees; where it does not, the position is left to be decided again, by a model that sees more.
 """
 
 from __future__ import annotations
@@ -30,9 +36,9 @@ class Projected(NamedTuple):
     sample: Ids
     """(C,): a canvas drawn from all"""
     entropy: Floats
-    """(C,) nats, of each position's distribution"""
-    largest: Floats
-    """(C, 2): its two largest probabilities"""
+    """(C,) nats: the cross entropy of the model's own distribution and the one under the constraint"""
+    gap: Floats
+    """(C,) how far a position's most probable token is ahead of all others, in the less clear of the two; 0 or more"""
 
 
 def project(
@@ -48,11 +54,21 @@ def project(
     limit = min(len(ids), room)
     paths = _Paths(tokens, table, state, limit, tokens.shortest <= room - limit)
     with np.errstate(divide="ignore"):  # log(0) is what is meant
-        transitions = paths.transitions()
-        probability = table.probabilities(paths.marginals(transitions))  # (C, N)
-        entropy = -(probability * np.log(np.maximum(probability, _TINY))).sum(axis=1)
-    largest = -np.partition(-probability, 1, axis=1)[:, :2]
-    return Projected(paths.best(), paths.draw(transitions, uniforms), np.maximum(entropy, 0), largest)
+        transitions, alive = paths.transitions()
+    marginals, possible = paths.marginals(transitions, alive)
+    probability, own = table.probabilities(marginals), table.own(possible)  # (C, N)
+    entropy = -(np.stack([probability, own]) * np.log(np.maximum(own, _TINY))).sum(axis=2).max(axis=0)
+    first = probability.argmax(axis=1)[:, None]
+    gap = np.minimum(_lead(probability, first), _lead(own, first))
+    return Projected(paths.best(), paths.draw(transitions, uniforms), np.maximum(entropy, 0), np.maximum(gap, 0))
+
+
+def _lead(probability: Floats, first: NDArray[np.int64]) -> Floats:
+    """(C, N), (C, 1) -> (C,): how far a candidate is ahead of all others."""
+    others = probability.copy()
+    np.put_along_axis(others, first, 0, axis=1)
+    lead: Floats = np.take_along_axis(probability, first, axis=1)[:, 0] - others.max(axis=1)
+    return lead
 
 
 class _Candidates:
@@ -86,6 +102,14 @@ class _Candidates:
         """Of classes (C, m) -> of candidates (C, N)."""
         share = np.divide(of_classes, self.sums, out=np.zeros_like(of_classes), where=self.sums > 0)
         probabilities: Floats = np.take_along_axis(share, self.number, axis=1) * self.weights
+        return probabilities
+
+    def own(self, possible: NDArray[np.bool_]) -> Floats:
+        """(C, m): which classes are possible -> (C, N): the model's probabilities of candidates among these."""
+        scores = np.where(possible, self.largest, -np.inf)
+        shares = np.exp(scores - scores.max(axis=1, keepdims=True))
+        shares /= (shares * self.sums).sum(axis=1, keepdims=True)
+        probabilities: Floats = np.take_along_axis(shares, self.number, axis=1) * self.weights
         return probabilities
 
     def most_probable(self, numbers: NDArray[np.int64]) -> Ids:
@@ -134,9 +158,11 @@ class _Paths:
             path[i], state = self._number[place], int(self._target[place])
         return table.most_probable(path)
 
-    def transitions(self) -> Floats:
-        """(C, E) the probability of each transition, given the state that it leaves, and all that has to follow."""
+    def transitions(self) -> tuple[Floats, NDArray[np.bool_]]:
+        """(C, E) the probability of each transition, given the state that it leaves, and all that has to follow; and
+        (C, E) whether a matching canvas may take it."""
         result: Floats = (self._table.largest + np.log(self._table.sums))[:, self._number]
+        alive = np.zeros(result.shape, np.bool_)
         ahead: Floats = np.zeros(len(self._final))  # the logarithm of the sum over all paths from each state
         for i in range(len(result) - 1, -1, -1):
             scores = result[i] + self._behind(i, ahead)
@@ -146,19 +172,25 @@ class _Paths:
             ahead = np.full(len(ahead), -np.inf)
             ahead[self._left] = largest + np.log(sums)
             result[i] = weights / np.maximum(sums, _TINY)[self._segment]
-        return result
+            alive[i] = scores > -np.inf
+        return result, alive
 
-    def marginals(self, transitions: Floats) -> Floats:
-        """(C, m): how probable each class is at each position."""
+    def marginals(self, transitions: Floats, alive: NDArray[np.bool_]) -> tuple[Floats, NDArray[np.bool_]]:
+        """(C, m): how probable each class is at each position, and whether any matching canvas has it there."""
         C, m = self._table.sums.shape
-        result = np.zeros((C, m))
+        result, possible = np.zeros((C, m)), np.zeros((C, m), np.bool_)
         there: Floats = np.zeros(len(self._final))
         there[self._state] = 1
+        reached = there > 0
         for i in range(C):
             taken = there[self._source] * transitions[i]
             result[i] = np.bincount(self._number, taken, m)
             there = np.bincount(self._target, taken, len(there)).astype(np.float64)
-        return result
+            live = alive[i] & reached[self._source]
+            possible[i, self._number[live]] = True
+            reached = np.zeros(len(there), np.bool_)
+            reached[self._target[live]] = True
+        return result, possible
 
     def draw(self, transitions: Floats, uniforms: Floats) -> Ids:
         """(C,) the tokens of a path, drawn from all."""
