@@ -1,18 +1,19 @@
-"""A made-up vocabulary of Gemma's kind and size: what its tokens look like is near enough, what they mean is nothing."""
+"""A made-up vocabulary of Gemma's kind and size: its tokens look like it, and mean nothing."""
 
 from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 from dgemma_mlx.config import read_json
 from dgemma_mlx.hub import DEMO_FOLDER
 
-_ONSETS = "b c d f g h k l m n p r s t v w br ch cl cr dr fl gr pl pr qu sh sl sp st th tr".split()
-_VOWELS = "a e i o u ai ea ee ie oo ou".split()
-_CODAS = ["", "", "", *"d l m n r s t ck ct ll nd ng nt rd rn rs ss st".split()]
+_ONSETS = re.findall(r"\w+", "b c d f g h k l m n p r s t v w br ch cl cr dr fl gr pl pr qu sh sl sp st th tr")
+_VOWELS = re.findall(r"\w+", "a e i o u ai ea ee ie oo ou")
+_CODAS = ["", "", "", *re.findall(r"\w+", "d l m n r s t ck ct ll nd ng nt rd rn rs ss st")]
 _MARKS = list("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
 _LETTERS = [*map(chr, range(0xC0, 0x180)), *map(chr, range(0x391, 0x3CA)), *map(chr, range(0x410, 0x450))]
 
@@ -30,8 +31,8 @@ def pieces(count: int, seed: int = 0) -> list[str]:
         for second in ["▁", *_MARKS]:
             found |= dict.fromkeys([first + second, *(first + second + third for third in _MARKS)])
     while len(found) < count:
-        word = "".join(rng.choice(part) for _ in range(rng.choice((1, 1, 2, 2, 2, 3, 3, 4))) for part in (_ONSETS, _VOWELS))
-        word += rng.choice(_CODAS)
+        syllables = rng.choice((1, 1, 2, 2, 2, 3, 3, 4))
+        word = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(syllables)) + rng.choice(_CODAS)
         if rng.random() < 0.1:
             word = "".join(rng.choice(_LETTERS[128:]) for _ in range(rng.randint(2, 7)))
         word = rng.choice((word, word, word.capitalize(), word.upper()))

@@ -23,7 +23,7 @@ class Constraint:
     """
 
     def __init__(self, pattern: str, kind: str) -> None:
-        """``pattern`` matches the whole text, in the syntax of Rust's ``regex``; errors call the constraint ``kind``."""
+        """``pattern`` matches the whole text, in the syntax of Rust's ``regex``; errors call it ``kind``."""
         self.pattern = pattern
         self.automaton = automaton_of(pattern, kind)
         self._over: tuple[tuple[Any, ...], TokenAutomaton] | None = None

@@ -1,15 +1,16 @@
 """The canvas that a constraint allows: dynamic programming over positions.
 
 A canvas is a path through the token automaton, one token a position; its weight is the product of the tokens'
-probabilities. The most probable path is the argmax canvas (DINGO, arXiv 2505.23061). Sums over all paths give a sample of
-whole canvases, and each position's distribution q, given that the whole canvas matches. Positions' normalisers are the
-same for all paths, so scores may be logits.
+probabilities. The most probable path is the argmax canvas (DINGO, arXiv 2505.23061). Sums over all paths give a sample
+of whole canvases, and each position's distribution q, given that the whole canvas matches. Positions' normalisers are
+the same for all paths, so scores may be logits.
 
 q alone is too sure of itself. The model says what it thinks of each position without knowing of the others; where that
 does not fit together (it wavers where a name ends), the product of all soon decides, and the entropy of q is near 0
-before the model has seen the decision. So acceptance and stopping go by -sum q log r instead, r the model's own
-distribution over what is possible at the position in any matching canvas: the entropy of q and the divergence from r.
-Both are 0 where the model agrees; where it does not, the position is left to be decided again, by a model that sees more.
+before the model has seen the decision. So acceptance and stopping go by -sum q log r, the cross entropy with r, the
+model's own distribution over what any matching canvas may have at the position, or by the entropy of r where that is
+higher. Both are 0 where the model agrees; where it does not, the position is left to be decided again, by a model that
+sees more.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Projected(NamedTuple):
     sample: Ids
     """(C,): a canvas drawn from all"""
     entropy: Floats
-    """(C,) nats: the cross entropy of the model's own distribution and the one under the constraint"""
+    """(C,) nats: how sure each position is, see above"""
     gap: Floats
     """(C,) how far a position's most probable token is ahead of all others, in the less clear of the two; 0 or more"""
 
@@ -57,7 +58,8 @@ def project(
         transitions, alive = paths.transitions()
     marginals, possible = paths.marginals(transitions, alive)
     probability, own = table.probabilities(marginals), table.own(possible)  # (C, N)
-    entropy = -(np.stack([probability, own]) * np.log(np.maximum(own, _TINY))).sum(axis=2).max(axis=0)
+    surprise = -np.log(np.maximum(own, _TINY))
+    entropy = np.maximum((probability * surprise).sum(axis=1), (own * surprise).sum(axis=1))
     first = probability.argmax(axis=1)[:, None]
     gap = np.minimum(_lead(probability, first), _lead(own, first))
     return Projected(paths.best(), paths.draw(transitions, uniforms), np.maximum(entropy, 0), np.maximum(gap, 0))

@@ -1,8 +1,8 @@
 """A JSON schema (draft 2020-12) -> a regular expression of texts that validate against it.
 
-What is written is narrower than what the schema allows: properties come in the schema's order and no others are added,
-numbers have at most 18 digits before the point, strings no ``\\u`` escapes; a space may stand behind ``,`` and ``:``. Every
-keyword is translated, or is an annotation, or is refused by name and path: nothing that the schema asks for is left out.
+What is written is narrower than what the schema allows: properties come in the schema's order and no others are
+added, numbers have at most 18 digits before the point, strings no ``\\u`` escapes; a space may stand behind ``,`` and
+``:``. Every keyword is translated, or is an annotation, or is refused by name and path: nothing is left out.
 """
 
 from __future__ import annotations
@@ -141,8 +141,9 @@ class _Translator:
 
     def _typed(self, kind: str, says: Mapping[str, Any], path: str) -> str:
         writers: dict[str, Callable[[Mapping[str, Any], str], str]] = {
-            "object": self._object, "array": self._array, "string": self._string,
-            "number": partial(self._number, whole=False), "integer": self._number, "boolean": lambda *_: "(?:true|false)", "null": lambda *_: "null",
+            "object": self._object, "array": self._array, "string": self._string, "integer": self._number,
+            "number": partial(self._number, whole=False), "boolean": lambda *_: "(?:true|false)",
+            "null": lambda *_: "null",
         }  # fmt: skip
         return writers[kind](says, path)
 
@@ -192,10 +193,11 @@ class _Translator:
         if not given:
             return STRING
         if given - {"minLength", "maxLength"} and len(given) > 1:
-            _refuse(path, f"{' together with '.join(sorted(given))} is not supported", "Put the length into the pattern.")
+            _refuse(path, f"{' with '.join(sorted(given))} is not supported", "Put the length into the pattern.")
         if "format" in says:
             if says["format"] not in FORMATS:
-                _refuse(f"{path}/format", f"{json.dumps(says['format'])} is not supported", f"There are {', '.join(FORMATS)}.")
+                name = json.dumps(says["format"])
+                _refuse(f"{path}/format", f"{name} is not supported", f"There are {', '.join(FORMATS)}.")
             return f'"{FORMATS[says["format"]]}"'
         if "pattern" in says:
             if not isinstance(says["pattern"], str):

@@ -22,8 +22,8 @@ from dgemma_mlx.model.cache import PrefixCache
 from dgemma_mlx.model.prediction import Prediction
 from dgemma_mlx.model.text import DiffusionGemma
 
-Project = Callable[[mx.array, mx.array, float | None, float], CanvasSample]
-"""Takes what ``canvas_sampler`` takes, of rows (B, C); gives what it gives, but of the canvases that a constraint allows."""
+Project = Callable[[CanvasSample, mx.array, mx.array, float | None, float], CanvasSample]
+"""Takes a sample (B, C) and what ``canvas_sampler`` has made it from; gives one of the canvases that are allowed."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ def denoise(
     """Denoises a canvas after the cached prefix; yields one ``Draft`` for each row a step, last ones ``finished``.
 
     ``greedy`` takes the argmax as denoiser canvas instead of a sample. With ``project``, acceptance and stopping go by
-    what it says of a step; the next one is conditioned on the model's own prediction even so. Each step is evaluated once, before
-    it is yielded; a caller may stop between any two.
+    what it says of a step; the next one is conditioned on the model's own prediction even so. Each step is evaluated
+    once, before it is yielded; a caller may stop between any two.
     """
     vocab_size, steps = model.config.vocab_size, config.max_denoising_steps
     stopping = Stopping(config, speed, None if pins is None else pins.free)
@@ -91,7 +91,7 @@ def denoise(
         sample = canvas_sampler(raw, uniforms, model.config.final_logit_softcapping, degree)
         own = sample
         if project is not None:
-            sample = project(raw, uniforms, model.config.final_logit_softcapping, degree)
+            sample = project(own, raw, uniforms, model.config.final_logit_softcapping, degree)
         accepted_mask = _accept(sample.entropy, config.entropy_bound * speed.entropy_bound_factor, pins)
         denoised = sample.argmax if greedy else sample.sample
         current = mx.where(accepted_mask, denoised, noise.canvas(canvas_length, vocab_size))

@@ -72,10 +72,8 @@ def text_of(automaton: Automaton, rng: np.random.Generator, steps: int = 60) -> 
         following = np.flatnonzero(automaton.table[state] >= 0)
         if not following.size or (automaton.accepting[state] and rng.random() < 0.1):
             break
-        if rng.random() < 0.2 and completions[state]:  # else a string hardly ever ends
-            byte = completions[state][0]
-        else:
-            byte = int(rng.choice(following))
+        ends = rng.random() < 0.2 and completions[state]  # or else a string hardly ever would
+        byte = completions[state][0] if ends else int(rng.choice(following))
         text += bytes([byte])
         state = int(automaton.table[state, byte])
     return text + completions[state]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -88,13 +89,13 @@ def test_max_tokens_is_kept_by_the_shortest_way_to_the_end(demo: Model, most: in
 
 
 def test_the_models_own_limit_of_positions_counts_too(demo: Model) -> None:
-    prompt = "word " * 1349  # leaves less than two canvases
-    ids = demo.encode_prompt(prompt)
-    assert 4096 - 2 * 32 < len(ids) <= 4096 - 32
-    done = generate(demo, prompt, seed=0, constraint=Constraint.regex("(ab)*c"), generation=quick(demo, 1))
-    assert re.fullmatch("(ab)*c", done.text) and done.finish_reason == "stop"
-    with pytest.raises(DgemmaError, match="shortest answer that matches takes .* 32 may be written"):
-        generate(demo, prompt, constraint=Constraint.regex("(ab ){40}"))
+    positions = len(demo.encode_prompt("Sort 5 2 9")) + 40  # one canvas, and not a second one
+    text = replace(demo.config.text, max_position_embeddings=positions)
+    small = replace(demo, config=replace(demo.config, text=text))
+    done = generate(small, "Sort 5 2 9", seed=0, constraint=Constraint.regex(r"(ab)*c"), generation=quick(demo, 1))
+    assert re.fullmatch(r"(ab)*c", done.text) and done.finish_reason == "stop"
+    with pytest.raises(DgemmaError, match=r"shortest answer that matches takes .* 32 may be written"):
+        generate(small, "Sort 5 2 9", constraint=Constraint.regex("(ab ){40}"))
 
 
 def test_a_batch_is_answered_as_each_would_be_alone(demo: Model) -> None:

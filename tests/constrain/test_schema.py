@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -38,18 +39,23 @@ SUPPORTED: dict[str, list[Any]] = {
     "prefixItems": [{"type": "array", "prefixItems": [{"type": "integer"}, {"const": "x"}]},
                     {"prefixItems": [{"type": "null"}], "minItems": 1, "maxItems": 3, "items": {"type": "string"}}],
     "unevaluatedItems": [{"type": "array", "unevaluatedItems": False}],
-    "minItems": [{"type": "array", "items": {"type": "null"}, "minItems": 2}, {"items": {"const": 1}, "minItems": 1}],
-    "maxItems": [{"type": "array", "items": {"type": "null"}, "maxItems": 3}, {"items": {"const": 1}, "maxItems": 1},
-                 {"type": "array", "maxItems": 0}, {"items": {"const": 1}, "minItems": 2, "maxItems": 2}],
-    "uniqueItems": [{"items": {"const": 1}, "uniqueItems": False}, {"items": {"const": 1}, "maxItems": 1, "uniqueItems": True}],
+    "minItems": [{"type": "array", "items": {"type": "null"}, "minItems": 2},
+                 {"items": {"const": 1}, "minItems": 1}],
+    "maxItems": [{"type": "array", "items": {"type": "null"}, "maxItems": 3},
+                 {"items": {"const": 1}, "maxItems": 1}, {"type": "array", "maxItems": 0},
+                 {"items": {"const": 1}, "minItems": 2, "maxItems": 2}],
+    "uniqueItems": [{"items": {"const": 1}, "uniqueItems": False},
+                    {"items": {"const": 1}, "maxItems": 1, "uniqueItems": True}],
     "minLength": [{"type": "string", "minLength": 3}, {"minLength": 2, "maxLength": 2}],
     "maxLength": [{"type": "string", "maxLength": 2}, {"type": "string", "maxLength": 0}],
     "pattern": [{"type": "string", "pattern": p} for p in (
-        "^[A-Z]{2}[0-9]+$", "a", "^a", "b$", "^(?:ab|c)d?$", "x|y", r"^\d{3}-\w+\.$", r"^[^a-z]+$", r"^\S\D\W$", "^.{2,4}$",
-        r'^"q"\\$', r"^[\d\s_-]+$", r"^[^\d\w]+$", r"^\u00e9\x41$", r"^a\nb$", r"^(a|b)*c+?$", r"^[\]x~y]+$", r"^[^\D]\D[^\W5]$", r"^[^\S]\s[\Sa]$", r"^\/\-$",
-    )],
+        "^[A-Z]{2}[0-9]+$", "a", "^a", "b$", "^(?:ab|c)d?$", "x|y", r"^\d{3}-\w+\.$", r"^[^a-z]+$", r"^\S\D\W$",
+        "^.{2,4}$", r'^"q"\\$', r"^[\d\s_-]+$", r"^[^\d\w]+$", r"^\u00e9\x41$", r"^a\nb$", r"^(a|b)*c+?$", r"^[\]x~y]+$",
+        r"^[^\D]\D[^\W5]$", r"^[^\S]\s[\Sa]$", r"^\/\-$",
+    )],  # fmt: skip
     "format": [{"type": "string", "format": name} for name in FORMATS],
-    "minimum": [{"type": "integer", "minimum": 0}, {"type": "number", "minimum": -3}, {"minimum": 2.5, "type": "number"},
+    "minimum": [{"type": "integer", "minimum": 0}, {"type": "number", "minimum": -3},
+                {"minimum": 2.5, "type": "number"},
                 {"type": "integer", "minimum": -12.5, "maximum": 13}],
     "maximum": [{"type": "integer", "maximum": 7}, {"type": "number", "minimum": 0, "maximum": 1}, {"maximum": -1.5}],
     "exclusiveMinimum": [{"type": "number", "exclusiveMinimum": 0}, {"type": "integer", "exclusiveMinimum": 5.0}],
@@ -106,7 +112,7 @@ REFUSED: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize(
-    "schema", [schema for group in SUPPORTED.values() for schema in group] + [{}, True], ids=lambda s: json.dumps(s)[:60]
+    "schema", [*chain(*SUPPORTED.values()), {}, True], ids=lambda schema: json.dumps(schema)[:60]
 )
 def test_what_is_supported_validates(schema: Any) -> None:
     automaton = Constraint.json_schema(schema).automaton
@@ -118,7 +124,7 @@ def test_what_is_supported_validates(schema: Any) -> None:
     assert len(texts) > 1 or automaton.size == len(next(iter(texts))) + 1  # unless there is one text alone
 
 
-@pytest.mark.parametrize("schema", [schema for group in REFUSED.values() for schema in group], ids=lambda s: str(s)[:60])
+@pytest.mark.parametrize("schema", [*chain(*REFUSED.values())], ids=lambda schema: str(schema)[:60])
 def test_what_is_not_supported_is_refused(schema: Any) -> None:
     with pytest.raises(DgemmaError) as caught:
         Constraint.json_schema(schema)
@@ -166,6 +172,7 @@ def test_response_formats() -> None:
     assert anything is not None
     rng = np.random.default_rng(0)
     assert all(isinstance(json.loads(text_of(anything.automaton, rng)), dict) for _ in range(50))
-    for bad in ({}, {"type": "xml"}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": {}}, "json_object"):
+    incomplete = {"type": "json_schema", "json_schema": {}}
+    for bad in ({}, {"type": "xml"}, {"type": "json_schema"}, incomplete, "json_object"):
         with pytest.raises(DgemmaError, match="response_format"):
             Constraint.response_format(bad)  # type: ignore[arg-type]
