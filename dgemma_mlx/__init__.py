@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
+    from dgemma_mlx.constrain.constraint import Constraint
     from dgemma_mlx.engine import Model, generate, generate_batch, load, stream
     from dgemma_mlx.events import Committed, Done, Draft, Event, Statistics
     from dgemma_mlx.infill.choose import Choice, choose
@@ -29,6 +30,7 @@ _PLACES = {
     "Candidate": "infill.search",
     "Choice": "infill.choose",
     "Committed": "events",
+    "Constraint": "constrain.constraint",
     "DgemmaError": "errors",
     "Done": "events",
     "Draft": "events",
@@ -52,6 +54,7 @@ __all__ = [
     "Candidate",
     "Choice",
     "Committed",
+    "Constraint",
     "DgemmaError",
     "Done",
     "Draft",

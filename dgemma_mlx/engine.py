@@ -13,6 +13,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from dgemma_mlx.config import GenerationConfig, ModelConfig
+from dgemma_mlx.constrain.constraint import Constraint
+from dgemma_mlx.constrain.vocabulary import TokenAutomaton
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED, SPEEDS
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Done, Event
@@ -117,8 +119,10 @@ def stream(
     cancel, stop iterating: the work is done step by step; or let ``cancelled`` return True, then the ``Done`` of the
     committed canvases comes next.
     """
+    chosen = Options(**options)
+    chosen.check_thinking(thinking)
     ids = model.encode_prompt(prompt, system=system, thinking=thinking, raw=raw)
-    run = _run(model, [ids], [seed], [max_tokens], Options(**options), prompt_cache or PromptCache())
+    run = _run(model, [ids], [seed], [max_tokens], chosen, prompt_cache or PromptCache())
     return (event for _, event in run.events())
 
 
@@ -149,11 +153,13 @@ def generate_batch(
     for name, values in (("max_tokens", most), ("seeds", seeds), ("system", systems)):
         if len(values) != count:
             raise DgemmaError(f"{name} must be one for each of {count} prompts, not {len(values)}", exit_code=2)
+    chosen = Options(**options)
+    chosen.check_thinking(thinking)
     ids = [
         model.encode_prompt(prompt, system=own, thinking=thinking, raw=raw)
         for prompt, own in zip(prompts, systems, strict=True)
     ]
-    run = _run(model, ids, seeds, most, Options(**options))
+    run = _run(model, ids, seeds, most, chosen)
     done = {number: event for number, event in run.events() if isinstance(event, Done)}
     return [done[number] for number in range(count)]
 
@@ -179,13 +185,37 @@ class Options:
     """bytes, which bound what is worked on at a time; None: the device's"""
     cancelled: Callable[[], bool] = lambda: False
     """asked between any two steps"""
+    constraint: Constraint | None = None
+    """what the answer has to match"""
+    response_format: Mapping[str, Any] | None = None
+    """a constraint as OpenAI's clients send it: see ``Constraint.response_format``"""
 
     def __post_init__(self) -> None:
+        if self.constraint is not None and self.response_format is not None:
+            raise DgemmaError("constraint and response_format exclude each other", exit_code=2)
+        if self.verify == "repair" and (self.constraint is not None or self.response_format is not None):
+            raise DgemmaError(
+                "verify=repair goes without a constraint", "The encoder's own tokens need not match; use flag.", 2
+            )
         if self.prefill_step_size is not None and self.prefill_step_size < 1:
             raise DgemmaError(f"prefill_step_size must be at least 1, not {self.prefill_step_size}", exit_code=2)
         for name, value, choices in (("speed", self.speed, tuple(SPEEDS)), ("verify", self.verify, VERIFY)):
             if value not in choices:
                 raise DgemmaError(f"{name} must be one of {', '.join(choices)}, not {value!r}", exit_code=2)
+
+    def check_thinking(self, thinking: bool) -> None:
+        if thinking and (self.constraint is not None or self.response_format is not None):
+            raise DgemmaError(
+                "thinking goes without a constraint",
+                "What the model thinks would have to match, too. Use thinking=False, or --no-thinking.", exit_code=2,
+            )
+
+    def tokens(self, model: Model, config: GenerationConfig) -> TokenAutomaton | None:
+        """What every answer has to match."""
+        constraint = self.constraint
+        if self.response_format is not None:
+            constraint = Constraint.response_format(self.response_format)
+        return None if constraint is None else constraint.over(model.tokenizer, config, model.config.text.vocab_size)
 
     def config(self, model: Model) -> GenerationConfig:
         """The parameters in force."""
@@ -209,12 +239,14 @@ def _run(
     loop = Loop(
         config, SPEEDS[options.speed], model.config.canvas_length, model.config.text.max_position_embeddings,
         options.prefill_step_size or budget.prefill_step_size, greedy=options.temp == 0, trim=options.trim_canvas,
-        verify=options.verify, cancelled=options.cancelled,
+        verify=options.verify, cancelled=options.cancelled, tokens=options.tokens(model, config),
     )  # fmt: skip
     answers = [
         Answer(ids, secrets.randbits(32) if seed is None else seed, most, PartsParser(model.tokenizer))
         for ids, seed, most in zip(prompts, seeds, max_tokens, strict=True)
     ]
+    for answer in answers:
+        answer.check_room(loop)
     return Run(model.network, model.tokenizer, loop, answers, memory)
 
 

@@ -6,14 +6,18 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import mlx.core as mx
 
 from dgemma_mlx.config import GenerationConfig
-from dgemma_mlx.diffusion.denoise import Pins, denoise
+from dgemma_mlx.constrain.canvas import Place, projection
+from dgemma_mlx.constrain.vocabulary import TokenAutomaton
+from dgemma_mlx.diffusion.denoise import Pins, Project, denoise
 from dgemma_mlx.diffusion.sampler import Noise
 from dgemma_mlx.diffusion.speed import Speed
+from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Committed, Done, Draft, Event, FinishReason, Statistics
 from dgemma_mlx.model.cache import PrefixCache
 from dgemma_mlx.model.text import DiffusionGemma
@@ -41,6 +45,8 @@ class Loop:
     trim: bool = False
     verify: Verify = "off"
     cancelled: Callable[[], bool] = lambda: False
+    tokens: TokenAutomaton | None = None
+    """what every answer has to match"""
 
 
 @dataclass
@@ -60,6 +66,25 @@ class Answer:
     """of the canvas in work"""
     low_confidence: int = 0
     doubted: int = 0
+    state: int = 0
+    """of ``Loop.tokens``, behind what has been written"""
+
+    def room(self, loop: Loop, canvas_length: int) -> int:
+        """How many tokens may still be written, the end-of-text token among them, in canvases of a length."""
+        written = len(self.ids) + len(self.tokens)
+        canvases = max(1, (loop.positions - written) // canvas_length)
+        return min(self.max_tokens - len(self.tokens), canvases * canvas_length)
+
+    def check_room(self, loop: Loop) -> None:
+        """``DgemmaError`` where nothing that matches is short enough."""
+        if loop.tokens is None:
+            return
+        room, needed = self.room(loop, loop.canvas_length), loop.tokens.shortest[self.state]
+        if needed > room:
+            raise DgemmaError(
+                f"the shortest answer that matches takes {needed:,} tokens; {room:,} may be written",
+                "Allow more (max_tokens, --max-tokens), or a shorter answer.", exit_code=2,
+            )
 
     def commit(self, draft: Draft, loop: Loop, doubted: Sequence[int]) -> Committed:
         """Takes over a finished canvas: cut after its first end-of-text id, and at max_tokens."""
@@ -73,6 +98,8 @@ class Answer:
         if len(kept) > room or (len(kept) == room and self.reason is None):
             kept, self.reason = kept[:room], "length"
         self.tokens += kept
+        if loop.tokens is not None:
+            self.state = loop.tokens.advance(self.state, kept)
         if self.reason is None and loop.cancelled():
             self.reason = "cancelled"
         new = self.parser.feed(kept)
@@ -231,7 +258,7 @@ class Run:
         index = self._answers[self._live[0]].canvases
         for drafts in denoise(
             self._network, cache, self._loop.config, noise, canvas_length=self._canvas_length(), canvas_index=index,
-            attempt=attempt, speed=self._loop.speed, greedy=self._loop.greedy, pins=pins,
+            attempt=attempt, speed=self._loop.speed, greedy=self._loop.greedy, pins=pins, project=self._projection(),
         ):  # fmt: skip
             for row in rows:
                 if row not in finals:
@@ -244,6 +271,14 @@ class Run:
             if self._loop.cancelled():
                 return None
         return {row: finals[row] for row in rows}
+
+    def _projection(self) -> Project | None:
+        """Of the next canvas of all live answers onto what they have to match."""
+        if self._loop.tokens is None:
+            return None
+        length, answers = self._canvas_length(), [self._answers[number] for number in self._live]
+        places = [Place(answer.state, answer.room(self._loop, length)) for answer in answers]
+        return partial(projection, self._loop.tokens, places)
 
     def _verify(
         self, cache: PrefixCache, attempts: Noise, finals: dict[int, Final]

@@ -71,6 +71,7 @@ CASES = {
     "small-262k": Case(262_144),
     "small-262k-settled": Case(262_144, settled=True),
     "large": Case(262_144, LARGE),
+    "tiny-262k": Case(262_144, TINY, canvas_length=32),
     "tiny": Case(1024, TINY, canvas_length=32),
 }
 

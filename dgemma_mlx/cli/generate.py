@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dgemma_mlx.cli.batch import answer_batch, read_batch
+from dgemma_mlx.cli.constraint import Choice, Grammar, JsonSchema, Regex, constraint_of
 from dgemma_mlx.cli.interrupt import interruptible, unless_cancelled
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.prompt import read_prompt
@@ -120,6 +121,10 @@ def generate(
     prefill_step_size: PrefillStep = None,
     memory_limit: MemoryLimit = None,
     prompt_cache: PromptCacheFile = None,
+    regex: Regex = None,
+    choice: Choice = None,
+    json_schema: JsonSchema = None,
+    grammar: Grammar = None,
     cpu_dequantize: Dequantize = None,
     no_kernels: NoKernels = False,
 ) -> None:
@@ -129,6 +134,7 @@ def generate(
     its few tasks only; see dgemma-mlx --help.
     """
     _check_options(prompt, batch, as_json, as_json_lines, trace, show_steps, prompt_cache)
+    constraint = constraint_of(regex, choice, json_schema, grammar)
     text = read_prompt(prompt) if batch is None else ""
     requests = [] if batch is None else read_batch(batch)
     if quiet:
@@ -145,6 +151,7 @@ def generate(
         "system": system if raw else settings.pick("system", system), "prefill_step_size": prefill_step_size,
         "speed": chosen(settings, "speed", speed), "verify": chosen(settings, "verify", verify),
         "trim_canvas": trim_canvas, "memory_limit": in_bytes(settings.pick("memory_limit", memory_limit)),
+        "constraint": constraint,
     }  # fmt: skip
     live = settings.pick("live", False if no_live or quiet or show_steps else None) and draws()
     form = "json" if as_json else "jsonl" if as_json_lines else "live" if live else "text"

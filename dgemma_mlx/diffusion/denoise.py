@@ -5,7 +5,7 @@ Reference: transformers ``DiffusionGemmaGenerationMixin._denoising_step``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,9 @@ from dgemma_mlx.kernels import CanvasSample, canvas_sampler
 from dgemma_mlx.model.cache import PrefixCache
 from dgemma_mlx.model.prediction import Prediction
 from dgemma_mlx.model.text import DiffusionGemma
+
+Project = Callable[[CanvasSample, mx.array, mx.array, float | None, float], CanvasSample]
+"""Takes a sample (B, C) and what ``canvas_sampler`` has made it from; gives one of the canvases that are allowed."""
 
 
 @dataclass(frozen=True)
@@ -116,11 +119,13 @@ def denoise(
     pins: Pins | None = None,
     barred: Barred | None = None,
     start: Start | None = None,
+    project: Project | None = None,
 ) -> Iterator[tuple[Draft, ...]]:
     """Denoises a canvas after the cached prefix; yields one ``Draft`` for each row a step, last ones ``finished``.
 
-    ``greedy`` takes the argmax as denoiser canvas instead of a sample. Each step is evaluated once, before
-    it is yielded; a caller may stop between any two.
+    ``greedy`` takes the argmax as denoiser canvas instead of a sample. With ``project``, acceptance and stopping go by
+    what it says of a step; the next one is conditioned on the model's own prediction even so. Each step is evaluated
+    once, before it is yielded; a caller may stop between any two.
     """
     vocab_size, steps = model.config.vocab_size, config.max_denoising_steps
     stopping = Stopping(config, speed, None if pins is None else pins.free)
@@ -133,12 +138,9 @@ def denoise(
         raw = model.project(model.decode_hidden(canvas, cache, prediction))
         uniforms = mx.zeros(canvas.shape) if greedy else noise.uniform(canvas_length)
         degree = temperature(steps + 1 - number, config)
-        if barred is None:
-            sample = canvas_sampler(raw, uniforms, model.config.final_logit_softcapping, degree)
-        else:
-            sample = canvas_sampler(barred(model.capped(raw)), uniforms, None, degree)
-        if pins is not None:
-            sample = pins.sample(sample)
+        own = sample = _sampled(model, raw, uniforms, degree, pins, barred)
+        if project is not None:
+            sample = project(own, raw, uniforms, model.config.final_logit_softcapping, degree)
         accepted_mask = _accept(sample.entropy, config.entropy_bound * speed.entropy_bound_factor, pins)
         denoised = sample.argmax if greedy else sample.sample
         current = mx.where(accepted_mask, denoised, noise.canvas(canvas_length, vocab_size))
@@ -148,12 +150,23 @@ def denoise(
         step = _Step(current, sample.argmax, accepted_mask, sample.entropy, test, uncertain)
         if last is not None:
             step = step.keep(last)
-        mx.eval(*step.arrays(), *sample)
+        mx.eval(*step.arrays(), *own)
         drafts = _drafts(step, canvas_index, attempt, number, steps)
         yield drafts
         if all(draft.finished for draft in drafts):
             return
-        last, canvas, prediction = step, step.current_canvas, model.predict(raw, sample, degree)
+        last, canvas, prediction = step, step.current_canvas, model.predict(raw, own, degree)
+
+
+def _sampled(
+    model: DiffusionGemma, raw: mx.array, uniforms: mx.array, degree: float, pins: Pins | None, barred: Barred | None
+) -> CanvasSample:
+    """What the model's logits (B, C, V) say of a step, where ids are given or must not be written."""
+    if barred is None:
+        sample = canvas_sampler(raw, uniforms, model.config.final_logit_softcapping, degree)
+    else:
+        sample = canvas_sampler(barred(model.capped(raw)), uniforms, None, degree)
+    return sample if pins is None else pins.sample(sample)
 
 
 def _accept(entropy: mx.array, bound: float, pins: Pins | None) -> mx.array:

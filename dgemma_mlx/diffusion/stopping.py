@@ -39,7 +39,7 @@ class Stopping:
         if speed.confident_steps is not None and len(self._history) + 1 >= speed.confident_steps:
             passed["confident"] = entropy < max(speed.confident_entropy, config.confidence_threshold)
         if speed.gap is not None:
-            passed["gap"] = _all(_gap(sample) > speed.gap, counts)
+            passed["gap"] = _all(gap(sample) > speed.gap, counts)
         if speed.plateau_steps is not None:
             passed["plateau"] = self._unchanged(sample, counts, speed.plateau_steps) & (entropy < speed.plateau_entropy)
         self._history.append(sample.argmax)
@@ -77,7 +77,7 @@ def _all(true: mx.array, counts: mx.array | None) -> mx.array:
     return (true if counts is None else true | ~counts).all(axis=-1)
 
 
-def _gap(sample: CanvasSample) -> mx.array:
+def gap(sample: CanvasSample) -> mx.array:
     """(B, C) float32: how far the two most probable tokens are apart in probability; 0 where the list of the probable
     ones is cut off."""
     two = mx.topk(sample.kept_weights, 2, axis=-1)

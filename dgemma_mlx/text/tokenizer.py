@@ -119,6 +119,12 @@ class Tokenizer:
             self._bytes[id] = bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
         return self._bytes[id]
 
+    def id_of_bytes(self, data: bytes) -> int | None:
+        """A token that adds these bytes to the text, a byte-fallback one only where there is no other; or None."""
+        pieces = [data.decode("utf-8", "replace").replace(" ", "▁")] + [f"<0x{byte:02X}>" for byte in data[:1]]
+        ids = (self._backend.find(piece) for piece in pieces)
+        return next((id for id in ids if id is not None and data and self.token_bytes(id) == data), None)
+
     def is_control(self, id: int) -> bool:
         """Whether the id is a control token's."""
         return id in self._control

@@ -1,0 +1,1 @@
+"""Output that must match: a constraint becomes an automaton, and every canvas is projected onto it."""

@@ -1,0 +1,134 @@
+"""JSON strings as they are written: any string, those of a pattern, those of a format.
+
+No ``\\u`` escapes, which nothing needs. What a pattern or a format allows is narrowed to what every reader takes for it
+(``\\d`` is 0 to 9, a date in February has a day up to 28), so that whatever is written validates.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from dgemma_mlx.constrain.regex import any_of, quoted, repeated, without_anchors
+
+_PLAIN = r'[^"\\\x00-\x1F\x7F-\x9F]'
+CHARACTER = any_of(_PLAIN, r'\\["\\/bfnrt]')
+STRING = f'"{CHARACTER}*"'
+
+_DATE = (
+    r"[0-9]{3}[1-9]-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
+    r"|02-(?:0[1-9]|1[0-9]|2[0-8]))"
+)
+_TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?(?:Z|[+\-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+_BYTE = r"(?:[0-9]|[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])"
+_LABEL = r"[a-z0-9](?:[a-z0-9\-]{0,20}[a-z0-9])?"
+FORMATS = {
+    "date": _DATE,
+    "time": _TIME,
+    "date-time": f"{_DATE}T{_TIME}",
+    "uuid": r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}",
+    "ipv4": rf"{_BYTE}(?:\.{_BYTE}){{3}}",
+    "email": rf"[a-z0-9_+\-]{{1,20}}(?:\.[a-z0-9_+\-]{{1,20}}){{0,2}}@{_LABEL}(?:\.{_LABEL}){{1,3}}",
+}
+
+_ATOM = re.compile(
+    r"""(?P<class>\[\^?\]?(?:\\.|\[:\^?\w+:\]|[^\]\\])*\])|(?P<group>\((?:\?:)?)|(?P<escape>\\(?:x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|.))
+    |(?P<repeat>[*+?]\??|\{\d+(?:,\d*)?\}\??)|(?P<other>.)""",
+    re.VERBOSE | re.DOTALL,
+)
+_CONTROL = {"n": "\n", "r": "\r", "t": "\t", "f": "\f"}
+# Characters that ECMAScript, Python and Rust all take for a digit, word character or space, ...
+_KINDS = {"d": "0-9", "w": "A-Za-z0-9_", "s": r"\ "}
+# ... and such that none of them does.
+_OTHERS = {"D": r"\ -/:-~\p{L}", "W": r"\ -/:-@\[-\^`{-~", "S": r"!-~\p{L}"}
+
+
+def string_of_lengths(least: int, most: int | None) -> str:
+    """Strings of so many characters."""
+    return f'"{repeated(CHARACTER, least, most)}"'
+
+
+def string_of_pattern(pattern: str) -> str:
+    """Strings in which the pattern of a schema is found; ``ValueError`` says what of it is not supported."""
+    anchored = without_anchors(pattern)
+    begins, ends = pattern.startswith("^"), anchored != pattern.removeprefix("^")
+    body, alternatives = _translated(anchored)
+    if alternatives and begins + ends:
+        raise ValueError("an anchor beside | at the outermost level; put the alternatives into (?:...)")
+    around = f"{CHARACTER}*"
+    return f'"{"" if begins else around}(?:{body}){"" if ends else around}"'
+
+
+def _translated(pattern: str) -> tuple[str, bool]:
+    """A pattern on what a string says -> one on how it is written; whether it has alternatives outside all groups."""
+    parts: list[str] = []
+    depth, alternatives = 0, False
+    for match in _ATOM.finditer(pattern):
+        atom = match[0]
+        if match["class"]:
+            parts.append(_class(atom))
+        elif match["group"]:
+            parts.append("(?:")
+            depth += 1
+            if pattern.startswith("?", match.end()):
+                raise ValueError(f"groups that begin with {pattern[match.start() : match.end() + 2]}")
+        elif match["escape"]:
+            parts.append(_escape(atom[1:]))
+        elif match["repeat"] or atom in "|)":
+            parts.append(atom)
+            depth -= atom == ")"
+            alternatives |= atom == "|" and depth == 0
+        elif atom == ".":
+            parts.append(_PLAIN)
+        elif atom in "^$":
+            raise ValueError(f"{atom} within the pattern")
+        elif atom in "[]{}":
+            raise ValueError(f"{atom} that is not escaped")
+        else:
+            parts.append(_literal(atom))
+    return "".join(parts), alternatives
+
+
+def _literal(character: str) -> str:
+    """A character as JSON writes it."""
+    return f"(?:{quoted(json.dumps(character, ensure_ascii=False)[1:-1])})"
+
+
+def _escape(name: str) -> str:
+    """An escape outside of classes, without its backslash."""
+    if name[0] in "xu" and len(name) > 1:
+        return _literal(chr(int(name[1:], 16)))
+    if name in _CONTROL:
+        return _literal(_CONTROL[name])
+    if name in _KINDS:
+        return f"[{_KINDS[name]}]"
+    if name in _OTHERS:
+        return f"[[{_OTHERS[name]}]&&{_PLAIN}]"
+    if name.isalnum():
+        raise ValueError(f"\\{name}")
+    return _literal(name)
+
+
+def _class(text: str) -> str:
+    """A class of characters, those left out that JSON escapes."""
+    negated = text.startswith("[^")
+    inner = text[2:-1] if negated else text[1:-1]
+    if not inner or "[" in re.sub(r"\\.", "", inner):
+        raise ValueError(f"the class {text}")
+    among = {_PLAIN}
+
+    def escape(match: re.Match[str]) -> str:
+        name = match[1]
+        if negated and name in _KINDS:
+            among.add(f"[{_OTHERS[name.upper()]}]")
+        if name in _KINDS:
+            return _KINDS[name]
+        if name in _OTHERS:
+            return f"[^{_KINDS[name.lower()]}]" if negated else _OTHERS[name]
+        if name in (*_CONTROL, "x", "u") or not name.isalnum():
+            return match[0]
+        raise ValueError(f"\\{name} in the class {text}")
+
+    plain = re.sub(r"&&|--|~~", lambda match: "".join("\\" + mark for mark in match[0]), inner)
+    own = re.sub(r"\\(.)", escape, plain)
+    return f"[[{'^' if negated else ''}{own}]&&{'&&'.join(sorted(among))}]"

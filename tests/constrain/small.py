@@ -1,0 +1,79 @@
+"""Tokenizers of a handful of pieces, and all canvases that an automaton allows, one by one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dgemma_mlx.constrain.automaton import Automaton
+from dgemma_mlx.text.tokenizer import Tokenizer
+
+PAD, EOS, TURN = 0, 1, 2
+_CONTROL = {"<pad>": PAD, "<eos>": EOS, "<turn|>": TURN}
+
+
+class _Pieces:
+    """A tokenizer library for a list of pieces."""
+
+    def __init__(self, pieces: Sequence[str]) -> None:
+        self._pieces = [*_CONTROL, *pieces]
+        self.vocab_size = len(self._pieces)
+
+    def control_tokens(self) -> dict[str, int]:
+        return dict(_CONTROL)
+
+    def find(self, token: str) -> int | None:
+        return self._pieces.index(token) if token in self._pieces else None
+
+    def token(self, id: int) -> str:
+        return self._pieces[id] if 0 <= id < len(self._pieces) else ""
+
+    def encode(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    spell = encode
+
+
+def tokenizer_of(*pieces: str) -> Tokenizer:
+    """Padding, two end-of-text tokens (ids 0, 1, 2), then these pieces."""
+    return Tokenizer(_Pieces(pieces), {})
+
+
+def canvases(
+    automaton: Automaton, tokenizer: Tokenizer, text: bytes, length: int, room: int, needed: dict[int, int]
+) -> Iterator[tuple[int, ...]]:
+    """Every canvas behind ``text`` that ends within ``room`` tokens, or leaves enough of it; ``needed`` says how many
+    tokens each state takes to its end."""
+    for canvas in itertools.product(range(tokenizer.vocab_size), repeat=length):
+        end = next((place for place, id in enumerate(canvas) if id in (EOS, TURN)), length)
+        if any(id in (PAD, EOS, TURN) for id in canvas[:end]) or any(id > TURN for id in canvas[end:]):
+            continue
+        state = automaton.after(0, text + b"".join(tokenizer.token_bytes(id) for id in canvas[:end]))
+        if state < 0:
+            continue
+        if (end < room and automaton.accepting[state]) if end < length else needed[state] <= room - length:
+            yield canvas
+
+
+def shares(found: list[tuple[int, ...]], logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How probable each canvas is among them."""
+    scores = np.array([logits[np.arange(len(canvas)), list(canvas)].sum() for canvas in found])
+    weights = np.exp(scores - scores.max())
+    return np.asarray(weights / weights.sum())
+
+
+def text_of(automaton: Automaton, rng: np.random.Generator, steps: int = 60) -> bytes:
+    """A text that it accepts, by a random walk that turns to the shortest way out after some steps."""
+    text, state, completions = b"", 0, automaton.completions()
+    for _ in range(int(rng.integers(1, steps + 1))):
+        following = np.flatnonzero(automaton.table[state] >= 0)
+        if not following.size or (automaton.accepting[state] and rng.random() < 0.1):
+            break
+        ends = rng.random() < 0.2 and completions[state]  # or else a string hardly ever would
+        byte = completions[state][0] if ends else int(rng.choice(following))
+        text += bytes([byte])
+        state = int(automaton.table[state, byte])
+    return text + completions[state]
