@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +13,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from dgemma_mlx.config import GenerationConfig, ModelConfig
-from dgemma_mlx.constrain.constraint import Constraint
-from dgemma_mlx.constrain.vocabulary import TokenAutomaton
-from dgemma_mlx.diffusion.speed import DEFAULT_SPEED, SPEEDS
+from dgemma_mlx.diffusion.speed import SPEEDS
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Done, Event
 from dgemma_mlx.hub import resolve
@@ -23,8 +21,9 @@ from dgemma_mlx.model.dequantize import dequantize, should_dequantize
 from dgemma_mlx.model.load import load_model
 from dgemma_mlx.model.memory import Budget, fitting_budget
 from dgemma_mlx.model.text import DiffusionGemma
+from dgemma_mlx.options import Options, check_count, check_seed
 from dgemma_mlx.prompt_cache import PromptCache
-from dgemma_mlx.run import VERIFY, Answer, Loop, Run, Verify
+from dgemma_mlx.run import Answer, Loop, Run
 from dgemma_mlx.text.chat import ChatTemplate, encode_chat
 from dgemma_mlx.text.parts import PartsParser
 from dgemma_mlx.text.tokenizer import Tokenizer, load_tokenizer
@@ -50,12 +49,15 @@ class Model:
         self, prompt: str | Sequence[Message], *, system: str | None = None, thinking: bool = False, raw: bool = False
     ) -> list[int]:
         """Prompt -> ids (P). A string is one user turn of the checkpoint's chat template, or plain text
-        after a beginning-of-text id when ``raw``; a list holds the messages of a conversation."""
+        after a beginning-of-text id when ``raw``; a list holds the messages of a conversation. ``DgemmaError`` for
+        anything else."""
         if raw:
             if not isinstance(prompt, str) or system is not None:
-                raise DgemmaError("a raw prompt is one text, without a system prompt", exit_code=2)
+                raise DgemmaError("a raw prompt is one text", "It goes without messages and a system prompt.", 2)
             ids = self.tokenizer.encode(prompt)
             return ids if self.tokenizer.bos_id is None else [self.tokenizer.bos_id, *ids]
+        if not isinstance(prompt, (str, Sequence)):
+            raise DgemmaError(f"no prompt: {prompt!r}", "It is a text, or a list of messages.", exit_code=2)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if system is not None:
             messages = [{"role": "system", "content": system}, *messages]
@@ -74,8 +76,10 @@ def load(
 
     Weights are read when they are first used. ``dtype`` is that of ``load_model``. ``cpu_dequantize`` says whether
     packed weights are unpacked where there is no Metal, "on" or "off"; "auto" unpacks them where that takes no more
-    than half of the free memory.
+    than half of the free memory. ``DgemmaError`` where there is no such model, or its files are not whole.
     """
+    if dtype is not None and not mx.issubdtype(dtype, mx.floating):
+        raise DgemmaError(f"dtype must be a floating one, not {dtype}", "mlx.core.bfloat16, say.", exit_code=2)
     checkpoint = resolve(None if model is None else str(model))
     config = ModelConfig.load(checkpoint.folder)
     network, weights = load_model(checkpoint.folder, config, dtype)
@@ -142,17 +146,21 @@ def generate_batch(
     ``max_tokens`` and ``system`` may be one for all or one for each. Takes ``Options`` without ``trim_canvas``, which
     would give the answers other texts than alone.
     """
+    if isinstance(prompts, str):
+        raise DgemmaError("prompts must be several", "One prompt goes to generate().", exit_code=2)
     if not prompts:
         return []
     if options.get("trim_canvas") and len(prompts) > 1:
         raise DgemmaError("trim_canvas goes with one prompt at a time", "Leave it out.", exit_code=2)
     count = len(prompts)
-    most = [max_tokens] * count if isinstance(max_tokens, int) else max_tokens
+    most = max_tokens if isinstance(max_tokens, Sequence) else [max_tokens] * count
     systems = [system] * count if system is None or isinstance(system, str) else system
     seeds = [None] * count if seeds is None else seeds
     for name, values in (("max_tokens", most), ("seeds", seeds), ("system", systems)):
         if len(values) != count:
-            raise DgemmaError(f"{name} must be one for each of {count} prompts, not {len(values)}", exit_code=2)
+            raise DgemmaError(
+                f"{name} must be one for each of {count} prompts, not {len(values)}", "None leaves them out.", 2
+            )
     chosen = Options(**options)
     chosen.check_thinking(thinking)
     ids = [
@@ -164,74 +172,14 @@ def generate_batch(
     return [done[number] for number in range(count)]
 
 
-@dataclass(frozen=True)
-class Options:
-    """How answers are written; the keyword arguments that ``stream``, ``generate`` and ``generate_batch`` share."""
-
-    speed: str = DEFAULT_SPEED
-    """``reference``, ``balanced`` or ``fast``: see ``dgemma_mlx.diffusion.speed``"""
-    verify: Verify = "off"
-    """``flag``: tokens that the encoder would have written otherwise are told as ``Committed.doubted``; ``repair``: the
-    canvas is denoised again from the first of them, with the encoder's own token there"""
-    temp: float | None = None
-    """0 takes the most probable tokens as denoiser canvas, another value is a constant temperature"""
-    generation: GenerationConfig | None = None
-    """instead of the checkpoint's parameters"""
-    trim_canvas: bool = False
-    """the last canvas is no longer than ``max_tokens`` leaves to write (a multiple of 64): less work, another text"""
-    prefill_step_size: int | None = None
-    """positions of a prompt that are encoded at once; None: as many as ``memory_limit`` allows"""
-    memory_limit: int | None = None
-    """bytes, which bound what is worked on at a time; None: the device's"""
-    cancelled: Callable[[], bool] = lambda: False
-    """asked between any two steps"""
-    constraint: Constraint | None = None
-    """what the answer has to match"""
-    response_format: Mapping[str, Any] | None = None
-    """a constraint as OpenAI's clients send it: see ``Constraint.response_format``"""
-
-    def __post_init__(self) -> None:
-        if self.constraint is not None and self.response_format is not None:
-            raise DgemmaError("constraint and response_format exclude each other", exit_code=2)
-        if self.verify == "repair" and (self.constraint is not None or self.response_format is not None):
-            raise DgemmaError(
-                "verify=repair goes without a constraint", "The encoder's own tokens need not match; use flag.", 2
-            )
-        if self.prefill_step_size is not None and self.prefill_step_size < 1:
-            raise DgemmaError(f"prefill_step_size must be at least 1, not {self.prefill_step_size}", exit_code=2)
-        for name, value, choices in (("speed", self.speed, tuple(SPEEDS)), ("verify", self.verify, VERIFY)):
-            if value not in choices:
-                raise DgemmaError(f"{name} must be one of {', '.join(choices)}, not {value!r}", exit_code=2)
-
-    def check_thinking(self, thinking: bool) -> None:
-        if thinking and (self.constraint is not None or self.response_format is not None):
-            raise DgemmaError(
-                "thinking goes without a constraint",
-                "What the model thinks would have to match, too. Use thinking=False, or --no-thinking.", exit_code=2,
-            )
-
-    def tokens(self, model: Model, config: GenerationConfig) -> TokenAutomaton | None:
-        """What every answer has to match."""
-        constraint = self.constraint
-        if self.response_format is not None:
-            constraint = Constraint.response_format(self.response_format)
-        return None if constraint is None else constraint.over(model.tokenizer, config, model.config.text.vocab_size)
-
-    def config(self, model: Model) -> GenerationConfig:
-        """The parameters in force."""
-        config = self.generation or model.generation
-        constant = self.temp is not None and self.temp != 0
-        return config.override(t_min=self.temp, t_max=self.temp) if constant else config
-
-
 def _run(
     model: Model, prompts: Sequence[list[int]], seeds: Sequence[int | None], max_tokens: Sequence[int],
     options: Options, memory: PromptCache | None = None,
 ) -> Run:
     """A checked run over encoded prompts, nothing of it done yet."""
-    for most in max_tokens:
-        if most < 1:
-            raise DgemmaError(f"max_tokens must be at least 1, not {most}", exit_code=2)
+    for most, seed in zip(max_tokens, seeds, strict=True):
+        check_count("max_tokens", most)
+        check_seed(seed)
     config = options.config(model)
     for ids in prompts:
         check_prompt(model, ids)

@@ -198,12 +198,37 @@ def test_a_batch_that_is_cancelled_keeps_what_is_committed(demo: Model) -> None:
      ({"seeds": [1]}, "seeds must be one for each of 2 prompts, not 1"),
      ({"max_tokens": [1, 2, 3]}, "max_tokens must be one for each of 2 prompts, not 3"),
      ({"max_tokens": [1, 0]}, "max_tokens must be at least 1, not 0"),
+     ({"max_tokens": 1.5}, "max_tokens must be at least 1, not 1.5"),
+     ({"seeds": [1, -1]}, "no seed: -1"),
+     ({"seeds": [1, 2**64]}, "no seed: 18446744073709551616"),
+     ({"seeds": [1, "a"]}, "no seed: 'a'"),
+     ({"memory_limit": "1GB"}, "memory_limit must be at least 1, not '1GB'"),
+     ({"prefill_step_size": 0}, "prefill_step_size must be at least 1, not 0"),
+     ({"temp": float("inf")}, "temp must be a number from 0 on, not inf"),
+     ({"temp": 1e-40}, "t_max must be at least 1e-06"),
      ({"trim_canvas": True}, "trim_canvas goes with one prompt at a time")],
 )  # fmt: skip
 def test_bad_options_are_one_clear_error(demo: Model, options: dict[str, Any], said: str) -> None:
     with pytest.raises(DgemmaError, match=said) as error:
         generate_batch(demo, ["Sort 5 2 9", "Sort 7 1 3"], **options)
     assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize("prompt", [None, 5, b"Sort 5 2 9"])
+def test_what_is_no_prompt(demo: Model, prompt: Any) -> None:
+    with pytest.raises(DgemmaError, match="prompt|message") as error:
+        generate(demo, prompt)
+    assert error.value.exit_code == 2
+
+
+def test_one_prompt_is_no_batch(demo: Model) -> None:
+    with pytest.raises(DgemmaError, match="prompts must be several"):
+        generate_batch(demo, "Sort 5 2 9")
+
+
+def test_weights_are_floating() -> None:
+    with pytest.raises(DgemmaError, match="dtype must be a floating one"):
+        dgemma_mlx.load("demo", dtype=mx.int8)
 
 
 def test_no_prompts_no_answers(demo: Model) -> None:

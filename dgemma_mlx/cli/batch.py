@@ -48,7 +48,7 @@ def read_batch(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
-        raise DgemmaError(f"cannot read {path}: {error.strerror}") from None
+        raise DgemmaError(f"cannot read {path}: {error.strerror}", "--batch names a file of prompts.") from None
     except UnicodeDecodeError as error:
         raise DgemmaError(f"{path} is not UTF-8 text (byte {error.start})", exit_code=2) from None
     requests = [_request(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]

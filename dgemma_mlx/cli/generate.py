@@ -56,7 +56,7 @@ AsJsonLines = Annotated[bool, typer.Option("--jsonl", help="Print every event as
 Batch = Annotated[
     Path | None, typer.Option(help="Answer the prompts of a JSONL file, one JSON object a line out.")
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Of the prompts of --batch, answer so many at once.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Of the prompts of --batch, answer so many at once; 1.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
 Temp = Annotated[
@@ -104,7 +104,7 @@ def generate(
     show_steps: ShowSteps = None,
     trace: Trace = None,
     batch: Batch = None,
-    batch_size: BatchSize = 1,
+    batch_size: BatchSize = None,
     as_json: AsJson = False,
     as_json_lines: AsJsonLines = False,
     quiet: Quiet = False,
@@ -133,7 +133,10 @@ def generate(
     What is not given comes from the settings (dgemma-mlx config), then from the checkpoint. The built-in demo knows
     its few tasks only; see dgemma-mlx --help.
     """
-    _check_options(prompt, batch, as_json, as_json_lines, trace, show_steps, prompt_cache)
+    if as_json and as_json_lines:
+        raise DgemmaError("--json and --jsonl exclude each other", "--json prints the answer, --jsonl all events.", 2)
+    _check_batch(batch, batch_size or 1, prompt, as_json_lines or trace is not None or show_steps is not None,
+                 prompt_cache, trim_canvas)  # fmt: skip
     constraint = constraint_of(regex, choice, json_schema, grammar)
     text = read_prompt(prompt) if batch is None else ""
     requests = [] if batch is None else read_batch(batch)
@@ -159,7 +162,7 @@ def generate(
         loaded = load_as_told(settings, model, cpu_dequantize, no_kernels, quiet)
         options["generation"] = loaded.generation.override(**{n: settings.pick(n, flag) for n, flag in loop.items()})
         if batch is not None:
-            answer_batch(loaded, requests, options, batch_size)
+            answer_batch(loaded, requests, options, batch_size or 1)
         else:
             with kept_prompt_cache(prompt_cache, loaded) as options["prompt_cache"]:
                 _answer(loaded, text, options, file, show_steps, form, quiet)
@@ -230,18 +233,22 @@ def _print(events: Iterable[Event], model: Model, form: str, quiet: bool) -> Don
     return draw(events, model.tokenizer, model.generation.eos_token_ids)
 
 
-def _check_options(
-    prompt: str | None, batch: Path | None, as_json: bool, as_json_lines: bool, trace: Path | None,
-    show_steps: int | None, prompt_cache: Path | None,
+def _check_batch(
+    batch: Path | None, size: int, prompt: str | None, steps: bool, prompt_cache: Path | None, trim_canvas: bool
 ) -> None:
-    if batch is not None and prompt is not None:
-        raise DgemmaError("a prompt and --batch exclude each other", "Put the prompt into the file.", exit_code=2)
-    if batch is not None and (as_json_lines or trace is not None or show_steps is not None):
-        raise DgemmaError("--batch goes without --jsonl, --trace and --show-steps", "It prints the answers.", 2)
-    if batch is not None and prompt_cache is not None:
-        raise DgemmaError("--batch goes without --prompt-cache", "The file holds one prompt.", exit_code=2)
-    if as_json and as_json_lines:
-        raise DgemmaError("--json and --jsonl exclude each other", "--json prints the answer, --jsonl all events.", 2)
+    """``DgemmaError`` where options are named that do not go with --batch, or not without."""
+    if batch is None:
+        if size > 1:
+            raise DgemmaError("--batch-size goes with --batch", "It names the file of the prompts.", exit_code=2)
+        return
+    for named, options, hint in (
+        (prompt is not None, "a prompt", "Put the prompt into the file."),
+        (steps, "--jsonl, --trace and --show-steps", "It prints the answers."),
+        (prompt_cache is not None, "--prompt-cache", "The file holds one prompt."),
+        (trim_canvas and size > 1, "--trim-canvas with a --batch-size above 1", "The texts would be others than alone."),
+    ):
+        if named:
+            raise DgemmaError(f"--batch goes without {options}", hint, exit_code=2)
 
 
 def in_bytes(size: str | None) -> int | None:

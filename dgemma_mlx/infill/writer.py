@@ -13,9 +13,10 @@ import mlx.core as mx
 from dgemma_mlx.diffusion.denoise import Barred, Pins, Start, denoise
 from dgemma_mlx.diffusion.sampler import Noise
 from dgemma_mlx.diffusion.speed import SPEEDS
-from dgemma_mlx.engine import Model, Options, budget_for, check_prompt
+from dgemma_mlx.engine import Model, budget_for, check_prompt
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Draft
+from dgemma_mlx.options import Options, check_seed
 from dgemma_mlx.run import prefill
 
 Progress = Callable[[int, int], None]
@@ -47,8 +48,12 @@ class Writer:
         ``progress`` hears after each step how many canvases and steps there have been; the rest is ``Options``'."""
         self._progress: Progress = options.get("progress", lambda canvases, steps: None)
         self.options = Options(**{name: value for name, value in options.items() if name != "progress"})
-        if self.options.verify != "off" or self.options.trim_canvas:
-            raise DgemmaError("verify and trim_canvas are for answers that are generated", exit_code=2)
+        o = self.options
+        if o.verify != "off" or o.trim_canvas or o.constraint is not None or o.response_format is not None:
+            raise DgemmaError(
+                "verify, trim_canvas and constraints are for answers that are generated", "Leave them out.", exit_code=2
+            )
+        check_seed(seed)
         self.seed = secrets.randbits(32) if seed is None else seed
         self._began, self._model = time.perf_counter(), model
         self._prompt_tokens, self._canvases, self._steps = len(prefix), 0, 0
