@@ -80,10 +80,6 @@ class LoRALinear(nn.Module):
         z = (self.dropout(x) @ self.lora_a) @ self.lora_b
         return (self._scale * z).astype(x.dtype)
 
-    def merged(self, weight: mx.array) -> mx.array:
-        """The base's plain weight (O, I) -> that which does both, float32."""
-        return weight.astype(mx.float32) + self._scale * (self.lora_a @ self.lora_b).T
-
 
 class DoRALinear(LoRALinear):
     """As ``LoRALinear``, with each output's weights brought to a learned length m (O,) float32; the length they have
@@ -94,12 +90,9 @@ class DoRALinear(LoRALinear):
         self.m = mx.linalg.norm(plain_weight(linear).astype(mx.float32), axis=1)
 
     def __call__(self, x: mx.array) -> mx.array:
-        lengths = mx.stop_gradient(mx.linalg.norm(super().merged(plain_weight(self.linear)), axis=1))
+        whole = merged(plain_weight(self.linear), self.lora_a, self.lora_b, self._scale)
+        lengths = mx.stop_gradient(mx.linalg.norm(whole, axis=1))
         return (self.m / lengths).astype(x.dtype) * super().__call__(x)
-
-    def merged(self, weight: mx.array) -> mx.array:
-        whole = super().merged(weight)
-        return (self.m / mx.linalg.norm(whole, axis=1))[:, None] * whole
 
 
 class LoRAExpertLinear(nn.Module):
@@ -110,6 +103,7 @@ class LoRAExpertLinear(nn.Module):
         E, outputs, inputs = _shape(linear)
         self.linear = linear
         self.dropout = nn.Dropout(config.dropout)
+        self._drops = config.dropout > 0
         self._scale = config.scale
         self.lora_a, self.lora_b = _initial((E, inputs, rank)), mx.zeros((E, rank, outputs))
 
@@ -123,19 +117,24 @@ class LoRAExpertLinear(nn.Module):
     @property
     def is_plain(self) -> bool:
         """Whether ``weight`` stands for all that is done here."""
-        return self.linear.is_plain and not self.dropout["_p_1"] < 1
+        return self.linear.is_plain and not self._drops
 
     @property
     def weight(self) -> mx.array:
         """(E, O, I): of base and addition together."""
-        return self.merged(self.linear.weight).astype(self.linear.weight.dtype)
-
-    def merged(self, weight: mx.array) -> mx.array:
-        """The base's plain weight (E, O, I) -> that which does both, float32."""
-        return weight.astype(mx.float32) + self._scale * (self.lora_a @ self.lora_b).swapaxes(1, 2)
+        weight = self.linear.weight
+        return merged(weight, self.lora_a, self.lora_b, self._scale).astype(weight.dtype)
 
 
 Adapted = (LoRALinear, LoRAExpertLinear)
+
+
+def merged(
+    weight: mx.array, lora_a: mx.array, lora_b: mx.array, scale: float, m: mx.array | None = None
+) -> mx.array:
+    """A plain weight (..., O, I) and its addition -> the weight that does both, float32; ``m`` is DoRA's."""
+    whole = weight.astype(mx.float32) + scale * (lora_a @ lora_b).swapaxes(-1, -2)
+    return whole if m is None else (m / mx.linalg.norm(whole, axis=-1))[:, None] * whole
 
 
 def matching(network: DiffusionGemma, targets: Iterable[str]) -> list[str]:

@@ -135,14 +135,14 @@ def _load(path: Path) -> dict[str, mx.array]:
 
 def _from_peft(stored: Mapping[str, mx.array], file: Path) -> dict[str, dict[str, mx.array]]:
     parts: dict[str, dict[str, mx.array]] = {}
-    for full_name, value in stored.items():
+    for full_name, tensor in stored.items():
         suffix = next((suffix for suffix in _SUFFIXES if full_name.endswith(suffix)), None)
         if suffix is None or not full_name.startswith(_PREFIX):
             raise DgemmaError(f"{file} has {full_name}, which is no part of a LoRA or DoRA adapter", _DAMAGED)
         stem, part = full_name.removeprefix(_PREFIX).removesuffix(suffix), _SUFFIXES[suffix]
         decoders = stem.replace("model.encoder.language_model.", "model.decoder.", 1)
         (path,) = parameter_names([f"{decoders}.weight"])[0]
-        value = value if part == "m" else mx.contiguous(value.swapaxes(-1, -2))
+        value = tensor if part == "m" else mx.contiguous(tensor.swapaxes(-1, -2))
         before = parts.setdefault(path.removesuffix(".weight"), {}).setdefault(part, value)
         if before is not value and not mx.array_equal(before, value).item():
             raise DgemmaError(

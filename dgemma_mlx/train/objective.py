@@ -89,6 +89,10 @@ class TeacherCache:
         keys, values = self._layers[layer]
         return mx.concatenate([keys, k], axis=2), mx.concatenate([values, v], axis=2)
 
+    def prefix(self, layer: int) -> tuple[mx.array, ...]:
+        """A layer's keys and values; nothing before they are known."""
+        return self._layers[layer] if layer < len(self._layers) else ()
+
     def detached(self) -> TeacherCache:
         """The same cache without gradient."""
         copy = TeacherCache(self._window, self._starts)
