@@ -166,7 +166,7 @@ def attach(network: DiffusionGemma, config: AdapterConfig, ranks: dict[str, int]
     network.freeze()
 
     def adapted(path: str, module: Any) -> nn.Module:
-        if path not in ranks:
+        if path not in ranks or not _can_be_adapted(path, module):
             return module
         if isinstance(module, (ExpertLinear, QuantizedExpertLinear)):
             return LoRAExpertLinear(module, config, ranks[path])
