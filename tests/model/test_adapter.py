@@ -126,7 +126,11 @@ def test_linear_layers_are_those_of_mlx_lm(kind: str, packed: bool) -> None:
     def value(layer: nn.Module) -> Any:
         layer.freeze()
         layer.unfreeze(keys=["lora_a", "lora_b", "m"], recurse=False)
-        return nn.value_and_grad(layer, lambda: (layer(x) ** 2).sum())()
+
+        def loss() -> mx.array:
+            return (layer(x) ** 2).sum()
+
+        return nn.value_and_grad(layer, loss)()
 
     (one, grads), (two, their_grads) = value(own), value(other)
     assert one.item() == pytest.approx(two.item(), rel=1e-5)
@@ -169,7 +173,8 @@ def test_the_files_are_those_of_peft(folder: Path, tmp_path: Path) -> None:
     stored = model.layers[2].self_attn.q_proj.lora_a.T
     assert mx.array_equal(tensors[f"{encoder}{q_proj}lora_A.weight"], stored).item()
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (settings["peft_type"], settings["r"], settings["lora_alpha"], settings["use_dora"]) == ("LORA", 4, 6.0, True)
+    expected = {"peft_type": "LORA", "r": 4, "lora_alpha": 6.0, "use_dora": True}
+    assert {name: settings[name] for name in expected} == expected
     assert "model.decoder.layers.0.self_attn.q_proj" in settings["target_modules"]
 
 
