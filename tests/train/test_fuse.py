@@ -65,7 +65,7 @@ def test_bfloat16_weights_change_by_rounding_alone(tmp_path: Path) -> None:
     stored = open_tensors(tmp_path / "fused")
     assert {tensor.dtype for tensor in stored.values()} == {mx.bfloat16}
     expected, plain = adapted_logits(folder, adapter), logits(load(folder)[0])
-    assert np.abs(logits(load(tmp_path / "fused")[0]) - expected).mean() < 0.1 * np.abs(expected - plain).mean()
+    assert np.abs(logits(load(tmp_path / "fused")[0]) - expected).mean() < 0.2 * np.abs(expected - plain).mean()
     model, _ = load(folder)
     load_adapter(model, adapter)
     fused = dict(load(tmp_path / "fused")[0].named_modules())
@@ -120,7 +120,7 @@ def test_unpacked_the_result_is_that_of_base_and_adapter(tmp_path: Path, scheme:
     raw = json.loads((tmp_path / "fused" / "config.json").read_text())
     assert "quantization" not in raw
     expected, plain = adapted_logits(folder, adapter), logits(load(folder)[0])
-    assert np.abs(logits(load(tmp_path / "fused")[0]) - expected).mean() < 0.1 * np.abs(expected - plain).mean()
+    assert np.abs(logits(load(tmp_path / "fused")[0]) - expected).mean() < 0.2 * np.abs(expected - plain).mean()
 
 
 def test_nothing_is_left_of_a_merge_that_fails(tmp_path: Path) -> None:
