@@ -3,8 +3,8 @@
 ``adapter_model.safetensors`` has float32 tensors ``base_model.model.<module>.lora_A.weight`` (r, I) and
 ``lora_B.weight`` (O, r), for DoRA ``lora_magnitude_vector`` (O,), under the module's name in a published checkpoint:
 twice, as transformers has a module of its own for the encoder, with tied weights. For experts PEFT defines nothing that
-fits; their factors are (E, r, I) and (E, O, r). ``adapter_config.json`` is PEFT's, with ``dgemma_mlx`` added.
-Read is also what mlx_lm writes: ``adapters.safetensors`` with ``<path>.lora_a`` (I, r) and ``lora_b`` (r, O).
+fits; their factors are (E, r, I) and (E, O, r). ``adapter_config.json`` is PEFT's; a canvas length is metadata of the
+tensors' file. Read is also what mlx_lm writes: ``adapters.safetensors`` with ``<path>.lora_a`` (I, r), ``lora_b`` (r, O).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from dgemma_mlx.model.shards import read_header
 from dgemma_mlx.model.text import DiffusionGemma
 
 CONFIG, WEIGHTS, MLX_LM_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors"
+_CANVAS_LENGTH = "dgemma_mlx.canvas_length"
 _PREFIX = "base_model.model."
 _SUFFIXES = {".lora_A.weight": "lora_a", ".lora_B.weight": "lora_b", ".lora_magnitude_vector": "m"}
 _OWN = re.compile(r"(.+)\.(lora_a|lora_b|m)")
@@ -50,12 +52,12 @@ def save_adapter(network: DiffusionGemma, config: AdapterConfig, folder: Path, b
         "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base, "inference_mode": True,
         "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout, "use_dora": config.dora,
         "bias": "none", "fan_in_fan_out": False, "target_modules": stems,
-        "dgemma_mlx": {"canvas_length": config.canvas_length},
     }  # fmt: skip
     try:
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = folder / f".{os.getpid()}.safetensors"
-        mx.save_safetensors(str(unfinished), tensors, metadata={"format": "pt"})
+        own = {} if config.canvas_length is None else {_CANVAS_LENGTH: str(config.canvas_length)}
+        mx.save_safetensors(str(unfinished), tensors, metadata={"format": "pt", **own})
         unfinished.replace(folder / WEIGHTS)
         write_whole(folder / CONFIG, json.dumps(record, indent=2) + "\n")
     except (OSError, RuntimeError) as error:
@@ -93,13 +95,15 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, dict[str, mx.ar
         raise DgemmaError(f"{folder} has no {CONFIG}", _DAMAGED)
     raw = read_json(folder / CONFIG)
     weights = weights_file(folder)
-    stored = _load(weights)
+    stored, metadata = _load(weights)
     parts = _from_peft(stored, weights) if weights.name == WEIGHTS else _from_mlx_lm(stored, weights)
     for path, found in parts.items():
         if not found.keys() >= {"lora_a", "lora_b"}:
             raise DgemmaError(f"{weights} has one of two factors of {path}", _DAMAGED)
     with _malformed(folder / CONFIG):
-        return (_peft_config if "peft_type" in raw else _mlx_lm_config)(raw, parts), parts
+        config = (_peft_config if "peft_type" in raw else _mlx_lm_config)(raw, parts)
+        canvas_length = metadata.get(_CANVAS_LENGTH)
+        return replace(config, canvas_length=None if canvas_length is None else int(canvas_length)), parts
 
 
 def weights_file(folder: Path) -> Path:
@@ -126,10 +130,10 @@ def _stems(path: str) -> list[str]:
     return [name, name.replace("model.decoder.", "model.encoder.language_model.", 1)]
 
 
-def _load(path: Path) -> dict[str, mx.array]:
+def _load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Tensors and metadata."""
     read_header(path)
-    loaded = mx.load(str(path), format="safetensors")
-    assert isinstance(loaded, dict)
+    loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
     return loaded
 
 
@@ -170,10 +174,8 @@ def _peft_config(raw: Mapping[str, Any], parts: Mapping[str, Any]) -> AdapterCon
         raise DgemmaError(f"{CONFIG}: {raw['peft_type']!r} adapters are not supported, LoRA and DoRA are")
     rank = int(raw["r"])
     alpha = float(raw["lora_alpha"]) * (rank**0.5 if raw.get("use_rslora") else 1)
-    own = raw.get("dgemma_mlx") or {}
     return AdapterConfig(
         rank, alpha, float(raw.get("lora_dropout") or 0), tuple(parts), bool(raw.get("use_dora")),
-        own.get("canvas_length"),
     )  # fmt: skip
 
 

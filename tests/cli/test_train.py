@@ -1,4 +1,4 @@
-"""``train``, ``fuse`` and ``eval`` as processes, from a file of examples to a model that answers with what it learned."""
+"""``train``, ``fuse`` and ``eval`` as processes, from a file of examples to a model that answers as it has learned."""
 
 from __future__ import annotations
 
