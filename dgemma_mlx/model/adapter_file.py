@@ -4,7 +4,7 @@
 ``lora_B.weight`` (O, r), for DoRA ``lora_magnitude_vector`` (O,), under the module's name in a published checkpoint:
 twice, as transformers has a module of its own for the encoder, with tied weights. For experts PEFT defines nothing that
 fits; their factors are (E, r, I) and (E, O, r). ``adapter_config.json`` is PEFT's; a canvas length is metadata of the
-tensors' file. Read is also what mlx_lm writes: ``adapters.safetensors`` with ``<path>.lora_a`` (I, r), ``lora_b`` (r, O).
+tensors' file. Of mlx_lm is read ``adapters.safetensors`` with ``<path>.lora_a`` (I, r) and ``lora_b`` (r, O).
 """
 
 from __future__ import annotations

@@ -16,7 +16,12 @@ from dgemma_mlx.train.finetune import FinetuneConfig
 
 _STATES = {"adamw": 2, "muon": 1}  # arrays of a parameter's size that the optimizer keeps
 _GRADIENTS = 3  # of a parameter's size: the gradient, the sum of those before, the new value
-_LOGITS = 6  # arrays of the logits' size: raw, capped, their softmax, and the gradients of these
+# How much waits for the gradient: slopes of measured peaks (float32, MLX 0.32 on Linux).
+_LOGITS = 6  # arrays of the logits' size
+_SCORES = 1.25  # of the attention scores'
+_SCORES_AGAIN = 4.25  # of those of a layer that is worked out again
+_HELD = 3  # of the hidden states': what goes in and comes out of such a layer
+_FULL = 1.5  # of a layer's, where all weights are trained
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,13 @@ def training_memory(model: Model, conversations: Sequence[Conversation], config:
     if not config.causal_weight:
         prefix = max(len(prompt) + (len(answer) - 1) // canvas * canvas for prompt, answer in conversations)
     tokens = rows * (prefix + canvas)
-    layer = tokens * _layer_values(text, model.network) * element
-    layer += 4 * rows * text.num_attention_heads * (prefix**2 + canvas * (prefix + canvas)) * element
+    layer = tokens * _layer_values(text, model.network) * element * (_FULL if config.full else 1)
+    scores = rows * text.num_attention_heads * (prefix**2 + canvas * (prefix + canvas)) * element
     if config.checkpoint_layers:
-        activations = layer + 2 * text.num_hidden_layers * tokens * text.hidden_size * element
+        held = text.num_hidden_layers * tokens * text.hidden_size * element
+        activations = int(layer + _SCORES_AGAIN * scores) + _HELD * held
     else:
-        activations = layer * text.num_hidden_layers
+        activations = int(text.num_hidden_layers * (layer + _SCORES * scores))
     logits = rows * canvas * (2 if config.causal_weight else 1) * text.vocab_size * 4 * _LOGITS
     trained = _bytes(model.network.trainable_parameters())
     return TrainingMemory(
@@ -71,11 +77,11 @@ def make_plan(model: Model, conversations: Sequence[Conversation], config: Finet
 def _layer_values(text: TextConfig, network: Any) -> int:
     """What a position leaves in a layer, as counts of arrays of each width."""
     heads, kv_heads = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
-    K, inner = text.top_k_experts, text.moe_intermediate_size
-    experts = K * (2 * text.hidden_size + 9 * inner)
+    M, K, inner = text.hidden_size, text.top_k_experts, text.moe_intermediate_size
+    experts = K * (2 * M + 5 * inner)
     if text.num_experts <= 4 * K and network.layers[0].experts.gate_up_proj.is_plain:  # all of them are worked out
-        experts += text.num_experts * 5 * inner
-    return 16 * text.hidden_size + 6 * (heads + kv_heads) + 9 * text.intermediate_size + experts
+        experts = K * (M + 4 * inner) + text.num_experts * 5 * inner // 2
+    return 8 * M + 3 * (heads + kv_heads) + 5 * text.intermediate_size + experts
 
 
 def _bytes(parameters: Any) -> int:
