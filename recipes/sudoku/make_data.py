@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", type=int, default=6, choices=sorted(BOXES))
-    parser.add_argument("--clues", type=parse_clues, help="how many cells are given, as 14-22")
+    parser.add_argument("--clues", type=parse_clues, help="how many cells are given, as 16-24")
     parser.add_argument("--train", type=int, default=60_000, help="puzzles to train on")
     parser.add_argument("--valid", type=int, default=100, help="puzzles to validate with")
     parser.add_argument("--seed", type=int, default=0)
