@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,9 @@ from dgemma_mlx.cli.interrupt import interruptible
 from dgemma_mlx.cli.sizes import size
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.settings import LARGEST_SEED, Settings
+
+if TYPE_CHECKING:
+    from dgemma_mlx.train.finetune import FinetuneRun
 
 Data = Annotated[
     list[Path],
@@ -30,7 +33,7 @@ OptimizerName = Annotated[str, typer.Option("--optimizer", help="adamw or muon."
 ScheduleName = Annotated[str, typer.Option("--schedule", help="After the warm-up: cosine, linear or constant.")]
 Warmup = Annotated[int, typer.Option("--warmup", min=0, help="Steps over which the learning rate rises.")]
 Decay = Annotated[float, typer.Option("--weight-decay", min=0.0)]
-Rank = Annotated[int, typer.Option("--rank", min=0, help="Of the adapter's matrices.")]
+Rank = Annotated[int, typer.Option("--rank", min=1, help="Of the adapter's matrices.")]
 Alpha = Annotated[float | None, typer.Option("--alpha", help="The adapter adds alpha / rank times; twice the rank.")]
 Dropout = Annotated[float, typer.Option("--dropout", help="Of the adapter's inputs.")]
 Targets = Annotated[
@@ -97,12 +100,12 @@ def train(
     Ctrl-C saves; the same command with --resume goes on, to the same end.
     """
     from dgemma_mlx.model.adapter import AdapterConfig
-    from dgemma_mlx.train.dataset import encode_all, read_examples, read_folder
+    from dgemma_mlx.train.dataset import read_data
     from dgemma_mlx.train.estimate import make_plan
-    from dgemma_mlx.train.finetune import FinetuneConfig, finetune, prepare
+    from dgemma_mlx.train.finetune import FinetuneConfig, open_run
 
     adapter = AdapterConfig(
-        rank, 2.0 * max(rank, 1) if alpha is None else alpha, dropout,
+        rank, 2.0 * rank if alpha is None else alpha, dropout,
         tuple(target.strip() for target in targets.split(",")), dora, canvas_length,
     )  # fmt: skip
     config = FinetuneConfig(
@@ -110,37 +113,37 @@ def train(
         causal_weight=causal_weight, seed=seed, checkpoint_layers=grad_checkpoint, full=full, adapter=adapter,
         log_every=log_every, save_every=save_every, valid_every=valid_every, valid_answers=valid_answers,
     )  # fmt: skip
-    sets = [read_folder(path) for path in data]
-    examples = [example for train, _ in sets for example in train]
-    held_out = read_examples(valid) if valid else [example for _, held_out in sets for example in held_out]
-    loaded = prepare(load_as_told(Settings(), model, cpu_dequantize, no_kernels=False, quiet=quiet), config)
-    conversations, left_out = encode_all(loaded, examples, max_length)
-    if left_out:
-        print(f"dgemma-mlx: {left_out} of {len(examples)} examples are longer than --max-length {max_length} "
+    examples, held_out = read_data(data, valid)
+    loaded = load_as_told(Settings(), model, cpu_dequantize, no_kernels=False, quiet=quiet)
+    run = open_run(loaded, examples, held_out, config)
+    if run.left_out:
+        print(f"dgemma-mlx: {run.left_out} of {len(examples)} examples are longer than --max-length {max_length} "
               "and left out", file=sys.stderr)  # fmt: skip
-    valid_conversations = encode_all(loaded, held_out, max_length)[0] if held_out else []
-    plan = make_plan(loaded, conversations, config)
+    plan = make_plan(run)
     if dry_run or not quiet:
         _show_plan(plan, as_json and dry_run, sys.stdout if dry_run else sys.stderr)
-    if dry_run:
-        return
-    from dgemma_mlx.cli.train_log import open_log
+    if not dry_run:
+        _carry_out(run, output, resume, report_to, quiet)
+        if as_json:
+            print(json.dumps({"output": str(output), **plan}))
+        elif not quiet:
+            use = f"-m {output}" if full else f"-m {run.model.name} --adapter {output}"
+            print(f"wrote {output}; try: dgemma-mlx generate {use} \"...\"", file=sys.stderr)
 
+
+def _carry_out(run: FinetuneRun, output: Path, resume: bool, report_to: str | None, quiet: bool) -> None:
+    """Trains to the end; a ``DgemmaError`` (exit code 130) says how to go on after Ctrl-C."""
+    from dgemma_mlx.cli.train_log import open_log
+    from dgemma_mlx.train.finetune import finetune
+
+    steps = run.config.steps
     with open_log(output, steps, report_to, quiet) as log, interruptible() as stopped:
-        done = finetune(
-            loaded, conversations, config, output, log, valid=held_out, valid_conversations=valid_conversations,
-            resume=resume, stopped=stopped,
-        )  # fmt: skip
+        done = finetune(run, output, log, resume=resume, stopped=stopped)
     if done < steps:
         raise DgemmaError(
             f"interrupted after step {done} of {steps}; saved in {output}", "The same command with --resume goes on.",
             exit_code=130,
         )
-    if as_json:
-        print(json.dumps({"output": str(output), "steps": done, **plan}))
-    elif not quiet:
-        use = f"-m {output}" if full else f"--adapter {output}" if model is None else f"-m {model} --adapter {output}"
-        print(f"wrote {output}; try: dgemma-mlx generate {use} \"...\"", file=sys.stderr)
 
 
 def _show_plan(plan: dict[str, Any], as_json: bool, file: Any) -> None:

@@ -32,13 +32,18 @@ class Example:
     answer: str
 
 
-def read_folder(path: Path) -> tuple[list[Example], list[Example]]:
-    """Training and validation examples of a folder with ``train.jsonl`` and perhaps ``valid.jsonl``, or of a file
-    (no validation examples)."""
-    if path.is_dir():
-        valid = path / VALID
-        return read_examples(path / TRAIN), read_examples(valid) if valid.exists() else []
-    return read_examples(path), []
+def read_data(paths: Iterable[Path], valid: Path | None = None) -> tuple[list[Example], list[Example]]:
+    """Training and validation examples: of files, and of folders with ``train.jsonl`` and perhaps ``valid.jsonl``.
+
+    A file ``valid`` is validated with instead of those.
+    """
+    examples: list[Example] = []
+    held_out: list[Example] = []
+    for path in paths:
+        examples += read_examples(path / TRAIN if path.is_dir() else path)
+        if valid is None and (path / VALID).exists():
+            held_out += read_examples(path / VALID)
+    return examples, held_out if valid is None else read_examples(valid)
 
 
 def read_examples(path: Path) -> list[Example]:

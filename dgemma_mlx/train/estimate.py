@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,9 +9,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from dgemma_mlx.config import TextConfig
-from dgemma_mlx.engine import Model
-from dgemma_mlx.train.data import Conversation
-from dgemma_mlx.train.finetune import FinetuneConfig
+from dgemma_mlx.train.finetune import FinetuneRun
 
 _STATES = {"adamw": 2, "muon": 1}  # arrays of a parameter's size that the optimizer keeps
 _GRADIENTS = 3  # of a parameter's size: the gradient, the sum of those before, the new value
@@ -39,8 +36,9 @@ class TrainingMemory:
         return self.weights + self.training + self.activations
 
 
-def training_memory(model: Model, conversations: Sequence[Conversation], config: FinetuneConfig) -> TrainingMemory:
-    """For a prepared model, at a step with the longest conversations."""
+def training_memory(run: FinetuneRun) -> TrainingMemory:
+    """Of a step with the longest conversations."""
+    model, config, conversations = run.model, run.config, run.conversations
     text, canvas, element = model.config.text, model.config.canvas_length, model.network.dtype.size
     rows = (config.batch_size + 1) // 2  # of the larger part
     prefix = max(len(prompt) + len(answer) for prompt, answer in conversations)
@@ -61,9 +59,9 @@ def training_memory(model: Model, conversations: Sequence[Conversation], config:
     )
 
 
-def make_plan(model: Model, conversations: Sequence[Conversation], config: FinetuneConfig) -> dict[str, Any]:
-    """Of a prepared model, as ``--dry-run --json`` prints it; bytes and tokens."""
-    memory = training_memory(model, conversations, config)
+def make_plan(run: FinetuneRun) -> dict[str, Any]:
+    """As ``--dry-run --json`` prints it; bytes and tokens."""
+    model, config, conversations, memory = run.model, run.config, run.conversations, training_memory(run)
     return {
         "model": model.name, "examples": len(conversations),
         "longest": max(len(prompt) + len(answer) for prompt, answer in conversations),

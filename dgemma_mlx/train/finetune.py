@@ -25,7 +25,7 @@ from dgemma_mlx.model.adapter import AdapterConfig, attach
 from dgemma_mlx.model.adapter_file import save_adapter
 from dgemma_mlx.train.checkpointing import checkpointed
 from dgemma_mlx.train.data import Conversation, Part, canvas_batch, parts_at
-from dgemma_mlx.train.dataset import Example
+from dgemma_mlx.train.dataset import Example, encode_all
 from dgemma_mlx.train.fuse import write_trained
 from dgemma_mlx.train.loop import Log, Record, TrainConfig, train
 from dgemma_mlx.train.objective import ObjectiveConfig, block_diffusion_loss
@@ -98,11 +98,31 @@ class FinetuneConfig:
         return make_finetune_optimizer(self.optimizer, schedule, rate, self.weight_decay)
 
 
-def prepare(model: Model, config: FinetuneConfig) -> Model:
-    """Puts a new adapter on the model's network, or unfreezes it; returns the model with the adapter's canvas length.
+@dataclass(frozen=True)
+class FinetuneRun:
+    """A model that is ready to be trained, and the tokenized examples; made by ``open_run``."""
 
-    ``DgemmaError`` where weights that are to be trained are packed.
-    """
+    model: Model
+    config: FinetuneConfig
+    conversations: Sequence[Conversation]
+    left_out: int = 0
+    """examples that have no room for a canvas within ``max_length``"""
+    valid: Sequence[Example] = ()
+    valid_conversations: Sequence[Conversation] = ()
+
+
+def open_run(
+    model: Model, examples: Sequence[Example], valid: Sequence[Example], config: FinetuneConfig
+) -> FinetuneRun:
+    """Prepares a model and its data. ``DgemmaError`` where weights to be trained are packed, or no example fits."""
+    model = prepare(model, config)
+    conversations, left_out = encode_all(model, examples, config.max_length)
+    held_out = encode_all(model, valid, config.max_length)[0] if valid else []
+    return FinetuneRun(model, config, conversations, left_out, valid, held_out)
+
+
+def prepare(model: Model, config: FinetuneConfig) -> Model:
+    """Puts a new adapter on the model's network, or unfreezes it; the model that comes back has the canvas length."""
     if config.full:
         packed = [name for name, module in model.network.named_modules() if "scales" in module]
         if packed:
@@ -119,28 +139,24 @@ def prepare(model: Model, config: FinetuneConfig) -> Model:
 
 
 def finetune(
-    model: Model, conversations: Sequence[Conversation], config: FinetuneConfig, out: Path, log: Log, *,
-    valid: Sequence[Example] = (), valid_conversations: Sequence[Conversation] = (), resume: bool = False,
-    stopped: Callable[[], bool] = lambda: False,
+    run: FinetuneRun, out: Path, log: Log, *, resume: bool = False, stopped: Callable[[], bool] = lambda: False
 ) -> int:
-    """Trains a prepared model and writes the adapter (``full``: the checkpoint) to ``out``; returns the steps done.
+    """Trains, and writes the adapter (``full``: the checkpoint) to ``out``; returns the steps done.
 
     Beside it stand ``loss.jsonl``, ``run.json`` and, to go on from, ``checkpoint/``. When ``stopped``, what there is
     by then is written. ``DgemmaError`` where ``out`` holds another run, or this one and not ``resume``.
     """
-    _open_run(out, model, conversations, config, resume)
+    model, config = run.model, run.config
+    _open_folder(out, run, resume)
     pad_id, canvas_length = model.config.pad_token_id, model.config.canvas_length
-    causal = config.causal_weight > 0
 
     def parts(number: int) -> list[Part]:
         return parts_at(
-            number, conversations, config.batch_size, config.accumulate, canvas_length, pad_id, config.seed,
-            causal=causal,
+            number, run.conversations, config.batch_size, config.accumulate, canvas_length, pad_id, config.seed,
+            causal=config.causal_weight > 0,
         )  # fmt: skip
 
-    validate = None
-    if valid_conversations:
-        validate = partial(_validate, model, valid_conversations[:_VALIDATED], valid[: config.valid_answers], config)
+    validate = partial(_validate, run) if run.valid_conversations else None
     loop = TrainConfig(
         config.steps, config.seed, config.clip_norm, config.log_every, config.save_every, config.valid_every,
         objective=config.objective,
@@ -162,13 +178,11 @@ def finetune(
     return steps
 
 
-def _open_run(
-    out: Path, model: Model, conversations: Sequence[Conversation], config: FinetuneConfig, resume: bool
-) -> None:
+def _open_folder(out: Path, run: FinetuneRun, resume: bool) -> None:
     """Makes the folder and notes what is run there, or checks that it is the same; drops what was logged after the
     last checkpoint, as it will be again."""
-    data = sha256(repr(list(conversations)).encode()).hexdigest()
-    record = json.loads(json.dumps({"model": model.name, "data": data, **asdict(config)}))
+    data = sha256(repr(list(run.conversations)).encode()).hexdigest()
+    record = json.loads(json.dumps({"model": run.model.name, "data": data, **asdict(run.config)}))
     path = out / RUN
     if path.exists():
         before = read_json(path)
@@ -212,13 +226,13 @@ def _drop_log_after(path: Path, step: int) -> None:
     write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def _validate(
-    model: Model, conversations: Sequence[Conversation], examples: Sequence[Example], config: FinetuneConfig
-) -> Record:
+def _validate(run: FinetuneRun) -> Record:
     """The denoising loss on the same canvases with the same noise every time, and the share of answers that are
     those of the examples, to the letter."""
+    model, config = run.model, run.config
     model.network.eval()
     canvas, pad_id = model.config.canvas_length, model.config.pad_token_id
+    conversations, examples = run.valid_conversations[:_VALIDATED], run.valid[: config.valid_answers]
     objective = ObjectiveConfig(pad_weight=1.0, causal_weight=0, balance_weight=0, full_noise=0, min_noise=_MIN_NOISE)
     losses = []
     rng = random.Random("validation")

@@ -10,7 +10,7 @@ import pytest
 
 from dgemma_mlx import Model, load
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.train.dataset import as_jsonl, encode_all, encode_example, read_examples, read_folder
+from dgemma_mlx.train.dataset import as_jsonl, encode_all, encode_example, read_data, read_examples
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -42,11 +42,13 @@ def test_the_formats_of_mlx_lm_are_read(tmp_path: Path) -> None:
 
 
 def test_a_folder_has_a_file_to_train_and_one_to_validate_with(tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").write_text(as_jsonl([("a", "b"), ("c", "d")]))
-    assert [len(part) for part in read_folder(tmp_path)] == [2, 0]
-    (tmp_path / "valid.jsonl").write_text(as_jsonl([("e", "f")]))
-    assert [len(part) for part in read_folder(tmp_path)] == [2, 1]
-    assert read_folder(tmp_path / "valid.jsonl")[0][0].answer == "f"
+    train, valid = tmp_path / "train.jsonl", tmp_path / "valid.jsonl"
+    train.write_text(as_jsonl([("a", "b"), ("c", "d")]))
+    assert [len(part) for part in read_data([tmp_path])] == [2, 0]
+    valid.write_text(as_jsonl([("e", "f")]))
+    assert [len(part) for part in read_data([tmp_path, train])] == [4, 1]
+    assert [len(part) for part in read_data([valid], train)] == [1, 2]
+    assert [len(part) for part in read_data([tmp_path], train)] == [2, 2]
 
 
 def test_an_answer_begins_where_the_model_is_asked_and_ends_its_turn(tmp_path: Path, demo: Model) -> None:
@@ -106,7 +108,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n")
     for name, words in (("absent", "cannot read"), ("latin", "not UTF-8"), ("empty", "holds no example")):
         with pytest.raises(DgemmaError, match=words) as error:
-            read_folder(tmp_path / name)
+            read_data([tmp_path / name])
         assert name in error.value.message and error.value.exit_code == 2
     with pytest.raises(DgemmaError, match=r"cannot read .*train\.jsonl"):
-        read_folder(tmp_path)
+        read_data([tmp_path])

@@ -22,7 +22,7 @@ from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.train.checkpointing import checkpointed
 from dgemma_mlx.train.data import Conversation, canvas_batch, parts_at
 from dgemma_mlx.train.dataset import Example
-from dgemma_mlx.train.finetune import FinetuneConfig, finetune, last_step, prepare, read_log
+from dgemma_mlx.train.finetune import FinetuneConfig, FinetuneRun, finetune, last_step, prepare, read_log
 from dgemma_mlx.train.objective import Batch, ObjectiveConfig, block_diffusion_loss
 from dgemma_mlx.train.optimizer import warmed_up
 from tests.train.test_objective import PAD, small_model
@@ -42,7 +42,7 @@ def run(out: Path, config: FinetuneConfig = CONFIG, *, stop: int = 99, resume: b
     """A run from scratch, as a process of its own would have it; ``stop`` is the step after which Ctrl-C comes."""
     model = prepare(load("demo"), config)
     seen = []
-    finetune(model, CONVERSATIONS, config, out, lambda record: seen.append(record["step"]), resume=resume,
+    finetune(FinetuneRun(model, config, CONVERSATIONS), out, lambda record: seen.append(record["step"]), resume=resume,
              stopped=lambda: bool(seen) and seen[-1] >= stop)  # fmt: skip
     return model
 
@@ -197,8 +197,8 @@ def test_validation_asks_and_measures_the_same_every_time(tmp_path: Path) -> Non
     asked = [Example(({"role": "user", "content": "Sort 2 1"},), "1 2"), Example((), "Once.")]
     for name in ("one", "two"):
         model = prepare(load("demo"), config)
-        finetune(model, CONVERSATIONS, config, tmp_path / name, lambda record: None, valid=asked,
-                 valid_conversations=CONVERSATIONS[:5])  # fmt: skip
+        run_of_it = FinetuneRun(model, config, CONVERSATIONS, 0, asked, CONVERSATIONS[:5])
+        finetune(run_of_it, tmp_path / name, lambda record: None)
     one, two = (
         [(record["step"], record["valid_loss"], record["exact_match"]) for record in read_log(path / "loss.jsonl")
          if "valid_loss" in record]
