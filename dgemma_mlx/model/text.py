@@ -101,7 +101,7 @@ class DiffusionGemma(nn.Module):
         self._wrapper: LayerWrapper | None = None
 
     def wrap_layers(self, wrapper: LayerWrapper | None) -> None:
-        """From now on what ``wrapper`` makes of a layer, its number and ``append`` is called in its place."""
+        """In training, what ``wrapper`` makes of a layer, its number and ``append`` is called in its place."""
         self._wrapper = wrapper
 
     @property
@@ -156,11 +156,12 @@ class DiffusionGemma(nn.Module):
     ) -> mx.array:
         """x (B, L, M) through all layers and the final norm; ``append`` takes a layer's number, keys and values."""
         norms = [*(layer.input_layernorm for layer in self.layers), self.norm]
+        wrapper = self._wrapper if self.training else None
         with references(only=self.training):
             positions = row_positions(rope_offset, *x.shape[:2])
             normed = norms[0](x)
             for i, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
-                run = layer if self._wrapper is None else self._wrapper(layer, i, append)
+                run = layer if wrapper is None else wrapper(layer, i, append)
                 x, normed = run(
                     x, normed, positions, masks[kind], partial(append, i), scalars[i], norms[i + 1], router_log
                 )

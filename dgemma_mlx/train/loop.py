@@ -166,15 +166,18 @@ def _kept(run: Path, step: int) -> Path:
 def save(run: Path, model: DiffusionGemma, optimizer: optim.Optimizer, step: int) -> None:
     """Writes ``run/checkpoint``: complete or not at all; the one before is replaced last."""
     fresh, final, old = run / "checkpoint.new", run / "checkpoint", run / "checkpoint.old"
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    mx.save_safetensors(str(fresh / "model.safetensors"), dict(tree_flatten(model.trainable_parameters())))
-    mx.save_safetensors(str(fresh / "optimizer.safetensors"), dict(tree_flatten(optimizer.state)))
-    (fresh / "state.json").write_text(json.dumps({"step": step}))
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    fresh.rename(final)
+    try:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        mx.save_safetensors(str(fresh / "model.safetensors"), dict(tree_flatten(model.trainable_parameters())))
+        mx.save_safetensors(str(fresh / "optimizer.safetensors"), dict(tree_flatten(optimizer.state)))
+        (fresh / "state.json").write_text(json.dumps({"step": step}))
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.rename(old)
+        fresh.rename(final)
+    except (OSError, RuntimeError) as error:
+        raise DgemmaError(f"cannot save to {run}: {error}", "The checkpoint before is still there.") from None
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -183,10 +186,13 @@ def restore(run: Path, model: DiffusionGemma, optimizer: optim.Optimizer) -> int
     folder = next((f for f in (run / "checkpoint", run / "checkpoint.old") if (f / "state.json").exists()), None)
     if folder is None:
         return 0
-    model.load_weights(str(folder / "model.safetensors"), strict=False)  # a frozen base is not in it
-    optimizer.init(model.trainable_parameters())
-    state = mx.load(str(folder / "optimizer.safetensors"))
-    assert isinstance(state, dict)
-    optimizer.state = tree_unflatten(list(state.items()))
-    step: int = json.loads((folder / "state.json").read_text())["step"]
+    try:
+        model.load_weights(str(folder / "model.safetensors"), strict=False)  # a frozen base is not in it
+        optimizer.init(model.trainable_parameters())
+        state = mx.load(str(folder / "optimizer.safetensors"))
+        assert isinstance(state, dict)
+        optimizer.state = tree_unflatten(list(state.items()))
+        step: int = json.loads((folder / "state.json").read_text())["step"]
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise DgemmaError(f"{folder} cannot be read: {error}", "It may be damaged; begin in another folder.") from None
     return step

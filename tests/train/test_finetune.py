@@ -22,6 +22,7 @@ from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.train.checkpointing import checkpointed
 from dgemma_mlx.train.data import Conversation, canvas_batch, parts_at
 from dgemma_mlx.train.dataset import Example
+from dgemma_mlx.train.estimate import training_memory
 from dgemma_mlx.train.finetune import FinetuneConfig, FinetuneRun, finetune, last_step, prepare, read_log
 from dgemma_mlx.train.objective import Batch, ObjectiveConfig, block_diffusion_loss
 from dgemma_mlx.train.optimizer import warmed_up
@@ -73,6 +74,27 @@ def test_what_was_logged_after_the_last_checkpoint_is_logged_once(tmp_path: Path
     log.write_text(log.read_text() + json.dumps({"step": 4, "loss": 1.0}) + '\n{"step": 5, "lo')  # killed by step 5
     run(tmp_path, resume=True)
     assert [step for step, *_ in losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    run(tmp_path, replace(CONFIG, steps=1))
+    (tmp_path / "checkpoint" / "optimizer.safetensors").write_bytes(b"cut off")
+    with pytest.raises(DgemmaError, match=r"checkpoint cannot be read"):
+        run(tmp_path, replace(CONFIG, steps=1), resume=True)
+
+
+def test_the_estimate_is_near_the_peak() -> None:
+    config = replace(CONFIG, batch_size=4, causal_weight=0.0, adapter=AdapterConfig(canvas_length=16))
+    model = prepare(load("demo"), config)
+    estimate = training_memory(FinetuneRun(model, config, CONVERSATIONS))
+    mx.eval(model.network.parameters())
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    parts = parts_at(0, CONVERSATIONS, 4, 1, 16, PAD, 0, causal=False)
+    for batch, conditioned in parts:
+        mx.eval(nn.value_and_grad(model.network, lambda: block_diffusion_loss(
+            model.network, batch, config.objective, PAD, mx.random.key(0), conditioned)[0])())  # noqa: B023
+    assert 0.5 < (mx.get_peak_memory() - before) / (estimate.total - estimate.weights) < 2
 
 
 def test_a_folder_holds_one_run(tmp_path: Path) -> None:
@@ -193,7 +215,8 @@ def test_the_noise_begins_where_it_should() -> None:
 
 
 def test_validation_asks_and_measures_the_same_every_time(tmp_path: Path) -> None:
-    config = replace(CONFIG, steps=2, valid_every=1, valid_answers=2)
+    still = replace(ADAPTER, dropout=0.0)
+    config = replace(CONFIG, steps=2, valid_every=1, valid_answers=2, checkpoint_layers=True, adapter=still)
     asked = [Example(({"role": "user", "content": "Sort 2 1"},), "1 2"), Example((), "Once.")]
     for name in ("one", "two"):
         model = prepare(load("demo"), config)
