@@ -18,7 +18,7 @@ from dgemma_mlx.settings import LARGEST_SEED, Settings
 
 Task = Annotated[str, typer.Option("--task", help="sudoku, or a JSONL file of messages or prompt and completion.")]
 Size = Annotated[int, typer.Option("--size", help="Of a Sudoku: 4, 6 or 9 rows.")]
-Clues = Annotated[str | None, typer.Option("--clues", help="Of a Sudoku: how many cells are given, as 16-24.")]
+Clues = Annotated[str | None, typer.Option("--clues", help="Of a Sudoku: how many cells are given, as 14-22.")]
 Count = Annotated[int | None, typer.Option("--count", min=1, help="How many problems; 100, or all of a file.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED // 2, help="Of puzzles and answers.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Answer so many at once.")]
@@ -81,12 +81,12 @@ def evaluate(
 
 
 def parse_clues(text: str | None) -> tuple[int, int] | None:
-    """``16-24`` or ``18`` -> two numbers."""
+    """``14-22`` or ``18`` -> two numbers."""
     if text is None:
         return None
     found = re.fullmatch(r"(\d{1,3})(?:-(\d{1,3}))?", text.strip())
     if found is None:
-        raise DgemmaError(f"{text!r} is no number of clues", "Say it as 18, or 16-24.", exit_code=2)
+        raise DgemmaError(f"{text!r} is no number of clues", "Say it as 18, or 14-22.", exit_code=2)
     return int(found[1]), int(found[2] or found[1])
 
 

@@ -19,7 +19,7 @@ Split = Literal["train", "heldout"]
 
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
 """size -> rows and columns of a box"""
-CLUES = {4: (5, 10), 6: (16, 24), 9: (36, 50)}
+CLUES = {4: (5, 10), 6: (14, 22), 9: (36, 50)}
 """size -> the fewest and the most clues of a puzzle, where nothing else is asked for"""
 FEWEST = {4: 4, 6: 8, 9: 17}
 """below these no puzzle has one solution"""
