@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from dgemma_mlx.diffusion.speed import SPEEDS
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Done, Event
 from dgemma_mlx.hub import resolve
+from dgemma_mlx.model.adapter_file import load_adapter
 from dgemma_mlx.model.dequantize import dequantize, should_dequantize
 from dgemma_mlx.model.load import load_model
 from dgemma_mlx.model.memory import Budget, fitting_budget
@@ -44,6 +45,8 @@ class Model:
     tokenizer: Tokenizer
     vision: Mapping[str, mx.array]
     """the vision tower's tensors under their published names, not used yet"""
+    adapter: Path | None = None
+    """the folder of the adapter that the network has"""
 
     def encode_prompt(
         self, prompt: str | Sequence[Message], *, system: str | None = None, thinking: bool = False, raw: bool = False
@@ -70,13 +73,15 @@ class Model:
 
 
 def load(
-    model: str | Path | None = None, *, dtype: mx.Dtype | None = None, cpu_dequantize: str = "auto"
+    model: str | Path | None = None, *, dtype: mx.Dtype | None = None, cpu_dequantize: str = "auto",
+    adapter: str | Path | None = None,
 ) -> Model:
     """Opens a checkpoint: a folder, a Hub id ``owner/name[@revision]``, ``demo``, or None for the default.
 
     Weights are read when they are first used. ``dtype`` is that of ``load_model``. ``cpu_dequantize`` says whether
     packed weights are unpacked where there is no Metal, "on" or "off"; "auto" unpacks them where that takes no more
-    than half of the free memory. ``DgemmaError`` where there is no such model, or its files are not whole.
+    than half of the free memory. ``adapter`` is a folder that ``dgemma-mlx train`` (or PEFT, or mlx_lm) has written.
+    ``DgemmaError`` where there is no such model or adapter, or its files are not whole.
     """
     if dtype is not None and not mx.issubdtype(dtype, mx.floating):
         raise DgemmaError(f"dtype must be a floating one, not {dtype}", "mlx.core.bfloat16, say.", exit_code=2)
@@ -85,6 +90,10 @@ def load(
     network, weights = load_model(checkpoint.folder, config, dtype)
     if should_dequantize(network, cpu_dequantize):
         dequantize(network)
+    folder = None if adapter is None else Path(adapter).expanduser()
+    if folder is not None:
+        canvas_length = load_adapter(network, folder).canvas_length
+        config = config if canvas_length is None else replace(config, canvas_length=canvas_length)
     return Model(
         name=checkpoint.name,
         folder=checkpoint.folder,
@@ -93,6 +102,7 @@ def load(
         network=network,
         tokenizer=load_tokenizer(checkpoint.folder),
         vision=weights.vision,
+        adapter=folder,
     )
 
 

@@ -27,6 +27,7 @@ from dgemma_mlx import __version__
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import check_writable, whole_file
 from dgemma_mlx.kernels.dispatch import has_metal, mode
+from dgemma_mlx.model.adapter_file import adapter_digest
 from dgemma_mlx.model.cache import FullLayerCache, PrefixCache, Snapshot
 from dgemma_mlx.model.dequantize import dequantized_bytes
 from dgemma_mlx.model.identity import weights_digest
@@ -110,7 +111,8 @@ def read(path: Path, model: Model) -> tuple[list[int], PrefixCache, dict[str, Sn
 def _origin(model: Model) -> dict[str, str]:
     """What must be the same for keys and values to be the same, to the last bit."""
     architecture = json.dumps([asdict(model.config.text), model.config.quantization], sort_keys=True, default=dict)
-    weights = hashlib.sha256(f"{architecture}\n{weights_digest(model.folder)}".encode())
+    adapter = "" if model.adapter is None else adapter_digest(model.adapter)
+    weights = hashlib.sha256(f"{architecture}\n{weights_digest(model.folder)}{adapter}".encode())
     kernels = has_metal() and mode() in ("auto", "force")
     made_with = (
         f"dgemma-mlx {__version__}", f"MLX {version('mlx')}", "GPU" if has_metal() else "CPU",

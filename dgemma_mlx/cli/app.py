@@ -16,11 +16,14 @@ from dgemma_mlx.cli.config import config
 from dgemma_mlx.cli.convert import convert
 from dgemma_mlx.cli.doctor import doctor
 from dgemma_mlx.cli.edit import edit
+from dgemma_mlx.cli.evaluate import evaluate
 from dgemma_mlx.cli.fill import fill
+from dgemma_mlx.cli.fuse import fuse
 from dgemma_mlx.cli.generate import generate
 from dgemma_mlx.cli.info import info
 from dgemma_mlx.cli.models import models
 from dgemma_mlx.cli.pipe import quiet_when_closed, reopen_streams
+from dgemma_mlx.cli.train import train
 from dgemma_mlx.errors import DgemmaError
 
 PROGRAM = "dgemma-mlx"
@@ -47,8 +50,8 @@ app = typer.Typer(
     name=PROGRAM, help=HELP, rich_markup_mode=None, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, generate, fill, edit, choose, convert, info, doctor, bench, config):
-    app.command()(command)
+for command in (chat, generate, fill, edit, choose, convert, train, fuse, evaluate, info, doctor, bench, config):
+    app.command("eval" if command is evaluate else None)(command)
 app.add_typer(models, name="models")
 
 

@@ -31,6 +31,7 @@ ModelName = Annotated[
     str | None,
     typer.Option("--model", "-m", help="A folder, a Hub id owner/name[@revision], or 'demo'. Else $DGEMMA_MODEL."),
 ]
+Adapter = Annotated[Path | None, typer.Option("--adapter", help="A folder that dgemma-mlx train has written.")]
 MaxTokens = Annotated[
     int | None, typer.Option("--max-tokens", "-n", min=1, help="Longest answer, in tokens; 1024 if not set.")
 ]
@@ -95,6 +96,7 @@ MemoryLimit = Annotated[
 def generate(
     prompt: Prompt = None,
     model: ModelName = None,
+    adapter: Adapter = None,
     max_tokens: MaxTokens = None,
     seed: Seed = None,
     system: System = None,
@@ -159,7 +161,7 @@ def generate(
     live = settings.pick("live", False if no_live or quiet or show_steps else None) and draws()
     form = "json" if as_json else "jsonl" if as_json_lines else "live" if live else "text"
     with quiet_when_closed(), _open(trace) as file:
-        loaded = load_as_told(settings, model, cpu_dequantize, no_kernels, quiet)
+        loaded = load_as_told(settings, model, cpu_dequantize, no_kernels, quiet, adapter)
         options["generation"] = loaded.generation.override(**{n: settings.pick(n, flag) for n, flag in loop.items()})
         if batch is not None:
             answer_batch(loaded, requests, options, batch_size or 1)
@@ -174,7 +176,8 @@ def chosen(settings: Settings, name: str, flag: Any) -> Any:
 
 
 def load_as_told(
-    settings: Settings, model: str | None, cpu_dequantize: str | None, no_kernels: bool, quiet: bool = False
+    settings: Settings, model: str | None, cpu_dequantize: str | None, no_kernels: bool, quiet: bool = False,
+    adapter: Path | None = None,
 ) -> Model:
     """The model of the flag or the settings, its weights and kernels as they say."""
     from dgemma_mlx.engine import load
@@ -182,7 +185,7 @@ def load_as_told(
 
     set_mode(settings.pick("kernels", "off" if no_kernels else None))
     name = settings.pick("model", model)
-    loaded = load(name, cpu_dequantize=settings.pick("cpu_dequantize", cpu_dequantize))
+    loaded = load(name, cpu_dequantize=settings.pick("cpu_dequantize", cpu_dequantize), adapter=adapter)
     if not quiet:
         announce_demo(name)
     return loaded

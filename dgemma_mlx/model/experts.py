@@ -37,8 +37,22 @@ class Router(nn.Module):
         return route
 
 
+def expert_matmul(x: mx.array, weights: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
+    """x (..., 1, I) and one expert index for each of its rows, weights (E, I, O) -> (..., 1, O)."""
+    if mx.default_device() == mx.Device(mx.cpu) and x.dtype != mx.float32:
+        # MLX's CPU GatherMM takes float32 only.
+        wide = mx.gather_mm(
+            x.astype(mx.float32), weights.astype(mx.float32), rhs_indices=indices, sorted_indices=sorted_indices
+        )
+        return wide.astype(x.dtype)
+    return mx.gather_mm(x, weights, rhs_indices=indices, sorted_indices=sorted_indices)
+
+
 class ExpertLinear(nn.Module):
     """E linear maps without bias: weight (E, O, I)."""
+
+    is_plain = True
+    """whether ``weight`` can be multiplied by as it is"""
 
     def __init__(self, experts: int, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -46,14 +60,7 @@ class ExpertLinear(nn.Module):
 
     def __call__(self, x: mx.array, indices: mx.array, *, sorted_indices: bool) -> mx.array:
         """x (..., 1, I) and one expert index for each of its rows -> (..., 1, O)."""
-        weight = self.weight.swapaxes(-1, -2)
-        if mx.default_device() == mx.Device(mx.cpu) and x.dtype != mx.float32:
-            # MLX's CPU GatherMM takes float32 only.
-            wide = mx.gather_mm(
-                x.astype(mx.float32), weight.astype(mx.float32), rhs_indices=indices, sorted_indices=sorted_indices
-            )
-            return wide.astype(x.dtype)
-        return mx.gather_mm(x, weight, rhs_indices=indices, sorted_indices=sorted_indices)
+        return expert_matmul(x, self.weight.swapaxes(-1, -2), indices, sorted_indices)
 
     def to_quantized(
         self, group_size: int | None = None, bits: int | None = None, mode: str = "affine", **_: Any
@@ -64,6 +71,8 @@ class ExpertLinear(nn.Module):
 
 class QuantizedExpertLinear(nn.Module):
     """``ExpertLinear`` with packed weights (E, O, I * bits / 32) uint32, scales and, in affine mode, biases."""
+
+    is_plain = False
 
     def __init__(self, weight: mx.array, group_size: int | None, bits: int | None, mode: str) -> None:
         super().__init__()
@@ -93,7 +102,7 @@ class Experts(nn.Module):
 
     def __call__(self, x: mx.array, route: Route, norm: nn.RMSNorm) -> mx.array:
         """x (N, M) -> norm(the sum of each row's experts), (N, M)."""
-        whole = isinstance(self.gate_up_proj, ExpertLinear) and isinstance(self.down_proj, ExpertLinear)
+        whole = self.gate_up_proj.is_plain and self.down_proj.is_plain
         if self.training and self._few_experts and whole:
             return norm(self._all_experts(x, route.weights, route.indices))
         y = self.gate_up_proj(x[route.rows][:, None], route.experts, sorted_indices=True)
@@ -103,7 +112,6 @@ class Experts(nn.Module):
     def _all_experts(self, x: mx.array, weights: mx.array, indices: mx.array) -> mx.array:
         """The same sum by two plain matmuls over all experts: for training a model with few of them,
         where the gradient of a gather costs more than the products it saves."""
-        assert isinstance(self.gate_up_proj, ExpertLinear) and isinstance(self.down_proj, ExpertLinear)
         N = x.shape[0]
         up, down = self.gate_up_proj.weight, self.down_proj.weight  # (E, 2I, M), (E, M, I)
         E, _, inner = down.shape

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,6 +21,8 @@ from dgemma_mlx.model.cache import Mask, PrefixCache, row_positions
 from dgemma_mlx.model.experts import Experts, Router, RouterLog
 from dgemma_mlx.model.mlp import MLP, SelfConditioning
 from dgemma_mlx.model.prediction import Prediction, incomplete
+
+LayerWrapper = Callable[["Layer", int, Callable[..., Any]], Callable[..., tuple[mx.array, mx.array]]]
 
 DENSE_BYTES = 128 << 20
 """What is worked on at a time where expected embeddings take all logits of a position."""
@@ -95,6 +98,11 @@ class DiffusionGemma(nn.Module):
         self.self_conditioning = SelfConditioning(config)
         self.layers = [Layer(config, kind) for kind in config.layer_types]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._wrapper: LayerWrapper | None = None
+
+    def wrap_layers(self, wrapper: LayerWrapper | None) -> None:
+        """In training, what ``wrapper`` makes of a layer, its number and ``append`` is called in its place."""
+        self._wrapper = wrapper
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -148,11 +156,13 @@ class DiffusionGemma(nn.Module):
     ) -> mx.array:
         """x (B, L, M) through all layers and the final norm; ``append`` takes a layer's number, keys and values."""
         norms = [*(layer.input_layernorm for layer in self.layers), self.norm]
+        wrapper = self._wrapper if self.training else None
         with references(only=self.training):
             positions = row_positions(rope_offset, *x.shape[:2])
             normed = norms[0](x)
             for i, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
-                x, normed = layer(
+                run = layer if wrapper is None else wrapper(layer, i, append)
+                x, normed = run(
                     x, normed, positions, masks[kind], partial(append, i), scalars[i], norms[i + 1], router_log
                 )
         return normed

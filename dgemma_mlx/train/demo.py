@@ -25,9 +25,9 @@ from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.text.chat import ChatTemplate, encode_chat
 from dgemma_mlx.text.tokenizer import Tokenizer, load_tokenizer
 from dgemma_mlx.train import demo_tokenizer
-from dgemma_mlx.train.data import Conversation, batch_pair_at
+from dgemma_mlx.train.data import Conversation, Part, batch_pair_at
 from dgemma_mlx.train.export import export
-from dgemma_mlx.train.loop import BatchPair, Log, TrainConfig, mean_weights, train
+from dgemma_mlx.train.loop import Log, TrainConfig, mean_weights, train
 from dgemma_mlx.train.optimizer import make_optimizer
 from dgemma_mlx.train.score import as_markdown, score_card
 from dgemma_mlx.train.tasks import training_example
@@ -123,7 +123,7 @@ def build(run: Path, steps: int, log: Log) -> None:
     model, pad_id = new_model(SEED), tokenizer.special_ids["<pad>"]
     sample, canvas_length = sampler(tokenizer, template), CONFIG["canvas_length"]
 
-    def batch_pair(number: int) -> BatchPair:
+    def batch_pair(number: int) -> list[Part]:
         return batch_pair_at(number, sample, BATCH, canvas_length, pad_id, SEED)
 
     ends = (steps * 4 // 5, steps)  # of the last two cycles of the learning rate

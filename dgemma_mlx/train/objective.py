@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from dgemma_mlx.config import FULL, SLIDING
 from dgemma_mlx.model.cache import Mask
+from dgemma_mlx.model.experts import RouterLog
 from dgemma_mlx.model.text import DiffusionGemma
 
 
@@ -38,9 +39,13 @@ class ObjectiveConfig:
     pad_weight: float = 0.2
     """of a padding position in the denoising loss, against 1 of a text position"""
     causal_weight: float = 0.5
+    """of the encoder's loss; with 0, a batch needs no ids from its canvases on"""
     balance_weight: float = 0.01
+    """of the routers' loss; 0 where they do not learn"""
     full_noise: float = 0.3
     """share of canvases with every id replaced, as in the first denoising step"""
+    min_noise: float = 0.0
+    """of the others, the share of ids that are replaced is U(min_noise, 1)"""
     min_temperature: float = 0.4
     """self-conditioning logits are divided by U(min_temperature, 1), as the sampler's schedule does"""
 
@@ -84,6 +89,10 @@ class TeacherCache:
         keys, values = self._layers[layer]
         return mx.concatenate([keys, k], axis=2), mx.concatenate([values, v], axis=2)
 
+    def prefix(self, layer: int) -> tuple[mx.array, ...]:
+        """A layer's keys and values; nothing before they are known."""
+        return self._layers[layer] if layer < len(self._layers) else ()
+
     def detached(self) -> TeacherCache:
         """The same cache without gradient."""
         copy = TeacherCache(self._window, self._starts)
@@ -98,17 +107,17 @@ def corrupt(canvas: mx.array, noise: mx.array, draw: mx.array, t: mx.array) -> m
 
 
 def block_diffusion_loss(
-    model: DiffusionGemma, batch: Batch, config: ObjectiveConfig, pad_id: int, key: mx.array, *, self_condition: bool
+    model: DiffusionGemma, batch: Batch, config: ObjectiveConfig, pad_id: int, key: mx.array, self_condition: bool
 ) -> tuple[mx.array, dict[str, mx.array]]:
     """The training loss of a batch (a scalar, nats per token) and its parts, for logging."""
     B, C = batch.canvas.shape
     keys = mx.random.split(key, 6)
-    t = mx.random.uniform(shape=(B,), key=keys[0])
+    t = mx.random.uniform(config.min_noise, 1.0, (B,), key=keys[0])
     t = mx.where(mx.random.uniform(shape=(B,), key=keys[1]) < config.full_noise, 1.0, t)
     noise = mx.random.randint(0, model.config.vocab_size, (B, C), key=keys[2])
     draw = mx.random.uniform(shape=(B, C), key=keys[3])
 
-    router_log: list[tuple[mx.array, mx.array]] = []
+    router_log: RouterLog | None = [] if config.balance_weight else None
     cache = TeacherCache(model.config.sliding_window, batch.starts)
     hidden = model.encode(batch.ids, cache, router_log)  # type: ignore[arg-type]  # same calls as PrefixCache
 
@@ -124,20 +133,26 @@ def block_diffusion_loss(
     )
 
     text = batch.canvas != pad_id
-    diffusion = _weighted_mean(
-        nn.losses.cross_entropy(logits, batch.canvas), mx.where(text, 1.0, config.pad_weight)
-    )
-    # The position before the canvas predicts its first token, and so on.
-    before = batch.starts[:, None] - 1 + mx.arange(C)
+    total = _weighted_mean(nn.losses.cross_entropy(logits, batch.canvas), mx.where(text, 1.0, config.pad_weight))
+    parts = {"diffusion": total}
+    if config.causal_weight:
+        parts["causal"] = _causal_loss(model, hidden, batch, text)
+        total = total + config.causal_weight * parts["causal"]
+    if router_log:
+        parts["balance"] = load_balance(router_log)
+        total = total + config.balance_weight * parts["balance"]
+    return total, parts
+
+
+def _causal_loss(model: DiffusionGemma, hidden: mx.array, batch: Batch, text: mx.array) -> mx.array:
+    """The encoder's: the position before the canvas predicts its first token, and so on."""
+    before = batch.starts[:, None] - 1 + mx.arange(batch.canvas.shape[1])
     before = mx.minimum(before, batch.ids.shape[1] - 1)
     rows = mx.take_along_axis(hidden, before[..., None], axis=1)
-    causal = _weighted_mean(nn.losses.cross_entropy(model.logits(rows), batch.canvas), text.astype(mx.float32))
-    balance = load_balance(router_log)
-    total = diffusion + config.causal_weight * causal + config.balance_weight * balance
-    return total, {"diffusion": diffusion, "causal": causal, "balance": balance}
+    return _weighted_mean(nn.losses.cross_entropy(model.logits(rows), batch.canvas), text.astype(mx.float32))
 
 
-def load_balance(router_log: list[tuple[mx.array, mx.array]]) -> mx.array:
+def load_balance(router_log: RouterLog) -> mx.array:
     """E * sum over experts of (share of rows) * (mean probability), averaged over layers; 1 when balanced."""
     parts = []
     for probabilities, indices in router_log:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -32,16 +33,37 @@ def rate_schedule(peak: float, steps: int, warmup: int = 100, hold: int = 1000) 
     return joined
 
 
+def warmed_up(kind: str, peak: float, steps: int, warmup: int) -> Schedule:
+    """Linear warm-up, then ``constant``, or from there to the last step ``linear`` or ``cosine`` to nothing."""
+    left = max(1, steps - warmup)
+    schedules: dict[str, Schedule] = {
+        "constant": lambda step: mx.array(peak), "linear": optim.linear_schedule(peak, 0.0, left),
+        "cosine": optim.cosine_decay(peak, left),
+    }  # fmt: skip
+    if not warmup:
+        return schedules[kind]
+    joined: Schedule = optim.join_schedules([optim.linear_schedule(peak / warmup, peak, warmup), schedules[kind]],
+                                            [warmup])  # fmt: skip
+    return joined
+
+
 class Muon(optim.Muon):
     """MLX's Muon with two changes: a stack of matrices (E, O, I) is orthogonalised matrix by matrix, and
-    weight decay is decoupled (it does not pass through the orthogonalisation), as in AdamW."""
+    weight decay is decoupled (it does not pass through the orthogonalisation), as in AdamW.
+
+    ``transposed`` matrices (I, O), as adapters have them, take the rate of their transpose.
+    """
+
+    def __init__(self, *arguments: Any, transposed: bool = False, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._transposed = transposed
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
         momentum = self.momentum * state["v"] + (1 - self.momentum) * gradient
         state["v"] = momentum
         update = gradient * (1 - self.momentum) + momentum * self.momentum if self.nesterov else momentum
         update = self._zeropower_via_newtonschulz5(update, steps=self.ns_steps)
-        rows, columns = update.shape[-2:]
+        rows, columns = update.shape[-2:][:: -1 if self._transposed else 1]
         rate = self.learning_rate * max(1, rows / columns) ** 0.5
         return parameter * (1 - self.learning_rate * self.weight_decay) - rate * update
 
@@ -69,3 +91,23 @@ def make_optimizer(steps: int, muon_rate: float = 0.03, adam_rate: float = 3e-3,
     adamw = optim.AdamW(rate_schedule(adam_rate, steps), betas=[0.9, 0.98], weight_decay=weight_decay,
                         bias_correction=True)
     return optim.MultiOptimizer([muon, adamw], [is_matrix])
+
+
+def make_finetune_optimizer(kind: str, schedule: Callable[[float], Schedule], rate: float,
+                            weight_decay: float) -> optim.Optimizer:
+    """``adamw`` for everything, or ``muon`` for matrices with AdamW, at a tenth of the rate, for the rest.
+    ``schedule`` makes a schedule of a peak rate."""
+
+    def adamw(peak: float) -> optim.AdamW:
+        return optim.AdamW(schedule(peak), betas=[0.9, 0.98], weight_decay=weight_decay, bias_correction=True)
+
+    if kind == "adamw":
+        return adamw(rate)
+    factors = Muon(schedule(rate), weight_decay=weight_decay, transposed=True)
+    muon = Muon(schedule(rate), weight_decay=weight_decay)
+    return optim.MultiOptimizer([factors, muon, adamw(rate / 10)], [is_factor, is_matrix])
+
+
+def is_factor(path: str, parameter: mx.array) -> bool:
+    """Of an adapter."""
+    return path.endswith((".lora_a", ".lora_b"))

@@ -13,10 +13,10 @@ from mlx.utils import tree_flatten
 from dgemma_mlx.config import ModelConfig
 from dgemma_mlx.model.load import load_model
 from dgemma_mlx.model.text import DiffusionGemma
-from dgemma_mlx.train.data import Conversation, batch_pair_at
+from dgemma_mlx.train.data import Conversation, Part, batch_pair_at
 from dgemma_mlx.train.demo import CONFIG, GENERATION
 from dgemma_mlx.train.export import export
-from dgemma_mlx.train.loop import BatchPair, TrainConfig, mean_weights, train
+from dgemma_mlx.train.loop import TrainConfig, mean_weights, train
 from dgemma_mlx.train.optimizer import Muon, make_optimizer, rate_schedule
 from tests.train.test_objective import PAD, small_model
 
@@ -26,7 +26,7 @@ def sample(rng: random.Random) -> Conversation:
     return prompt, [*prompt[::-1], 1]
 
 
-def pair(step: int) -> BatchPair:
+def pair(step: int) -> list[Part]:
     return batch_pair_at(step, sample, batch_size=8, canvas_length=4, pad_id=PAD, seed=7)
 
 
@@ -74,15 +74,15 @@ def test_a_checkpoint_survives_a_crash_while_the_next_is_written(tmp_path: Path)
 
 
 def test_a_batch_is_a_function_of_seed_and_step() -> None:
-    for one, two in zip(pair(3), pair(3), strict=True):
+    for (one, _), (two, _) in zip(pair(3), pair(3), strict=True):
         assert mx.array_equal(one.ids, two.ids).item() and mx.array_equal(one.canvas, two.canvas).item()
-    assert pair(3)[0].ids.tolist() != pair(4)[0].ids.tolist()
+    assert pair(3)[0][0].ids.tolist() != pair(4)[0][0].ids.tolist()
 
 
 def test_the_canvas_is_the_part_of_the_sequence_it_says() -> None:
     seen = set()
     for step in range(30):
-        for batch in pair(step):
+        for batch, _ in pair(step):
             for ids, start, canvas in zip(
                 batch.ids.tolist(), batch.starts.tolist(), batch.canvas.tolist(), strict=True
             ):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dgemma_mlx.cli.generate import (
+    Adapter,
     Dequantize,
     MaxTokens,
     ModelName,
@@ -42,6 +43,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with the last conv
 
 def chat(
     model: ModelName = None,
+    adapter: Adapter = None,
     max_tokens: MaxTokens = None,
     seed: Seed = None,
     system: System = None,
@@ -77,7 +79,7 @@ def chat(
     if system is not None or not resume:
         session.system = defaults["system"]
     name = settings.pick("model", session.model if model is None else model)
-    loaded = load_as_told(settings, name, cpu_dequantize, no_kernels)
+    loaded = load_as_told(settings, name, cpu_dequantize, no_kernels, adapter=adapter)
     # the next one may begin in another folder
     session.model = os.path.abspath(name) if name not in (None, DEMO) and os.path.isdir(name) else name
     draw = defaults["live"] and not no_live and draws()

@@ -1,0 +1,196 @@
+"""An adapter on disk: a folder that PEFT reads, too, where what it holds is defined there.
+
+``adapter_model.safetensors`` has float32 tensors ``base_model.model.<module>.lora_A.weight`` (r, I) and
+``lora_B.weight`` (O, r), for DoRA ``lora_magnitude_vector`` (O,), under the module's name in a published checkpoint:
+twice, as transformers has a module of its own for the encoder, with tied weights. For experts PEFT defines nothing that
+fits; their factors are (E, r, I) and (E, O, r). ``adapter_config.json`` is PEFT's; a canvas length is metadata of the
+tensors' file. Of mlx_lm is read ``adapters.safetensors`` with ``<path>.lora_a`` (I, r) and ``lora_b`` (r, O).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from dgemma_mlx.config import read_json
+from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.files import write_whole
+from dgemma_mlx.model.adapter import AdapterConfig, adapted_modules, attach
+from dgemma_mlx.model.load import parameter_names, some_of, source_name
+from dgemma_mlx.model.shards import read_header
+from dgemma_mlx.model.text import DiffusionGemma
+
+CONFIG, WEIGHTS, MLX_LM_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors"
+_CANVAS_LENGTH = "dgemma_mlx.canvas_length"
+_PREFIX = "base_model.model."
+_SUFFIXES = {".lora_A.weight": "lora_a", ".lora_B.weight": "lora_b", ".lora_magnitude_vector": "m"}
+_OWN = re.compile(r"(.+)\.(lora_a|lora_b|m)")
+_DAMAGED = "An adapter is a folder that `dgemma-mlx train`, PEFT or mlx_lm has written."
+_MADE_FOR = "It was made for another model, or the files are damaged."
+
+
+def save_adapter(network: DiffusionGemma, config: AdapterConfig, folder: Path, base: str) -> None:
+    """Writes the additions of a network into the folder, each file whole or not at all. ``base`` names the model."""
+    tensors: dict[str, mx.array] = {}
+    for path, module in adapted_modules(network).items():
+        for suffix, name in _SUFFIXES.items():
+            if name in module:
+                value = module[name] if name == "m" else mx.contiguous(module[name].swapaxes(-1, -2))
+                for stem in _stems(path):
+                    tensors[f"{_PREFIX}{stem}{suffix}"] = value.astype(mx.float32)
+    stems = sorted({stem for path in adapted_modules(network) for stem in _stems(path)})
+    record = {
+        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base, "inference_mode": True,
+        "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout, "use_dora": config.dora,
+        "bias": "none", "fan_in_fan_out": False, "target_modules": stems,
+    }  # fmt: skip
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / f".{os.getpid()}.safetensors"
+        own = {} if config.canvas_length is None else {_CANVAS_LENGTH: str(config.canvas_length)}
+        mx.save_safetensors(str(unfinished), tensors, metadata={"format": "pt", **own})
+        unfinished.replace(folder / WEIGHTS)
+        write_whole(folder / CONFIG, json.dumps(record, indent=2) + "\n")
+    except (OSError, RuntimeError) as error:
+        raise DgemmaError(f"cannot write the adapter to {folder}: {error}") from None
+
+
+def load_adapter(network: DiffusionGemma, folder: Path) -> AdapterConfig:
+    """Puts the folder's adapter on a network; returns what it is. ``DgemmaError`` where the two do not fit."""
+    config, tensors = read_adapter(folder)
+    ranks = {path: parts["lora_a"].shape[-1] for path, parts in tensors.items()}
+    modules = dict(network.named_modules())
+    if missing := sorted(ranks.keys() - modules.keys()):
+        raise DgemmaError(f"{folder} adapts {some_of(missing)}, which the model does not have", _MADE_FOR)
+    attach(network, config, ranks)
+    adapted = adapted_modules(network)
+    if refused := sorted(ranks.keys() - adapted.keys()):
+        raise DgemmaError(f"{folder} adapts {some_of(refused)}, which cannot be adapted here", _MADE_FOR)
+    for path, parts in tensors.items():
+        for name, value in parts.items():
+            if name not in adapted[path] or adapted[path][name].shape != value.shape:
+                raise DgemmaError(f"{folder}: {name} of {path} has shape {value.shape}, which does not fit", _MADE_FOR)
+            adapted[path][name] = value.astype(mx.float32)
+        if adapted[path].keys() & {"lora_a", "lora_b", "m"} != parts.keys():
+            raise DgemmaError(f"{folder} lacks parts of {path}", _MADE_FOR)
+    network.freeze()
+    network.eval()
+    return config
+
+
+def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, dict[str, mx.array]]]:
+    """An adapter folder -> its configuration, and of each module's path ``lora_a``, ``lora_b`` and perhaps ``m``."""
+    if not folder.is_dir():
+        raise DgemmaError(f"there is no adapter folder {folder}", _DAMAGED)
+    if not (folder / CONFIG).exists():
+        raise DgemmaError(f"{folder} has no {CONFIG}", _DAMAGED)
+    raw = read_json(folder / CONFIG)
+    weights = weights_file(folder)
+    stored, metadata = _load(weights)
+    parts = _from_peft(stored, weights) if weights.name == WEIGHTS else _from_mlx_lm(stored, weights)
+    for path, found in parts.items():
+        if not found.keys() >= {"lora_a", "lora_b"}:
+            raise DgemmaError(f"{weights} has one of two factors of {path}", _DAMAGED)
+    with _malformed(folder / CONFIG):
+        config = (_peft_config if "peft_type" in raw else _mlx_lm_config)(raw, parts)
+        canvas_length = metadata.get(_CANVAS_LENGTH)
+        return replace(config, canvas_length=None if canvas_length is None else int(canvas_length)), parts
+
+
+def weights_file(folder: Path) -> Path:
+    """The folder's tensors: PEFT's file, else mlx_lm's."""
+    found = next((folder / name for name in (WEIGHTS, MLX_LM_WEIGHTS) if (folder / name).exists()), None)
+    if found is None:
+        raise DgemmaError(f"{folder} has no {WEIGHTS}", _DAMAGED)
+    return found
+
+
+def adapter_digest(folder: Path) -> str:
+    """SHA-256, in hex, of both files."""
+    digest = hashlib.sha256()
+    for path in (folder / CONFIG, weights_file(folder)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _stems(path: str) -> list[str]:
+    """The names of a module in a published checkpoint: the decoder's, and the encoder's where it has that module."""
+    name = source_name(f"{path}.weight").removesuffix(".weight")
+    if path.startswith("self_conditioning."):
+        return [name]
+    return [name, name.replace("model.decoder.", "model.encoder.language_model.", 1)]
+
+
+def _load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Tensors and metadata."""
+    read_header(path)
+    loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
+    return loaded
+
+
+def _from_peft(stored: Mapping[str, mx.array], file: Path) -> dict[str, dict[str, mx.array]]:
+    parts: dict[str, dict[str, mx.array]] = {}
+    for full_name, tensor in stored.items():
+        suffix = next((suffix for suffix in _SUFFIXES if full_name.endswith(suffix)), None)
+        if suffix is None or not full_name.startswith(_PREFIX):
+            raise DgemmaError(f"{file} has {full_name}, which is no part of a LoRA or DoRA adapter", _DAMAGED)
+        stem, part = full_name.removeprefix(_PREFIX).removesuffix(suffix), _SUFFIXES[suffix]
+        decoders = stem.replace("model.encoder.language_model.", "model.decoder.", 1)
+        (path,) = parameter_names([f"{decoders}.weight"])[0]
+        value = tensor if part == "m" else mx.contiguous(tensor.swapaxes(-1, -2))
+        before = parts.setdefault(path.removesuffix(".weight"), {}).setdefault(part, value)
+        if before is not value and not mx.array_equal(before, value).item():
+            raise DgemmaError(
+                f"{file} adapts encoder and decoder differently in {path}",
+                "Here they share their weights, as in the checkpoint.",
+            )
+    return parts
+
+
+def _from_mlx_lm(stored: Mapping[str, mx.array], file: Path) -> dict[str, dict[str, mx.array]]:
+    parts: dict[str, dict[str, mx.array]] = {}
+    for name, value in stored.items():
+        found = _OWN.fullmatch(name.removeprefix("model.decoder."))
+        if found is None:
+            raise DgemmaError(f"{file} has {name}, which is no part of a LoRA or DoRA adapter", _DAMAGED)
+        parts.setdefault(found[1], {})[found[2]] = value
+    return parts
+
+
+def _peft_config(raw: Mapping[str, Any], parts: Mapping[str, Any]) -> AdapterConfig:
+    for name, plain in (("bias", "none"), ("rank_pattern", {}), ("alpha_pattern", {}), ("modules_to_save", None)):
+        if raw.get(name) not in (plain, None):
+            raise DgemmaError(f"{CONFIG}: {name} {raw[name]!r} is not supported")
+    if raw["peft_type"] != "LORA":
+        raise DgemmaError(f"{CONFIG}: {raw['peft_type']!r} adapters are not supported, LoRA and DoRA are")
+    rank = int(raw["r"])
+    alpha = float(raw["lora_alpha"]) * (rank**0.5 if raw.get("use_rslora") else 1)
+    return AdapterConfig(
+        rank, alpha, float(raw.get("lora_dropout") or 0), tuple(parts), bool(raw.get("use_dora")),
+    )  # fmt: skip
+
+
+def _mlx_lm_config(raw: Mapping[str, Any], parts: Mapping[str, Any]) -> AdapterConfig:
+    values = raw["lora_parameters"]
+    rank = int(values["rank"])
+    return AdapterConfig(
+        rank, float(values["scale"]) * rank, float(values.get("dropout", 0)), tuple(parts),
+        raw.get("fine_tune_type", "lora") == "dora",
+    )  # fmt: skip
+
+
+@contextmanager
+def _malformed(path: Path) -> Any:
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise DgemmaError(f"{path} is not what an adapter has: {error!r}", _DAMAGED) from None

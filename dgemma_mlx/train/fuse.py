@@ -1,0 +1,164 @@
+"""Writes checkpoints: one with an adapter merged into it, or one whose weights were trained.
+
+Shard by shard, under the names, and with the packing and dtypes, of the checkpoint it comes from: in memory is one
+shard of the output and one unpacked matrix.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from dgemma_mlx.config import ModelConfig, read_json
+from dgemma_mlx.engine import Model
+from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.files import write_whole
+from dgemma_mlx.hub import resolve
+from dgemma_mlx.model.adapter import AdapterConfig, merged
+from dgemma_mlx.model.adapter_file import read_adapter
+from dgemma_mlx.model.load import module_quantization, parameter_names, some_of
+from dgemma_mlx.model.shards import open_tensors, read_header, shard_files
+
+INDEX = "model.safetensors.index.json"
+_SMALL_FILES = (
+    "generation_config.json", "tokenizer*", "chat_template*", "*.jinja", "processor_config.json",
+    "preprocessor_config.json",
+)
+_PACKING = (".scales", ".biases")
+
+Change = Callable[[str, str, Mapping[str, mx.array]], dict[str, mx.array]]
+"""Parameter path, its tensor's name, all tensors of the source by path -> what is written for it, by name."""
+
+
+def fuse(
+    model: str | None, adapter: Path, output: Path, *, dequantize: bool = False, force: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Merges an adapter into a checkpoint and writes the result as a checkpoint of its own.
+
+    What was packed is packed again in the same way, or with ``dequantize`` all of it becomes plain bfloat16. The output
+    appears when it is whole; ``force`` replaces what has its name. ``DgemmaError`` where the two do not fit.
+    """
+    checkpoint = resolve(model)
+    config = ModelConfig.load(checkpoint.folder)
+    adapter_config, parts = read_adapter(adapter)
+    if output.exists() and not force:
+        raise DgemmaError(f"{output} exists", "Replace it with --force, or name another folder.", exit_code=2)
+    tensors = open_tensors(checkpoint.folder)
+    _check_fit(parts, parameter_names(tensors)[0], adapter)
+    change = _merging(config, adapter_config, parts, dequantize)
+    raw = read_json(checkpoint.folder / "config.json")
+    if adapter_config.canvas_length is not None:
+        raw["canvas_length"] = adapter_config.canvas_length
+    if dequantize:
+        raw = {name: value for name, value in raw.items() if not name.startswith("quantization")}
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        rewrite(checkpoint.folder, unfinished, raw, change, progress)
+        if output.exists():
+            shutil.rmtree(output)
+        unfinished.rename(output)
+    except (OSError, RuntimeError) as error:
+        raise DgemmaError(f"writing {output} failed: {error}") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_trained(model: Model, folder: Path) -> None:
+    """The weights of a model that was trained whole, beside copies of its checkpoint's other files."""
+    trained = dict(tree_flatten(model.network.parameters()))
+
+    def change(path: str, name: str, source: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        return {name: trained[path].astype(source[path].dtype)}
+
+    raw = {**read_json(model.folder / "config.json"), "canvas_length": model.config.canvas_length}
+    rewrite(model.folder, folder, raw, change)
+
+
+def rewrite(
+    source: Path, folder: Path, config: Mapping[str, Any], change: Change,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Writes a checkpoint whose tensors are what ``change`` makes of the source's; the vision tower's stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weight_map: dict[str, str] = {}
+    files = shard_files(source)
+    for number, file in enumerate(files, 1):
+        tensors = open_tensors(source)  # anew: what was read for the shard before is let go
+        names, vision = parameter_names(tensors)
+        by_path = {path: tensors[name] for path, name in names.items()}
+        paths = {name: path for path, name in names.items()}
+        written: dict[str, mx.array] = {}
+        for name in read_header(file):
+            if name in paths:
+                written |= change(paths[name], name, by_path)
+            elif name in vision:
+                written[name] = tensors[name]
+        mx.save_safetensors(str(folder / file.name), written, metadata={"format": "mlx"})
+        weight_map |= dict.fromkeys(written, file.name)
+        mx.clear_cache()
+        progress(number, len(files))
+    write_whole(folder / INDEX, json.dumps({"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}, indent=2))
+    write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    for path in source.iterdir():
+        if any(fnmatch(path.name, pattern) for pattern in _SMALL_FILES):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _check_fit(parts: Mapping[str, Mapping[str, mx.array]], names: Mapping[str, str], adapter: Path) -> None:
+    if missing := sorted(path for path in parts if f"{path}.weight" not in names):
+        raise DgemmaError(f"{adapter} adapts {some_of(missing)}, which the model does not have",
+                          "It was made for another model.")  # fmt: skip
+
+
+def _merging(
+    config: ModelConfig, adapter: AdapterConfig, parts: Mapping[str, Mapping[str, mx.array]], dequantize: bool
+) -> Change:
+    quantization = config.quantization or {}
+
+    def change(path: str, name: str, source: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        module, _, parameter = path.rpartition(".")
+        packed = f"{module}.scales" in source
+        if f".{parameter}" in _PACKING:
+            return {} if dequantize or module in parts else {name: source[path]}
+        if parameter != "weight" or not (module in parts or (packed and dequantize)):
+            return {name: source[path]}
+        packing = module_quantization(quantization, module) if packed else {}
+        weight = _plain(module, packing, source) if packed else source[path]
+        if module in parts:
+            weight = _merged(module, weight, parts[module], adapter)
+        if not packed or dequantize:
+            return {name: weight.astype(mx.bfloat16 if packed else source[path].dtype)}
+        names = [name, *(name.removesuffix(".weight") + suffix for suffix in _PACKING)]
+        scales = source[f"{module}.scales"].dtype
+        quantized = mx.quantize(weight.astype(scales if mx.issubdtype(scales, mx.floating) else mx.bfloat16), **packing)
+        return dict(zip(names, quantized, strict=False))
+
+    return change
+
+
+def _plain(module: str, packing: Mapping[str, Any], source: Mapping[str, mx.array]) -> mx.array:
+    """A packed matrix in float32: in the scales' dtype, MLX would round twice."""
+    scales, biases = source[f"{module}.scales"], source.get(f"{module}.biases")
+    if biases is not None:
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(source[f"{module}.weight"], scales, biases, **packing, dtype=mx.float32)
+
+
+def _merged(
+    module: str, weight: mx.array, parts: Mapping[str, mx.array], adapter: AdapterConfig
+) -> mx.array:
+    a, b, m = parts["lora_a"], parts["lora_b"], parts.get("m")
+    *stack, outputs, inputs = weight.shape
+    if [*a.shape[:-1], *b.shape[-1:]] != [*stack, inputs, outputs] or (m is not None and m.shape != (outputs,)):
+        raise DgemmaError(f"the adapter's part for {module} does not fit a matrix of {weight.shape}",
+                          "It was made for another model.")  # fmt: skip
+    return merged(weight, a, b, adapter.scale, m)

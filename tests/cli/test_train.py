@@ -1,0 +1,137 @@
+"""``train``, ``fuse`` and ``eval`` as processes, from a file of examples to a model that answers as it has learned."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dgemma_mlx.train.dataset import as_jsonl
+
+FAST = ("--canvas-length", "8", "--batch-size", "4", "--optimizer", "muon", "--causal-weight", "0", "--warmup", "5")
+WORDS = [f"{a} {b}" for a in ("house", "letter", "river", "tree") for b in ("one", "two")]
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "dgemma_mlx", *map(str, arguments)]
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "train.jsonl").write_text(as_jsonl((word, word.split()[1]) for word in WORDS))
+    (folder / "valid.jsonl").write_text(as_jsonl((word, word.split()[1]) for word in WORDS[:2]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run that was interrupted once and gone on with."""
+    out = tmp_path_factory.mktemp("run") / "adapter"
+    arguments = ("train", "-m", "demo", "--data", data, "-o", out, "--steps", "40", *FAST, "--rank", "8",
+                 "--targets", "attention,mlp,experts", "--log-every", "1", "--valid-every", "0")  # fmt: skip
+    with subprocess.Popen(
+        command(*arguments), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("step  3/40"):
+                process.send_signal(signal.SIGINT)
+                break
+        left = process.stderr.read()
+        assert process.wait(timeout=60) == 130
+    assert "saved in" in left and "--resume goes on" in left
+    done = run(*arguments, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "step 40/40  validation: denoising loss" in done.stderr and "exact match" in done.stderr
+    return out
+
+
+def test_every_step_is_logged_once(adapter: Path) -> None:
+    records = [json.loads(line) for line in (adapter / "loss.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "loss" in record] == list(range(1, 41))
+    assert {"loss", "tokens_per_second", "seconds_left", "peak_memory", "gradient_norm"} <= records[0].keys()
+    assert records[-1]["valid_loss"] < records[0]["loss"]
+
+
+def evaluated(data: Path, *arguments: str | Path) -> dict[str, Any]:
+    done = run("eval", "--task", data / "train.jsonl", "--json", "--batch-size", "8", "--seed", "1", *arguments)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def test_what_was_learned_is_in_adapter_and_fused_model(adapter: Path, data: Path, tmp_path: Path) -> None:
+    assert evaluated(data, "-m", "demo", "--count", "2")["right"] == 0
+    after = evaluated(data, "-m", "demo", "--adapter", adapter)
+    assert after["right"] >= 6 and after["problems"] == 8 and after["denoising_steps"] > 0 and after["seconds"] > 0
+    done = run("fuse", "-m", "demo", "--adapter", adapter, "-o", tmp_path / "fused")
+    assert done.returncode == 0, done.stderr
+    assert evaluated(data, "-m", tmp_path / "fused")["right"] >= 6
+    answer = run("generate", "-m", "demo", "-q", "--seed", "1", "--adapter", adapter, WORDS[1])
+    assert answer.stdout.strip() in ("one", "two") and answer.stderr == ""
+    chat = subprocess.run(
+        command("chat", "-m", "demo", "--seed", "1", "--adapter", adapter), input=WORDS[1] + "\n", text=True,
+        capture_output=True, timeout=60, check=False, env={**os.environ, "DGEMMA_STATE": str(tmp_path / "state")},
+    )  # fmt: skip
+    assert chat.stdout.split() in (["one"], ["two"])
+
+
+def test_a_prompt_cache_belongs_to_its_adapter(adapter: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "prompt.cache"
+    arguments = ("generate", "-m", "demo", "-q", "--seed", "1", "--prompt-cache", cache, WORDS[1])
+    assert run(*arguments, "--adapter", adapter).returncode == 0
+    refused = run(*arguments)
+    assert refused.returncode == 1 and "belongs to another model" in refused.stderr
+
+
+def test_a_dry_run_writes_nothing(data: Path, tmp_path: Path) -> None:
+    done = run("train", "-m", "demo", "--data", data, "-o", tmp_path / "out", "--dry-run", "--json", *FAST)
+    plan = json.loads(done.stdout)
+    assert plan["examples"] == 8 and plan["canvas_length"] == 8
+    assert plan["estimated_memory"]["total"] > plan["estimated_memory"]["weights"] > 7_000_000
+    assert not (tmp_path / "out").exists()
+
+
+def test_sudoku_is_evaluated(tmp_path: Path) -> None:
+    answers = tmp_path / "answers.jsonl"
+    done = run("eval", "-m", "demo", "--task", "sudoku", "--size", "4", "--clues", "10", "--count", "4",
+               "--batch-size", "4", "--json", "--answers", answers)  # fmt: skip
+    result = json.loads(done.stdout)
+    records = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert result["problems"] == len(records) == 4
+    assert result["right"] == sum(record["right"] for record in records) >= 2  # it knows 4x4
+    assert result["denoising_steps"] == pytest.approx(sum(r["denoising_steps"] for r in records) / 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("train", "--data", "DATA", "-o", "OUT", "--targets", "router"), "names nothing that can be adapted"),
+        (("train", "--data", "absent.jsonl", "-o", "OUT"), "cannot read absent.jsonl"),
+        (("train", "--data", "DATA", "-o", "OUT", "--report-to", "paper"), "--report-to must be"),
+        (("train", "--data", "DATA", "-o", "OUT", "--resume"), "holds no run"),
+        (("eval", "--task", "sudoku", "--size", "5"), "no Sudoku of 5x5"),
+        (("eval", "--task", "sudoku", "--clues", "few"), "no number of clues"),
+        (("fuse", "--adapter", "absent", "-o", "OUT"), "no adapter folder absent"),
+        (("generate", "--adapter", "absent", "Hello"), "no adapter folder absent"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_one_line(data: Path, tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    names = {"DATA": str(data), "OUT": str(tmp_path / "out")}
+    done = run(arguments[0], "-m", "demo", *(names.get(part, part) for part in arguments[1:]))
+    assert done.returncode in (1, 2) and words in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == "" and not (tmp_path / "out").exists()

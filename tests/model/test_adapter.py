@@ -1,0 +1,276 @@
+"""Adapters: the same numbers as mlx_lm's layers and as a merged weight, nothing before they have learned."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.model.adapter import (
+    GROUPS,
+    AdapterConfig,
+    DoRALinear,
+    LoRAExpertLinear,
+    LoRALinear,
+    adapted_modules,
+    attach,
+    matching,
+    merged,
+    plain_weight,
+)
+from dgemma_mlx.model.adapter_file import load_adapter, save_adapter
+from dgemma_mlx.model.experts import ExpertLinear
+from dgemma_mlx.model.text import DiffusionGemma
+from tests.model.checkpoint import flat_config, load, logits, quantized, random_tensors, write_checkpoint
+
+ALL = AdapterConfig(rank=4, alpha=6.0, targets=tuple(GROUPS))
+FOUR = {"group_size": 64, "bits": 4, "mode": "affine"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tensors = random_tensors(flat_config())
+    return write_checkpoint(tmp_path_factory.mktemp("plain"), flat_config(), tensors)
+
+
+@pytest.fixture(scope="module")
+def packed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tensors, _ = quantized(random_tensors(flat_config()), lambda path: FOUR if "router" not in path else None)
+    config = {**flat_config(), "quantization": FOUR}
+    return write_checkpoint(tmp_path_factory.mktemp("packed"), config, tensors)
+
+
+def learned(model: DiffusionGemma, seed: int = 0) -> None:
+    """Gives the additions something to add."""
+    mx.random.seed(seed)
+    for module in adapted_modules(model).values():
+        module.lora_b = 0.05 * mx.random.normal(module.lora_b.shape)
+        if "m" in module:
+            module.m = module.m * mx.random.uniform(0.8, 1.2, module.m.shape)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_new_adapter_adds_nothing(folder: Path, rank: int, dora: bool) -> None:
+    plain = logits(load(folder)[0])
+    model = load(folder)[0]
+    attach(model, AdapterConfig(rank=rank, dora=dora, targets=("attention", "mlp", "experts")))
+    assert len(adapted_modules(model)) == 3 * (4 + 3 + 2) - 1  # a full-attention layer has no v_proj
+    np.testing.assert_allclose(logits(model), plain, atol=1e-5 if dora else 0)
+
+
+def test_only_the_additions_are_trained(folder: Path) -> None:
+    model = load(folder)[0]
+    attach(model, replace(ALL, dora=True))
+    names = {name.rpartition(".")[2] for name, _ in tree_flatten(model.trainable_parameters())}
+    assert names == {"lora_a", "lora_b", "m"}
+    assert not any("router" in path or "norm" in path for path in adapted_modules(model))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_expert_adds_what_its_own_factors_say(packed: bool) -> None:
+    mx.random.seed(0)
+    base: Any = ExpertLinear(3, 64, 8)
+    if packed:
+        base = base.to_quantized(**FOUR)
+    layer = LoRAExpertLinear(base, ALL, 4)
+    layer.lora_b = mx.random.normal(layer.lora_b.shape)
+    x, indices = mx.random.normal((5, 1, 64)), mx.array([0, 0, 1, 2, 2], mx.uint32)
+    y = layer(x, indices, sorted_indices=True)
+    for row, expert in enumerate(indices.tolist()):
+        weight = np.array(plain_weight(base)[expert], np.float64)
+        addition = 1.5 * np.array(layer.lora_a[expert], np.float64) @ np.array(layer.lora_b[expert], np.float64)
+        np.testing.assert_allclose(y[row, 0], np.array(x[row, 0], np.float64) @ (weight.T + addition), atol=1e-4)
+    assert layer.is_plain != packed
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_merged_weight_does_the_same(dora: bool) -> None:
+    mx.random.seed(1)
+    layer = (DoRALinear if dora else LoRALinear)(nn.Linear(64, 8, bias=False), ALL, 4)
+    layer.lora_b = mx.random.normal(layer.lora_b.shape)
+    x = mx.random.normal((5, 64))
+    m = layer.get("m")
+    if dora:
+        m = layer.m = layer.m * mx.random.uniform(0.5, 2, layer.m.shape)
+    weight = merged(layer.linear.weight, layer.lora_a, layer.lora_b, ALL.scale, m)
+    np.testing.assert_allclose(layer(x), x @ weight.T, atol=1e-4)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_linear_layers_are_those_of_mlx_lm(kind: str, packed: bool) -> None:
+    """In value and gradient."""
+    pytest.importorskip("mlx_lm")
+    from mlx_lm.tuner.dora import DoRALinear as TheirDoRA
+    from mlx_lm.tuner.lora import LoRALinear as TheirLoRA
+
+    ours, theirs = (DoRALinear, TheirDoRA) if kind == "dora" else (LoRALinear, TheirLoRA)
+    mx.random.seed(2)
+    base: Any = nn.Linear(64, 8, bias=False)
+    base = nn.QuantizedLinear.from_linear(base, **FOUR) if packed else base
+    own, other = ours(base, ALL, 4), theirs.from_base(base, r=4, scale=ALL.scale)
+    own.lora_b = mx.random.normal(own.lora_b.shape)
+    other.update({"lora_a": own.lora_a, "lora_b": own.lora_b})
+    x = mx.random.normal((5, 64))
+
+    def value(layer: nn.Module) -> Any:
+        layer.freeze()
+        layer.unfreeze(keys=["lora_a", "lora_b", "m"], recurse=False)
+
+        def loss() -> mx.array:
+            return (layer(x) ** 2).sum()
+
+        return nn.value_and_grad(layer, loss)()
+
+    (one, grads), (two, their_grads) = value(own), value(other)
+    assert one.item() == pytest.approx(two.item(), rel=1e-5)
+    gradients, others = dict(tree_flatten(grads)), dict(tree_flatten(their_grads))
+    assert gradients.keys() == others.keys() == {"lora_a", "lora_b", *(["m"] if kind == "dora" else [])}
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(gradient, others[name], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_comes_back_from_its_file(folder: Path, packed_folder: Path, tmp_path: Path, dora: bool) -> None:
+    config = replace(ALL, dora=dora, canvas_length=24, dropout=0.1)
+    for number, base in enumerate((folder, packed_folder)):
+        model = load(base)[0]
+        attach(model, config)
+        learned(model)
+        out = tmp_path / str(number)
+        save_adapter(model.eval(), config, out, "some/model")
+        again = load(base)[0]
+        loaded = load_adapter(again, out)
+        assert (loaded.rank, loaded.alpha, loaded.dora, loaded.canvas_length) == (4, 6.0, dora, 24)
+        assert np.array_equal(logits(again), logits(model))
+        assert not tree_flatten(again.trainable_parameters())
+
+
+def test_the_files_are_those_of_peft(folder: Path, tmp_path: Path) -> None:
+    """Their names, shapes and settings; of the encoder there is a copy, as it has own modules in transformers."""
+    config = AdapterConfig(rank=4, alpha=6.0, targets=("q_proj", "self_conditioning"), dora=True)
+    model = load(folder)[0]
+    attach(model, config)
+    learned(model)
+    save_adapter(model, config, tmp_path, "some/model")
+    tensors: Any = mx.load(str(tmp_path / "adapter_model.safetensors"))
+    decoder, encoder = "base_model.model.model.decoder.", "base_model.model.model.encoder.language_model."
+    q_proj, gate = "layers.2.self_attn.q_proj.", "self_conditioning.gate_proj."
+    assert tensors[f"{decoder}{q_proj}lora_A.weight"].shape == (4, 128)
+    assert tensors[f"{encoder}{q_proj}lora_B.weight"].shape == (4 * 64, 4)
+    assert tensors[f"{decoder}{gate}lora_magnitude_vector"].shape == (128,)
+    assert f"{encoder}{gate}lora_A.weight" not in tensors
+    stored = model.layers[2].self_attn.q_proj.lora_a.T
+    assert mx.array_equal(tensors[f"{encoder}{q_proj}lora_A.weight"], stored).item()
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    expected = {"peft_type": "LORA", "r": 4, "lora_alpha": 6.0, "use_dora": True}
+    assert {name: settings[name] for name in expected} == expected
+    assert "model.decoder.layers.0.self_attn.q_proj" in settings["target_modules"]
+
+
+def rewritten(folder: Path, out: Path, change: Any = None, **settings: Any) -> Path:
+    """A saved adapter with its tensors or settings changed."""
+    out.mkdir()
+    tensors: Any = mx.load(str(folder / "adapter_model.safetensors"))
+    tensors = tensors if change is None else change(dict(tensors))
+    mx.save_safetensors(str(out / "adapter_model.safetensors"), tensors)
+    raw = json.loads((folder / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps({**raw, **settings}))
+    return out
+
+
+@pytest.fixture
+def saved(folder: Path, tmp_path: Path) -> Path:
+    config = AdapterConfig(rank=4, alpha=6.0, targets=("q_proj",))
+    model = load(folder)[0]
+    attach(model, config)
+    learned(model)
+    save_adapter(model, config, tmp_path / "saved", "some/model")
+    return tmp_path / "saved"
+
+
+def test_an_adapter_of_the_decoder_alone_is_taken_for_both(folder: Path, saved: Path, tmp_path: Path) -> None:
+    whole, half = load(folder)[0], load(folder)[0]
+    load_adapter(whole, saved)
+    load_adapter(half, rewritten(saved, tmp_path / "half", lambda tensors: {
+        name: tensor for name, tensor in tensors.items() if ".decoder." in name
+    }))  # fmt: skip
+    assert np.array_equal(logits(whole), logits(half))
+
+
+def test_rank_stabilised_adapters_have_their_own_scale(folder: Path, saved: Path, tmp_path: Path) -> None:
+    out = rewritten(saved, tmp_path / "rs", use_rslora=True)
+    assert load_adapter(load(folder)[0], out).scale == 6.0 / 4**0.5
+
+
+def test_adapters_of_mlx_lm_are_read(folder: Path, saved: Path, tmp_path: Path) -> None:
+    model = load(folder)[0]
+    load_adapter(model, saved)
+    tensors = {
+        f"model.decoder.{path}.{name}": module[name]
+        for path, module in adapted_modules(model).items() for name in ("lora_a", "lora_b")
+    }
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), tensors)
+    settings = {"fine_tune_type": "lora", "num_layers": 3, "lora_parameters": {"rank": 4, "scale": 1.5, "dropout": 0.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    other = load(folder)[0]
+    load_adapter(other, tmp_path)
+    assert np.array_equal(logits(model), logits(other))
+
+
+def cut(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
+    return {name: tensor[:, :-1] for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "words"),
+    [
+        (cut, {}, "does not fit"),
+        (lambda t: {n: a + (".encoder." in n) for n, a in t.items()}, {}, "encoder and decoder differently"),
+        (lambda t: {n: a for n, a in t.items() if "lora_A" in n}, {}, "one of two factors"),
+        (lambda t: {n.replace("q_proj", "r_proj"): a for n, a in t.items()}, {}, "does not have"),
+        (lambda t: {n.replace(".self_attn.q_proj", ".router.proj"): a for n, a in t.items()}, {}, "cannot be adapted"),
+        (lambda t: {**t, "base_model.model.odd": mx.zeros(1)}, {}, "odd, which is no part"),
+        (None, {"peft_type": "IA3"}, "not supported"), (None, {"rank_pattern": {"a": 2}}, "rank_pattern"),
+        (None, {"r": "four"}, "not what an adapter has"), (None, {"lora_alpha": -1}, "alpha must be above 0"),
+        (None, {"use_dora": True}, "lacks parts"),
+    ],
+)  # fmt: skip
+def test_an_adapter_that_does_not_fit_is_refused(
+    folder: Path, saved: Path, tmp_path: Path, change: Any, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(DgemmaError, match=words):
+        load_adapter(load(folder)[0], rewritten(saved, tmp_path / "odd", change, **settings))
+
+
+def test_a_folder_that_is_no_adapter_is_refused(folder: Path, saved: Path, tmp_path: Path) -> None:
+    model = load(folder)[0]
+    with pytest.raises(DgemmaError, match="no adapter folder"):
+        load_adapter(model, tmp_path / "absent")
+    with pytest.raises(DgemmaError, match=r"has no adapter_config\.json"):
+        load_adapter(model, folder)
+    (saved / "adapter_model.safetensors").write_bytes(b"version https://git-lfs")
+    with pytest.raises(DgemmaError, match="Git LFS pointer"):
+        load_adapter(model, saved)
+    (saved / "adapter_model.safetensors").unlink()
+    with pytest.raises(DgemmaError, match=r"has no adapter_model\.safetensors"):
+        load_adapter(model, saved)
+
+
+def test_a_target_that_names_nothing_is_refused(folder: Path) -> None:
+    model = load(folder)[0]
+    assert matching(model, ["mlp.down_proj"]) == [f"layers.{i}.mlp.down_proj" for i in range(3)]
+    for target in ("router", "norm", "v_projection"):
+        with pytest.raises(DgemmaError, match="names nothing that can be adapted") as error:
+            matching(model, [target])
+        assert error.value.exit_code == 2

@@ -1,0 +1,153 @@
+"""Merging: the fused checkpoint computes what base and adapter do, but for the rounding of what is stored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.model.adapter import GROUPS, AdapterConfig, adapted_modules, attach, merged, plain_weight
+from dgemma_mlx.model.adapter_file import load_adapter, save_adapter
+from dgemma_mlx.model.shards import open_tensors
+from dgemma_mlx.train.fuse import fuse
+from tests.model.checkpoint import Tensors, flat_config, load, logits, quantized, random_tensors, write_checkpoint
+
+FOUR = {"group_size": 64, "bits": 4, "mode": "affine"}
+EIGHT = {"group_size": 64, "bits": 8, "mode": "affine"}
+MXFP8 = {"group_size": 32, "bits": 8, "mode": "mxfp8"}
+
+
+def base(folder: Path, dtype: mx.Dtype = mx.float32, choose: Callable[[str], Any] | None = None, **config: Any) -> Path:
+    tensors: Tensors = random_tensors(flat_config(), dtype)
+    if choose is not None:
+        tensors, _ = quantized(tensors, choose)
+    return write_checkpoint(folder, {**flat_config(), **config}, tensors, shards=3)
+
+
+def adapter_for(folder: Path, out: Path, *, dora: bool = False, strength: float = 0.05) -> Path:
+    config = AdapterConfig(4, 8.0, targets=tuple(GROUPS), dora=dora, canvas_length=24)
+    model, _ = load(folder)
+    attach(model, config)
+    mx.random.seed(3)
+    for module in adapted_modules(model).values():
+        module.lora_b = strength * mx.random.normal(module.lora_b.shape)
+    save_adapter(model, config, out, "some/model")
+    return out
+
+
+def adapted_logits(folder: Path, adapter: Path) -> Any:
+    model, _ = load(folder)
+    load_adapter(model, adapter)
+    return logits(model)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_plain_weights_are_merged_to_the_last_digits(tmp_path: Path, dora: bool) -> None:
+    folder = base(tmp_path / "base")
+    adapter = adapter_for(folder, tmp_path / "adapter", dora=dora)
+    fuse(str(folder), adapter, tmp_path / "fused")
+    expected, plain = adapted_logits(folder, adapter), logits(load(folder)[0])
+    np.testing.assert_allclose(logits(load(tmp_path / "fused")[0]), expected, atol=2e-4)
+    assert np.abs(expected - plain).max() > 0.1
+    assert json.loads((tmp_path / "fused" / "config.json").read_text())["canvas_length"] == 24
+
+
+def test_bfloat16_weights_change_by_rounding_alone(tmp_path: Path) -> None:
+    folder = base(tmp_path / "base", mx.bfloat16)
+    adapter = adapter_for(folder, tmp_path / "adapter")
+    fuse(str(folder), adapter, tmp_path / "fused")
+    stored = open_tensors(tmp_path / "fused")
+    assert {tensor.dtype for tensor in stored.values()} == {mx.bfloat16}
+    expected, plain = adapted_logits(folder, adapter), logits(load(folder)[0])
+    assert np.abs(logits(load(tmp_path / "fused")[0]) - expected).mean() < 0.2 * np.abs(expected - plain).mean()
+    model, _ = load(folder)
+    load_adapter(model, adapter)
+    fused = dict(load(tmp_path / "fused")[0].named_modules())
+    for path, module in adapted_modules(model).items():
+        wanted = merged(module.linear.weight, module.lora_a, module.lora_b, 2.0)
+        bound = mx.abs(wanted) * 2**-8 + 1e-30  # half of bfloat16's last digit, of eight
+        assert (mx.abs(fused[path].weight - wanted) <= bound).all().item(), path
+
+
+def mixed(path: str) -> Any:
+    return None if "router" in path or "layers.0.mlp" in path else EIGHT if "attn" in path or "embed" in path else FOUR
+
+
+def test_packed_weights_are_packed_again_as_they_were(tmp_path: Path) -> None:
+    overrides = {name: mixed(name) or False for name in (
+        f"model.decoder.layers.{i}.{part}" for i in range(3) for part in (
+            "router.proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.q_proj", "self_attn.k_proj",
+            "self_attn.v_proj", "self_attn.o_proj",
+        )
+    )}  # fmt: skip
+    quantization = {**FOUR, "model.decoder.embed_tokens": EIGHT, **{
+        name: entry for name, entry in overrides.items() if entry in (EIGHT, False)
+    }}  # fmt: skip
+    folder = base(tmp_path / "base", choose=mixed, quantization=quantization)
+    adapter = adapter_for(folder, tmp_path / "adapter")
+    fuse(str(folder), adapter, tmp_path / "fused")
+    before, after = open_tensors(folder), open_tensors(tmp_path / "fused")
+    assert {name: (t.shape, t.dtype) for name, t in before.items()} == {
+        name: (t.shape, t.dtype) for name, t in after.items()
+    }
+    # What the adapter does not touch stays bit for bit, what it does is within a packed number's step.
+    untouched = "model.decoder.embed_tokens.weight"
+    assert mx.array_equal(before[untouched], after[untouched]).item()
+    fused, _ = load(tmp_path / "fused")
+    model, _ = load(folder)
+    load_adapter(model, adapter)
+    for path, module in adapted_modules(model).items():
+        own: Any = dict(fused.named_modules())[path]
+        if "scales" not in own:
+            continue
+        wanted = merged(plain_weight(module.linear), module.lora_a, module.lora_b, 2.0)
+        steps = mx.abs(mx.repeat(own.scales.astype(mx.float32), own.group_size, axis=-1))
+        errors = mx.abs(plain_weight(own) - wanted) / steps  # MLX keeps a group's ends exact: a step may be missed
+        assert errors.max().item() < 1.02 and errors.mean().item() < 0.3, path
+
+
+@pytest.mark.parametrize("scheme", [FOUR, EIGHT, MXFP8])
+def test_unpacked_the_result_is_that_of_base_and_adapter(tmp_path: Path, scheme: dict[str, Any]) -> None:
+    folder = base(tmp_path / "base", choose=lambda path: None if "router" in path else scheme, quantization=scheme)
+    adapter = adapter_for(folder, tmp_path / "adapter")
+    fuse(str(folder), adapter, tmp_path / "fused", dequantize=True)
+    raw = json.loads((tmp_path / "fused" / "config.json").read_text())
+    assert "quantization" not in raw
+    expected, plain = adapted_logits(folder, adapter), logits(load(folder)[0])
+    assert np.abs(logits(load(tmp_path / "fused")[0]) - expected).mean() < 0.2 * np.abs(expected - plain).mean()
+
+
+def test_nothing_is_left_of_a_merge_that_fails(tmp_path: Path) -> None:
+    folder = base(tmp_path / "base")
+    adapter = adapter_for(folder, tmp_path / "adapter")
+    tensors: Any = mx.load(str(adapter / "adapter_model.safetensors"))
+    last = max(name for name in tensors if "encoder" not in name and name.endswith("lora_A.weight"))
+    mx.save_safetensors(
+        str(adapter / "adapter_model.safetensors"),
+        {name: tensor for name, tensor in tensors.items() if "encoder" not in name} | {last: tensors[last][:, :-1]},
+    )
+    with pytest.raises(DgemmaError, match="does not fit a matrix"):
+        fuse(str(folder), adapter, tmp_path / "fused")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+    other = write_checkpoint(tmp_path / "other", flat_config(num_hidden_layers=2, layer_types=["full_attention"] * 2), {
+        name: tensor for name, tensor in random_tensors(flat_config()).items() if ".layers.0." not in name
+    })  # fmt: skip
+    with pytest.raises(DgemmaError, match="does not have"):
+        fuse(str(other), adapter, tmp_path / "fused")
+
+
+def test_an_output_is_replaced_when_told(tmp_path: Path) -> None:
+    folder = base(tmp_path / "base")
+    adapter = adapter_for(folder, tmp_path / "adapter")
+    (tmp_path / "fused").mkdir()
+    (tmp_path / "fused" / "old").touch()
+    with pytest.raises(DgemmaError, match="exists"):
+        fuse(str(folder), adapter, tmp_path / "fused")
+    fuse(str(folder), adapter, tmp_path / "fused", force=True)
+    assert not (tmp_path / "fused" / "old").exists()
