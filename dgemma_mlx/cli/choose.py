@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dgemma_mlx.cli.fill import System
-from dgemma_mlx.cli.generate import Dequantize, MemoryLimit, ModelName, NoKernels, Prompt, Quiet, Raw, Seed
+from dgemma_mlx.cli.generate import Adapter, Dequantize, MemoryLimit, ModelName, NoKernels, Prompt, Quiet, Raw, Seed
 from dgemma_mlx.cli.infill import prepared
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.prompt import read_prompt
@@ -26,6 +26,7 @@ def choose(
     listed: Listed = False,
     as_json: AsJson = False,
     model: ModelName = None,
+    adapter: Adapter = None,
     seed: Seed = None,
     system: System = None,
     raw: Raw = False,
@@ -39,7 +40,7 @@ def choose(
     answers = [answer for row in csv.reader([choices], skipinitialspace=True) for answer in row]
     with quiet_when_closed():
         with prepared(
-            model=model, seed=seed, system=system, raw=raw, speed=None, temp=None, max_denoising_steps=None,
+            model=model, adapter=adapter, seed=seed, system=system, raw=raw, speed=None, temp=None, max_denoising_steps=None,
             memory_limit=memory_limit, cpu_dequantize=cpu_dequantize, no_kernels=no_kernels, quiet=quiet,
         ) as (loaded, options):  # fmt: skip
             from dgemma_mlx.infill.choose import choose as choose_among

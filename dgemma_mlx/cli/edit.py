@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 
 from dgemma_mlx.cli.fill import File, System
-from dgemma_mlx.cli.generate import Dequantize, MemoryLimit, ModelName, NoKernels, Quiet, Seed, SpeedMode, Steps, Temp
+from dgemma_mlx.cli.generate import (
+    Adapter,
+    Dequantize,
+    MemoryLimit,
+    ModelName,
+    NoKernels,
+    Quiet,
+    Seed,
+    SpeedMode,
+    Steps,
+    Temp,
+)
 from dgemma_mlx.cli.infill import AsDiff, AsJson, Candidates, ShowAll, Write, prepared, print_filled, report
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.texts import is_stdin, read_text, save_text
@@ -36,6 +47,7 @@ def edit(
     as_json: AsJson = False,
     write: Write = False,
     model: ModelName = None,
+    adapter: Adapter = None,
     seed: Seed = None,
     system: System = None,
     speed: SpeedMode = None,
@@ -59,7 +71,7 @@ def edit(
     before = read_text(file)
     with quiet_when_closed():
         with prepared(
-            model=model, seed=seed, system=system, raw=False, speed=speed, temp=temp, memory_limit=memory_limit,
+            model=model, adapter=adapter, seed=seed, system=system, raw=False, speed=speed, temp=temp, memory_limit=memory_limit,
             max_denoising_steps=max_denoising_steps, cpu_dequantize=cpu_dequantize, no_kernels=no_kernels, quiet=quiet,
         ) as (loaded, options):  # fmt: skip
             from dgemma_mlx.infill.edit import DEFAULT_CANDIDATES

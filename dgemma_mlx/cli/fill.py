@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dgemma_mlx.cli.generate import Dequantize, MemoryLimit, ModelName, NoKernels, Quiet, Seed, SpeedMode, Steps, Temp
+from dgemma_mlx.cli.generate import (
+    Adapter,
+    Dequantize,
+    MemoryLimit,
+    ModelName,
+    NoKernels,
+    Quiet,
+    Seed,
+    SpeedMode,
+    Steps,
+    Temp,
+)
 from dgemma_mlx.cli.infill import AsDiff, AsJson, Candidates, ShowAll, Write, prepared, print_filled, report
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.texts import is_stdin, read_text, save_text
@@ -46,6 +57,7 @@ def fill(
     as_json: AsJson = False,
     write: Write = False,
     model: ModelName = None,
+    adapter: Adapter = None,
     seed: Seed = None,
     system: System = None,
     raw: Raw = False,
@@ -67,7 +79,7 @@ def fill(
     before, parts = _parts(file, hole, at, size, hint, prefix_file, suffix_file)
     with quiet_when_closed():
         with prepared(
-            model=model, seed=seed, system=system, raw=raw, speed=speed, temp=temp, memory_limit=memory_limit,
+            model=model, adapter=adapter, seed=seed, system=system, raw=raw, speed=speed, temp=temp, memory_limit=memory_limit,
             max_denoising_steps=max_denoising_steps, cpu_dequantize=cpu_dequantize, no_kernels=no_kernels, quiet=quiet,
         ) as (loaded, options):  # fmt: skip
             from dgemma_mlx.infill.fill import DEFAULT_CANDIDATES

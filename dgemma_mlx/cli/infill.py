@@ -33,13 +33,13 @@ Write = Annotated[bool, typer.Option("--write", "-w", help="Write the result int
 
 @contextmanager
 def prepared(
-    *, model: str | None, seed: int | None, system: str | None, raw: bool, speed: str | None, temp: float | None,
+    *, model: str | None, adapter: Path | None, seed: int | None, system: str | None, raw: bool, speed: str | None, temp: float | None,
     max_denoising_steps: int | None, memory_limit: str | None, cpu_dequantize: str | None, no_kernels: bool,
     quiet: bool,
 ) -> Iterator[tuple[Model, dict[str, Any]]]:
     """The model, and what the Python functions take beside their own arguments; Ctrl-C stops between two steps."""
     settings = Settings()
-    loaded = load_as_told(settings, model, cpu_dequantize, no_kernels, quiet)
+    loaded = load_as_told(settings, model, cpu_dequantize, no_kernels, quiet, adapter)
     steps = settings.pick("max_denoising_steps", max_denoising_steps)
     options: dict[str, Any] = {
         "seed": settings.pick("seed", seed), "system": system if raw else settings.pick("system", system),
