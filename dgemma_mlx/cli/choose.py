@@ -40,8 +40,9 @@ def choose(
     answers = [answer for row in csv.reader([choices], skipinitialspace=True) for answer in row]
     with quiet_when_closed():
         with prepared(
-            model=model, adapter=adapter, seed=seed, system=system, raw=raw, speed=None, temp=None, max_denoising_steps=None,
-            memory_limit=memory_limit, cpu_dequantize=cpu_dequantize, no_kernels=no_kernels, quiet=quiet,
+            model=model, adapter=adapter, seed=seed, system=system, raw=raw, speed=None, temp=None,
+            max_denoising_steps=None, memory_limit=memory_limit, cpu_dequantize=cpu_dequantize,
+            no_kernels=no_kernels, quiet=quiet,
         ) as (loaded, options):  # fmt: skip
             from dgemma_mlx.infill.choose import choose as choose_among
 

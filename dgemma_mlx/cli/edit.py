@@ -71,8 +71,9 @@ def edit(
     before = read_text(file)
     with quiet_when_closed():
         with prepared(
-            model=model, adapter=adapter, seed=seed, system=system, raw=False, speed=speed, temp=temp, memory_limit=memory_limit,
-            max_denoising_steps=max_denoising_steps, cpu_dequantize=cpu_dequantize, no_kernels=no_kernels, quiet=quiet,
+            model=model, adapter=adapter, seed=seed, system=system, raw=False, speed=speed, temp=temp,
+            memory_limit=memory_limit, max_denoising_steps=max_denoising_steps, cpu_dequantize=cpu_dequantize,
+            no_kernels=no_kernels, quiet=quiet,
         ) as (loaded, options):  # fmt: skip
             from dgemma_mlx.infill.edit import DEFAULT_CANDIDATES
             from dgemma_mlx.infill.edit import edit as edit_text

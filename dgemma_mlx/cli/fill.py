@@ -79,8 +79,9 @@ def fill(
     before, parts = _parts(file, hole, at, size, hint, prefix_file, suffix_file)
     with quiet_when_closed():
         with prepared(
-            model=model, adapter=adapter, seed=seed, system=system, raw=raw, speed=speed, temp=temp, memory_limit=memory_limit,
-            max_denoising_steps=max_denoising_steps, cpu_dequantize=cpu_dequantize, no_kernels=no_kernels, quiet=quiet,
+            model=model, adapter=adapter, seed=seed, system=system, raw=raw, speed=speed, temp=temp,
+            memory_limit=memory_limit, max_denoising_steps=max_denoising_steps, cpu_dequantize=cpu_dequantize,
+            no_kernels=no_kernels, quiet=quiet,
         ) as (loaded, options):  # fmt: skip
             from dgemma_mlx.infill.fill import DEFAULT_CANDIDATES
             from dgemma_mlx.infill.fill import fill as fill_text

@@ -248,7 +248,7 @@ def _check_batch(
         (prompt is not None, "a prompt", "Put the prompt into the file."),
         (steps, "--jsonl, --trace and --show-steps", "It prints the answers."),
         (prompt_cache is not None, "--prompt-cache", "The file holds one prompt."),
-        (trim_canvas and size > 1, "--trim-canvas with a --batch-size above 1", "The texts would be others than alone."),
+        (trim_canvas and size > 1, "--trim-canvas where --batch-size is above 1", "The texts would be others."),
     ):
         if named:
             raise DgemmaError(f"--batch goes without {options}", hint, exit_code=2)

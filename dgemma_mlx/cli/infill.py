@@ -33,9 +33,9 @@ Write = Annotated[bool, typer.Option("--write", "-w", help="Write the result int
 
 @contextmanager
 def prepared(
-    *, model: str | None, adapter: Path | None, seed: int | None, system: str | None, raw: bool, speed: str | None, temp: float | None,
-    max_denoising_steps: int | None, memory_limit: str | None, cpu_dequantize: str | None, no_kernels: bool,
-    quiet: bool,
+    *, model: str | None, adapter: Path | None, seed: int | None, system: str | None, raw: bool, speed: str | None,
+    temp: float | None, max_denoising_steps: int | None, memory_limit: str | None, cpu_dequantize: str | None,
+    no_kernels: bool, quiet: bool,
 ) -> Iterator[tuple[Model, dict[str, Any]]]:
     """The model, and what the Python functions take beside their own arguments; Ctrl-C stops between two steps."""
     settings = Settings()
