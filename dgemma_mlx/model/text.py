@@ -19,6 +19,7 @@ from dgemma_mlx.model.attention import AppendKV, Attention
 from dgemma_mlx.model.cache import Mask, PrefixCache, row_positions
 from dgemma_mlx.model.experts import Experts, Router, RouterLog
 from dgemma_mlx.model.mlp import MLP, SelfConditioning
+from dgemma_mlx.model.packed import times_table
 from dgemma_mlx.model.prediction import Prediction, incomplete
 
 DENSE_BYTES = 128 << 20
@@ -159,7 +160,8 @@ class DiffusionGemma(nn.Module):
 
     def project(self, hidden: mx.array) -> mx.array:
         """hidden (..., M) -> logits (..., V) before the softcap, in the weights' dtype."""
-        return self.embed_tokens.as_linear(hidden)
+        table = self.embed_tokens
+        return times_table(hidden, table) if isinstance(table, nn.QuantizedEmbedding) else table.as_linear(hidden)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden (..., M) -> softcapped logits (..., V) float32."""
