@@ -65,9 +65,30 @@ def times_table(x: mx.array, table: nn.QuantizedEmbedding) -> mx.array:
     return product
 
 
+def weighted_rows(weights: mx.array, table: nn.QuantizedEmbedding) -> mx.array:
+    """weights (..., V) times the table (V, M) -> (..., M), in weights' dtype.
+
+    On a CPU in float32: there MLX adds up in the weights' dtype, and for 2,000 equal probabilities in bfloat16 the sum
+    was off by a quarter of the largest value.
+    """
+    wide, scales, biases = weights, table.scales, table.get("biases")
+    if _on_cpu():
+        wide = weights.astype(mx.float32)
+        if biases is not None:
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    product: mx.array = mx.quantized_matmul(
+        wide, table.weight, scales, biases, transpose=False, group_size=table.group_size, bits=table.bits,
+        mode=table.mode,
+    )
+    return product.astype(weights.dtype)
+
+
+def _on_cpu() -> bool:
+    return bool(mx.default_device() == mx.Device(mx.cpu))
+
+
 def _in_blocks(x: mx.array, packed: Packed) -> bool:
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    return on_cpu and x.size >= LEAST_ROWS * x.shape[-1] and (packed.mode, packed.bits) in _UNPACKED
+    return _on_cpu() and x.size >= LEAST_ROWS * x.shape[-1] and (packed.mode, packed.bits) in _UNPACKED
 
 
 def _blocks(packed: Packed, inputs: int) -> list[slice]:

@@ -19,7 +19,7 @@ from dgemma_mlx.model.attention import AppendKV, Attention
 from dgemma_mlx.model.cache import Mask, PrefixCache, row_positions
 from dgemma_mlx.model.experts import Experts, Router, RouterLog
 from dgemma_mlx.model.mlp import MLP, SelfConditioning
-from dgemma_mlx.model.packed import times_table
+from dgemma_mlx.model.packed import times_table, weighted_rows
 from dgemma_mlx.model.prediction import Prediction, incomplete
 
 DENSE_BYTES = 128 << 20
@@ -212,10 +212,7 @@ class DiffusionGemma(nn.Module):
         probabilities = mx.softmax(logits.astype(self.dtype).astype(mx.float32), axis=-1).astype(self.dtype)
         table = self.embed_tokens
         if isinstance(table, nn.QuantizedEmbedding):
-            soft = mx.quantized_matmul(
-                probabilities, table.weight, table.scales, table.get("biases"), transpose=False,
-                group_size=table.group_size, bits=table.bits, mode=table.mode,
-            )
+            soft = weighted_rows(probabilities, table)
         else:
             soft = probabilities @ table.weight
         return soft * math.sqrt(self.config.hidden_size)

@@ -70,6 +70,18 @@ def test_a_tighter_limit_makes_smaller_steps() -> None:
     assert len(set(sizes)) > 1
 
 
+def test_a_limit_too_low_is_shown_as_it_was_given() -> None:
+    with pytest.raises(DgemmaError, match=r"about 15\.\d GB, more than the memory limit of 1\.0 kB"):
+        fitting_budget(PUBLISHED, WEIGHTS, 100, 1000)
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_that_is_no_size(limit: int) -> None:
+    with pytest.raises(DgemmaError, match=f"more than 0 bytes, not {limit}") as caught:
+        fitting_budget(PUBLISHED, WEIGHTS, 100, limit)
+    assert caught.value.exit_code == 2 and caught.value.hint
+
+
 def test_the_devices_own_limit_is_no_error() -> None:
     weights = 2 * device_limit()
     assert fitting_budget(PUBLISHED, weights, 1000).prefill_step_size < Budget().prefill_step_size
