@@ -2,10 +2,10 @@
 
 MLX's CPU ``quantized_matmul`` unpacks a weight anew for each row and multiplies without BLAS. Measured for 256 rows (2
 Linux cores, matrices of 4,096 x 128 and 1,408 x 1,024): affine 4 and 8 bits 25 to 30 times slower than this with
-OpenBLAS, 1.1 to 1.5 times with the linear algebra in MLX's own wheel; mxfp8 45 and 3 times. From 16 rows on this was
-faster with either. Other formats stay: with the wheel's own, mxfp4 and nvfp4 would take twice as long. So does the
-product with a matrix as it is stored, not transposed (expected embeddings): 5 times faster with OpenBLAS, but 2 to 3
-times slower without.
+OpenBLAS, 1.1 to 1.5 times with the linear algebra in MLX's own wheel; mxfp8 45 and 3 times. At 16 rows this was 6 to 8
+times faster with OpenBLAS, and about even with the wheel's own. Other formats stay: with the latter, mxfp4 and nvfp4
+would take twice as long. So does the product with a matrix as it is stored, not transposed (expected embeddings): 4 to
+7 times faster with OpenBLAS, but 1.5 to 3 times slower without.
 """
 
 from __future__ import annotations

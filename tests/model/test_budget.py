@@ -116,12 +116,16 @@ def test_what_prefill_takes_is_what_was_estimated(shape: str, positions: int) ->
     assert run_memory(config, 0, positions, Budget()) == pytest.approx(peak, rel=0.15)
 
 
-def test_a_step_with_flat_predictions_takes_what_was_estimated() -> None:
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_a_step_with_flat_predictions_takes_what_was_estimated(bits: int | None) -> None:
     """Over a vocabulary of the published size, where all logits of all positions make the expected embeddings."""
     config = ModelConfig(TextConfig.from_dict({**SMALL, "vocab_size": 262_144}), canvas_length=32)
     model = DiffusionGemma(config.text)
+    if bits is not None:
+        model.embed_tokens = model.embed_tokens.to_quantized(32, bits)
     model.eval()
     mx.eval(model.parameters())
+    mx.clear_cache()
     cache = model.new_cache()
     prefill(model, mx.array([[1] * 16]), cache, 16)
     before = mx.get_active_memory() - cache.nbytes
