@@ -88,7 +88,9 @@ def _on_cpu() -> bool:
 
 
 def _in_blocks(x: mx.array, packed: Packed) -> bool:
-    return _on_cpu() and x.size >= LEAST_ROWS * x.shape[-1] and (packed.mode, packed.bits) in _UNPACKED
+    """Not while training: a gradient would keep what was unpacked."""
+    gains = (packed.mode, packed.bits) in _UNPACKED and x.size >= LEAST_ROWS * x.shape[-1]
+    return gains and _on_cpu() and not packed.training
 
 
 def _blocks(packed: Packed, inputs: int) -> list[slice]:

@@ -27,7 +27,7 @@ SHAPES = [(1,), (LEAST_ROWS - 1,), (LEAST_ROWS,), (2, LEAST_ROWS + 1), (1, 3, 40
 def module(kind: str, outputs: int, dtype: mx.Dtype, packing: dict[str, Any]) -> Any:
     plain: Any = Linear(WIDTH, outputs) if kind == "linear" else nn.Embedding(outputs, WIDTH)
     plain.weight = mx.random.normal((outputs, WIDTH), key=mx.random.key(outputs)).astype(dtype)
-    return plain.to_quantized(**packing)
+    return plain.to_quantized(**packing).eval()
 
 
 def product(packed: Any, x: mx.array) -> mx.array:
@@ -62,6 +62,17 @@ def test_a_product_is_that_of_unpacked_weights(
         np.testing.assert_allclose(
             np.array(found.astype(mx.float32)), np.array(by_mlx.astype(mx.float32)), atol=2 * rounding
         )
+
+
+@pytest.mark.parametrize("kind", ["linear", "table"])
+def test_a_gradient_goes_through_it(kind: str) -> None:
+    packed = module(kind, 48, mx.float32, FORMATS["affine 4"]).train()
+    weight = mx.dequantize(packed.weight, packed.scales, packed.biases, packed.group_size, packed.bits)
+    x = mx.random.normal((2 * LEAST_ROWS, WIDTH))
+    found, expected = (mx.grad(lambda x, by=by: (by(x) ** 2).sum())(x) for by in (
+        lambda x: product(packed, x), lambda x: x @ weight.T,
+    ))  # fmt: skip
+    np.testing.assert_allclose(np.array(found), np.array(expected), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="nothing is unpacked on Metal")
