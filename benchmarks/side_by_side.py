@@ -1,7 +1,7 @@
 """This project beside mlx-vlm and transformers: time of a denoising step and of a prompt, start, peak memory.
 
     python benchmarks/side_by_side.py --peer PYTHON [--cases small-32k,small-262k,small-262k-settled,demo]
-           [--prompts 512,2048] [--steps 3] [--runs 5] [--unchunked] [--output FILE] [--plots FOLDER]
+           [--prompts 512,2048] [--steps 3] [--runs 5] [--unchunked] [--without NAME] [--output FILE] [--plots FOLDER]
 
 All read the same random checkpoints, made on the fly, and answer the same prompts; every measurement is a process of
 its own. For each case and length the programs take turns, as often as ``--runs`` says. ``--peer`` names a Python that
@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -39,6 +40,7 @@ MEASURED = Path(__file__).parent / "measured"
 CASES = "small-32k,small-262k,small-262k-settled,demo"
 OURS = "dgemma-mlx"
 DEQUANTIZED = "dgemma-mlx, dequantized"
+PEERS = ("mlx-vlm", "transformers")
 QUANTITIES = {  # name in the results -> (heading, unit's factor, unit)
     "step_seconds": ("a step", 1.0, "s"),
     "step_cpu_seconds": ("its CPU", 1.0, "s"),
@@ -59,8 +61,11 @@ class Program:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def programs(peer: str | None, unchunked: bool) -> dict[str, Program]:
-    """What takes turns, this project first. Each way of running a program is one of its own: never average two."""
+def programs(peer: str | None, unchunked: bool, without: Sequence[str] = ()) -> dict[str, Program]:
+    """What takes turns, this project first. Each way of running a program is one of its own: never average two.
+
+    ``without`` leaves out the peer's programs of these names.
+    """
     found = {OURS: Program(sys.executable, "ours.py", options={"cpu_dequantize": "off"})}
     if sys.platform == "linux":  # with Metal packed weights stay packed
         found[DEQUANTIZED] = Program(sys.executable, "ours.py", options={"cpu_dequantize": "on"})
@@ -72,7 +77,7 @@ def programs(peer: str | None, unchunked: bool) -> dict[str, Program]:
         found["transformers"] = Program(peer, "reference.py", weights="plain")
     if peer is not None and all(program.script == "ours.py" for program in found.values()):
         sys.exit(f"{peer} has neither mlx-vlm nor transformers")
-    return found
+    return {name: program for name, program in found.items() if name not in without}
 
 
 def _has(python: str, module: str) -> bool:
@@ -221,6 +226,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=5, help="turns of each program")
     parser.add_argument("--unchunked", action="store_true", help="also mlx-vlm with the whole prompt at once")
     parser.add_argument(
+        "--without", metavar="NAME", action="append", default=[], choices=PEERS,
+        help=f"leave out one of {', '.join(PEERS)}; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="bfloat16" if sys.platform == "darwin" else "float32",
         help="of what is not packed; MLX's CPU back end needs float32 for experts that are not",
     )  # fmt: skip
@@ -237,7 +246,7 @@ def _arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     arguments = _arguments()
-    contestants = programs(arguments.peer, arguments.unchunked)
+    contestants = programs(arguments.peer, arguments.unchunked, arguments.without)
     settings = {name: getattr(arguments, name) for name in ("steps", "runs", "dtype")}
     results: dict[str, Any] = {"machine": _machine(), **settings, "rows": [], "ratios": []}
     with tempfile.TemporaryDirectory() as folder:

@@ -80,7 +80,7 @@ def test_the_last_canvas_is_trimmed_on_request(demo: Model, max_tokens: int, len
 
 
 def test_a_memory_limit_that_is_too_low_is_refused_before_any_work(demo: Model) -> None:
-    with pytest.raises(DgemmaError, match=r"tokens of context take about .* more than the memory limit of 0\.0 GB"):
+    with pytest.raises(DgemmaError, match=r"tokens of context take about .* more than the memory limit of 5\.0 MB"):
         stream(demo, COUNT, memory_limit=5_000_000)
     assert generate(demo, COUNT, seed=1, memory_limit=100_000_000) == replace(
         generate(demo, COUNT, seed=1), statistics=ANY

@@ -214,7 +214,7 @@ def _progress(total: int) -> Iterator[Progress]:
 
 
 def _as_text(facts: dict[str, Any]) -> str:
-    from dgemma_mlx.cli.sizes import size
+    from dgemma_mlx.sizes import size
 
     machine, versions, answer = facts["machine"], facts["versions"], facts["answer"]
     metal = "Metal" if machine["metal"] else "no Metal"

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dgemma_mlx.cli.pipe import quiet_when_closed
-from dgemma_mlx.cli.sizes import size
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.sizes import size
 
 if TYPE_CHECKING:
     from dgemma_convert import Plan, Report, Verification

@@ -211,7 +211,7 @@ def _version(package: str) -> str | None:
 
 
 def _as_text(facts: dict[str, Any]) -> str:
-    from dgemma_mlx.cli.sizes import size
+    from dgemma_mlx.sizes import size
 
     metal = f"yes, {size(facts['gpu_memory'])} for the GPU" if facts["metal"] else "no"
     rows = [

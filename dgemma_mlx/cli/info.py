@@ -109,7 +109,7 @@ def _recipe(folder: Path) -> str | None:
 
 
 def _as_text(facts: dict[str, Any]) -> str:
-    from dgemma_mlx.cli.sizes import size
+    from dgemma_mlx.sizes import size
 
     recipe = f", recipe {facts['recipe']}" if facts["recipe"] else ""
     full, window = facts["full_attention_layers"], facts["sliding_window"]

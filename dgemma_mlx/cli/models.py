@@ -27,7 +27,7 @@ def show(context: typer.Context, as_json: AsJson = False) -> None:
     """List the DiffusionGemma checkpoints in the Hub's cache."""
     if context.invoked_subcommand is not None:
         return
-    from dgemma_mlx.cli.sizes import size
+    from dgemma_mlx.sizes import size
 
     found = _cached(_scan())
     with quiet_when_closed():
@@ -43,7 +43,7 @@ def show(context: typer.Context, as_json: AsJson = False) -> None:
 @models.command("rm")
 def remove(names: Names, yes: Yes = False) -> None:
     """Remove checkpoints from the cache, all their revisions."""
-    from dgemma_mlx.cli.sizes import size
+    from dgemma_mlx.sizes import size
 
     cache = _scan()
     known = {model["name"] for model in _cached(cache)}

@@ -13,6 +13,7 @@ import mlx.nn as nn
 from dgemma_mlx.config import FULL, TextConfig
 from dgemma_mlx.kernels import qk_norm_rope
 from dgemma_mlx.model.cache import Mask
+from dgemma_mlx.model.packed import Linear
 from dgemma_mlx.model.rope import rope_periods
 
 AppendKV = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
@@ -107,11 +108,11 @@ class Attention(nn.Module):
         M = config.hidden_size
         self._eps = config.rms_norm_eps
         self.score_bytes = SCORE_BYTES
-        self.q_proj = nn.Linear(M, H * D, bias=False)
-        self.k_proj = nn.Linear(M, Hk * D, bias=False)
+        self.q_proj = Linear(M, H * D)
+        self.k_proj = Linear(M, Hk * D)
         if kind != FULL:
-            self.v_proj = nn.Linear(M, Hk * D, bias=False)
-        self.o_proj = nn.Linear(H * D, M, bias=False)
+            self.v_proj = Linear(M, Hk * D)
+        self.o_proj = Linear(H * D, M)
         self.q_norm = nn.RMSNorm(D, config.rms_norm_eps)
         self.q_norm.weight = self.q_norm.weight * D**-0.5  # untrained: q . k near unit variance, as the scale is 1
         self.k_norm = nn.RMSNorm(D, config.rms_norm_eps)

@@ -13,6 +13,7 @@ import mlx.nn as nn
 from dgemma_mlx.config import TextConfig
 from dgemma_mlx.kernels import Route, moe_combine, moe_route
 from dgemma_mlx.model.mlp import geglu
+from dgemma_mlx.model.packed import Linear
 
 RouterLog = list[tuple[mx.array, mx.array]]
 """For each layer, the probabilities (N, E) and the chosen experts (N, K)."""
@@ -24,7 +25,7 @@ class Router(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self._top_k = config.top_k_experts
-        self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.proj = Linear(config.hidden_size, config.num_experts)
         self.scale = mx.ones(config.hidden_size)
         self.per_expert_scale = mx.ones(config.num_experts)
 

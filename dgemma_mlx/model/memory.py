@@ -17,6 +17,7 @@ from dgemma_mlx.model.attention import SCORE_BYTES
 from dgemma_mlx.model.cache import SPARE
 from dgemma_mlx.model.shards import StoredTensor
 from dgemma_mlx.model.text import DENSE_BYTES, DiffusionGemma, dense_value_bytes
+from dgemma_mlx.sizes import size
 
 PREFILL_STEP_SIZE = 512
 _LEAST_STEP_SIZE = 64
@@ -26,6 +27,7 @@ _MARKS = 2  # copies of the sliding layers' keys and values in a ``PromptCache``
 _SAMPLER_BYTES, _SAMPLER_ARRAYS = 4 << 20, 5  # without Metal: of a block of the sampler, and how many are alive
 _SPARSE_ROWS = 72  # without Metal: of the embedding table, float32, alive for each list of probable tokens
 _SHARE_OF_FREE = 0.9
+_SAY_A_SIZE = "Say it as 8GB or 7.5GiB."
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -76,9 +78,11 @@ def run_memory(config: ModelConfig, weight_bytes: int, positions: int, budget: B
 def fitting_budget(config: ModelConfig, weight_bytes: int, positions: int, limit: int | None = None) -> Budget:
     """The largest budget with which a prompt of so many positions stays within ``limit`` bytes.
 
-    Where not even the smallest one does, that is a ``DgemmaError``; but the device's own limit (None) is not
-    enforced, it may be stretched: then it is the smallest one.
+    Where not even the smallest one does, or the limit is no size, that is a ``DgemmaError``; but the device's own limit
+    (None) is not enforced, it may be stretched: then it is the smallest one.
     """
+    if limit is not None and limit <= 0:
+        raise DgemmaError(f"the memory limit must be more than 0 bytes, not {limit}", _SAY_A_SIZE, exit_code=2)
     bound = device_limit() if limit is None else limit
     budget = Budget()
     while run_memory(config, weight_bytes, positions, budget) > bound:
@@ -94,8 +98,8 @@ def fitting_budget(config: ModelConfig, weight_bytes: int, positions: int, limit
         else:
             needed = run_memory(config, weight_bytes, positions, budget)
             raise DgemmaError(
-                f"{positions:,} tokens of context take about {needed / 1e9:.1f} GB, "
-                f"more than the memory limit of {limit / 1e9:.1f} GB",
+                f"{positions:,} tokens of context take about {size(needed)}, "
+                f"more than the memory limit of {size(limit)}",
                 "Shorten the prompt, raise --memory-limit, or take a checkpoint with fewer bits per weight.",
             )
     return budget
@@ -111,10 +115,10 @@ def device_limit() -> int:
 def parse_size(text: str) -> int:
     """``8GB``, ``7.5 GiB``, ``500M`` or plain bytes -> bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
-    size = int(float(found[1]) * _UNITS.get(found[2], 0)) if found else 0
-    if size == 0:
-        raise DgemmaError(f"no size of memory: {text!r}", "Say it as 8GB or 7.5GiB.", exit_code=2)
-    return size
+    parsed = int(float(found[1]) * _UNITS.get(found[2], 0)) if found else 0
+    if parsed == 0:
+        raise DgemmaError(f"no size of memory: {text!r}", _SAY_A_SIZE, exit_code=2)
+    return parsed
 
 
 def free_memory() -> int:

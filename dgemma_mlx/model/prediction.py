@@ -11,8 +11,14 @@ from dgemma_mlx.kernels import MAX_KEPT, CanvasSample
 
 
 def least_kept(dtype: mx.Dtype) -> float:
-    """Of a position's probability. What is left out moves the expected embedding by no more than bfloat16 rounds off;
-    in float32, where results are compared with the reference's, by no more than the sum of the list is off itself."""
+    """Of a position's probability. What is left out, times the table's largest value, is the most by which the expected
+    embedding moves: what bfloat16 rounds off; in float32, where results are compared with the reference's, what the sum
+    of the list is off itself.
+
+    That bound is on the exact expected embedding, of logits that are not rounded. transformers rounds them to the
+    weights' dtype first, and so does the way over all logits (``DiffusionGemma._expected_embedding``): in bfloat16 the
+    two ways differ by what that rounding is worth, far more than the bound, and the lists are the closer to the exact.
+    """
     return 1 - (2**-20 if dtype == mx.float32 else 2**-9)
 
 

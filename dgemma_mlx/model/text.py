@@ -20,6 +20,7 @@ from dgemma_mlx.model.attention import AppendKV, Attention
 from dgemma_mlx.model.cache import Mask, PrefixCache, row_positions
 from dgemma_mlx.model.experts import Experts, Router, RouterLog
 from dgemma_mlx.model.mlp import MLP, SelfConditioning
+from dgemma_mlx.model.packed import times_table, weighted_rows
 from dgemma_mlx.model.prediction import Prediction, incomplete
 
 LayerWrapper = Callable[["Layer", int, Callable[..., Any]], Callable[..., tuple[mx.array, mx.array]]]
@@ -169,7 +170,8 @@ class DiffusionGemma(nn.Module):
 
     def project(self, hidden: mx.array) -> mx.array:
         """hidden (..., M) -> logits (..., V) before the softcap, in the weights' dtype."""
-        return self.embed_tokens.as_linear(hidden)
+        table = self.embed_tokens
+        return times_table(hidden, table) if isinstance(table, nn.QuantizedEmbedding) else table.as_linear(hidden)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden (..., M) -> softcapped logits (..., V) float32."""
@@ -220,10 +222,7 @@ class DiffusionGemma(nn.Module):
         probabilities = mx.softmax(logits.astype(self.dtype).astype(mx.float32), axis=-1).astype(self.dtype)
         table = self.embed_tokens
         if isinstance(table, nn.QuantizedEmbedding):
-            soft = mx.quantized_matmul(
-                probabilities, table.weight, table.scales, table.get("biases"), transpose=False,
-                group_size=table.group_size, bits=table.bits, mode=table.mode,
-            )
+            soft = weighted_rows(probabilities, table)
         else:
             soft = probabilities @ table.weight
         return soft * math.sqrt(self.config.hidden_size)

@@ -221,7 +221,7 @@ def test_settings_that_do_not_go_together_are_refused_at_the_start(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("size", "code", "message"),
-    [("much", 2, "no size of memory: 'much'"), ("5MB", 1, "more than the memory limit of 0.0 GB"), ("2GB", 0, "")],
+    [("much", 2, "no size of memory: 'much'"), ("5MB", 1, "more than the memory limit of 5.0 MB"), ("2GB", 0, "")],
 )
 def test_a_limit_of_memory(tmp_path: Path, size: str, code: int, message: str) -> None:
     done = run("generate", "-q", "-m", "demo", "--memory-limit", size, "Sort 2 1", folder=tmp_path)

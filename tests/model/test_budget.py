@@ -70,6 +70,18 @@ def test_a_tighter_limit_makes_smaller_steps() -> None:
     assert len(set(sizes)) > 1
 
 
+def test_a_limit_too_low_is_shown_as_it_was_given() -> None:
+    with pytest.raises(DgemmaError, match=r"about 15\.\d GB, more than the memory limit of 1\.0 kB"):
+        fitting_budget(PUBLISHED, WEIGHTS, 100, 1000)
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_that_is_no_size(limit: int) -> None:
+    with pytest.raises(DgemmaError, match=f"more than 0 bytes, not {limit}") as caught:
+        fitting_budget(PUBLISHED, WEIGHTS, 100, limit)
+    assert caught.value.exit_code == 2 and caught.value.hint
+
+
 def test_the_devices_own_limit_is_no_error() -> None:
     weights = 2 * device_limit()
     assert fitting_budget(PUBLISHED, weights, 1000).prefill_step_size < Budget().prefill_step_size
@@ -104,12 +116,16 @@ def test_what_prefill_takes_is_what_was_estimated(shape: str, positions: int) ->
     assert run_memory(config, 0, positions, Budget()) == pytest.approx(peak, rel=0.15)
 
 
-def test_a_step_with_flat_predictions_takes_what_was_estimated() -> None:
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_a_step_with_flat_predictions_takes_what_was_estimated(bits: int | None) -> None:
     """Over a vocabulary of the published size, where all logits of all positions make the expected embeddings."""
     config = ModelConfig(TextConfig.from_dict({**SMALL, "vocab_size": 262_144}), canvas_length=32)
     model = DiffusionGemma(config.text)
+    if bits is not None:
+        model.embed_tokens = model.embed_tokens.to_quantized(32, bits)
     model.eval()
     mx.eval(model.parameters())
+    mx.clear_cache()
     cache = model.new_cache()
     prefill(model, mx.array([[1] * 16]), cache, 16)
     before = mx.get_active_memory() - cache.nbytes

@@ -118,8 +118,9 @@ def test_they_are_unpacked_on_request_or_where_there_is_room(
     for free, roomy in ((2 * needed, True), (2 * needed - 2, False)):
         monkeypatch.setattr(dequantize_module, "free_memory", lambda free=free: free)
         assert [should_dequantize(model, choice) for choice in CHOICES] == [roomy, True, False]
-    with pytest.raises(DgemmaError, match="auto, on, off"):
+    with pytest.raises(DgemmaError, match="auto, on, off") as caught:
         should_dequantize(model, "yes")
+    assert caught.value.hint and caught.value.exit_code == 2
 
 
 ODD_QUANTIZATION = [
