@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dgemma_mlx.cli.sizes import size
+from dgemma_mlx.sizes import size
 from dgemma_mlx.errors import DgemmaError
 
 Record = Mapping[str, Any]

@@ -156,6 +156,7 @@ def denoise(
         if all(draft.finished for draft in drafts):
             return
         last, canvas, prediction = step, step.current_canvas, model.predict(raw, own, degree)
+        del raw  # the next step's logits may be evaluated at once, beside it
 
 
 def _sampled(
