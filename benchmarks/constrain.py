@@ -5,13 +5,13 @@
     python benchmarks/constrain.py cost [--steps 8]
 
 ``json``: the demo model fills in JSON, with a schema and without, for the same held-out prompts with the same
-seeds. ``random``: a model with random weights, a made-up vocabulary of 262,144 tokens and a canvas of 32 writes under ten
-schemas and 20 regular expressions, as many outputs for the schemas together and for the regular expressions together,
-or with ``--each`` for each of them; they are checked by ``jsonschema`` and ``re``. ``cost``: the time of steps with and
-without a constraint on the checkpoint small-262k (canvas 256), and of the projection within them.
+seeds. ``random``: a model with random weights, a made-up vocabulary of 262,144 tokens and a canvas of 32 writes under
+ten schemas and 20 regular expressions, as many outputs for the schemas together and for the regular expressions
+together, or with ``--each`` for each of them; they are checked by ``jsonschema`` and ``re``. ``cost``: the time of
+steps with and without a constraint on the checkpoint small-262k (canvas 256), and of the projection within them.
 
-The exit code is 1 where anything does not match, where constrained answers are less often right, or where the projection
-takes 15 % of a step or more for the typical schema.
+The exit code is 1 where anything does not match, where constrained answers are less often right, or where the
+projection takes 15 % of a step or more for the typical schema.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ REGEXES = (
     "[0-9]{4}-[0-9]{2}-[0-9]{2}", "(yes|no|maybe)", "[A-Z][a-z]+ [A-Z][a-z]+", "(a|ab)(c|bcd)*", r"#[0-9a-f]{6}",
     ".*", r"\+?[0-9]{1,3}( [0-9]{2,4}){2,4}", "[^aeiou]{5,20}", "(([01]?[0-9]|2[0-3]):[0-5][0-9])",
     "x{0,40}y", "", "é+(ü|日本)*",
-    r"[a-z0-9._]+@[a-z0-9]+\.(com|org|net)", "(- [a-z ]+\n){3}", r"\$[1-9][0-9]{0,2}(,[0-9]{3})*\.[0-9]{2}", "[αβγ]{3,9}",
+    r"[a-z0-9._]+@[a-z0-9]+\.(com|org|net)", "(- [a-z ]+\n){3}", r"\$[1-9][0-9]{0,2}(,[0-9]{3})*\.[0-9]{2}",
+    "[αβγ]{3,9}",
     r"SELECT [a-z_]+(, [a-z_]+)* FROM [a-z_]+;", "((a|b){2}c)+", "(?i:hello), (world|[a-z]{3,12})!", r"<b>[^<>&]*</b>",
 )  # fmt: skip
 
