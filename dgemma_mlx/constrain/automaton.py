@@ -13,7 +13,7 @@ from dgemma_mlx.constrain.regex import weight
 from dgemma_mlx.errors import DgemmaError
 
 MAX_STATES = 20_000
-MAX_MINIMIZED = 4_000
+MAX_MINIMIZED = 2_500
 DEAD = -1
 _FRONT = "X"
 _HEAVIEST = 50_000
@@ -63,7 +63,7 @@ class Automaton:
         return texts
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=8)
 def automaton_of(regex: str, what: str) -> Automaton:
     """Compiles a regular expression (the syntax of Rust's ``regex``) that has to match the whole text.
 

@@ -5,9 +5,10 @@ r"""A grammar in EBNF without recursion -> a regular expression.
     name ::= [A-Z] [a-z]*
 
 A rule is a name, ``::=`` (or ``=``, or ``:``) and an expression, which goes on until the next rule or a ``;``.
-Literals stand in either quotes, with ``\n``, ``\t``, ``\r``, ``\\``, ``\"``, ``\'``, ``\xHH`` and ``\uHHHH``; ``[a-z]`` and
-``[^...]`` are classes of characters, ``.`` is any but a newline; ``?``, ``*``, ``+``, ``{3}``, ``{2,}`` and ``{2,5}`` repeat what
-stands before them; ``#`` begins a comment. A rule may be used before it is written, but not within itself.
+Literals stand in either quotes, with ``\n``, ``\t``, ``\r``, ``\\``, ``\"``, ``\'``, ``\xHH`` and ``\uHHHH``. ``[a-z]``
+and ``[^...]`` are classes of characters, ``.`` is any but a newline. ``?``, ``*``, ``+``, ``{3}``, ``{2,}`` and
+``{2,5}`` repeat what stands before them, ``#`` begins a comment. A rule may be used before it is written, but not
+within itself.
 """
 
 from __future__ import annotations

@@ -50,9 +50,9 @@ SUPPORTED: dict[str, list[Any]] = {
     "maxLength": [{"type": "string", "maxLength": 2}, {"type": "string", "maxLength": 0}],
     "pattern": [{"type": "string", "pattern": p} for p in (
         "^[A-Z]{2}[0-9]+$", "a", "^a", "b$", "^(?:ab|c)d?$", "x|y", r"^\d{3}-\w+\.$", r"^[^a-z]+$", r"^\S\D\W$",
-        "^.{2,4}$", r'^"q"\\$', r"^[\d\s_-]+$", r"^[^\d\w]+$", r"^\u00e9\x41$", r"^a\nb$", r"^(a|b)*c+?$", r"^[\]x~y]+$",
-        r"^[^\D]\D[^\W5]$", r"^[^\S]\s[\Sa]$", r"^\/\-$",
-    )],  # fmt: skip
+        "^.{2,4}$", r'^"q"\\$', r"^[\d\s_-]+$", r"^[^\d\w]+$", r"^\u00e9\x41$", r"^a\nb$", r"^(a|b)*c+?$",
+        r"^[\]x~y]+$", r"^[^\D]\D[^\W5]$", r"^[^\S]\s[\Sa]$", r"^\/\-$",
+    )],
     "format": [{"type": "string", "format": name} for name in FORMATS],
     "minimum": [{"type": "integer", "minimum": 0}, {"type": "number", "minimum": -3},
                 {"minimum": 2.5, "type": "number"},

@@ -1,0 +1,107 @@
+"""Tokens over an automaton are their bytes over it; candidates are the most probable tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import dgemma_mlx
+from dgemma_mlx import Constraint, DgemmaError
+from dgemma_mlx.config import GenerationConfig
+from dgemma_mlx.constrain.candidates import top_ids
+from dgemma_mlx.constrain.vocabulary import TokenAutomaton
+from dgemma_mlx.text import Tokenizer, load_tokenizer
+from tests.constrain.small import EOS, PAD, TURN, tokenizer_of
+
+DEMO = Path(dgemma_mlx.__file__).parent / "demo"
+RECORD = {"type": "object", "properties": {"é": {"type": "string"}, "n": {"type": "number"}}, "required": ["é"]}
+
+
+@pytest.fixture(scope="module")
+def demo() -> Tokenizer:
+    return load_tokenizer(DEMO)
+
+
+def over(constraint: Constraint, tokenizer: Tokenizer, vocab_size: int = 768) -> TokenAutomaton:
+    return constraint.over(tokenizer, GenerationConfig(eos_token_ids=(1, 106, 50)), vocab_size)
+
+
+@pytest.mark.parametrize("constraint", [Constraint.json_schema(RECORD), Constraint.regex(".*[é京]?[a-f ]{2}")])
+def test_every_token_leads_where_its_bytes_lead(demo: Tokenizer, constraint: Constraint) -> None:
+    tokens, automaton = over(constraint, demo), constraint.automaton
+    classes = tokens.classes(np.arange(768, dtype=np.int32))
+    for id in range(768):
+        _, source, target = tokens.pairs(classes[id : id + 1])
+        found = dict(zip(source.tolist(), target.tolist(), strict=True))
+        text = demo.token_bytes(id)
+        ways = {state: automaton.after(state, text) for state in range(automaton.size)} if text else {}
+        expected = {state: to for state, to in ways.items() if to >= 0}
+        if id in (1, 106):
+            expected = dict.fromkeys(np.flatnonzero(automaton.accepting).tolist(), tokens.end)
+        if id in (0, 1, 106):
+            expected[tokens.end] = tokens.end
+        assert found == expected, demo.token(id)
+        for state in range(tokens.end):
+            assert tokens.advance(state, [id]) == expected.get(state, -1)
+
+
+def test_shortest_ways_are_ways(demo: Tokenizer) -> None:
+    """Along the skeleton each state has a token that comes nearer to the end by one."""
+    tokens = over(Constraint.json_schema(RECORD), demo)
+    place, source, target = tokens.pairs(tokens.classes(tokens.skeleton))
+    assert len(place)
+    nearest = np.full(tokens.end + 1, 1 << 40)
+    np.minimum.at(nearest, source, tokens.shortest[target])
+    assert tokens.shortest[tokens.end] == 0
+    np.testing.assert_array_equal(tokens.shortest[: tokens.end], nearest[: tokens.end] + 1)
+
+
+def test_tokens_of_bytes(demo: Tokenizer) -> None:
+    for id in range(768):
+        data = demo.token_bytes(id)
+        if data:
+            other = demo.id_of_bytes(data)
+            assert other is not None and demo.token_bytes(other) == data
+    assert demo.id_of_bytes(b"") is None
+    assert demo.id_of_bytes("▁".encode()) is None  # a blank in the vocabulary, three bytes in a text
+    assert demo.id_of_bytes(b"<eos>") is None
+    assert demo.token_bytes(demo.id_of_bytes(b"\xe2") or 0) == b"\xe2"
+
+
+def test_a_vocabulary_that_cannot_write_it_is_an_error() -> None:
+    with pytest.raises(DgemmaError, match="lacks tokens"):
+        TokenAutomaton(Constraint.regex("a|xy").automaton, tokenizer_of("a", "x"), (EOS, TURN), PAD, 5)
+
+
+def test_a_model_may_have_fewer_tokens_than_its_tokenizer(demo: Tokenizer) -> None:
+    tokens = over(Constraint.regex("[a-z]{40}"), demo, 500)
+    assert tokens.skeleton.max() < 500
+
+
+def test_one_constraint_serves_several_models(demo: Tokenizer) -> None:
+    constraint = Constraint.regex("[a-z]{4}")
+    first = over(constraint, demo)
+    assert over(constraint, demo) is first
+    assert over(constraint, demo, 700) is not first
+    assert over(constraint, load_tokenizer(DEMO)) is not first
+
+
+@pytest.mark.parametrize("size", [5, 64, 700, 5000, 70_001])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_top_ids_are_the_largest(size: int, dtype: mx.Dtype) -> None:
+    logits = mx.random.normal((2, 3, size), key=mx.random.key(size)).astype(dtype)
+    ids = np.array(top_ids(logits, 8))
+    values = np.array(logits.astype(mx.float32))
+    assert ids.shape == (2, 3, min(8, size))
+    found = np.sort(np.take_along_axis(values, ids, axis=-1), axis=-1)
+    np.testing.assert_array_equal(found, np.sort(values, axis=-1)[..., -ids.shape[-1] :])
+    assert all(len(set(row)) == len(row) for row in ids.reshape(-1, ids.shape[-1]).tolist())
+
+
+def test_top_ids_of_what_has_no_order() -> None:
+    for value in (mx.nan, -mx.inf, mx.inf):
+        ids = np.array(top_ids(mx.full((1, 2, 5000), value), 8))
+        assert ((ids >= 0) & (ids < 5000)).all()
