@@ -216,7 +216,7 @@ def test_bad_options_are_one_clear_error(demo: Model, options: dict[str, Any], s
 
 @pytest.mark.parametrize("prompt", [None, 5, b"Sort 5 2 9"])
 def test_what_is_no_prompt(demo: Model, prompt: Any) -> None:
-    with pytest.raises(DgemmaError, match="prompt|message") as error:
+    with pytest.raises(DgemmaError, match=r"prompt|message") as error:
         generate(demo, prompt)
     assert error.value.exit_code == 2
 

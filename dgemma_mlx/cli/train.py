@@ -11,9 +11,9 @@ import typer
 
 from dgemma_mlx.cli.generate import Dequantize, ModelName, Quiet, load_as_told
 from dgemma_mlx.cli.interrupt import interruptible
-from dgemma_mlx.sizes import size
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.settings import LARGEST_SEED, Settings
+from dgemma_mlx.sizes import size
 
 if TYPE_CHECKING:
     from dgemma_mlx.train.finetune import FinetuneRun

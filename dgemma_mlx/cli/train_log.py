@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dgemma_mlx.sizes import size
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.sizes import size
 
 Record = Mapping[str, Any]
 PLOT = "loss.png"

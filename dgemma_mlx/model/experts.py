@@ -103,8 +103,7 @@ class Experts(nn.Module):
 
     def __call__(self, x: mx.array, route: Route, norm: nn.RMSNorm) -> mx.array:
         """x (N, M) -> norm(the sum of each row's experts), (N, M)."""
-        whole = self.gate_up_proj.is_plain and self.down_proj.is_plain
-        if self.training and self._few_experts and whole:
+        if self.training and self._few_experts and self.gate_up_proj.is_plain and self.down_proj.is_plain:
             return norm(self._all_experts(x, route.weights, route.indices))
         y = self.gate_up_proj(x[route.rows][:, None], route.experts, sorted_indices=True)
         y = self.down_proj(geglu(*mx.split(y, 2, axis=-1)), route.experts, sorted_indices=True)[:, 0]
