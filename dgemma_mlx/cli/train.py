@@ -23,6 +23,10 @@ Data = Annotated[
     typer.Option("--data", help="A JSONL file, or a folder with train.jsonl and perhaps valid.jsonl; may be repeated."),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write: the adapter, logs, checkpoints.")]
+Start = Annotated[
+    Path | None,
+    typer.Option("--adapter", help="Train this adapter on, instead of a new one; its rank and targets stay."),
+]
 Valid = Annotated[Path | None, typer.Option("--valid", help="A JSONL file to validate with.")]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Updates of the weights.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Examples worked on at a time.")]
@@ -64,6 +68,7 @@ def train(
     data: Data,
     output: Output,
     model: ModelName = None,
+    adapter: Start = None,
     valid: Valid = None,
     steps: Steps = 1000,
     batch_size: BatchSize = 4,
@@ -100,21 +105,22 @@ def train(
     Ctrl-C saves; the same command with --resume goes on, to the same end.
     """
     from dgemma_mlx.model.adapter import AdapterConfig
+    from dgemma_mlx.model.adapter_file import read_adapter
     from dgemma_mlx.train.dataset import read_data
     from dgemma_mlx.train.estimate import make_plan
     from dgemma_mlx.train.finetune import FinetuneConfig, open_run
 
-    adapter = AdapterConfig(
+    shape = AdapterConfig(
         rank, 2.0 * rank if alpha is None else alpha, dropout,
         tuple(target.strip() for target in targets.split(",")), dora, canvas_length,
-    )  # fmt: skip
+    ) if adapter is None else read_adapter(adapter)[0]  # fmt: skip
     config = FinetuneConfig(
         steps, batch_size, accumulate, max_length, learning_rate, optimizer, schedule, warmup, weight_decay,
-        causal_weight=causal_weight, seed=seed, checkpoint_layers=grad_checkpoint, full=full, adapter=adapter,
+        causal_weight=causal_weight, seed=seed, checkpoint_layers=grad_checkpoint, full=full, adapter=shape,
         log_every=log_every, save_every=save_every, valid_every=valid_every, valid_answers=valid_answers,
     )  # fmt: skip
     examples, held_out = read_data(data, valid)
-    loaded = load_as_told(Settings(), model, cpu_dequantize, no_kernels=False, quiet=quiet)
+    loaded = load_as_told(Settings(), model, cpu_dequantize, no_kernels=False, quiet=quiet, adapter=adapter)
     run = open_run(loaded, examples, held_out, config)
     if run.left_out:
         print(f"dgemma-mlx: {run.left_out} of {len(examples)} examples are longer than --max-length {max_length} "

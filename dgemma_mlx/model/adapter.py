@@ -173,6 +173,12 @@ def attach(network: DiffusionGemma, config: AdapterConfig, ranks: dict[str, int]
         return (DoRALinear if config.dora else LoRALinear)(module, config, ranks[path])
 
     network.update_modules(tree_map_with_path(adapted, network.leaf_modules(), is_leaf=nn.Module.is_module))
+    unfreeze(network)
+
+
+def unfreeze(network: DiffusionGemma) -> None:
+    """Makes the additions, and nothing else, what is trained."""
+    network.freeze()
     for module in adapted_modules(network).values():
         module.unfreeze(keys=["lora_a", "lora_b", "m"], recurse=False)
 

@@ -21,8 +21,8 @@ from dgemma_mlx.config import read_json
 from dgemma_mlx.engine import Model, generate_batch
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import write_whole
-from dgemma_mlx.model.adapter import AdapterConfig, attach
-from dgemma_mlx.model.adapter_file import save_adapter
+from dgemma_mlx.model.adapter import AdapterConfig, attach, unfreeze
+from dgemma_mlx.model.adapter_file import adapter_digest, save_adapter
 from dgemma_mlx.train.checkpointing import checkpointed
 from dgemma_mlx.train.data import Conversation, Part, canvas_batch, parts_at
 from dgemma_mlx.train.dataset import Example, encode_all
@@ -122,7 +122,8 @@ def open_run(
 
 
 def prepare(model: Model, config: FinetuneConfig) -> Model:
-    """Puts a new adapter on the model's network, or unfreezes it; the model that comes back has the canvas length."""
+    """Puts a new adapter on the model's network, where it has none, or unfreezes it; the model that comes back has the
+    canvas length."""
     if config.full:
         packed = [name for name, module in model.network.named_modules() if "scales" in module]
         if packed:
@@ -130,9 +131,11 @@ def prepare(model: Model, config: FinetuneConfig) -> Model:
                 f"packed weights cannot be trained, and {model.name} has some", "Train an adapter: leave out --full.",
             )
         model.network.unfreeze()
-    else:
+    elif model.adapter is None:
         mx.random.seed(config.seed)
         attach(model.network, config.adapter)
+    else:
+        unfreeze(model.network)
     model.network.wrap_layers(checkpointed if config.checkpoint_layers else None)
     length = config.adapter.canvas_length
     return model if length is None else replace(model, config=replace(model.config, canvas_length=length))
@@ -182,7 +185,8 @@ def _open_folder(out: Path, run: FinetuneRun, resume: bool) -> None:
     """Makes the folder and notes what is run there, or checks that it is the same; drops what was logged after the
     last checkpoint, as it will be again."""
     data = sha256(repr(list(run.conversations)).encode()).hexdigest()
-    record = json.loads(json.dumps({"model": run.model.name, "data": data, **asdict(run.config)}))
+    start = None if run.model.adapter is None else adapter_digest(run.model.adapter)
+    record = json.loads(json.dumps({"model": run.model.name, "start": start, "data": data, **asdict(run.config)}))
     path = out / RUN
     if path.exists():
         before = read_json(path)

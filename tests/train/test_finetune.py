@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 from dgemma_mlx import Model, load
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.model.adapter import GROUPS, AdapterConfig, adapted_modules, attach
+from dgemma_mlx.model.adapter_file import read_adapter
 from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.train.checkpointing import checkpointed
 from dgemma_mlx.train.data import Conversation, canvas_batch, parts_at
@@ -74,6 +75,22 @@ def test_what_was_logged_after_the_last_checkpoint_is_logged_once(tmp_path: Path
     log.write_text(log.read_text() + json.dumps({"step": 4, "loss": 1.0}) + '\n{"step": 5, "lo')  # killed by step 5
     run(tmp_path, resume=True)
     assert [step for step, *_ in losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_adapter_is_trained_on(tmp_path: Path) -> None:
+    first = run(tmp_path / "first", replace(CONFIG, steps=2))
+    model = load("demo", adapter=tmp_path / "first")
+    shape, _ = read_adapter(tmp_path / "first")
+    assert model.config.canvas_length == 8 and (shape.rank, shape.dropout) == (2, 0.1)
+    config = replace(CONFIG, steps=1, adapter=shape, learning_rate=0.0)
+    finetune(FinetuneRun(prepare(model, config), config, CONVERSATIONS), tmp_path / "same", lambda record: None)
+    for path, module in adapted_modules(first.network).items():  # no rate: where the first one ended
+        assert mx.array_equal(module.lora_a, adapted_modules(model.network)[path].lora_a).item(), path
+    again, _ = read_adapter(tmp_path / "same")
+    assert replace(again, targets=()) == replace(ADAPTER, targets=())
+    fresh = FinetuneRun(prepare(load("demo"), config), config, CONVERSATIONS)
+    with pytest.raises(DgemmaError, match="had another start"):
+        finetune(fresh, tmp_path / "same", lambda record: None, resume=True)
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
