@@ -107,9 +107,11 @@ class TextConfig:
         _require(raw.get("tie_word_embeddings") in (None, True), "untied word embeddings are not supported")
 
     def layer_head_dim(self, kind: str) -> int:
+        """Width of a head in a layer of this kind."""
         return self.global_head_dim if kind == FULL else self.head_dim
 
     def kv_heads(self, kind: str) -> int:
+        """Key/value heads of a layer of this kind."""
         return self.num_global_key_value_heads if kind == FULL else self.num_key_value_heads
 
 
@@ -161,6 +163,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
+        """What ``config.json`` holds, in either layout; ``DgemmaError`` says what of it is wrong."""
         kind = raw.get("model_type")
         _require(kind == "diffusion_gemma", f"model_type is {shortened(kind)}, not 'diffusion_gemma'")
         _require(raw.get("tie_word_embeddings") in (None, True), "untied word embeddings are not supported")

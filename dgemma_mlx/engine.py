@@ -153,7 +153,7 @@ def generate_batch(
 ) -> list[Done]:
     """Answers several prompts at once, each as it would be alone with its seed, but for rounding.
 
-    ``max_tokens`` and ``system`` may be one for all or one for each. Takes ``Options`` without ``trim_canvas``, which
+    ``max_tokens`` and ``system`` may be one for all or one for each, else that is a ``DgemmaError``. Takes ``Options`` without ``trim_canvas``, which
     would give the answers other texts than alone.
     """
     if isinstance(prompts, str):

@@ -123,6 +123,7 @@ def denoise(
 ) -> Iterator[tuple[Draft, ...]]:
     """Denoises a canvas after the cached prefix; yields one ``Draft`` for each row a step, last ones ``finished``.
 
+    ``canvas_length`` C may be another than the checkpoint's; ``config`` and ``speed`` say when to accept and to stop.
     ``greedy`` takes the argmax as denoiser canvas instead of a sample. With ``project``, acceptance and stopping go by
     what it says of a step; the next one is conditioned on the model's own prediction even so. Each step is evaluated
     once, before it is yielded; a caller may stop between any two.

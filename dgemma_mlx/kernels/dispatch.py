@@ -48,6 +48,7 @@ class Operation(Generic[P, R]):
         self._verdicts: dict[mx.Dtype, Verdict] = {}
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Kernel or reference; ``DgemmaError`` where the kernel is forced and there is no Metal."""
         run = self.kernel if self._use_kernel(args) else self.reference
         return run(*args, **kwargs)
 

@@ -111,6 +111,7 @@ class DiffusionGemma(nn.Module):
         return self.norm.weight.dtype
 
     def new_cache(self, left_padding: mx.array | None = None) -> PrefixCache:
+        """An empty cache; ``left_padding`` (B,) int32 says how many of each row's first positions are padding."""
         return PrefixCache(self.config, left_padding)
 
     def embed(self, ids: mx.array) -> mx.array:
