@@ -153,8 +153,8 @@ def generate_batch(
 ) -> list[Done]:
     """Answers several prompts at once, each as it would be alone with its seed, but for rounding.
 
-    ``max_tokens`` and ``system`` may be one for all or one for each, else that is a ``DgemmaError``. Takes ``Options`` without ``trim_canvas``, which
-    would give the answers other texts than alone.
+    ``max_tokens`` and ``system`` may be one for all or one for each, else that is a ``DgemmaError``. Takes ``Options``
+    without ``trim_canvas``, which would give the answers other texts than alone.
     """
     if isinstance(prompts, str):
         raise DgemmaError("prompts must be several", "One prompt goes to generate().", exit_code=2)
