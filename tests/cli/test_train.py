@@ -90,6 +90,16 @@ def test_what_was_learned_is_in_adapter_and_fused_model(adapter: Path, data: Pat
     assert chat.stdout.split() in (["one"], ["two"])
 
 
+def test_fill_and_choose_take_the_adapter_too(adapter: Path, tmp_path: Path) -> None:
+    gap = tmp_path / "gap"
+    gap.write_text("___:1___")
+    arguments = ("-m", "demo", "-q", "--seed", "1", "--adapter", adapter)
+    chosen = run("choose", WORDS[1], "--from", "one,two,Rome", *arguments)
+    assert chosen.stdout.splitlines()[-1].endswith("Rome"), chosen
+    filled = run("fill", gap, "--prompt", WORDS[1], *arguments)
+    assert filled.returncode == 0 and filled.stdout, filled
+
+
 def test_a_prompt_cache_belongs_to_its_adapter(adapter: Path, tmp_path: Path) -> None:
     cache = tmp_path / "prompt.cache"
     arguments = ("generate", "-m", "demo", "-q", "--seed", "1", "--prompt-cache", cache, WORDS[1])
