@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dgemma_mlx.config import TextConfig
@@ -60,6 +60,7 @@ def some_logits(rows: list[tuple[int, float, float]], seed: int, dtype: mx.Dtype
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @settings(max_examples=20, deadline=None)
+@example(rows=[(1, 10.0, 0.0)], temperature=0.75, seed=0)
 @given(
     rows=st.lists(
         st.tuples(
@@ -88,7 +89,7 @@ def test_it_is_the_expected_embedding_within_its_bound(
     exact = math.sqrt(M) * (p / p.sum(axis=-1, keepdims=True)) @ table
     largest = math.sqrt(M) * np.abs(table).max()
     unit = 2.0**-9 if dtype == mx.bfloat16 else 2.0**-24  # by which rounding changes a value, relatively
-    float32 = 2.0**-16  # what the probabilities, worked out in float32, are off
+    float32 = 2.0**-14  # what float32 probabilities are off: 3.0e-5 by MLX's CPU softmax, in the row of the example
     bound = largest * (1 - least_kept(dtype) + float32) + 3 * unit * np.abs(exact)
     assert prediction.dense is not None
     dense = np.array(prediction.dense)
