@@ -11,7 +11,7 @@ from dgemma_mlx.diffusion.denoise import Barred
 from dgemma_mlx.engine import Model
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.infill.fill import Filled, check_candidates, end_id, lay_out, noised, write_gaps
-from dgemma_mlx.infill.layout import barring
+from dgemma_mlx.infill.layout import barring, not_text
 from dgemma_mlx.infill.search import Candidate, around
 from dgemma_mlx.infill.template import Gap, Part, lines_of
 from dgemma_mlx.infill.writer import Writer
@@ -105,8 +105,8 @@ def _edit_all(
         )
     writer = Writer(model, model.encode_prompt(asked, system=system), 1, seed, options)
     kept = {pad, *model.generation.eos_token_ids}
-    control = [id for id in model.tokenizer.special_ids.values() if id < writer.vocab_size and id not in kept]
-    barred = Barred(barring([*control, *range(model.tokenizer.vocab_size, writer.vocab_size)], writer.vocab_size))
+    banned = [id for id in not_text(model.tokenizer, writer.vocab_size) if id not in kept]
+    barred = Barred(barring(banned, writer.vocab_size))
     canvas = mx.array([ids + [pad] * (length - len(ids))], mx.int32)
     [draft] = writer.write(length, 1, None, barred, noised(writer, canvas, strength))
     size = next((place for place, id in enumerate(draft.tokens) if id in kept), length)

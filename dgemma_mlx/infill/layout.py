@@ -95,15 +95,13 @@ class Layout:
 
     def barred(self, candidates: Sequence[Lengths], length: int, vocab_size: int) -> Barred:
         """No control tokens in a gap, and at the start of one that has to bring a space only tokens that do."""
-        control = [id for id in self._tokenizer.special_ids.values() if id < vocab_size]
-        beyond = range(self._tokenizer.vocab_size, vocab_size)
         places = [
             row * length + start
             for row, lengths in enumerate(candidates)
             for slot, (start, _) in zip(self.slots, self.spans(lengths), strict=True)
             if slot.spaced
         ]
-        everywhere = barring([*control, *beyond], vocab_size)
+        everywhere = barring(not_text(self._tokenizer, vocab_size), vocab_size)
         if not places:
             return Barred(everywhere)
         unspaced = [id for id in self._unspaced if id < vocab_size]
@@ -138,6 +136,12 @@ class Layout:
 def block_length(needed: int, canvas_length: int) -> int:
     """Of a canvas for so many positions: whole blocks of 64, all of ``canvas_length`` at the most."""
     return min(canvas_length, -(-needed // _BLOCK) * _BLOCK)
+
+
+def not_text(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    """The model's ids that are no text: control tokens, and those that the tokenizer does not have."""
+    control = [id for id in tokenizer.special_ids.values() if id < vocab_size]
+    return [*control, *range(tokenizer.vocab_size, vocab_size)]
 
 
 def barring(ids: Sequence[int], vocab_size: int) -> mx.array:
