@@ -21,7 +21,17 @@ from dgemma_mlx.cli.generate import (
     Steps,
     Temp,
 )
-from dgemma_mlx.cli.infill import AsDiff, AsJson, Candidates, ShowAll, Write, prepared, print_filled, report
+from dgemma_mlx.cli.infill import (
+    AsDiff,
+    AsJson,
+    Candidates,
+    ShowAll,
+    Write,
+    check_output,
+    prepared,
+    print_filled,
+    report,
+)
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.texts import is_stdin, read_text, save_text
 from dgemma_mlx.errors import DgemmaError
@@ -63,10 +73,7 @@ def edit(
     Of a FILE the changes are shown as a diff, and written with --write; a text from stdin goes to stdout, changed.
     All of it may change, or only --lines or what --match finds; then the rest stays as it is, byte for byte.
     """
-    if diff and as_json:
-        raise DgemmaError("--diff and --json exclude each other", "The JSON object has the whole text.", exit_code=2)
-    if write and is_stdin(file):
-        raise DgemmaError("--write needs a FILE", "Without it the text goes to stdout.", exit_code=2)
+    check_output(diff, as_json, write, not is_stdin(file))
     span = None if lines is None else _span(lines)
     before = read_text(file)
     with quiet_when_closed():

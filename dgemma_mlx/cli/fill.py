@@ -20,7 +20,17 @@ from dgemma_mlx.cli.generate import (
     Steps,
     Temp,
 )
-from dgemma_mlx.cli.infill import AsDiff, AsJson, Candidates, ShowAll, Write, prepared, print_filled, report
+from dgemma_mlx.cli.infill import (
+    AsDiff,
+    AsJson,
+    Candidates,
+    ShowAll,
+    Write,
+    check_output,
+    prepared,
+    print_filled,
+    report,
+)
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.texts import is_stdin, read_text, save_text
 from dgemma_mlx.errors import DgemmaError
@@ -75,7 +85,8 @@ def fill(
     searched, where that is not said. All gaps and what is between them must fit into one canvas.
     """
     split = prefix_file is not None or suffix_file is not None
-    _check(file, at, size, hint, split, diff, as_json, write)
+    _check(file, at, size, hint, split)
+    check_output(diff, as_json, write, not (is_stdin(file) or split))
     before, parts = _parts(file, hole, at, size, hint, prefix_file, suffix_file)
     with quiet_when_closed():
         with prepared(
@@ -133,14 +144,8 @@ def _place(text: str, at: str) -> int:
     return sum(map(len, lines[: row - 1])) + int(column) - 1
 
 
-def _check(
-    file: Path | None, at: str | None, size: int | None, hint: str, split: bool, diff: bool, as_json: bool, write: bool
-) -> None:
+def _check(file: Path | None, at: str | None, size: int | None, hint: str, split: bool) -> None:
     if split and (file is not None or at is not None):
         raise DgemmaError("--prefix-file and --suffix-file go without FILE and --at", "Name the text once.", 2)
     if (size is not None or hint) and not split and at is None:
         raise DgemmaError("--size and --hint go with --at or --prefix-file", "Write ___:20___ in the text.", 2)
-    if diff and as_json:
-        raise DgemmaError("--diff and --json exclude each other", "The JSON object has the whole text.", exit_code=2)
-    if write and (is_stdin(file) or split):
-        raise DgemmaError("--write needs a FILE", "Without it the text goes to stdout.", exit_code=2)

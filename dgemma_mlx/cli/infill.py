@@ -15,6 +15,7 @@ from dgemma_mlx.cli.generate import chosen, draws, in_bytes, load_as_told
 from dgemma_mlx.cli.interrupt import interruptible
 from dgemma_mlx.cli.render.visible import json_line
 from dgemma_mlx.cli.texts import print_diff, print_exact
+from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.settings import Settings
 
 if TYPE_CHECKING:
@@ -29,6 +30,14 @@ ShowAll = Annotated[bool, typer.Option("--show-all", help="List all candidates o
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object with all candidates.")]
 AsDiff = Annotated[bool, typer.Option("--diff", help="Print a unified diff.")]
 Write = Annotated[bool, typer.Option("--write", "-w", help="Write the result into FILE.")]
+
+
+def check_output(diff: bool, as_json: bool, write: bool, has_file: bool) -> None:
+    """``DgemmaError`` where the forms of output exclude each other, or there is no file to write."""
+    if diff and as_json:
+        raise DgemmaError("--diff and --json exclude each other", "The JSON object has the whole text.", exit_code=2)
+    if write and not has_file:
+        raise DgemmaError("--write needs a FILE", "Without it the text goes to stdout.", exit_code=2)
 
 
 @contextmanager
