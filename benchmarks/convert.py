@@ -30,9 +30,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from dgemma_mlx.config import ModelConfig
-from dgemma_mlx.hub import DEMO_FOLDER
-from dgemma_mlx.model.load import source_name
+from dgemma_mlx.checkpoint.config import ModelConfig
+from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
+from dgemma_mlx.checkpoint.names import source_name
 from dgemma_mlx.model.text import DiffusionGemma
 
 MB = 1_000_000

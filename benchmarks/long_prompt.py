@@ -18,10 +18,10 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from dgemma_mlx.config import ModelConfig, TextConfig
-from dgemma_mlx.model.memory import PREFILL_STEP_SIZE, run_memory
+from dgemma_mlx.checkpoint.config import ModelConfig, TextConfig
+from dgemma_mlx.generation.memory import PREFILL_STEP_SIZE, run_memory
+from dgemma_mlx.generation.runner import prefill
 from dgemma_mlx.model.text import DiffusionGemma
-from dgemma_mlx.run import prefill
 
 MODEL: dict[str, Any] = {
     "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 7, "num_attention_heads": 2,

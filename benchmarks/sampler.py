@@ -24,7 +24,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from dgemma_mlx.config import GenerationConfig
+from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.diffusion.sampler import Noise, accept
 from dgemma_mlx.diffusion.speed import REFERENCE
 from dgemma_mlx.diffusion.stopping import Stopping

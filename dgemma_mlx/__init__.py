@@ -14,14 +14,15 @@ from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
     from dgemma_mlx.constrain.constraint import Constraint
-    from dgemma_mlx.engine import Model, generate, generate_batch, load, stream
     from dgemma_mlx.events import Committed, Done, Draft, Event, Statistics
+    from dgemma_mlx.generation.api import generate, generate_batch, load, stream
+    from dgemma_mlx.generation.model import Model
+    from dgemma_mlx.generation.prompt_cache import PromptCache
     from dgemma_mlx.infill.choose import Choice, choose
     from dgemma_mlx.infill.edit import edit
     from dgemma_mlx.infill.fill import Filled, fill
     from dgemma_mlx.infill.search import Candidate
     from dgemma_mlx.infill.template import Gap
-    from dgemma_mlx.prompt_cache import PromptCache
     from dgemma_mlx.text.parts import ToolCall
 
 __version__ = "0.1.0"
@@ -37,17 +38,17 @@ _PLACES = {
     "Event": "events",
     "Filled": "infill.fill",
     "Gap": "infill.template",
-    "Model": "engine",
-    "PromptCache": "prompt_cache",
+    "Model": "generation.model",
+    "PromptCache": "generation.prompt_cache",
     "Statistics": "events",
     "ToolCall": "text.parts",
     "choose": "infill.choose",
     "edit": "infill.edit",
     "fill": "infill.fill",
-    "generate": "engine",
-    "generate_batch": "engine",
-    "load": "engine",
-    "stream": "engine",
+    "generate": "generation.api",
+    "generate_batch": "generation.api",
+    "load": "generation.api",
+    "stream": "generation.api",
 }
 
 __all__ = [

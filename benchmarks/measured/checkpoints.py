@@ -21,11 +21,11 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from dgemma_convert import convert
+from dgemma_mlx.checkpoint.config import ModelConfig, read_json
+from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
+from dgemma_mlx.checkpoint.names import source_name
+from dgemma_mlx.checkpoint.shards import open_tensors
 from dgemma_mlx.cli.bench import text_of
-from dgemma_mlx.config import ModelConfig, read_json
-from dgemma_mlx.hub import DEMO_FOLDER
-from dgemma_mlx.model.load import source_name
-from dgemma_mlx.model.shards import open_tensors
 from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.text import load_tokenizer
 

@@ -11,7 +11,7 @@ from dgemma_convert.plan import Plan
 from dgemma_convert.verify import Verification
 from dgemma_convert.writer import write_bytes, write_text
 from dgemma_mlx import __version__
-from dgemma_mlx.config import FULL, SLIDING, ModelConfig
+from dgemma_mlx.checkpoint.config import FULL, SLIDING, ModelConfig
 
 REPORT = "conversion_report.json"
 CARD = "README.md"

@@ -17,8 +17,8 @@ from dgemma_convert.source import Source, open_source
 from dgemma_convert.verify import Verification, verify
 from dgemma_convert.walk import make_samples
 from dgemma_convert.writer import begin, locked, sync_folder, write_index, write_shards
+from dgemma_mlx.checkpoint.hub import Checkpoint, resolve
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.hub import Checkpoint, resolve
 
 GROUP_SIZES = (32, 64, 128)
 

@@ -15,9 +15,9 @@ from dgemma_convert.formats import PLAIN, Format, Part
 from dgemma_convert.recipes import CLASSES, VISION, Recipe, class_of, layer_of
 from dgemma_convert.source import Source, Weight
 from dgemma_mlx import __version__
+from dgemma_mlx.checkpoint.names import some_of
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.model.load import some_of
-from dgemma_mlx.model.memory import run_memory
+from dgemma_mlx.generation.memory import run_memory
 
 SHARD_BYTES = 5_000_000_000
 MANIFEST = "conversion_manifest.json"

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from dgemma_convert.walk import Walk, make_samples, number
-from dgemma_mlx.config import ModelConfig
+from dgemma_mlx.checkpoint.config import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from dgemma_mlx.config import ModelConfig
+from dgemma_mlx.checkpoint.config import ModelConfig
 from dgemma_mlx.model.attention import AppendKV
 from dgemma_mlx.model.cache import Mask, row_positions
 from dgemma_mlx.model.load import load_model

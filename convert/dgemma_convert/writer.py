@@ -17,7 +17,7 @@ import numpy as np
 from dgemma_convert.formats import PLAIN
 from dgemma_convert.plan import MANIFEST, Plan, Target
 from dgemma_convert.source import Rows
-from dgemma_mlx.config import read_json
+from dgemma_mlx.checkpoint.config import read_json
 from dgemma_mlx.errors import DgemmaError
 
 Progress = Callable[[int], None]

@@ -9,34 +9,31 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dgemma_mlx.checks import LARGEST_SEED, is_text
+from dgemma_mlx.cli.settings import fits
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.settings import LARGEST_SEED, fits, is_text
 
 if TYPE_CHECKING:
-    from dgemma_mlx.engine import Model
     from dgemma_mlx.events import Done
+    from dgemma_mlx.generation.model import Model
 
 _HINT = 'A line is a JSON string, or an object like {"prompt": "...", "id": "a", "system": "...", "seed": 1}.'
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and is_text(value)
-
-
 def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and value.keys() == {"role", "content"} and all(map(_is_text, value.values()))
+    return isinstance(value, dict) and value.keys() == {"role", "content"} and all(map(is_text, value.values()))
 
 
 def _is_prompt(value: Any) -> bool:
     """A text with something in it, or the messages of a conversation."""
     if isinstance(value, list):
         return bool(value) and all(map(_is_message, value))
-    return _is_text(value) and bool(value.strip())
+    return is_text(value) and bool(value.strip())
 
 
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "prompt": _is_prompt,
-    "id": lambda value: _is_text(value) or (isinstance(value, int) and not isinstance(value, bool)),
+    "id": lambda value: is_text(value) or (isinstance(value, int) and not isinstance(value, bool)),
     "system": partial(fits, "system"),
     "seed": partial(fits, "seed"),
     "max_tokens": lambda value: fits("max_tokens", value) and value <= LARGEST_SEED,
@@ -102,7 +99,7 @@ def _answers(
     model: Model, requests: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
 ) -> list[Done | DgemmaError]:
     """All together; one by one where that fails, so that only those at fault do."""
-    from dgemma_mlx.engine import generate_batch
+    from dgemma_mlx.generation.api import generate_batch
 
     each = {"seeds": "seed", "max_tokens": "max_tokens", "system": "system"}
     common = {name: value for name, value in options.items() if name not in each.values()}

@@ -14,11 +14,11 @@ import typer
 from dgemma_mlx.cli.doctor import examine
 from dgemma_mlx.cli.generate import Dequantize, ModelName, NoKernels, load_as_told
 from dgemma_mlx.cli.pipe import quiet_when_closed
+from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.settings import Settings
 
 if TYPE_CHECKING:
-    from dgemma_mlx.engine import Model
+    from dgemma_mlx.generation.model import Model
     from dgemma_mlx.text import Tokenizer
 
 _LENGTHS = (512, 4096)  # of prompts, where none are asked for and the model holds them
@@ -95,8 +95,8 @@ def text_of(tokenizer: Tokenizer, count: int, seed: int = 0) -> str:
 
 def _timed_steps(model: Model, text: str, steps: int) -> dict[str, Any]:
     """Encodes a prompt and denoises a canvas. The first step, which has no self-conditioning, is not timed."""
-    from dgemma_mlx.engine import stream
     from dgemma_mlx.events import Done, Draft
+    from dgemma_mlx.generation.api import stream
 
     never_settled = model.generation.override(max_denoising_steps=steps + 1, confidence_threshold=0.0)
     drafts: list[float] = []
@@ -118,7 +118,7 @@ def _timed_answer(model: Model, question: str) -> dict[str, Any]:
     """An answer as a user would get it, with the checkpoint's own parameters."""
     from dataclasses import asdict
 
-    from dgemma_mlx.engine import generate
+    from dgemma_mlx.generation.api import generate
 
     done = generate(model, question, seed=0, max_tokens=_MAX_TOKENS)
     return {**asdict(done.statistics), "finish_reason": done.finish_reason}

@@ -19,7 +19,7 @@ def config(as_json: AsJson = False) -> None:
     A flag goes before an environment variable (DGEMMA_MODEL, DGEMMA_MAX_TOKENS, ...), that before config.toml.
     """
     from dgemma_mlx.cli.render.visible import visible
-    from dgemma_mlx.settings import SETTINGS, Settings, config_file
+    from dgemma_mlx.cli.settings import SETTINGS, Settings, config_file
 
     settings, file = Settings(), config_file(os.environ)
     with quiet_when_closed():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,12 +14,11 @@ import typer
 
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.sizes import size
+from dgemma_mlx.sizes import parse_size, size
 
 if TYPE_CHECKING:
     from dgemma_convert import Plan, Report, Verification
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 _STAGES = {"convert": "converting", "verify": "comparing", "measure": "measuring", "calibrate": "calibrating"}
 
 SourceName = Annotated[
@@ -73,7 +71,7 @@ def convert(
         return
     if source is None:
         raise DgemmaError("no source was given", "dgemma-mlx convert SOURCE, a folder or a Hub id.", exit_code=2)
-    target_bytes = None if target_size is None else _parse_size(target_size)
+    target_bytes = None if target_size is None else parse_size(target_size)
     if upload_repo:
         _check_upload(upload_repo, yes)
     from dgemma_convert import carry_out, prepare
@@ -99,15 +97,6 @@ def convert(
     _show_result(report, as_json)
     if upload_repo and (yes or typer.confirm(f"Upload {report.output} to {upload_repo}?", err=True)):
         _upload(report.output, upload_repo)
-
-
-def _parse_size(text: str) -> int:
-    """``14GB``, ``900 MiB``; bytes without a unit."""
-    found = _SIZE.fullmatch(text.strip())
-    if found is None or not 0 < float(found[1]) < float("inf"):
-        raise DgemmaError(f"{text!r} is no size", "A size is a number and a unit: 14GB, 13.5GiB, 900MB.", exit_code=2)
-    base = 1024 if found[3] else 1000
-    return int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " "))
 
 
 def _print_recipes(as_json: bool) -> None:

@@ -105,9 +105,9 @@ def kernels() -> dict[str, Any]:
     checkpoints have; nothing is checked where there is no Metal, or where they are switched off."""
     import mlx.core as mx
 
+    from dgemma_mlx.cli.settings import Settings
     from dgemma_mlx.kernels import OPERATIONS
     from dgemma_mlx.kernels.dispatch import has_metal, set_mode
-    from dgemma_mlx.settings import Settings
 
     mode = Settings()["kernels"].value
     set_mode(mode)
@@ -124,8 +124,8 @@ def probe() -> dict[str, float]:
     """Two short runs: a matrix product, and denoising steps of the built-in model."""
     import mlx.core as mx
 
-    from dgemma_mlx.engine import load, stream
     from dgemma_mlx.events import Draft
+    from dgemma_mlx.generation.api import load, stream
 
     size, dtype = (2048, mx.bfloat16) if mx.metal.is_available() else (512, mx.float32)
     a = mx.random.normal((size, size)).astype(dtype)

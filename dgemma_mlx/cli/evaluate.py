@@ -12,9 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
+from dgemma_mlx.checks import LARGEST_SEED
 from dgemma_mlx.cli.generate import Adapter, Dequantize, ModelName, NoKernels, Quiet, load_as_told
+from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.settings import LARGEST_SEED, Settings
 
 Task = Annotated[str, typer.Option("--task", help="sudoku, or a JSONL file of messages or prompt and completion.")]
 Size = Annotated[int, typer.Option("--size", help="Of a Sudoku: 4, 6 or 9 rows.")]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dgemma_mlx.cli.generate import ModelName
-from dgemma_mlx.settings import Settings
+from dgemma_mlx.cli.settings import Settings
 
 Adapter = Annotated[Path, typer.Option("--adapter", help="The folder of the adapter.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The new checkpoint's folder.")]

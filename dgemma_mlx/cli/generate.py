@@ -11,20 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dgemma_mlx.checks import LARGEST_SEED
 from dgemma_mlx.cli.batch import answer_batch, read_batch
 from dgemma_mlx.cli.constraint import Choice, Grammar, JsonSchema, Regex, constraint_of
 from dgemma_mlx.cli.interrupt import interruptible, unless_cancelled
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.prompt import read_prompt
 from dgemma_mlx.cli.prompt_cache import PromptCacheFile, kept_prompt_cache
+from dgemma_mlx.cli.settings import Settings, checked
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.settings import LARGEST_SEED, Settings, checked
+from dgemma_mlx.sizes import parse_size
 
 if TYPE_CHECKING:
     from typing import TextIO
 
-    from dgemma_mlx.engine import Model
     from dgemma_mlx.events import Done, Event
+    from dgemma_mlx.generation.model import Model
 
 Prompt = Annotated[str | None, typer.Argument(help="The prompt; '-' or none reads it from stdin.", show_default=False)]
 ModelName = Annotated[
@@ -180,7 +182,7 @@ def load_as_told(
     adapter: Path | None = None,
 ) -> Model:
     """The model of the flag or the settings, its weights and kernels as they say."""
-    from dgemma_mlx.engine import load
+    from dgemma_mlx.generation.api import load
     from dgemma_mlx.kernels.dispatch import set_mode
 
     set_mode(settings.pick("kernels", "off" if no_kernels else None))
@@ -197,7 +199,7 @@ def _answer(
 ) -> None:
     """Generates one answer and prints it."""
     from dgemma_mlx.cli.render.plain import traced, with_snapshots
-    from dgemma_mlx.engine import stream
+    from dgemma_mlx.generation.api import stream
 
     with interruptible() as cancelled:
         events: Iterable[Event] = unless_cancelled(stream(model, prompt, **options, cancelled=cancelled))
@@ -256,11 +258,7 @@ def _check_batch(
 
 def in_bytes(size: str | None) -> int | None:
     """``20GB`` as a number; ``DgemmaError`` (exit code 2) for what is no size."""
-    if size is None:
-        return None
-    from dgemma_mlx.model.memory import parse_size
-
-    return parse_size(size)
+    return None if size is None else parse_size(size)
 
 
 def draws() -> bool:

@@ -14,12 +14,12 @@ import typer
 from dgemma_mlx.cli.generate import chosen, draws, in_bytes, load_as_told
 from dgemma_mlx.cli.interrupt import interruptible
 from dgemma_mlx.cli.render.visible import json_line
+from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.cli.texts import print_diff, print_exact
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.settings import Settings
 
 if TYPE_CHECKING:
-    from dgemma_mlx.engine import Model
+    from dgemma_mlx.generation.model import Model
     from dgemma_mlx.infill.fill import Filled
 
 Candidates = Annotated[

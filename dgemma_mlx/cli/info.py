@@ -24,8 +24,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 def info(model: ModelName = None, cpu_dequantize: Dequantize = None, as_json: AsJson = False) -> None:
     """Show a checkpoint's architecture, size, and the memory it needs. Reads no weights."""
     from dgemma_convert.source import open_source
-    from dgemma_mlx.hub import resolve
-    from dgemma_mlx.settings import Settings
+    from dgemma_mlx.checkpoint.hub import resolve
+    from dgemma_mlx.cli.settings import Settings
 
     settings = Settings()
     source = open_source(resolve(settings.pick("model", model), weights=False))
@@ -38,7 +38,7 @@ def describe(source: Source, cpu_dequantize: str = "auto") -> dict[str, Any]:
     """The facts, sizes in bytes; memory is that of a prompt of so many tokens and its answer, on this machine, and
     ``unpacked`` whether packed weights are unpacked in it, as ``load`` with this ``cpu_dequantize`` does."""
     from dgemma_convert.recipes import EXPERTS, class_of
-    from dgemma_mlx.model.memory import cache_memory, run_memory
+    from dgemma_mlx.generation.memory import cache_memory, run_memory
 
     config, text = source.config, source.config.text
     weights = [*source.text.values(), *source.vision]
@@ -76,7 +76,7 @@ def describe(source: Source, cpu_dequantize: str = "auto") -> dict[str, Any]:
 
 def loaded_bytes(source: Source, cpu_dequantize: str = "auto") -> int:
     """Of the text network's weights, once this machine has loaded them as ``load`` does."""
-    from dgemma_mlx.model.memory import weight_memory
+    from dgemma_mlx.generation.memory import weight_memory
 
     weights, unpacked = source.text.values(), _unpacks(source, cpu_dequantize)
     stored = [weight for weight in weights if weight.format is None or not unpacked]
@@ -86,10 +86,10 @@ def loaded_bytes(source: Source, cpu_dequantize: str = "auto") -> int:
 
 def _unpacks(source: Source, cpu_dequantize: str) -> bool:
     """Whether ``load`` would unpack packed weights here."""
-    from dgemma_mlx.model.dequantize import may_unpack
+    from dgemma_mlx.generation.memory import should_dequantize
 
     plain = _plain_bytes(source)
-    return may_unpack(plain, cpu_dequantize) and plain > 0
+    return should_dequantize(plain, cpu_dequantize) and plain > 0
 
 
 def _plain_bytes(source: Source) -> int:
@@ -99,7 +99,7 @@ def _plain_bytes(source: Source) -> int:
 
 def _recipe(folder: Path) -> str | None:
     """That of a conversion by this program."""
-    from dgemma_mlx.config import read_json
+    from dgemma_mlx.checkpoint.config import read_json
 
     try:
         recipe = read_json(folder / "conversion_report.json").get("recipe")

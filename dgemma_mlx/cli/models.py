@@ -89,7 +89,7 @@ def _cached(cache: HFCacheInfo | None) -> list[dict[str, Any]]:
 
 
 def _is_ours(snapshot: Any) -> bool:
-    from dgemma_mlx.config import read_json
+    from dgemma_mlx.checkpoint.config import read_json
 
     try:
         return read_json(snapshot / "config.json").get("model_type") == "diffusion_gemma"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from dgemma_mlx.checks import is_text
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.settings import is_text
 
 _HINT = 'Write it after the command: dgemma-mlx generate "...", or pipe it in.'
 

@@ -13,8 +13,8 @@ import typer
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
-    from dgemma_mlx.engine import Model
-    from dgemma_mlx.prompt_cache import PromptCache
+    from dgemma_mlx.generation.model import Model
+    from dgemma_mlx.generation.prompt_cache import PromptCache
 
 PromptCacheFile = Annotated[
     Path | None,
@@ -34,8 +34,8 @@ def kept_prompt_cache(path: Path | None, model: Model) -> Iterator[PromptCache |
     if path is None:
         yield None
         return
-    from dgemma_mlx.prompt_cache import PromptCache
-    from dgemma_mlx.prompt_cache_file import check_place
+    from dgemma_mlx.generation.prompt_cache import PromptCache
+    from dgemma_mlx.generation.prompt_cache_file import check_place
 
     check_place(path)
     memory = PromptCache.load(path, model) if os.path.exists(path) else PromptCache()

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dgemma_mlx.checks import LARGEST_SEED
 from dgemma_mlx.cli.generate import Dequantize, ModelName, Quiet, load_as_told
 from dgemma_mlx.cli.interrupt import interruptible
+from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.settings import LARGEST_SEED, Settings
 from dgemma_mlx.sizes import size
 
 if TYPE_CHECKING:

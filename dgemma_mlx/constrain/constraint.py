@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dgemma_mlx.config import GenerationConfig
+from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.constrain.automaton import automaton_of
 from dgemma_mlx.constrain.grammar import regex_of_grammar
 from dgemma_mlx.constrain.regex import any_of, checked_text, quoted, without_anchors

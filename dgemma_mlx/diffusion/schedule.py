@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dgemma_mlx.config import GenerationConfig
+from dgemma_mlx.checkpoint.config import GenerationConfig
 
 
 def temperature(remaining: int, config: GenerationConfig) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from dgemma_mlx.config import GenerationConfig
+from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.diffusion.speed import SETTLED_END, UNCERTAIN, Speed
 from dgemma_mlx.kernels import MAX_KEPT, CanvasSample
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from dgemma_mlx.engine import Model
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.generation.model import Model
 from dgemma_mlx.infill.fill import end_id
 from dgemma_mlx.infill.layout import block_length
 from dgemma_mlx.infill.writer import Writer

@@ -7,9 +7,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from dgemma_mlx.diffusion.denoise import Barred
-from dgemma_mlx.engine import Model
+from dgemma_mlx.diffusion.denoiser import Barred
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.generation.model import Model
 from dgemma_mlx.infill.fill import Filled, check_candidates, end_id, lay_out, noised, write_gaps
 from dgemma_mlx.infill.layout import barring, not_text
 from dgemma_mlx.infill.search import Candidate, around

@@ -9,9 +9,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from dgemma_mlx.diffusion.denoise import Start
-from dgemma_mlx.engine import Model
+from dgemma_mlx.diffusion.denoiser import Start
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.generation.model import Model
 from dgemma_mlx.infill.layout import Layout, Lengths
 from dgemma_mlx.infill.search import Candidate, ladder, search
 from dgemma_mlx.infill.template import MARK, Gap, Part, parse_gaps, shown

@@ -9,7 +9,7 @@ from functools import cached_property
 import mlx.core as mx
 import numpy as np
 
-from dgemma_mlx.diffusion.denoise import Barred, Pins
+from dgemma_mlx.diffusion.denoiser import Barred, Pins
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.infill.template import Gap, Part
 from dgemma_mlx.text.tokenizer import Tokenizer

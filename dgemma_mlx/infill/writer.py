@@ -10,14 +10,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from dgemma_mlx.diffusion.denoise import Barred, Pins, Start, denoise
+from dgemma_mlx.checks import check_seed
+from dgemma_mlx.diffusion.denoiser import Barred, Pins, Start, denoise
 from dgemma_mlx.diffusion.sampler import Noise
 from dgemma_mlx.diffusion.speed import SPEEDS
-from dgemma_mlx.engine import Model, budget_for, check_prompt
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Draft
-from dgemma_mlx.options import Options, check_seed
-from dgemma_mlx.run import prefill
+from dgemma_mlx.generation.memory import fit_to_memory
+from dgemma_mlx.generation.model import Model
+from dgemma_mlx.generation.options import Options
+from dgemma_mlx.generation.runner import prefill
 
 Progress = Callable[[int, int], None]
 _PATIENCE = 4  # steps; what is right settles soon, what has the wrong length often never does
@@ -57,9 +59,9 @@ class Writer:
         self.seed = secrets.randbits(32) if seed is None else seed
         self._began, self._model = time.perf_counter(), model
         self._prompt_tokens, self._canvases, self._steps = len(prefix), 0, 0
-        check_prompt(model, prefix)
+        model.check_prompt(prefix)
         mx.reset_peak_memory()
-        budget = budget_for(model, rows * len(prefix), self.options.memory_limit)
+        budget = fit_to_memory(model, rows * len(prefix), self.options.memory_limit)
         self._config = self.options.config(model)
         self._cache = model.network.new_cache()
         step_size = self.options.prefill_step_size or budget.prefill_step_size

@@ -6,7 +6,7 @@ from typing import Any
 
 from dgemma_mlx.kernels.attention_residual import AttentionResidual, attention_residual
 from dgemma_mlx.kernels.canvas_sampler import MAX_KEPT, CanvasSample, canvas_sampler
-from dgemma_mlx.kernels.dispatch import Operation, references
+from dgemma_mlx.kernels.dispatch import DispatchedOperation, references
 from dgemma_mlx.kernels.moe_combine import moe_combine
 from dgemma_mlx.kernels.moe_route import Route, moe_route
 from dgemma_mlx.kernels.norm_residual import norm_residual
@@ -17,7 +17,7 @@ from dgemma_mlx.kernels.sparse_soft_embedding import (
     sparse_soft_embedding,
 )
 
-OPERATIONS: tuple[Operation[..., Any], ...] = (
+OPERATIONS: tuple[DispatchedOperation[..., Any], ...] = (
     canvas_sampler, dense_soft_embedding, *packed_soft_embedding.values(), qk_norm_rope, attention_residual, moe_route,
     moe_combine, norm_residual,
 )  # fmt: skip
@@ -27,7 +27,7 @@ __all__ = [
     "OPERATIONS",
     "AttentionResidual",
     "CanvasSample",
-    "Operation",
+    "DispatchedOperation",
     "Route",
     "attention_residual",
     "canvas_sampler",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from dgemma_mlx.kernels._common import row_threads, scalar
-from dgemma_mlx.kernels.dispatch import Operation
+from dgemma_mlx.kernels.dispatch import DispatchedOperation
 from dgemma_mlx.kernels.norm_residual import INVERSE_RMS, ROW
 
 
@@ -101,7 +101,7 @@ def _example(dtype: mx.Dtype) -> tuple[Any, ...]:
     return *rows, *weights, 1e-6
 
 
-attention_residual = Operation(
+attention_residual = DispatchedOperation(
     "attention_residual", attention_residual_kernel, attention_residual_reference,
     examples=[_example], source=INVERSE_RMS + _SOURCE,
 )

@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from dgemma_mlx.kernels._common import SIMD, scalar
 from dgemma_mlx.kernels.canvas_sampler_source import CHUNKS, HEADER, MERGE
-from dgemma_mlx.kernels.dispatch import Operation
+from dgemma_mlx.kernels.dispatch import DispatchedOperation
 
 MAX_KEPT = 512  # tokens in a row's list
 KEPT_NATS = 10.0  # a token is kept if its log-probability is within this of the largest
@@ -214,7 +214,7 @@ def _agree(found: CanvasSample, expected: CanvasSample) -> bool:
     return bool((close.all() & (rows.mean() >= 0.9)).item())
 
 
-canvas_sampler = Operation(
+canvas_sampler = DispatchedOperation(
     "canvas_sampler", canvas_sampler_kernel, canvas_sampler_reference,
     examples=[_example], source=_HEADER + CHUNKS + MERGE, agree=_agree,
 )

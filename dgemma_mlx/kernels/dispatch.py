@@ -13,39 +13,29 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from typing import Any, Generic, Literal, ParamSpec, TypeVar, get_args
+from functools import cache, cached_property
+from typing import Any, Literal, get_args
 
 import mlx.core as mx
 
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.kernels.selfcheck import Store, Verdict, close, examine
-
-P = ParamSpec("P")
-R = TypeVar("R")
+from dgemma_mlx.kernels.operation import Operation, P, R
+from dgemma_mlx.kernels.selfcheck import Store, Verdict, examine
 
 Mode = Literal["auto", "off", "reference", "force"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 VARIABLE = "DGEMMA_KERNELS"
 
 
-class Operation(Generic[P, R]):
-    """A kernel and its reference under one name; calling it runs one of the two.
+class DispatchedOperation(Operation[P, R]):
+    """An operation that can be called: a call runs the kernel or the reference."""
 
-    ``examples``, one for each form of the kernel, take a dtype and give positional arguments of the published model's
-    sizes, to check and time it with; ``source`` is all of its Metal text; ``agree(found, expected)`` compares results
-    where ``close`` is not right.
-    """
-
-    def __init__(
-        self, name: str, kernel: Callable[P, R], reference: Callable[P, R], *,
-        examples: Sequence[Callable[[mx.Dtype], tuple[Any, ...]]], source: str, agree: Callable[[R, R], bool] = close,
-    ) -> None:
-        self.name, self.kernel, self.reference = name, kernel, reference
-        self.examples, self.source, self.agree = examples, source, agree
-        self._verdicts: dict[mx.Dtype, Verdict] = {}
+    @cached_property
+    def _verdicts(self) -> dict[mx.Dtype, Verdict]:
+        """The verdicts known to this process."""
+        return {}
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Kernel or reference; ``DgemmaError`` where the kernel is forced and there is no Metal."""

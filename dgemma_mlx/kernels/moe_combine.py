@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from dgemma_mlx.kernels._common import BLOCK_SUM, row_threads, scalar
-from dgemma_mlx.kernels.dispatch import Operation
+from dgemma_mlx.kernels.dispatch import DispatchedOperation
 
 # A threadgroup for each row, which stays in registers between sum and norm.
 _SOURCE = """
@@ -101,7 +101,7 @@ def _example(dtype: mx.Dtype) -> tuple[mx.array, mx.array, mx.array, mx.array, f
     )
 
 
-moe_combine = Operation(
+moe_combine = DispatchedOperation(
     "moe_combine", moe_combine_kernel, moe_combine_reference, examples=[_example], source=BLOCK_SUM + _SOURCE
 )
 """Outputs (N * K, M), slots (N, K), weights (N, K), norm weight (M,), eps -> (N, M)."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from dgemma_mlx.kernels._common import SIMD
-from dgemma_mlx.kernels.dispatch import Operation
+from dgemma_mlx.kernels.dispatch import DispatchedOperation
 
 
 class Route(NamedTuple):
@@ -225,7 +225,7 @@ def _example(dtype: mx.Dtype) -> tuple[mx.array, mx.array, int]:
     return mx.random.normal((256, 128), dtype, key=key), mx.ones(128, dtype), 8
 
 
-moe_route = Operation(
+moe_route = DispatchedOperation(
     "moe_route", moe_route_kernel, moe_route_reference,
     examples=[_example], source=_HEADER + _TOP_K_SOURCE + _SORT_SOURCE,
 )

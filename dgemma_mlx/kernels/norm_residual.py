@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from dgemma_mlx.kernels._common import BLOCK_SUM, row_threads, scalar
-from dgemma_mlx.kernels.dispatch import Operation
+from dgemma_mlx.kernels.dispatch import DispatchedOperation
 
 INVERSE_RMS = BLOCK_SUM + """
 // 1 / rms of a row of M values, of which each of THREADS threads holds N, zeros behind the end of the row.
@@ -114,7 +114,7 @@ def _example(dtype: mx.Dtype) -> tuple[Any, ...]:
     return *rows, *weights, mx.array([0.5], dtype), 1e-6
 
 
-norm_residual = Operation(
+norm_residual = DispatchedOperation(
     "norm_residual", norm_residual_kernel, norm_residual_reference, examples=[_example], source=INVERSE_RMS + _SOURCE
 )
 """((x + norm(norm(dense) + routed)) * layer_scalar, and that normed with ``next_weight``), in x's dtype.

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from dgemma_mlx.kernels._common import SIMD, scalar
-from dgemma_mlx.kernels.dispatch import Operation
+from dgemma_mlx.kernels.dispatch import DispatchedOperation
 
 QKV = tuple[mx.array, mx.array, mx.array]
 _THREADS = 8 * SIMD
@@ -162,7 +162,7 @@ def _full_example(dtype: mx.Dtype) -> tuple[Any, ...]:
     return q, k, None, q_weight, k_weight, periods, mx.arange(100, 100 + C)[None], 1e-6
 
 
-qk_norm_rope = Operation(
+qk_norm_rope = DispatchedOperation(
     "qk_norm_rope", qk_norm_rope_kernel, qk_norm_rope_reference,
     examples=[_sliding_example, _full_example], source=_SOURCE,
 )

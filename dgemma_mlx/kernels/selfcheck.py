@@ -12,17 +12,13 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from dgemma_mlx.files import write_whole
+from dgemma_mlx.kernels.operation import Operation, leaves
 
-if TYPE_CHECKING:
-    from dgemma_mlx.kernels.dispatch import Operation
-
-_TOLERANCE = {mx.float32: 1e-4, mx.float16: 4e-3, mx.bfloat16: 3e-2}  # of the largest value; a few roundings
 _REPEATS = 5
 
 Status = Literal["faster", "slower", "wrong", "failed", "checking"]
@@ -49,7 +45,7 @@ def examine(operation: Operation[..., Any], dtype: mx.Dtype) -> Verdict:
     kernel = reference = 0.0
     for example in operation.examples:
         arguments = example(dtype)
-        mx.eval([leaf for leaf in _leaves(arguments) if isinstance(leaf, mx.array)])
+        mx.eval([leaf for leaf in leaves(arguments) if isinstance(leaf, mx.array)])
         try:
             found = operation.kernel(*arguments)
             mx.eval(found)
@@ -71,26 +67,6 @@ def _seconds(call: Callable[[], Any]) -> float:
         mx.eval(call())
         times.append(time.perf_counter() - began)
     return min(times[1:])
-
-
-def close(found: Any, expected: Any) -> bool:
-    """Whether two results, arrays or tuples of arrays, agree: floats within a tolerance, integers exactly."""
-    return all(_array_close(a, b) for a, b in zip(_leaves(found), _leaves(expected), strict=True))
-
-
-def _leaves(tree: Any) -> list[Any]:
-    flat: Any = tree_flatten(tree)
-    return [leaf for _, leaf in flat]
-
-
-def _array_close(found: mx.array, expected: mx.array) -> bool:
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        return False
-    if not mx.issubdtype(expected.dtype, mx.floating):
-        return bool((found == expected).all().item())
-    found, wide = found.astype(mx.float32), expected.astype(mx.float32)
-    bound = _TOLERANCE[expected.dtype] * mx.abs(wide).max()
-    return bool((mx.abs(found - wide) <= bound).all().item())  # a NaN is never within
 
 
 class Store:

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from dgemma_mlx.kernels.dispatch import Operation
+from dgemma_mlx.kernels.dispatch import DispatchedOperation
 
 # A thread for each word of a row of the table, WORD values. A list longer than its S places is not complete: no sum.
 _HEADER = """
@@ -175,12 +175,12 @@ def _packed_example(dtype: mx.Dtype, bits: int) -> tuple[Any, ...]:
     return (*mx.quantize(table, 64, bits), *_lists(_TOKENS), 64, bits)
 
 
-dense_soft_embedding = Operation(
+dense_soft_embedding = DispatchedOperation(
     "sparse_soft_embedding", dense_soft_embedding_kernel, dense_soft_embedding_reference,
     examples=[_dense_example], source=_HEADER + _DENSE,
 )
 packed_soft_embedding = {
-    bits: Operation(
+    bits: DispatchedOperation(
         f"sparse_soft_embedding_{bits}bit", packed_soft_embedding_kernel, packed_soft_embedding_reference,
         examples=[partial(_packed_example, bits=bits)], source=_HEADER + _PACKED,
     )

@@ -21,12 +21,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from dgemma_mlx.config import read_json
+from dgemma_mlx.checkpoint.config import read_json
+from dgemma_mlx.checkpoint.names import parameter_names, some_of, source_name
+from dgemma_mlx.checkpoint.shards import read_header
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import write_whole
 from dgemma_mlx.model.adapter import AdapterConfig, adapted_modules, attach
-from dgemma_mlx.model.load import parameter_names, some_of, source_name
-from dgemma_mlx.model.shards import read_header
 from dgemma_mlx.model.text import DiffusionGemma
 
 CONFIG, WEIGHTS, MLX_LM_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors"

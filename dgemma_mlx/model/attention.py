@@ -10,7 +10,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from dgemma_mlx.config import FULL, TextConfig
+from dgemma_mlx.checkpoint.config import FULL, TextConfig
 from dgemma_mlx.kernels import qk_norm_rope
 from dgemma_mlx.model.cache import Mask
 from dgemma_mlx.model.packed import Linear

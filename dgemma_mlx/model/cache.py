@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from dgemma_mlx.config import FULL, SLIDING, TextConfig
+from dgemma_mlx.checkpoint.config import FULL, SLIDING, TextConfig
 
 Mask = mx.array | str | None
 """None (every key is seen), "causal" (aligned at the last key), or a boolean array, broadcast to (B, H, L, S)."""

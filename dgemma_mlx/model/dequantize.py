@@ -13,12 +13,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
-from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.model.experts import ExpertLinear, QuantizedExpertLinear
-from dgemma_mlx.model.memory import free_memory
 from dgemma_mlx.model.text import DiffusionGemma
 
-CHOICES = ("auto", "on", "off")
 _PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedExpertLinear)
 
 
@@ -27,23 +24,6 @@ def dequantized_bytes(model: DiffusionGemma) -> int:
     packed: list[Any] = [module for module in model.modules() if isinstance(module, _PACKED)]
     values: int = sum(module.weight.size * 32 // module.bits for module in packed)
     return values * model.dtype.size
-
-
-def should_dequantize(model: DiffusionGemma, choice: str) -> bool:
-    """Whether to, as ``choice`` says."""
-    return may_unpack(dequantized_bytes(model), choice)
-
-
-def may_unpack(nbytes: int, choice: str) -> bool:
-    """Never on a GPU; else ``choice`` "on" or "off", or "auto" while half of the free memory holds so many bytes."""
-    if choice not in CHOICES:
-        raise DgemmaError(
-            f"cpu_dequantize must be one of {', '.join(CHOICES)}, not {choice!r}",
-            "auto unpacks packed weights at load where half of the free memory holds them.", exit_code=2,
-        )  # fmt: skip
-    if choice == "off" or mx.default_device() != mx.Device(mx.cpu):
-        return False
-    return choice == "on" or nbytes <= free_memory() // 2
 
 
 def dequantize(model: DiffusionGemma) -> None:

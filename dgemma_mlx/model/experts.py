@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from dgemma_mlx.config import TextConfig
+from dgemma_mlx.checkpoint.config import TextConfig
 from dgemma_mlx.kernels import Route, moe_combine, moe_route
 from dgemma_mlx.model.mlp import geglu
 from dgemma_mlx.model.packed import Linear

@@ -1,10 +1,8 @@
-"""A checkpoint folder -> the model. Names, quantization and shapes are checked; weights stay lazy."""
+"""A checkpoint folder -> the network. Names, quantization and shapes are checked; weights stay lazy."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,70 +10,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from dgemma_mlx.config import ModelConfig
+from dgemma_mlx.checkpoint.config import ModelConfig
+from dgemma_mlx.checkpoint.names import DECODER, Weights, module_quantization, remap, some_of, source_name
+from dgemma_mlx.checkpoint.shards import open_tensors
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.model.shards import open_tensors
 from dgemma_mlx.model.text import DiffusionGemma
 
-_DECODER = "model.decoder."
-_ENCODER = "model.encoder.language_model."
-_VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
-_BARE_EXPERTS = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")
 _DAMAGED = "The checkpoint does not match its config.json; fetch or convert it again."
-
-
-@dataclass
-class Weights:
-    """A checkpoint's tensors under this package's parameter names; the vision tower's kept aside."""
-
-    text: dict[str, mx.array]
-    vision: dict[str, mx.array]
-    names: dict[str, str]
-    """parameter path -> the tensor's name in the checkpoint"""
-
-
-def source_name(parameter: str) -> str:
-    """A parameter path of ``DiffusionGemma`` -> the name of its tensor in a published checkpoint."""
-    if parameter.endswith(".encoder_layer_scalar"):
-        return _ENCODER + parameter.replace(".encoder_layer_scalar", ".layer_scalar")
-    name = _DECODER + parameter
-    stem = name.removesuffix(".weight")
-    return stem if _BARE_EXPERTS.search(stem) else name
-
-
-def parameter_names(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """Names in a checkpoint -> (parameter path -> name, the vision tower's names).
-
-    Tied copies that ``save_pretrained`` may write are dropped, or used where the decoder's own tensor is absent.
-    """
-    vision: list[str] = []
-    text: dict[str, str] = {}
-    copies: dict[str, str] = {}
-    for name in names:
-        if name.startswith(_VISION):
-            vision.append(name)
-        elif name.startswith(_DECODER):
-            text[_parameter(name.removeprefix(_DECODER))] = name
-        elif name.startswith(_ENCODER) and name.endswith(".layer_scalar"):
-            text[name.removeprefix(_ENCODER).replace(".layer_scalar", ".encoder_layer_scalar")] = name
-        elif name.startswith(_ENCODER):
-            copies[_parameter(name.removeprefix(_ENCODER))] = name
-        elif name == "lm_head.weight":
-            copies["embed_tokens.weight"] = name
-        else:
-            text[name] = name  # unknown: reported with the unexpected ones
-    return {**copies, **text}, vision
-
-
-def remap(tensors: Mapping[str, mx.array]) -> Weights:
-    """Published names -> parameter paths."""
-    names, vision = parameter_names(tensors)
-    text = {path: tensors[name] for path, name in names.items()}
-    return Weights(text, {name: tensors[name] for name in vision}, names)
-
-
-def _parameter(name: str) -> str:
-    return name + ".weight" if _BARE_EXPERTS.search(name) else name
 
 
 def load_model(folder: Path, config: ModelConfig, dtype: mx.Dtype | None = None, *,
@@ -105,18 +46,6 @@ def load_model(folder: Path, config: ModelConfig, dtype: mx.Dtype | None = None,
     return model, weights
 
 
-def module_quantization(quantization: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """The "group_size", "bits" and "mode" of a packed module, from config.json's ``quantization``.
-
-    As ``mlx.nn.quantize`` reads it, an entry for one module stands for itself: without a mode it is affine,
-    whatever the mode of the others. ``path`` is the module's, with or without ``model.decoder.``
-    """
-    path = path.removeprefix(_DECODER)
-    own = next((quantization[name] for name in (path, _DECODER + path) if name in quantization), None)
-    entry = own if isinstance(own, Mapping) else quantization
-    return {name: entry[name] for name in ("group_size", "bits", "mode") if entry.get(name) is not None}
-
-
 def _quantize(model: DiffusionGemma, quantization: Mapping[str, Any], weights: Mapping[str, mx.array]) -> None:
     """Replaces the modules whose weights are packed, each with its own group size, bits and mode."""
 
@@ -127,7 +56,7 @@ def _quantize(model: DiffusionGemma, quantization: Mapping[str, Any], weights: M
         try:
             quantized: nn.Module = module.to_quantized(**chosen)
         except (ValueError, TypeError):
-            raise DgemmaError(f"config.json: {_DECODER}{path} cannot be quantized as {chosen}", _DAMAGED) from None
+            raise DgemmaError(f"config.json: {DECODER}{path} cannot be quantized as {chosen}", _DAMAGED) from None
         return quantized
 
     model.update_modules(tree_map_with_path(packed, model.leaf_modules(), is_leaf=nn.Module.is_module))
@@ -148,8 +77,3 @@ def _check(model: DiffusionGemma, weights: Weights) -> None:
         both_floating = all(mx.issubdtype(array.dtype, mx.floating) for array in (tensor, parameter))
         if tensor.dtype != parameter.dtype and not both_floating:
             raise DgemmaError(f"{name} has dtype {tensor.dtype}, not {parameter.dtype}", _DAMAGED)
-
-
-def some_of(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from dgemma_mlx.config import TextConfig
+from dgemma_mlx.checkpoint.config import TextConfig
 from dgemma_mlx.model.packed import Linear
 
 

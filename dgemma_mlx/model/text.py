@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from dgemma_mlx.config import TextConfig
+from dgemma_mlx.checkpoint.config import TextConfig
 from dgemma_mlx.kernels import CanvasSample, attention_residual, norm_residual, references, sparse_soft_embedding
 from dgemma_mlx.model.attention import AppendKV, Attention
 from dgemma_mlx.model.cache import Mask, PrefixCache, row_positions

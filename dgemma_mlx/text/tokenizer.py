@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from dgemma_mlx.config import read_json
+from dgemma_mlx.checkpoint.config import read_json
 from dgemma_mlx.errors import DgemmaError
 
 _DAMAGED = "The file may be cut off, or a Git LFS pointer; fetch it again."

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dgemma_mlx.engine import Model
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.generation.model import Model
 from dgemma_mlx.train.data import Conversation
 
 TRAIN, VALID = "train.jsonl", "valid.jsonl"

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from dgemma_mlx.config import TextConfig
+from dgemma_mlx.checkpoint.config import TextConfig
 from dgemma_mlx.train.finetune import FinetuneRun
 
 _STATES = {"adamw": 2, "muon": 1}  # arrays of a parameter's size that the optimizer keeps

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from dgemma_mlx.engine import Message, Model, generate_batch
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.generation.api import generate_batch
+from dgemma_mlx.generation.model import Message, Model
 from dgemma_mlx.train import sudoku
 from dgemma_mlx.train.dataset import Example
 

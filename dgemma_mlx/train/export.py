@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from dgemma_mlx.model.load import source_name
+from dgemma_mlx.checkpoint.names import source_name
 from dgemma_mlx.model.text import DiffusionGemma
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from dgemma_mlx.config import FULL, SLIDING
+from dgemma_mlx.checkpoint.config import FULL, SLIDING
 from dgemma_mlx.model.cache import Mask
 from dgemma_mlx.model.experts import RouterLog
 from dgemma_mlx.model.text import DiffusionGemma

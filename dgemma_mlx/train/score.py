@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from dgemma_mlx.engine import Model, generate
+from dgemma_mlx.generation.api import generate
+from dgemma_mlx.generation.model import Model
 from dgemma_mlx.train.tasks import TASKS
 
 

@@ -12,12 +12,12 @@ import pytest
 
 import dgemma_mlx
 from dgemma_mlx import Model
+from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
 from dgemma_mlx.cli.chat.answer import Chat
 from dgemma_mlx.cli.chat.commands import COMMANDS, Outcome, take
 from dgemma_mlx.cli.chat.session import CHANGEABLE, Session
+from dgemma_mlx.cli.settings import SETTINGS
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.hub import DEMO_FOLDER
-from dgemma_mlx.settings import SETTINGS
 
 ANA, NAME = "My name is Ana.", "What is my name?"
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from dgemma_mlx.hub import DEMO_FOLDER
+from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
 from tests.cli.terminal import Terminal
 
 # The model needs two steps for what it can do, and would use all there are for what it cannot.

@@ -17,10 +17,10 @@ import pytest
 
 from dgemma_convert import convert
 from dgemma_convert.source import open_source
+from dgemma_mlx.checkpoint.hub import DEMO_FOLDER, resolve
+from dgemma_mlx.checkpoint.shards import read_header
 from dgemma_mlx.cli.info import describe, loaded_bytes
-from dgemma_mlx.hub import DEMO_FOLDER, resolve
-from dgemma_mlx.model.memory import run_memory
-from dgemma_mlx.model.shards import read_header
+from dgemma_mlx.generation.memory import run_memory
 from tests.hub_server import HubServer, Repository
 from tests.model.checkpoint import flat_config
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
+from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
 from dgemma_mlx.cli.render.plain import print_text
 from dgemma_mlx.events import Committed, Event
-from dgemma_mlx.hub import DEMO_FOLDER
 from dgemma_mlx.text import Tokenizer
 from tests.cli.synthetic import answer
 from tests.cli.terminal import Terminal

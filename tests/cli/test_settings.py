@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
+from dgemma_mlx.cli.settings import SETTINGS, Settings, config_file
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED, SPEEDS
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.generation.runner import VERIFY
 from dgemma_mlx.kernels.dispatch import MODES, VARIABLE
 from dgemma_mlx.model.dequantize import CHOICES
-from dgemma_mlx.run import VERIFY
-from dgemma_mlx.settings import SETTINGS, Settings, config_file
 
 # One value of every setting that is not its default: as TOML has it, as the environment has it, as Python has it.
 OTHERS: dict[str, tuple[str, str, Any]] = {
@@ -221,7 +221,7 @@ def test_settings_that_do_not_go_together_are_refused_at_the_start(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("size", "code", "message"),
-    [("much", 2, "no size of memory: 'much'"), ("5MB", 1, "more than the memory limit of 5.0 MB"), ("2GB", 0, "")],
+    [("much", 2, "not a size: 'much'"), ("5MB", 1, "more than the memory limit of 5.0 MB"), ("2GB", 0, "")],
 )
 def test_a_limit_of_memory(tmp_path: Path, size: str, code: int, message: str) -> None:
     done = run("generate", "-q", "-m", "demo", "--memory-limit", size, "Sort 2 1", folder=tmp_path)

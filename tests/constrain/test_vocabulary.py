@@ -10,7 +10,7 @@ import pytest
 
 import dgemma_mlx
 from dgemma_mlx import Constraint, DgemmaError
-from dgemma_mlx.config import GenerationConfig
+from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.constrain.candidates import top_ids
 from dgemma_mlx.constrain.vocabulary import TokenAutomaton
 from dgemma_mlx.text import Tokenizer, load_tokenizer

@@ -16,9 +16,9 @@ import pytest
 
 from dgemma_convert import Report, convert
 from dgemma_convert.formats import Format
+from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
+from dgemma_mlx.checkpoint.shards import shard_files
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.hub import DEMO_FOLDER
-from dgemma_mlx.model.shards import shard_files
 from tests.model.checkpoint import Tensors, flat_config, random_tensors, write_checkpoint
 
 SMALL_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")

@@ -17,8 +17,8 @@ from dgemma_convert.formats import Format
 from dgemma_convert.mixed import BITS, Group
 from dgemma_convert.source import open_source
 from dgemma_convert.walk import make_samples
+from dgemma_mlx.checkpoint.hub import resolve
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.hub import resolve
 from dgemma_mlx.model.text import DiffusionGemma
 from tests.convert.checkpoints import (
     check_output,

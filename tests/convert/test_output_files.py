@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from dgemma_convert import convert
-from dgemma_mlx.config import ModelConfig
-from dgemma_mlx.model.shards import shard_files
+from dgemma_mlx.checkpoint.config import ModelConfig
+from dgemma_mlx.checkpoint.shards import shard_files
 from tests.convert.checkpoints import SMALL_FILES, digests, make_source, names_in, read, some_tensors, stored
 from tests.model.checkpoint import flat_config, layered_config
 

@@ -13,7 +13,7 @@ import pytest
 
 from dgemma_convert import carry_out, prepare
 from dgemma_convert.formats import Format
-from dgemma_mlx.config import ModelConfig
+from dgemma_mlx.checkpoint.config import ModelConfig
 from dgemma_mlx.errors import DgemmaError
 from tests.convert.checkpoints import (
     SMALLEST,

@@ -11,7 +11,7 @@ import pytest
 
 from dgemma_convert import Report, convert, verify
 from dgemma_convert.walk import Sample, Walk, make_samples
-from dgemma_mlx.config import ModelConfig
+from dgemma_mlx.checkpoint.config import ModelConfig
 from tests.convert.checkpoints import make_source, some_tensors, stored
 from tests.model.checkpoint import load
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dgemma_mlx.config import GenerationConfig
+from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.diffusion.schedule import temperature
 
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dgemma_mlx.config import GenerationConfig
+from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.diffusion.speed import REFERENCE, SETTLED_END, SPEEDS, UNCERTAIN, Speed
 from dgemma_mlx.diffusion.stopping import TESTS, Stopping
 from dgemma_mlx.kernels import MAX_KEPT, CanvasSample

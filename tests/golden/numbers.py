@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from dgemma_mlx.config import ModelConfig
+from dgemma_mlx.checkpoint.config import ModelConfig
 from dgemma_mlx.model.load import load_model
 from dgemma_mlx.model.text import DiffusionGemma
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dgemma_mlx import DgemmaError, Gap
-from dgemma_mlx.hub import DEMO_FOLDER
+from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
 from dgemma_mlx.infill.layout import Layout, block_length
 from dgemma_mlx.infill.template import Part, parse_gaps
 from dgemma_mlx.text import Tokenizer, load_tokenizer

@@ -15,8 +15,9 @@ import pytest
 
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.kernels import dispatch
-from dgemma_mlx.kernels.dispatch import Operation, references, set_mode
-from dgemma_mlx.kernels.selfcheck import Store, Verdict, close, examine
+from dgemma_mlx.kernels.dispatch import DispatchedOperation, references, set_mode
+from dgemma_mlx.kernels.operation import close
+from dgemma_mlx.kernels.selfcheck import Store, Verdict, examine
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 
@@ -29,8 +30,8 @@ def example(dtype: mx.Dtype) -> tuple[mx.array]:
     return (mx.random.normal((8, 16), key=mx.random.key(0)).astype(dtype),)
 
 
-def operation(kernel: Callable[[mx.array], Any], source: str = "y = 2 * x;") -> Operation[..., Any]:
-    return Operation("double", kernel, twice, examples=[example], source=source)
+def operation(kernel: Callable[[mx.array], Any], source: str = "y = 2 * x;") -> DispatchedOperation[..., Any]:
+    return DispatchedOperation("double", kernel, twice, examples=[example], source=source)
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_a_wrong_kernel_is_seen(kernel: Callable[[mx.array], mx.array], dtype: m
 
 
 def test_every_form_of_a_kernel_is_looked_at() -> None:
-    wrong_from_ten_rows_on = Operation(
+    wrong_from_ten_rows_on = DispatchedOperation(
         "double", lambda x: x * 2 if len(x) < 10 else x * 3, twice, examples=[example, lambda _: (mx.ones((10, 3)),)],
         source="",
     )  # fmt: skip

@@ -9,8 +9,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from dgemma_mlx.config import GenerationConfig
-from dgemma_mlx.diffusion.denoise import denoise
+from dgemma_mlx.checkpoint.config import GenerationConfig
+from dgemma_mlx.diffusion.denoiser import denoise
 from dgemma_mlx.diffusion.sampler import Noise
 from dgemma_mlx.events import Draft
 from dgemma_mlx.kernels import dispatch

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from dgemma_mlx.kernels.dispatch import Operation
+from dgemma_mlx.kernels.dispatch import DispatchedOperation
 from dgemma_mlx.kernels.sparse_soft_embedding import (
     dense_soft_embedding,
     dense_soft_embedding_kernel,
@@ -48,7 +48,9 @@ def test_packed_kernel(metal: UseMetal, packing: dict[str, Any], dtype: mx.Dtype
 
 
 @pytest.mark.parametrize("operation", [dense_soft_embedding, *packed_soft_embedding.values()], ids=lambda op: op.name)
-def test_kernel_agrees_with_the_reference_on_the_example(metal: UseMetal, operation: Operation[..., mx.array]) -> None:
+def test_kernel_agrees_with_the_reference_on_the_example(
+    metal: UseMetal, operation: DispatchedOperation[..., mx.array]
+) -> None:
     metal(module, check=False)
     arguments = operation.examples[0](mx.bfloat16)
     some = [part[:16] if isinstance(part, mx.array) and len(part) == 256 else part for part in arguments]  # the lists

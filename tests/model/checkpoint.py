@@ -11,8 +11,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from dgemma_mlx.config import ModelConfig
-from dgemma_mlx.model.load import Weights, load_model
+from dgemma_mlx.checkpoint.config import ModelConfig
+from dgemma_mlx.checkpoint.names import Weights
+from dgemma_mlx.model.load import load_model
 from dgemma_mlx.model.text import DiffusionGemma
 
 Tensors = dict[str, mx.array]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dgemma_mlx.config import FULL, SLIDING, TextConfig
+from dgemma_mlx.checkpoint.config import FULL, SLIDING, TextConfig
 from dgemma_mlx.model.cache import SPARE, PrefixCache, Snapshot
 
 B, HK, D, WINDOW = 2, 2, 4, 9

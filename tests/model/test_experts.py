@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from dgemma_mlx.config import TextConfig
+from dgemma_mlx.checkpoint.config import TextConfig
 from dgemma_mlx.kernels import Route
 from dgemma_mlx.model.experts import Experts
 from tests.model.checkpoint import flat_config

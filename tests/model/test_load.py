@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from dgemma_mlx.config import ModelConfig
+from dgemma_mlx.checkpoint.config import ModelConfig
 from dgemma_mlx.model.load import load_model
 from dgemma_mlx.model.text import DiffusionGemma
 from tests.model.checkpoint import Tensors, flat_config, layered_config, load, random_tensors, write_checkpoint

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dgemma_mlx.config import TextConfig
+from dgemma_mlx.checkpoint.config import TextConfig
 from dgemma_mlx.kernels import MAX_KEPT, canvas_sampler
 from dgemma_mlx.model.prediction import least_kept
 from dgemma_mlx.model.text import DiffusionGemma

@@ -12,8 +12,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.model import dequantize as dequantize_module
-from dgemma_mlx.model.dequantize import CHOICES, dequantize, dequantized_bytes, should_dequantize
+from dgemma_mlx.generation import memory as memory_module
+from dgemma_mlx.generation.memory import DEQUANTIZE_CHOICES, should_dequantize
+from dgemma_mlx.model.dequantize import dequantize, dequantized_bytes
 from dgemma_mlx.model.experts import QuantizedExpertLinear
 from dgemma_mlx.model.text import DiffusionGemma
 from tests.model.checkpoint import Tensors, flat_config, load, logits, quantized, random_tensors, write_checkpoint
@@ -116,10 +117,10 @@ def test_they_are_unpacked_on_request_or_where_there_is_room(
     model, _ = load(write_checkpoint(tmp_path, config, packed))
     needed = dequantized_bytes(model)
     for free, roomy in ((2 * needed, True), (2 * needed - 2, False)):
-        monkeypatch.setattr(dequantize_module, "free_memory", lambda free=free: free)
-        assert [should_dequantize(model, choice) for choice in CHOICES] == [roomy, True, False]
+        monkeypatch.setattr(memory_module, "free_memory", lambda free=free: free)
+        assert [should_dequantize(needed, choice) for choice in DEQUANTIZE_CHOICES] == [roomy, True, False]
     with pytest.raises(DgemmaError, match="auto, on, off") as caught:
-        should_dequantize(model, "yes")
+        should_dequantize(needed, "yes")
     assert caught.value.hint and caught.value.exit_code == 2
 
 

@@ -15,7 +15,7 @@ import pytest
 from mlx.utils import tree_map
 from numpy.typing import NDArray
 
-from dgemma_mlx.config import ModelConfig
+from dgemma_mlx.checkpoint.config import ModelConfig
 from dgemma_mlx.model.text import DiffusionGemma
 from tests.model.checkpoint import load
 

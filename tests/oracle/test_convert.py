@@ -11,9 +11,9 @@ import mlx.core as mx
 import pytest
 
 from dgemma_convert import RECIPES, convert, prepare
-from dgemma_mlx.config import ModelConfig
-from dgemma_mlx.model.load import module_quantization
-from dgemma_mlx.model.shards import open_tensors
+from dgemma_mlx.checkpoint.config import ModelConfig
+from dgemma_mlx.checkpoint.names import module_quantization
+from dgemma_mlx.checkpoint.shards import open_tensors
 from tests.model.checkpoint import Tensors, flat_config, load, random_tensors, write_checkpoint
 from tests.oracle import reference
 from tests.oracle.peer import (

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dgemma_mlx.config import GenerationConfig
+from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.diffusion.sampler import accept
 from dgemma_mlx.diffusion.schedule import temperature
 from dgemma_mlx.diffusion.speed import REFERENCE

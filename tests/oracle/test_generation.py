@@ -10,11 +10,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dgemma_mlx import run as run_module
-from dgemma_mlx.config import FULL, SLIDING, GenerationConfig, ModelConfig
-from dgemma_mlx.diffusion.denoise import denoise
-from dgemma_mlx.engine import Model, stream
+from dgemma_mlx.checkpoint.config import FULL, SLIDING, GenerationConfig, ModelConfig
+from dgemma_mlx.diffusion.denoiser import denoise
 from dgemma_mlx.events import Committed, Done, Draft
+from dgemma_mlx.generation import runner as run_module
+from dgemma_mlx.generation.api import stream
+from dgemma_mlx.generation.model import Model
 from dgemma_mlx.model.load import load_model
 from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.text import load_tokenizer

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dgemma_mlx.config import GenerationConfig, ModelConfig
+from dgemma_mlx.checkpoint.config import GenerationConfig, ModelConfig
 from tests.model.checkpoint import flat_config, load, random_tensors, write_checkpoint
 from tests.oracle.peer import (
     DEMO,

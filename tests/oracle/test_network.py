@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dgemma_mlx.config import FULL, SLIDING, ModelConfig
+from dgemma_mlx.checkpoint.config import FULL, SLIDING, ModelConfig
 from dgemma_mlx.model.load import load_model
 from dgemma_mlx.model.text import DiffusionGemma
 from tests.oracle.reference import CANVAS, VISION, WINDOW, Array, Reference, publish, write_checkpoint

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dgemma_mlx.config import ModelConfig
+from dgemma_mlx.checkpoint.config import ModelConfig
 from dgemma_mlx.model.adapter import AdapterConfig, adapted_modules, attach
 from dgemma_mlx.model.adapter_file import load_adapter, save_adapter
 from dgemma_mlx.model.load import load_model

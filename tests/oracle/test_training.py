@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dgemma_mlx.config import ModelConfig
+from dgemma_mlx.checkpoint.config import ModelConfig
 from dgemma_mlx.model.load import load_model
 from dgemma_mlx.train.objective import Batch, ObjectiveConfig, block_diffusion_loss, corrupt
 from tests.oracle.reference import CANVAS, WINDOW, Reference, write_checkpoint

@@ -11,10 +11,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from dgemma_mlx.checkpoint.shards import open_tensors
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.model.adapter import GROUPS, AdapterConfig, adapted_modules, attach, merged, plain_weight
 from dgemma_mlx.model.adapter_file import load_adapter, save_adapter
-from dgemma_mlx.model.shards import open_tensors
 from dgemma_mlx.train.fuse import fuse
 from tests.model.checkpoint import Tensors, flat_config, load, logits, quantized, random_tensors, write_checkpoint
 

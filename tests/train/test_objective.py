@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from dgemma_mlx.config import TextConfig
+from dgemma_mlx.checkpoint.config import TextConfig
 from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.train.objective import (
     Batch,

@@ -13,11 +13,11 @@ from dgemma_mlx.cli.generate import in_bytes, warn_of_doubts
 from dgemma_mlx.cli.interrupt import interruptible
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Done
-from dgemma_mlx.prompt_cache import PromptCache
+from dgemma_mlx.generation.prompt_cache import PromptCache
 
 if TYPE_CHECKING:
-    from dgemma_mlx.config import GenerationConfig
-    from dgemma_mlx.engine import Model
+    from dgemma_mlx.checkpoint.config import GenerationConfig
+    from dgemma_mlx.generation.model import Model
 
 _LOOP = (
     "max_denoising_steps", "entropy_bound", "t_min", "t_max", "confidence_threshold", "stability_threshold",
@@ -78,7 +78,7 @@ class Chat:
     def _run(self, seed: int | None, cancelled: Callable[[], bool]) -> Done:
         from dgemma_mlx.cli.render.live import draw
         from dgemma_mlx.cli.render.plain import print_text
-        from dgemma_mlx.engine import stream
+        from dgemma_mlx.generation.api import stream
 
         events = stream(
             self.model, self.session.prompt(), max_tokens=self.setting("max_tokens"), seed=seed,

@@ -14,8 +14,8 @@ from typing import NamedTuple
 from dgemma_mlx.cli.chat.answer import Chat
 from dgemma_mlx.cli.chat.session import CHANGEABLE, Session
 from dgemma_mlx.cli.render.visible import visible
+from dgemma_mlx.cli.settings import parse
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.settings import parse
 from dgemma_mlx.sizes import size
 
 QUOTES = '"""'

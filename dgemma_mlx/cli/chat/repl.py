@@ -60,10 +60,10 @@ def chat(
 
     Without a terminal every line of stdin is a message, and the answers go to stdout.
     """
+    from dgemma_mlx.checkpoint.hub import DEMO
     from dgemma_mlx.cli.chat.answer import Chat
     from dgemma_mlx.cli.chat.session import Session
-    from dgemma_mlx.hub import DEMO
-    from dgemma_mlx.settings import SETTINGS, Settings
+    from dgemma_mlx.cli.settings import SETTINGS, Settings
 
     settings = Settings()
     flags = {

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dgemma_mlx.cli.settings import SETTINGS, checked
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import write_whole
-from dgemma_mlx.settings import SETTINGS, checked
 
 _FIXED = ("model", "system", "live", "memory_limit", "cpu_dequantize", "kernels")
 CHANGEABLE = tuple(name for name in SETTINGS if name not in _FIXED)
@@ -28,7 +28,7 @@ class Session:
     messages: list[dict[str, Any]] = field(default_factory=list)
     system: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
-    """what ``/set`` has changed, by the names of ``dgemma_mlx.settings``"""
+    """what ``/set`` has changed, by the names of ``dgemma_mlx.cli.settings``"""
     model: str | None = None
     """the model that was chosen; None is the one in force"""
 

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+from dgemma_mlx.checkpoint.shards import StoredTensor, merged, read_header, shard_files
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.model.shards import StoredTensor, merged, read_header, shard_files
 
 _SAMPLE = 4096  # bytes: what a disk reads at least, so that fewer would not be faster
 _EVERY = 2 << 20  # bytes: about an expert of the published model at 4 bits

@@ -22,8 +22,8 @@ import pytest
 
 import dgemma_mlx
 from dgemma_mlx import DgemmaError, Model, PromptCache, generate
-from dgemma_mlx.hub import DEMO_FOLDER
-from dgemma_mlx.prompt_cache_file import check_place
+from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
+from dgemma_mlx.generation.prompt_cache_file import check_place
 from tests.model.checkpoint import quantized, write_checkpoint
 from tests.reuse import decoded
 

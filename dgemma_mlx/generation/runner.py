@@ -11,17 +11,17 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-from dgemma_mlx.config import GenerationConfig
+from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.constrain.canvas import Place, projection
 from dgemma_mlx.constrain.vocabulary import TokenAutomaton
-from dgemma_mlx.diffusion.denoise import Pins, Project, denoise
+from dgemma_mlx.diffusion.denoiser import Pins, Project, denoise
 from dgemma_mlx.diffusion.sampler import Noise
 from dgemma_mlx.diffusion.speed import Speed
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Committed, Done, Draft, Event, FinishReason, Statistics
+from dgemma_mlx.generation.prompt_cache import PromptCache
 from dgemma_mlx.model.cache import PrefixCache
 from dgemma_mlx.model.text import DiffusionGemma
-from dgemma_mlx.prompt_cache import PromptCache
 from dgemma_mlx.text.parts import Parts, PartsParser
 from dgemma_mlx.text.tokenizer import Tokenizer
 

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from dgemma_mlx.checkpoint.hub import DEMO_FOLDER, Checkpoint, resolve
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.hub import DEMO_FOLDER, Checkpoint, resolve
 from tests.hub_server import Files, HubServer, Repository
 
 OFFLINE = "no complete copy of owner/name is in the cache, and HF_HUB_OFFLINE is set"
@@ -70,7 +70,7 @@ class Shell:
         code = (
             "import dataclasses, json, sys\n"
             "from dgemma_mlx import DgemmaError\n"
-            "from dgemma_mlx.hub import resolve\n"
+            "from dgemma_mlx.checkpoint.hub import resolve\n"
             "try: result = dataclasses.asdict(resolve(sys.argv[1]))\n"
             "except DgemmaError as error: result = vars(error)\n"
             "print(json.dumps(result, default=str))\n"

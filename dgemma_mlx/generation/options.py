@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dgemma_mlx.config import GenerationConfig
+from dgemma_mlx.checkpoint.config import GenerationConfig
+from dgemma_mlx.checks import check_count, check_temperature
 from dgemma_mlx.constrain.constraint import Constraint
 from dgemma_mlx.constrain.vocabulary import TokenAutomaton
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED, SPEEDS
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.run import VERIFY, Verify
-from dgemma_mlx.settings import LARGEST_SEED
-
-if TYPE_CHECKING:
-    from dgemma_mlx.engine import Model
+from dgemma_mlx.generation.model import Model
+from dgemma_mlx.generation.runner import VERIFY, Verify
 
 
 @dataclass(frozen=True)
@@ -60,8 +57,7 @@ class Options:
                 raise DgemmaError(
                     f"{name} must be one of {', '.join(choices)}, not {value!r}", "Leave it out for the default.", 2
                 )
-        if self.temp is not None and not (_is_number(self.temp) and 0 <= self.temp < math.inf):
-            raise DgemmaError(f"temp must be a number from 0 on, not {self.temp!r}", "0 takes no samples.", exit_code=2)
+        check_temperature(self.temp)
 
     def check_thinking(self, thinking: bool) -> None:
         if thinking and (self.constraint is not None or self.response_format is not None):
@@ -82,23 +78,3 @@ class Options:
         config = self.generation or model.generation
         constant = self.temp is not None and self.temp != 0
         return config.override(t_min=self.temp, t_max=self.temp) if constant else config
-
-
-def check_count(name: str, value: Any) -> None:
-    """``DgemmaError`` (exit code 2) for what is no whole number of at least 1."""
-    if not _is_whole(value) or not 1 <= value <= LARGEST_SEED:
-        raise DgemmaError(f"{name} must be at least 1, not {value!r}", "It is a whole number.", exit_code=2)
-
-
-def check_seed(value: Any) -> None:
-    """``DgemmaError`` (exit code 2) for what is neither None nor a seed of MLX."""
-    if value is not None and not (_is_whole(value) and 0 <= value <= LARGEST_SEED):
-        raise DgemmaError(f"no seed: {value!r}", "A seed is a whole number from 0 to 2^64 - 1.", exit_code=2)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return _is_whole(value) or isinstance(value, float)

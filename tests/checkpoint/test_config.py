@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dgemma_mlx.config import FULL, SLIDING, GenerationConfig, ModelConfig, TextConfig
+from dgemma_mlx.checkpoint.config import FULL, SLIDING, GenerationConfig, ModelConfig, TextConfig
 from dgemma_mlx.errors import DgemmaError
 from tests.model.checkpoint import flat_config, layered_config
 from tests.model.odd_values import ABSENT, ODD_VALUES, changed, one_line, places, reported

@@ -9,12 +9,12 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from dgemma_mlx.config import ModelConfig, TextConfig
+from dgemma_mlx.checkpoint.config import ModelConfig, TextConfig
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.generation.memory import Budget, cache_memory, device_limit, fitting_budget, run_memory
+from dgemma_mlx.generation.runner import prefill
 from dgemma_mlx.kernels import canvas_sampler
-from dgemma_mlx.model.memory import Budget, cache_memory, device_limit, fitting_budget, parse_size, run_memory
 from dgemma_mlx.model.text import DiffusionGemma
-from dgemma_mlx.run import prefill
 
 PUBLISHED = ModelConfig(TextConfig.from_dict({
     "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704, "hidden_size": 2816,
@@ -146,18 +146,3 @@ def test_a_smaller_budget_takes_less() -> None:
     config, budget = ModelConfig(TextConfig.from_dict(SMALL), canvas_length=32), Budget(128, 1 << 18)
     peak = prefill_peak(config, 2048, budget)
     assert peak < 1.15 * run_memory(config, 0, 2048, budget) < 0.6 * run_memory(config, 0, 2048, Budget())
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("8GB", 8e9), ("8g", 8e9), ("7.5 GiB", 7.5 * 2**30), ("500M", 5e8), ("1000", 1000), ("64KiB", 65536)],
-)
-def test_sizes(text: str, size: float) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "0", "0GB", "-1GB", "8XB", "8 I", "1e9", "8GB8"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(DgemmaError, match="no size of memory") as caught:
-        parse_size(text)
-    assert caught.value.exit_code == 2

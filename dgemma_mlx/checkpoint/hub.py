@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dgemma_mlx.config import ModelConfig
+from dgemma_mlx.checkpoint.config import ModelConfig
+from dgemma_mlx.checkpoint.shards import shard_files
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.model.shards import shard_files
 
 DEMO = "demo"
-DEMO_FOLDER = Path(__file__).parent / "demo"
+DEMO_FOLDER = Path(__file__).parent.parent / "demo"
 MODEL_VARIABLE = "DGEMMA_MODEL"
 
 _HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@(\w(?!.*\.\.)[\w./-]*))?", re.ASCII)

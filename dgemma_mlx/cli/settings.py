@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dgemma_mlx.checks import LARGEST_SEED, is_text
 from dgemma_mlx.errors import DgemmaError
 
 APP = "dgemma-mlx"
 CONFIG_VARIABLE = "DGEMMA_CONFIG"
-LARGEST_SEED = 2**64 - 1  # that a key of MLX takes
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,6 @@ def fits(name: str, value: Any) -> bool:
     if not right or kind.type is str:
         return right and is_text(value) and (kind.choices is None or value in kind.choices)
     return kind.least is None or (kind.least <= value < math.inf and (kind.most is None or value <= kind.most))
-
-
-def is_text(value: str) -> bool:
-    """Whether it can be written as UTF-8: a command line may hold other bytes, and JSON half a character."""
-    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def parse(name: str, text: str, place: str) -> Any:

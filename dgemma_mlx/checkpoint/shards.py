@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from dgemma_mlx.config import read_json
+from dgemma_mlx.checkpoint.config import read_json
 from dgemma_mlx.errors import DgemmaError
 
 _FETCH_AGAIN = "The download may not have finished; fetch the checkpoint again."

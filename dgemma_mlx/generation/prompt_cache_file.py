@@ -18,22 +18,20 @@ from itertools import accumulate, chain
 from math import prod
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from dgemma_mlx import __version__
+from dgemma_mlx.checkpoint.identity import weights_digest
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import check_writable, whole_file
+from dgemma_mlx.generation.model import Model
 from dgemma_mlx.kernels.dispatch import has_metal, mode
 from dgemma_mlx.model.adapter_file import adapter_digest
 from dgemma_mlx.model.cache import FullLayerCache, PrefixCache, Snapshot
 from dgemma_mlx.model.dequantize import dequantized_bytes
-from dgemma_mlx.model.identity import weights_digest
-
-if TYPE_CHECKING:
-    from dgemma_mlx.engine import Model
 
 _FORMAT, _VERSION = "dgemma-mlx prompt cache", 1
 _DTYPES = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32", mx.int32: "I32", mx.uint8: "U8"}

@@ -10,9 +10,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dgemma_mlx.config import GenerationConfig
-from dgemma_mlx.diffusion import denoise as denoise_module
-from dgemma_mlx.diffusion.denoise import Barred, Pins, Start, denoise
+from dgemma_mlx.checkpoint.config import GenerationConfig
+from dgemma_mlx.diffusion import denoiser as denoise_module
+from dgemma_mlx.diffusion.denoiser import Barred, Pins, Start, denoise
 from dgemma_mlx.diffusion.sampler import Noise, accept
 from dgemma_mlx.events import Draft
 from dgemma_mlx.kernels import CanvasSample

@@ -10,15 +10,17 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from dgemma_mlx.config import FULL, SLIDING, ModelConfig
+from dgemma_mlx.checkpoint.config import FULL, SLIDING, ModelConfig
+from dgemma_mlx.checkpoint.shards import StoredTensor
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.generation.model import Model
 from dgemma_mlx.kernels import MAX_KEPT
 from dgemma_mlx.model.attention import SCORE_BYTES
 from dgemma_mlx.model.cache import SPARE
-from dgemma_mlx.model.shards import StoredTensor
 from dgemma_mlx.model.text import DENSE_BYTES, DiffusionGemma, dense_value_bytes
 from dgemma_mlx.sizes import size
 
+DEQUANTIZE_CHOICES = ("auto", "on", "off")
 PREFILL_STEP_SIZE = 512
 _LEAST_STEP_SIZE = 64
 _LEAST_SCORE_BYTES = 4 << 20
@@ -28,7 +30,6 @@ _SAMPLER_BYTES, _SAMPLER_ARRAYS = 4 << 20, 5  # without Metal: of a block of the
 _SPARSE_ROWS = 72  # without Metal: of the embedding table, float32, alive for each list of probable tokens
 _SHARE_OF_FREE = 0.9
 _SAY_A_SIZE = "Say it as 8GB or 7.5GiB."
-_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,16 @@ def fitting_budget(config: ModelConfig, weight_bytes: int, positions: int, limit
     return budget
 
 
+def fit_to_memory(model: Model, positions: int, limit: int | None) -> Budget:
+    """The largest budget with which ``positions`` prompt positions stay within ``limit`` bytes, applied to the network.
+
+    Raises ``DgemmaError`` when the limit is too low for any budget.
+    """
+    budget = fitting_budget(model.config, model.weight_bytes(), positions, limit)
+    budget.apply(model.network)
+    return budget
+
+
 def device_limit() -> int:
     """Bytes that may be used: the GPU's recommended working set, without Metal nine tenths of what is free."""
     if mx.metal.is_available():
@@ -112,13 +123,20 @@ def device_limit() -> int:
     return mx.get_active_memory() + int(_SHARE_OF_FREE * free_memory())
 
 
-def parse_size(text: str) -> int:
-    """``8GB``, ``7.5 GiB``, ``500M`` or plain bytes -> bytes."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
-    parsed = int(float(found[1]) * _UNITS.get(found[2], 0)) if found else 0
-    if parsed == 0:
-        raise DgemmaError(f"no size of memory: {text!r}", _SAY_A_SIZE, exit_code=2)
-    return parsed
+def should_dequantize(nbytes: int, choice: str) -> bool:
+    """Whether packed weights are unpacked at load, given that they take ``nbytes`` once unpacked.
+
+    On a GPU they never are. Otherwise ``choice`` decides: "on", "off", or "auto", which unpacks them when they take no
+    more than half of the free memory. Raises ``DgemmaError`` (exit code 2) for any other choice.
+    """
+    if choice not in DEQUANTIZE_CHOICES:
+        raise DgemmaError(
+            f"cpu_dequantize must be one of {', '.join(DEQUANTIZE_CHOICES)}, not {choice!r}",
+            "auto unpacks packed weights at load when they take no more than half of the free memory.", exit_code=2,
+        )  # fmt: skip
+    if choice == "off" or mx.default_device() != mx.Device(mx.cpu):
+        return False
+    return choice == "on" or nbytes <= free_memory() // 2
 
 
 def free_memory() -> int:

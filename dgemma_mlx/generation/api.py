@@ -3,73 +3,31 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
-from dgemma_mlx.config import GenerationConfig, ModelConfig
+from dgemma_mlx.checkpoint.config import GenerationConfig, ModelConfig
+from dgemma_mlx.checkpoint.hub import resolve
+from dgemma_mlx.checks import check_count, check_seed
 from dgemma_mlx.diffusion.speed import SPEEDS
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Done, Event
-from dgemma_mlx.hub import resolve
+from dgemma_mlx.generation.memory import fit_to_memory, should_dequantize
+from dgemma_mlx.generation.model import Message, Model
+from dgemma_mlx.generation.options import Options
+from dgemma_mlx.generation.prompt_cache import PromptCache
+from dgemma_mlx.generation.runner import Answer, Loop, Run
 from dgemma_mlx.model.adapter_file import load_adapter
-from dgemma_mlx.model.dequantize import dequantize, should_dequantize
+from dgemma_mlx.model.dequantize import dequantize, dequantized_bytes
 from dgemma_mlx.model.load import load_model
-from dgemma_mlx.model.memory import Budget, fitting_budget
-from dgemma_mlx.model.text import DiffusionGemma
-from dgemma_mlx.options import Options, check_count, check_seed
-from dgemma_mlx.prompt_cache import PromptCache
-from dgemma_mlx.run import Answer, Loop, Run
-from dgemma_mlx.text.chat import ChatTemplate, encode_chat
 from dgemma_mlx.text.parts import PartsParser
-from dgemma_mlx.text.tokenizer import Tokenizer, load_tokenizer
+from dgemma_mlx.text.tokenizer import load_tokenizer
 
-Message = Mapping[str, Any]
 DEFAULT_MAX_TOKENS = 1024
-
-
-@dataclass(frozen=True)
-class Model:
-    """A loaded checkpoint: everything generation needs. Made by ``load``."""
-
-    name: str
-    folder: Path
-    config: ModelConfig
-    generation: GenerationConfig
-    network: DiffusionGemma
-    tokenizer: Tokenizer
-    vision: Mapping[str, mx.array]
-    """the vision tower's tensors under their published names, not used yet"""
-    adapter: Path | None = None
-    """the folder of the adapter that the network has"""
-
-    def encode_prompt(
-        self, prompt: str | Sequence[Message], *, system: str | None = None, thinking: bool = False, raw: bool = False
-    ) -> list[int]:
-        """Prompt -> ids (P). A string is one user turn of the checkpoint's chat template, or plain text
-        after a beginning-of-text id when ``raw``; a list holds the messages of a conversation. ``DgemmaError`` for
-        anything else."""
-        if raw:
-            if not isinstance(prompt, str) or system is not None:
-                raise DgemmaError("a raw prompt is one text", "It goes without messages and a system prompt.", 2)
-            ids = self.tokenizer.encode(prompt)
-            return ids if self.tokenizer.bos_id is None else [self.tokenizer.bos_id, *ids]
-        if not isinstance(prompt, (str, Sequence)):
-            raise DgemmaError(f"no prompt: {prompt!r}", "It is a text, or a list of messages.", exit_code=2)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if system is not None:
-            messages = [{"role": "system", "content": system}, *messages]
-        return encode_chat(self.tokenizer, self.template, messages, enable_thinking=thinking)
-
-    @cached_property
-    def template(self) -> ChatTemplate:
-        """The checkpoint's chat template, read when it is first needed: a raw prompt needs none."""
-        return ChatTemplate.load(self.folder)
 
 
 def load(
@@ -88,7 +46,7 @@ def load(
     checkpoint = resolve(None if model is None else str(model))
     config = ModelConfig.load(checkpoint.folder)
     network, weights = load_model(checkpoint.folder, config, dtype)
-    if should_dequantize(network, cpu_dequantize):
+    if should_dequantize(dequantized_bytes(network), cpu_dequantize):
         dequantize(network)
     folder = None if adapter is None else Path(adapter).expanduser()
     if folder is not None:
@@ -192,8 +150,8 @@ def _run(
         check_seed(seed)
     config = options.config(model)
     for ids in prompts:
-        check_prompt(model, ids)
-    budget = budget_for(model, len(prompts) * max(map(len, prompts)), options.memory_limit)
+        model.check_prompt(ids)
+    budget = fit_to_memory(model, len(prompts) * max(map(len, prompts)), options.memory_limit)
     loop = Loop(
         config, SPEEDS[options.speed], model.config.canvas_length, model.config.text.max_position_embeddings,
         options.prefill_step_size or budget.prefill_step_size, greedy=options.temp == 0, trim=options.trim_canvas,
@@ -206,25 +164,3 @@ def _run(
     for answer in answers:
         answer.check_room(loop)
     return Run(model.network, model.tokenizer, loop, answers, memory)
-
-
-def budget_for(model: Model, positions: int, limit: int | None) -> Budget:
-    """What may be worked on at a time, also noted in the network: ``DgemmaError`` where ``limit`` is too low."""
-    parameters: Any = tree_flatten(model.network.parameters())  # type: ignore[no-untyped-call]
-    weights = sum(array.nbytes for _, array in parameters)
-    budget = fitting_budget(model.config, weights, positions, limit)
-    budget.apply(model.network)
-    return budget
-
-
-def check_prompt(model: Model, ids: Sequence[int]) -> None:
-    """``DgemmaError`` where there is no prompt, or no room for a canvas behind it."""
-    if not ids:
-        raise DgemmaError("the prompt is empty", "Say what you want to know.", exit_code=2)
-    limit = model.config.text.max_position_embeddings
-    if len(ids) + model.config.canvas_length > limit:
-        raise DgemmaError(
-            f"the prompt has {len(ids):,} tokens; with a canvas of {model.config.canvas_length} "
-            f"the model's limit of {limit:,} positions is passed",
-            "Shorten the prompt.",
-        )

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from dgemma_mlx.config import GenerationConfig
+from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.diffusion.sampler import Noise, accept
 from dgemma_mlx.diffusion.schedule import temperature
 from dgemma_mlx.diffusion.speed import REFERENCE, Speed

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.generation.model import Model
 from dgemma_mlx.model.cache import PrefixCache, Snapshot
 from dgemma_mlx.model.text import DiffusionGemma
-
-if TYPE_CHECKING:
-    from dgemma_mlx.engine import Model
 
 
 class PromptCache:
@@ -35,7 +32,7 @@ class PromptCache:
     @classmethod
     def load(cls, path: str | Path, model: Model) -> PromptCache:
         """What ``save`` has written. ``DgemmaError`` for any other file, and for that of another model."""
-        from dgemma_mlx.prompt_cache_file import read
+        from dgemma_mlx.generation.prompt_cache_file import read
 
         memory = cls()
         memory._network, memory._stored = model.network, Path(path)
@@ -47,7 +44,7 @@ class PromptCache:
 
         ``model`` is the one that all this was encoded with. ``DgemmaError`` where the file cannot be written.
         """
-        from dgemma_mlx.prompt_cache_file import write
+        from dgemma_mlx.generation.prompt_cache_file import write
 
         if self._cache is None:
             return

@@ -1,0 +1,76 @@
+"""A loaded checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from dgemma_mlx.checkpoint.config import GenerationConfig, ModelConfig
+from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.model.text import DiffusionGemma
+from dgemma_mlx.text.chat import ChatTemplate, encode_chat
+from dgemma_mlx.text.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded checkpoint: everything generation needs. Made by ``load``."""
+
+    name: str
+    folder: Path
+    config: ModelConfig
+    generation: GenerationConfig
+    network: DiffusionGemma
+    tokenizer: Tokenizer
+    vision: Mapping[str, mx.array]
+    """the vision tower's tensors under their published names, not used yet"""
+    adapter: Path | None = None
+    """the folder of the adapter that the network has"""
+
+    def encode_prompt(
+        self, prompt: str | Sequence[Message], *, system: str | None = None, thinking: bool = False, raw: bool = False
+    ) -> list[int]:
+        """Prompt -> ids (P). A string is one user turn of the checkpoint's chat template, or plain text
+        after a beginning-of-text id when ``raw``; a list holds the messages of a conversation. ``DgemmaError`` for
+        anything else."""
+        if raw:
+            if not isinstance(prompt, str) or system is not None:
+                raise DgemmaError("a raw prompt is one text", "It goes without messages and a system prompt.", 2)
+            ids = self.tokenizer.encode(prompt)
+            return ids if self.tokenizer.bos_id is None else [self.tokenizer.bos_id, *ids]
+        if not isinstance(prompt, (str, Sequence)):
+            raise DgemmaError(f"no prompt: {prompt!r}", "It is a text, or a list of messages.", exit_code=2)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if system is not None:
+            messages = [{"role": "system", "content": system}, *messages]
+        return encode_chat(self.tokenizer, self.template, messages, enable_thinking=thinking)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The checkpoint's chat template, read when it is first needed: a raw prompt needs none."""
+        return ChatTemplate.load(self.folder)
+
+    def check_prompt(self, ids: Sequence[int]) -> None:
+        """Raises ``DgemmaError`` when the prompt is empty, or leaves no room for a canvas after it."""
+        if not ids:
+            raise DgemmaError("the prompt is empty", "Say what you want to know.", exit_code=2)
+        limit = self.config.text.max_position_embeddings
+        if len(ids) + self.config.canvas_length > limit:
+            raise DgemmaError(
+                f"the prompt has {len(ids):,} tokens; with a canvas of {self.config.canvas_length} "
+                f"the model's limit of {limit:,} positions is passed",
+                "Shorten the prompt.",
+            )
+
+    def weight_bytes(self) -> int:
+        """Bytes that the network's weights take in memory."""
+        parameters: Any = tree_flatten(self.network.parameters())  # type: ignore[no-untyped-call]
+        return sum(array.nbytes for _, array in parameters)
