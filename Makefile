@@ -33,8 +33,9 @@ test-kernels: $(VENV)/.installed-kernels ## the Metal kernels, in a simulator wh
 soak: $(VENV)/.installed-test ## the tests that take minutes
 	@$(PYTHON_BIN) -m pytest -m slow $(ARGS)
 
-lint: $(VENV)/.installed-test ## ruff
+lint: $(VENV)/.installed-test ## ruff, and the contracts of imports
 	@$(PYTHON_BIN) -m ruff check .
+	@$(VENV)/bin/lint-imports --no-cache --no-logo
 
 type: $(VENV)/.installed-test ## mypy, strict
 	@$(PYTHON_BIN) -m mypy

@@ -35,7 +35,7 @@ from jsonschema import Draft202012Validator
 from measured import checkpoints
 from measured.vocabulary import write_tokenizer
 
-from dgemma_mlx import Constraint, Draft, Model, generate, generate_batch, load, run, stream
+from dgemma_mlx import Constraint, Draft, Model, generate, generate_batch, load, stream
 from dgemma_mlx.constrain import canvas
 from dgemma_mlx.kernels import CanvasSample
 from dgemma_mlx.train.tasks import TASKS
@@ -169,7 +169,7 @@ def cost(steps: int) -> bool:
         for name, schema in (("record", RECORD), ("typical", TYPICAL), ("lengths", LENGTHS)):
             constraint = Constraint.json_schema(schema)
             wall, one_thread = time.perf_counter, time.thread_time
-            with timed(run, "projection", wall) as times, timed(canvas, "project", one_thread) as cpu:
+            with timed(canvas.CanvasProjection, "__call__", wall) as times, timed(canvas, "project", one_thread) as cpu:
                 whole = median(step_times(model, constraint, steps))
             first, rest = times[0], median(times[1:])
             spread = f"{1e3 * min(times[1:]):.0f} to {1e3 * max(times[1:]):.0f}, the first {1e3 * first:.0f}"
@@ -181,10 +181,10 @@ def cost(steps: int) -> bool:
 
 
 @contextmanager
-def timed(module: Any, name: str, clock: Callable[[], float]) -> Iterator[list[float]]:
-    """Seconds of each call of a function; arrays that it is given are evaluated before: they are the step's own."""
+def timed(owner: Any, name: str, clock: Callable[[], float]) -> Iterator[list[float]]:
+    """Yield the seconds of each call of a function. Its arguments are evaluated before, as part of the step."""
     times: list[float] = []
-    function = getattr(module, name)
+    function = getattr(owner, name)
 
     def call(*arguments: Any) -> Any:
         mx.eval(*(argument for argument in arguments if isinstance(argument, (mx.array, CanvasSample))))
@@ -193,9 +193,9 @@ def timed(module: Any, name: str, clock: Callable[[], float]) -> Iterator[list[f
         times.append(clock() - began)
         return result
 
-    setattr(module, name, call)
+    setattr(owner, name, call)
     yield times
-    setattr(module, name, function)
+    setattr(owner, name, function)
 
 
 def step_times(model: Model, constraint: Constraint | None, steps: int) -> Iterator[float]:

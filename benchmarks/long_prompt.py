@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from dgemma_mlx.checkpoint.config import ModelConfig, TextConfig
 from dgemma_mlx.generation.memory import PREFILL_STEP_SIZE, run_memory
-from dgemma_mlx.generation.runner import prefill
+from dgemma_mlx.generation.prefill import prefill
 from dgemma_mlx.model.text import DiffusionGemma
 
 MODEL: dict[str, Any] = {
@@ -49,7 +49,8 @@ def measure(tokens: int) -> dict[str, float]:
     mx.reset_peak_memory()
     before = _resident_peak()
     began = time.perf_counter()
-    prefill(model, ids, cache, step_size=PREFILL_STEP_SIZE)
+    for _ in prefill(model, ids, cache, step_size=PREFILL_STEP_SIZE):
+        pass
     prefilled = time.perf_counter()
     mx.eval(model.decode(mx.zeros((1, config.canvas_length), mx.int32), cache))
     decoded = time.perf_counter()

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from dgemma_mlx.constrain.constraint import Constraint
@@ -25,9 +26,7 @@ if TYPE_CHECKING:
     from dgemma_mlx.infill.template import Gap
     from dgemma_mlx.text.parts import ToolCall
 
-__version__ = "0.1.0"
-
-_PLACES = {
+_MODULES = {
     "Candidate": "infill.search",
     "Choice": "infill.choose",
     "Committed": "events",
@@ -77,9 +76,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on first use: ``dgemma-mlx --help`` needs no mlx."""
-    if name not in _PLACES:
+    """Import a public name on first use: ``dgemma-mlx --help`` needs no mlx."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"dgemma_mlx.{_PLACES[name]}"), name)
+    return getattr(import_module(f"dgemma_mlx.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""What the engine tells its callers: plain, frozen values, no arrays of the GPU among them."""
+"""Events: what the engine tells its callers. All are plain, frozen values without arrays of the GPU."""
 
 from __future__ import annotations
 
@@ -7,86 +7,128 @@ from typing import Literal
 
 from dgemma_mlx.text.parts import ToolCall
 
+# "stop": an end-of-text id was written. "length": max_tokens or the model's positions are used up.
+# "cancelled": the caller asked to stop.
 FinishReason = Literal["stop", "length", "cancelled"]
-"""``stop``: an end-of-text id was written; ``length``: max_tokens or the model's positions were used up;
-``cancelled``: the caller asked to stop."""
 
 
 @dataclass(frozen=True)
 class Draft:
-    """One denoising step of one canvas; every token may still change."""
+    """One denoising step of one canvas. Every token may still change.
+
+    Attributes:
+        canvas: Index of the canvas, from 0.
+        step: Number of the step, from 1.
+        max_steps: Largest number of steps that the canvas may take.
+        tokens: The argmax canvas, C ids.
+        accepted_mask: Which of the C positions this step accepted. Acceptance locks nothing.
+        entropy: Entropy of the processed logits at each of the C positions, in nats.
+        finished: Whether this is the last step, because a stopping test was passed or all steps are used.
+        settled_by: The stopping test that the canvas passed, one of ``dgemma_mlx.diffusion.stopping.TESTS``, or
+            "steps" when all steps are used and the canvas is not uncertain. None before the last step, and in the last
+            step when the canvas is still uncertain.
+        attempt: Number of times that this canvas was begun again, from other noise or to repair it.
+    """
 
     canvas: int
-    """index of the canvas, from 0"""
     step: int
-    """from 1"""
     max_steps: int
     tokens: tuple[int, ...]
-    """the argmax canvas (C)"""
     accepted_mask: tuple[bool, ...]
-    """positions accepted in this step (C); nothing is locked"""
     entropy: tuple[float, ...]
-    """of the processed logits, in nats (C)"""
     finished: bool
-    """True for the last step: a test was passed, or steps used up"""
     settled_by: str | None = None
-    """of the last step: the test that the canvas passed, one of ``dgemma_mlx.diffusion.stopping.TESTS``, or "steps":
-    all were used, and it is not uncertain; None where it still is"""
     attempt: int = 0
-    """counts up each time that a canvas is begun again: from other noise, or to repair it"""
 
     @property
     def mean_entropy(self) -> float:
+        """Mean of ``entropy`` over the canvas, in nats."""
         return sum(self.entropy) / len(self.entropy)
+
+    @property
+    def low_confidence(self) -> bool:
+        """Whether the canvas has finished and is still uncertain."""
+        return self.finished and self.settled_by is None
 
 
 @dataclass(frozen=True)
 class Committed:
-    """A canvas that is final. The texts are what this canvas adds: concatenate them over canvases."""
+    """A canvas that is final. The texts are what this canvas adds: concatenate them over canvases.
+
+    Attributes:
+        canvas: Index of the canvas, from 0.
+        tokens: Its ids, cut after the first end-of-text id, which is kept.
+        text: Answer text that the canvas adds.
+        thinking: Thinking that the canvas adds.
+        tool_calls: Tool calls that the canvas completes.
+        steps: Number of denoising steps, over all attempts.
+        settled_by: The stopping test that the committed attempt passed, as in ``Draft``. None when the canvas is still
+            uncertain after all steps (of a second attempt, too, where the speed mode makes one).
+        doubted: Indices into ``tokens`` at which the encoder would have written another token. Empty unless
+            ``verify`` asks the encoder.
+    """
 
     canvas: int
     tokens: tuple[int, ...]
-    """cut after the first end-of-text id, which is kept"""
     text: str
     thinking: str
     tool_calls: tuple[ToolCall, ...]
     steps: int
-    """of all attempts"""
     settled_by: str | None = "steps"
-    """of the attempt that is committed, as in ``Draft``"""
-    low_confidence: bool = False
-    """all steps were used, of a second attempt too where the speed mode has one, and the canvas is still uncertain"""
     doubted: tuple[int, ...] = ()
-    """places in ``tokens`` at which the encoder would have written another token, where it was asked (``verify``)"""
+
+    @property
+    def low_confidence(self) -> bool:
+        """Whether the canvas is still uncertain."""
+        return self.settled_by is None
+
 
 @dataclass(frozen=True)
 class Statistics:
-    """Counts and times of one generation."""
+    """Counts and times of one answer.
+
+    Attributes:
+        prompt_tokens: Number of prompt tokens.
+        cached_tokens: Number of prompt tokens that an earlier call had encoded.
+        generated_tokens: Number of kept tokens, including the end-of-text id and excluding padding.
+        canvases: Number of committed canvases.
+        denoising_steps: Number of decoder passes.
+        tokens_per_forward: generated_tokens / denoising_steps, as the reference counts it; 0 without a step.
+        prefill_seconds: Seconds spent on encoding the prompt.
+        seconds: Seconds in all.
+        tokens_per_second: generated_tokens divided by the seconds after the prefill.
+        peak_memory: Largest number of bytes that MLX held.
+        low_confidence: Number of canvases that were committed while still uncertain.
+        doubted_tokens: Number of tokens that the encoder would have written otherwise, where ``verify`` asks it.
+    """
 
     prompt_tokens: int
     cached_tokens: int
-    """prompt tokens that an earlier call had encoded"""
     generated_tokens: int
-    """kept tokens, the end-of-text id among them, padding not"""
     canvases: int
     denoising_steps: int
     tokens_per_forward: float
-    """generated_tokens / denoising_steps, as the reference counts it; 0 without a step"""
     prefill_seconds: float
     seconds: float
     tokens_per_second: float
-    """generated_tokens over the time after the prefill"""
     peak_memory: int
-    """bytes held by MLX at most"""
     low_confidence: int = 0
-    """canvases committed with low confidence"""
     doubted_tokens: int = 0
-    """tokens that the encoder would have written otherwise, where it was asked (``verify``)"""
 
 
 @dataclass(frozen=True)
 class Done:
-    """The end of a generation, and all of it in one piece."""
+    """The end of an answer, with all of it in one piece.
+
+    Attributes:
+        text: The answer.
+        thinking: What the model thought before answering; empty when it did not think.
+        tool_calls: Tool calls, in order.
+        tokens: All kept ids of the committed canvases.
+        finish_reason: Why the answer ended.
+        seed: The seed that gives this answer again.
+        statistics: Counts and times.
+    """
 
     text: str
     thinking: str

@@ -10,8 +10,8 @@ from typing import Any
 from dgemma_convert.plan import Plan
 from dgemma_convert.verify import Verification
 from dgemma_convert.writer import write_bytes, write_text
-from dgemma_mlx import __version__
 from dgemma_mlx.checkpoint.config import FULL, SLIDING, ModelConfig
+from dgemma_mlx.version import __version__
 
 REPORT = "conversion_report.json"
 CARD = "README.md"

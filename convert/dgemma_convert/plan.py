@@ -14,10 +14,10 @@ from typing import Any
 from dgemma_convert.formats import PLAIN, Format, Part
 from dgemma_convert.recipes import CLASSES, VISION, Recipe, class_of, layer_of
 from dgemma_convert.source import Source, Weight
-from dgemma_mlx import __version__
 from dgemma_mlx.checkpoint.names import some_of
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.memory import run_memory
+from dgemma_mlx.version import __version__
 
 SHARD_BYTES = 5_000_000_000
 MANIFEST = "conversion_manifest.json"

@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 
 import typer
 
-from dgemma_mlx import __version__
 from dgemma_mlx.cli.bench import bench
 from dgemma_mlx.cli.chat.repl import chat
 from dgemma_mlx.cli.choose import choose
@@ -25,6 +24,7 @@ from dgemma_mlx.cli.models import models
 from dgemma_mlx.cli.pipe import quiet_when_closed, reopen_streams
 from dgemma_mlx.cli.train import train
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.version import __version__
 
 PROGRAM = "dgemma-mlx"
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it

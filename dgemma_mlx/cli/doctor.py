@@ -44,7 +44,7 @@ def examine() -> dict[str, Any]:
     import mlx.core as mx
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from dgemma_mlx import __version__
+    from dgemma_mlx.version import __version__
 
     cache = Path(HF_HUB_CACHE)
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())

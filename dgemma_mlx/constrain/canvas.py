@@ -1,9 +1,9 @@
-"""Logits of a batch of canvases, projected onto a constraint."""
+"""A constraint on a batch of canvases: its state after the text so far, and the projection of logits onto it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -14,44 +14,82 @@ from dgemma_mlx.constrain.vocabulary import TokenAutomaton
 from dgemma_mlx.diffusion.stopping import gap
 from dgemma_mlx.kernels import CanvasSample
 
-CANDIDATES = 64
-"""probable tokens of each position, beside those that the constraint needs"""
+CANDIDATES = 64  # probable tokens considered at each position, beside those that the constraint needs
 
 
-class Place(NamedTuple):
-    """Where a row's canvas begins."""
+@dataclass
+class ConstraintState:
+    """Where one answer stands in its constraint.
 
-    state: int
-    room: int
-    """in tokens, the end-of-text token among them"""
-
-
-def projection(
-    tokens: TokenAutomaton, places: Sequence[Place], free: CanvasSample, raw: mx.array, uniforms: mx.array,
-    softcap: float | None, temperature: float,
-) -> CanvasSample:
-    """Logits (B, C, V) before the softcap, uniforms (B, C), and the sample that ``canvas_sampler`` makes of them -> one
-    of canvases that match, no surer of any position than the free one is.
-
-    Its lists hold two probabilities that are the gap apart, without their tokens. Evaluates.
+    Attributes:
+        automaton: The constraint, as an automaton over tokens.
+        state: The automaton's state after the committed tokens.
     """
-    ids = top_ids(raw, CANDIDATES)
-    skeleton = mx.array(tokens.skeleton)
-    logits = mx.concatenate([raw[..., skeleton], mx.take_along_axis(raw, ids, axis=-1)], axis=-1).astype(mx.float32)
-    if softcap is not None:
-        logits = softcap * mx.tanh(logits / softcap)
-    mx.eval(ids, logits)
-    scores, S = np.array(logits, np.float64) / temperature, skeleton.size
-    candidates, draws = np.array(ids), np.array(uniforms, np.float64)
-    rows = [
-        project(tokens, state, room, scores[row, :, :S], candidates[row], scores[row, :, S:], draws[row])
-        for row, (state, room) in enumerate(places)
-    ]
-    argmax, sample, entropy, ahead = (np.stack(parts) for parts in zip(*rows, strict=True))
-    lead = mx.minimum(mx.array(ahead.astype(np.float32)), gap(free))
-    weights = mx.stack([lead, mx.zeros_like(lead)], axis=-1)
-    return CanvasSample(
-        mx.maximum(mx.array(entropy.astype(np.float32)), free.entropy), mx.array(argmax.astype(np.int32)),
-        mx.array(sample.astype(np.int32)), mx.full(entropy.shape, 2, mx.int32), mx.zeros(weights.shape, mx.int32),
-        weights, lead,
-    )
+
+    automaton: TokenAutomaton
+    state: int = 0
+
+    def advance(self, tokens: Iterable[int]) -> None:
+        """Move on by committed tokens."""
+        self.state = self.automaton.advance(self.state, tokens)
+
+    @property
+    def shortest(self) -> int:
+        """Number of tokens, including the end-of-text token, in the shortest text that completes the answer."""
+        return int(self.automaton.shortest[self.state])
+
+
+@dataclass(frozen=True)
+class RowStart:
+    """Where one row's canvas begins.
+
+    Attributes:
+        constraint: The constraint's state before the canvas.
+        room: Number of tokens that the answer may still have, including the end-of-text token.
+    """
+
+    constraint: ConstraintState
+    room: int
+
+
+@dataclass(frozen=True)
+class CanvasProjection:
+    """Projects a step onto the canvases that a constraint allows. It is a ``diffusion.edits.Projection``.
+
+    Attributes:
+        rows: Where each row's canvas begins.
+    """
+
+    rows: Sequence[RowStart]
+
+    def __call__(
+        self, sample: CanvasSample, raw: mx.array, uniforms: mx.array, softcap: float | None, temperature: float
+    ) -> CanvasSample:
+        """Return the sample (B, C) of canvases that match, which is no more certain of any position than ``sample``.
+
+        ``raw`` are logits (B, C, V) before the softcap, ``uniforms`` (B, C) numbers in [0, 1). The result's lists of
+        probable tokens hold two probabilities that are the gap apart, without their tokens. Evaluates its arguments.
+        """
+        automaton = self.rows[0].constraint.automaton
+        ids = top_ids(raw, CANDIDATES)
+        skeleton = mx.array(automaton.skeleton)
+        logits = mx.concatenate([raw[..., skeleton], mx.take_along_axis(raw, ids, axis=-1)], axis=-1)
+        logits = logits.astype(mx.float32)
+        if softcap is not None:
+            logits = softcap * mx.tanh(logits / softcap)
+        mx.eval(ids, logits)
+        scores, S = np.array(logits, np.float64) / temperature, skeleton.size
+        candidates, draws = np.array(ids), np.array(uniforms, np.float64)
+        projected = [
+            project(automaton, start.constraint.state, start.room, scores[row, :, :S], candidates[row],
+                    scores[row, :, S:], draws[row])
+            for row, start in enumerate(self.rows)
+        ]  # fmt: skip
+        argmax, sampled, entropy, ahead = (np.stack(parts) for parts in zip(*projected, strict=True))
+        lead = mx.minimum(mx.array(ahead.astype(np.float32)), gap(sample))
+        weights = mx.stack([lead, mx.zeros_like(lead)], axis=-1)
+        return CanvasSample(
+            mx.maximum(mx.array(entropy.astype(np.float32)), sample.entropy), mx.array(argmax.astype(np.int32)),
+            mx.array(sampled.astype(np.int32)), mx.full(entropy.shape, 2, mx.int32),
+            mx.zeros(weights.shape, mx.int32), weights, lead,
+        )

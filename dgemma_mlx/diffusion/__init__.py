@@ -1,1 +1,1 @@
-"""One canvas: temperature schedule, acceptance, stopping, and the loop over denoising steps."""
+"""One canvas: temperature schedule, acceptance, stopping, edits, and the loop over denoising steps."""

@@ -1,4 +1,4 @@
-"""Which tokens of a step are accepted, and the random numbers of a generation.
+"""Acceptance of sampled tokens, and the random numbers of a generation.
 
 Reference: transformers ``EntropyBoundSampler``; Ben-Hamu et al., arXiv 2505.24857.
 """
@@ -11,8 +11,11 @@ import mlx.core as mx
 
 
 def accept(entropy: mx.array, entropy_bound: float) -> mx.array:
-    """(B, C) entropies -> (B, C) bool: positions taken in ascending order of entropy while the sum of the
-    entropies before them stays within the bound. The most certain position is always accepted."""
+    """Return which positions (B, C) bool are accepted, given their entropies (B, C) in nats.
+
+    Positions are taken in ascending order of entropy while the sum of the entropies before them stays within the
+    bound. The most certain position is therefore always accepted.
+    """
     order = mx.argsort(entropy, axis=-1)
     ascending = mx.take_along_axis(entropy, order, axis=-1)
     before = mx.cumsum(ascending, axis=-1) - ascending
@@ -20,31 +23,32 @@ def accept(entropy: mx.array, entropy_bound: float) -> mx.array:
 
 
 class Noise:
-    """The random numbers of one canvas or more, for a batch of rows with a seed each: row b draws what it would alone.
+    """The random numbers of one or more canvases, for a batch of rows that have a seed each.
 
-    One seed, one text, on one machine. Tests replace it by an object with the same methods to inject the
-    reference's numbers.
+    Row b draws the numbers that it would draw alone, so a seed gives the same text in any batch on one machine. Tests
+    inject the reference's numbers with an object that has the same methods.
     """
 
     def __init__(self, *seeds: int) -> None:
+        """Start one stream of random numbers for each seed."""
         self._keys = [mx.random.key(seed) for seed in seeds]
 
     def fork(self) -> Noise:
-        """Numbers for the next canvas: what they are does not depend on how many the canvas before has drawn."""
+        """Return the random numbers of the next canvas. They do not depend on how many the last canvas has drawn."""
         forked = Noise()
         forked._keys = self._next()
         return forked
 
     def keep(self, rows: list[int]) -> None:
-        """Goes on with these rows of the batch alone."""
+        """Continue with these rows of the batch only."""
         self._keys = [self._keys[row] for row in rows]
 
     def canvas(self, length: int, vocab_size: int) -> mx.array:
-        """Uniform random ids (B, C) over the whole vocabulary."""
+        """Draw uniform random ids (B, C) over the whole vocabulary."""
         return self._rows(lambda key: mx.random.randint(0, vocab_size, (length,), key=key))
 
     def uniform(self, length: int) -> mx.array:
-        """Numbers (B, C) in [0, 1): one for each sample that is drawn by inverse CDF."""
+        """Draw numbers (B, C) in [0, 1), one for each sample that is drawn by inverse CDF."""
         return self._rows(lambda key: mx.random.uniform(shape=(length,), key=key))
 
     def _rows(self, draw: Callable[[mx.array], mx.array]) -> mx.array:

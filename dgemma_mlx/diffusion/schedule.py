@@ -6,7 +6,10 @@ from dgemma_mlx.checkpoint.config import GenerationConfig
 
 
 def temperature(remaining: int, config: GenerationConfig) -> float:
-    """Linear from t_max in the first step (``remaining`` = N) towards t_min, which n = 0 would have.
+    """Return the temperature of the step with ``remaining`` steps left, that step included.
+
+    The schedule is linear: t_max in the first step (``remaining`` = N), falling towards t_min, which the last step
+    (``remaining`` = 1) does not quite reach.
 
     Reference: transformers ``LinearTemperatureScheduleLogitsProcessor``.
     """

@@ -1,4 +1,4 @@
-"""Speed modes: when a canvas may be committed before the reference would, as documented bundles."""
+"""Speed modes: documented sets of tests that commit a canvas before the reference's loop would."""
 
 from __future__ import annotations
 
@@ -6,47 +6,72 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Speed:
-    """What a mode adds to the reference's loop; without any of it, it is the reference's loop.
+class ConfidentTest:
+    """Commits a canvas on its mean entropy alone.
 
-    Every test is made on the logits of a whole forward pass over the canvas, and it is that pass's argmax canvas that
-    is committed. A position "counts" unless it comes behind an end-of-text id that is settled.
+    Attributes:
+        first_step: Number of the first step, from 1, in which the test is made.
+        max_entropy: Upper bound on the mean entropy, in nats; the checkpoint's ``confidence_threshold`` where that is
+            higher.
+    """
+
+    first_step: int
+    max_entropy: float = 0.0
+
+
+@dataclass(frozen=True)
+class PlateauTest:
+    """Commits a canvas whose argmax has not changed for a while.
+
+    Attributes:
+        steps: Number of earlier steps in which the argmax canvas must be the same.
+        max_entropy: Upper bound on the mean entropy, in nats.
+    """
+
+    steps: int
+    max_entropy: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a speed mode adds to the reference's loop.
+
+    Every test is made on the logits of a whole forward pass over the canvas, and that pass's argmax canvas is what is
+    committed. A position "counts" unless it comes after a settled end-of-text id and ``ignore_after_end`` is set.
+
+    Attributes:
+        gap: Commit when, at every position that counts, the two most probable tokens differ by more than this in
+            probability (early commit on confidence gaps: Prophet, arXiv 2508.19982). None makes no such test.
+        confident: The test on the mean entropy alone, or None.
+        plateau: The test for a canvas that does not change any more, or None.
+        entropy_bound_factor: Factor on the checkpoint's ``entropy_bound``. Above 1, a step accepts more tokens.
+        ignore_after_end: Whether positions after a settled end-of-text id do not count, because their text is dropped.
+        reroll: Whether a canvas that is still uncertain after all steps is denoised once more, from other noise.
     """
 
     gap: float | None = None
-    """commit when at each position that counts the two most probable tokens are so far apart in probability
-    (early commit on confidence gaps: Prophet, arXiv 2508.19982)"""
-    confident_steps: int | None = None
-    """commit on entropy alone, from this step on, ..."""
-    confident_entropy: float = 0.0
-    """... when the mean entropy is below this (nats), or the ``confidence_threshold`` where that is higher"""
-    plateau_steps: int | None = None
-    """commit when the argmax has been the same for so many steps before this one and ..."""
-    plateau_entropy: float = 0.0
-    """... the mean entropy is below this (nats)"""
+    confident: ConfidentTest | None = None
+    plateau: PlateauTest | None = None
     entropy_bound_factor: float = 1.0
-    """above 1: more tokens are accepted in a step"""
     ignore_after_end: bool = True
-    """positions behind a settled end-of-text id do not count: their text is dropped"""
     reroll: bool = True
-    """start once more, from other noise, where all steps were used and the canvas is still uncertain"""
 
 
+# The reference's loop: no further test.
 REFERENCE = Speed(ignore_after_end=False, reroll=False)
 
 SPEEDS: dict[str, Speed] = {
     "reference": REFERENCE,
-    "balanced": Speed(gap=0.9, confident_steps=2, plateau_steps=4, plateau_entropy=0.05),
+    "balanced": Speed(gap=0.9, confident=ConfidentTest(2), plateau=PlateauTest(4, 0.05)),
     "fast": Speed(
-        gap=0.8, confident_steps=12, confident_entropy=0.05, plateau_steps=2, plateau_entropy=0.1,
-        entropy_bound_factor=2.0,
+        gap=0.8, confident=ConfidentTest(12, 0.05), plateau=PlateauTest(2, 0.1), entropy_bound_factor=2.0
     ),
 }  # fmt: skip
 
 DEFAULT_SPEED = "balanced"
 
+# Mean entropy, in nats, above which a canvas that has used all its steps is still uncertain.
 UNCERTAIN = 0.2
-"""nats: a canvas that used all its steps is still uncertain when its mean entropy is above"""
 
+# Entropy, in nats, below which the first end-of-text id of the argmax canvas is settled.
 SETTLED_END = 0.05
-"""nats: below, the first end-of-text id of the argmax canvas is settled"""

@@ -1,6 +1,6 @@
-"""When a canvas is settled.
+"""Stopping: when a canvas is settled.
 
-Reference: transformers ``StableAndConfidentStoppingCriteria``; what else may settle one is told in ``speed``.
+Reference: transformers ``StableAndConfidentStoppingCriteria``. The further tests are those of ``diffusion.speed``.
 """
 
 from __future__ import annotations
@@ -15,20 +15,24 @@ TESTS = ("stable", "confident", "gap", "plateau")
 
 
 class Stopping:
-    """Says after each step which of ``TESTS`` the canvas of each row has passed.
+    """The stopping tests of one canvas, for every row of a batch. Call it once per step.
 
-    ``stable``, the reference's: the argmax canvas equals those of the last ``stability_threshold`` steps and the mean
-    entropy is below ``confidence_threshold`` (an upper bound, in nats). The others are ``Speed``'s. Only positions
-    that are ``free`` (B, C) bool count, where that is given; ``Speed`` may leave out more of them.
+    ``stable`` is the reference's test: the argmax canvas equals those of the last ``stability_threshold`` steps, and
+    the mean entropy is below ``confidence_threshold`` (an upper bound, in nats). The other tests are those of
+    ``Speed``.
     """
 
     def __init__(self, config: GenerationConfig, speed: Speed, free: mx.array | None = None) -> None:
+        """Only positions that are ``free``, (B, C) bool, count; None means all. ``speed`` may leave out more."""
         self._config, self._speed, self._free = config, speed, free
-        self._history: list[mx.array] = []  # the argmax canvases (B, C) before this one, the latest last
+        self._history: list[mx.array] = []  # the argmax canvases (B, C) of earlier steps, the latest last
 
     def __call__(self, sample: CanvasSample) -> tuple[mx.array, mx.array]:
-        """A step's sample (B, C) -> (B,) int32, which test was passed, by number, or ``len(TESTS)``: none; and (B,)
-        bool: whether the mean entropy is above ``UNCERTAIN``."""
+        """Test a step's sample (B, C).
+
+        Return (B,) int32, the first passed test as an index into ``TESTS``, or ``len(TESTS)`` when none was passed;
+        and (B,) bool, whether the mean entropy is above ``UNCERTAIN``.
+        """
         config, speed = self._config, self._speed
         counts = self._counting(sample)
         entropy = self._mean_entropy(sample, counts)
@@ -36,18 +40,19 @@ class Stopping:
         passed = dict.fromkeys(TESTS, no)
         confident = entropy < config.confidence_threshold
         passed["stable"] = self._unchanged(sample, counts, config.stability_threshold) & confident
-        if speed.confident_steps is not None and len(self._history) + 1 >= speed.confident_steps:
-            passed["confident"] = entropy < max(speed.confident_entropy, config.confidence_threshold)
+        if speed.confident is not None and len(self._history) + 1 >= speed.confident.first_step:
+            passed["confident"] = entropy < max(speed.confident.max_entropy, config.confidence_threshold)
         if speed.gap is not None:
             passed["gap"] = _all(gap(sample) > speed.gap, counts)
-        if speed.plateau_steps is not None:
-            passed["plateau"] = self._unchanged(sample, counts, speed.plateau_steps) & (entropy < speed.plateau_entropy)
+        if speed.plateau is not None:
+            unchanged = self._unchanged(sample, counts, speed.plateau.steps)
+            passed["plateau"] = unchanged & (entropy < speed.plateau.max_entropy)
         self._history.append(sample.argmax)
         first = mx.argmax(mx.stack([*passed.values(), ~no], axis=-1), axis=-1)
-        return first.astype(mx.int32), ~(entropy <= UNCERTAIN)  # logits that are no numbers are not certain
+        return first.astype(mx.int32), ~(entropy <= UNCERTAIN)  # NaN is uncertain
 
     def _counting(self, sample: CanvasSample) -> mx.array | None:
-        """(B, C) bool: the positions that count; None: all of them."""
+        """Return the positions that count, (B, C) bool; None when all do."""
         if not self._speed.ignore_after_end:
             return self._free
         ends = (sample.argmax[..., None] == mx.array(self._config.eos_token_ids)).any(axis=-1)
@@ -57,7 +62,11 @@ class Stopping:
         return counts if self._free is None else counts & self._free
 
     def _mean_entropy(self, sample: CanvasSample, counts: mx.array | None) -> mx.array:
-        """(B,) float32. What comes behind the end counts as certain, so that no answer is held up by being short."""
+        """Return the mean entropy, (B,) float32, in nats.
+
+        Positions that do not count because they follow the end enter the mean as certain, so that a short answer does
+        not take more steps than a long one.
+        """
         if counts is None:
             return sample.entropy.mean(axis=-1)
         total = mx.where(counts, sample.entropy, 0).sum(axis=-1)
@@ -65,7 +74,7 @@ class Stopping:
         return total / size
 
     def _unchanged(self, sample: CanvasSample, counts: mx.array | None, steps: int) -> mx.array:
-        """(B,) bool: whether the argmax is that of so many steps before, wherever it counts."""
+        """Return (B,) bool: whether the argmax equals that of each of the last ``steps`` steps, where it counts."""
         same = mx.full(sample.argmax.shape[:1], len(self._history) >= steps)
         for earlier in self._history[-steps:] if steps else ():
             same = same & _all(earlier == sample.argmax, counts)
@@ -73,12 +82,14 @@ class Stopping:
 
 
 def _all(true: mx.array, counts: mx.array | None) -> mx.array:
-    """(B,) bool: whether it is true (B, C) wherever it counts."""
+    """Return (B,) bool: whether ``true`` (B, C) holds at every position that counts."""
     return (true if counts is None else true | ~counts).all(axis=-1)
 
 
 def gap(sample: CanvasSample) -> mx.array:
-    """(B, C) float32: how far the two most probable tokens are apart in probability; 0 where the list of the probable
-    ones is cut off."""
+    """Return how far the two most probable tokens are apart in probability, (B, C) float32.
+
+    It is 0 where the list of probable tokens is cut off.
+    """
     two = mx.topk(sample.kept_weights, 2, axis=-1)
     return mx.where(sample.kept_count <= MAX_KEPT, mx.abs(two[..., 1] - two[..., 0]), 0)

@@ -1,9 +1,9 @@
-"""The outer loop: prefill the prompt, denoise canvas after canvas, commit, until the text ends."""
+"""What callers call: ``load``, ``generate``, ``stream`` and ``generate_batch``."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,17 @@ import mlx.core as mx
 from dgemma_mlx.checkpoint.config import GenerationConfig, ModelConfig
 from dgemma_mlx.checkpoint.hub import resolve
 from dgemma_mlx.checks import check_count, check_seed
-from dgemma_mlx.diffusion.speed import SPEEDS
+from dgemma_mlx.constrain.canvas import ConstraintState
+from dgemma_mlx.constrain.constraint import Constraint
+from dgemma_mlx.diffusion.speed import DEFAULT_SPEED
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Done, Event
+from dgemma_mlx.generation.answer import Answer
 from dgemma_mlx.generation.memory import fit_to_memory, should_dequantize
 from dgemma_mlx.generation.model import Message, Model
-from dgemma_mlx.generation.options import Options
+from dgemma_mlx.generation.options import GenerationOptions, Verify
 from dgemma_mlx.generation.prompt_cache import PromptCache
-from dgemma_mlx.generation.runner import Answer, Loop, Run
+from dgemma_mlx.generation.runner import Runner
 from dgemma_mlx.model.adapter_file import load_adapter
 from dgemma_mlx.model.dequantize import dequantize, dequantized_bytes
 from dgemma_mlx.model.load import load_model
@@ -34,15 +37,22 @@ def load(
     model: str | Path | None = None, *, dtype: mx.Dtype | None = None, cpu_dequantize: str = "auto",
     adapter: str | Path | None = None,
 ) -> Model:
-    """Opens a checkpoint: a folder, a Hub id ``owner/name[@revision]``, ``demo``, or None for the default.
+    """Open a checkpoint. Its weights are read when they are first used.
 
-    Weights are read when they are first used. ``dtype`` is that of ``load_model``. ``cpu_dequantize`` says whether
-    packed weights are unpacked where there is no Metal, "on" or "off"; "auto" unpacks them where that takes no more
-    than half of the free memory. ``adapter`` is a folder that ``dgemma-mlx train`` (or PEFT, or mlx_lm) has written.
-    ``DgemmaError`` where there is no such model or adapter, or its files are not whole.
+    Args:
+        model: A folder, a Hub id ``owner/name[@revision]``, or "demo". None is the environment variable
+            ``DGEMMA_MODEL``, else the demo.
+        dtype: A floating dtype to convert all weights to. None keeps them as stored, except on a machine without
+            Metal, where they become float32.
+        cpu_dequantize: Whether packed weights are unpacked where there is no Metal: "on", "off", or "auto", which
+            unpacks them when that takes no more than half of the free memory.
+        adapter: A folder that ``dgemma-mlx train``, PEFT or mlx_lm has written.
+
+    Raises:
+        DgemmaError: When there is no such model or adapter, or its files are incomplete or damaged.
     """
     if dtype is not None and not mx.issubdtype(dtype, mx.floating):
-        raise DgemmaError(f"dtype must be a floating one, not {dtype}", "mlx.core.bfloat16, say.", exit_code=2)
+        raise DgemmaError(f"dtype must be a floating dtype, not {dtype}", "For example mlx.core.bfloat16.", exit_code=2)
     checkpoint = resolve(None if model is None else str(model))
     config = ModelConfig.load(checkpoint.folder)
     network, weights = load_model(checkpoint.folder, config, dtype)
@@ -64,12 +74,29 @@ def load(
     )
 
 
-def generate(model: Model, prompt: str | Sequence[Message], **options: Any) -> Done:
-    """The whole answer in one piece. Takes what ``stream`` takes."""
-    for event in stream(model, prompt, **options):
+def generate(
+    model: Model, prompt: str | Sequence[Message], *, max_tokens: int = DEFAULT_MAX_TOKENS, seed: int | None = None,
+    system: str | None = None, thinking: bool = False, raw: bool = False, prompt_cache: PromptCache | None = None,
+    speed: str = DEFAULT_SPEED, verify: Verify = "off", temp: float | None = None,
+    generation: GenerationConfig | None = None, trim_canvas: bool = False, prefill_step_size: int | None = None,
+    memory_limit: int | None = None, cancelled: Callable[[], bool] | None = None,
+    constraint: Constraint | None = None, response_format: Mapping[str, Any] | None = None,
+) -> Done:
+    """Generate a whole answer. The arguments are those of ``stream``.
+
+    Example:
+        >>> generate(load("demo"), "Sort 7 3 5", seed=1).text
+        '3 5 7'
+    """
+    options = GenerationOptions(
+        speed=speed, verify=verify, temp=temp, generation=generation, trim_canvas=trim_canvas,
+        prefill_step_size=prefill_step_size, memory_limit=memory_limit, cancelled=cancelled, constraint=constraint,
+        response_format=response_format,
+    )  # fmt: skip
+    for event in _stream(model, prompt, options, max_tokens, seed, system, thinking, raw, prompt_cache):
         if isinstance(event, Done):
             return event
-    raise AssertionError("stream() ends with Done")
+    raise AssertionError("the last event is Done")
 
 
 def stream(
@@ -82,85 +109,133 @@ def stream(
     thinking: bool = False,
     raw: bool = False,
     prompt_cache: PromptCache | None = None,
-    **options: Any,
+    speed: str = DEFAULT_SPEED,
+    verify: Verify = "off",
+    temp: float | None = None,
+    generation: GenerationConfig | None = None,
+    trim_canvas: bool = False,
+    prefill_step_size: int | None = None,
+    memory_limit: int | None = None,
+    cancelled: Callable[[], bool] | None = None,
+    constraint: Constraint | None = None,
+    response_format: Mapping[str, Any] | None = None,
 ) -> Iterator[Event]:
-    """Generates an answer; yields a ``Draft`` a denoising step, a ``Committed`` a canvas, at last a ``Done``.
+    """Generate an answer step by step.
 
-    One ``seed`` gives one text on one machine; None draws one, which ``Done`` tells. A ``prompt_cache`` that is handed
-    on from call to call saves encoding what the prompts have in common. ``options`` are those of ``Options``. To
-    cancel, stop iterating: the work is done step by step; or let ``cancelled`` return True, then the ``Done`` of the
-    committed canvases comes next.
+    Yield a ``Draft`` for each denoising step, a ``Committed`` for each canvas, and a ``Done`` at the end. To cancel,
+    stop iterating, because the work is done as it is asked for; or let ``cancelled`` return True, and the ``Done`` of
+    the committed canvases comes next.
+
+    Args:
+        model: What ``load`` returned.
+        prompt: A text, or the messages of a conversation, ``{"role": ..., "content": ...}``.
+        max_tokens: Largest number of tokens to write.
+        seed: Seed of the random numbers: one seed gives one text on one machine. None draws one, which ``Done`` tells.
+        system: A system prompt.
+        thinking: Whether the model thinks before it answers.
+        raw: Whether the prompt is plain text, without the chat template.
+        prompt_cache: A cache that is passed from call to call, to encode only what the prompts do not share.
+        speed: What it takes to commit a canvas: "reference", "balanced" or "fast"; see ``dgemma_mlx.diffusion.speed``.
+        verify: Whether the encoder checks each canvas: "off", "flag" (its doubts are in ``Committed.doubted``) or
+            "repair" (the canvas is denoised again from the first doubt).
+        temp: A constant temperature. 0 takes the most probable tokens. None keeps the checkpoint's schedule.
+        generation: Parameters of the denoising loop, in place of the checkpoint's.
+        trim_canvas: Whether the last canvas is only as long as ``max_tokens`` needs: less work, another text.
+        prefill_step_size: Number of prompt positions encoded at once. None takes as many as memory allows.
+        memory_limit: Bytes that the work may take. None is the device's own limit.
+        cancelled: A function that is asked between any two steps. Once it returns True, the answer ends.
+        constraint: What the answer must match.
+        response_format: A constraint in the form of OpenAI's clients; see ``Constraint.response_format``.
+
+    Raises:
+        DgemmaError: For an option out of range, options that exclude each other, a prompt that is empty or too long,
+            and a memory limit that is too low. All are raised before anything is encoded.
     """
-    chosen = Options(**options)
-    chosen.check_thinking(thinking)
-    ids = model.encode_prompt(prompt, system=system, thinking=thinking, raw=raw)
-    run = _run(model, [ids], [seed], [max_tokens], chosen, prompt_cache or PromptCache())
-    return (event for _, event in run.events())
+    options = GenerationOptions(
+        speed=speed, verify=verify, temp=temp, generation=generation, trim_canvas=trim_canvas,
+        prefill_step_size=prefill_step_size, memory_limit=memory_limit, cancelled=cancelled, constraint=constraint,
+        response_format=response_format,
+    )  # fmt: skip
+    return _stream(model, prompt, options, max_tokens, seed, system, thinking, raw, prompt_cache)
 
 
 def generate_batch(
-    model: Model,
-    prompts: Sequence[str | Sequence[Message]],
-    *,
-    max_tokens: int | Sequence[int] = DEFAULT_MAX_TOKENS,
-    seeds: Sequence[int | None] | None = None,
-    system: str | Sequence[str | None] | None = None,
-    thinking: bool = False,
-    raw: bool = False,
-    **options: Any,
+    model: Model, prompts: Sequence[str | Sequence[Message]], *, max_tokens: int | Sequence[int] = DEFAULT_MAX_TOKENS,
+    seeds: Sequence[int | None] | None = None, system: str | Sequence[str | None] | None = None,
+    thinking: bool = False, raw: bool = False, speed: str = DEFAULT_SPEED, verify: Verify = "off",
+    temp: float | None = None, generation: GenerationConfig | None = None, trim_canvas: bool = False,
+    prefill_step_size: int | None = None, memory_limit: int | None = None,
+    cancelled: Callable[[], bool] | None = None, constraint: Constraint | None = None,
+    response_format: Mapping[str, Any] | None = None,
 ) -> list[Done]:
-    """Answers several prompts at once, each as it would be alone with its seed, but for rounding.
+    """Answer several prompts at once. Each answer is what it would be alone with its seed, except for rounding.
 
-    ``max_tokens`` and ``system`` may be one for all or one for each, else that is a ``DgemmaError``. Takes ``Options``
-    without ``trim_canvas``, which would give the answers other texts than alone.
+    ``max_tokens`` and ``system`` are one value for all prompts, or one for each; ``seeds`` are one for each. The other
+    arguments are those of ``stream``. ``trim_canvas`` is refused for more than one prompt, because the answers would
+    differ from those that the prompts get alone. Raises ``DgemmaError`` for that, for lists of the wrong length, and
+    whenever ``stream`` does.
     """
     if isinstance(prompts, str):
-        raise DgemmaError("prompts must be several", "One prompt goes to generate().", exit_code=2)
+        raise DgemmaError("prompts must be a list of prompts", "One prompt goes to generate().", exit_code=2)
     if not prompts:
         return []
-    if options.get("trim_canvas") and len(prompts) > 1:
-        raise DgemmaError("trim_canvas goes with one prompt at a time", "Leave it out.", exit_code=2)
     count = len(prompts)
-    most = max_tokens if isinstance(max_tokens, Sequence) else [max_tokens] * count
+    if trim_canvas and count > 1:
+        raise DgemmaError("trim_canvas takes one prompt at a time", "Leave it out.", exit_code=2)
+    limits = max_tokens if isinstance(max_tokens, Sequence) else [max_tokens] * count
     systems = [system] * count if system is None or isinstance(system, str) else system
     seeds = [None] * count if seeds is None else seeds
-    for name, values in (("max_tokens", most), ("seeds", seeds), ("system", systems)):
+    for name, values in (("max_tokens", limits), ("seeds", seeds), ("system", systems)):
         if len(values) != count:
             raise DgemmaError(
-                f"{name} must be one for each of {count} prompts, not {len(values)}", "None leaves them out.", 2
+                f"{name} must be one for each of {count} prompts, not {len(values)}", "Use None to leave it out.", 2
             )
-    chosen = Options(**options)
-    chosen.check_thinking(thinking)
+    options = GenerationOptions(
+        speed=speed, verify=verify, temp=temp, generation=generation, trim_canvas=trim_canvas,
+        prefill_step_size=prefill_step_size, memory_limit=memory_limit, cancelled=cancelled, constraint=constraint,
+        response_format=response_format,
+    )  # fmt: skip
+    options.check_thinking(thinking)
     ids = [
         model.encode_prompt(prompt, system=own, thinking=thinking, raw=raw)
         for prompt, own in zip(prompts, systems, strict=True)
     ]
-    run = _run(model, ids, seeds, most, chosen)
-    done = {number: event for number, event in run.events() if isinstance(event, Done)}
+    runner = _runner(model, ids, seeds, limits, options)
+    done = {number: event for number, event in runner.events() if isinstance(event, Done)}
     return [done[number] for number in range(count)]
 
 
-def _run(
+def _stream(
+    model: Model, prompt: str | Sequence[Message], options: GenerationOptions, max_tokens: int, seed: int | None,
+    system: str | None, thinking: bool, raw: bool, prompt_cache: PromptCache | None,
+) -> Iterator[Event]:
+    """Check everything, then return the events, which are computed as they are asked for."""
+    options.check_thinking(thinking)
+    ids = model.encode_prompt(prompt, system=system, thinking=thinking, raw=raw)
+    runner = _runner(model, [ids], [seed], [max_tokens], options, prompt_cache or PromptCache())
+    return (event for _, event in runner.events())
+
+
+def _runner(
     model: Model, prompts: Sequence[list[int]], seeds: Sequence[int | None], max_tokens: Sequence[int],
-    options: Options, memory: PromptCache | None = None,
-) -> Run:
-    """A checked run over encoded prompts, nothing of it done yet."""
-    for most, seed in zip(max_tokens, seeds, strict=True):
-        check_count("max_tokens", most)
+    options: GenerationOptions, prompt_cache: PromptCache | None = None,
+) -> Runner:
+    """Return a runner over encoded prompts whose arguments are checked, with nothing of the work done yet."""
+    for limit, seed in zip(max_tokens, seeds, strict=True):
+        check_count("max_tokens", limit)
         check_seed(seed)
     config = options.config(model)
     for ids in prompts:
         model.check_prompt(ids)
     budget = fit_to_memory(model, len(prompts) * max(map(len, prompts)), options.memory_limit)
-    loop = Loop(
-        config, SPEEDS[options.speed], model.config.canvas_length, model.config.text.max_position_embeddings,
-        options.prefill_step_size or budget.prefill_step_size, greedy=options.temp == 0, trim=options.trim_canvas,
-        verify=options.verify, cancelled=options.cancelled, tokens=options.tokens(model, config),
-    )  # fmt: skip
+    automaton = options.automaton(model)
     answers = [
-        Answer(ids, secrets.randbits(32) if seed is None else seed, most, PartsParser(model.tokenizer))
-        for ids, seed, most in zip(prompts, seeds, max_tokens, strict=True)
-    ]
+        Answer(
+            ids, secrets.randbits(32) if seed is None else seed, limit, model.config.text.max_position_embeddings,
+            config, PartsParser(model.tokenizer), None if automaton is None else ConstraintState(automaton),
+        )
+        for ids, seed, limit in zip(prompts, seeds, max_tokens, strict=True)
+    ]  # fmt: skip
     for answer in answers:
-        answer.check_room(loop)
-    return Run(model.network, model.tokenizer, loop, answers, memory)
+        answer.check_room(model.config.canvas_length)
+    return Runner(model, options, answers, options.prefill_step_size or budget.prefill_step_size, prompt_cache)

@@ -1,4 +1,4 @@
-"""How much memory generating takes, estimated from the configuration, and how to stay within a limit."""
+"""Estimates of the memory that generation takes, from the configuration alone, and how to stay within a limit."""
 
 from __future__ import annotations
 
@@ -24,45 +24,47 @@ DEQUANTIZE_CHOICES = ("auto", "on", "off")
 PREFILL_STEP_SIZE = 512
 _LEAST_STEP_SIZE = 64
 _LEAST_SCORE_BYTES = 4 << 20
-_AHEAD = 8  # blocks of scores alive at a time: MLX sets out on operations before those in front have ended (measured)
-_MARKS = 2  # copies of the sliding layers' keys and values in a ``PromptCache``
-_SAMPLER_BYTES, _SAMPLER_ARRAYS = 4 << 20, 5  # without Metal: of a block of the sampler, and how many are alive
-_SPARSE_ROWS = 72  # without Metal: of the embedding table, float32, alive for each list of probable tokens
-_SHARE_OF_FREE = 0.9
-_SAY_A_SIZE = "Say it as 8GB or 7.5GiB."
+_AHEAD = 8  # blocks of scores alive at a time (measured): MLX starts operations before earlier ones have ended
+_MARKS = 2  # copies of the sliding layers' keys and values that a ``PromptCache`` holds
+_SAMPLER_BYTES, _SAMPLER_ARRAYS = 4 << 20, 5  # without Metal: bytes of a block of the sampler, and blocks alive
+_SPARSE_ROWS = 72  # without Metal: float32 rows of the embedding table alive for each list of probable tokens
+_SHARE_OF_FREE = 0.9  # of the free memory, without Metal
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is worked on at a time."""
+    """The working set: how much is worked on at a time.
+
+    Attributes:
+        prefill_step_size: Number of prompt positions encoded at once.
+        score_bytes: Bytes of attention scores computed at once.
+    """
 
     prefill_step_size: int = PREFILL_STEP_SIZE
-    """prompt positions encoded at once"""
     score_bytes: int = SCORE_BYTES
-    """of attention scores at once"""
 
     def apply(self, network: DiffusionGemma) -> None:
-        """Bounds the scores of a network's layers. The step size is ``prefill``'s argument."""
+        """Bound the attention scores of a network's layers. The step size is an argument of ``prefill``."""
         for layer in network.layers:
             layer.self_attn.score_bytes = self.score_bytes
 
 
 def weight_memory(tensors: Iterable[StoredTensor]) -> int:
-    """Bytes of stored weights once loaded: without Metal, ``load_model`` makes half precision float32."""
+    """Return the bytes of stored weights once loaded. Without Metal, half precision is loaded as float32."""
     return sum(tensor.nbytes * (_element() // 2 if tensor.dtype in ("BF16", "F16") else 1) for tensor in tensors)
 
 
 def cache_memory(config: ModelConfig, positions: int) -> int:
-    """Bytes of keys and values for a prefix of so many positions with a canvas behind it."""
+    """Return the bytes of keys and values for a prefix of ``positions`` and a canvas after it."""
     sliding = _window(config, positions) + config.canvas_length
     return _kept_memory(config, FULL, positions + SPARE) + _kept_memory(config, SLIDING, sliding)
 
 
 def run_memory(config: ModelConfig, weight_bytes: int, positions: int, budget: Budget | None = None) -> int:
-    """Bytes at the peak, for a prompt of so many positions, once the weights are loaded: weights, cache, and the larger
-    of what prefill and denoising work with.
+    """Return the peak bytes for a prompt of ``positions``, once the weights are loaded.
 
-    The first answer may stay below: weights come in layer by layer when they are first used.
+    The peak is the sum of the weights, the cache, and the larger one of the working sets of prefill and denoising. The
+    first answer may stay below it, because the weights of a layer are read when they are first used.
     """
     budget = budget or Budget()
     rows = min(budget.prefill_step_size, positions)
@@ -77,13 +79,15 @@ def run_memory(config: ModelConfig, weight_bytes: int, positions: int, budget: B
 
 
 def fitting_budget(config: ModelConfig, weight_bytes: int, positions: int, limit: int | None = None) -> Budget:
-    """The largest budget with which a prompt of so many positions stays within ``limit`` bytes.
+    """Return the largest budget with which a prompt of ``positions`` stays within ``limit`` bytes.
 
-    Where not even the smallest one does, or the limit is no size, that is a ``DgemmaError``; but the device's own limit
-    (None) is not enforced, it may be stretched: then it is the smallest one.
+    Raises ``DgemmaError`` when not even the smallest budget does, or the limit is not positive. Without a limit, the
+    device's own one applies. It may be stretched, so the smallest budget is returned where none stays within it.
     """
     if limit is not None and limit <= 0:
-        raise DgemmaError(f"the memory limit must be more than 0 bytes, not {limit}", _SAY_A_SIZE, exit_code=2)
+        raise DgemmaError(
+            f"the memory limit must be more than 0 bytes, not {limit}", "Write it as 8GB or 7.5GiB.", exit_code=2
+        )
     bound = device_limit() if limit is None else limit
     budget = Budget()
     while run_memory(config, weight_bytes, positions, budget) > bound:
@@ -107,7 +111,7 @@ def fitting_budget(config: ModelConfig, weight_bytes: int, positions: int, limit
 
 
 def fit_to_memory(model: Model, positions: int, limit: int | None) -> Budget:
-    """The largest budget with which ``positions`` prompt positions stay within ``limit`` bytes, applied to the network.
+    """Compute the working-set budget for ``positions`` prompt positions and apply it to the network.
 
     Raises ``DgemmaError`` when the limit is too low for any budget.
     """
@@ -117,14 +121,14 @@ def fit_to_memory(model: Model, positions: int, limit: int | None) -> Budget:
 
 
 def device_limit() -> int:
-    """Bytes that may be used: the GPU's recommended working set, without Metal nine tenths of what is free."""
+    """Return the bytes that may be used: the GPU's recommended working set, or 90 % of the free memory."""
     if mx.metal.is_available():
         return int(mx.device_info()["max_recommended_working_set_size"])
     return mx.get_active_memory() + int(_SHARE_OF_FREE * free_memory())
 
 
 def should_dequantize(nbytes: int, choice: str) -> bool:
-    """Whether packed weights are unpacked at load, given that they take ``nbytes`` once unpacked.
+    """Return whether packed weights are unpacked at load, given that they take ``nbytes`` once unpacked.
 
     On a GPU they never are. Otherwise ``choice`` decides: "on", "off", or "auto", which unpacks them when they take no
     more than half of the free memory. Raises ``DgemmaError`` (exit code 2) for any other choice.
@@ -140,7 +144,7 @@ def should_dequantize(nbytes: int, choice: str) -> bool:
 
 
 def free_memory() -> int:
-    """Bytes that programs may still take; all of them where the system does not say."""
+    """Return the bytes of memory that programs may still take, or all memory where the system does not tell."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
@@ -150,7 +154,7 @@ def free_memory() -> int:
 
 
 def _dtype() -> mx.Dtype:
-    """Of activations, logits, keys and values, in the published checkpoints once they are loaded."""
+    """Return the dtype of activations, logits, keys and values of the published checkpoints once they are loaded."""
     return mx.bfloat16 if mx.metal.is_available() else mx.float32
 
 
@@ -163,7 +167,7 @@ def _window(config: ModelConfig, positions: int) -> int:
 
 
 def _kept_memory(config: ModelConfig, kind: str, positions: int) -> int:
-    """Bytes of so many positions' keys and values in all layers of a kind."""
+    """Return the bytes of the keys and values of ``positions`` in all layers of a kind."""
     text = config.text
     layers, width = text.layer_types.count(kind), text.kv_heads(kind) * text.layer_head_dim(kind)
     return 2 * layers * positions * width * _element()
@@ -172,10 +176,10 @@ def _kept_memory(config: ModelConfig, kind: str, positions: int) -> int:
 def _layer_memory(
     config: ModelConfig, kinds: Sequence[str], rows: int, keys: int, budget: Budget, encoding: bool
 ) -> int:
-    """Bytes of intermediate results of so many rows in layers of these kinds, the most that is there at a time.
+    """Return the peak bytes of intermediate results for ``rows`` positions in layers of these kinds.
 
-    The numbers say how many arrays of a width MLX holds at once, of several operations on whose results it has set out
-    before those in front have ended: the slopes of measured peaks over each width (float32, MLX 0.32 on Linux).
+    The factors are the number of arrays of each width that MLX holds at once, because it starts operations before
+    earlier ones have ended. They are slopes of measured peaks over each width (float32, MLX 0.32 on Linux).
     """
     text = config.text
     M, K, element = text.hidden_size, text.top_k_experts, _element()
@@ -185,7 +189,7 @@ def _layer_memory(
         seen = keys if kind == FULL else min(keys, text.sliding_window - 1 + rows)
         heads, kv_heads = (n * text.layer_head_dim(kind) for n in (text.num_attention_heads, text.kv_heads(kind)))
         attention = rows * (4 * M + 6 * heads + 6 * kv_heads) * element
-        if encoding and kind == SLIDING:  # the window with the new positions behind it, and the next window
+        if encoding and kind == SLIDING:  # the window followed by the new positions, and the next window
             attention += 4 * seen * kv_heads * element
         scores = 4 * text.num_attention_heads * rows * seen
         most = max(most, attention + min(scores, _AHEAD * budget.score_bytes))
@@ -193,8 +197,11 @@ def _layer_memory(
 
 
 def _prediction_memory(config: ModelConfig) -> int:
-    """Bytes of a step's logits and of what samples from them, then of what makes expected embeddings of them: of a
-    position's list, or of all its logits."""
+    """Return the peak bytes between a step's logits and the next step's self-conditioning.
+
+    That is the logits with the sampler's working set, or with the working set of the expected embeddings, which come
+    from a position's list of probable tokens or from all its logits.
+    """
     canvas, element, on_gpu = config.canvas_length, _element(), mx.metal.is_available()
     values = canvas * config.text.vocab_size
     lists = 3 * 8 * canvas * MAX_KEPT  # ids and weights: this step's, the last one's, and in parts

@@ -17,12 +17,24 @@ from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.text.chat import ChatTemplate, encode_chat
 from dgemma_mlx.text.tokenizer import Tokenizer
 
+# A message of a conversation: {"role": "user" | "assistant" | "system" | "tool", "content": ...}.
 Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded checkpoint: everything generation needs. Made by ``load``."""
+    """A loaded checkpoint: everything that generation needs. ``load`` makes it.
+
+    Attributes:
+        name: The name under which the checkpoint was asked for.
+        folder: The folder of the checkpoint.
+        config: What ``config.json`` says.
+        generation: What ``generation_config.json`` says: the parameters of the denoising loop.
+        network: The text network.
+        tokenizer: The checkpoint's tokenizer.
+        vision: The vision tower's tensors under their published names. They are not used yet.
+        adapter: The folder of the adapter that the network has, or None.
+    """
 
     name: str
     folder: Path
@@ -31,23 +43,24 @@ class Model:
     network: DiffusionGemma
     tokenizer: Tokenizer
     vision: Mapping[str, mx.array]
-    """the vision tower's tensors under their published names, not used yet"""
     adapter: Path | None = None
-    """the folder of the adapter that the network has"""
 
     def encode_prompt(
         self, prompt: str | Sequence[Message], *, system: str | None = None, thinking: bool = False, raw: bool = False
     ) -> list[int]:
-        """Prompt -> ids (P). A string is one user turn of the checkpoint's chat template, or plain text
-        after a beginning-of-text id when ``raw``; a list holds the messages of a conversation. ``DgemmaError`` for
-        anything else."""
+        """Return the ids (P) of a prompt.
+
+        A string is one user turn of the checkpoint's chat template; with ``raw`` it is plain text after a
+        beginning-of-text id. A list holds the messages of a conversation. ``system`` adds a system prompt, and
+        ``thinking`` lets the model think first. Raises ``DgemmaError`` (exit code 2) for anything else.
+        """
         if raw:
             if not isinstance(prompt, str) or system is not None:
-                raise DgemmaError("a raw prompt is one text", "It goes without messages and a system prompt.", 2)
+                raise DgemmaError("a raw prompt is one text", "It takes no messages and no system prompt.", 2)
             ids = self.tokenizer.encode(prompt)
             return ids if self.tokenizer.bos_id is None else [self.tokenizer.bos_id, *ids]
         if not isinstance(prompt, (str, Sequence)):
-            raise DgemmaError(f"no prompt: {prompt!r}", "It is a text, or a list of messages.", exit_code=2)
+            raise DgemmaError(f"not a prompt: {prompt!r}", "It is a text, or a list of messages.", exit_code=2)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if system is not None:
             messages = [{"role": "system", "content": system}, *messages]
@@ -59,18 +72,18 @@ class Model:
         return ChatTemplate.load(self.folder)
 
     def check_prompt(self, ids: Sequence[int]) -> None:
-        """Raises ``DgemmaError`` when the prompt is empty, or leaves no room for a canvas after it."""
+        """Raise ``DgemmaError`` when the prompt is empty, or leaves no room for a canvas after it."""
         if not ids:
             raise DgemmaError("the prompt is empty", "Say what you want to know.", exit_code=2)
         limit = self.config.text.max_position_embeddings
         if len(ids) + self.config.canvas_length > limit:
             raise DgemmaError(
                 f"the prompt has {len(ids):,} tokens; with a canvas of {self.config.canvas_length} "
-                f"the model's limit of {limit:,} positions is passed",
+                f"it exceeds the model's limit of {limit:,} positions",
                 "Shorten the prompt.",
             )
 
     def weight_bytes(self) -> int:
-        """Bytes that the network's weights take in memory."""
+        """Return the bytes of memory that the network's weights take."""
         parameters: Any = tree_flatten(self.network.parameters())  # type: ignore[no-untyped-call]
         return sum(array.nbytes for _, array in parameters)

@@ -1,53 +1,65 @@
-"""How answers are written: what callers may wish, checked."""
+"""Validated generation options."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.checks import check_count, check_temperature
 from dgemma_mlx.constrain.constraint import Constraint
 from dgemma_mlx.constrain.vocabulary import TokenAutomaton
+from dgemma_mlx.diffusion.denoiser import Denoiser
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED, SPEEDS
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model
-from dgemma_mlx.generation.runner import VERIFY, Verify
+
+Verify = Literal["off", "flag", "repair"]
+VERIFY: tuple[Verify, ...] = get_args(Verify)
 
 
 @dataclass(frozen=True)
-class Options:
-    """How answers are written; the keyword arguments that ``stream``, ``generate`` and ``generate_batch`` share."""
+class GenerationOptions:
+    """How answers are written: the options that ``stream``, ``generate`` and ``generate_batch`` share.
+
+    Raises ``DgemmaError`` (exit code 2) for a value out of range, and for options that exclude each other.
+
+    Attributes:
+        speed: "reference", "balanced" or "fast"; see ``dgemma_mlx.diffusion.speed``.
+        verify: "flag" reports the tokens that the encoder would have written otherwise, as ``Committed.doubted``;
+            "repair" denoises the canvas again from the first of them, with the encoder's own token there.
+        temp: A constant temperature. 0 takes the most probable tokens as the denoiser canvas. None keeps the
+            checkpoint's schedule.
+        generation: Parameters of the denoising loop, in place of the checkpoint's.
+        trim_canvas: Whether the last canvas is only as long as ``max_tokens`` needs, as a multiple of 64. That is less
+            work, and gives another text.
+        prefill_step_size: Number of prompt positions encoded at once. None takes as many as ``memory_limit`` allows.
+        memory_limit: Bytes that the work may take. None is the device's own limit.
+        cancelled: A function that is asked between any two steps; once it returns True, the answer ends. None never
+            cancels.
+        constraint: What the answer must match.
+        response_format: A constraint in the form of OpenAI's clients; see ``Constraint.response_format``.
+    """
 
     speed: str = DEFAULT_SPEED
-    """``reference``, ``balanced`` or ``fast``: see ``dgemma_mlx.diffusion.speed``"""
     verify: Verify = "off"
-    """``flag``: tokens that the encoder would have written otherwise are told as ``Committed.doubted``; ``repair``: the
-    canvas is denoised again from the first of them, with the encoder's own token there"""
     temp: float | None = None
-    """0 takes the most probable tokens as denoiser canvas, another value is a constant temperature"""
     generation: GenerationConfig | None = None
-    """instead of the checkpoint's parameters"""
     trim_canvas: bool = False
-    """the last canvas is no longer than ``max_tokens`` leaves to write (a multiple of 64): less work, another text"""
     prefill_step_size: int | None = None
-    """positions of a prompt that are encoded at once; None: as many as ``memory_limit`` allows"""
     memory_limit: int | None = None
-    """bytes, which bound what is worked on at a time; None: the device's"""
-    cancelled: Callable[[], bool] = lambda: False
-    """asked between any two steps"""
+    cancelled: Callable[[], bool] | None = None
     constraint: Constraint | None = None
-    """what the answer has to match"""
     response_format: Mapping[str, Any] | None = None
-    """a constraint as OpenAI's clients send it: see ``Constraint.response_format``"""
 
     def __post_init__(self) -> None:
         if self.constraint is not None and self.response_format is not None:
             raise DgemmaError("constraint and response_format exclude each other", "Give one of them.", exit_code=2)
-        if self.verify == "repair" and (self.constraint is not None or self.response_format is not None):
+        if self.verify == "repair" and self.is_constrained:
             raise DgemmaError(
-                "verify=repair goes without a constraint", "The encoder's own tokens need not match; use flag.", 2
+                "verify=repair cannot be combined with a constraint",
+                "The encoder's own tokens may not match the constraint; use flag.", exit_code=2,
             )
         for name in ("prefill_step_size", "memory_limit"):
             if getattr(self, name) is not None:
@@ -59,22 +71,34 @@ class Options:
                 )
         check_temperature(self.temp)
 
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the answer must match something."""
+        return self.constraint is not None or self.response_format is not None
+
     def check_thinking(self, thinking: bool) -> None:
-        if thinking and (self.constraint is not None or self.response_format is not None):
+        """Raise ``DgemmaError`` when thinking is combined with a constraint."""
+        if thinking and self.is_constrained:
             raise DgemmaError(
-                "thinking goes without a constraint",
-                "What the model thinks would have to match, too. Use thinking=False, or --no-thinking.", exit_code=2,
+                "thinking cannot be combined with a constraint",
+                "The thoughts would have to match the constraint as well. Use thinking=False, or --no-thinking.", 2,
             )
 
-    def tokens(self, model: Model, config: GenerationConfig) -> TokenAutomaton | None:
-        """What every answer has to match."""
+    def automaton(self, model: Model) -> TokenAutomaton | None:
+        """Return what every answer must match, over the model's tokens; None without a constraint."""
         constraint = self.constraint
         if self.response_format is not None:
             constraint = Constraint.response_format(self.response_format)
-        return None if constraint is None else constraint.over(model.tokenizer, config, model.config.text.vocab_size)
+        if constraint is None:
+            return None
+        return constraint.over(model.tokenizer, self.config(model), model.config.text.vocab_size)
 
     def config(self, model: Model) -> GenerationConfig:
-        """The parameters in force."""
+        """Return the loop's parameters in force."""
         config = self.generation or model.generation
-        constant = self.temp is not None and self.temp != 0
-        return config.override(t_min=self.temp, t_max=self.temp) if constant else config
+        is_constant = self.temp is not None and self.temp != 0
+        return config.override(t_min=self.temp, t_max=self.temp) if is_constant else config
+
+    def denoiser(self, model: Model) -> Denoiser:
+        """Return a denoiser with these options."""
+        return Denoiser(model.network, self.config(model), SPEEDS[self.speed], greedy=self.temp == 0)

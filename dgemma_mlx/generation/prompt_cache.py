@@ -6,18 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.generation import prompt_cache_file
+from dgemma_mlx.generation.identity import ModelIdentity
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.model.cache import PrefixCache, Snapshot
 from dgemma_mlx.model.text import DiffusionGemma
 
 
 class PromptCache:
-    """Lets a new turn encode only what is new: of the ids encoded before, the longest reusable prefix is kept.
+    """Lets a new turn encode only what is new: it keeps the longest reusable prefix of the ids encoded before.
 
-    A prefix can be reused where the cache still is, or at a mark: sliding-window layers forget what lies behind the
-    window, so going back needs the state they had. Marks are kept at the start of the last model turn (``turn``),
-    behind the last canvas that was encoded whole (``canvas``), and where a prompt parted from the one before it
-    (``shared``: one long document, one question after the other); each holds the sliding layers' keys and values.
+    A prefix is reusable where the cache ends, and at a mark. Sliding-window layers forget what lies before their
+    window, so going back needs the state that they had; a mark holds it, as keys and values of the sliding layers.
+    There are three marks: ``turn``, at the start of the last model turn; ``canvas``, after the last canvas that was
+    encoded whole; and ``shared``, where a prompt parted from the one before it (one long document, one question after
+    another).
+
+    Attributes:
+        shared: Number of positions that the last prompt had in common with what was encoded before it.
     """
 
     def __init__(self) -> None:
@@ -26,39 +32,44 @@ class PromptCache:
         self._ids: list[int] = []
         self._marks: dict[str, Snapshot] = {}
         self.shared = 0
-        """how many positions the last prompt had in common with what was encoded before it"""
-        self._stored: Path | None = None  # the file that holds all this
+        self._stored: Path | None = None  # the file that holds the same as this cache
 
     @classmethod
     def load(cls, path: str | Path, model: Model) -> PromptCache:
-        """What ``save`` has written. ``DgemmaError`` for any other file, and for that of another model."""
-        from dgemma_mlx.generation.prompt_cache_file import read
+        """Read a file that ``save`` has written.
 
-        memory = cls()
-        memory._network, memory._stored = model.network, Path(path)
-        memory._ids, memory._cache, memory._marks = read(Path(path), model)
-        return memory
+        Raises ``DgemmaError`` for any other file, and for a file of another model.
+        """
+        loaded = cls()
+        loaded._network, loaded._stored = model.network, Path(path)
+        loaded._ids, loaded._cache, loaded._marks = prompt_cache_file.read(
+            Path(path), model.network, ModelIdentity.of(model)
+        )
+        return loaded
 
     def save(self, path: str | Path, model: Model) -> None:
-        """Writes a safetensors file, whole or not at all; none where nothing is encoded, or nothing more than it holds.
+        """Write a safetensors file, whole or not at all.
 
-        ``model`` is the one that all this was encoded with. ``DgemmaError`` where the file cannot be written.
+        Nothing is written when nothing is encoded, or when the file holds it already. ``model`` must be the one that
+        filled the cache. Raises ``DgemmaError`` when it is not, and when the file cannot be written.
         """
-        from dgemma_mlx.generation.prompt_cache_file import write
-
         if self._cache is None:
             return
         if self._network is not model.network:
-            raise DgemmaError("the prompt cache was filled by another model", "Save it with that one.")
+            raise DgemmaError("the prompt cache was filled by another model", "Save it with that model.")
         if not self._is_exact():
             self._go_back(len(self._ids))
         if self._ids and self._stored != Path(path):
-            write(Path(path), model, self._ids, self._cache, self._marks)
+            prompt_cache_file.write(
+                Path(path), model.network, ModelIdentity.of(model), self._ids, self._cache, self._marks
+            )
             self._stored = Path(path)
 
     def reuse(self, network: DiffusionGemma, ids: Sequence[int], leave: bool = False) -> PrefixCache:
-        """The cache, at the end of the longest reusable prefix of ``ids`` (``offset`` says how many). With ``leave``
-        at least the last of them is left to encode."""
+        """Return the cache at the end of the longest reusable prefix of ``ids``; its ``offset`` is that prefix' length.
+
+        With ``leave``, at least the last id is left to encode.
+        """
         if self._cache is None or self._network is not network:
             self._network, self._cache, self._ids, self._marks = network, network.new_cache(), [], {}
         common = _common_prefix(self._ids, ids[:-1] if leave else ids)
@@ -68,7 +79,7 @@ class PromptCache:
         return self._cache
 
     def append(self, ids: Sequence[int], mark: str | None = None) -> None:
-        """Notes that ``ids`` have been encoded; sets the mark of that name behind them."""
+        """Record that ``ids`` have been encoded, and set the mark of that name after them."""
         assert self._cache is not None
         self._stored = None
         self._ids += ids
@@ -76,11 +87,11 @@ class PromptCache:
             self._marks[mark] = self._cache.snapshot()
 
     def _is_exact(self) -> bool:
-        """Whether the ids are those that the cache holds: not so where encoding them was interrupted."""
+        """Return whether the cache holds exactly the recorded ids. It does not when encoding was interrupted."""
         return self._cache is not None and self._cache.is_whole and self._cache.offset == len(self._ids)
 
     def _go_back(self, most: int) -> None:
-        """To the last mark with at most so many positions, or to the beginning."""
+        """Go back to the last mark with at most ``most`` positions, or to the beginning."""
         assert self._network is not None and self._cache is not None
         self._marks = {name: mark for name, mark in self._marks.items() if mark.offset <= most}
         best = max(self._marks.values(), key=lambda mark: mark.offset, default=None)
@@ -92,5 +103,6 @@ class PromptCache:
 
 
 def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the length of the longest common prefix."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

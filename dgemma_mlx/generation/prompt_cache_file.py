@@ -1,8 +1,8 @@
-"""A prompt cache on disk: one safetensors file, good for the model that made it alone.
+"""A prompt cache on disk: one safetensors file, valid only for the model that made it.
 
-Its tensors, in this order: ``ids`` (P) int32; of each layer ``keys`` and ``values`` (1, Hk, S, D), of full-attention
-layers for all P positions, of sliding ones for the windows before each point that one can go back to; ``sha256`` over
-all bytes before it. The points are the marks and the end; where their windows overlap, positions are stored once.
+The file holds these tensors, in this order: ``ids`` (P) int32; for each layer ``keys`` and ``values`` (1, Hk, S, D);
+and ``sha256`` over all bytes before it. Full-attention layers store all P positions. Sliding layers store the windows
+before each point to which a prompt can go back: the marks and the end. Positions in several windows are stored once.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
-from importlib.metadata import version
 from itertools import accumulate, chain
 from math import prod
 from pathlib import Path
@@ -23,25 +21,23 @@ from typing import Any, BinaryIO, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from dgemma_mlx import __version__
-from dgemma_mlx.checkpoint.identity import weights_digest
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import check_writable, whole_file
-from dgemma_mlx.generation.model import Model
-from dgemma_mlx.kernels.dispatch import has_metal, mode
-from dgemma_mlx.model.adapter_file import adapter_digest
+from dgemma_mlx.generation.identity import ModelIdentity
 from dgemma_mlx.model.cache import FullLayerCache, PrefixCache, Snapshot
-from dgemma_mlx.model.dequantize import dequantized_bytes
+from dgemma_mlx.model.text import DiffusionGemma
 
 _FORMAT, _VERSION = "dgemma-mlx prompt cache", 1
 _DTYPES = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32", mx.int32: "I32", mx.uint8: "U8"}
-_MAX_HEADER = 1 << 20  # bytes; that of a thousand layers has a quarter
+_MAX_HEADER = 1 << 20  # bytes; the header of a thousand layers takes a quarter of this
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error)
-_OTHER_FILE = "Choose another file; --prompt-cache goes on with those that it has written."
+_OTHER_FILE = "Choose another file; --prompt-cache continues only from files that it has written."
 _DELETE = "Delete it; the prompt is then encoded again."
 
 
 class _Stored(NamedTuple):
+    """A tensor of the file."""
+
     dtype: mx.Dtype
     shape: tuple[int, ...]
 
@@ -50,17 +46,24 @@ class _Stored(NamedTuple):
         return prod(self.shape) * self.dtype.size
 
 
-def write(path: Path, model: Model, ids: Sequence[int], cache: PrefixCache, marks: Mapping[str, Snapshot]) -> None:
-    """``ids`` are those of the cache; no mark is behind its end. ``DgemmaError`` where it cannot be written."""
+def write(
+    path: Path, network: DiffusionGemma, identity: ModelIdentity, ids: Sequence[int], cache: PrefixCache,
+    marks: Mapping[str, Snapshot],
+) -> None:
+    """Write a cache of this network, whole or not at all.
+
+    ``ids`` are those that the cache holds; every mark lies at or before its end. Raises ``DgemmaError`` when the file
+    cannot be written.
+    """
     _refuse_non_file(path)
-    end, window = cache.snapshot(), model.config.text.sliding_window
-    snapshots = {mark.offset: mark for mark in (*marks.values(), end)}
+    window = network.config.sliding_window
+    snapshots = {mark.offset: mark for mark in (*marks.values(), cache.snapshot())}
     points = sorted(snapshots)
-    metadata = _origin(model) | {
-        "format": f"{_FORMAT} {_VERSION}", "model": model.name,
-        "marks": json.dumps({name: mark.offset for name, mark in marks.items()}),
+    metadata = {
+        "weights": identity.weights, "made_with": identity.made_with, "format": f"{_FORMAT} {_VERSION}",
+        "model": identity.name, "marks": json.dumps({name: mark.offset for name, mark in marks.items()}),
     }  # fmt: skip
-    header = _header(_layout(cache, points, model), metadata)
+    header = _header(_layout(cache, points, window), metadata)
     digest = hashlib.sha256()
     try:
         with whole_file(path) as file:
@@ -73,7 +76,7 @@ def write(path: Path, model: Model, ids: Sequence[int], cache: PrefixCache, mark
 
 
 def check_place(path: Path) -> None:
-    """Raises the ``DgemmaError`` that ``write`` would begin with, before there is anything to write."""
+    """Raise ``DgemmaError`` when ``write`` could not write this file, before there is anything to write."""
     _refuse_non_file(path)
     try:
         check_writable(path)
@@ -83,63 +86,55 @@ def check_place(path: Path) -> None:
 
 def _refuse_non_file(path: Path) -> None:
     if os.path.exists(path) and not os.path.isfile(path):
-        raise DgemmaError(f"{path} is no file", "Choose another place for the prompt cache.")
+        raise DgemmaError(f"{path} is not a file", "Choose another place for the prompt cache.")
 
 
 def _unwritable(path: Path, error: OSError) -> DgemmaError:
     return DgemmaError(f"cannot write {path}: {error.strerror}", "Choose another place for the prompt cache.")
 
 
-def read(path: Path, model: Model) -> tuple[list[int], PrefixCache, dict[str, Snapshot]]:
-    """Ids, cache and marks that ``write`` got for this model. ``DgemmaError`` for any other file."""
+def read(
+    path: Path, network: DiffusionGemma, identity: ModelIdentity
+) -> tuple[list[int], PrefixCache, dict[str, Snapshot]]:
+    """Read the ids, the cache and the marks that ``write`` was given for this model.
+
+    Raises ``DgemmaError`` for any other file.
+    """
     _refuse_non_file(path)
     try:
         with path.open("rb") as file:
             digest = hashlib.sha256()
             entries, metadata = _read_header(file, path, digest)
-            _check_origin(path, metadata, _origin(model))
+            _check_identity(path, metadata, identity)
             try:
-                return _read_data(file, digest, entries, json.loads(metadata["marks"]), model)
+                return _read_data(file, digest, entries, json.loads(metadata["marks"]), network)
             except _MALFORMED:
                 raise DgemmaError(f"{path} is damaged", _DELETE) from None
     except OSError as error:
         raise DgemmaError(f"cannot read {path}: {error.strerror}", _OTHER_FILE) from None
 
 
-def _origin(model: Model) -> dict[str, str]:
-    """What must be the same for keys and values to be the same, to the last bit."""
-    architecture = json.dumps([asdict(model.config.text), model.config.quantization], sort_keys=True, default=dict)
-    adapter = "" if model.adapter is None else adapter_digest(model.adapter)
-    weights = hashlib.sha256(f"{architecture}\n{weights_digest(model.folder)}{adapter}".encode())
-    kernels = has_metal() and mode() in ("auto", "force")
-    made_with = (
-        f"dgemma-mlx {__version__}", f"MLX {version('mlx')}", "GPU" if has_metal() else "CPU",
-        str(model.network.dtype).removeprefix("mlx.core."),
-        *(["packed weights"] if dequantized_bytes(model.network) else []), *(["kernels"] if kernels else []),
-    )  # fmt: skip
-    return {"weights": weights.hexdigest(), "made_with": ", ".join(made_with)}
-
-
-def _check_origin(path: Path, found: Mapping[str, str], here: Mapping[str, str]) -> None:
-    if found.get("weights") != here["weights"]:
+def _check_identity(path: Path, found: Mapping[str, str], here: ModelIdentity) -> None:
+    """Raise ``DgemmaError`` when the file was made by another model, or computed in another way."""
+    if found.get("weights") != here.weights:
         raise DgemmaError(
             f"{path} belongs to another model: {shortened(found.get('model'))}, or weights that are no longer the same",
             "Take that model, or choose another file.",
         )
-    if found.get("made_with") != here["made_with"]:
+    if found.get("made_with") != here.made_with:
         raise DgemmaError(
-            f"{path} was made in another way, which gives slightly other numbers: "
-            f"{str(found.get('made_with'))[:200]}; here it is: {here['made_with']}",
+            f"{path} was made in another way, which gives slightly different numbers: "
+            f"{str(found.get('made_with'))[:200]}; here it is: {here.made_with}",
             "Take the same options (--cpu-dequantize, --no-kernels), or choose another file.",
         )
 
 
-def _layout(like: PrefixCache, points: Sequence[int], model: Model) -> dict[str, _Stored]:
-    """The tensors, in their order. ``like`` is a cache of this network with something in it."""
+def _layout(like: PrefixCache, points: Sequence[int], window: int) -> dict[str, _Stored]:
+    """Return the file's tensors, in order, for a cache that is shaped ``like`` this one, which is not empty."""
     layout = {"ids": _Stored(mx.int32, (points[-1],))}
     for i, layer in enumerate(like.layers):
         full = isinstance(layer, FullLayerCache)
-        length = points[-1] if full else sum(new for _, new in _windows(points, model.config.text.sliding_window))
+        length = points[-1] if full else sum(new for _, new in _windows(points, window))
         for name, array in zip(("keys", "values"), layer.state(), strict=True):
             _, heads, _, head_dim = array.shape
             layout[f"layers.{i}.{name}"] = _Stored(array.dtype, (1, heads, length, head_dim))
@@ -147,14 +142,15 @@ def _layout(like: PrefixCache, points: Sequence[int], model: Model) -> dict[str,
 
 
 def _windows(points: Sequence[int], window: int) -> Iterator[tuple[int, int]]:
-    """For each point, ascending: how many positions a sliding layer holds there, and how many the last ones do not."""
+    """Yield, for each point in ascending order, how many positions a sliding layer holds there, and how many of them
+    are not among those of the point before."""
     for before, point in zip((0, *points[:-1]), points, strict=True):
         held = min(point, window - 1)
         yield held, min(held, point - before)
 
 
 def _entries(layout: Mapping[str, _Stored]) -> dict[str, Any]:
-    """As a safetensors header lists them."""
+    """Return the tensors as a safetensors header lists them."""
     ends = list(accumulate(stored.nbytes for stored in layout.values()))
     return {
         name: {
@@ -173,7 +169,7 @@ def _header(layout: Mapping[str, _Stored], metadata: Mapping[str, str]) -> bytes
 def _data(
     ids: Sequence[int], cache: PrefixCache, snapshots: Sequence[Snapshot], window: int
 ) -> Iterator[bytes | memoryview]:
-    """What is stored, up to the digest; ``snapshots`` are those of the points."""
+    """Yield the stored bytes, up to the digest. ``snapshots`` are those of the points."""
     news = [new for _, new in _windows([snapshot.offset for snapshot in snapshots], window)]
     yield _bytes(mx.array(list(ids), mx.int32))
     for i, layer in enumerate(cache.layers):
@@ -192,7 +188,7 @@ def _bytes(array: Any) -> memoryview:
 
 
 def _read_header(file: BinaryIO, path: Path, digest: hashlib._Hash) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tensors' entries and the metadata of a file of ours; the data comes next."""
+    """Return the entries of the tensors and the metadata, and leave the file at the start of the data."""
     try:
         start = file.read(8)
         (length,) = struct.unpack("<Q", start)
@@ -206,7 +202,7 @@ def _read_header(file: BinaryIO, path: Path, digest: hashlib._Hash) -> tuple[dic
             raise ValueError("not ours")
         newer = int(number) > _VERSION
     except _MALFORMED:
-        raise DgemmaError(f"{path} is no prompt cache, or it is damaged", _OTHER_FILE) from None
+        raise DgemmaError(f"{path} is not a prompt cache, or it is damaged", _OTHER_FILE) from None
     if newer:
         raise DgemmaError(f"{path} was written by a newer dgemma-mlx", "Update dgemma-mlx, or choose another file.")
     digest.update(start + text)
@@ -214,17 +210,18 @@ def _read_header(file: BinaryIO, path: Path, digest: hashlib._Hash) -> tuple[dic
 
 
 def _read_data(
-    file: BinaryIO, digest: hashlib._Hash, entries: Mapping[str, Any], marks: dict[str, int], model: Model
+    file: BinaryIO, digest: hashlib._Hash, entries: Mapping[str, Any], marks: dict[str, int],
+    network: DiffusionGemma,
 ) -> tuple[list[int], PrefixCache, dict[str, Snapshot]]:
-    """Raises one of ``_MALFORMED`` where the data is not that of the header, or not of the model's shapes."""
-    text = model.config.text
+    """Read the data. Raises one of ``_MALFORMED`` when it does not fit the header, or not the network's shapes."""
+    text = network.config
     (count,) = entries["ids"]["shape"]
     _require(_is_whole_number(count) and 0 < count <= text.max_position_embeddings)
     _require(all(_is_whole_number(mark) and 0 < mark <= count for mark in marks.values()))
     points = sorted({*marks.values(), count})
-    like = model.network.new_cache()
-    model.network.encode(mx.zeros((1, 1), mx.int32), like)  # for its shapes; never evaluated
-    layout = _layout(like, points, model)
+    like = network.new_cache()
+    network.encode(mx.zeros((1, 1), mx.int32), like)  # for its shapes; never evaluated
+    layout = _layout(like, points, text.sliding_window)
     _require(entries == _entries(layout))
     left = os.fstat(file.fileno()).st_size - file.tell()
     _require(left == sum(stored.nbytes for stored in layout.values()))
@@ -236,7 +233,7 @@ def _read_data(
 
     ids: Any = take("ids").tolist()
     _require(0 <= min(ids) and max(ids) < text.vocab_size)
-    cache = model.network.new_cache()
+    cache = network.new_cache()
     snapshots = {point: Snapshot(point, {}) for point in points}
     for i, layer in enumerate(cache.layers):
         keys, values = take(f"layers.{i}.keys"), take(f"layers.{i}.values")
@@ -261,4 +258,4 @@ def _is_whole_number(value: Any) -> bool:
 
 def _require(condition: bool) -> None:
     if not condition:
-        raise ValueError("not what was written")
+        raise ValueError("the data differs from what was written")

@@ -1,1 +1,1 @@
-"""Text around which, or from which, a canvas is denoised: filling gaps, editing, choosing."""
+"""Text in the canvas from the beginning: filling gaps, editing, choosing among answers."""

@@ -1,16 +1,16 @@
-"""Choosing among given answers by one pass over one short canvas: a classifier."""
+"""Choosing among given answers with one pass over one short canvas: a classifier."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model
+from dgemma_mlx.generation.options import GenerationOptions
 from dgemma_mlx.infill.fill import end_id
 from dgemma_mlx.infill.layout import block_length
 from dgemma_mlx.infill.writer import Writer
@@ -18,35 +18,60 @@ from dgemma_mlx.infill.writer import Writer
 
 @dataclass(frozen=True)
 class Choice:
-    """One of the answers, and how probable it is among them."""
+    """One of the answers, and how probable it is.
+
+    Attributes:
+        text: The answer.
+        probability: Its probability among the choices; those of all choices add up to 1.
+        log_probability: Log-probability, in nats, of the canvas that holds it, before it is compared with the others.
+    """
 
     text: str
     probability: float
-    """of all choices together 1"""
     log_probability: float
-    """of the canvas that holds it, in nats, before it is compared with the others"""
 
 
 def choose(
     model: Model, question: str, choices: Sequence[str], *, listed: bool = False, system: str | None = None,
-    raw: bool = False, seed: int | None = None, **options: Any,
+    raw: bool = False, seed: int | None = None, prefill_step_size: int | None = None,
+    memory_limit: int | None = None, cancelled: Callable[[], bool] | None = None,
 ) -> list[Choice]:
-    """How probable each of the choices is as the answer, the most probable first.
+    """Return how probable each of the choices is as the answer, the most probable first.
 
-    The decoder passes once over a canvas of noise, the first step of an answer. A choice's score is the
-    log-probability of its tokens there, of the end of text behind them and of padding up to where the longest ends,
-    each position by itself; probabilities are a softmax over the scores. ``listed`` names the choices in the
-    question. ``DgemmaError`` for fewer than two choices, equal or empty ones, and what a canvas does not hold.
+    The decoder passes once over a canvas of noise, as in the first step of an answer. A choice's score is the sum of
+    the log-probabilities of its tokens there, of the end of text after them, and of padding up to where the longest
+    choice ends, each position by itself. The probabilities are a softmax over the scores.
+
+    Args:
+        model: What ``load`` returned.
+        question: What is asked.
+        choices: Two or more different answers.
+        listed: Whether the question names the choices.
+        system: A system prompt.
+        raw: Whether the question is plain text, without the chat template.
+        seed: Seed of the canvas of noise. None draws one.
+        prefill_step_size: Number of prompt positions encoded at once. None takes as many as memory allows.
+        memory_limit: Bytes that the work may take. None is the device's own limit.
+        cancelled: A function that is asked while the prompt is encoded.
+
+    Raises:
+        DgemmaError: For fewer than two choices, equal or empty ones, and one that a canvas does not hold.
+        KeyboardInterrupt: After ``cancelled`` has returned True.
     """
     texts = [choice.strip() for choice in choices]
     if len(set(texts)) < 2 or len(set(texts)) < len(texts) or not all(texts):
-        raise DgemmaError(f"no choices: {', '.join(map(repr, choices))}", "Two or more different ones.", exit_code=2)
+        raise DgemmaError(
+            f"not choices: {', '.join(map(repr, choices))}", "Give two or more different texts.", exit_code=2
+        )
     ids = [[*model.tokenizer.encode(text), end_id(model)] for text in texts]
     longest = max(map(len, ids))
     if longest > model.config.canvas_length:
         raise DgemmaError(f"a choice has {longest - 1:,} tokens, a canvas holds {model.config.canvas_length - 1}",
                           exit_code=2)  # fmt: skip
     asked = f"{question}\n\nAnswer with one of: {', '.join(texts)}." if listed else question
+    options = GenerationOptions(
+        prefill_step_size=prefill_step_size, memory_limit=memory_limit, cancelled=cancelled
+    )
     writer = Writer(model, model.encode_prompt(asked, system=system, raw=raw), 1, seed, options)
     table = np.array(writer.first_step(block_length(longest, model.config.canvas_length))[:longest])  # (L, V)
     tails = table[:, [model.generation.pad_token_id, *model.generation.eos_token_ids]].max(axis=-1)

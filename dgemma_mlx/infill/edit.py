@@ -1,68 +1,84 @@
-"""Editing a text: the canvas begins as the text, partly noised, and what is not to change is pinned."""
+"""Editing a text: the canvas starts as the text, partly noised, and what must not change is pinned."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Callable
 
 import mlx.core as mx
 
-from dgemma_mlx.diffusion.denoiser import Barred
+from dgemma_mlx.checkpoint.config import GenerationConfig
+from dgemma_mlx.diffusion.edits import BarredIds, Edits
+from dgemma_mlx.diffusion.speed import DEFAULT_SPEED
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model
+from dgemma_mlx.generation.options import GenerationOptions
 from dgemma_mlx.infill.fill import Filled, check_candidates, end_id, lay_out, noised, write_gaps
-from dgemma_mlx.infill.layout import barring, not_text
+from dgemma_mlx.infill.layout import bias_against, not_text
 from dgemma_mlx.infill.search import Candidate, around
 from dgemma_mlx.infill.template import Gap, Part, lines_of
-from dgemma_mlx.infill.writer import Writer
+from dgemma_mlx.infill.writer import Progress, Writer
 
 DEFAULT_STRENGTH = 0.6
 DEFAULT_CANDIDATES = 5
-Lines = tuple[int, int]
-"""First and last line, from 1."""
+Lines = tuple[int, int]  # first and last line, from 1
 
 
 def edit(
-    model: Model,
-    instruction: str,
-    text: str,
-    *,
-    lines: Lines | None = None,
-    match: str | None = None,
-    strength: float | None = None,
-    candidates: int = DEFAULT_CANDIDATES,
-    system: str | None = None,
-    seed: int | None = None,
-    **options: Any,
+    model: Model, instruction: str, text: str, *, lines: Lines | None = None, match: str | None = None,
+    strength: float | None = None, candidates: int = DEFAULT_CANDIDATES, system: str | None = None,
+    seed: int | None = None, speed: str = DEFAULT_SPEED, temp: float | None = None,
+    generation: GenerationConfig | None = None, prefill_step_size: int | None = None,
+    memory_limit: int | None = None, cancelled: Callable[[], bool] | None = None, progress: Progress | None = None,
 ) -> Filled:
-    """Changes a text as the instruction says: all of it, or only some ``lines``, or what the regex ``match`` finds.
+    """Change a text as the instruction says: all of it, or a part.
 
-    The canvas begins as the text with a share of random tokens, ``strength`` (above 0, to 1), and takes as large a
-    share of the denoising steps; by default 0.6, or 1 of the part that is to change. The rest is pinned, byte for byte.
-    Of a part that is to change, ``candidates`` lengths near its own are tried. Takes what ``fill`` takes, too.
+    The canvas starts as the text with a share of random tokens, and takes the same share of the denoising steps. What
+    is outside the part to change is pinned, byte for byte. For each part, several lengths near its own are tried.
 
-    ``DgemmaError`` where there is nothing to change, or a canvas does not hold it.
+    Args:
+        model: What ``load`` returned.
+        instruction: What to change.
+        text: The text.
+        lines: First and last line of the part to change, from 1.
+        match: A regular expression for the parts to change, within ``lines`` where both are given.
+        strength: Share of the text that starts as noise, above 0 and at most 1. None is 0.6 for the whole text, and 1
+            for a part.
+        candidates: Number of lengths to try for each part.
+
+    The remaining arguments are those of ``fill``.
+
+    Raises:
+        DgemmaError: When there is nothing to change, or one canvas does not hold it.
+        KeyboardInterrupt: After ``cancelled`` has returned True.
     """
     if not text.strip():
         raise DgemmaError("the text is empty", "There is nothing to edit.", exit_code=2)
     if not instruction.strip():
-        raise DgemmaError("the instruction is empty", "Say what is to change.", exit_code=2)
+        raise DgemmaError("the instruction is empty", "Say what to change.", exit_code=2)
     if strength is not None and not 0 < strength <= 1:
         raise DgemmaError(f"strength must be above 0 and at most 1, not {strength}", exit_code=2)
     check_candidates(candidates)
-    asked = f"{instruction.strip()}\n\n{text}"
+    options = GenerationOptions(
+        speed=speed, temp=temp, generation=generation, prefill_step_size=prefill_step_size, memory_limit=memory_limit,
+        cancelled=cancelled,
+    )
+    opening = model.encode_prompt(f"{instruction.strip()}\n\n{text}", system=system)
     if lines is None and match is None:
-        return _edit_all(model, text, asked, system, seed, strength or DEFAULT_STRENGTH, options)
-    parts = selected(text, lines, match)
-    layout = lay_out(model, parts)
+        ids = _canvas_ids(model, text)
+        writer = Writer(model, opening, 1, seed, options, progress)
+        return _edit_all(model, writer, text, ids, strength or DEFAULT_STRENGTH)
+    layout = lay_out(model, selected(text, lines, match))
     ladders = [around(len(slot.original), layout.room, candidates) for slot in layout.slots]
-    opening = model.encode_prompt(asked, system=system)
-    writer = Writer(model, [*opening, *layout.prefix], candidates, seed, options)
+    writer = Writer(model, [*opening, *layout.prefix], candidates, seed, options, progress)
     return write_gaps(writer, layout, ladders, candidates, strength or 1.0)
 
 
 def selected(text: str, lines: Lines | None, match: str | None) -> list[Part]:
-    """The parts of the text: those to change as gaps with their ``original``. ``match`` looks within the ``lines``."""
+    """Return the text's parts, in which the parts to change are gaps with their ``original`` text.
+
+    Raises ``DgemmaError`` (exit code 2) when nothing is selected.
+    """
     begin, end = (0, len(text)) if lines is None else _line_span(text, lines)
     if match is None:
         spans = [(begin, end)]
@@ -70,7 +86,7 @@ def selected(text: str, lines: Lines | None, match: str | None) -> list[Part]:
         try:
             pattern = re.compile(match)
         except re.error as error:
-            raise DgemmaError(f"no regular expression: {match!r}: {error}", exit_code=2) from None
+            raise DgemmaError(f"not a regular expression: {match!r}: {error}", exit_code=2) from None
         spans = [found.span() for found in pattern.finditer(text, begin, end) if found[0]]
     parts: list[Part] = []
     done = 0
@@ -82,36 +98,40 @@ def selected(text: str, lines: Lines | None, match: str | None) -> list[Part]:
     return [*parts, text[done:]]
 
 
-def _line_span(text: str, lines: Lines) -> Lines:
-    """Characters of the lines, without the last one's line break."""
+def _line_span(text: str, lines: Lines) -> tuple[int, int]:
+    """Return where the lines begin and end, in characters, without the last line's line break."""
     rows = lines_of(text)
     first, last = lines
     if not 1 <= first <= last <= len(rows):
-        raise DgemmaError(f"there are no lines {first} to {last}", f"The text has {len(rows)}.", exit_code=2)
+        raise DgemmaError(f"there are no lines {first} to {last}", f"The text has {len(rows)} lines.", exit_code=2)
     begin = sum(map(len, rows[: first - 1]))
     return begin, begin + len("".join(rows[first - 1 : last]).rstrip("\r\n"))
 
 
-def _edit_all(
-    model: Model, text: str, asked: str, system: str | None, seed: int | None, strength: float, options: dict[str, Any]
-) -> Filled:
-    """The text as a whole canvas, in which nothing is pinned: it may become shorter or longer."""
-    stem, length, end, pad = text.rstrip(), model.config.canvas_length, end_id(model), model.generation.pad_token_id
-    ids = [*model.tokenizer.encode(stem), end]
-    if len(ids) > length:
+def _canvas_ids(model: Model, text: str) -> list[int]:
+    """Return the ids of the text and the end-of-text id. Raises ``DgemmaError`` when a canvas does not hold them."""
+    ids = [*model.tokenizer.encode(text.rstrip()), end_id(model)]
+    if len(ids) > model.config.canvas_length:
         raise DgemmaError(
-            f"the text has {len(ids) - 1:,} tokens, a canvas holds {length - 1}",
+            f"the text has {len(ids) - 1:,} tokens, a canvas holds {model.config.canvas_length - 1}",
             "Edit a part of it: --lines A-B or --match REGEX.", exit_code=2,
         )
-    writer = Writer(model, model.encode_prompt(asked, system=system), 1, seed, options)
-    kept = {pad, *model.generation.eos_token_ids}
-    banned = [id for id in not_text(model.tokenizer, writer.vocab_size) if id not in kept]
-    barred = Barred(barring(banned, writer.vocab_size))
+    return ids
+
+
+def _edit_all(model: Model, writer: Writer, text: str, ids: list[int], strength: float) -> Filled:
+    """Edit the text as one canvas in which nothing is pinned, so that it may become shorter or longer."""
+    length, pad = model.config.canvas_length, model.generation.pad_token_id
+    ends = {pad, *model.generation.eos_token_ids}
+    barred = [id for id in not_text(model.tokenizer, writer.vocab_size) if id not in ends]
     canvas = mx.array([ids + [pad] * (length - len(ids))], mx.int32)
-    [draft] = writer.write(length, 1, None, barred, noised(writer, canvas, strength))
-    size = next((place for place, id in enumerate(draft.tokens) if id in kept), length)
+    edits = Edits(
+        barred=BarredIds(bias_against(barred, writer.vocab_size)), start=noised(writer, canvas, strength)
+    )
+    [draft] = writer.write(length, 1, edits)
+    size = next((place for place, id in enumerate(draft.tokens) if id in ends), length)
     [score] = writer.scores([draft.tokens], [min(size + 1, length)])
     changed = model.tokenizer.decode(draft.tokens[:size])
     candidate = Candidate((size,), (changed,), score, draft.settled_by is None or size == length, draft.tokens)
-    whole = changed.rstrip() + text[len(stem) :]
+    whole = changed.rstrip() + text[len(text.rstrip()) :]
     return Filled(whole, (candidate,), (whole,), writer.seed, writer.statistics())

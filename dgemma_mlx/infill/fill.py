@@ -1,21 +1,23 @@
-"""Filling the gaps of a text: all that stands around them is pinned, and the model writes between."""
+"""Filling the gaps of a text: the text around the gaps is pinned, and the model writes the gaps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 
-from dgemma_mlx.diffusion.denoiser import Start
+from dgemma_mlx.checkpoint.config import GenerationConfig
+from dgemma_mlx.diffusion.edits import Edits, StartCanvas
+from dgemma_mlx.diffusion.speed import DEFAULT_SPEED
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model
+from dgemma_mlx.generation.options import GenerationOptions
 from dgemma_mlx.infill.layout import Layout, Lengths
 from dgemma_mlx.infill.search import Candidate, ladder, search
 from dgemma_mlx.infill.template import MARK, Gap, Part, parse_gaps, shown
-from dgemma_mlx.infill.writer import InfillStatistics, Writer
+from dgemma_mlx.infill.writer import InfillStatistics, Progress, Writer
 
 DEFAULT_CANDIDATES = 8
 _PROMPT = (
@@ -26,64 +28,84 @@ _PROMPT = (
 
 @dataclass(frozen=True)
 class Filled:
-    """A text whose gaps were filled. Made by ``fill`` and ``edit``."""
+    """A text whose gaps are filled. ``fill`` and ``edit`` return it.
+
+    Attributes:
+        text: The whole text, with the best candidate in the gaps. The text around the gaps is unchanged, byte for byte.
+        candidates: All candidates that were tried, the best first.
+        texts: The whole text with each of the candidates.
+        seed: The seed that gives the same result again.
+        statistics: Counts and times.
+    """
 
     text: str
-    """all of it, with the best candidate's texts; what was around the gaps is as it was, byte for byte"""
     candidates: tuple[Candidate, ...]
-    """all that were tried, the best first"""
     texts: tuple[str, ...]
-    """the whole text with each candidate"""
     seed: int
     statistics: InfillStatistics
 
 
 def fill(
-    model: Model,
-    text: str | Sequence[Part],
-    *,
-    mark: str = MARK,
-    prompt: str | None = None,
-    system: str | None = None,
-    raw: bool = False,
-    candidates: int = DEFAULT_CANDIDATES,
-    seed: int | None = None,
-    **options: Any,
+    model: Model, text: str | Sequence[Part], *, mark: str = MARK, prompt: str | None = None,
+    system: str | None = None, raw: bool = False, candidates: int = DEFAULT_CANDIDATES, seed: int | None = None,
+    speed: str = DEFAULT_SPEED, temp: float | None = None, generation: GenerationConfig | None = None,
+    prefill_step_size: int | None = None, memory_limit: int | None = None,
+    cancelled: Callable[[], bool] | None = None, progress: Progress | None = None,
 ) -> Filled:
-    """Fills the gaps of a text: ``mark``, ``mark:20mark`` for 20 tokens, or ``{{fill: a hint for the model}}``.
+    """Fill the gaps of a text.
 
-    ``text`` may also be parts, ``Gap`` between strings. What is before the first gap is encoded as the beginning of
-    the model's turn, what is between and behind them is pinned in one canvas. Where a gap's length is not given,
-    ``candidates`` lengths are denoised at a time; the most probable text wins, of equal ones the shorter.
-    ``prompt`` is what the model is asked instead of being shown the text with its gaps; ``raw`` asks nothing: the
-    model sees only what is before and after. Takes the ``Options`` of ``generate`` but ``verify`` and ``trim_canvas``,
-    and ``progress``, which hears after each step how many canvases and steps there have been.
+    The text before the first gap is encoded as the beginning of the model's turn. The text between and after the gaps
+    is pinned in one canvas. The most probable candidate wins; of equally probable ones, the shorter.
 
-    ``DgemmaError`` where there is no gap, or the canvas does not hold all of them; ``KeyboardInterrupt`` where
-    ``cancelled`` says so.
+    Args:
+        model: What ``load`` returned.
+        text: A text with gaps, each written as ``mark``, as ``mark:20mark`` for 20 tokens, or as
+            ``{{fill: a hint for the model}}``; or a sequence of strings and ``Gap`` objects.
+        mark: How a gap is written.
+        prompt: What to ask the model. None shows it the text with its gaps.
+        system: A system prompt.
+        raw: Whether to ask nothing, so that the model sees only the text before and after the gaps.
+        candidates: Number of lengths to denoise at a time where a gap's length is not given.
+        seed: Seed of the random numbers. None draws one.
+        speed: What it takes to commit a canvas, as in ``stream``.
+        temp: A constant temperature, as in ``stream``.
+        generation: Parameters of the denoising loop, in place of the checkpoint's.
+        prefill_step_size: Number of prompt positions encoded at once. None takes as many as memory allows.
+        memory_limit: Bytes that the work may take. None is the device's own limit.
+        cancelled: A function that is asked between any two steps.
+        progress: A function that is called after each step with the number of canvases and of steps so far.
+
+    Raises:
+        DgemmaError: When there is no gap, or one canvas does not hold all of them.
+        KeyboardInterrupt: After ``cancelled`` has returned True.
     """
     parts = alternating(parse_gaps(text, mark) if isinstance(text, str) else text)
     if raw and (prompt is not None or system is not None):
-        raise DgemmaError("raw text goes without a prompt and a system prompt", exit_code=2)
+        raise DgemmaError("raw text takes no prompt and no system prompt", "Leave one of them out.", exit_code=2)
     check_candidates(candidates)
     layout = lay_out(model, parts)
     ladders = [
         [slot.gap.size] if slot.gap.size else ladder(layout.room - len(layout.slots) + 1, candidates)
         for slot in layout.slots
     ]
-    asked = "" if raw else _PROMPT + shown(parts) if prompt is None else prompt
-    opening = model.encode_prompt(asked, system=system, raw=raw)
-    writer = Writer(model, [*opening, *layout.prefix], candidates, seed, options)
+    question = "" if raw else _PROMPT + shown(parts) if prompt is None else prompt
+    opening = model.encode_prompt(question, system=system, raw=raw)
+    options = GenerationOptions(
+        speed=speed, temp=temp, generation=generation, prefill_step_size=prefill_step_size, memory_limit=memory_limit,
+        cancelled=cancelled,
+    )
+    writer = Writer(model, [*opening, *layout.prefix], candidates, seed, options, progress)
     return write_gaps(writer, layout, ladders, candidates)
 
 
 def check_candidates(count: int) -> None:
+    """Raise ``DgemmaError`` (exit code 2) unless the number of candidates is at least 1."""
     if count < 1:
         raise DgemmaError(f"candidates must be at least 1, not {count}", exit_code=2)
 
 
 def alternating(parts: Sequence[Part]) -> list[Part]:
-    """The same parts as text, gap, text, ..., text; ``DgemmaError`` where there is no gap."""
+    """Return the same parts as text, gap, text, ..., text. Raises ``DgemmaError`` when there is no gap."""
     result: list[Part] = [""]
     for part in parts:
         if isinstance(part, Gap):
@@ -96,12 +118,13 @@ def alternating(parts: Sequence[Part]) -> list[Part]:
 
 
 def lay_out(model: Model, parts: Sequence[Part]) -> Layout:
+    """Return the layout of a text with gaps in this model's tokens and canvas."""
     end, pad = end_id(model), model.generation.pad_token_id
     return Layout(model.tokenizer, parts, model.config.canvas_length, end, pad)
 
 
 def end_id(model: Model) -> int:
-    """The id that ends an answer: of a turn, where the checkpoint has it, else of the text."""
+    """Return the id that ends an answer: the end of a turn where the checkpoint has it, else the end of the text."""
     ends = model.generation.eos_token_ids
     turn = model.tokenizer.special_ids.get("<turn|>")
     return turn if turn is not None and turn in ends else ends[0]
@@ -110,19 +133,22 @@ def end_id(model: Model) -> int:
 def write_gaps(
     writer: Writer, layout: Layout, ladders: Sequence[Sequence[int]], count: int, strength: float | None = None
 ) -> Filled:
-    """Writes the gaps at the lengths of the ladders and some more, ``count`` at a time. With a ``strength``, canvases
-    begin as what stands in the gaps now, that share of it noise."""
+    """Write the gaps at the lengths of the ladders, and at some between them, ``count`` at a time.
+
+    With a ``strength``, the canvases start as the gaps' original text, of which that share is noise.
+    """
     found = search(ladders, layout.room, count, partial(_evaluate, writer, layout, strength))
     texts = tuple(layout.whole(candidate.texts) for candidate in found)
     return Filled(texts[0], tuple(found), texts, writer.seed, writer.statistics())
 
 
 def _evaluate(writer: Writer, layout: Layout, strength: float | None, wanted: list[Lengths]) -> list[Candidate]:
-    """Denoises a canvas for each of the combinations of lengths, and scores what came of it."""
+    """Denoise a canvas for each of the combinations of lengths, and score the results."""
     length = layout.length(wanted)
-    pins, barred = layout.pins(wanted, length), layout.barred(wanted, length, writer.vocab_size)
+    pins = layout.pins(wanted, length)
     start = None if strength is None else noised(writer, pins.ids, strength)
-    drafts = writer.write(length, len(wanted), pins, barred, start)
+    edits = Edits(pins, layout.barred(wanted, length, writer.vocab_size), start)
+    drafts = writer.write(length, len(wanted), edits)
     scores = writer.scores([draft.tokens for draft in drafts], [layout.used(lengths, length) for lengths in wanted])
     return [
         Candidate(lengths, layout.texts(draft.tokens, lengths), score, draft.settled_by is None, draft.tokens)
@@ -130,9 +156,12 @@ def _evaluate(writer: Writer, layout: Layout, strength: float | None, wanted: li
     ]
 
 
-def noised(writer: Writer, ids: mx.array, strength: float) -> Start:
-    """The canvases (B, C) with a share of random ids, to be denoised by as large a share of the steps."""
+def noised(writer: Writer, ids: mx.array, strength: float) -> StartCanvas:
+    """Return a start from the canvases (B, C) in which a share of ``strength`` of the ids is random.
+
+    It leaves the same share of the denoising steps to run.
+    """
     noise = writer.noise(ids.shape[0]).fork()
     replaced = noise.uniform(ids.shape[1]) < strength
     canvas = mx.where(replaced, noise.canvas(ids.shape[1], writer.vocab_size), ids)
-    return Start(canvas, 1 + min(int((1 - strength) * writer.steps), writer.steps - 1))
+    return StartCanvas(canvas, 1 + min(int((1 - strength) * writer.max_steps), writer.max_steps - 1))

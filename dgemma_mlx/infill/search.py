@@ -1,4 +1,4 @@
-"""How long the gaps are: lengths to try, and the best of what came of them."""
+"""Search over gap lengths: which lengths to try, and which candidate wins."""
 
 from __future__ import annotations
 
@@ -8,57 +8,57 @@ from dataclasses import dataclass
 from dgemma_mlx.infill.layout import Lengths
 
 _LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
-_DIGITS = 2
-"""of a score: what differs by less than 0.01 nats a token is a tie, as two certain texts differ by rounding"""
+_DIGITS = 2  # of a score: scores within 0.01 nats per token are a tie, because certain texts differ by rounding
+_REFINEMENTS = 2  # rounds between two rungs: of the 15 lengths there, 8 are tried, then the neighbours of the best
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """The gaps written at certain lengths."""
+    """The gaps, written at certain lengths.
+
+    Attributes:
+        lengths: Number of tokens of each gap.
+        texts: Text of each gap.
+        score: Mean log-probability per token, in nats, from the first gap to the end, by the causal encoder.
+        low_confidence: Whether the canvas was still uncertain when its denoising ended.
+        tokens: Ids of the canvas.
+    """
 
     lengths: Lengths
-    """tokens"""
     texts: tuple[str, ...]
-    """of the gaps"""
     score: float
-    """mean log-probability, in nats, of the tokens from the first gap to the end, by the causal encoder"""
     low_confidence: bool
-    """all denoising steps were used, and the canvas is still uncertain"""
     tokens: tuple[int, ...]
-    """of the canvas"""
 
     @property
     def rank(self) -> tuple[bool, float, int]:
-        """Less is better: settled before uncertain, then the more probable, then the shorter."""
+        """Sort key, the best first: settled before uncertain, then the more probable, then the shorter."""
         return self.low_confidence, -round(self.score, _DIGITS), sum(self.lengths)
 
-
-_REFINEMENTS = 2
-"""of a gap's length: of 15 that lie between two rungs, 8 are tried, then those next to the best of them"""
 
 Evaluate = Callable[[list[Lengths]], list[Candidate]]
 
 
 def ladder(most: int, count: int) -> list[int]:
-    """About ``count`` lengths for a gap of which nothing is known, up to ``most`` tokens."""
+    """Return about ``count`` lengths, of at most ``most`` tokens, for a gap of unknown length."""
     rungs = [rung for rung in _LADDER if rung <= most]
     last = min(len(rungs), max(count, 1)) - 1
     return sorted({rungs[round(i * (len(rungs) - 1) / last)] for i in range(last + 1)}) if last else rungs[:1]
 
 
 def around(length: int, most: int, count: int) -> list[int]:
-    """``count`` lengths near that of a text which is replaced; the nearest first."""
+    """Return ``count`` lengths near the length of a text that is replaced, the nearest first."""
     steps = (0, 1, -1, 2, -2, 3, length // 2, -3, -(length // 2), length, 4, -4, 2 * length)
     near = dict.fromkeys(length + step for step in steps)
     return [size for size in near if 1 <= size <= most][: max(count, 1)]
 
 
 def search(ladders: Sequence[Sequence[int]], room: int, count: int, evaluate: Evaluate) -> list[Candidate]:
-    """Writes the gaps ``count`` times at once, until their lengths are found; returns all candidates, the best first.
+    """Write the gaps at several lengths, ``count`` at a time, and return all candidates, the best first.
 
-    First all gaps go up their ladders together, then one gap after the other tries its other rungs and what lies
-    between the best and the next ones. Combinations of more than ``room`` tokens are left out. Where all lengths are
-    known, the same ones are written ``count`` times.
+    First all gaps go up their ladders together. Then each gap in turn tries its other rungs, and lengths between the
+    best rung and its neighbours. Combinations of more than ``room`` tokens are left out. When all lengths are known,
+    the gaps are written ``count`` times at these lengths.
     """
     tried: dict[Lengths, Candidate] = {}
 
@@ -85,7 +85,7 @@ def search(ladders: Sequence[Sequence[int]], room: int, count: int, evaluate: Ev
 
 
 def _ranked(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """The best first, each text once."""
+    """Return the candidates, the best first, each text once."""
     best: dict[tuple[str, ...], Candidate] = {}
     for candidate in sorted(candidates, key=lambda candidate: candidate.rank):
         best.setdefault(candidate.texts, candidate)
@@ -101,7 +101,7 @@ def _replaced(lengths: Lengths, gap: int, sizes: Sequence[int]) -> list[Lengths]
 
 
 def _between(length: int, tried: Collection[int], count: int) -> list[int]:
-    """Up to ``count`` lengths between this one and those next to it that were tried, evenly spaced."""
+    """Return up to ``count`` evenly spaced lengths between this one and its neighbours among those tried."""
     low = max((size for size in tried if size < length), default=length)
     high = min((size for size in tried if size > length), default=length)
     inner = [size for size in range(low + 1, high) if size != length]

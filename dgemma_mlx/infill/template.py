@@ -1,4 +1,4 @@
-"""Text with gaps: how gaps are written, and how they are shown to the model."""
+"""Texts with gaps: how people write gaps, and how the model is shown them."""
 
 from __future__ import annotations
 
@@ -14,24 +14,28 @@ MARK = "___"
 
 @dataclass(frozen=True)
 class Gap:
-    """A gap in a text."""
+    """A gap in a text.
+
+    Attributes:
+        size: Number of tokens. None searches for it.
+        hint: What belongs here, for the model to read.
+        original: The text that the gap replaces, where a text is edited.
+    """
 
     size: int | None = None
-    """tokens; None: searched"""
     hint: str = ""
-    """for the model: what belongs here"""
     original: str | None = None
-    """what stands here now, where a text is edited"""
 
 
 Part = str | Gap
 
 
 def parse_gaps(text: str, mark: str = MARK) -> list[Part]:
-    """``mark``, ``mark:20mark`` (20 tokens) and ``{{fill: a hint}}`` -> the parts of the text, gaps between texts.
+    """Split a text at its gaps, and return text, gap, text, ..., text.
 
-    Of a mark that is one character over and over, a longer run is one gap too. Between two gaps there is always a
-    text, perhaps an empty one. ``DgemmaError`` (exit code 2) where there is no gap, or a gap of no tokens.
+    A gap is written ``mark``, ``mark:20mark`` (20 tokens) or ``{{fill: a hint}}``. When the mark repeats one character,
+    a longer run of it is one gap as well. Texts may be empty. Raises ``DgemmaError`` (exit code 2) when there is no
+    gap, or a gap of no tokens.
     """
     if not mark.strip():
         raise DgemmaError("the mark of a gap must not be empty", "The default is ___.", exit_code=2)
@@ -55,12 +59,12 @@ def parse_gaps(text: str, mark: str = MARK) -> list[Part]:
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines with their line feeds, which alone end a line, as editors and patch have it."""
+    """Return the lines with their line feeds. Only a line feed ends a line, as in editors and patch."""
     return StringIO(text, newline="\n").readlines()
 
 
 def shown(parts: Sequence[Part]) -> str:
-    """The text as the model is shown it: gaps as ``___``, with their hints."""
+    """Return the text as the model is shown it: gaps as ``___``, with their hints."""
     return "".join(
         part if isinstance(part, str) else f"{MARK} ({part.hint})" if part.hint else MARK for part in parts
     )

@@ -1,4 +1,4 @@
-"""Canvases with pinned text, several at a time: denoised, then scored."""
+"""Canvases with pinned text after one prefix, several at a time: denoised, then scored."""
 
 from __future__ import annotations
 
@@ -11,97 +11,104 @@ from typing import Any
 import mlx.core as mx
 
 from dgemma_mlx.checks import check_seed
-from dgemma_mlx.diffusion.denoiser import Barred, Pins, Start, denoise
+from dgemma_mlx.diffusion.edits import Edits
 from dgemma_mlx.diffusion.sampler import Noise
-from dgemma_mlx.diffusion.speed import SPEEDS
-from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Draft
+from dgemma_mlx.generation.cancellation import Cancellation
 from dgemma_mlx.generation.memory import fit_to_memory
 from dgemma_mlx.generation.model import Model
-from dgemma_mlx.generation.options import Options
-from dgemma_mlx.generation.runner import prefill
+from dgemma_mlx.generation.options import GenerationOptions
+from dgemma_mlx.generation.prefill import prefill
 
+# Called after each step with the number of canvases and of steps so far.
 Progress = Callable[[int, int], None]
-_PATIENCE = 4  # steps; what is right settles soon, what has the wrong length often never does
+
+# Steps that a canvas gets beyond twice those of the first settled one. The right length settles soon; a wrong one may
+# never settle.
+_PATIENCE = 4
 
 
 @dataclass(frozen=True)
 class InfillStatistics:
-    """Counts and times of a text that was filled in or edited."""
+    """Counts and times of a text that was filled in or edited.
+
+    Attributes:
+        prompt_tokens: Number of tokens of the prefix, including the text before the first gap.
+        canvases: Number of canvases that were tried.
+        denoising_steps: Number of decoder passes, each over several canvases at a time.
+        seconds: Seconds in all.
+        peak_memory: Largest number of bytes that MLX held.
+    """
 
     prompt_tokens: int
-    """of the prefix, what comes before the first gap among them"""
     canvases: int
-    """that were tried"""
     denoising_steps: int
-    """passes of the decoder over some canvases at a time"""
     seconds: float
     peak_memory: int
-    """bytes held by MLX at most"""
 
 
 class Writer:
-    """Denoises canvases behind one prefix, with the random numbers of one seed and the parameters of ``Options``."""
+    """Denoises and scores canvases after one encoded prefix, with the random numbers of one seed.
+
+    Attributes:
+        seed: The seed in use.
+    """
 
     def __init__(
-        self, model: Model, prefix: Sequence[int], rows: int, seed: int | None, options: dict[str, Any]
+        self, model: Model, prefix: Sequence[int], rows: int, seed: int | None,
+        options: GenerationOptions | None = None, progress: Progress | None = None,
     ) -> None:
-        """Encodes the prefix (P). ``rows`` is how many canvases there will be at a time at the most. Of the options
-        ``progress`` hears after each step how many canvases and steps there have been; the rest is ``Options``'."""
-        self._progress: Progress = options.get("progress", lambda canvases, steps: None)
-        self.options = Options(**{name: value for name, value in options.items() if name != "progress"})
-        o = self.options
-        if o.verify != "off" or o.trim_canvas or o.constraint is not None or o.response_format is not None:
-            raise DgemmaError(
-                "verify, trim_canvas and constraints are for answers that are generated", "Leave them out.", exit_code=2
-            )
+        """Encode the prefix (P).
+
+        ``rows`` is the largest number of canvases at a time. Raises ``DgemmaError`` when the prefix or the memory limit
+        leaves no room, and ``Cancelled``, which is a ``KeyboardInterrupt``, when ``options.cancelled`` returns True.
+        """
+        options = options or GenerationOptions()
         check_seed(seed)
         self.seed = secrets.randbits(32) if seed is None else seed
-        self._began, self._model = time.perf_counter(), model
+        self._began, self._model, self._progress = time.perf_counter(), model, progress
         self._prompt_tokens, self._canvases, self._steps = len(prefix), 0, 0
         model.check_prompt(prefix)
         mx.reset_peak_memory()
-        budget = fit_to_memory(model, rows * len(prefix), self.options.memory_limit)
-        self._config = self.options.config(model)
+        budget = fit_to_memory(model, rows * len(prefix), options.memory_limit)
+        self._denoiser = options.denoiser(model)
+        self._cancellation = Cancellation(options.cancelled)
         self._cache = model.network.new_cache()
-        step_size = self.options.prefill_step_size or budget.prefill_step_size
+        step_size = options.prefill_step_size or budget.prefill_step_size
         ids = mx.array([prefix], mx.int32)
-        _, hidden = prefill(model.network, ids, self._cache, step_size, self.options.cancelled)
-        self._stop_if_cancelled()
-        assert hidden is not None
-        mx.eval(hidden)
-        self._hidden = hidden
-        """(1, 1, M) of the prefix' last position"""
+        for _, hidden in prefill(model.network, ids, self._cache, step_size, self._cancellation):
+            self._hidden = hidden  # (1, 1, M): after the loop, the hidden state of the prefix' last position
+        self._cancellation.check()
+        mx.eval(self._hidden)
 
     def noise(self, rows: int) -> Noise:
-        """Random numbers: those of the seed in the first row, of the seeds that follow in the others."""
+        """Return random numbers: those of the seed in the first row, and of the seeds after it in the others."""
         return Noise(*((self.seed + row) % 2**64 for row in range(rows)))
 
     @property
     def vocab_size(self) -> int:
+        """Number of tokens of the model's vocabulary."""
         return self._model.config.text.vocab_size
 
     @property
-    def steps(self) -> int:
-        """That a canvas may take at most."""
-        return self._config.max_denoising_steps
+    def max_steps(self) -> int:
+        """Largest number of denoising steps that a canvas may take."""
+        return self._denoiser.config.max_denoising_steps
 
-    def write(
-        self, length: int, rows: int, pins: Pins | None, barred: Barred, start: Start | None = None
-    ) -> list[Draft]:
-        """Denoises canvases (rows, length); returns the last draft of each, ``settled_by`` None where there was no
-        hope for it: some other row was settled in less than half of the steps. ``KeyboardInterrupt`` where cancelled.
+    def write(self, length: int, rows: int, edits: Edits) -> list[Draft]:
+        """Denoise canvases (rows, length), and return the last draft of each.
+
+        Denoising ends early for canvases without hope, after another one has settled in less than half of the steps;
+        their last draft is not ``finished``. Raises ``Cancelled`` between two steps.
         """
         drafts: tuple[Draft, ...] = ()
         settled_at = 0
         self._canvases += rows
-        for drafts in denoise(
-            self._model.network, self._cache.repeated(rows), self._config, self.noise(rows), canvas_length=length,
-            speed=SPEEDS[self.options.speed], greedy=self.options.temp == 0, pins=pins, barred=barred, start=start,
-        ):  # fmt: skip
+        for drafts in self._denoiser.denoise(self._cache.repeated(rows), self.noise(rows), length, edits):
             self._steps += 1
-            self._progress(self._canvases, self._steps)
-            self._stop_if_cancelled()
+            if self._progress is not None:
+                self._progress(self._canvases, self._steps)
+            self._cancellation.check()
             if not settled_at and any(draft.settled_by for draft in drafts):
                 settled_at = drafts[0].step
             if settled_at and drafts[0].step > 2 * settled_at + _PATIENCE:
@@ -109,7 +116,7 @@ class Writer:
         return list(drafts)
 
     def first_step(self, length: int) -> mx.array:
-        """(C, V) float32: log-probabilities of a canvas' first step, from noise, at the temperature 1."""
+        """Return the log-probabilities (C, V) float32 of a canvas' first step, from noise, at temperature 1."""
         network = self._model.network
         canvas = self.noise(1).canvas(length, self.vocab_size)
         self._canvases, self._steps = self._canvases + 1, self._steps + 1
@@ -117,26 +124,23 @@ class Writer:
         return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
     def scores(self, canvases: Sequence[Sequence[int]], ends: Sequence[int]) -> list[float]:
-        """How probable the causal encoder finds each canvas (C) up to its end: nats a token, on average.
+        """Return how probable the causal encoder finds each canvas (C) up to its end, in nats per token on average.
 
-        Not the decoder: it confirms whatever stands in a canvas, as it sees each token that it is asked for.
+        The decoder cannot judge: it sees each token that it is asked for, and confirms whatever a canvas holds.
         """
         network, ids = self._model.network, mx.array(list(canvases), mx.int32)
         rows = len(canvases)
         hidden = network.encode(ids, self._cache.repeated(rows))
-        behind = mx.concatenate([mx.repeat(self._hidden, rows, axis=0), hidden[:, :-1]], axis=1)
+        shifted = mx.concatenate([mx.repeat(self._hidden, rows, axis=0), hidden[:, :-1]], axis=1)
         scores: list[Any] = []
         for row, end in enumerate(ends):  # the logits of one canvas at a time
-            logits = network.logits(behind[row, :end])
+            logits = network.logits(shifted[row, :end])
             chosen = mx.take_along_axis(logits, ids[row, :end, None], axis=-1)
             scores.append((chosen[:, 0] - mx.logsumexp(logits, axis=-1)).mean().item())
         return scores
 
     def statistics(self) -> InfillStatistics:
+        """Return the counts and times so far."""
         return InfillStatistics(
             self._prompt_tokens, self._canvases, self._steps, time.perf_counter() - self._began, mx.get_peak_memory()
         )
-
-    def _stop_if_cancelled(self) -> None:
-        if self.options.cancelled():
-            raise KeyboardInterrupt

@@ -14,7 +14,7 @@ import pytest
 from dgemma_mlx.cli.settings import SETTINGS, Settings, config_file
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED, SPEEDS
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.generation.runner import VERIFY
+from dgemma_mlx.generation.options import VERIFY
 from dgemma_mlx.kernels.dispatch import MODES, VARIABLE
 from dgemma_mlx.model.dequantize import CHOICES
 

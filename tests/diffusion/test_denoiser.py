@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from dgemma_mlx.checkpoint.config import GenerationConfig
-from dgemma_mlx.diffusion import denoiser as denoise_module
-from dgemma_mlx.diffusion.denoiser import Barred, Pins, Start, denoise
+from dgemma_mlx.diffusion import denoiser as denoiser_module
+from dgemma_mlx.diffusion.denoiser import Denoiser
+from dgemma_mlx.diffusion.edits import BarredIds, Edits, Pins, PositionBias, StartCanvas
 from dgemma_mlx.diffusion.sampler import Noise, accept
 from dgemma_mlx.events import Draft
 from dgemma_mlx.kernels import CanvasSample
@@ -37,7 +38,7 @@ def run(
 ) -> list[tuple[Draft, ...]]:
     """All steps of a canvas after the prefix; ``noise`` may be the first row's seed."""
     source = Noise(*range(noise, noise + batch)) if isinstance(noise, int) else noise
-    return list(denoise(golden_model(), prefix(batch), config, source, canvas_length=length, greedy=greedy))
+    return list(Denoiser(golden_model(), config, greedy=greedy).denoise(prefix(batch), source, length))
 
 
 def test_golden_trace() -> None:
@@ -46,9 +47,7 @@ def test_golden_trace() -> None:
     noise, cache = Replay(numbers["canvases"], numbers["uniforms"]), golden_model().new_cache()
     golden_model().encode(mx.array(numbers["prompt"]), cache)
     for index in (0, 1):
-        drafts = list(
-            denoise(golden_model(), cache, SETTLES, noise, canvas_length=C, canvas_index=index)
-        )
+        drafts = list(Denoiser(golden_model(), SETTLES).denoise(cache, noise, C, canvas_index=index))
         steps = np.flatnonzero(numbers["canvas"] == index)
         assert len(drafts) == len(steps) < SETTLES.max_denoising_steps
         for step, (draft,) in zip(steps, drafts, strict=True):
@@ -108,7 +107,7 @@ def test_pinned_positions_hold_their_ids_and_do_not_count(monkeypatch: pytest.Mo
     ids, free = rng.integers(0, V, (2, C)), rng.random((2, C)) < 0.5
     decoded: list[Any] = []
     entropies: list[Any] = []
-    decode, sampler = DiffusionGemma.decode_hidden, denoise_module.canvas_sampler
+    decode, sampler = DiffusionGemma.decode_hidden, denoiser_module.canvas_sampler
 
     def spy(self: DiffusionGemma, canvas: mx.array, *rest: Any) -> mx.array:
         decoded.append(np.array(canvas))
@@ -120,9 +119,9 @@ def test_pinned_positions_hold_their_ids_and_do_not_count(monkeypatch: pytest.Mo
         return sample
 
     monkeypatch.setattr(DiffusionGemma, "decode_hidden", spy)
-    monkeypatch.setattr(denoise_module, "canvas_sampler", sampled)
+    monkeypatch.setattr(denoiser_module, "canvas_sampler", sampled)
     pins = Pins(mx.array(ids, mx.int32), mx.array(free))
-    steps = list(denoise(golden_model(), prefix(2), SETTLES, Noise(1, 2), canvas_length=C, pins=pins))
+    steps = list(Denoiser(golden_model(), SETTLES).denoise(prefix(2), Noise(1, 2), C, Edits(pins=pins)))
     assert len(steps) > 1
     for canvas, entropy, drafts in zip(decoded, entropies, steps, strict=True):
         np.testing.assert_array_equal(canvas[~free], ids[~free])
@@ -171,7 +170,7 @@ def test_rows_do_not_touch_each_other() -> None:
         cache, one = golden_model().new_cache(), slice(row, row + 1)
         golden_model().encode(PROMPT[one], cache)
         noise = Replay(canvases[:, one], uniforms[:, one])
-        alone = denoise(golden_model(), cache, SETTLES, noise, canvas_length=C)
+        alone = Denoiser(golden_model(), SETTLES).denoise(cache, noise, C)
         for (draft,), rows in zip(alone, together, strict=False):
             assert rows[row].tokens == draft.tokens
             assert rows[row].accepted_mask == draft.accepted_mask
@@ -190,7 +189,7 @@ def test_a_caller_may_stop_between_two_steps() -> None:
             canvases += 1
             return super().canvas(length, vocab_size)
 
-    steps = denoise(golden_model(), prefix(), SETTLES, Counting(4), canvas_length=C)
+    steps = Denoiser(golden_model(), SETTLES).denoise(prefix(), Counting(4), C)
     assert canvases == 0
     assert list(islice(steps, 2)) == whole[:2]
     assert canvases == 3
@@ -203,11 +202,11 @@ def test_barred_ids_are_never_written() -> None:
     banned, here = rng.choice(V, V // 2, replace=False), rng.choice(V, V // 3, replace=False)
     places = np.array([3, C + 2])
 
-    def barring(ids: Any) -> mx.array:
+    def bias(ids: Any) -> mx.array:
         return mx.array(np.where(np.isin(np.arange(V), ids), -np.inf, 0).astype(np.float32))
 
-    barred = Barred(barring(banned), barring(here), mx.array(places, mx.int32))
-    steps = list(denoise(golden_model(), prefix(2), SETTLES, Noise(1, 2), canvas_length=C, barred=barred))
+    barred = BarredIds(bias(banned), PositionBias(bias(here), mx.array(places, mx.int32)))
+    steps = list(Denoiser(golden_model(), SETTLES).denoise(prefix(2), Noise(1, 2), C, Edits(barred=barred)))
     free = run(1, batch=2)
     assert any(set(draft.tokens) & set(banned.tolist()) for draft in free[-1])
     for drafts in steps:
@@ -217,7 +216,8 @@ def test_barred_ids_are_never_written() -> None:
 
 
 def test_barring_nothing_changes_nothing() -> None:
-    steps = denoise(golden_model(), prefix(), SETTLES, Noise(4), canvas_length=C, barred=Barred(mx.zeros(V)))
+    edits = Edits(barred=BarredIds(mx.zeros(V)))
+    steps = Denoiser(golden_model(), SETTLES).denoise(prefix(), Noise(4), C, edits)
     for (draft,), (expected,) in zip(steps, run(4), strict=True):
         assert draft.tokens == expected.tokens
         assert draft.entropy == pytest.approx(expected.entropy, abs=TOLERANCE)
@@ -233,9 +233,9 @@ def test_a_start_takes_the_place_of_noise_and_of_the_first_steps(monkeypatch: py
 
     monkeypatch.setattr(DiffusionGemma, "decode_hidden", spy)
     canvas, last = np.random.default_rng(2).integers(0, V, (1, C)), SETTLES.max_denoising_steps
-    start = Start(mx.array(canvas, mx.int32), last - 1)
+    edits = Edits(start=StartCanvas(mx.array(canvas, mx.int32), last - 1))
     config = SETTLES.override(confidence_threshold=0.0)
-    drafts = [draft for (draft,) in denoise(golden_model(), prefix(), config, Noise(1), canvas_length=C, start=start)]
+    drafts = [draft for (draft,) in Denoiser(golden_model(), config).denoise(prefix(), Noise(1), C, edits)]
     assert [draft.step for draft in drafts] == [last - 1, last]
     np.testing.assert_array_equal(decoded[0][0], canvas)
     assert decoded[0][1] is None  # nothing was predicted before

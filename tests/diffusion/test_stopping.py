@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dgemma_mlx.checkpoint.config import GenerationConfig
-from dgemma_mlx.diffusion.speed import REFERENCE, SETTLED_END, SPEEDS, UNCERTAIN, Speed
+from dgemma_mlx.diffusion.speed import REFERENCE, SETTLED_END, SPEEDS, UNCERTAIN, ConfidentTest, PlateauTest, Speed
 from dgemma_mlx.diffusion.stopping import TESTS, Stopping
 from dgemma_mlx.kernels import MAX_KEPT, CanvasSample
 
@@ -41,22 +41,23 @@ def decide(steps: list[Step], config: GenerationConfig, speed: Speed, free: list
 
     if unchanged(config.stability_threshold) and mean < config.confidence_threshold:
         return "stable"
-    limit = max(speed.confident_entropy, config.confidence_threshold)
-    if speed.confident_steps is not None and len(steps) >= speed.confident_steps and mean < limit:
+    confident, plateau = speed.confident, speed.plateau
+    limit = max(0.0 if confident is None else confident.max_entropy, config.confidence_threshold)
+    if confident is not None and len(steps) >= confident.first_step and mean < limit:
         return "confident"
     if speed.gap is not None and all(gaps[place] > speed.gap for place in counting):
         return "gap"
-    if speed.plateau_steps is not None and unchanged(speed.plateau_steps) and mean < speed.plateau_entropy:
+    if plateau is not None and unchanged(plateau.steps) and mean < plateau.max_entropy:
         return "plateau"
     return None
 
 
 MODES = {
     **{f"stable for {n}": (n, REFERENCE) for n in (0, 1, 2, 3)},
-    "confident": (1, Speed(confident_steps=3, confident_entropy=0.7, ignore_after_end=False)),
+    "confident": (1, Speed(confident=ConfidentTest(3, 0.7), ignore_after_end=False)),
     "gap": (1, Speed(gap=0.5)),
-    "plateau": (3, Speed(plateau_steps=2, plateau_entropy=0.8)),
-    "everything": (2, Speed(gap=0.7, confident_steps=5, confident_entropy=0.55, plateau_steps=1, plateau_entropy=0.6)),
+    "plateau": (3, Speed(plateau=PlateauTest(2, 0.8))),
+    "everything": (2, Speed(gap=0.7, confident=ConfidentTest(5, 0.55), plateau=PlateauTest(1, 0.6))),
 }
 
 

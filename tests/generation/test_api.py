@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import pkgutil
 import random
 from dataclasses import replace
 from itertools import islice
+from typing import get_type_hints
 from unittest.mock import ANY
 
 import pytest
@@ -151,3 +153,25 @@ def test_the_demo_does_what_its_score_card_says(demo: Model, task: str) -> None:
     examples = [TASKS[task].sample(rng, "heldout") for _ in range(20)]
     right = [TASKS[task].check(e, generate(demo, list(e.messages), seed=0, max_tokens=64).text) for e in examples]
     assert sum(right) / 20 > card[task] - 0.25  # three standard deviations of 20 draws
+
+
+@pytest.mark.parametrize("name", ["load", "generate", "stream", "generate_batch", "fill", "edit", "choose"])
+def test_public_functions_name_their_arguments(name: str) -> None:
+    """An IDE shows every option with its type, and ``help()`` says what the function does."""
+    function = getattr(dgemma_mlx, name)
+    parameters = inspect.signature(function).parameters.values()
+    assert all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters)
+    assert all("Any" not in str(p.annotation) or p.name == "response_format" for p in parameters)
+    assert set(get_type_hints(function)) == {p.name for p in parameters} | {"return"}
+    assert len(inspect.getdoc(function).splitlines()) > 3
+
+
+def test_generate_takes_what_stream_takes() -> None:
+    one, other = (inspect.signature(function).parameters for function in (generate, stream))
+    assert list(one.values()) == list(other.values())
+
+
+def test_a_misspelled_option_is_named(demo: Model) -> None:
+    for call in (generate, stream, dgemma_mlx.generate_batch):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'sede'"):
+            call(demo, COUNT, sede=1)

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from dgemma_mlx.checkpoint.config import ModelConfig, TextConfig
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.memory import Budget, cache_memory, device_limit, fitting_budget, run_memory
-from dgemma_mlx.generation.runner import prefill
+from dgemma_mlx.generation.prefill import prefill
 from dgemma_mlx.kernels import canvas_sampler
 from dgemma_mlx.model.text import DiffusionGemma
 
@@ -96,7 +96,8 @@ def prefill_peak(config: ModelConfig, positions: int, budget: Budget) -> int:
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    prefill(model, mx.array([[1] * positions]), model.new_cache(), budget.prefill_step_size)
+    for _ in prefill(model, mx.array([[1] * positions]), model.new_cache(), budget.prefill_step_size):
+        pass
     return mx.get_peak_memory() - before
 
 
@@ -127,7 +128,8 @@ def test_a_step_with_flat_predictions_takes_what_was_estimated(bits: int | None)
     mx.eval(model.parameters())
     mx.clear_cache()
     cache = model.new_cache()
-    prefill(model, mx.array([[1] * 16]), cache, 16)
+    for _ in prefill(model, mx.array([[1] * 16]), cache, 16):
+        pass
     before = mx.get_active_memory() - cache.nbytes
     mx.reset_peak_memory()
     canvas = mx.arange(32)[None]

@@ -22,12 +22,12 @@ def ids_of(model: Model, *turns: str) -> list[int]:
 
 
 def test_a_conversation_goes_on_from_where_the_models_turn_began(model: Model) -> None:
-    memory = PromptCache()
+    prompt_cache = PromptCache()
     first = [{"role": "user", "content": "My name is Ana."}]
-    answer = generate(model, first, seed=1, prompt_cache=memory)
+    answer = generate(model, first, seed=1, prompt_cache=prompt_cache)
     assert answer.statistics.cached_tokens == 0
     more = [*first, {"role": "assistant", "content": answer.text}, {"role": "user", "content": "What is my name?"}]
-    reused = generate(model, more, seed=2, prompt_cache=memory)
+    reused = generate(model, more, seed=2, prompt_cache=prompt_cache)
     fresh = generate(model, more, seed=2)
     assert reused.statistics.cached_tokens == len(model.encode_prompt(first))
     assert reused.text == fresh.text
@@ -36,11 +36,12 @@ def test_a_conversation_goes_on_from_where_the_models_turn_began(model: Model) -
 
 def test_one_document_and_one_question_after_the_other(model: Model) -> None:
     """The second prompt shows where the prompts part: from the third on, only the question is encoded."""
-    memory, document = PromptCache(), "My name is Ana. " + "Hello there. " * 60  # far longer than the sliding window
+    prompt_cache = PromptCache()
+    document = "My name is Ana. " + "Hello there. " * 60  # far longer than the sliding window
     cached = []
     for question in ("What is my name?", "Sort 7 3 5", "What is 2 + 5?", "Count from 3 to 9."):
         options = {"seed": 1, "prefill_step_size": 64}
-        found = generate(model, document + question, prompt_cache=memory, **options)
+        found = generate(model, document + question, prompt_cache=prompt_cache, **options)
         assert found.tokens == generate(model, document + question, **options).tokens
         cached.append(found.statistics.cached_tokens)
         length = found.statistics.prompt_tokens
@@ -49,9 +50,9 @@ def test_one_document_and_one_question_after_the_other(model: Model) -> None:
 
 
 def test_asking_again_encodes_nothing(model: Model) -> None:
-    memory = PromptCache()
-    once = generate(model, "What is 27 + 45?", seed=3, prompt_cache=memory)
-    again = generate(model, "What is 27 + 45?", seed=3, prompt_cache=memory)
+    prompt_cache = PromptCache()
+    once = generate(model, "What is 27 + 45?", seed=3, prompt_cache=prompt_cache)
+    again = generate(model, "What is 27 + 45?", seed=3, prompt_cache=prompt_cache)
     assert again.statistics.cached_tokens == again.statistics.prompt_tokens
     assert again.tokens == once.tokens
 
@@ -62,65 +63,65 @@ def test_what_is_reused_is_what_would_be_encoded_afresh(model: Model, shared: in
     one = rng.integers(200, 768, 200).tolist()
     other = one[:shared] + rng.integers(200, 768, 200 - shared).tolist()
     other[shared] = one[shared] + 1 if one[shared] < 767 else 200
-    memory = PromptCache()
-    cache = memory.reuse(model.network, one)
+    prompt_cache = PromptCache()
+    cache = prompt_cache.reuse(model.network, one)
     model.network.encode(mx.array([one[:150]]), cache)  # longer than the sliding window of 64
-    memory.append(one[:150], mark="turn")
+    prompt_cache.append(one[:150], mark="turn")
     model.network.encode(mx.array([one[150:]]), cache)
-    memory.append(one[150:])
-    known, logits = decoded(model, memory, other)
+    prompt_cache.append(one[150:])
+    known, logits = decoded(model, prompt_cache, other)
     assert known == (150 if shared >= 150 else 0)
     _, expected = decoded(model, PromptCache(), other)
     np.testing.assert_allclose(logits, expected, atol=1e-4)
-    back, logits = decoded(model, memory, one)  # and back again: the mark still holds
+    back, logits = decoded(model, prompt_cache, one)  # and back again: the mark still holds
     assert back == (150 if shared >= 150 else 0)
     np.testing.assert_allclose(logits, decoded(model, PromptCache(), one)[1], atol=1e-4)
 
 
 def test_a_prefix_of_what_was_encoded_goes_back_to_a_mark(model: Model) -> None:
     ids = np.random.default_rng(0).integers(200, 768, 100).tolist()
-    memory = PromptCache()
-    decoded(model, memory, ids)
-    known, logits = decoded(model, memory, ids[:80])
+    prompt_cache = PromptCache()
+    decoded(model, prompt_cache, ids)
+    known, logits = decoded(model, prompt_cache, ids[:80])
     assert known == 0
     np.testing.assert_allclose(logits, decoded(model, PromptCache(), ids[:80])[1], atol=1e-4)
 
 
 def test_whole_canvases_are_reused_where_the_text_is_tokenized_alike(model: Model) -> None:
-    memory = PromptCache()
+    prompt_cache = PromptCache()
     prompt = [{"role": "user", "content": "Count from 13 to 40."}]
-    events = list(stream(model, prompt, seed=1, prompt_cache=memory))
+    events = list(stream(model, prompt, seed=1, prompt_cache=prompt_cache))
     canvases = [event for event in events if isinstance(event, Committed)]
     done = events[-1]
     assert isinstance(done, Done)
     assert len(canvases) == 2
     ids = ids_of(model, "Count from 13 to 40.", done.text, "Hi")
     assert ids[done.statistics.prompt_tokens :][: len(done.tokens)] == list(done.tokens)
-    assert memory.reuse(model.network, ids).offset == done.statistics.prompt_tokens + len(canvases[0].tokens)
+    assert prompt_cache.reuse(model.network, ids).offset == done.statistics.prompt_tokens + len(canvases[0].tokens)
 
 
 def test_every_turn_of_a_long_chat_sees_what_it_would_see_afresh(model: Model) -> None:
     """Each turn is longer than the sliding window of 64, and the first is asked again at last."""
-    memory, turns = PromptCache(), ["Hello " * 70]
+    prompt_cache, turns = PromptCache(), ["Hello " * 70]
     few = model.generation.override(max_denoising_steps=2)
     for number in range(3):
         messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
-        done = generate(model, messages, seed=number, max_tokens=40, generation=few, prompt_cache=memory)
+        done = generate(model, messages, seed=number, max_tokens=40, generation=few, prompt_cache=prompt_cache)
         assert (done.statistics.cached_tokens > 64) == (number > 0)
         ids = [*ids_of(model, *turns), *done.tokens]
-        _, logits = decoded(model, memory, ids)
+        _, logits = decoded(model, prompt_cache, ids)
         np.testing.assert_allclose(logits, decoded(model, PromptCache(), ids)[1], atol=1e-4)
         turns += [done.text, f"{number} " * 80]
-    known, logits = decoded(model, memory, ids_of(model, turns[0]))
+    known, logits = decoded(model, prompt_cache, ids_of(model, turns[0]))
     assert known == 0  # both marks are behind it
     np.testing.assert_allclose(logits, decoded(model, PromptCache(), ids_of(model, turns[0]))[1], atol=1e-4)
 
 
 def test_another_model_shares_nothing(model: Model) -> None:
-    memory = PromptCache()
-    generate(model, "Sort 7 3 5", seed=1, prompt_cache=memory)
+    prompt_cache = PromptCache()
+    generate(model, "Sort 7 3 5", seed=1, prompt_cache=prompt_cache)
     other = dgemma_mlx.load("demo")
-    assert generate(other, "Sort 7 3 5", seed=1, prompt_cache=memory).statistics.cached_tokens == 0
+    assert generate(other, "Sort 7 3 5", seed=1, prompt_cache=prompt_cache).statistics.cached_tokens == 0
 
 
 def test_cancelled_before_the_first_step(model: Model) -> None:
@@ -131,12 +132,12 @@ def test_cancelled_before_the_first_step(model: Model) -> None:
 
 
 def test_cancelled_within_the_prompt_keeps_what_is_encoded(model: Model) -> None:
-    memory, answers = PromptCache(), iter([False, False, True])
-    events = list(stream(model, "Hello " * 60, seed=1, prompt_cache=memory, prefill_step_size=16,
+    prompt_cache, answers = PromptCache(), iter([False, False, True])
+    events = list(stream(model, "Hello " * 60, seed=1, prompt_cache=prompt_cache, prefill_step_size=16,
                          cancelled=lambda: next(answers, True)))  # fmt: skip
     assert [type(event) for event in events] == [Done]
     ids = ids_of(model, "Hello " * 60)
-    known, logits = decoded(model, memory, ids)
+    known, logits = decoded(model, prompt_cache, ids)
     assert known == 32
     np.testing.assert_allclose(logits, decoded(model, PromptCache(), ids)[1], atol=1e-4)
 

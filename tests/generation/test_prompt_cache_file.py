@@ -38,17 +38,17 @@ def model() -> Model:
 
 def encoded(model: Model, *points: int, marks: tuple[str, ...] = ("turn", "canvas")) -> PromptCache:
     """A cache of ``IDS`` up to the last point, with a mark at each of those before it."""
-    memory = PromptCache()
-    cache, start = memory.reuse(model.network, IDS), 0
+    prompt_cache = PromptCache()
+    cache, start = prompt_cache.reuse(model.network, IDS), 0
     for i, point in enumerate(points):
         model.network.encode(mx.array([IDS[start:point]]), cache)
-        memory.append(IDS[start:point], None if i == len(points) - 1 else marks[i])
+        prompt_cache.append(IDS[start:point], None if i == len(points) - 1 else marks[i])
         start = point
-    return memory
+    return prompt_cache
 
 
-def reloaded(memory: PromptCache, path: Path, model: Model) -> PromptCache:
-    memory.save(path, model)
+def reloaded(prompt_cache: PromptCache, path: Path, model: Model) -> PromptCache:
+    prompt_cache.save(path, model)
     return PromptCache.load(path, model)
 
 
@@ -78,13 +78,13 @@ def test_what_was_saved_goes_on_and_goes_back_as_if_it_had_stayed(
 
 
 def test_saved_after_going_back_and_on_again_it_holds_the_new_text(model: Model, tmp_path: Path) -> None:
-    memory = encoded(model, 100, 150, 200)
+    prompt_cache = encoded(model, 100, 150, 200)
     ids = [*IDS[:120], *IDS[200:290]]
-    decoded(model, memory, ids)  # back to the mark at 100, and 110 more
-    loaded = reloaded(memory, tmp_path / "cache", model)
+    decoded(model, prompt_cache, ids)  # back to the mark at 100, and 110 more
+    loaded = reloaded(prompt_cache, tmp_path / "cache", model)
     known, logits = decoded(model, loaded, ids)
     assert known == len(ids)
-    np.testing.assert_array_equal(logits, decoded(model, memory, ids)[1])
+    np.testing.assert_array_equal(logits, decoded(model, prompt_cache, ids)[1])
 
 
 def test_a_prompt_that_goes_on_encodes_only_what_is_new(model: Model, tmp_path: Path) -> None:
@@ -97,8 +97,8 @@ def test_a_prompt_that_goes_on_encodes_only_what_is_new(model: Model, tmp_path: 
         loaded = PromptCache.load(path, model) if number else PromptCache()
         options["seed"] = number
         fresh = generate(model, messages, **options)
-        for memory in (loaded, stayed):
-            answer = generate(model, messages, prompt_cache=memory, **options)
+        for prompt_cache in (loaded, stayed):
+            answer = generate(model, messages, prompt_cache=prompt_cache, **options)
             assert answer.tokens == fresh.tokens
             assert answer.statistics.cached_tokens == cached
         loaded.save(path, model)
@@ -109,10 +109,10 @@ def test_a_prompt_that_goes_on_encodes_only_what_is_new(model: Model, tmp_path: 
 
 def test_a_file_that_holds_it_already_is_not_written_again(model: Model, tmp_path: Path) -> None:
     path = tmp_path / "cache"
-    memory = encoded(model, 20, 30)
-    memory.save(path, model)
+    prompt_cache = encoded(model, 20, 30)
+    prompt_cache.save(path, model)
     written = path.stat().st_ino
-    for one in (memory, PromptCache.load(path, model)):
+    for one in (prompt_cache, PromptCache.load(path, model)):
         decoded(model, one, IDS[:30])
         one.save(path, model)
         assert path.stat().st_ino == written
@@ -120,15 +120,15 @@ def test_a_file_that_holds_it_already_is_not_written_again(model: Model, tmp_pat
         one.save(path, model)
         assert path.stat().st_ino != written
         written = path.stat().st_ino
-    memory.save(tmp_path / "elsewhere", model)
+    prompt_cache.save(tmp_path / "elsewhere", model)
     assert (tmp_path / "elsewhere").read_bytes() != b""
 
 
 def test_an_empty_cache_leaves_no_file(model: Model, tmp_path: Path) -> None:
-    memory = PromptCache()
-    memory.save(tmp_path / "cache", model)
-    memory.reuse(model.network, IDS)
-    memory.save(tmp_path / "cache", model)
+    prompt_cache = PromptCache()
+    prompt_cache.save(tmp_path / "cache", model)
+    prompt_cache.reuse(model.network, IDS)
+    prompt_cache.save(tmp_path / "cache", model)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -163,20 +163,20 @@ def interrupted_after(calls: int) -> Iterator[None]:
 @pytest.mark.parametrize("seed", range(16))
 def test_interrupted_anywhere_what_is_saved_is_exact(model: Model, tmp_path: Path, seed: int) -> None:
     path = tmp_path / "cache"
-    memory = encoded(model, 70, 80)
+    prompt_cache = encoded(model, 70, 80)
     ids = [*IDS[:75], *IDS[200:290]]
     for calls in random.Random(seed).sample(range(1, 2500), 2):
         try:
             with interrupted_after(calls):
-                cache = memory.reuse(model.network, ids)
+                cache = prompt_cache.reuse(model.network, ids)
                 for start in range(cache.offset, len(ids), 40):
                     part = ids[start : start + 40]
                     model.network.encode(mx.array([part]), cache)
-                    memory.append(part, mark="canvas")
+                    prompt_cache.append(part, mark="canvas")
         except KeyboardInterrupt:
             pass
-        memory.save(path, model)
-        for one in (PromptCache.load(path, model), memory):
+        prompt_cache.save(path, model)
+        for one in (PromptCache.load(path, model), prompt_cache):
             known, logits = decoded(model, one, [*ids, 300])
             assert known in {70, 110, 150, 165, 166}
             np.testing.assert_allclose(logits, decoded(model, PromptCache(), [*ids, 300])[1], atol=1e-4)
@@ -257,9 +257,9 @@ def test_packed_weights_are_another_model_and_unpacking_them_another_way(saved: 
 
 
 def test_only_the_model_that_filled_it_can_save_it(model: Model, tmp_path: Path) -> None:
-    memory = encoded(model, 10)
+    prompt_cache = encoded(model, 10)
     with pytest.raises(DgemmaError, match="another model"):
-        memory.save(tmp_path / "cache", dgemma_mlx.load("demo"))
+        prompt_cache.save(tmp_path / "cache", dgemma_mlx.load("demo"))
 
 
 def test_a_truncated_file_is_damaged(saved: Path, model: Model) -> None:
@@ -380,19 +380,19 @@ def test_a_newer_format_asks_for_a_newer_program(saved: Path, model: Model) -> N
 def test_other_files_are_no_prompt_caches(tmp_path: Path, model: Model, content: bytes) -> None:
     path = tmp_path / "cache"
     path.write_bytes(content)
-    assert "is no prompt cache" in refused(path, model)
+    assert "is not a prompt cache" in refused(path, model)
 
 
 def test_a_model_is_no_prompt_cache(copy: Path, model: Model) -> None:
-    assert "is no prompt cache" in refused(copy / "model.safetensors", model)
+    assert "is not a prompt cache" in refused(copy / "model.safetensors", model)
 
 
 def test_what_is_no_file_is_neither_read_nor_replaced(model: Model, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    memory = encoded(model, 10)
+    prompt_cache = encoded(model, 10)
     for path in (tmp_path, tmp_path / "pipe"):
-        for act in (lambda p: PromptCache.load(p, model), lambda p: memory.save(p, model), check_place):
-            with pytest.raises(DgemmaError, match="is no file"):
+        for act in (lambda p: PromptCache.load(p, model), lambda p: prompt_cache.save(p, model), check_place):
+            with pytest.raises(DgemmaError, match="is not a file"):
                 act(path)
     with pytest.raises(DgemmaError, match="No such file"):
         PromptCache.load(tmp_path / "missing", model)

@@ -85,8 +85,8 @@ def test_broken_weights_are_never_committed_silently(speed: str) -> None:
 
 def test_only_what_is_uncertain_is_begun_again(demo: Model) -> None:
     seen = set()
-    for degree in (1.0, 1.3, 1.6, 2.0):
-        config = demo.generation.override(max_denoising_steps=2, t_min=degree, t_max=degree)
+    for temperature in (1.0, 1.3, 1.6, 2.0):
+        config = demo.generation.override(max_denoising_steps=2, t_min=temperature, t_max=temperature)
         events = list(stream(demo, "Sort 71 12 93 44 31 8 67 50", seed=1, generation=config, max_tokens=32))
         (canvas,) = committed(events)
         seen.add((max(event.attempt for event in events if isinstance(event, Draft)), canvas.low_confidence))
@@ -100,16 +100,16 @@ def written_by_the_encoder(model: Model, ids: list[int], tokens: list[int]) -> l
     return list(found)
 
 
-@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("reused", [False, True])
 @pytest.mark.parametrize("endless", [False, True])
 def test_flag_tells_where_the_encoder_would_have_written_another_token(
-    demo: Model, endless: bool, memory: bool
+    demo: Model, endless: bool, reused: bool
 ) -> None:
     """One step a canvas makes mistakes. They are flagged, in a later canvas and with the prompt in the cache too."""
     prompt, config = "Make a sentence.", demo.generation.override(max_denoising_steps=1)
     config = replace(config, eos_token_ids=()) if endless else config
     options: dict[str, Any] = {"seed": 3, "generation": config, "max_tokens": 60, "speed": "reference"}
-    if memory:
+    if reused:
         options["prompt_cache"] = PromptCache()
         generate(demo, prompt, **options)
     events = list(stream(demo, prompt, verify="flag", **options))
@@ -206,7 +206,7 @@ def test_a_batch_that_is_cancelled_keeps_what_is_committed(demo: Model) -> None:
      ({"prefill_step_size": 0}, "prefill_step_size must be at least 1, not 0"),
      ({"temp": float("inf")}, "temp must be a number of at least 0, not inf"),
      ({"temp": 1e-40}, "t_max must be at least 1e-06"),
-     ({"trim_canvas": True}, "trim_canvas goes with one prompt at a time")],
+     ({"trim_canvas": True}, "trim_canvas takes one prompt at a time")],
 )  # fmt: skip
 def test_bad_options_are_one_clear_error(demo: Model, options: dict[str, Any], said: str) -> None:
     with pytest.raises(DgemmaError, match=said) as error:
@@ -222,12 +222,12 @@ def test_what_is_no_prompt(demo: Model, prompt: Any) -> None:
 
 
 def test_one_prompt_is_no_batch(demo: Model) -> None:
-    with pytest.raises(DgemmaError, match="prompts must be several"):
+    with pytest.raises(DgemmaError, match="prompts must be a list of prompts"):
         generate_batch(demo, "Sort 5 2 9")
 
 
 def test_weights_are_floating() -> None:
-    with pytest.raises(DgemmaError, match="dtype must be a floating one"):
+    with pytest.raises(DgemmaError, match="dtype must be a floating dtype"):
         dgemma_mlx.load("demo", dtype=mx.int8)
 
 

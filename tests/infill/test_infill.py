@@ -114,7 +114,7 @@ def test_a_gap_of_given_length_has_it(demo: Model) -> None:
 
 def test_the_encoder_prefers_what_fits(demo: Model) -> None:
     opening = demo.encode_prompt(RECORD)
-    writer = Writer(demo, opening, 2, 0, {})
+    writer = Writer(demo, opening, 2, 0)
     ends = [demo.tokenizer.encode(text) for text in (FILLED.strip(), FILLED.strip().replace("Rome", "Rome Rome"))]
     rows = [ids + [0] * (32 - len(ids)) for ids in ends]
     right, wrong = writer.scores(rows, list(map(len, ends)))
@@ -124,7 +124,7 @@ def test_the_encoder_prefers_what_fits(demo: Model) -> None:
 def test_a_score_is_the_mean_log_probability_of_the_encoder(demo: Model) -> None:
     opening = demo.encode_prompt(RECORD)
     ids = demo.tokenizer.encode("Simon is a cat")
-    [score] = Writer(demo, opening, 1, 0, {}).scores([ids + [0] * 8], [len(ids)])
+    [score] = Writer(demo, opening, 1, 0).scores([ids + [0] * 8], [len(ids)])
     whole = [*opening, *ids]
     logits = demo.network.logits(demo.network.encode(mx.array([whole]), demo.network.new_cache()))[0]
     logits = np.array(logits, np.float64)
@@ -140,14 +140,20 @@ def test_a_score_is_the_mean_log_probability_of_the_encoder(demo: Model) -> None
         ("a ___", {"candidates": 0}, "candidates"),
         ("a ___", {"raw": True, "prompt": "x"}, "raw"),
         ("a ___:40___", {}, "canvas holds 32"),
-        ("a ___", {"verify": "repair"}, "verify"),
         ("a ___", {"speed": "warp"}, "speed"),
     ],
 )
-def test_bad_wishes(demo: Model, text: str, options: dict[str, object], message: str) -> None:
+def test_options_that_are_refused(demo: Model, text: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(DgemmaError, match=message) as caught:
         fill(demo, text, **options)  # type: ignore[arg-type]
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("option", ["verify", "trim_canvas", "constraint", "candidate", "max_tokens"])
+def test_options_of_generate_and_misspelled_ones_are_named(demo: Model, option: str) -> None:
+    for call, arguments in ((fill, ["a ___"]), (edit, ["x", "a text"]), (choose, ["x", ["a", "b"]])):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
+            call(demo, *arguments, **{option: 1})
 
 
 def test_cancelled_between_two_steps(demo: Model) -> None:
@@ -208,7 +214,7 @@ def test_what_is_selected(lines: tuple[int, int] | None, match: str | None, part
         ({"lines": (2, 1)}, "no lines 2 to 1"),
         ({"lines": (1, 9)}, "no lines 1 to 9"),
         ({"match": "zzz"}, "nothing to change"),
-        ({"match": "("}, "no regular expression"),
+        ({"match": "("}, "not a regular expression"),
         ({"strength": 0.0}, "strength"),
         ({"strength": 1.5}, "strength"),
         ({"candidates": 0}, "candidates"),

@@ -82,7 +82,7 @@ def test_what_is_free_is_the_gaps(tokenizer: Tokenizer) -> None:
 def test_barred_ids_get_no_probability(tokenizer: Tokenizer) -> None:
     layout = Layout(tokenizer, parse_gaps("a ___:2___b___:2___"), 64, END, PAD)
     V = tokenizer.vocab_size + 3
-    logits = np.array(layout.barred([(2, 2)], 64, V)(mx.zeros((1, 64, V))))[0]
+    logits = np.array(layout.barred([(2, 2)], 64, V).apply(mx.zeros((1, 64, V))))[0]
     spans = layout.spans((2, 2))
     assert [slot.spaced for slot in layout.slots] == [True, False]
     for place in range(64):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dgemma_mlx.checkpoint.config import GenerationConfig
-from dgemma_mlx.diffusion.denoiser import denoise
+from dgemma_mlx.diffusion.denoiser import Denoiser
 from dgemma_mlx.diffusion.sampler import Noise
 from dgemma_mlx.events import Draft
 from dgemma_mlx.kernels import dispatch
@@ -76,7 +76,7 @@ def test_a_canvas_settles_in_the_same_steps(on_metal: None, packed: bool) -> Non
     def drafts() -> list[Draft]:
         cache = model.new_cache()
         model.encode(PROMPT[:1], cache)
-        return [draft for (draft,) in denoise(model, cache, config, Noise(3), canvas_length=C)]
+        return [draft for (draft,) in Denoiser(model, config).denoise(cache, Noise(3), C)]
 
     expected = drafts()
     set_mode("force")

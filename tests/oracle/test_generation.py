@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from dgemma_mlx.checkpoint.config import FULL, SLIDING, GenerationConfig, ModelConfig
-from dgemma_mlx.diffusion.denoiser import denoise
+from dgemma_mlx.diffusion.denoiser import Denoiser
 from dgemma_mlx.events import Committed, Done, Draft
-from dgemma_mlx.generation import runner as run_module
+from dgemma_mlx.generation import runner as runner_module
 from dgemma_mlx.generation.api import stream
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.model.load import load_model
@@ -108,7 +108,7 @@ def test_stream(
     eos = middle_of_second_canvas(expected.sequences[0, ids.shape[1] :]) if ends else -1
     expected = run(eos) if ends else expected
 
-    monkeypatch.setattr(run_module, "Noise", lambda seed: Replay(canvases, uniforms))
+    monkeypatch.setattr(runner_module, "Noise", lambda seed: Replay(canvases, uniforms))
     config = GenerationConfig(**settings, eos_token_ids=(eos,))
     events = list(
         stream(model, prompt, raw=True, speed="reference", generation=config, max_tokens=CANVASES * CANVAS)
@@ -151,9 +151,7 @@ def test_batch(models: Models, name: str, left_padding: tuple[int, int], decoded
     forward_passes = np.zeros(2)
     stopped_together = []
     for index, steps in enumerate(expected.canvases):
-        drafts = list(
-            denoise(model.network, cache, config, noise, canvas_length=CANVAS, canvas_index=index)
-        )
+        drafts = list(Denoiser(model.network, config).denoise(cache, noise, CANVAS, canvas_index=index))
         assert_same_steps(drafts, steps, decoded)
         tokens = [draft.tokens for draft in drafts[-1]]
         np.testing.assert_array_equal(tokens, expected.sequences[:, cache.offset : cache.offset + CANVAS])

@@ -1,0 +1,1 @@
+"""Whole answers: prefill, canvas after canvas, end of text, statistics."""

@@ -1,0 +1,142 @@
+"""The state of one answer: what is written so far, and the counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from dgemma_mlx.checkpoint.config import GenerationConfig
+from dgemma_mlx.constrain.canvas import ConstraintState, RowStart
+from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.events import Committed, Done, Draft, FinishReason, Statistics
+from dgemma_mlx.text.parts import Parts, PartsParser
+
+
+@dataclass
+class Answer:
+    """One prompt's answer while it is written.
+
+    Attributes:
+        prompt_ids: Ids of the prompt.
+        seed: Seed of the random numbers.
+        max_tokens: Largest number of tokens to write.
+        max_positions: Number of positions the model supports (max_position_embeddings).
+        config: Parameters of the denoising loop, with the ids that end a text.
+        parser: Turns ids into text, thinking and tool calls.
+        constraint: Where the answer stands in its constraint; None without one.
+        tokens: Committed ids.
+        parts: Committed text, thinking and tool calls.
+        finish_reason: Why the answer has ended; None while it is written.
+        canvases: Number of committed canvases.
+        steps: Number of denoising steps.
+        canvas_steps: Number of denoising steps of the canvas in work.
+        low_confidence: Number of canvases that were committed while still uncertain.
+        doubted: Number of committed tokens that the encoder doubts.
+    """
+
+    prompt_ids: list[int]
+    seed: int
+    max_tokens: int
+    max_positions: int
+    config: GenerationConfig
+    parser: PartsParser
+    constraint: ConstraintState | None = None
+    tokens: list[int] = field(default_factory=list)
+    parts: Parts = field(default_factory=Parts)
+    finish_reason: FinishReason | None = None
+    canvases: int = 0
+    steps: int = 0
+    canvas_steps: int = 0
+    low_confidence: int = 0
+    doubted: int = 0
+
+    @property
+    def remaining(self) -> int:
+        """Number of tokens that ``max_tokens`` still allows."""
+        return self.max_tokens - len(self.tokens)
+
+    def row_start(self, canvas_length: int) -> RowStart | None:
+        """Return where the next canvas begins in the constraint; None without a constraint.
+
+        Its room counts the tokens, including the end-of-text token, that fit into ``max_tokens`` and into canvases of
+        this length.
+        """
+        if self.constraint is None:
+            return None
+        written = len(self.prompt_ids) + len(self.tokens)
+        canvases = max(1, (self.max_positions - written) // canvas_length)
+        return RowStart(self.constraint, min(self.remaining, canvases * canvas_length))
+
+    def check_room(self, canvas_length: int) -> None:
+        """Raise ``DgemmaError`` (exit code 2) when no text that matches the constraint is short enough."""
+        start = self.row_start(canvas_length)
+        if start is not None and start.constraint.shortest > start.room:
+            raise DgemmaError(
+                f"the shortest answer that matches takes {start.constraint.shortest:,} tokens; "
+                f"{start.room:,} may be written",
+                "Allow more tokens (max_tokens, --max-tokens), or a shorter answer.", exit_code=2,
+            )
+
+    def count_step(self) -> None:
+        """Count one denoising step."""
+        self.steps += 1
+        self.canvas_steps += 1
+
+    def commit(self, draft: Draft, doubted: Sequence[int], is_cancelled: bool) -> Committed:
+        """Take over a finished canvas, cut after its first end-of-text id and at ``max_tokens``.
+
+        ``doubted`` are canvas positions that the encoder doubts. An answer that has not ended otherwise ends here when
+        it is cancelled.
+        """
+        kept = list(text_ids(draft.tokens, self.config.eos_token_ids))
+        self.canvases += 1
+        if kept[-1] in self.config.eos_token_ids:
+            self.finish_reason = "stop"
+        elif len(self.prompt_ids) + len(self.tokens) + 2 * len(kept) > self.max_positions:
+            self.finish_reason = "length"
+        if len(kept) > self.remaining or (len(kept) == self.remaining and self.finish_reason is None):
+            kept, self.finish_reason = kept[: self.remaining], "length"
+        self.tokens += kept
+        if self.constraint is not None:
+            self.constraint.advance(kept)
+        if self.finish_reason is None and is_cancelled:
+            self.finish_reason = "cancelled"
+        new = self.parser.feed(kept)
+        if self.finish_reason is not None:
+            new += self.parser.finish()
+        self.parts += new
+        steps, self.canvas_steps = self.canvas_steps, 0
+        places = tuple(place for place in doubted if place < len(kept))
+        self.low_confidence += draft.low_confidence
+        self.doubted += len(places)
+        return Committed(
+            draft.canvas, tuple(kept), new.text, new.thinking, new.tool_calls, steps, draft.settled_by, places
+        )
+
+    def done(self, cached_tokens: int, prefill_seconds: float, seconds: float) -> Done:
+        """Return the whole answer. ``seconds`` are those after the prefill."""
+        count = sum(token != self.config.pad_token_id for token in self.tokens)  # as the reference counts
+        statistics = Statistics(
+            prompt_tokens=len(self.prompt_ids),
+            cached_tokens=cached_tokens,
+            generated_tokens=count,
+            canvases=self.canvases,
+            denoising_steps=self.steps,
+            tokens_per_forward=count / self.steps if self.steps else 0.0,
+            prefill_seconds=prefill_seconds,
+            seconds=prefill_seconds + seconds,
+            tokens_per_second=count / seconds if seconds else 0.0,
+            peak_memory=mx.get_peak_memory(),
+            low_confidence=self.low_confidence,
+            doubted_tokens=self.doubted,
+        )
+        parts, reason = self.parts, self.finish_reason or "cancelled"
+        return Done(parts.text, parts.thinking, parts.tool_calls, tuple(self.tokens), reason, self.seed, statistics)
+
+
+def text_ids(canvas: Sequence[int], eos_ids: Sequence[int]) -> Sequence[int]:
+    """Return the canvas up to and including its first end-of-text id."""
+    end = next((place for place, token in enumerate(canvas) if token in eos_ids), len(canvas))
+    return canvas[: end + 1]

@@ -1,0 +1,45 @@
+"""What identifies a loaded model to a saved prompt cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+
+from dgemma_mlx.checkpoint.identity import weights_digest
+from dgemma_mlx.generation.model import Model
+from dgemma_mlx.kernels.dispatch import has_metal, mode
+from dgemma_mlx.model.adapter_file import adapter_digest
+from dgemma_mlx.model.dequantize import dequantized_bytes
+from dgemma_mlx.version import __version__
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """A model's name, and everything that must be the same for its keys and values to be the same to the last bit.
+
+    Attributes:
+        name: The name under which the model was loaded, for messages only.
+        weights: SHA-256, in hex, of the architecture, the weights and the adapter.
+        made_with: Versions, device, dtype and kernels, as one readable line.
+    """
+
+    name: str
+    weights: str
+    made_with: str
+
+    @classmethod
+    def of(cls, model: Model) -> ModelIdentity:
+        """Return the identity of a loaded model. Raises ``DgemmaError`` when its files cannot be read."""
+        architecture = json.dumps([asdict(model.config.text), model.config.quantization], sort_keys=True, default=dict)
+        adapter = "" if model.adapter is None else adapter_digest(model.adapter)
+        weights = hashlib.sha256(f"{architecture}\n{weights_digest(model.folder)}{adapter}".encode())
+        uses_kernels = has_metal() and mode() in ("auto", "force")
+        made_with = (
+            f"dgemma-mlx {__version__}", f"MLX {version('mlx')}", "GPU" if has_metal() else "CPU",
+            str(model.network.dtype).removeprefix("mlx.core."),
+            *(["packed weights"] if dequantized_bytes(model.network) else []),
+            *(["kernels"] if uses_kernels else []),
+        )  # fmt: skip
+        return cls(model.name, weights.hexdigest(), ", ".join(made_with))
