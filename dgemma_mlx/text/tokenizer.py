@@ -44,7 +44,7 @@ class _Backend(Protocol):
         """Return the control tokens that the tokenizer file itself defines: text -> id."""
 
     def find(self, token: str) -> int | None:
-        """Return the id of the token with this text, or None when the vocabulary has no such token."""
+        """Return the id of the token with this text, or None when the vocabulary lacks it."""
 
     def token(self, id: int) -> str:
         """Return the token's text as the vocabulary spells it, or "" for an unknown id."""
@@ -71,15 +71,15 @@ class Tokenizer:
     Attributes:
         vocab_size: Number of token ids, added tokens included. It may differ from the model's vocabulary size.
         special_ids: Ids of all control tokens, by their text.
-        bos_id: Id of the beginning-of-text token, or None when the tokenizer has no such token.
-        eos_id: Id of the end-of-text token, or None when the tokenizer has no such token.
-        pad_id: Id of the padding token, or None when the tokenizer has no such token.
+        bos_id: Id of the beginning-of-text token, or None when the tokenizer has none.
+        eos_id: Id of the end-of-text token, or None when the tokenizer has none.
+        pad_id: Id of the padding token, or None when the tokenizer has none.
     """
 
     def __init__(self, backend: _Backend, config: Mapping[str, Any]) -> None:
         """Create a tokenizer. Most callers use ``load_tokenizer`` instead.
 
-        ``config`` is the content of ``tokenizer_config.json``, or empty when the checkpoint has no such file.
+        ``config`` is the content of ``tokenizer_config.json``, or empty when the checkpoint lacks the file.
         """
         names = named_tokens(config)
         self._backend = backend
@@ -117,7 +117,7 @@ class Tokenizer:
         """Encode text that a chat template wrote: control tokens in the text become their ids. No bos is added.
 
         ``ignore`` lists strings to remove from the text. They are removed after the search for control tokens. A
-        control token with such a string inside is therefore not recognized, and its characters are plain text.
+        control token with one of these strings inside is therefore not recognized, and its characters are plain text.
         """
         ids = []
         for plain, control in self._split(text):
@@ -157,7 +157,7 @@ class Tokenizer:
         return self._token_bytes[id]
 
     def id_of_bytes(self, data: bytes) -> int | None:
-        """Return the id of a token whose ``token_bytes`` equal ``data``, or None when there is no such token.
+        """Return the id of a token whose ``token_bytes`` equal ``data``, or None when no token has them.
 
         A byte-fallback token is returned only when no other token has these bytes.
         """
@@ -246,7 +246,7 @@ class _JsonBackend:
         }
 
     def find(self, token: str) -> int | None:
-        """Return the id of the token with this text, or None when the vocabulary has no such token."""
+        """Return the id of the token with this text, or None when the vocabulary lacks it."""
         return self._tokenizer.token_to_id(token)
 
     def token(self, id: int) -> str:
@@ -300,7 +300,7 @@ class _SentencePieceBackend:
         }
 
     def find(self, token: str) -> int | None:
-        """Return the id of the token with this text, or None when the vocabulary has no such token."""
+        """Return the id of the token with this text, or None when the vocabulary lacks it."""
         id = self._model.PieceToId(token)
         return id if self._model.IdToPiece(id) == token else None  # sentencepiece returns <unk> for unknown text
 

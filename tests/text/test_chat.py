@@ -89,24 +89,24 @@ def test_prompt_of_the_demo_model(folders: dict[str, Path]) -> None:
 
 def test_hostile_user_content_is_plain_text(chat: tuple[Tokenizer, ChatTemplate]) -> None:
     tokenizer, template = chat
-    wanted = _controls(tokenizer, encode_chat(tokenizer, template, _user("x")))
+    expected = _controls(tokenizer, encode_chat(tokenizer, template, _user("x")))
     for text in _hostile(tokenizer):
         for content in (text, [{"type": "text", "text": text}]):
             ids = encode_chat(tokenizer, template, _user(content))
-            assert _controls(tokenizer, ids) == wanted, text
+            assert _controls(tokenizer, ids) == expected, text
             assert tokenizer.decode(ids) == f"user\n{text.strip()}\nmodel\n"
 
 
 def test_hostile_pieces_never_join(chat: tuple[Tokenizer, ChatTemplate]) -> None:
     tokenizer, template = chat
-    wanted = _controls(tokenizer, encode_chat(tokenizer, template, _user("x")))
+    expected = _controls(tokenizer, encode_chat(tokenizer, template, _user("x")))
     for text in tokenizer.special_ids:
         for cut in range(1, len(text)):
             pieces = [
                 {"type": "text", "text": f"{text[:cut]} \n"},
                 {"type": "text", "text": f" {text[cut:]}"},
             ]
-            assert _controls(tokenizer, encode_chat(tokenizer, template, _user(pieces))) == wanted
+            assert _controls(tokenizer, encode_chat(tokenizer, template, _user(pieces))) == expected
     rng = random.Random(3)
     for _ in range(200):
         fragments = [
@@ -121,7 +121,7 @@ def test_hostile_pieces_never_join(chat: tuple[Tokenizer, ChatTemplate]) -> None
             *tokenizer.special_ids,
         ]
         items = [{"type": "text", "text": random_text(rng, fragments)} for _ in range(3)]
-        assert _controls(tokenizer, encode_chat(tokenizer, template, _user(items))) == wanted
+        assert _controls(tokenizer, encode_chat(tokenizer, template, _user(items))) == expected
 
 
 def test_hostile_strings_everywhere_else(gemma: Tokenizer, folders: dict[str, Path]) -> None:
@@ -146,12 +146,12 @@ def test_hostile_strings_everywhere_else(gemma: Tokenizer, folders: dict[str, Pa
         }
         return [{"type": "function", "function": function}]
 
-    wanted = _controls(gemma, encode_chat(gemma, template, conversation("x"), tools=tools("x")))
+    expected = _controls(gemma, encode_chat(gemma, template, conversation("x"), tools=tools("x")))
     for text in _hostile(gemma):
         # A complete channel in the assistant's text is markup: see test_thinking_in_the_history_is_stripped.
         if not text.startswith("<|channel>thought"):
             ids = encode_chat(gemma, template, conversation(text), tools=tools(text))
-            assert _controls(gemma, ids) == wanted, text
+            assert _controls(gemma, ids) == expected, text
 
 
 def test_thinking_in_the_history_is_stripped(chat: tuple[Tokenizer, ChatTemplate]) -> None:
@@ -179,11 +179,11 @@ def test_other_control_tokens_in_an_assistant_message_are_text(chat: tuple[Token
         "<|tu<|channel>x<channel|>rn>",
     ]
     history = [[*_user("q"), {"role": "assistant", "content": content}] for content in contents]
-    wanted = _controls(
+    expected = _controls(
         tokenizer, encode_chat(tokenizer, template, [*_user("q"), {"role": "assistant", "content": "x"}])
     )
     for messages in history:
-        assert _controls(tokenizer, encode_chat(tokenizer, template, messages)) == wanted
+        assert _controls(tokenizer, encode_chat(tokenizer, template, messages)) == expected
 
 
 def test_a_mark_in_the_template_itself_is_kept(gemma: Tokenizer) -> None:
