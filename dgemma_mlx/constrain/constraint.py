@@ -112,8 +112,8 @@ class Constraint:
 
         The type ``json_schema`` is the same as ``Constraint.json_schema`` of its ``schema``; other keys, such as
         ``name`` and ``strict``, are ignored. The type ``json_object`` allows any JSON object with values nested up to
-        two levels deep. The type ``text`` is no constraint: the result is None. Raises ``DgemmaError`` for any other
-        type, and for ``json_schema`` without a schema.
+        two levels deep. The type ``text`` imposes no constraint, so the result is None. Raises ``DgemmaError`` for any
+        other type, and for ``json_schema`` without a schema.
         """
         kind = response_format.get("type") if isinstance(response_format, Mapping) else None
         if kind == "text":

@@ -81,6 +81,7 @@ class PartsParser:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        """Create a parser for one answer."""
         special = tokenizer.special_ids
         self._tokenizer = tokenizer
         self._open_channel, self._close_channel = special.get("<|channel>"), special.get("<channel|>")
@@ -135,6 +136,7 @@ class PartsParser:
         return parts
 
     def _feed_plain(self, ids: list[int]) -> Parts:
+        """Decode ordinary ids outside tool calls; return the parts that they complete."""
         return self._as_parts(self._detokenizer.feed(ids))
 
     def _as_parts(self, text: str) -> Parts:
@@ -204,6 +206,7 @@ class _ArgumentsParser:
     """A recursive-descent parser of a call's arguments. All methods raise ``ValueError`` for malformed arguments."""
 
     def __init__(self, pieces: list[str]) -> None:
+        """Split the pieces, of which those with odd indices are strings, into lexemes."""
         self._lexemes: list[tuple[str, str]] = []  # (kind, text) of the remaining lexemes, the next one last
         for n, piece in enumerate(pieces):
             self._lexemes += [("string", piece)] if n % 2 else _lexemes(piece)
