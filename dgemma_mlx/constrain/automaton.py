@@ -98,7 +98,7 @@ def automaton_of(regex: str, label: str) -> Automaton:
         reason = " ".join(str(error).split())
         if "incompatible" in reason:
             raise DgemmaError(
-                f"{label} has a part that no text matches", "Remove the empty part, such as [^\\x00-\\x{10FFFF}].", 2
+                f"{label} has a part that no text matches", "Remove that part, such as an empty character class.", 2
             ) from None
         raise DgemmaError(
             f"{label} cannot be compiled: {reason}",
