@@ -1,12 +1,12 @@
-"""What the speed modes and the encoder's check do to whole answers: right ones and denoising steps, on the demo model.
+"""Measure correct answers and denoising steps of each speed mode and of --verify, on the demo model.
 
     python benchmarks/answers.py [--prompts 100] [--ways reference,balanced,fast,reference+flag,...] [--tasks ...]
            [--model FOLDER] [--processes 2] [--output FILE] [--plots FOLDER]
 
-Every way answers the same held-out prompts of every task with the same seeds; a way is a speed mode, with ``+flag``
-or ``+repair`` behind it for ``--verify``. Prints a table; ``--output`` gets it as JSON, ``--plots`` draws steps a
-canvas and right answers. Work is counted in steps, each a pass of the decoder over a canvas; what ``--verify`` adds is
-one pass of the encoder for each canvas and each repair.
+A way is a speed mode, optionally followed by ``+flag`` or ``+repair`` for ``--verify``. Every way answers the same
+held-out prompts of every task with the same seeds. The script prints a table. ``--output`` writes the table as JSON,
+and ``--plots`` draws steps per canvas and correct answers. Work is counted in denoising steps. A step is one pass of
+the decoder over a canvas; ``--verify`` adds one pass of the encoder per canvas and per repair, which is not counted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,21 @@ COLORS = {"reference": "#7a7a7a", "balanced": "#2a6f97", "fast": "#89c2d9"}
 
 @dataclass
 class Row:
-    """One task, one way."""
+    """Counts of one way on one task.
+
+    Attributes:
+        task: Name of the task, or "all".
+        way: The speed mode and the ``--verify`` mode.
+        prompts: Number of prompts.
+        correct: Number of correct answers.
+        steps: Denoising steps of all answers.
+        canvases: Canvases of all answers.
+        tokens: Tokens of all answers.
+        seconds: Total time.
+        low_confidence: Number of answers with at least one low-confidence canvas.
+        flagged_right: Number of correct answers in which the encoder doubts a token.
+        flagged_wrong: Number of wrong answers in which the encoder doubts a token.
+    """
 
     task: str
     way: str
@@ -40,13 +54,12 @@ class Row:
     tokens: int = 0
     seconds: float = 0.0
     low_confidence: int = 0
-    """answers with such a canvas"""
     flagged_right: int = 0
-    """right answers in which the encoder doubts a token"""
     flagged_wrong: int = 0
 
 
 def measure(model: Model, task: str, way: str, prompts: int, seed: int) -> Row:
+    """Answer held-out prompts of one task in one way and check the answers."""
     speed, _, verify = way.partition("+")
     rng, row = random.Random(f"answers/{task}/{seed}"), Row(task, way, prompts)
     for number in range(prompts):
@@ -67,14 +80,17 @@ def measure(model: Model, task: str, way: str, prompts: int, seed: int) -> Row:
 
 
 def total(rows: list[Row], way: str) -> Row:
-    """All tasks of a way together."""
+    """Return the sums of one way over all tasks."""
     own = [row for row in rows if row.way == way]
     sums = {name: sum(asdict(row)[name] for row in own) for name in asdict(own[0]) if name not in ("task", "way")}
     return Row("all", way, **sums)
 
 
 def table(rows: list[Row]) -> str:
-    columns = "task", "way", "right", "steps a canvas", "tokens a step", "low confidence", "doubted: right", "wrong"
+    """Format the rows as a Markdown table."""
+    columns = (
+        "task", "way", "correct", "steps per canvas", "tokens per step", "low confidence", "doubted: correct", "wrong"
+    )  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     lines += [
         f"| {row.task} | {row.way} | {row.correct / row.prompts:.1%} | {row.steps / row.canvases:.2f} "
@@ -86,7 +102,7 @@ def table(rows: list[Row]) -> str:
 
 
 def draw(rows: list[Row], folder: Path) -> Path:
-    """Writes ``benchmark-speed.svg``: bars for each task, one for each speed mode."""
+    """Draw ``benchmark-speed.svg``: for each task one bar per speed mode."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -96,14 +112,14 @@ def draw(rows: list[Row], folder: Path) -> Path:
 
     tasks = list(dict.fromkeys(row.task for row in rows))
     figure, panels = plt.subplots(2, 1, figsize=(8, 4.6), sharex=True)
-    for place, (speed, color) in enumerate(COLORS.items()):
+    for index, (speed, color) in enumerate(COLORS.items()):
         own = {row.task: row for row in rows if row.way == speed}
-        across = [x + 0.27 * (place - 1) for x in range(len(tasks))]
-        panels[0].bar(across, [own[t].steps / own[t].canvases for t in tasks], 0.25, label=speed, color=color)
-        panels[1].bar(across, [100 * own[t].correct / own[t].prompts for t in tasks], 0.25, color=color)
-    panels[0].set_ylabel("steps a canvas")
+        positions = [x + 0.27 * (index - 1) for x in range(len(tasks))]
+        panels[0].bar(positions, [own[t].steps / own[t].canvases for t in tasks], 0.25, label=speed, color=color)
+        panels[1].bar(positions, [100 * own[t].correct / own[t].prompts for t in tasks], 0.25, color=color)
+    panels[0].set_ylabel("steps per canvas")
     panels[0].legend(frameon=False, ncols=3)
-    panels[1].set_ylabel("right answers, %")
+    panels[1].set_ylabel("correct answers, %")
     panels[1].set_xticks(range(len(tasks)), tasks, fontsize=8)
     figure.tight_layout()
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,33 +129,35 @@ def draw(rows: list[Row], folder: Path) -> Path:
 
 
 def in_processes(arguments: argparse.Namespace) -> list[Row]:
-    """The tasks dealt out to processes like this one."""
-    hands = [arguments.tasks[i :: arguments.processes] for i in range(arguments.processes)]
+    """Divide the tasks among several processes of this script and return their rows."""
+    shares = [arguments.tasks[i :: arguments.processes] for i in range(arguments.processes)]
     command = [sys.executable, __file__, "--prompts", str(arguments.prompts), "--ways", ",".join(arguments.ways),
                "--seed", str(arguments.seed), "--model", arguments.model, "--rows"]  # fmt: skip
     started = [
-        subprocess.Popen([*command, "--tasks", ",".join(hand)], stdout=subprocess.PIPE, text=True)
-        for hand in hands if hand
+        subprocess.Popen([*command, "--tasks", ",".join(share)], stdout=subprocess.PIPE, text=True)
+        for share in shares if share
     ]  # fmt: skip
     found: list[dict[str, Any]] = [row for process in started for row in json.loads(process.communicate()[0])]
-    order = {task: place for place, task in enumerate(arguments.tasks)}
+    order = {task: index for index, task in enumerate(arguments.tasks)}
     return sorted((Row(**row) for row in found), key=lambda row: order[row.task])
 
 
 def main() -> None:
+    """Parse the command line, measure and print the table."""
+
     def names(text: str) -> list[str]:
         return text.split(",")
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=20, help="of each task")
-    parser.add_argument("--ways", type=names, default=names(WAYS))
-    parser.add_argument("--tasks", type=names, default=list(TASKS))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--prompts", type=int, default=20, help="prompts per task")
+    parser.add_argument("--ways", type=names, default=names(WAYS), help="speed modes, optionally with +flag or +repair")
+    parser.add_argument("--tasks", type=names, default=list(TASKS), help="tasks of the demo model (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the choice of prompts")
+    parser.add_argument("--model", default="demo", help="model or checkpoint folder")
+    parser.add_argument("--processes", type=int, default=1, help="processes that share the tasks")
     parser.add_argument("--rows", action="store_true", help="print the rows as JSON, without totals")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--plots", type=Path)
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the rows to this file, as JSON")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw plots into this folder")
     arguments = parser.parse_args()
     if arguments.processes > 1:
         rows = in_processes(arguments)

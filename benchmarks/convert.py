@@ -1,13 +1,14 @@
-"""Peak memory and time of converting a checkpoint to 4 bits, beside mlx-vlm's converter.
+"""Measure peak memory and time of converting a checkpoint to 4 bits, optionally in comparison with mlx-vlm.
 
     python benchmarks/convert.py [--gigabytes 3] [--runs 1] [--peer PYTHON]
 
-The source is made on the fly in a temporary folder: the real names and layout, six layers with large experts, random
-bf16 weights. Each conversion is a process of its own. Its peak is all that it had resident at most, the interpreter and
-its libraries too; of its seconds, start_seconds went into loading those. ``--peer`` names a Python that has mlx-vlm:
-its default 4-bit conversion, the same formats for the same tensors, takes turns with ours.
+The script creates the source in a temporary folder. It has the names and layout of the real checkpoint, six layers with
+large experts, and random bf16 weights. Each conversion runs in a separate process. Its peak is the resident memory of
+the whole process, including the interpreter and its libraries; its time includes start_seconds for loading them.
+``--peer`` names a Python interpreter that has mlx-vlm. Its default 4-bit conversion, which uses the same formats for
+the same tensors, then takes turns with ours.
 
-Prints one JSON object, the median of the times and the highest of the peaks. The exit code is 1 where our peak is over
+The script prints one JSON object with the median time and the highest peak. The exit code is 1 when our peak exceeds
 the bound, (2.5 x the largest source tensor) + 600 MB.
 """
 
@@ -43,11 +44,11 @@ TEXT: dict[str, Any] = {
 }
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 SHARD_BYTES = 1000 * MB
-BLOCK = 8 * MB + 2  # bytes of random numbers that are repeated; no multiple of a row, so that rows differ
+BLOCK = 8 * MB + 2  # bytes of random numbers, repeated; not a multiple of a row, so that rows differ
 
 
 def make_source(folder: Path, size: float) -> dict[str, tuple[int, ...]]:
-    """Writes a checkpoint of about ``size`` bytes, at least 0.1 GB; returns the shapes by name."""
+    """Write a checkpoint of about ``size`` bytes, at least 0.1 GB, and return the shapes of its tensors by name."""
     shapes = _shapes(_config(experts=2))
     for name in TOKENIZER:
         shutil.copy(DEMO_FOLDER / name, folder)
@@ -71,20 +72,20 @@ def make_source(folder: Path, size: float) -> dict[str, tuple[int, ...]]:
 
 
 def _config(experts: int) -> dict[str, Any]:
-    """The demo's config.json with other sizes."""
+    """Return the demo model's config.json with the sizes of ``TEXT``."""
     config: dict[str, Any] = json.loads((DEMO_FOLDER / "config.json").read_text())
     config["text_config"].update(TEXT, num_experts=experts)
     return config
 
 
 def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor by its published name; nothing is computed."""
+    """Return the shape of every tensor by its published name, without computing any tensor."""
     model = DiffusionGemma(ModelConfig.from_dict(config).text)
     return {source_name(path): array.shape for path, array in dict(tree_flatten(model.parameters())).items()}
 
 
 def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], block: memoryview) -> None:
-    """A safetensors file of bf16 tensors, all filled with the block's bytes over and over."""
+    """Write a safetensors file of bf16 tensors that are filled with repetitions of the block."""
     header, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + 2 * math.prod(shape)
@@ -96,13 +97,13 @@ def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], block: memoryvi
         for start in range(0, end, len(block)):
             file.write(block[: end - start])
         file.flush()
-        os.fsync(file.fileno())  # so that it is not written while the first conversion runs
+        os.fsync(file.fileno())  # otherwise the system may still write it during the first conversion
 
 
 def run(command: list[str], log: Path) -> tuple[float, float]:
-    """Runs a program; returns its seconds and its peak of resident memory in bytes.
+    """Run a program and return its time in seconds and its peak resident memory in bytes.
 
-    On Linux a process starts with the peak of the one that started it: this one stays small for that.
+    On Linux a child process inherits the peak of its parent, so this process must stay small.
     """
     with log.open("w") as file:
         began = time.perf_counter()
@@ -118,7 +119,7 @@ def run(command: list[str], log: Path) -> tuple[float, float]:
 
 
 def measure(size: float, runs: int, peer: str | None) -> dict[str, float]:
-    """Sizes in MB, times in seconds."""
+    """Measure ``runs`` conversions of each converter and return sizes in MB and times in seconds."""
     with tempfile.TemporaryDirectory() as folder:
         source, output, log = (Path(folder) / name for name in ("source", "output", "log"))
         source.mkdir()
@@ -147,9 +148,9 @@ def measure(size: float, runs: int, peer: str | None) -> dict[str, float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=3.0, help="size of the source")
-    parser.add_argument("--runs", type=int, default=1, help="of each converter")
-    parser.add_argument("--peer", metavar="PYTHON", help="an interpreter that has mlx-vlm")
+    parser.add_argument("--gigabytes", type=float, default=3.0, help="size of the source checkpoint")
+    parser.add_argument("--runs", type=int, default=1, help="conversions per converter")
+    parser.add_argument("--peer", metavar="PYTHON", help="Python interpreter that has mlx-vlm")
     arguments = parser.parse_args()
     result = measure(arguments.gigabytes * 1e9, arguments.runs, arguments.peer)
     print(json.dumps({name: round(value, 2) for name, value in result.items()}))

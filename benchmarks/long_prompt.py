@@ -1,9 +1,10 @@
-"""Peak memory and time of encoding a long prompt, on a small random model.
+"""Measure peak memory and time of encoding a long prompt, on a small random model.
 
     python benchmarks/long_prompt.py [--tokens 100000]
 
-The model has the real layout (sliding and full layers, two head sizes, K = V), random weights, float32. Prints one
-JSON object; the excess is what was held at most beyond weights and cache, the estimate is the one that ``info`` prints.
+The model has the layout of the real one (sliding and full layers, two head sizes, K = V) and random float32 weights.
+The script prints one JSON object with sizes in MB and times in seconds. An excess is the peak minus weights and cache.
+The estimate is the number that ``dgemma-mlx info`` prints.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ MODEL: dict[str, Any] = {
 
 
 def _resident_peak() -> int:
-    """Bytes that the process had resident at most so far."""
+    """Return the peak resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def measure(tokens: int) -> dict[str, float]:
-    """Encodes a random prompt and decodes one canvas after it; sizes in MB, times in seconds."""
+    """Encode a random prompt, decode one canvas after it, and return sizes in MB and times in seconds."""
     mx.random.seed(0)
     config = ModelConfig(TextConfig.from_dict(MODEL))
     model = DiffusionGemma(config.text).eval()
@@ -71,6 +72,6 @@ def measure(tokens: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=100_000)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=100_000, help="length of the prompt (default: %(default)s)")
     print(json.dumps({k: round(v, 2) for k, v in measure(parser.parse_args().tokens).items()}))

@@ -1,22 +1,23 @@
-"""This project beside mlx-vlm and transformers: time of a denoising step and of a prompt, start, peak memory.
+"""Compare this project with mlx-vlm and transformers: time per denoising step, prefill, start and peak memory.
 
     python benchmarks/side_by_side.py --peer PYTHON [--cases small-32k,small-262k,small-262k-settled,demo]
            [--prompts 512,2048] [--steps 3] [--runs 5] [--unchunked] [--without NAME] [--output FILE] [--plots FOLDER]
 
-All read the same random checkpoints, made on the fly, and answer the same prompts; every measurement is a process of
-its own. For each case and length the programs take turns, as often as ``--runs`` says. ``--peer`` names a Python that
-has mlx-vlm, transformers or both; without it this project is measured alone.
+All programs read the same random checkpoints, which the script creates, and answer the same prompts. Every measurement
+runs in a separate process. For each case and prompt length, the programs take ``--runs`` turns. ``--peer`` names a
+Python interpreter that has mlx-vlm, transformers or both. Without it, this project is measured alone.
 
-* a step: a denoising step with self-conditioning and sampling, by the reference's rules, after a prompt of that length;
-  and the CPU it takes, which is more to be trusted on a machine that has other work
-* prefill: encoding the prompt, in an engine that has already answered another one
-* start: from the start of the process to the end of its first denoising step
-* MLX's peak while a canvas is generated, weights and all; and what the process had resident at most
+* step: time of a denoising step with self-conditioning and sampling, in the reference's mode, after a prompt of that
+  length; and the CPU time of a step, which is more reliable on a busy machine
+* prefill: time to encode the prompt, in a process that has already answered another one
+* start: time from the start of the process to the end of its first denoising step
+* MLX peak: MLX's peak memory while it generates a canvas, weights included
+* resident: peak resident memory of the process
 
-mlx-vlm encodes 2,048 tokens at once, the default of its command line; ``--unchunked`` also measures it as a library,
-whose default is the whole prompt at once. transformers computes with the weights as they were before packing. Prints a
-table of medians and, beneath, how many times as much the others take; ``--output`` gets all of it as JSON. The cases
-"large" (for Macs) and "tiny" (to try this program) run only when they are asked for.
+mlx-vlm encodes chunks of 2,048 tokens, the default of its command line. ``--unchunked`` also measures it with the
+default of its library, the whole prompt at once. transformers computes with the weights as they were before packing.
+The script prints a table of medians, and below it the ratios of the other programs' medians to ours. ``--output``
+writes all results as JSON. The cases "large" (for Macs) and "tiny" (to try this script) run only on request.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ CASES = "small-32k,small-262k,small-262k-settled,demo"
 OURS = "dgemma-mlx"
 DEQUANTIZED = "dgemma-mlx, dequantized"
 PEERS = ("mlx-vlm", "transformers")
-QUANTITIES = {  # name in the results -> (heading, unit's factor, unit)
-    "step_seconds": ("a step", 1.0, "s"),
-    "step_cpu_seconds": ("its CPU", 1.0, "s"),
+QUANTITIES = {  # name in the results -> (heading, factor that converts to the unit, unit)
+    "step_seconds": ("step", 1.0, "s"),
+    "step_cpu_seconds": ("step CPU", 1.0, "s"),
     "prefill_seconds": ("prefill", 1.0, "s"),
     "start_seconds": ("start", 1.0, "s"),
     "mlx_peak": ("MLX peak", 1e-6, "MB"),
@@ -53,7 +54,14 @@ QUANTITIES = {  # name in the results -> (heading, unit's factor, unit)
 
 @dataclass(frozen=True)
 class Program:
-    """A script of ``measured/``, the interpreter that runs it, the form of checkpoint it reads, its own options."""
+    """A measured program.
+
+    Attributes:
+        python: Python interpreter that runs the script.
+        script: Name of the script in ``measured/``.
+        weights: Name of the checkpoint folder that the script reads: "packed" or "plain".
+        options: Options for the program.
+    """
 
     python: str
     script: str
@@ -62,12 +70,13 @@ class Program:
 
 
 def programs(peer: str | None, unchunked: bool, without: Sequence[str] = ()) -> dict[str, Program]:
-    """What takes turns, this project first. Each way of running a program is one of its own: never average two.
+    """Return the programs to measure by name, this project first.
 
-    ``without`` leaves out the peer's programs of these names.
+    Each way to run a program is a separate entry, so that their times are never averaged. ``peer`` is a Python
+    interpreter or None. ``without`` lists names of the peer's programs to leave out.
     """
     found = {OURS: Program(sys.executable, "ours.py", options={"cpu_dequantize": "off"})}
-    if sys.platform == "linux":  # with Metal packed weights stay packed
+    if sys.platform == "linux":  # with Metal, packed weights are never dequantized
         found[DEQUANTIZED] = Program(sys.executable, "ours.py", options={"cpu_dequantize": "on"})
     if peer is not None and _has(peer, "mlx_vlm"):
         found["mlx-vlm"] = Program(peer, "vlm.py", options={"prefill_step_size": 2048})
@@ -81,14 +90,16 @@ def programs(peer: str | None, unchunked: bool, without: Sequence[str] = ()) -> 
 
 
 def _has(python: str, module: str) -> bool:
+    """Return whether a Python interpreter can import a module."""
     code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
     return subprocess.run([python, "-c", code], check=False).returncode == 0
 
 
 def run(program: Program, folder: Path, tokens: int, steps: int) -> dict[str, Any]:
-    """One measurement. A program that fails is a result, too: ``error`` says how, in the last line it wrote.
+    """Run one measurement and return its report.
 
-    On Linux a process starts with the peak of the one that started it: this one stays small for that.
+    For a program that fails, the report has only ``error``: the last line that the program wrote, or its exit status.
+    On Linux a child process inherits the peak memory of its parent, so this process must stay small.
     """
     job = {"folder": str(folder / program.weights), "tokens": tokens, "steps": steps, "options": program.options}
     command = [program.python, str(MEASURED / program.script), json.dumps(job)]
@@ -100,7 +111,7 @@ def run(program: Program, folder: Path, tokens: int, steps: int) -> dict[str, An
         process.returncode = os.waitstatus_to_exitcode(status)
         for file in (out, log):
             file.seek(0)
-        if process.returncode < 0:  # MLX crashes where it is refused memory
+        if process.returncode < 0:  # MLX crashes when an allocation fails
             return {"error": f"ended by signal {-process.returncode}"}
         if process.returncode > 0:
             lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
@@ -113,7 +124,7 @@ def run(program: Program, folder: Path, tokens: int, steps: int) -> dict[str, An
 
 
 def measure(case: str, contestants: dict[str, Program], arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of one case: one for each length and program."""
+    """Measure one case and return its rows, one per prompt length and program."""
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -128,7 +139,7 @@ def measure(case: str, contestants: dict[str, Program], arguments: argparse.Name
 
 
 def _make(case: str, folder: Path, lengths: str, dtype: str) -> list[int]:
-    """Writes the case's checkpoints in a process of its own; returns the lengths of its prompts."""
+    """Write the checkpoints of a case in a separate process and return the lengths of its prompts."""
     _say(f"{case}: writing the checkpoint")
     command = [sys.executable, str(MEASURED / "checkpoints.py"), case, str(folder), lengths, dtype]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
@@ -139,7 +150,7 @@ def _make(case: str, folder: Path, lengths: str, dtype: str) -> list[int]:
 
 
 def summary(case: str, tokens: int, program: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """A row: of each quantity the median of the runs, the least and the most, over all runs that did not fail."""
+    """Return a row: median, least and most of each quantity, over all runs that did not fail."""
     row: dict[str, Any] = {"case": case, "prompt_tokens": tokens, "program": program, "runs": len(runs)}
     good = [run for run in runs if "error" not in run]
     if len(good) < len(runs):
@@ -155,23 +166,26 @@ def summary(case: str, tokens: int, program: str, runs: list[dict[str, Any]]) ->
 
 
 def _listed(value: float | list[float] | None) -> list[float]:
+    """Return a value as a list; None becomes an empty list."""
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each median, how many times ours another program's is: above 1 ours is less, so better."""
-    own = {(row["case"], row["prompt_tokens"]): row for row in rows if row["program"] == OURS}
+    """Return the ratio of each median of another program to ours. Above 1, ours is smaller and so better."""
+    ours_by_prompt = {(row["case"], row["prompt_tokens"]): row for row in rows if row["program"] == OURS}
     found = []
     for row in rows:
-        ours = own[row["case"], row["prompt_tokens"]]
+        ours = ours_by_prompt[row["case"], row["prompt_tokens"]]
         if row is not ours:
-            both = [quantity for quantity in QUANTITIES if quantity in row and quantity in ours]
-            times = {quantity: row[quantity]["median"] / ours[quantity]["median"] for quantity in both}
+            shared = [quantity for quantity in QUANTITIES if quantity in row and quantity in ours]
+            times = {quantity: row[quantity]["median"] / ours[quantity]["median"] for quantity in shared}
             found.append({**{name: row[name] for name in ("case", "prompt_tokens", "program")}, **times})
     return found
 
 
 def as_table(rows: list[dict[str, Any]], compared: list[dict[str, Any]]) -> str:
+    """Format rows of medians, and below them the ratios, as a table."""
+
     def line(row: dict[str, Any], cells: list[str]) -> str:
         head = f"{row['case']:18} {row['prompt_tokens']:>7,}  {row['program']:19}"
         return head + "".join(f"{cell:>13}" for cell in cells)
@@ -191,6 +205,7 @@ def as_table(rows: list[dict[str, Any]], compared: list[dict[str, Any]]) -> str:
 
 
 def _machine() -> dict[str, Any]:
+    """Describe this machine, for the results."""
     return {
         "system": platform.platform(),
         "processor": _processor(),
@@ -202,6 +217,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
+    """Return the name of the processor, or ""."""
     if sys.platform == "darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -219,27 +235,27 @@ def _draw(results: Path, folder: Path) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", metavar="PYTHON", help="an interpreter that has mlx-vlm, transformers, or both")
-    parser.add_argument("--cases", help=f"which checkpoints: {CASES} with a peer, else demo")
-    parser.add_argument("--prompts", default="512,2048", help="lengths of prompts, in tokens")
-    parser.add_argument("--steps", type=int, default=3, help="denoising steps timed in a run")
-    parser.add_argument("--runs", type=int, default=5, help="turns of each program")
-    parser.add_argument("--unchunked", action="store_true", help="also mlx-vlm with the whole prompt at once")
+    parser.add_argument("--peer", metavar="PYTHON", help="Python interpreter that has mlx-vlm, transformers, or both")
+    parser.add_argument("--cases", help=f"cases to measure (default: {CASES} with a peer, else demo)")
+    parser.add_argument("--prompts", default="512,2048", help="prompt lengths in tokens")
+    parser.add_argument("--steps", type=int, default=3, help="denoising steps to time in each run")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each program")
+    parser.add_argument("--unchunked", action="store_true", help="also measure mlx-vlm with the whole prompt at once")
     parser.add_argument(
         "--without", metavar="NAME", action="append", default=[], choices=PEERS,
         help=f"leave out one of {', '.join(PEERS)}; may be repeated",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="bfloat16" if sys.platform == "darwin" else "float32",
-        help="of what is not packed; MLX's CPU back end needs float32 for experts that are not",
+        help="dtype of tensors that are not packed; on the CPU, MLX needs float32 for unpacked experts",
     )  # fmt: skip
-    parser.add_argument("--output", type=Path, help="write everything to this file, as JSON")
+    parser.add_argument("--output", type=Path, help="write all results to this file, as JSON")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the results into this folder")
     arguments = parser.parse_args()
     if min(arguments.steps, arguments.runs) < 1:
         parser.error("--steps and --runs must be at least 1")
     if arguments.peer is not None and shutil.which(arguments.peer) is None:
-        parser.error(f"there is no program {arguments.peer}")
+        parser.error(f"{arguments.peer} is not a program")
     arguments.cases = arguments.cases or (CASES if arguments.peer else "demo")
     return arguments
 
@@ -254,7 +270,8 @@ if __name__ == "__main__":
         for case in arguments.cases.split(","):
             results["rows"] += measure(case, contestants, arguments)
             results["ratios"] = ratios(results["rows"])
-            output.write_text(json.dumps(results, indent=1) + "\n")  # after each case: the next may take an hour
+            # Write after each case, because the next one may take an hour.
+            output.write_text(json.dumps(results, indent=1) + "\n")
         print(as_table(results["rows"], results["ratios"]))
         if arguments.plots is not None:
             _draw(output, arguments.plots)

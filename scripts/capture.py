@@ -1,4 +1,4 @@
-"""Draws how the built-in model denoises a canvas, step beside step as on terminals of that width, into an SVG."""
+"""Draw an SVG of the built-in model denoising a canvas: terminal views of several steps, next to each other."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from dgemma_mlx import Draft, Model, load, stream
 from dgemma_mlx.cli.render.live import LiveView
 from dgemma_mlx.cli.render.region import styled
 
-COLUMNS = 24  # of each step
+COLUMNS = 24  # terminal columns per step
 PROMPT = "Solve this Sudoku:\n. . 3 .\n3 . . 2\n. 1 . .\n4 . . ."
 
 
 def frames(model: Model, prompt: str, seed: int, count: int) -> list[Text]:
-    """``count`` steps of the first canvas, evenly spaced with the last one among them; without times: those differ."""
+    """Return views of ``count`` evenly spaced steps of the first canvas, including the last step.
+
+    The views show no times, so that the result is reproducible.
+    """
     view = LiveView(io.StringIO(), model.tokenizer, model.generation.eos_token_ids, clock=lambda: 0.0)
     drawn = []
     for event in stream(model, prompt, seed=seed, speed="reference"):
@@ -32,11 +35,12 @@ def frames(model: Model, prompt: str, seed: int, count: int) -> list[Text]:
 
 
 def main() -> None:
+    """Parse the command line and write the SVG file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--prompt", default=PROMPT)
-    parser.add_argument("--seed", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("file", type=Path, help="SVG file to write")
+    parser.add_argument("--prompt", default=PROMPT, help="prompt of the model")
+    parser.add_argument("--seed", type=int, default=3, help="seed of the answer")
+    parser.add_argument("--steps", type=int, default=4, help="number of steps to draw")
     arguments = parser.parse_args()
     steps = Table.grid(*[""] * arguments.steps, padding=(0, 2))
     steps.add_row(*frames(load("demo"), arguments.prompt, arguments.seed, arguments.steps))
@@ -46,7 +50,7 @@ def main() -> None:
     console.print(Text(command + "\n"))
     console.print(steps)
     svg = console.export_svg(title="dgemma-mlx", unique_id="canvas")
-    svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)  # they would be fetched from elsewhere
+    svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)  # viewers would download these fonts
     arguments.file.parent.mkdir(parents=True, exist_ok=True)
     arguments.file.write_text(svg, encoding="utf-8")
 

@@ -1,7 +1,8 @@
 #!/bin/sh
-# The built-in model: trains it in runs/demo (goes on where it stopped), converts the bf16 checkpoint that training
-# leaves as users convert theirs, and scores the outcome: demo_model.sh PYTHON [OPTION...]
-# On Linux two processes share the work, a core each, with OpenBLAS; on a Mac one process has the GPU.
+# Usage: demo_model.sh PYTHON [OPTION...]
+# Trains the built-in model in runs/demo (an interrupted run continues where it stopped), converts the resulting bf16
+# checkpoint in the same way as users convert theirs, and scores the converted model.
+# On Linux two processes with one core each and OpenBLAS share the training. On a Mac one process uses the GPU.
 set -eu
 python=$1
 shift
@@ -20,4 +21,4 @@ else
 fi
 "$python" -m dgemma_mlx convert "$run/model" -o "$run/demo" --recipe bf16 --verify --force
 "$python" -m dgemma_mlx.train.demo --score "$run/demo"
-echo "To ship it: cp $run/demo/* dgemma_mlx/demo/" >&2
+echo "To release it: cp $run/demo/* dgemma_mlx/demo/" >&2

@@ -1,14 +1,14 @@
 #!/bin/sh
-# Makes a virtual environment and installs the project into it, editable, with the pinned versions:
-#   setup.sh VENV MINIMUM_PYTHON EXTRAS [REQUIREMENT...]
-# The requirements are installed first, by themselves. PYTHON=... chooses the interpreter, UV= does without uv.
+# Usage: setup.sh VENV MINIMUM_PYTHON EXTRAS [REQUIREMENT...]
+# Creates a virtual environment and installs the project into it, in editable mode and with the pinned versions.
+# The requirements are installed first, one by one. PYTHON=... selects the interpreter; UV= avoids uv.
 set -eu
 venv=$1 minimum=$2 extras=$3
 shift 3
 
 fail() { printf 'setup: %s\n' "$@" >&2; exit 1; }
 
-# uv does not read pip's settings, so where those say from where packages come, pip installs them.
+# uv does not read pip's settings, so pip installs the packages when those settings name a package index.
 if [ -n "${PIP_INDEX_URL:-}${PIP_EXTRA_INDEX_URL:-}${PIP_FIND_LINKS:-}${PIP_NO_INDEX:-}" ]; then
     uv=
 else
@@ -16,7 +16,7 @@ else
 fi
 [ -z "$uv" ] || command -v "$uv" >/dev/null 2>&1 || uv=
 
-# Prints what keeps an interpreter from being used: nothing, 'old', 'intel' or 'venv'.
+# Prints why an interpreter cannot be used: 'missing', 'old', 'intel' or 'venv'. Prints nothing when it can be used.
 flaw() {
     "$1" - "$minimum" <<'PYTHON' 2>/dev/null || echo missing
 import platform, sys
@@ -40,16 +40,16 @@ find_python() {
         [ -n "$found" ] || return 0
         flaws="$flaws $found"
     done
-    [ -z "${PYTHON:-}" ] || fail "$PYTHON is no Python $minimum or later with venv, made for this machine"
+    [ -z "${PYTHON:-}" ] || fail "$PYTHON is not a Python $minimum or later with venv for this machine"
     case $flaws in
     *venv*) fail "this Python lacks venv; on Debian and Ubuntu: apt-get install python3-venv" ;;
-    *intel*) fail "MLX needs Apple silicon and an arm64 Python; this one is for Intel Macs: brew install python" ;;
+    *intel*) fail "MLX needs Apple silicon and an arm64 Python, but this Python is for Intel Macs: brew install python" ;;
     esac
     case $(uname -s) in
-    Darwin) how="brew install python, or install uv (brew install uv), or the installer of python.org" ;;
+    Darwin) how="brew install python, or install uv (brew install uv), or use the installer from python.org" ;;
     *) how="apt-get install python3 python3-venv (Debian 12, Ubuntu 22.04 or later), or install uv" ;;
     esac
-    fail "Python $minimum or later is needed and was not found: $how"
+    fail "Python $minimum or later was not found: $how"
 }
 
 if [ -n "$uv" ]; then
@@ -62,7 +62,7 @@ else
     fi
     install() { "$venv/bin/python" -m pip install -qq --disable-pip-version-check --constraint constraints.txt "$@"; }
 fi
-echo "Installing into $venv (once, and when requirements change)"
+echo "Installing into $venv (only now and when requirements change)"
 for requirement in "$@"; do
     install "$requirement"
 done

@@ -1,11 +1,12 @@
-"""Writes the checkpoints that all measured programs read, the same weights for each, and the prompts.
+"""Write the checkpoints and prompts that all measured programs read.
 
     python benchmarks/measured/checkpoints.py CASE FOLDER LENGTHS DTYPE
 
-Makes ``FOLDER/packed`` for the MLX programs (the recipe q4 of ``dgemma-mlx convert``; the demo model as it is, not
-packed) and ``FOLDER/plain`` for transformers, which cannot read packed weights. Both have ``prompts.json``. Prints the
-lengths of the prompts. ``DTYPE``, float32 or bfloat16, is that of everything that is not packed; MLX's CPU back end
-multiplies experts that are not packed in float32 only.
+The script writes the same weights twice. ``FOLDER/packed`` is for the MLX programs: it uses the recipe q4 of
+``dgemma-mlx convert``, except that the demo model is not packed. ``FOLDER/plain`` is for transformers, which cannot
+read packed weights. Both folders have ``prompts.json``. The script prints the lengths of the prompts. ``DTYPE``
+(float32 or bfloat16) is the dtype of all tensors that are not packed. On the CPU, MLX can multiply unpacked experts in
+float32 only.
 """
 
 from __future__ import annotations
@@ -30,16 +31,17 @@ from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.text import load_tokenizer
 
 SMALL_FILES = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-COLD_TOKENS = 16  # of the prompt before the first step
-NEVER_CONFIDENT = 1e-30  # mean entropy that no canvas gets below: each takes all steps it may
+COLD_TOKENS = 16  # length of the prompt for the first step
+NEVER_CONFIDENT = 1e-30  # no canvas has a mean entropy below this, so each one takes all denoising steps
 
-# About 15 million parameters beside the embedding; two heads, for the scores of 32,768 tokens at once are 4 GB a head.
+# About 15 million parameters without the embedding. Two heads, because the attention scores of 32,768 tokens at once
+# take 4 GB per head.
 SMALL: dict[str, Any] = {
     "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6, "num_attention_heads": 2,
     "num_key_value_heads": 1, "num_global_key_value_heads": 1, "head_dim": 64, "global_head_dim": 128,
     "num_experts": 32, "top_k_experts": 8, "moe_intermediate_size": 192,
 }
-# About 2.2 billion parameters beside the embedding's 0.5 billion; the published widths of heads and experts.
+# About 2.2 billion parameters without the embedding's 0.5 billion. Heads and experts have the published widths.
 LARGE: dict[str, Any] = {
     "hidden_size": 2048, "intermediate_size": 2112, "num_hidden_layers": 12, "num_attention_heads": 16,
     "num_key_value_heads": 8, "num_global_key_value_heads": 2, "head_dim": 256, "global_head_dim": 512,
@@ -54,8 +56,15 @@ TINY: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A random model. Its predictions are nearly flat, as in the first steps of a canvas; when ``settled`` nearly all
-    the probability is one token's, as in the last ones."""
+    """A random model.
+
+    Attributes:
+        vocab_size: Vocabulary size.
+        shape: Values of ``text_config`` in config.json.
+        canvas_length: Canvas length in tokens.
+        settled: Whether one token has nearly all the probability, as in the last steps of a canvas. Otherwise the
+            predictions are nearly flat, as in the first steps.
+    """
 
     vocab_size: int
     shape: dict[str, Any] = field(default_factory=lambda: SMALL)
@@ -63,8 +72,8 @@ class Case:
     settled: bool = False
 
 
-SHARPNESS = 30.0  # of settled logits: their standard deviation
-SOFTCAP = 3000.0  # of theirs, out of the way: below the usual one random logits lie too close together
+SHARPNESS = 30.0  # standard deviation of the logits of a settled case
+SOFTCAP = 3000.0  # softcap of a settled case; the usual one would squeeze its logits together
 
 CASES = {
     "small-32k": Case(32_768),
@@ -77,7 +86,7 @@ CASES = {
 
 
 def write(name: str, folder: Path, lengths: list[int], dtype: mx.Dtype) -> list[int]:
-    """Makes both folders of a case, or of "demo"; returns the lengths of the prompts that fit before a canvas."""
+    """Write both folders of a case, or of "demo". Return the prompt lengths that leave room for a canvas."""
     packed, plain = folder / "packed", folder / "plain"
     if name == "demo":
         shutil.copytree(DEMO_FOLDER, plain)
@@ -90,16 +99,16 @@ def write(name: str, folder: Path, lengths: list[int], dtype: mx.Dtype) -> list[
     config = ModelConfig.load(packed)
     most = config.text.max_position_embeddings - config.canvas_length
     fitting = [length for length in lengths if length <= most] or [most]
-    for place in (packed, plain):
-        _write_prompts(place, fitting)
-        generation = read_json(place / "generation_config.json")
+    for checkpoint in (packed, plain):
+        _write_prompts(checkpoint, fitting)
+        generation = read_json(checkpoint / "generation_config.json")
         generation["confidence_threshold"] = NEVER_CONFIDENT
-        (place / "generation_config.json").write_text(json.dumps(generation))
+        (checkpoint / "generation_config.json").write_text(json.dumps(generation))
     return fitting
 
 
 def _write_random(folder: Path, case: Case) -> None:
-    """A checkpoint as the published one is laid out, with random weights in bfloat16."""
+    """Write a checkpoint in the published layout, with random bfloat16 weights."""
     folder.mkdir(parents=True)
     for file in SMALL_FILES:
         shutil.copy(DEMO_FOLDER / file, folder)
@@ -122,7 +131,7 @@ def _write_random(folder: Path, case: Case) -> None:
 
 
 def _write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """The demo's, with pieces that no text encodes to for all other ids of the model."""
+    """Write the demo model's tokenizer, extended to ``vocab_size`` by pieces that no text encodes to."""
     tokenizer = read_json(DEMO_FOLDER / "tokenizer.json")
     known: dict[str, int] = tokenizer["model"]["vocab"]
     known.update({f"piece {id}": id for id in range(len(known), vocab_size)})
@@ -130,7 +139,7 @@ def _write_tokenizer(folder: Path, vocab_size: int) -> None:
 
 
 def _random(path: str, shape: tuple[int, ...], key: mx.array, sharpness: float) -> mx.array:
-    """Matrices that keep the size of what they multiply; norms and scalars near one."""
+    """Return a random bfloat16 tensor: a matrix that preserves the scale of its input, or norm weights near one."""
     if len(shape) > 1:
         return (mx.random.normal(shape, key=key) * shape[-1] ** -0.5).astype(mx.bfloat16)
     factor = sharpness if path == "norm.weight" else shape[0] ** -0.5 if "q_norm" in path else 1.0
@@ -138,8 +147,11 @@ def _random(path: str, shape: tuple[int, ...], key: mx.array, sharpness: float) 
 
 
 def _rewrite(folder: Path, dtype: mx.Dtype, for_transformers: bool = False) -> None:
-    """All floating tensors in ``dtype``. For transformers also without ``.weight`` behind experts' names, and with
-    the smallest tower of vision that it can make up: it has one, come what may."""
+    """Convert all floating-point tensors of a checkpoint to ``dtype`` and write them to one file.
+
+    For transformers, also remove ``.weight`` from the names of experts and add the smallest possible vision tower to
+    the configuration, because transformers always creates a vision tower.
+    """
     tensors = {
         name.replace("_proj.weight", "_proj") if for_transformers and ".experts." in name else name:
         tensor.astype(dtype) if mx.issubdtype(tensor.dtype, mx.floating) else tensor
@@ -160,6 +172,7 @@ def _rewrite(folder: Path, dtype: mx.Dtype, for_transformers: bool = False) -> N
 
 
 def _write_prompts(folder: Path, lengths: list[int]) -> None:
+    """Write ``prompts.json``: a prompt of each length, and the prompt "cold" for the first step."""
     tokenizer = load_tokenizer(folder)
     prompts = {}
     for name, length in {"cold": COLD_TOKENS, **{str(length): length for length in lengths}}.items():
@@ -172,6 +185,6 @@ def _write_prompts(folder: Path, lengths: list[int]) -> None:
 if __name__ == "__main__":
     name, folder, lengths, dtype = sys.argv[1:]
     if name not in (*CASES, "demo"):
-        sys.exit(f"there is no case {name!r}; there are {', '.join(CASES)} and demo")
+        sys.exit(f"unknown case {name!r}; the cases are {', '.join(CASES)} and demo")
     fitting = write(name, Path(folder), [int(length) for length in lengths.split(",")], getattr(mx, dtype))
     print(json.dumps(fitting))

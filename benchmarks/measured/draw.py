@@ -1,4 +1,4 @@
-"""Draws what ``side_by_side.py --output`` wrote, in one run or several, one plot for each quantity.
+"""Draw the results of one or more runs of ``side_by_side.py --output``, one plot per quantity.
 
     python benchmarks/measured/draw.py RESULTS.json ... FOLDER
 """
@@ -21,7 +21,14 @@ OTHER = "#89c2d9"
 
 @dataclass(frozen=True)
 class Plot:
-    """A file: its name and title, the quantity it needs, and a row's number in the title's unit."""
+    """A plot, written to one file.
+
+    Attributes:
+        name: Part of the file's name: ``benchmark-NAME.svg``.
+        title: Label of the y axis, with its unit.
+        quantity: Key that a row must have to be drawn.
+        number: Function that returns a row's value in the unit of the title.
+    """
 
     name: str
     title: str
@@ -30,16 +37,16 @@ class Plot:
 
 
 PLOTS = (
-    Plot("step", "seconds a denoising step", "step_seconds", lambda row: row["step_seconds"]["median"]),
-    Plot("prefill", "prefill, tokens a second", "prefill_seconds",
+    Plot("step", "seconds per denoising step", "step_seconds", lambda row: row["step_seconds"]["median"]),
+    Plot("prefill", "prefill, tokens per second", "prefill_seconds",
          lambda row: row["prompt_tokens"] / row["prefill_seconds"]["median"]),
-    Plot("memory", "peak of resident memory, MB", "resident_peak", lambda row: row["resident_peak"]["median"] / 1e6),
+    Plot("memory", "peak resident memory, MB", "resident_peak", lambda row: row["resident_peak"]["median"] / 1e6),
     Plot("start", "seconds from start to first step", "start_seconds", lambda row: row["start_seconds"]["median"]),
 )  # fmt: skip
 
 
 def draw(rows: list[Row], folder: Path) -> list[Path]:
-    """Writes ``benchmark-NAME.svg`` files; the same rows give the same files."""
+    """Draw all plots into a folder and return the paths of the files. The same rows give the same files."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -50,7 +57,7 @@ def draw(rows: list[Row], folder: Path) -> list[Path]:
 
 
 def _draw(plot: Plot, rows: list[Row], folder: Path) -> Path:
-    """Panels side by side, one for each case: lines over the length of the prompt, bars where there is only one."""
+    """Draw one panel per case: lines over the length of the prompt, or bars when there is only one length."""
     import matplotlib.pyplot as plt
 
     rows = [row for row in rows if plot.quantity in row]
@@ -58,7 +65,7 @@ def _draw(plot: Plot, rows: list[Row], folder: Path) -> Path:
     figure, panels = plt.subplots(1, len(cases), figsize=(3.7 * len(cases) + 0.5, 2.8), squeeze=False)
     for case, axes in zip(cases, panels[0], strict=True):
         own = [row for row in rows if row["case"] == case]
-        if plot.quantity == "start_seconds":  # has nothing to do with the prompt that comes later
+        if plot.quantity == "start_seconds":  # the start does not depend on the length of the prompt
             own = [row for row in own if row["prompt_tokens"] == min(row["prompt_tokens"] for row in own)]
         if len({row["prompt_tokens"] for row in own}) > 1:
             _lines(axes, plot, own)
@@ -75,17 +82,19 @@ def _draw(plot: Plot, rows: list[Row], folder: Path) -> Path:
 
 
 def _lines(axes: Any, plot: Plot, rows: list[Row]) -> None:
+    """Draw one line per program over the length of the prompt."""
     for program in dict.fromkeys(row["program"] for row in rows):
         points = sorted((row["prompt_tokens"], plot.number(row)) for row in rows if row["program"] == program)
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=program, color=COLORS.get(program, OTHER))
     axes.set_xscale("log", base=2)
     ticks = sorted({row["prompt_tokens"] for row in rows})
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.set_xlabel("tokens of prompt")
+    axes.set_xlabel("prompt tokens")
     axes.legend(frameon=False, fontsize=7)
 
 
 def _bars(axes: Any, plot: Plot, rows: list[Row]) -> None:
+    """Draw one bar per program."""
     names = [row["program"].replace(", ", ",\n") for row in rows]
     colors = [COLORS.get(row["program"], OTHER) for row in rows]
     bars = axes.bar(names, [plot.number(row) for row in rows], color=colors)
@@ -97,7 +106,7 @@ if __name__ == "__main__":
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        print("no plots: they need matplotlib (pip install matplotlib)", file=sys.stderr)
+        print("no plots: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
         sys.exit()
     *files, folder = map(Path, sys.argv[1:])
     rows = [row for file in files for row in json.loads(file.read_text())["rows"]]

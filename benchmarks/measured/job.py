@@ -1,7 +1,8 @@
-"""What the measured programs share. Each is a script that takes a job as JSON and prints what it found as JSON.
+"""Code that the measured programs share. A measured program is a script: a job as JSON -> a report as JSON.
 
-A job names a ``folder`` with a checkpoint and ``prompts.json``, the length of the prompt in ``tokens``, how many
-``steps`` to time, and the program's own ``options``. Times are of the clock that all processes share.
+The command line's argument is the job. Its ``folder`` contains a checkpoint and ``prompts.json``, ``tokens`` is the
+length of the prompt, ``steps`` is the number of denoising steps to time, and ``options`` are the program's own. Times
+are read from the monotonic clock, which all processes share.
 """
 
 from __future__ import annotations
@@ -19,42 +20,59 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-WARM_UP = 3  # steps more than are timed: the first has no self-conditioning, and mlx-vlm puts off parts of the next two
-SHARE_OF_MEMORY = 0.85  # that a job may take on Linux: who asks for more fails, and nothing else is killed for it
+WARM_UP = 3  # untimed steps: the first has no self-conditioning, and mlx-vlm defers parts of the next two
+# A job on Linux may use this share of the machine's memory. It fails when it asks for more, so that the system does not
+# kill another process instead.
+SHARE_OF_MEMORY = 0.85
 
 
 @dataclass
 class Prompt:
-    """The same prompt as ``text`` and as ``ids``, with the beginning-of-text id."""
+    """A prompt.
+
+    Attributes:
+        text: The prompt as text.
+        ids: The same prompt as token ids, including the beginning-of-text id.
+    """
 
     text: str
     ids: list[int]
 
 
+# Seconds of the monotonic clock, and CPU seconds of this process. On a busy machine CPU time is more reliable.
 Moment = tuple[float, float]
-"""Seconds of the clock, and of CPU that this process has used; on a busy machine the second is more to be trusted."""
 
 
 def now() -> Moment:
+    """Return the current moment."""
     return time.monotonic(), time.process_time()
 
 
 @dataclass
 class Found:
-    """Of one generation: the seconds of the prefill, and a moment of each step, at the same place in all."""
+    """Measurements of one generation.
+
+    Attributes:
+        prefill_seconds: Time to encode the prompt.
+        steps: One moment per denoising step, always at the same point of the step.
+        mlx_peak: Peak memory of MLX in bytes, or None for a program without MLX.
+    """
 
     prefill_seconds: float
     steps: list[Moment]
     mlx_peak: int | None = None
-    """bytes that MLX held at most"""
 
 
+# Generates one canvas after a prompt, with the given number of denoising steps.
 Generate = Callable[[Prompt, int], Found]
-"""One canvas of so many denoising steps after a prompt."""
 
 
 def main(start: Callable[[Path, dict[str, Any]], Generate], packages: tuple[str, ...]) -> None:
-    """Does the job of the command line with the program that ``start`` loads."""
+    """Do the job of the command line and print the report.
+
+    ``start`` loads a model from a folder, given the program's options. ``packages`` are the packages whose versions the
+    report lists.
+    """
     job = json.loads(sys.argv[1])
     if sys.platform == "linux":
         limit = int(SHARE_OF_MEMORY * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -83,7 +101,7 @@ def main(start: Callable[[Path, dict[str, Any]], Generate], packages: tuple[str,
 
 
 def blas() -> str:
-    """The linear algebra libraries that this process has loaded."""
+    """Return the names of the linear algebra libraries that this process has loaded."""
     if sys.platform == "darwin":
         return "Accelerate"
     files = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
@@ -91,6 +109,7 @@ def blas() -> str:
 
 
 def _version(package: str) -> str | None:
+    """Return the version of an installed package, or None."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""dgemma-mlx as a measured program: ``load`` and ``stream``, in the reference's mode."""
+"""The measured program for dgemma-mlx: ``load`` and ``stream``, in speed mode ``reference``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from job import Found, Generate, Prompt, main, now
 
 
 def start(folder: Path, options: dict[str, Any]) -> Generate:
-    """``options`` are those of ``load``."""
+    """Load the model. ``options`` are passed to ``load``."""
     import mlx.core as mx
 
     from dgemma_mlx import Done, Draft, load, stream

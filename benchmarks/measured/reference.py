@@ -1,4 +1,4 @@
-"""transformers as a measured program: ``generate`` on the CPU, with the weights that the others have packed."""
+"""The measured program for transformers: ``generate`` on the CPU, with the weights before packing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from job import Found, Generate, Moment, Prompt, main, now
 
 
 def start(folder: Path, options: dict[str, Any]) -> Generate:
-    """``options`` are those of ``generate``."""
+    """Load the model. ``options`` are passed to ``generate``."""
     import torch
     from transformers import DiffusionGemmaForBlockDiffusion
 

@@ -1,4 +1,4 @@
-"""mlx-vlm as a measured program: ``load`` and ``stream_generate``, with the reference's entropy-bound sampler."""
+"""The measured program for mlx-vlm: ``load`` and ``stream_generate``, with the reference's entropy-bound sampler."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from job import Found, Generate, Prompt, main, now
 
 
 def start(folder: Path, options: dict[str, Any]) -> Generate:
-    """``options`` are those of ``stream_generate``."""
+    """Load the model. ``options`` are passed to ``stream_generate``."""
     import mlx.core as mx
     from mlx_vlm import load, stream_generate
 

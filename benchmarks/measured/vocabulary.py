@@ -1,4 +1,4 @@
-"""A made-up vocabulary of Gemma's kind and size: its tokens look like it, and mean nothing."""
+"""A synthetic vocabulary of the size and style of Gemma's. Its tokens look like Gemma's and have no meaning."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ _LETTERS = [*map(chr, range(0xC0, 0x180)), *map(chr, range(0x391, 0x3CA)), *map(
 
 
 def pieces(count: int, seed: int = 0) -> list[str]:
-    """So many different ones: words with and without a space in front, in three casings, marks that stand together,
-    runs of blanks, and other alphabets. Digits stand alone, as Gemma has them."""
+    """Return ``count`` different pieces in the style of Gemma's vocabulary.
+
+    The pieces are words with and without a leading space, in three casings, groups of punctuation marks, runs of
+    whitespace, and characters of other alphabets. Digits are single pieces, as in Gemma's vocabulary.
+    """
     rng = random.Random(seed)
     found = dict.fromkeys(
         [*"0123456789", *map(chr, range(65, 91)), *map(chr, range(97, 123)), *_MARKS, *_LETTERS, "▁"]
@@ -41,7 +44,10 @@ def pieces(count: int, seed: int = 0) -> list[str]:
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """The demo's control and byte tokens at their places, other tokens behind them; it only decodes as it should."""
+    """Write a ``tokenizer.json`` with the demo model's tokens at their ids and new pieces after them.
+
+    The tokenizer decodes correctly, but it cannot encode text to the new pieces.
+    """
     tokenizer: dict[str, Any] = read_json(DEMO_FOLDER / "tokenizer.json")
     known: dict[str, int] = tokenizer["model"]["vocab"]
     new = [piece for piece in pieces(vocab_size) if piece not in known][: vocab_size - len(known)]

@@ -1,1 +1,1 @@
-"""Output that must match: a constraint becomes an automaton, and every canvas is projected onto it."""
+"""Constrained output: a constraint becomes an automaton over tokens, and every canvas is projected onto it."""

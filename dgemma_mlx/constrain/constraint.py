@@ -1,4 +1,4 @@
-"""What an answer has to match, as callers say it."""
+"""Constraints on an answer: regular expressions, choices, JSON schemas and grammars."""
 
 from __future__ import annotations
 
@@ -17,43 +17,104 @@ from dgemma_mlx.text.tokenizer import Tokenizer
 
 
 class Constraint:
-    """A set of texts: an answer that is written under it is one of them. Made by the class methods.
+    """A set of texts that an answer must be one of.
 
-    All of them raise ``DgemmaError`` (exit code 2) for what is malformed, unsupported, too large, or matches nothing.
+    A class method creates a constraint from each kind of description, and ``generate``, ``stream`` and
+    ``generate_batch`` take it as their ``constraint`` argument:
+
+        from dgemma_mlx import Constraint, generate, load
+
+        model = load("demo")
+        answer = generate(model, "Is 17 a prime number?", constraint=Constraint.choice(["yes", "no"]))
+
+    The answer then always matches, whatever the model would prefer to write. A constraint is compiled once, when it is
+    created, and may be used for many answers and several models.
+
+    All class methods raise ``DgemmaError`` (exit code 2) when the description is malformed, uses a feature that is not
+    supported, compiles to too many states, or matches no text at all. docs/constrained.md lists what is supported.
+
+    Attributes:
+        pattern: Regular expression that matches exactly these texts, in the syntax of Rust's ``regex`` crate.
+        automaton: Deterministic automaton over UTF-8 bytes that accepts exactly these texts.
     """
 
     def __init__(self, pattern: str, kind: str) -> None:
-        """``pattern`` matches the whole text, in the syntax of Rust's ``regex``; errors call it ``kind``."""
+        """Compile a constraint. Use the class methods instead, which check and translate a description.
+
+        ``pattern`` must match the whole text. ``kind`` names the description in error messages, such as
+        "the regular expression".
+        """
         self.pattern = pattern
         self.automaton = automaton_of(pattern, kind)
-        self._over: tuple[tuple[Any, ...], TokenAutomaton] | None = None
+        self._last_over: tuple[tuple[Any, ...], TokenAutomaton] | None = None  # arguments and result of ``over``
 
     @classmethod
     def regex(cls, pattern: str) -> Constraint:
-        """Texts that match a regular expression from beginning to end; ``^`` and ``$`` around it are not needed."""
+        """Create a constraint from a regular expression, which must match the whole answer.
+
+            Constraint.regex("[0-9]{4}-[0-9]{2}-[0-9]{2}")
+
+        The syntax is that of Rust's ``regex`` crate, without look-arounds, back references and word boundaries. A
+        leading ``^`` and a trailing ``$`` are allowed and have no effect. Raises ``DgemmaError`` as described for the
+        class.
+        """
         return cls(without_anchors(checked_text(pattern, "a regular expression")), "the regular expression")
 
     @classmethod
     def choice(cls, choices: Sequence[str]) -> Constraint:
-        """One of these texts."""
+        """Create a constraint that allows exactly the given texts.
+
+            Constraint.choice(["yes", "no", "maybe"])
+
+        Raises ``DgemmaError`` when ``choices`` is empty, is a single string, or contains something other than text.
+        """
         if isinstance(choices, str) or not choices:
-            raise DgemmaError("a choice takes a list of texts", "Like yes,no", exit_code=2)
+            raise DgemmaError(
+                "choices must be a list of at least one text", 'Give a list like ["yes", "no"].', exit_code=2
+            )
         return cls(any_of(*(quoted(checked_text(text, "a choice")) for text in choices)), "the choice")
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str | bool) -> Constraint:
-        """JSON that validates against a schema, given as a dict or as JSON text."""
-        return cls(regex_of_schema(_parsed(schema, "the JSON schema")), "the JSON schema")
+        """Create a constraint that allows JSON texts that validate against a JSON schema (draft 2020-12).
+
+            Constraint.json_schema({
+                "type": "object",
+                "properties": {"name": {"type": "string"}, "age": {"type": "integer", "minimum": 0}},
+                "required": ["name"],
+            })
+
+        ``schema`` is a dict, a boolean, or JSON text. The constraint may be narrower than the schema, never wider:
+        properties appear in the order of the schema, and no others are added. Raises ``DgemmaError``, which gives the
+        path within the schema, for a keyword that is not supported.
+        """
+        return cls(regex_of_schema(_json_value(schema, "the JSON schema")), "the JSON schema")
 
     @classmethod
     def grammar(cls, grammar: str) -> Constraint:
-        """Texts of a grammar in EBNF without recursion; the first rule is where it starts. See ``grammar``."""
+        """Create a constraint from a grammar in EBNF without recursion. The first rule describes the whole answer.
+
+            Constraint.grammar('answer ::= "(" n ", " n ")"  n ::= [1-9] [0-9]*')
+
+        ``dgemma_mlx.constrain.grammar`` describes the syntax. Raises ``DgemmaError``, which gives the line, when the
+        grammar is malformed or recursive.
+        """
         return cls(regex_of_grammar(grammar), "the grammar")
 
     @classmethod
     def response_format(cls, response_format: Mapping[str, Any]) -> Constraint | None:
-        """What OpenAI's clients send: ``{"type": "text"}`` (no constraint), ``{"type": "json_object"}`` or
-        ``{"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}``."""
+        """Create a constraint from the ``response_format`` of an OpenAI client.
+
+            Constraint.response_format({
+                "type": "json_schema",
+                "json_schema": {"name": "numbers", "schema": {"type": "array", "items": {"type": "integer"}}},
+            })
+
+        The type ``json_schema`` is the same as ``Constraint.json_schema`` of its ``schema``; other keys, such as
+        ``name`` and ``strict``, are ignored. The type ``json_object`` allows any JSON object with values nested up to
+        two levels deep. The type ``text`` imposes no constraint, so the result is None. Raises ``DgemmaError`` for any
+        other type, and for ``json_schema`` without a schema.
+        """
         kind = response_format.get("type") if isinstance(response_format, Mapping) else None
         if kind == "text":
             return None
@@ -64,24 +125,38 @@ class Constraint:
             if isinstance(outer, Mapping) and "schema" in outer:
                 return cls.json_schema(outer["schema"])
             raise DgemmaError("response_format has no schema", _FORMAT_HINT, exit_code=2)
-        raise DgemmaError(f"response_format cannot be of type {kind!r}", _FORMAT_HINT, exit_code=2)
+        raise DgemmaError(
+            f"response_format must be of type text, json_object or json_schema, not {kind!r}", _FORMAT_HINT, exit_code=2
+        )
 
     def over(self, tokenizer: Tokenizer, config: GenerationConfig, vocab_size: int) -> TokenAutomaton:
-        """The same over a model's tokens; the last one is kept. ``DgemmaError`` where they cannot write all of it."""
-        response = tokenizer.special_ids.get("<|tool_response>")  # ends a text, too: one that calls a tool
-        ends = [id for id in config.eos_token_ids if id != response]
-        key = (tokenizer, ends, config.pad_token_id, vocab_size)
-        if self._over is None or self._over[0] != key:
-            self._over = key, TokenAutomaton(self.automaton, tokenizer, ends, config.pad_token_id, vocab_size)
-        return self._over[1]
+        """Return the constraint as an automaton over a model's tokens.
+
+        ``vocab_size`` is the model's vocabulary size. The end-of-text ids of ``config`` end a text, except
+        ``<|tool_response>``, which ends a tool call. The last result is cached, so repeated calls with the same
+        arguments return the same object. Raises ``DgemmaError`` (exit code 2) when the tokenizer lacks tokens for bytes
+        that the constraint needs.
+        """
+        tool_response_id = tokenizer.special_ids.get("<|tool_response>")
+        eos_ids = [id for id in config.eos_token_ids if id != tool_response_id]
+        key = (tokenizer, eos_ids, config.pad_token_id, vocab_size)
+        if self._last_over is None or self._last_over[0] != key:
+            token_automaton = TokenAutomaton(self.automaton, tokenizer, eos_ids, config.pad_token_id, vocab_size)
+            self._last_over = key, token_automaton
+        return self._last_over[1]
 
 
-_FORMAT_HINT = '{"type": "json_schema", "json_schema": {"schema": {...}}}, or of type json_object or text.'
+_FORMAT_HINT = 'Give {"type": "json_schema", "json_schema": {"schema": {...}}}, or the type json_object or text.'
 
 
-def _parsed(value: Any, what: str) -> Any:
-    """What JSON text says; of anything else, what it would be after a way through JSON."""
+def _json_value(value: Any, label: str) -> Any:
+    """Parse JSON text; convert any other value to what JSON would make of it (tuples to lists, keys to strings).
+
+    Raises ``DgemmaError`` when the value is not JSON. ``label`` names it in the message.
+    """
     try:
         return json.loads(value if isinstance(value, str) else json.dumps(value))
     except (TypeError, ValueError, RecursionError) as error:
-        raise DgemmaError(f"{what} is not JSON: {error}", exit_code=2) from None
+        raise DgemmaError(
+            f"{label} is not JSON: {error}", "Give a dict, a boolean, or valid JSON text.", exit_code=2
+        ) from None

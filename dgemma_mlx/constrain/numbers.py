@@ -1,4 +1,7 @@
-"""JSON numbers within bounds. Integers have at most 18 digits, which every reader takes exactly."""
+"""Regular expressions for JSON numbers within bounds.
+
+Integers have at most 18 digits, so they fit into 64-bit integers.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +13,38 @@ from typing import Any
 from dgemma_mlx.constrain.regex import any_of, integers, naturals
 
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-_LARGEST = 10**18 - 1
+_LARGEST = 10**18 - 1  # largest absolute value of an integer
 NUMBER = r"-?(?:0|[1-9][0-9]{0,17})(?:\.[0-9]{1,17})?(?:[eE][+\-]?[0-9]{1,2})?"
 SHORT_NUMBER = r"-?(?:0|[1-9][0-9]{0,8})(?:\.[0-9]{1,6})?"
-_FRACTION = r"\.[0-9]{0,5}[1-9]"  # never 0, and never rounded to an integer, behind one up to
+# One to six digits after the point, the last not 0. With an integer part of up to _LARGEST_WITH_FRACTION, a reader that
+# uses doubles never rounds the number to an integer.
+_FRACTION = r"\.[0-9]{0,5}[1-9]"
 _LARGEST_WITH_FRACTION = 10**9 - 1
 
 
 def integer_within(bounds: Mapping[str, Any]) -> str | None:
-    """The integers within the ``BOUNDS`` that are given; None where there are none."""
+    """Match the integers within the bounds, a mapping with any of the keys ``BOUNDS``.
+
+    Return None when the bounds exclude all integers.
+    """
     least, most = _least(bounds), _most(bounds)
     return integers(least, most) if least <= most else None
 
 
 def number_within(bounds: Mapping[str, Any]) -> str | None:
-    """Integers, and numbers with up to six digits behind the point, if both integers beside them are within; all
-    numbers where no bound is given."""
+    """Match numbers within the bounds, a mapping with any of the keys ``BOUNDS``.
+
+    Without bounds the result matches all numbers. With bounds it matches integers, and numbers with up to six digits
+    after the point that lie between two integers within the bounds. Return None when the bounds exclude all of these.
+    """
     if not any(name in bounds for name in BOUNDS):
         return NUMBER
     lower = max(_exact(bounds, "minimum", -_LARGEST), _exact(bounds, "exclusiveMinimum", -_LARGEST))
     upper = min(_exact(bounds, "maximum", _LARGEST), _exact(bounds, "exclusiveMaximum", _LARGEST))
-    below, above = math.floor(upper) - 1, -math.ceil(lower) - 1  # the last integers that may have a fraction, 0 and on
-    positive = naturals(max(0, math.ceil(lower)), min(below, _LARGEST_WITH_FRACTION))
-    negative = naturals(max(0, math.ceil(-upper)), min(above, _LARGEST_WITH_FRACTION))
+    # Largest integer parts of numbers with a fraction: n.f lies between n and n + 1, -n.f between -n - 1 and -n.
+    most_positive, most_negative = math.floor(upper) - 1, -math.ceil(lower) - 1
+    positive = naturals(max(0, math.ceil(lower)), min(most_positive, _LARGEST_WITH_FRACTION))
+    negative = naturals(max(0, math.ceil(-upper)), min(most_negative, _LARGEST_WITH_FRACTION))
     whole = integer_within(bounds)
     found = [] if whole is None else [whole]
     found += [f"{any_of(*positive)}{_FRACTION}"] if positive else []
@@ -41,17 +53,21 @@ def number_within(bounds: Mapping[str, Any]) -> str | None:
 
 
 def _least(bounds: Mapping[str, Any]) -> int:
-    """The smallest integer that is allowed."""
+    """Return the smallest integer within the bounds."""
     given = math.ceil(_exact(bounds, "minimum", -_LARGEST))
     return max(given, math.floor(_exact(bounds, "exclusiveMinimum", -_LARGEST - 1)) + 1)
 
 
 def _most(bounds: Mapping[str, Any]) -> int:
+    """Return the largest integer within the bounds."""
     given = math.floor(_exact(bounds, "maximum", _LARGEST))
     return min(given, math.ceil(_exact(bounds, "exclusiveMaximum", _LARGEST + 1)) - 1)
 
 
 def _exact(bounds: Mapping[str, Any], name: str, default: int) -> Fraction:
-    """A bound as it is written: 0.1 is a tenth. Beyond ``_LARGEST`` it does not matter by how much."""
+    """Return a bound as an exact fraction of its decimal form: 0.1 is one tenth.
+
+    Bounds beyond ``_LARGEST`` are clipped just beyond it, which has the same effect.
+    """
     value = Fraction(str(bounds.get(name, default)))
     return max(min(value, Fraction(_LARGEST + 2)), Fraction(-_LARGEST - 2))

@@ -1,4 +1,4 @@
-"""Pieces of regular expressions, in the syntax of Rust's ``regex``."""
+"""Functions that build regular expressions, in the syntax of Rust's ``regex`` crate."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ import re
 from dgemma_mlx.errors import DgemmaError
 
 _SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&\-~]")
-_END = re.compile(r"(?<!\\)((?:\\\\)*)\$\Z")
+_TRAILING_DOLLAR = re.compile(r"(?<!\\)((?:\\\\)*)\$\Z")
 
 
 def quoted(text: str) -> str:
-    """Matches the text alone."""
+    """Return a regular expression that matches exactly this text."""
     return _SPECIAL.sub(r"\\\g<0>", text)
 
 
 def any_of(*alternatives: str) -> str:
-    """A group."""
+    """Return a group that matches any of the alternatives."""
     return f"(?:{'|'.join(alternatives)})"
 
 
 def repeated(item: str, least: int, most: int | None) -> str:
-    """``item`` is one atom or a group."""
+    """Repeat an item from ``least`` to ``most`` times. None means any number. ``item`` must be one atom or a group."""
     return f"{item}{{{least},{'' if most is None else most}}}"
 
 
 def without_anchors(pattern: str) -> str:
-    """Without a ``^`` in front and a ``$`` behind, which say nothing where the whole text has to match."""
-    return _END.sub(r"\1", pattern.removeprefix("^"))
+    """Remove a leading ``^`` and a trailing ``$``, which have no effect when the whole text must match."""
+    return _TRAILING_DOLLAR.sub(r"\1", pattern.removeprefix("^"))
 
 
 def integers(least: int, most: int) -> str:
-    """The decimal numbers in a range that is not empty."""
+    """Match the decimal integers from ``least`` to ``most``, without leading zeros. The range must not be empty."""
     parts = []
     if least < 0:
         parts.append(f"-{any_of(*naturals(max(1, -most), -least))}")
@@ -41,18 +41,18 @@ def integers(least: int, most: int) -> str:
 
 
 def naturals(least: int, most: int) -> list[str]:
-    """Alternatives for the numbers from least to most, neither negative."""
+    """Return alternatives that match the integers from ``least`` to ``most``. Neither may be negative."""
     if least > most:
         return []
     low, high = str(least), str(most)
-    if len(low) < len(high):  # by their number of digits
+    if len(low) < len(high):  # treat each number of digits separately
         nines = 10 ** len(low) - 1
         return naturals(least, nines) + naturals(nines + 1, most)
     return [_digits(low, high)]
 
 
 def _digits(low: str, high: str) -> str:
-    """Numbers of the same number of digits, from low to high."""
+    """Match the numbers from ``low`` to ``high``, which have the same number of digits."""
     if not low or low == high:
         return low
     if low[0] == high[0]:
@@ -71,18 +71,23 @@ def _digits(low: str, high: str) -> str:
     return any_of(*parts)
 
 
+# The parts of a regular expression that decide its size: atoms, parentheses and counted repetitions.
 _ATOM = re.compile(
     r"""(?P<class>\[\^?\]?(?:\\.|\[[^\]]*\]|[^\]\\])*\]+)|(?P<wide>\\[dDwWsSpP])|(?P<flags>\(\?[\w-]+\))
     |(?P<open>\((?:\?(?:[\w-]*:|P?<\w+>))?)|(?P<close>\))
     |\{(?P<least>\d+)(?:,(?P<most>\d*))?\}|(?P<atom>\\.|[^|*+?])""",
     re.VERBOSE | re.DOTALL,
 )
-_WEIGHTS = {"class": 10, "wide": 100, "atom": 1, "flags": 0}
+# Rough number of states of one atom. The UTF-8 encodings of a class of many characters share few states.
+_ATOM_STATES = {"class": 10, "wide": 100, "atom": 1, "flags": 0}
 
 
-def weight(regex: str) -> int:
-    """About how many states it takes when repetitions are written out, worked out without writing them out."""
-    totals, last = [0], 0  # of each open group, and of what a repetition would repeat
+def estimated_states(regex: str) -> int:
+    """Estimate the number of automaton states of a regular expression without expanding its repetitions.
+
+    An automaton needs a copy of its states for each repetition, so ``a{1000}`` is about as large as 1,000 atoms.
+    """
+    totals, last = [0], 0  # the total of each open group, and of the item that a repetition would repeat
     for match in _ATOM.finditer(regex):
         kind = str(match.lastgroup)
         if kind == "open":
@@ -90,8 +95,8 @@ def weight(regex: str) -> int:
         elif kind == "close":
             last = totals.pop() if len(totals) > 1 else 0
             totals[-1] += last
-        elif kind in _WEIGHTS:
-            last = _WEIGHTS[kind]
+        elif kind in _ATOM_STATES:
+            last = _ATOM_STATES[kind]
             totals[-1] += last
         else:
             times = max(int(match["most"] or match["least"]), 1)
@@ -100,12 +105,18 @@ def weight(regex: str) -> int:
     return sum(totals)
 
 
-def checked_text(value: object, what: str) -> str:
-    """A text that has an encoding."""
+def checked_text(value: object, label: str) -> str:
+    """Return the value if it is text that UTF-8 can encode. Raises ``DgemmaError`` (exit code 2) otherwise.
+
+    ``label`` names the value in the message.
+    """
     if not isinstance(value, str):
-        raise DgemmaError(f"{what} is a text, not {type(value).__name__}", exit_code=2)
+        raise DgemmaError(f"{label} must be text, not {type(value).__name__}", "Give a string.", exit_code=2)
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise DgemmaError(f"{what} has a character that is no Unicode text", exit_code=2) from None
+        raise DgemmaError(
+            f"{label} contains a lone surrogate, which is not a Unicode character",
+            "Remove the characters U+D800 to U+DFFF.", exit_code=2,
+        ) from None
     return value

@@ -1,7 +1,8 @@
-"""JSON strings as they are written: any string, those of a pattern, those of a format.
+"""Regular expressions for JSON strings: any string, strings that match a pattern, strings in a format.
 
-No ``\\u`` escapes, which nothing needs. What a pattern or a format allows is narrowed to what every reader takes for it
-(``\\d`` is 0 to 9, a date in February has a day up to 28), so that whatever is written validates.
+The expressions match the written form of a string, with its quotes and escapes. They allow no ``\\u`` escapes, so they
+exclude the characters that need one. Patterns and formats are narrowed to what all readers agree on (``\\d`` is 0 to 9;
+a date in February has a day up to 28), so that every string that is written validates.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 
 from dgemma_mlx.constrain.regex import any_of, quoted, repeated, without_anchors
 
+# A character that JSON writes without an escape, and any character as JSON writes it.
 _PLAIN = r'[^"\\\x00-\x1F\x7F-\x9F]'
 CHARACTER = any_of(_PLAIN, r'\\["\\/bfnrt]')
 STRING = f'"{CHARACTER}*"'
@@ -36,31 +38,38 @@ _ATOM = re.compile(
     |(?P<repeat>[*+?]\??|\{\d+(?:,\d*)?\}\??)|(?P<other>.)""",
     re.VERBOSE | re.DOTALL,
 )
-_CONTROL = {"n": "\n", "r": "\r", "t": "\t", "f": "\f"}
-# Characters that ECMAScript, Python and Rust all take for a digit, word character or space, ...
-_KINDS = {"d": "0-9", "w": "A-Za-z0-9_", "s": r"\ "}
-# ... and such that none of them does.
-_OTHERS = {"D": r"\ -/:-~\p{L}", "W": r"\ -/:-@\[-\^`{-~", "S": r"!-~\p{L}"}
+_CONTROL_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "f": "\f"}
+# The characters that ECMAScript, Python and Rust all treat as a digit, word character or space, ...
+_AGREED = {"d": "0-9", "w": "A-Za-z0-9_", "s": r"\ "}
+# ... and characters that none of them treats as one.
+_AGREED_NOT = {"D": r"\ -/:-~\p{L}", "W": r"\ -/:-@\[-\^`{-~", "S": r"!-~\p{L}"}
 
 
 def string_of_lengths(least: int, most: int | None) -> str:
-    """Strings of so many characters."""
+    """Match strings of ``least`` to ``most`` characters. A ``most`` of None means any number."""
     return f'"{repeated(CHARACTER, least, most)}"'
 
 
 def string_of_pattern(pattern: str) -> str:
-    """Strings in which the pattern of a schema is found; ``ValueError`` says what of it is not supported."""
-    anchored = without_anchors(pattern)
-    begins, ends = pattern.startswith("^"), anchored != pattern.removeprefix("^")
-    body, alternatives = _translated(anchored)
+    """Match strings that contain a match of the pattern, an ECMAScript regular expression from a JSON schema.
+
+    ``^`` and ``$`` anchor the pattern at the beginning and end of the string. Raises ``ValueError``, which names the
+    feature, when the pattern uses a feature that is not supported.
+    """
+    bare_pattern = without_anchors(pattern)
+    begins, ends = pattern.startswith("^"), bare_pattern != pattern.removeprefix("^")
+    body, alternatives = _translated(bare_pattern)
     if alternatives and begins + ends:
-        raise ValueError("an anchor beside | at the outermost level; put the alternatives into (?:...)")
-    around = f"{CHARACTER}*"
-    return f'"{"" if begins else around}(?:{body}){"" if ends else around}"'
+        raise ValueError("an anchor next to alternatives outside a group, as in ^a|b$ instead of ^(?:a|b)$,")
+    anything = f"{CHARACTER}*"
+    return f'"{"" if begins else anything}(?:{body}){"" if ends else anything}"'
 
 
 def _translated(pattern: str) -> tuple[str, bool]:
-    """A pattern on what a string says -> one on how it is written; whether it has alternatives outside all groups."""
+    """Translate a pattern for the content of a string into a pattern for its written form.
+
+    Return the translated pattern, and whether it has alternatives outside all groups.
+    """
     parts: list[str] = []
     depth, alternatives = 0, False
     for match in _ATOM.finditer(pattern):
@@ -81,54 +90,54 @@ def _translated(pattern: str) -> tuple[str, bool]:
         elif atom == ".":
             parts.append(_PLAIN)
         elif atom in "^$":
-            raise ValueError(f"{atom} within the pattern")
+            raise ValueError(f"{atom} inside the pattern")
         elif atom in "[]{}":
-            raise ValueError(f"{atom} that is not escaped")
+            raise ValueError(f"an unescaped {atom}")
         else:
             parts.append(_literal(atom))
     return "".join(parts), alternatives
 
 
 def _literal(character: str) -> str:
-    """A character as JSON writes it."""
+    """Match one character as JSON writes it."""
     return f"(?:{quoted(json.dumps(character, ensure_ascii=False)[1:-1])})"
 
 
 def _escape(name: str) -> str:
-    """An escape outside of classes, without its backslash."""
+    """Translate an escape outside character classes. ``name`` is the escape without its backslash."""
     if name[0] in "xu" and len(name) > 1:
         return _literal(chr(int(name[1:], 16)))
-    if name in _CONTROL:
-        return _literal(_CONTROL[name])
-    if name in _KINDS:
-        return f"[{_KINDS[name]}]"
-    if name in _OTHERS:
-        return f"[[{_OTHERS[name]}]&&{_PLAIN}]"
+    if name in _CONTROL_ESCAPES:
+        return _literal(_CONTROL_ESCAPES[name])
+    if name in _AGREED:
+        return f"[{_AGREED[name]}]"
+    if name in _AGREED_NOT:
+        return f"[[{_AGREED_NOT[name]}]&&{_PLAIN}]"
     if name.isalnum():
         raise ValueError(f"\\{name}")
     return _literal(name)
 
 
 def _class(text: str) -> str:
-    """A class of characters, those left out that JSON escapes."""
+    """Translate a character class. Characters that JSON escapes are excluded from it."""
     negated = text.startswith("[^")
     inner = text[2:-1] if negated else text[1:-1]
     if not inner or "[" in re.sub(r"\\.", "", inner):
         raise ValueError(f"the class {text}")
-    among = {_PLAIN}
+    within = {_PLAIN}  # classes that the result is intersected with
 
     def escape(match: re.Match[str]) -> str:
         name = match[1]
-        if negated and name in _KINDS:
-            among.add(f"[{_OTHERS[name.upper()]}]")
-        if name in _KINDS:
-            return _KINDS[name]
-        if name in _OTHERS:
-            return f"[^{_KINDS[name.lower()]}]" if negated else _OTHERS[name]
-        if name in (*_CONTROL, "x", "u") or not name.isalnum():
+        if negated and name in _AGREED:
+            within.add(f"[{_AGREED_NOT[name.upper()]}]")
+        if name in _AGREED:
+            return _AGREED[name]
+        if name in _AGREED_NOT:
+            return f"[^{_AGREED[name.lower()]}]" if negated else _AGREED_NOT[name]
+        if name in (*_CONTROL_ESCAPES, "x", "u") or not name.isalnum():
             return match[0]
         raise ValueError(f"\\{name} in the class {text}")
 
     plain = re.sub(r"&&|--|~~", lambda match: "".join("\\" + mark for mark in match[0]), inner)
     own = re.sub(r"\\(.)", escape, plain)
-    return f"[[{'^' if negated else ''}{own}]&&{'&&'.join(sorted(among))}]"
+    return f"[[{'^' if negated else ''}{own}]&&{'&&'.join(sorted(within))}]"

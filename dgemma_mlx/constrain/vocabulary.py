@@ -1,4 +1,4 @@
-"""An automaton over bytes, walked by the tokens of a tokenizer."""
+"""Automata over the tokens of a tokenizer, derived from automata over bytes."""
 
 from __future__ import annotations
 
@@ -11,63 +11,88 @@ from dgemma_mlx.constrain.automaton import DEAD, Automaton
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.text.tokenizer import Tokenizer
 
-_NARROW = 40  # bytes: a state with no more ways on has each of them spelled out
-_LONGEST = 32  # bytes of a token that is looked for
-_FAR = 1 << 40
+_MAX_BRANCHES = 40  # a state with at most this many next bytes has a skeleton token for each of them
+_MAX_TOKEN_BYTES = 32  # longest skeleton token in bytes
+_UNREACHABLE = 1 << 40  # larger than any number of tokens
 
 Ids = NDArray[np.int32]
 
 
 class TokenAutomaton:
-    """States are the automaton's and one more, ``end``: behind an end-of-text token, where padding follows.
+    """An automaton whose transitions are tokens: a token leads where its bytes lead in an automaton over bytes.
 
-    Tokens that lead from the same states to the same states are one class; class 0 leads nowhere. A token's class is
-    worked out when it is first asked for. ``skeleton`` (S,) are tokens that keep every state alive: those that spell
-    the shortest way to an accepting state and, where few bytes may follow, the shortest way behind each of these;
-    end-of-text tokens and padding. ``shortest`` (Q + 1,) says how many of them it takes to come from a state to the
-    end, the end-of-text token included.
+    It has the Q states of the automaton over bytes and one more state, ``end``. End-of-text tokens lead from every
+    accepting state to ``end``. There only end-of-text tokens and padding follow, and they stay in ``end``.
+
+    Tokens with the same transitions (pairs of a source state and a target state) form a class. A typical constraint
+    divides 262,144 tokens into one or two hundred classes, so code that visits all transitions works with classes.
+    Class 0 contains the tokens without transitions. The class of a token is computed on first use.
+
+    Attributes:
+        end: The state after an end-of-text token, Q.
+        skeleton: (S,) int32. A small set of tokens that suffices to end a text from every state: the tokens that spell
+            the shortest way from each state to an accepting state, the shortest way after each next byte of a state
+            with few next bytes, and all end-of-text tokens and padding.
+        shortest: (Q + 1,) int64. The smallest number of skeleton tokens that lead from each state to ``end``, including
+            the end-of-text token.
     """
 
     def __init__(
         self, automaton: Automaton, tokenizer: Tokenizer, eos_ids: Sequence[int], pad_id: int, vocab_size: int
     ) -> None:
-        """``eos_ids`` end the text; ``vocab_size`` is the model's, which may be smaller than the tokenizer's."""
+        """Derive an automaton over tokens.
+
+        ``eos_ids`` are the tokens that end a text, and ``pad_id`` is the token after them. ``vocab_size`` is the
+        model's vocabulary size; it may be smaller than the tokenizer's. Raises ``DgemmaError`` (exit code 2) when the
+        vocabulary lacks the tokens to end a text from some state.
+        """
         self._automaton, self._tokenizer, self._vocab_size = automaton, tokenizer, vocab_size
         self.end = automaton.size
         self._eos_ids = frozenset(eos_ids)
-        self._classes = np.full(vocab_size, -1, np.int32)
-        self._pairs: list[Ids] = [np.zeros((0, 2), np.int32)]
-        """of each class: from which state (n, 0) to which (n, 1)"""
-        self._numbers = {b"": 0}
-        self._alike = bytes(np.unique(automaton.table, axis=1, return_inverse=True)[1].astype(np.uint8).ravel())
-        """bytes that do the same in every state have the same number"""
-        self._known: dict[bytes, int] = {}
-        """the classes of texts, written in these numbers"""
-        self._starts = [np.flatnonzero(automaton.table[:, byte] != DEAD).astype(np.int32) for byte in range(256)]
-        self._add_ends(pad_id)
-        self.skeleton: Ids = np.array(sorted({*self._spelling(), *self._eos_ids, pad_id}), np.int32)
-        _, source, target = self.pairs(np.unique(self.classes(self.skeleton)))
+        self._class_of_id = np.full(vocab_size, -1, np.int32)  # -1: not computed yet
+        # The transitions of each class: (n, 2) int32 with source states in column 0 and target states in column 1.
+        self._transitions: list[Ids] = [np.zeros((0, 2), np.int32)]
+        self._class_of_transitions = {b"": 0}  # the bytes of an array in _transitions -> class
+        # Bytes with the same effect in every state have the same number. Texts that are equal after translation to
+        # these numbers have the same transitions, so only one of them has to be followed.
+        self._byte_numbers = bytes(np.unique(automaton.table, axis=1, return_inverse=True)[1].astype(np.uint8).ravel())
+        self._class_of_text: dict[bytes, int] = {}  # translated text -> class
+        self._sources_of_byte = [
+            np.flatnonzero(automaton.table[:, byte] != DEAD).astype(np.int32) for byte in range(256)
+        ]
+        self._add_end_tokens(pad_id)
+        self.skeleton: Ids = np.array(sorted({*self._spelling_ids(), *self._eos_ids, pad_id}), np.int32)
+        _, source, target = self.transitions(np.unique(self.classes(self.skeleton)))
         self.shortest = self._distances(source, target)
-        if (self.shortest >= _FAR).any():
-            raise DgemmaError("this model's tokenizer lacks tokens for bytes that the constraint needs", exit_code=2)
+        if (self.shortest >= _UNREACHABLE).any():
+            raise DgemmaError(
+                "this model's tokenizer lacks tokens for bytes that the constraint needs",
+                "Leave out characters that the tokenizer cannot encode.", exit_code=2,
+            )
 
     def classes(self, ids: Ids) -> Ids:
-        """The class of each token, in the shape of ``ids``."""
-        found = self._classes[ids]
+        """Return the class of each token id, as an int32 array of the same shape as ``ids``."""
+        found = self._class_of_id[ids]
         if (found < 0).any():
-            self._learn(np.unique(ids[found < 0]))
-            found = self._classes[ids]
+            self._compute_classes(np.unique(ids[found < 0]))
+            found = self._class_of_id[ids]
         return found
 
-    def pairs(self, classes: Ids) -> tuple[Ids, Ids, Ids]:
-        """All transitions of some classes: the place of the class in ``classes``, from, to."""
-        each = [self._pairs[number] for number in classes.tolist()]
-        place = np.repeat(np.arange(len(each), dtype=np.int32), [len(pairs) for pairs in each])
-        both = np.concatenate(each)
-        return place, both[:, 0], both[:, 1]
+    def transitions(self, classes: Ids) -> tuple[Ids, Ids, Ids]:
+        """Return all transitions of the classes (m,), as three arrays (E,).
+
+        The arrays are the index of the transition's class in ``classes``, its source state and its target state.
+        """
+        each = [self._transitions[number] for number in classes.tolist()]
+        index = np.repeat(np.arange(len(each), dtype=np.int32), [len(pairs) for pairs in each])
+        pairs = np.concatenate(each)
+        return index, pairs[:, 0], pairs[:, 1]
 
     def advance(self, state: int, ids: Iterable[int]) -> int:
-        """The state behind these tokens, or ``DEAD``."""
+        """Return the state that the tokens lead to from ``state``, or ``DEAD``.
+
+        Ids after an end-of-text id are ignored.
+        """
         for id in ids:
             if state == self.end:
                 break
@@ -80,33 +105,37 @@ class TokenAutomaton:
                 break
         return state
 
-    def _add_ends(self, pad_id: int) -> None:
-        """End-of-text tokens lead from accepting states to the end; there they and padding stay."""
+    def _add_end_tokens(self, pad_id: int) -> None:
+        """Set the classes of end-of-text tokens and padding."""
         stay = np.array([[self.end, self.end]], np.int32)
         finish = [(state, self.end) for state in np.flatnonzero(self._automaton.accepting).tolist()]
-        self._classes[pad_id] = self._class_of(stay)
-        self._classes[list(self._eos_ids)] = self._class_of(np.concatenate([np.array(finish, np.int32), stay]))
+        self._class_of_id[pad_id] = self._class_with(stay)
+        self._class_of_id[list(self._eos_ids)] = self._class_with(np.concatenate([np.array(finish, np.int32), stay]))
 
-    def _class_of(self, pairs: Ids) -> int:
-        """The number of the class with these pairs, a new one where there is none yet."""
-        number = self._numbers.setdefault(pairs.tobytes(), len(self._pairs))
-        if number == len(self._pairs):
-            self._pairs.append(pairs)
+    def _class_with(self, pairs: Ids) -> int:
+        """Return the class with these transitions (n, 2). Create it if it does not exist."""
+        number = self._class_of_transitions.setdefault(pairs.tobytes(), len(self._transitions))
+        if number == len(self._transitions):
+            self._transitions.append(pairs)
         return number
 
-    def _learn(self, ids: Ids) -> None:
-        """Finds the classes of new tokens (n,)."""
+    def _compute_classes(self, ids: Ids) -> None:
+        """Compute and store the classes of tokens (n,)."""
         texts = {id: self._tokenizer.token_bytes(id) for id in ids.tolist()}
-        keys = [text.translate(self._alike) for text in texts.values()]
-        new = {key: text for key, text in zip(keys, texts.values(), strict=True) if key not in self._known}
+        keys = [text.translate(self._byte_numbers) for text in texts.values()]
+        new = {key: text for key, text in zip(keys, texts.values(), strict=True) if key not in self._class_of_text}
         if new:
             self._follow(new)
-        self._classes[ids] = [self._known[key] for key in keys]
+        self._class_of_id[ids] = [self._class_of_text[key] for key in keys]
 
     def _follow(self, new: Mapping[bytes, bytes]) -> None:
-        """Follows texts from all states, all at once, byte by byte; what has died on the way is left out."""
+        """Compute and store the classes of texts, given as translated text -> text.
+
+        All texts are followed from all states at once, byte by byte. Pairs of a text and a source state that reach
+        ``DEAD`` are removed on the way.
+        """
         texts = list(new.values())
-        firsts = [self._starts[text[0]] if text else self._starts[0][:0] for text in texts]
+        firsts = [self._sources_of_byte[text[0]] if text else self._sources_of_byte[0][:0] for text in texts]
         token = np.repeat(np.arange(len(texts)), [len(states) for states in firsts])
         source = np.concatenate(firsts)
         table = self._automaton.table
@@ -114,9 +143,9 @@ class TokenAutomaton:
         joined = np.frombuffer(b"".join(texts), np.uint8)
         begin = np.cumsum(lengths) - lengths
         state = source
-        for place in range(int(lengths.max(initial=0))):
-            going = lengths[token] > place
-            byte = joined[np.where(going, begin[token] + place, 0)]
+        for position in range(int(lengths.max(initial=0))):
+            going = lengths[token] > position
+            byte = joined[np.where(going, begin[token] + position, 0)]
             state = np.where(going, table[state, byte], state)
             live = state != DEAD
             token, source, state = token[live], source[live], state[live]
@@ -125,29 +154,36 @@ class TokenAutomaton:
         ends = np.searchsorted(token, np.arange(len(texts)), side="right")
         start = 0
         for key, end in zip(new, ends.tolist(), strict=True):
-            number = self._numbers.get(raw[start * width : end * width])
-            self._known[key] = self._class_of(pairs[start:end].copy()) if number is None else number
+            number = self._class_of_transitions.get(raw[start * width : end * width])
+            self._class_of_text[key] = self._class_with(pairs[start:end].copy()) if number is None else number
             start = end
 
-    def _spelling(self) -> set[int]:
-        """The tokens that texts behind each state begin with."""
-        table, shortest = self._automaton.table, self._automaton.completions()
-        texts = set(shortest)
+    def _spelling_ids(self) -> set[int]:
+        """Return the ids of all tokens that are prefixes of a spelling text.
+
+        The spelling texts are the shortest text from each state to an accepting state and, for a state with at most
+        ``_MAX_BRANCHES`` next bytes, the shortest text after each of these bytes.
+        """
+        table, completions = self._automaton.table, self._automaton.completions()
+        texts = set(completions)
         for state in range(self._automaton.size):
             following = np.flatnonzero(table[state] != DEAD).tolist()
-            if len(following) <= _NARROW:
-                texts |= {bytes([byte]) + shortest[table[state, byte]][:_LONGEST] for byte in following}
-        beginnings = {text[:length] for text in texts for length in range(1, min(len(text), _LONGEST) + 1)}
-        found = (self._tokenizer.id_of_bytes(text) for text in beginnings)
+            if len(following) <= _MAX_BRANCHES:
+                texts |= {bytes([byte]) + completions[table[state, byte]][:_MAX_TOKEN_BYTES] for byte in following}
+        prefixes = {text[:length] for text in texts for length in range(1, min(len(text), _MAX_TOKEN_BYTES) + 1)}
+        found = (self._tokenizer.id_of_bytes(text) for text in prefixes)
         return {id for id in found if id is not None and id < self._vocab_size and id not in self._eos_ids}
 
     def _distances(self, source: Ids, target: Ids) -> NDArray[np.int64]:
-        """(Q + 1,) tokens from each state to the end, along these transitions; ``_FAR`` where there is no way."""
-        distance = np.full(self.end + 1, _FAR, np.int64)
+        """Return the number of transitions (Q + 1,) from each state to ``end``, or ``_UNREACHABLE``.
+
+        Only the given transitions (E,) are used.
+        """
+        distance = np.full(self.end + 1, _UNREACHABLE, np.int64)
         distance[self.end] = 0
         while True:
             shorter = distance.copy()
-            np.minimum.at(shorter, source, np.minimum(distance[target] + 1, _FAR))
+            np.minimum.at(shorter, source, np.minimum(distance[target] + 1, _UNREACHABLE))
             if (shorter == distance).all():
                 return distance
             distance = shorter

@@ -1,4 +1,4 @@
-"""Text in and out: tokenizer, chat template, structured parts of an answer, incremental detokenizing."""
+"""Text input and output: tokenizer, chat template, parts of an answer, incremental decoding."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Chat messages -> prompt ids, through the checkpoint's own template.
+"""Conversion of chat messages into prompt ids, through the checkpoint's own chat template.
 
-Messages and tool descriptions come from people and other programs: what reads like a control token in them
-must not become one. So before rendering, a private mark is put behind every character that begins a control
-token (``<`` mostly) in those strings. However the template then trims, cuts or joins them, no control token
-starts in them; what the template writes itself is parsed, and the marks are taken out again.
+People and other programs write the messages and tool descriptions. Text in them that reads like a control token must
+not become one. Before rendering, ``encode_chat`` therefore inserts a private-use character, the mark, after every
+character in these strings that can begin a control token (usually ``<``). No control token can start in a marked
+string, however the template trims, cuts or joins it. After rendering, control tokens are parsed (only the template can
+have written them) and the marks are removed.
 """
 
 from __future__ import annotations
@@ -21,23 +22,35 @@ from dgemma_mlx.text.tokenizer import Tokenizer, named_tokens, read_tokenizer_co
 if TYPE_CHECKING:
     from jinja2 import Template
 
+# {"role": ..., "content": ...}. An assistant's message may also have "tool_calls" and one of _THINKING_KEYS.
 Message = Mapping[str, Any]
 
 _ASSISTANT = ("assistant", "model")
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names that programs give a message's thoughts
-_THOUGHT = re.compile(r"(<\|channel>)(.*?)(<channel\|>)", re.DOTALL)
-_MARKS = range(0xE000, 0xF900)  # the private use area
+_THINKING_KEYS = ("reasoning_content", "thinking", "reasoning")  # names that clients use for a message's thinking
+_CHANNEL = re.compile(r"(<\|channel>)(.*?)(<channel\|>)", re.DOTALL)
+_MARKS = range(0xE000, 0xF900)  # Unicode's private use area
 
 
 class ChatTemplate:
-    """A checkpoint's chat template, rendered as transformers renders it.
+    """A checkpoint's chat template, rendered as in transformers.
 
-    ``templates`` has the key ``default`` and may have ``tool_use``, taken when tools are given;
-    ``tokens`` are the variables ``bos_token``, ``eos_token``, ... of the template.
+        template = ChatTemplate.load(Path("path/to/checkpoint"))
+        text = template.render([{"role": "user", "content": "Hello"}])
+
+    ``render`` trusts its messages: control tokens in them stay in the text. Use ``encode_chat`` to get the ids of a
+    prompt from untrusted messages.
+
+    Attributes:
+        templates: Jinja sources by name. ``default`` always exists. ``tool_use``, if present, renders conversations
+            with tools.
     """
 
     def __init__(self, templates: Mapping[str, str], tokens: Mapping[str, str], source: str) -> None:
-        """``source`` names the template in errors: the path of its file."""
+        """Create a template from its sources. Most callers use ``load`` instead.
+
+        ``tokens`` are the template's variables ``bos_token``, ``eos_token`` and so on. ``source`` is the path of the
+        template's file, for error messages.
+        """
         self.templates = dict(templates)
         self._tokens = dict(tokens)
         self._source = source
@@ -45,7 +58,11 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate:
-        """From ``chat_template.jinja``, else ``tokenizer_config.json``, else ``chat_template.json``."""
+        """Load the chat template of a checkpoint folder.
+
+        The template is read from ``chat_template.jinja``, or else from ``tokenizer_config.json``, or else from
+        ``chat_template.json``. Raises ``DgemmaError`` when none of these has a template or the file cannot be read.
+        """
         config = read_tokenizer_config(folder)
         jinja_path, json_path = folder / "chat_template.jinja", folder / "chat_template.json"
         value: Any
@@ -58,7 +75,7 @@ class ChatTemplate:
         else:
             raise DgemmaError(
                 f"{folder} has no chat template",
-                "Copy chat_template.jinja from the original checkpoint, or prompt without a template.",
+                "Copy chat_template.jinja from the original checkpoint, or use raw prompts (raw=True, --raw).",
             )
         return cls(_named_templates(value, path), named_tokens(config), str(path))
 
@@ -71,9 +88,14 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **extra: Any,
     ) -> str:
-        """The conversation as text. ``extra`` are further variables of the template.
+        """Render a conversation as text.
 
-        Raises ``DgemmaError`` for an empty conversation, a broken template, or what the template refuses.
+        ``tools`` are tool descriptions in OpenAI's format. ``enable_thinking`` asks the model to think before it
+        answers. ``add_generation_prompt`` ends the text with the beginning of the model's turn. ``extra`` are further
+        variables of the template.
+
+        Raises ``DgemmaError`` when the conversation is empty (exit code 2), a message is not an object (exit code 2),
+        the template cannot be compiled, or the template raises an error.
         """
         if not messages:
             raise DgemmaError("the conversation is empty", "Give at least one message.", exit_code=2)
@@ -86,12 +108,13 @@ class ChatTemplate:
         variables["add_generation_prompt"] = add_generation_prompt
         try:
             return template.render(plain_data(variables))
-        except Exception as error:  # a template is code: given what it does not expect, it may raise anything
+        except Exception as error:  # a template is code, so unexpected input may raise any exception
             raise DgemmaError(
-                f"the chat template refused the conversation: {error}", f"The template is {self._source}"
+                f"the chat template rejected the conversation: {error}", f"The template is {self._source}."
             ) from error
 
     def _template(self, name: str) -> Template:
+        """Return the compiled template with this name. Compile it on first use."""
         if name not in self._compiled:
             from jinja2 import TemplateError
 
@@ -101,7 +124,7 @@ class ChatTemplate:
                 self._compiled[name] = environment().from_string(self.templates[name])
             except (TemplateError, RecursionError) as error:
                 raise DgemmaError(
-                    f"cannot read the chat template: {error}", f"The template is {self._source}"
+                    f"cannot compile the chat template: {error}", f"The template is {self._source}."
                 ) from error
         return self._compiled[name]
 
@@ -116,18 +139,21 @@ def encode_chat(
     add_generation_prompt: bool = True,
     **extra: Any,
 ) -> list[int]:
-    """The ids of the rendered conversation, those of its bos included.
+    """Return the token ids of a rendered conversation, including bos. The parameters are those of ``render``.
 
-    Only the template writes control tokens. One exception: ``<|channel>...<channel|>`` in an assistant's
-    message is left to the template, which strips thinking from the history.
+    Only the template can write control tokens: the same characters in a message or tool description become ordinary
+    tokens. There is one exception. The template sees the markup ``<|channel>...<channel|>`` in an assistant's message,
+    because it removes thinking from the history.
+
+    Raises ``DgemmaError`` as ``ChatTemplate.render`` does.
     """
     data = plain_data({"messages": list(messages), "tools": tools, "extra": extra})
     mark = _unused_mark([data, template.templates])
-    firsts = "".join(sorted({text[0] for text in tokenizer.special_ids}))
-    first = re.compile(f"[{re.escape(firsts)}]" if firsts else "(?!)")
+    first_characters = "".join(sorted({text[0] for text in tokenizer.special_ids}))
+    control_start = re.compile(f"[{re.escape(first_characters)}]" if first_characters else "(?!)")
 
     def guard(text: str) -> str:
-        return first.sub(lambda match: match[0] + mark, text)
+        return control_start.sub(lambda match: match[0] + mark, text)
 
     text = template.render(
         [_guard_message(message, guard) for message in data["messages"]],
@@ -140,10 +166,10 @@ def encode_chat(
 
 
 def plain_data(value: Any) -> Any:
-    """Rebuilds a value out of plain JSON types, the only ones that a stranger's template may get hold of.
+    """Convert a value to plain JSON types, the only types that an untrusted template may see.
 
-    Of a subclass of str, int or float only the value is kept; anything else that JSON does not know, such as
-    an image, becomes a string with its type's name.
+    An instance of a subclass of str, int or float becomes the plain str, int or float. A value that JSON cannot
+    represent, such as an image, becomes a string with the name of its type.
     """
     if value is None or isinstance(value, bool):
         return value
@@ -161,17 +187,20 @@ def plain_data(value: Any) -> Any:
 
 
 def _message(message: Message) -> dict[str, Any]:
-    """A message without its None values, its thoughts under the names that templates read."""
+    """Return a message without its None values and with its thinking under the keys that templates read."""
     message = plain_data(message)
     if not isinstance(message, dict):
-        raise DgemmaError(f"a chat message must be an object with a role, not {message!r}", exit_code=2)
+        raise DgemmaError(
+            f"a chat message must be an object with a role, not {message!r}",
+            'Write a message as {"role": "user", "content": "..."}.', exit_code=2,
+        )
     values = {name: value for name, value in message.items() if value is not None}
-    thoughts = next((values[name] for name in _REASONING if name in values), None)
-    return values if thoughts is None else {"thinking": thoughts, **values, "reasoning_content": thoughts}
+    thinking = next((values[name] for name in _THINKING_KEYS if name in values), None)
+    return values if thinking is None else {"thinking": thinking, **values, "reasoning_content": thinking}
 
 
 def _guard(value: Any, guard: Callable[[str], str]) -> Any:
-    """Applies ``guard`` to every string of plain data, keys included."""
+    """Apply ``guard`` to every string in plain data, including the keys of objects."""
     if isinstance(value, str):
         return guard(value)
     if isinstance(value, dict):
@@ -182,47 +211,54 @@ def _guard(value: Any, guard: Callable[[str], str]) -> Any:
 
 
 def _guard_message(message: Any, guard: Callable[[str], str]) -> Any:
-    """Guards a message; the assistant's own channel markup stays readable for the template."""
+    """Guard a message. Leave the channel markup in an assistant's content readable for the template."""
     guarded = _guard(message, guard)
     if isinstance(message, dict) and message.get("role") in _ASSISTANT:
-        guarded["content"] = _guard(message.get("content"), lambda text: _guard_around_thoughts(text, guard))
+        guarded["content"] = _guard(message.get("content"), lambda text: _guard_around_channels(text, guard))
     return guarded
 
 
-def _guard_around_thoughts(text: str, guard: Callable[[str], str]) -> str:
-    """Guards everything but the two delimiters of each complete channel."""
-    pieces = _THOUGHT.split(text)  # text, open, inside, close, text, open, ...
+def _guard_around_channels(text: str, guard: Callable[[str], str]) -> str:
+    """Guard a text except for the two delimiters of each complete channel."""
+    pieces = _CHANNEL.split(text)  # text, open, inside, close, text, open, ...
     return "".join(piece if n % 4 in (1, 3) else guard(piece) for n, piece in enumerate(pieces))
 
 
 def _unused_mark(data: Any) -> str:
-    """A private character that the data contains neither as it is nor as a JSON escape."""
+    """Return a private-use character that the data contains neither literally nor as a JSON escape."""
     text = json.dumps(data, ensure_ascii=False)
     used = set(text) | {chr(int(code, 16)) for code in re.findall(r"\\u([0-9a-fA-F]{4})", text)}
     mark = next((chr(code) for code in _MARKS if chr(code) not in used), None)
     if mark is None:
-        raise DgemmaError("the conversation uses every private character of Unicode", exit_code=2)
+        raise DgemmaError(
+            "the conversation contains all private-use characters from U+E000 to U+F8FF",
+            "Remove at least one of these characters from the messages.", exit_code=2,
+        )
     return mark
 
 
 def _escaped(mark: str) -> str:
-    """The mark as a template's ``tojson(ensure_ascii=true)`` writes it."""
+    """Return the JSON escape of the mark, which a template's ``tojson(ensure_ascii=true)`` writes."""
     return json.dumps(mark)[1:-1]
 
 
 def _read_text(path: Path) -> str:
+    """Read a UTF-8 file. Raises ``DgemmaError`` when that fails."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise DgemmaError(f"cannot read {path}: {error}", "The file may be damaged.") from None
+        raise DgemmaError(f"cannot read {path}: {error}", "The file may be damaged; download it again.") from None
 
 
 def _named_templates(value: Any, path: Path) -> dict[str, str]:
-    """A template is written as text or as a list of ``{"name", "template"}``."""
+    """Return the templates by name. A file stores one text, or a list of ``{"name": ..., "template": ...}``."""
     if isinstance(value, str):
         return {"default": value}
     if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
         templates = {entry.get("name"): entry.get("template") for entry in value}
         if "default" in templates and all(isinstance(text, str) for text in templates.values()):
             return templates
-    raise DgemmaError(f"{path}: chat_template is neither text nor a list with a 'default' template")
+    raise DgemmaError(
+        f"{path}: chat_template is neither text nor a list with a 'default' template",
+        "Copy the file from the original checkpoint.",
+    )

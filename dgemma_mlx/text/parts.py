@@ -1,8 +1,8 @@
-"""An answer's token ids -> what the reader sees (text), what the model thought, and the tools it calls.
+"""Separation of an answer into visible text, thinking and tool calls.
 
-Gemma 4 writes ``<|channel>thought\\n...<channel|>`` around its thinking and
-``<|tool_call>call:name{key:<|"|>text<|"|>,n:3}<tool_call|>`` for a tool call. The parser goes by token ids:
-text that merely looks like markup stays text, and no control token ever reaches the reader.
+Gemma 4 encloses its thinking in ``<|channel>thought\\n...<channel|>`` and writes a tool call as
+``<|tool_call>call:name{key:<|"|>text<|"|>,n:3}<tool_call|>``. The parser recognizes this markup by token ids, not by
+text. Text that only looks like markup therefore stays text, and no control token ever reaches the reader.
 """
 
 from __future__ import annotations
@@ -23,12 +23,21 @@ _LEXEME = re.compile(
 )
 _CALL = re.compile(r"\s*call:\s*([^\s{}]+)\s*(?={)")
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
-_WORDS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None}
+_CONSTANTS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None}
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A tool that the model asks for, with its arguments as JSON values."""
+    """A call of a tool that the model requests.
+
+    The text ``call:get_weather{city:<|"|>Rome<|"|>,days:3}`` becomes
+    ``ToolCall("get_weather", {"city": "Rome", "days": 3})``.
+
+    Attributes:
+        name: Name of the tool.
+        arguments: Arguments by name. The values are JSON values: dict, list, str, int, float, bool or None. They are
+            not checked against the tool's parameters.
+    """
 
     name: str
     arguments: dict[str, Any]
@@ -36,7 +45,15 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Parts:
-    """An answer, or the part of it that is new, with all markup taken away."""
+    """The parts of an answer, or of a new piece of an answer, without markup.
+
+    The sum of two ``Parts`` is the parts of the two pieces in a row.
+
+    Attributes:
+        text: Text that the reader sees.
+        thinking: Text that the model wrote in its thinking channel.
+        tool_calls: Complete tool calls, in the order in which the model wrote them.
+    """
 
     text: str = ""
     thinking: str = ""
@@ -48,14 +65,23 @@ class Parts:
 
 
 class PartsParser:
-    """Takes an answer's ids as they arrive and gives back the parts that are new and final.
+    """An incremental parser: token ids of an answer -> the ``Parts`` that are new and final.
 
-    All that ``feed`` and ``finish`` return, added up, is the same however the ids were cut into feeds. A tool
-    call is returned when it is complete. A malformed one becomes visible text, with ``"`` for its string
-    delimiters; so does one that never ends, unless its arguments are all there.
+    Call ``feed`` with the ids as they arrive, and ``finish`` once after the last id:
+
+        parser = PartsParser(tokenizer)
+        for ids in canvases:
+            new = parser.feed(ids)
+            print(new.text, end="")
+        print(parser.finish().text)
+
+    The sum of all returned parts does not depend on how the ids are split into calls of ``feed``. The parser returns a
+    tool call when the call is complete. A malformed call becomes visible text, in which ``"`` replaces the string
+    delimiter ``<|"|>``. A call without a closing token is parsed when the next call begins or the answer ends.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        """Create a parser for one answer."""
         special = tokenizer.special_ids
         self._tokenizer = tokenizer
         self._open_channel, self._close_channel = special.get("<|channel>"), special.get("<channel|>")
@@ -63,34 +89,36 @@ class PartsParser:
         self._quote = special.get('<|"|>')
         self._detokenizer = Detokenizer(tokenizer)
         self._thinking = False
-        self._name: str | None = None  # what may be the channel's name, while its line has not ended
-        self._held = ""  # a newline at the end of thinking: part of the markup if the channel closes now
-        self._call: list[list[int]] | None = None  # ids of an open call, cut at the string delimiters
+        # Text after <|channel> that may still belong to the channel's name; None when the name is complete.
+        self._channel_name: str | None = None
+        # A newline at the end of the thinking so far. It is markup if the channel closes right after it.
+        self._held_newline = ""
+        self._call: list[list[int]] | None = None  # ids of the open call, split at the string delimiters
 
     def feed(self, ids: Iterable[int]) -> Parts:
-        """The parts that these ids complete."""
+        """Return the parts that these ids complete."""
         parts = Parts()
         plain: list[int] = []
         for id in ids:
             if not self._tokenizer.is_control(id):
                 (plain if self._call is None else self._call[-1]).append(id)
-            elif id in self._markup():
-                parts += self._plain(plain) + self._control(id)
+            elif id in self._markup_ids():
+                parts += self._feed_plain(plain) + self._feed_markup(id)
                 plain = []
-        return parts + self._plain(plain)
+        return parts + self._feed_plain(plain)
 
     def finish(self) -> Parts:
-        """What was held back: thinking that was not closed is thinking."""
+        """Return the parts that the parser still holds back. Unclosed thinking stays thinking."""
         return self._end_call() + self._end_text(closed=False)
 
-    def _markup(self) -> set[int | None]:
-        """The control tokens that mean something here; others are dropped without a trace."""
+    def _markup_ids(self) -> set[int | None]:
+        """Return the control ids that have a meaning in the current state. The parser drops all other control ids."""
         if self._call is not None:
             return {self._quote, self._open_call, self._close_call}
         return {self._open_channel, self._close_channel, self._open_call}
 
-    def _control(self, id: int) -> Parts:
-        """Follows a control token of ``_markup``."""
+    def _feed_markup(self, id: int) -> Parts:
+        """Change the state for a control id of ``_markup_ids``; return the parts that it completes."""
         if self._call is not None:
             if id == self._quote:
                 self._call.append([])
@@ -102,41 +130,45 @@ class PartsParser:
         parts = self._end_text(closed=id == self._close_channel)
         self._thinking = id == self._open_channel or (self._thinking and id == self._open_call)
         if id == self._open_channel:
-            self._name = ""
+            self._channel_name = ""
         elif id == self._open_call:
             self._call = [[]]
         return parts
 
-    def _plain(self, ids: list[int]) -> Parts:
-        return self._route(self._detokenizer.feed(ids))
+    def _feed_plain(self, ids: list[int]) -> Parts:
+        """Decode ordinary ids outside tool calls; return the parts that they complete."""
+        return self._as_parts(self._detokenizer.feed(ids))
 
-    def _route(self, text: str) -> Parts:
-        """Text, or thinking without the channel's name and without the newline that ends it."""
+    def _as_parts(self, text: str) -> Parts:
+        """Return new text as visible text or as thinking.
+
+        Thinking omits the channel's name, the newline after the name, and the newline before ``<channel|>``.
+        """
         if not self._thinking:
             return Parts(text=text)
-        if self._name is not None:
-            text = self._name + text
+        if self._channel_name is not None:
+            text = self._channel_name + text
             name = _CHANNEL_NAME.match(text)
             end = name.end() if name else 0
             if end == len(text):
-                self._name = text
+                self._channel_name = text
                 return Parts()
-            self._name = None
+            self._channel_name = None
             text = text[end + 1 :] if text[end] == "\n" else text
-        text = self._held + text
-        self._held = "\n" if text.endswith("\n") else ""
+        text = self._held_newline + text
+        self._held_newline = "\n" if text.endswith("\n") else ""
         return Parts(thinking=text.removesuffix("\n"))
 
     def _end_text(self, *, closed: bool) -> Parts:
-        """Ends a run of text or thinking; ``closed`` by the end of its channel."""
-        parts = self._route(self._detokenizer.finish())
+        """End a run of text or thinking. ``closed`` says that ``<channel|>`` ends it."""
+        parts = self._as_parts(self._detokenizer.finish())
         if not closed:
-            parts += Parts(thinking=self._held)
-        self._name, self._held = None, ""
+            parts += Parts(thinking=self._held_newline)
+        self._channel_name, self._held_newline = None, ""
         return parts
 
     def _end_call(self) -> Parts:
-        """The open call, if there is one, as a tool call or as text."""
+        """End the open call, if any. Return it as a tool call, or as text when it is malformed."""
         if self._call is None:
             return Parts()
         pieces = [self._tokenizer.decode(ids) for ids in self._call]
@@ -146,39 +178,42 @@ class PartsParser:
 
 
 def parse_parts(tokenizer: Tokenizer, ids: Iterable[int]) -> Parts:
-    """The parts of a whole answer."""
+    """Return the parts of a whole answer, given its token ids."""
     parser = PartsParser(tokenizer)
     return parser.feed(ids) + parser.finish()
 
 
 def parse_call(pieces: list[str]) -> ToolCall | None:
-    """Reads ``call:name{...}``, cut at its string delimiters; None if it is malformed.
+    """Parse the text ``call:name{...}`` of a tool call; return None when it is malformed.
 
-    Pieces 1, 3, ... are the strings. Keys are bare words or strings; other values are objects, arrays,
-    numbers, true, false and null, as JSON writes them or as Python does (a template prints ``None``).
+    ``pieces`` is the text split at its string delimiters, so the pieces with odd indices are the strings. Keys are bare
+    words or strings. Other values are objects, arrays, numbers, and true, false and null. The parser accepts the JSON
+    and the Python spelling of the latter three, because a template may print ``None``.
     """
     head = _CALL.match(pieces[0])
     if head is None or len(pieces) % 2 == 0:
         return None
     try:
-        reader = _Reader([pieces[0][head.end() :], *pieces[1:]])
-        arguments = reader.value()
-        reader.end()
+        parser = _ArgumentsParser([pieces[0][head.end() :], *pieces[1:]])
+        arguments = parser.value()
+        parser.end()
     except (ValueError, RecursionError):
         return None
     return ToolCall(head[1], arguments)
 
 
-class _Reader:
-    """Recursive descent over the lexemes of a call's arguments; ``ValueError`` where they make no sense."""
+class _ArgumentsParser:
+    """A recursive-descent parser of a call's arguments. All methods raise ``ValueError`` for malformed arguments."""
 
     def __init__(self, pieces: list[str]) -> None:
-        self._lexemes: list[tuple[str, str]] = []  # (kind, text), the last first
+        """Split the pieces, of which those with odd indices are strings, into lexemes."""
+        self._lexemes: list[tuple[str, str]] = []  # (kind, text) of the remaining lexemes, the next one last
         for n, piece in enumerate(pieces):
             self._lexemes += [("string", piece)] if n % 2 else _lexemes(piece)
         self._lexemes.reverse()
 
     def value(self) -> Any:
+        """Parse one value."""
         kind, text = self._next()
         if kind == "string":
             return text
@@ -191,23 +226,26 @@ class _Reader:
         raise ValueError(f"unexpected {text}")
 
     def end(self) -> None:
+        """Check that no lexeme is left."""
         if self._lexemes:
             raise ValueError("text after the arguments")
 
     def _object(self) -> dict[str, Any]:
+        """Parse the rest of an object after its ``{``."""
         values: dict[str, Any] = {}
         if self._skip("}"):
             return values
         while True:
             kind, key = self._next()
             if kind == "mark" or not self._skip(":"):
-                raise ValueError("no key")
+                raise ValueError("missing key")
             values[key] = self.value()
             if self._skip("}"):
                 return values
             self._comma()
 
     def _array(self) -> list[Any]:
+        """Parse the rest of an array after its ``[``."""
         values: list[Any] = []
         if self._skip("]"):
             return values
@@ -218,23 +256,29 @@ class _Reader:
             self._comma()
 
     def _next(self) -> tuple[str, str]:
+        """Remove and return the next lexeme."""
         if not self._lexemes:
             raise ValueError("the arguments end too early")
         return self._lexemes.pop()
 
     def _skip(self, mark: str) -> bool:
+        """Remove the next lexeme if it is this punctuation mark; return whether it was."""
         found = bool(self._lexemes) and self._lexemes[-1] == ("mark", mark)
         if found:
             self._lexemes.pop()
         return found
 
     def _comma(self) -> None:
+        """Remove a comma."""
         if not self._skip(","):
-            raise ValueError("no comma")
+            raise ValueError("missing comma")
 
 
 def _lexemes(text: str) -> list[tuple[str, str]]:
-    """Punctuation, strings in JSON's own quotes, and bare words of text outside string delimiters."""
+    """Split text outside string delimiters into lexemes (kind, text).
+
+    A lexeme is punctuation ("mark"), a string in JSON's own quotes ("string", unescaped), or a bare word ("word").
+    """
     text = text.rstrip()
     found, position = [], 0
     while position < len(text):
@@ -249,12 +293,13 @@ def _lexemes(text: str) -> list[tuple[str, str]]:
 
 
 def _bare_value(word: str) -> Any:
-    if word in _WORDS:
-        return _WORDS[word]
+    """Return the constant or number that a bare word spells. Raises ``ValueError`` for any other word."""
+    if word in _CONSTANTS:
+        return _CONSTANTS[word]
     number = _NUMBER.fullmatch(word)
     if number is None:
-        raise ValueError(f"{word!r} is no value")
+        raise ValueError(f"{word!r} is not a value")
     value = float(word) if number[1] or number[2] else int(word)
     if value in (float("inf"), float("-inf")):
-        raise ValueError(f"{word} is no finite number")
+        raise ValueError(f"{word} is not a finite number")
     return value

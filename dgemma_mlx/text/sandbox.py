@@ -1,7 +1,7 @@
-"""The jinja2 environment that chat templates are rendered in, as transformers sets it up.
+"""The sandboxed jinja2 environment that renders chat templates, set up as in transformers.
 
-A template is code from a stranger: it runs sandboxed and sees plain JSON values only. Import this module
-late, inside a function: it imports jinja2.
+A chat template is untrusted code. It runs in jinja2's sandbox and sees only plain JSON values. This module imports
+jinja2, so import it inside a function.
 """
 
 from __future__ import annotations
@@ -20,11 +20,18 @@ from jinja2.utils import Namespace
 
 
 class GenerationTag(Extension):
-    """Accepts ``{% generation %}...{% endgeneration %}``, which marks the assistant's text for training."""
+    """Support for ``{% generation %}...{% endgeneration %}``, which marks the assistant's text for training.
 
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+    The tag renders its body unchanged.
+
+    Attributes:
+        tags: Names of the tags that this extension parses.
+    """
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares the attribute this way)
 
     def parse(self, parser: Parser) -> nodes.Node:
+        """Parse the body of the tag up to ``{% endgeneration %}``."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_render"), [], [], body).set_lineno(line)
@@ -34,9 +41,9 @@ class GenerationTag(Extension):
 
 
 class SafeNamespace(Namespace):
-    """``namespace(...)`` without names that begin with an underscore."""
+    """jinja2's ``namespace(...)``, but names that begin with an underscore raise ``SecurityError``."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # so that namespace(self=1) works, as jinja2's own does
+    def __init__(*args: Any, **kwargs: Any) -> None:  # no named self, so that namespace(self=1) works as in jinja2
         self, rest = args[0], args[1:]
         values = dict(*rest, **kwargs)
         for name in values:
@@ -49,17 +56,21 @@ class SafeNamespace(Namespace):
 
 
 class SafeDict:
-    """``dict(...)`` and ``dict.fromkeys(...)``, and nothing else of the class."""
+    """A replacement for ``dict`` that offers ``dict(...)`` and ``dict.fromkeys(...)`` and no other attribute."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
 
     def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        """Return ``dict.fromkeys(*args)``."""
         return dict.fromkeys(*args)
 
 
 def environment() -> ImmutableSandboxedEnvironment:
-    """A fresh environment with the filters and functions that chat templates use."""
+    """Create an environment with the filters and functions that chat templates use.
+
+    Source: transformers ``utils/chat_template_utils.py``.
+    """
     env = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
     )
@@ -77,7 +88,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Unlike jinja2's own filter, this one escapes no HTML."""
+    """Serialize a value as JSON. Unlike jinja2's own filter, this one does not escape HTML characters."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -92,5 +103,6 @@ def _strftime_now(format: str) -> str:
 
 
 def _check_name(name: Any) -> None:
+    """Raise ``SecurityError`` when a template stores a name that begins with an underscore."""
     if isinstance(name, str) and name.startswith("_"):
         raise SecurityError(f"a template may not store {name!r} on a namespace")

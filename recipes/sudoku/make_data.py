@@ -1,7 +1,9 @@
-"""Writes train.jsonl and valid.jsonl of Sudoku puzzles with one solution: ``python make_data.py FOLDER``.
+"""Write Sudoku puzzles with a unique solution to train.jsonl and valid.jsonl.
 
-No validation puzzle has a solution that is, up to the names of its digits, that of a training puzzle; neither have
-those of ``dgemma-mlx eval --task sudoku``.
+    python make_data.py FOLDER
+
+The solutions of the validation puzzles, and of the puzzles of ``dgemma-mlx eval --task sudoku``, never equal the
+solution of a training puzzle, even after renaming the digits.
 """
 
 from __future__ import annotations
@@ -18,13 +20,14 @@ from dgemma_mlx.train.sudoku import BOXES, Split, draw
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--size", type=int, default=6, choices=sorted(BOXES))
-    parser.add_argument("--clues", type=parse_clues, help="how many cells are given, as 14-22")
-    parser.add_argument("--train", type=int, default=48_000, help="puzzles to train on")
-    parser.add_argument("--valid", type=int, default=100, help="puzzles to validate with")
-    parser.add_argument("--seed", type=int, default=0)
+    """Parse the command line and write both files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder for train.jsonl and valid.jsonl")
+    parser.add_argument("--size", type=int, default=6, choices=sorted(BOXES), help="cells per row")
+    parser.add_argument("--clues", type=parse_clues, help="range of the number of clues, such as 14-22")
+    parser.add_argument("--train", type=int, default=48_000, help="number of training puzzles")
+    parser.add_argument("--valid", type=int, default=100, help="number of validation puzzles")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the puzzles")
     arguments = parser.parse_args()
     check_sudoku(arguments.size, arguments.clues)
     splits: list[tuple[str, Split, int]] = [

@@ -1,13 +1,14 @@
 #!/bin/sh
-# Puzzles, fine-tuning, and the model before and after on the same held-out puzzles: run.sh [PYTHON [FOLDER]]
-# Interrupted, the same command goes on where it stopped. Options of the training stand in the README.
+# Usage: run.sh [PYTHON [FOLDER]]
+# Writes the puzzles, fine-tunes the demo model, and evaluates it before and after on the same held-out puzzles.
+# After an interruption, the same command continues where it stopped. The README explains the training options.
 set -eu
 cd "$(dirname "$0")/../.."
 python=${1:-.venv/bin/python}
 run=${2:-runs/sudoku}
 clues=16-22
 if [ "$(uname -s)" = Linux ] && library=$(sh scripts/openblas.sh); then
-    # MLX's own BLAS for Linux is slow; training keeps two cores busy with a thread of BLAS each.
+    # The BLAS in MLX's Linux wheel is slow. Training uses two cores, with one BLAS thread each.
     export LD_PRELOAD="$library" OPENBLAS_NUM_THREADS=1
 fi
 [ -e "$run/data/valid.jsonl" ] ||

@@ -1,4 +1,4 @@
-"""Tokenizers of a handful of pieces, and all canvases that an automaton allows, one by one."""
+"""Helpers for tests: tokenizers of a few pieces, enumeration of all canvases, random accepted texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CONTROL = {"<pad>": PAD, "<eos>": EOS, "<turn|>": TURN}
 
 
 class _Pieces:
-    """A tokenizer library for a list of pieces."""
+    """A tokenizer backend for a list of pieces. It cannot encode text."""
 
     def __init__(self, pieces: Sequence[str]) -> None:
         self._pieces = [*_CONTROL, *pieces]
@@ -38,17 +38,20 @@ class _Pieces:
 
 
 def tokenizer_of(*pieces: str) -> Tokenizer:
-    """Padding, two end-of-text tokens (ids 0, 1, 2), then these pieces."""
+    """Return a tokenizer with padding (id 0), two end-of-text tokens (ids 1 and 2) and these pieces."""
     return Tokenizer(_Pieces(pieces), {})
 
 
 def canvases(
     automaton: Automaton, tokenizer: Tokenizer, text: bytes, length: int, room: int, needed: dict[int, int]
 ) -> Iterator[tuple[int, ...]]:
-    """Every canvas behind ``text`` that ends within ``room`` tokens, or leaves enough of it; ``needed`` says how many
-    tokens each state takes to its end."""
+    """Yield every canvas of ``length`` tokens after ``text`` that matches.
+
+    A canvas matches if it ends the text within ``room`` tokens, or leaves enough room to end it. ``needed`` maps each
+    state to the number of tokens that end a text from there.
+    """
     for canvas in itertools.product(range(tokenizer.vocab_size), repeat=length):
-        end = next((place for place, id in enumerate(canvas) if id in (EOS, TURN)), length)
+        end = next((position for position, id in enumerate(canvas) if id in (EOS, TURN)), length)
         if any(id in (PAD, EOS, TURN) for id in canvas[:end]) or any(id > TURN for id in canvas[end:]):
             continue
         state = automaton.after(0, text + b"".join(tokenizer.token_bytes(id) for id in canvas[:end]))
@@ -59,20 +62,23 @@ def canvases(
 
 
 def shares(found: list[tuple[int, ...]], logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How probable each canvas is among them."""
+    """Return the probability of each canvas among the given ones, in proportion to exp of its summed logits (C, V)."""
     scores = np.array([logits[np.arange(len(canvas)), list(canvas)].sum() for canvas in found])
     weights = np.exp(scores - scores.max())
     return np.asarray(weights / weights.sum())
 
 
 def text_of(automaton: Automaton, rng: np.random.Generator, steps: int = 60) -> bytes:
-    """A text that it accepts, by a random walk that turns to the shortest way out after some steps."""
+    """Return a text that the automaton accepts.
+
+    It is a random walk of up to ``steps`` bytes, followed by the shortest way to an accepting state.
+    """
     text, state, completions = b"", 0, automaton.completions()
     for _ in range(int(rng.integers(1, steps + 1))):
         following = np.flatnonzero(automaton.table[state] >= 0)
         if not following.size or (automaton.accepting[state] and rng.random() < 0.1):
             break
-        ends = rng.random() < 0.2 and completions[state]  # or else a string hardly ever would
+        ends = rng.random() < 0.2 and completions[state]  # otherwise strings would hardly ever end
         byte = completions[state][0] if ends else int(rng.choice(following))
         text += bytes([byte])
         state = int(automaton.table[state, byte])

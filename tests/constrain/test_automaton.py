@@ -1,4 +1,4 @@
-"""Automata accept what the regular expression says, by Python's own ``re``."""
+"""Tests of automata: they accept the same texts as Python's ``re``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_texts_that_match_and_texts_that_do_not(regex: str) -> None:
 
 
 @pytest.mark.parametrize("regex", ["^a|b$", "^a|b", "(a|b)$", r"^\$$", r"\\$", "^^a"])
-def test_anchors_around_a_regular_expression_say_nothing(regex: str) -> None:
+def test_anchors_around_a_regular_expression_have_no_effect(regex: str) -> None:
     if regex == "^^a":
         with pytest.raises(DgemmaError):
             Constraint.regex(regex)
@@ -52,8 +52,8 @@ def test_anchors_around_a_regular_expression_say_nothing(regex: str) -> None:
      ("(?=a)b", "compiled"), (r"(a)\1", "compiled"), ("[^\\x00-\\x{10FFFF}]", "part that no text"),
      ("a{30000}", "too large"), ("[", "compiled")],
 )  # fmt: skip
-def test_what_cannot_be_compiled_is_one_error(regex: str, says: str) -> None:
-    if says == "x":  # parentheses that happen to fit around it
+def test_an_expression_that_cannot_be_compiled_is_one_error(regex: str, says: str) -> None:
+    if says == "x":  # its parentheses balance with those added around it
         assert Constraint.regex(regex).automaton.matches(b"ab")
         return
     with pytest.raises(DgemmaError, match=says) as caught:
@@ -84,6 +84,6 @@ def test_choices_are_taken_literally(texts: list[str]) -> None:
 
 
 @pytest.mark.parametrize("choices", [[], "yes,no", [1], ["\ud800"]])
-def test_choices_that_are_none(choices: object) -> None:
+def test_invalid_choices_are_rejected(choices: object) -> None:
     with pytest.raises(DgemmaError):
         Constraint.choice(choices)  # type: ignore[arg-type]

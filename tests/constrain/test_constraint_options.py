@@ -1,4 +1,4 @@
-"""Constraints on the command line."""
+"""Tests of the constraint options of the command line."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def test_a_batch_under_a_schema(tmp_path: Path) -> None:
     assert done.returncode == 1
 
 
-def test_thinking_from_the_settings_is_named() -> None:
+def test_thinking_with_a_constraint_names_the_option() -> None:
     done = run("Sort 7 3 5", "--choice", "3,5", "--thinking")
     assert done.returncode == 2 and "--no-thinking" in done.stderr and done.stdout == ""
 
 
-def test_what_may_be_given(tmp_path: Path) -> None:
+def test_valid_constraint_options(tmp_path: Path) -> None:
     grammar, schema = tmp_path / "g", tmp_path / "s"
     grammar.write_text("a ::= 'x' b\nb ::= [0-9]+")
     schema.write_text(SCHEMA)
@@ -68,13 +68,13 @@ def test_what_may_be_given(tmp_path: Path) -> None:
         ((None, None, None, "a ::= a"), "recursion"), (("(", None, None, None), "cannot be compiled"),
     ],
 )  # fmt: skip
-def test_what_may_not(given: tuple[str | None, ...], says: str) -> None:
+def test_invalid_constraint_options(given: tuple[str | None, ...], says: str) -> None:
     with pytest.raises(DgemmaError, match=re.escape(says)) as caught:
         constraint_of(*given)
     assert caught.value.exit_code == 2
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_utf8_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "s").write_bytes(b"\xff{}")
     with pytest.raises(DgemmaError, match="not UTF-8"):
         constraint_of(None, None, str(tmp_path / "s"), None)

@@ -1,4 +1,4 @@
-"""Dynamic programming over a canvas equals going through all canvases."""
+"""Tests of the projection: dynamic programming agrees with the enumeration of all canvases."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ REGEXES = ("a*", "(ab|ba)*", "a?b{0,2}", "b+a", "aab|bba?", "(a|bb)*b", "[ab]{2,
 EXTRA = ("ab", "ba", "aa", "abb", "bab")
 
 
-def tokens_of(regex: str, tokenizer: Tokenizer) -> TokenAutomaton:
+def token_automaton_of(regex: str, tokenizer: Tokenizer) -> TokenAutomaton:
     return TokenAutomaton(automaton_of(regex, "it"), tokenizer, (EOS, TURN), PAD, tokenizer.vocab_size)
 
 
 def projected(
-    tokens: TokenAutomaton, state: int, room: int, logits: np.ndarray, uniforms: np.ndarray | None = None
+    token_automaton: TokenAutomaton, state: int, room: int, logits: np.ndarray, uniforms: np.ndarray | None = None
 ) -> Projected:
-    """With the whole vocabulary as candidates."""
+    """Project a canvas with logits (C, V) and the whole vocabulary as candidates."""
     C, V = logits.shape
     ids = np.broadcast_to(np.arange(V, dtype=np.int32), (C, V))
-    scores = logits[:, tokens.skeleton]
-    return project(tokens, state, room, scores, ids, logits, np.zeros(C) if uniforms is None else uniforms)
+    scores = logits[:, token_automaton.skeleton]
+    return project(token_automaton, state, room, scores, ids, logits, np.zeros(C) if uniforms is None else uniforms)
 
 
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_projection_equals_all_canvases(data: st.DataObject) -> None:
-    """The argmax, and what acceptance goes by; from any state, with ends, padding and a budget."""
+    """Argmax, sample, entropy and gap agree, from any state, with ends, padding and a limit on tokens."""
     regex = data.draw(st.sampled_from(REGEXES))
     tokenizer = tokenizer_of("a", "b", *data.draw(st.lists(st.sampled_from(EXTRA), max_size=2, unique=True)))
-    tokens = tokens_of(regex, tokenizer)
+    token_automaton = token_automaton_of(regex, tokenizer)
     automaton = automaton_of(regex, "it")
     text = data.draw(st.text("ab", max_size=3)).encode()
     state = automaton.after(0, text)
     assume(state >= 0)
     length, extra = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 6))
-    room = int(tokens.shortest[state]) + extra
+    room = int(token_automaton.shortest[state]) + extra
     sharpness = data.draw(st.sampled_from((0.0, 1.0, 30.0, 400.0)))
     seed = data.draw(st.integers(0, 2**32 - 1))
     logits = sharpness * np.random.default_rng(seed).normal(size=(length, tokenizer.vocab_size))
 
-    needed = dict(enumerate(tokens.shortest.tolist()))
+    needed = dict(enumerate(token_automaton.shortest.tolist()))
     every = list(canvases(automaton, tokenizer, text, length, room, needed))
     share = shares(every, logits)
-    found = projected(tokens, state, room, logits)
+    found = projected(token_automaton, state, room, logits)
     assert tuple(found.argmax.tolist()) in every and tuple(found.sample.tolist()) in every
     assert share[every.index(tuple(found.argmax.tolist()))] == pytest.approx(share.max())
     marginals = np.zeros(logits.shape)
@@ -73,48 +73,48 @@ def test_projection_equals_all_canvases(data: st.DataObject) -> None:
 
 def test_samples_are_drawn_in_proportion() -> None:
     tokenizer = tokenizer_of("a", "b", "ab")
-    tokens, automaton = tokens_of("(ab|ba)*", tokenizer), automaton_of("(ab|ba)*", "it")
+    token_automaton, automaton = token_automaton_of("(ab|ba)*", tokenizer), automaton_of("(ab|ba)*", "it")
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(3, tokenizer.vocab_size))
-    every = list(canvases(automaton, tokenizer, b"", 3, 5, dict(enumerate(tokens.shortest.tolist()))))
+    every = list(canvases(automaton, tokenizer, b"", 3, 5, dict(enumerate(token_automaton.shortest.tolist()))))
     counts = dict.fromkeys(every, 0)
     draws = 3000
     for _ in range(draws):
-        counts[tuple(projected(tokens, 0, 5, logits, rng.random(3)).sample.tolist())] += 1
+        counts[tuple(projected(token_automaton, 0, 5, logits, rng.random(3)).sample.tolist())] += 1
     expected = draws * shares(every, logits)
     squares = (np.array([counts[canvas] for canvas in every]) - expected) ** 2 / expected
     assert len(every) > 10
     assert squares.sum() < len(every) + 5 * np.sqrt(2 * len(every))  # chi square, five deviations above its mean
 
 
-def test_no_logits_lead_astray() -> None:
-    """What a network may come to, and what underflows."""
+def test_extreme_logits_still_give_matching_canvases() -> None:
+    """Logits that are NaN or infinite, and logits whose probabilities underflow."""
     tokenizer = tokenizer_of("a", "b", "ab")
-    tokens = tokens_of("(ab){3}", tokenizer)
+    token_automaton = token_automaton_of("(ab){3}", tokenizer)
     for value in (np.nan, np.inf, -np.inf):
-        found = projected(tokens, 0, 9, np.full((8, tokenizer.vocab_size), value))
+        found = projected(token_automaton, 0, 9, np.full((8, tokenizer.vocab_size), value))
         for canvas in (found.argmax, found.sample):
-            assert tokens.advance(0, canvas.tolist()) == tokens.end
+            assert token_automaton.advance(0, canvas.tolist()) == token_automaton.end
         assert np.isfinite(found.entropy).all()
-    logits = np.zeros((200, tokenizer.vocab_size))  # certain of padding, which has to be given up for six tokens
+    logits = np.zeros((200, tokenizer.vocab_size))  # certain of padding, but six positions need other tokens
     logits[:, PAD] = 200.0
-    found = projected(tokens, 0, 300, logits)
-    assert tokens.advance(0, found.argmax.tolist()) == tokens.end
+    found = projected(token_automaton, 0, 300, logits)
+    assert token_automaton.advance(0, found.argmax.tolist()) == token_automaton.end
     np.testing.assert_allclose(found.entropy[7:], 0, atol=1e-9)
 
 
 @pytest.mark.parametrize("room", [4, 5, 6, 8, 11])
-def test_a_text_that_never_ends_by_itself_is_ended_in_time(room: int) -> None:
-    """Canvas after canvas, the state carried along, under logits that want to go on."""
+def test_a_text_that_never_ends_by_itself_ends_within_its_room(room: int) -> None:
+    """Several canvases in a row, with logits that always favor continuing the text."""
     tokenizer = tokenizer_of("a", "b")
-    tokens = tokens_of("a+bb", tokenizer)
+    token_automaton = token_automaton_of("a+bb", tokenizer)
     logits = np.zeros((3, tokenizer.vocab_size))
     logits[:, 3] = 50.0
     state, left, text = 0, room, []
-    while state != tokens.end:
-        found = projected(tokens, state, left, logits)
-        state = tokens.advance(state, found.argmax.tolist())
+    while state != token_automaton.end:
+        found = projected(token_automaton, state, left, logits)
+        state = token_automaton.advance(state, found.argmax.tolist())
         text += found.argmax.tolist()
         left -= 3
-    end = next(place for place, id in enumerate(text) if id in (EOS, TURN))
+    end = next(position for position, id in enumerate(text) if id in (EOS, TURN))
     assert text[:end] == [3] * (room - 3) + [4, 4] and end + 1 == room

@@ -1,4 +1,4 @@
-"""Whatever a schema's automaton accepts validates, by ``jsonschema``; whatever is not translated is refused."""
+"""Tests of JSON schemas: accepted texts validate by ``jsonschema``, and unsupported keywords are rejected."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ SUPPORTED: dict[str, list[Any]] = {
              {"definitions": {"a/b": {"type": "null"}}, "$ref": "#/definitions/a~1b"}],
 }  # fmt: skip
 
-REFUSED: dict[str, list[Any]] = {
+REJECTED: dict[str, list[Any]] = {
     "not": [{"not": {"type": "string"}}],
     "if": [{"if": {"type": "string"}, "then": {"maxLength": 2}}],
     "contains": [{"type": "array", "contains": {"const": 1}}],
@@ -114,36 +114,36 @@ REFUSED: dict[str, list[Any]] = {
 @pytest.mark.parametrize(
     "schema", [*chain(*SUPPORTED.values()), {}, True], ids=lambda schema: json.dumps(schema)[:60]
 )
-def test_what_is_supported_validates(schema: Any) -> None:
+def test_accepted_texts_validate(schema: Any) -> None:
     automaton = Constraint.json_schema(schema).automaton
     validator = Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
     rng = np.random.default_rng(0)
     texts = {text_of(automaton, rng) for _ in range(60)}
     for text in texts:
         validator.validate(json.loads(text))
-    assert len(texts) > 1 or automaton.size == len(next(iter(texts))) + 1  # unless there is one text alone
+    assert len(texts) > 1 or automaton.size == len(next(iter(texts))) + 1  # unless the schema allows a single text
 
 
-@pytest.mark.parametrize("schema", [*chain(*REFUSED.values())], ids=lambda schema: str(schema)[:60])
-def test_what_is_not_supported_is_refused(schema: Any) -> None:
+@pytest.mark.parametrize("schema", [*chain(*REJECTED.values())], ids=lambda schema: str(schema)[:60])
+def test_unsupported_and_malformed_schemas_are_rejected(schema: Any) -> None:
     with pytest.raises(DgemmaError) as caught:
         Constraint.json_schema(schema)
     assert caught.value.exit_code == 2
     assert "JSON schema" in caught.value.message
 
 
-def test_no_keyword_of_the_draft_is_left_out() -> None:
-    assert {*SUPPORTED, *REFUSED} >= set(Draft202012Validator.VALIDATORS)
+def test_every_keyword_of_the_draft_is_tested() -> None:
+    assert {*SUPPORTED, *REJECTED} >= set(Draft202012Validator.VALIDATORS)
 
 
-def test_an_error_says_where() -> None:
+def test_an_error_gives_the_path() -> None:
     schema = {"type": "object", "properties": {"a/b": {"type": "array", "items": {"not": {}}}}}
     with pytest.raises(DgemmaError, match=re.escape("#/properties/a~1b/items: not is not supported")):
         Constraint.json_schema(schema)
 
 
-def test_what_people_write_is_accepted() -> None:
-    """Not only what is right is written: what is right can be written."""
+def test_typical_json_is_accepted() -> None:
+    """The automaton accepts valid JSON in the usual notations and rejects invalid JSON."""
     schema = {
         "type": "object",
         "properties": {"name": {"type": "string"}, "n": {"type": "number"}, "tags": {"type": "array", "items": {}}},
@@ -158,12 +158,12 @@ def test_what_people_write_is_accepted() -> None:
         assert not accepted(json.dumps(value).encode())
 
 
-def test_json_text_is_as_good_as_a_dict() -> None:
+def test_json_text_and_a_dict_are_equivalent() -> None:
     schema = {"type": "array", "items": {"enum": ["a", "b"]}}
     assert Constraint.json_schema(json.dumps(schema)).pattern == Constraint.json_schema(schema).pattern
 
 
-def test_response_formats() -> None:
+def test_response_format() -> None:
     outer = {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": {"type": "integer"}}}
     same = Constraint.response_format(outer)
     assert same is not None and same.pattern == Constraint.json_schema({"type": "integer"}).pattern

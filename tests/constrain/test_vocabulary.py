@@ -1,4 +1,4 @@
-"""Tokens over an automaton are their bytes over it; candidates are the most probable tokens."""
+"""Tests of token automata, whose tokens lead where their bytes lead, and of the search for candidates."""
 
 from __future__ import annotations
 
@@ -31,54 +31,54 @@ def over(constraint: Constraint, tokenizer: Tokenizer, vocab_size: int = 768) ->
 
 @pytest.mark.parametrize("constraint", [Constraint.json_schema(RECORD), Constraint.regex(".*[é京]?[a-f ]{2}")])
 def test_every_token_leads_where_its_bytes_lead(demo: Tokenizer, constraint: Constraint) -> None:
-    tokens, automaton = over(constraint, demo), constraint.automaton
-    classes = tokens.classes(np.arange(768, dtype=np.int32))
+    token_automaton, automaton = over(constraint, demo), constraint.automaton
+    classes = token_automaton.classes(np.arange(768, dtype=np.int32))
     for id in range(768):
-        _, source, target = tokens.pairs(classes[id : id + 1])
+        _, source, target = token_automaton.transitions(classes[id : id + 1])
         found = dict(zip(source.tolist(), target.tolist(), strict=True))
         text = demo.token_bytes(id)
-        ways = {state: automaton.after(state, text) for state in range(automaton.size)} if text else {}
-        expected = {state: to for state, to in ways.items() if to >= 0}
+        targets = {state: automaton.after(state, text) for state in range(automaton.size)} if text else {}
+        expected = {state: to for state, to in targets.items() if to >= 0}
         if id in (1, 106):
-            expected = dict.fromkeys(np.flatnonzero(automaton.accepting).tolist(), tokens.end)
+            expected = dict.fromkeys(np.flatnonzero(automaton.accepting).tolist(), token_automaton.end)
         if id in (0, 1, 106):
-            expected[tokens.end] = tokens.end
+            expected[token_automaton.end] = token_automaton.end
         assert found == expected, demo.token(id)
-        for state in range(tokens.end):
-            assert tokens.advance(state, [id]) == expected.get(state, -1)
+        for state in range(token_automaton.end):
+            assert token_automaton.advance(state, [id]) == expected.get(state, -1)
 
 
-def test_shortest_ways_are_ways(demo: Tokenizer) -> None:
-    """Along the skeleton each state has a token that comes nearer to the end by one."""
-    tokens = over(Constraint.json_schema(RECORD), demo)
-    place, source, target = tokens.pairs(tokens.classes(tokens.skeleton))
-    assert len(place)
-    nearest = np.full(tokens.end + 1, 1 << 40)
-    np.minimum.at(nearest, source, tokens.shortest[target])
-    assert tokens.shortest[tokens.end] == 0
-    np.testing.assert_array_equal(tokens.shortest[: tokens.end], nearest[: tokens.end] + 1)
+def test_shortest_counts_the_skeleton_tokens_to_the_end(demo: Tokenizer) -> None:
+    """From each state some skeleton token leads to a state that is one token nearer to the end."""
+    token_automaton = over(Constraint.json_schema(RECORD), demo)
+    index, source, target = token_automaton.transitions(token_automaton.classes(token_automaton.skeleton))
+    assert len(index)
+    nearest = np.full(token_automaton.end + 1, 1 << 40)
+    np.minimum.at(nearest, source, token_automaton.shortest[target])
+    assert token_automaton.shortest[token_automaton.end] == 0
+    np.testing.assert_array_equal(token_automaton.shortest[: token_automaton.end], nearest[: token_automaton.end] + 1)
 
 
-def test_tokens_of_bytes(demo: Tokenizer) -> None:
+def test_ids_of_bytes(demo: Tokenizer) -> None:
     for id in range(768):
         data = demo.token_bytes(id)
         if data:
             other = demo.id_of_bytes(data)
             assert other is not None and demo.token_bytes(other) == data
     assert demo.id_of_bytes(b"") is None
-    assert demo.id_of_bytes("▁".encode()) is None  # a blank in the vocabulary, three bytes in a text
+    assert demo.id_of_bytes("▁".encode()) is None  # in the vocabulary it stands for a space
     assert demo.id_of_bytes(b"<eos>") is None
     assert demo.token_bytes(demo.id_of_bytes(b"\xe2") or 0) == b"\xe2"
 
 
-def test_a_vocabulary_that_cannot_write_it_is_an_error() -> None:
+def test_a_vocabulary_that_cannot_write_the_texts_is_an_error() -> None:
     with pytest.raises(DgemmaError, match="lacks tokens"):
         TokenAutomaton(Constraint.regex("a|xy").automaton, tokenizer_of("a", "x"), (EOS, TURN), PAD, 5)
 
 
 def test_a_model_may_have_fewer_tokens_than_its_tokenizer(demo: Tokenizer) -> None:
-    tokens = over(Constraint.regex("[a-z]{40}"), demo, 500)
-    assert tokens.skeleton.max() < 500
+    token_automaton = over(Constraint.regex("[a-z]{40}"), demo, 500)
+    assert token_automaton.skeleton.max() < 500
 
 
 def test_one_constraint_serves_several_models(demo: Tokenizer) -> None:
@@ -101,7 +101,7 @@ def test_top_ids_are_the_largest(size: int, dtype: mx.Dtype) -> None:
     assert all(len(set(row)) == len(row) for row in ids.reshape(-1, ids.shape[-1]).tolist())
 
 
-def test_top_ids_of_what_has_no_order() -> None:
+def test_top_ids_of_nan_and_infinity_are_valid_ids() -> None:
     for value in (mx.nan, -mx.inf, mx.inf):
         ids = np.array(top_ids(mx.full((1, 2, 5000), value), 8))
         assert ((ids >= 0) & (ids < 5000)).all()

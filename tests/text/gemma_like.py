@@ -1,4 +1,4 @@
-"""Small tokenizers of Gemma's kind and a template of Gemma 4's kind, to test ``dgemma_mlx.text``."""
+"""Small tokenizers like Gemma's and a chat template like Gemma 4's, for the tests of ``dgemma_mlx.text``."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ SPECIAL = {
     "<turn|>": 106,
     "<|image|>": 110,
 }
-UNMARKED = {"<|turn>", '<|"|>', "<|channel>", "<mask>"}  # control tokens that the file calls "special": false
-ORDINARY = ["\n", "\n\n", "\n\n\n", "▁▁", "▁▁▁▁", "<table>", "<b>", "</b>"]  # added tokens that are just text
+UNMARKED = {"<|turn>", '<|"|>', "<|channel>", "<mask>"}  # control tokens that the file marks "special": false
+ORDINARY = ["\n", "\n\n", "\n\n\n", "▁▁", "▁▁▁▁", "<table>", "<b>", "</b>"]  # added tokens that are ordinary text
 
 CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -183,10 +183,10 @@ CONVERSATIONS: list[list[dict[str, object]]] = [
 
 
 def write_tokenizer_json(folder: Path) -> None:
-    """Trains a byte-fallback BPE on ``CORPUS`` and writes it, Gemma 4's control tokens at their places."""
+    """Train a byte-fallback BPE tokenizer on ``CORPUS`` and write it with Gemma 4's control tokens at their ids."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-    def shell(model: models.BPE) -> Tokenizer:
+    def untrained(model: models.BPE) -> Tokenizer:
         tokenizer = Tokenizer(model)
         tokenizer.normalizer = normalizers.Replace(" ", "▁")
         tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
@@ -195,7 +195,7 @@ def write_tokenizer_json(folder: Path) -> None:
         )
         return tokenizer
 
-    trained = shell(models.BPE())
+    trained = untrained(models.BPE())
     alphabet = [chr(code) for code in range(32, 127)] + ["▁", "é", "ü"]
     trained.train_from_iterator(
         [text.replace("\n", " ") for text in CORPUS],
@@ -207,10 +207,10 @@ def write_tokenizer_json(folder: Path) -> None:
     known = {*SPECIAL, *ORDINARY}
     pieces = [f"<0x{byte:02X}>" for byte in range(256)] + ORDINARY
     pieces += [piece for piece in sorted(learned["vocab"], key=learned["vocab"].get) if piece not in known]
-    places = iter(sorted(set(range(len(SPECIAL) + len(pieces))) - set(SPECIAL.values())))
-    vocab = {**SPECIAL, **{piece: next(places) for piece in pieces}}
+    free_ids = iter(sorted(set(range(len(SPECIAL) + len(pieces))) - set(SPECIAL.values())))
+    vocab = {**SPECIAL, **{piece: next(free_ids) for piece in pieces}}
     merges = [tuple(pair) for pair in learned["merges"] if "".join(pair) not in known]
-    tokenizer = shell(
+    tokenizer = untrained(
         models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     )
     for text in [*SPECIAL, *ORDINARY]:
@@ -223,7 +223,7 @@ def write_tokenizer_json(folder: Path) -> None:
 
 
 def write_tokenizer_model(folder: Path) -> None:
-    """Trains a sentencepiece model with Gemma's settings on ``CORPUS``."""
+    """Train a sentencepiece model on ``CORPUS`` with Gemma's settings and write it."""
     import sentencepiece
 
     control = [token for token in SPECIAL if token not in ("<pad>", "<eos>", "<bos>", "<unk>")]
@@ -255,7 +255,7 @@ def write_tokenizer_model(folder: Path) -> None:
 
 
 def random_text(rng: random.Random, extra: Sequence[str] = ()) -> str:
-    """Text of awkward pieces, with those of ``extra`` strewn in."""
+    """Return a random text of up to 11 awkward pieces; the strings in ``extra`` are further pieces."""
     pieces = [
         "a",
         "the quick ",

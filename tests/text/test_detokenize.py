@@ -1,4 +1,4 @@
-"""Detokenizing piece by piece equals decoding the whole, however the ids are cut."""
+"""Tests of incremental decoding: pieces of any size join to the decoded whole."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_pieces_join_to_the_whole_text(tokenizer: Tokenizer) -> None:
         assert _in_pieces(tokenizer, ids, rng, keep_special=False) == tokenizer.decode(ids)
 
 
-def test_pieces_join_for_any_ids_at_all(tokenizer: Tokenizer) -> None:
+def test_pieces_join_for_arbitrary_ids(tokenizer: Tokenizer) -> None:
     rng = random.Random(2)
     every_byte = [id for id in range(tokenizer.vocab_size) if tokenizer.token(id).startswith("<0x")]
     for _ in range(300):
@@ -44,7 +44,7 @@ def test_a_character_is_held_back_until_complete(tokenizer: Tokenizer) -> None:
     assert detokenizer.finish() == ""
 
 
-def test_a_cut_character_ends_as_one_replacement(tokenizer: Tokenizer) -> None:
+def test_an_incomplete_character_ends_as_one_replacement_character(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("🦊")
     detokenizer = Detokenizer(tokenizer)
     assert detokenizer.feed(ids[:3]) == ""

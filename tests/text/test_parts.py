@@ -1,4 +1,4 @@
-"""Thinking, tool calls and text come apart by token ids, however the ids arrive."""
+"""Tests of parsing an answer: text, thinking and tool calls are separated by token ids, in any chunks."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _parse(tokenizer: Tokenizer, text: str) -> Parts:
         ("", Parts()),
     ],
 )
-def test_answers(gemma: Tokenizer, answer: str, parts: Parts) -> None:
+def test_parts_of_an_answer(gemma: Tokenizer, answer: str, parts: Parts) -> None:
     assert _parse(gemma, answer) == parts
 
 
@@ -141,8 +141,8 @@ def test_strings_may_hold_text_that_looks_like_a_delimiter(gemma: Tokenizer) -> 
     assert parse_parts(gemma, ids).tool_calls == (ToolCall("f", {"a": '<|"|>}<tool_call|>'}),)
 
 
-def test_what_the_template_writes_reads_back(gemma: Tokenizer) -> None:
-    """Random arguments, written as Gemma's template writes them, come back equal."""
+def test_calls_written_as_by_the_template_are_read_back(gemma: Tokenizer) -> None:
+    """Random arguments, written in the format of Gemma's template, are parsed to equal arguments."""
     rng = random.Random(4)
 
     def value(depth: int) -> Any:
@@ -179,7 +179,7 @@ def test_what_the_template_writes_reads_back(gemma: Tokenizer) -> None:
         assert parse_parts(gemma, ids).tool_calls == (ToolCall("my_tool", arguments),)
 
 
-def test_parts_do_not_depend_on_how_ids_arrive(gemma: Tokenizer) -> None:
+def test_parts_do_not_depend_on_the_chunks_of_ids(gemma: Tokenizer) -> None:
     rng = random.Random(5)
     markup = [
         "<|channel>",
@@ -210,14 +210,14 @@ def test_parts_do_not_depend_on_how_ids_arrive(gemma: Tokenizer) -> None:
 
 
 def test_ordinary_ids_are_never_lost(tokenizer: Tokenizer) -> None:
-    """Without markup, the text is what decoding gives."""
+    """Without markup, the text equals the decoded ids."""
     rng = random.Random(6)
     for _ in range(100):
         ids = tokenizer.encode(random_text(rng))
         assert parse_parts(tokenizer, ids) == Parts(tokenizer.decode(ids))
 
 
-def test_a_cut_character_is_shown_as_replaced(gemma: Tokenizer) -> None:
+def test_an_incomplete_character_becomes_a_replacement_character(gemma: Tokenizer) -> None:
     cut = gemma.encode("🦊")[:3]
     assert parse_parts(gemma, cut) == Parts("\ufffd")
     call = gemma.encode_control("<|tool_call>call:f{}<tool_call|>")

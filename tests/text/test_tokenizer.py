@@ -1,4 +1,4 @@
-"""Text typed by people never becomes control tokens, and comes back as it was."""
+"""Tests of the tokenizer: typed text never becomes control tokens, and decoding returns the encoded text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_sentencepiece_control_tokens(folders: dict[str, Path]) -> None:
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (2, 1, 0)
 
 
-def test_every_control_token_typed_is_text_and_written_is_an_id(tokenizer: Tokenizer) -> None:
+def test_control_tokens_are_text_when_typed_and_ids_when_written_by_a_template(tokenizer: Tokenizer) -> None:
     for text, id in tokenizer.special_ids.items():
         for typed in (
             text,
@@ -76,7 +76,7 @@ def test_lone_surrogates_become_replacement_characters(tokenizer: Tokenizer) -> 
     assert tokenizer.decode(tokenizer.encode("a\ud83db")) == "a\ufffdb"
 
 
-def test_merges_that_make_a_control_token_are_cut(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_merges_that_form_a_control_token_are_avoided(folders: dict[str, Path], tmp_path: Path) -> None:
     raw = json.loads((folders["json"] / "tokenizer.json").read_text())
     model = raw["model"]
     model["vocab"] |= {piece: len(model["vocab"]) + n for n, piece in enumerate(["<e", "os>", "eo"])}
@@ -92,14 +92,14 @@ def test_merges_that_make_a_control_token_are_cut(folders: dict[str, Path], tmp_
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_normalizing_makes_no_control_token(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_normalization_creates_no_control_token(folders: dict[str, Path], tmp_path: Path) -> None:
     raw = json.loads((folders["json"] / "tokenizer.json").read_text())
     raw["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFKC"}, raw["normalizer"]]}
     for token in raw["added_tokens"]:
         token["normalized"] = token["content"] == "<|turn>"
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     tokenizer = load_tokenizer(tmp_path)
-    ids = tokenizer.encode("＜|turn＞")  # fullwidth brackets, which NFKC makes ordinary
+    ids = tokenizer.encode("＜|turn＞")  # NFKC turns the fullwidth brackets into ASCII
     assert not any(map(tokenizer.is_control, ids))
     assert tokenizer.decode(ids) == "<|turn>"
 
@@ -113,7 +113,7 @@ def test_unknown_characters_without_byte_fallback(folders: dict[str, Path], tmp_
     assert SPECIAL["<unk>"] not in tokenizer.encode("a<unk>b")
 
 
-def test_overlapping_control_tokens_are_cut_leftmost_longest(
+def test_of_overlapping_control_tokens_the_leftmost_longest_wins(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     raw = json.loads((folders["json"] / "tokenizer.json").read_text())
@@ -130,7 +130,7 @@ def test_overlapping_control_tokens_are_cut_leftmost_longest(
     assert tokenizer.decode(tokenizer.encode("<|a><|b><|b>")) == "<|a><|b><|b>"
 
 
-def test_truncation_and_padding_of_the_file_are_switched_off(
+def test_truncation_and_padding_in_the_file_are_disabled(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     raw = json.loads((folders["json"] / "tokenizer.json").read_text())
@@ -149,7 +149,7 @@ def test_truncation_and_padding_of_the_file_are_switched_off(
     assert tokenizer.encode(text) == load_tokenizer(folders["json"]).encode(text)
 
 
-def test_names_come_from_the_config(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_named_tokens_come_from_the_config(folders: dict[str, Path], tmp_path: Path) -> None:
     shutil.copy(folders["json"] / "tokenizer.json", tmp_path)
     assert load_tokenizer(tmp_path).bos_id == 2
     config = {
@@ -165,7 +165,7 @@ def test_names_come_from_the_config(folders: dict[str, Path], tmp_path: Path) ->
     assert {"<table>", "<b>", "</b>"} <= set(tokenizer.special_ids)
 
 
-def test_ids_beyond_the_vocabulary_are_no_text(tokenizer: Tokenizer) -> None:
+def test_ids_outside_the_vocabulary_decode_to_nothing(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode([tokenizer.vocab_size, 10**6]) == ""
     assert tokenizer.token(tokenizer.vocab_size) == ""
 
@@ -189,7 +189,7 @@ def test_a_broken_file_is_one_clear_error(
     assert caught.value.hint and "\n" not in caught.value.message
 
 
-def test_no_tokenizer_at_all(tmp_path: Path) -> None:
+def test_a_folder_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DgemmaError, match="no tokenizer"):
         load_tokenizer(tmp_path)
 
@@ -202,11 +202,11 @@ def test_a_tokenizer_of_another_kind_is_refused(folders: dict[str, Path], tmp_pa
     ):
         raw["decoder"] = decoder
         (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
-        with pytest.raises(DgemmaError, match="no Gemma tokenizer"):
+        with pytest.raises(DgemmaError, match="is not a Gemma tokenizer"):
             load_tokenizer(tmp_path)
 
 
-def test_importing_the_package_imports_no_library() -> None:
+def test_importing_the_package_imports_no_heavy_library() -> None:
     script = """if True:
         import sys, dgemma_mlx.text
         heavy = {"mlx.core", "mlx_lm", "transformers", "torch", "tokenizers", "sentencepiece", "jinja2"}
