@@ -33,7 +33,7 @@ test-kernels: $(VENV)/.installed-kernels ## run the Metal kernels, in a simulato
 soak: $(VENV)/.installed-test ## run the tests that take minutes
 	@$(PYTHON_BIN) -m pytest -m slow $(ARGS)
 
-lint: $(VENV)/.installed-test ## run ruff
+lint: $(VENV)/.installed-test ## ruff
 	@$(PYTHON_BIN) -m ruff check .
 
 type: $(VENV)/.installed-test ## run mypy in strict mode
