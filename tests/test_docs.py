@@ -105,3 +105,14 @@ def test_pipes_md_names_every_field_of_an_event() -> None:
         unknown = _names(fields_cell) - printed.keys()
         assert not unknown, unknown
     assert f"`{events[Done]['event']}`" in rows
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "python.md"], ids=lambda page: page.name)
+def test_the_python_examples_of_a_page_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    example = "".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+    exec(compile(example, str(page), "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "3 5 7" and "13 14 15 16" in "".join(lines)
