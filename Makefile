@@ -1,4 +1,4 @@
-# What people run, and CI too. `make` alone lists the targets; ARGS="..." is handed on to the program.
+# The commands that people and CI run. `make` alone lists the targets. ARGS="..." is passed to the program.
 
 VENV := .venv
 ORACLE := .venv-oracle
@@ -21,37 +21,37 @@ demo: $(VENV)/.installed ## ask the built-in model three questions
 		echo; echo "\$$ dgemma-mlx generate -m demo --seed 1 \"$$prompt\""; \
 		$(VENV)/bin/dgemma-mlx generate -m demo --seed 1 "$$prompt" || exit 1; done
 
-demo-model: $(VENV)/.installed ## train the built-in model from nothing, in runs/demo (resumes), and score it
+demo-model: $(VENV)/.installed ## train the built-in model from nothing in runs/demo (resumes), and score it
 	@sh scripts/demo_model.sh $(PYTHON_BIN) $(ARGS)
 
-test: $(VENV)/.installed-test ## the tests, without torch
+test: $(VENV)/.installed-test ## run the tests, without torch
 	@$(PYTHON_BIN) -m pytest $(PARALLEL) $(ARGS)
 
-test-kernels: $(VENV)/.installed-kernels ## the Metal kernels, in a simulator where there is no Metal
+test-kernels: $(VENV)/.installed-kernels ## run the Metal kernels, in a simulator where there is no Metal
 	@$(PYTHON_BIN) -m pytest -m kernels tests/kernels tests/metalsim $(ARGS)
 
-soak: $(VENV)/.installed-test ## the tests that take minutes
+soak: $(VENV)/.installed-test ## run the tests that take minutes
 	@$(PYTHON_BIN) -m pytest -m slow $(ARGS)
 
 lint: $(VENV)/.installed-test ## ruff, and the contracts of imports
 	@$(PYTHON_BIN) -m ruff check .
 	@$(VENV)/bin/lint-imports --no-cache --no-logo
 
-type: $(VENV)/.installed-test ## mypy, strict
+type: $(VENV)/.installed-test ## run mypy in strict mode
 	@$(PYTHON_BIN) -m mypy
 
-oracle: $(ORACLE)/.installed ## compare with torch, transformers and mlx-vlm, in a venv of their own
+oracle: $(ORACLE)/.installed ## compare with torch, transformers and mlx-vlm, in an environment of their own
 	@$(ORACLE)/bin/python -m pytest -m oracle -W default $(ARGS)
 
-bench: $(VENV)/.installed-test ## the benchmarks; BENCH=long_prompt ARGS="--tokens 32768" runs one
+bench: $(VENV)/.installed-test ## run the benchmarks; BENCH=long_prompt ARGS="--tokens 32768" runs one
 	@library=$$(sh scripts/openblas.sh) || exit 1; \
 		for script in benchmarks/$(or $(BENCH),*).py; do echo "== $$script"; \
 		LD_PRELOAD=$$library $(PYTHON_BIN) "$$script" $(ARGS) || exit 1; done
 
-capture: $(VENV)/.installed ## draw docs/canvas.svg: a canvas, as the program draws it
+capture: $(VENV)/.installed ## draw docs/canvas.svg with the program's own renderer
 	@$(PYTHON_BIN) scripts/capture.py docs/canvas.svg $(ARGS)
 
-wheel: $(VENV)/.installed-test ## build dist/*.whl and the source archive
+wheel: $(VENV)/.installed-test ## build the wheel and the source archive in dist/
 	@rm -rf dist
 	@$(PYTHON_BIN) -m build --quiet
 	@ls -1 dist/*
