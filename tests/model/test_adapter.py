@@ -237,12 +237,12 @@ def cut(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
     [
         (cut, {}, "does not fit"),
         (lambda t: {n: a + (".encoder." in n) for n, a in t.items()}, {}, "encoder and decoder differently"),
-        (lambda t: {n: a for n, a in t.items() if "lora_A" in n}, {}, "one of two factors"),
+        (lambda t: {n: a for n, a in t.items() if "lora_A" in n}, {}, "only one of two factors"),
         (lambda t: {n.replace("q_proj", "r_proj"): a for n, a in t.items()}, {}, "does not have"),
         (lambda t: {n.replace(".self_attn.q_proj", ".router.proj"): a for n, a in t.items()}, {}, "cannot be adapted"),
-        (lambda t: {**t, "base_model.model.odd": mx.zeros(1)}, {}, "odd, which is no part"),
+        (lambda t: {**t, "base_model.model.odd": mx.zeros(1)}, {}, "odd, which is not part"),
         (None, {"peft_type": "IA3"}, "not supported"), (None, {"rank_pattern": {"a": 2}}, "rank_pattern"),
-        (None, {"r": "four"}, "not what an adapter has"), (None, {"lora_alpha": -1}, "alpha must be above 0"),
+        (None, {"r": "four"}, "not a valid adapter configuration"), (None, {"lora_alpha": -1}, "alpha must be above 0"),
         (None, {"use_dora": True}, "lacks parts"),
     ],
 )  # fmt: skip

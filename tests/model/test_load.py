@@ -145,7 +145,7 @@ def test_one_tensor_missing_misshapen_or_of_another_kind(tmp_path: Path, tensors
     assert failure(write_checkpoint(tmp_path / "0", flat_config(), without)) == f"the checkpoint lacks {name}"
     larger = mx.zeros((*tensors[name].shape[:-1], tensors[name].shape[-1] + 1))
     assert failure(write_checkpoint(tmp_path / "1", flat_config(), {**tensors, name: larger})).startswith(
-        f"{name} has shape {larger.shape}, config.json asks for {tensors[name].shape}"
+        f"{name} has shape {larger.shape}, but config.json asks for {tensors[name].shape}"
     )
     for dtype in (mx.int32, mx.uint32, mx.uint8, mx.bool_):
         other = {**tensors, name: tensors[name].astype(dtype)}
@@ -184,7 +184,7 @@ def test_many_missing_tensors_make_a_short_message(tmp_path: Path, tensors: Tens
         ({"weight_map": {}}, "has no weight_map"),
         ({"weight_map": ["model.safetensors"]}, "has no weight_map"),
         ({}, "has no weight_map"),
-        ([], "holds no JSON object"),
+        ([], "does not contain a JSON object"),
         ('{"weight_map": {"a": "model.saf', "cannot read"),
         ("", "cannot read"),
     ],
@@ -204,7 +204,7 @@ def test_tensor_in_two_shards(tmp_path: Path, tensors: Tensors) -> None:
         held = mx.load(str(file))
         assert isinstance(held, dict)
         mx.save_safetensors(str(file), {**held, name: tensors[name]})
-    assert failure(folder) == f"{second} holds {name} again, which another shard has"
+    assert failure(folder) == f"{second} holds {name}, which another shard holds as well"
 
 
 def test_no_weights(folder: Path) -> None:
@@ -230,19 +230,19 @@ def test_file_cut_off_anywhere(tmp_path: Path, tensors: Tensors, shards: int) ->
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda content: content + b"\0", "bytes, its header promises"),
-        (lambda content: content + content, "bytes, its header promises"),
+        (lambda content: content + b"\0", "bytes, but its header promises"),
+        (lambda content: content + content, "bytes, but its header promises"),
         (lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2\nsize 9\n", "Git LFS pointer"),
-        (lambda content: b"<!DOCTYPE html><html>Access denied</html>", "is no safetensors file"),
-        (lambda content: b"PK\3\4" + content, "is no safetensors file"),
-        (lambda content: b"\0" * len(content), "is no safetensors file"),
-        (lambda content: b"\xff" * len(content), "is no safetensors file"),
+        (lambda content: b"<!DOCTYPE html><html>Access denied</html>", "is not a safetensors file"),
+        (lambda content: b"PK\3\4" + content, "is not a safetensors file"),
+        (lambda content: b"\0" * len(content), "is not a safetensors file"),
+        (lambda content: b"\xff" * len(content), "is not a safetensors file"),
         (lambda content: content.replace(b'"F32"', b'"F64"', 1), "cannot be loaded"),
         (lambda content: content.replace(b'"F32"', b'"XYZ"', 1), "cannot be loaded"),
         (lambda content: content.replace(b'"shape":[96', b'"shape":[97', 1), "cannot be loaded"),
-        (lambda content: content.replace(b'"data_offsets"', b'"data_offzets"', 1), "is no safetensors file"),
-        (lambda content: struct.pack("<Q", 2) + b"[]", "is no safetensors file"),
-        (lambda content: struct.pack("<Q", 90_000) + b"[" * 90_000, "is no safetensors file"),
+        (lambda content: content.replace(b'"data_offsets"', b'"data_offzets"', 1), "is not a safetensors file"),
+        (lambda content: struct.pack("<Q", 2) + b"[]", "is not a safetensors file"),
+        (lambda content: struct.pack("<Q", 90_000) + b"[" * 90_000, "is not a safetensors file"),
         (lambda content: struct.pack("<Q", 2) + b"{}", "the checkpoint lacks"),
     ],
 )

@@ -92,7 +92,7 @@ def test_it_is_the_expected_embedding_within_its_bound(
     float32 = 2.0**-14  # what float32 probabilities are off: 3.0e-5 by MLX's CPU softmax, in the row of the example
     bound = largest * (1 - least_kept(dtype) + float32) + 3 * unit * np.abs(exact)
     assert prediction.dense is not None
-    dense = np.array(prediction.dense)
+    dense = np.array(prediction.dense.positions)
     assert 0 not in dense and len(rows) + 1 in dense
     of_logits = np.expm1(2 * unit * np.abs(y[dense]).max(axis=-1, keepdims=True))
     bound[dense] = largest * (of_logits + 8 * unit + float32)
