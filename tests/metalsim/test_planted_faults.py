@@ -1,4 +1,4 @@
-"""Tests with faults that are planted, one at a time, into correct kernels. Each report must name the fault and its line.
+"""Tests with faults that are planted one at a time into correct kernels. Each report must name the fault and its line.
 
 The correct kernels are not reported, so that a report is about the planted fault.
 """
