@@ -97,6 +97,7 @@ class LoRALinear(nn.Module):
         return self.linear(x) + self._addition(x)
 
     def _addition(self, x: mx.array) -> mx.array:
+        """Return the low-rank addition (..., O) for x (..., I), computed in float32 and rounded to x's dtype."""
         z = (self.dropout(x) @ self.lora_a) @ self.lora_b
         return (self._scale * z).astype(x.dtype)
 
@@ -246,6 +247,7 @@ def plain_weight(linear: Any) -> mx.array:
 
 
 def _can_be_adapted(path: str, module: nn.Module) -> bool:
+    """Return whether the module at a path is a linear layer or a stack of experts in one of ``GROUPS``."""
     kinds = (nn.Linear, nn.QuantizedLinear, ExpertLinear, QuantizedExpertLinear)
     return isinstance(module, kinds) and any(re.fullmatch(pattern, path) for pattern in GROUPS.values())
 

@@ -160,6 +160,10 @@ def _load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 
 
 def _from_peft(stored: Mapping[str, mx.array], file: Path) -> dict[str, dict[str, mx.array]]:
+    """Group the tensors of PEFT's ``file`` by module path, with the factors in this package's orientation.
+
+    Raises ``DgemmaError`` for a tensor that does not belong to an adapter, or when encoder and decoder differ.
+    """
     parts: dict[str, dict[str, mx.array]] = {}
     for full_name, tensor in stored.items():
         suffix = next((suffix for suffix in _SUFFIXES if full_name.endswith(suffix)), None)
@@ -179,6 +183,10 @@ def _from_peft(stored: Mapping[str, mx.array], file: Path) -> dict[str, dict[str
 
 
 def _from_mlx_lm(stored: Mapping[str, mx.array], file: Path) -> dict[str, dict[str, mx.array]]:
+    """Group the tensors of mlx_lm's ``file`` by module path.
+
+    Raises ``DgemmaError`` for a tensor that does not belong to an adapter.
+    """
     parts: dict[str, dict[str, mx.array]] = {}
     for name, value in stored.items():
         found = _OWN.fullmatch(name.removeprefix("model.decoder."))
@@ -189,6 +197,7 @@ def _from_mlx_lm(stored: Mapping[str, mx.array], file: Path) -> dict[str, dict[s
 
 
 def _peft_config(raw: Mapping[str, Any], parts: Mapping[str, Any]) -> AdapterConfig:
+    """Convert PEFT's settings. The targets are the paths of the adapted modules, the keys of ``parts``."""
     for name, plain in (("bias", "none"), ("rank_pattern", {}), ("alpha_pattern", {}), ("modules_to_save", None)):
         if raw.get(name) not in (plain, None):
             raise DgemmaError(f"{CONFIG}: {name} {raw[name]!r} is not supported", _NOT_SUPPORTED)
@@ -202,6 +211,7 @@ def _peft_config(raw: Mapping[str, Any], parts: Mapping[str, Any]) -> AdapterCon
 
 
 def _mlx_lm_config(raw: Mapping[str, Any], parts: Mapping[str, Any]) -> AdapterConfig:
+    """Convert mlx_lm's settings. The targets are the paths of the adapted modules, the keys of ``parts``."""
     values = raw["lora_parameters"]
     rank = int(values["rank"])
     return AdapterConfig(
@@ -212,6 +222,7 @@ def _mlx_lm_config(raw: Mapping[str, Any], parts: Mapping[str, Any]) -> AdapterC
 
 @contextmanager
 def _malformed(path: Path) -> Any:
+    """Turn the errors of reading settings into a ``DgemmaError`` that names the file."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:

@@ -60,6 +60,7 @@ class _LayerCache:
         return self._first(end)
 
     def _first(self, count: int) -> tuple[mx.array, mx.array]:
+        """Return the first ``count`` positions of both buffers."""
         assert self._keys is not None and self._values is not None
         return self._keys[:, :, :count], self._values[:, :, :count]
 
@@ -75,6 +76,7 @@ class _LayerCache:
         self._values[:, :, self.size : end] = v
 
     def _grown(self, old: mx.array | None, like: mx.array, capacity: int) -> mx.array:
+        """Return a buffer for ``capacity`` positions and the spare room, which begins with the prefix in ``old``."""
         B, H, _, D = like.shape
         room = mx.zeros((B, H, capacity + self._spare - self.size, D), like.dtype)
         return room if old is None else mx.concatenate([old[:, :, : self.size], room], axis=2)
@@ -123,7 +125,7 @@ class SlidingLayerCache(_LayerCache):
         """Append keys and values (B, Hk, L, D) and return those that the new positions attend over.
 
         These are the stored window followed by the new positions. Afterwards the last ``window - 1`` of them are kept.
-        ``capacity`` is ignored, because the buffers have a fixed size.
+        ``capacity`` is ignored, because the window has a fixed size.
         """
         if self._keys is not None:
             keys, values = self.state()
@@ -175,14 +177,18 @@ class PrefixCache:
     Life of a cache: ``encode`` gets the masks from ``encode_masks``, calls ``update`` in each layer to append the new
     keys and values, and calls ``advance`` at the end. ``decode`` gets the masks from ``canvas_masks`` and calls
     ``with_canvas`` in each layer, which places the canvas' keys and values after the prefix for this step only. The
-    cache grows only when a finished canvas is encoded.
+    cache grows only when the prompt or a committed canvas is encoded.
 
     To go back to an earlier state, take a ``snapshot`` and ``restore`` it later. A full-attention layer only forgets
     the later positions. A sliding-window layer needs its earlier window again, which the snapshot holds.
 
-    The rows of a batch have prompts of different lengths, so shorter rows begin with padding. No query sees these
-    positions, and the positions of row b are counted from ``-left_padding[b]``, so that its text begins at position 0
+    The rows of a batch may have prompts of different lengths. Shorter rows then begin with padding, which no text
+    position sees. The positions of row b are counted from ``-left_padding[b]``, so that its text begins at position 0
     as it would alone.
+
+    Args:
+        config: Configuration of the network, which gives the kinds of layers and the window.
+        left_padding: Number of padding positions at the start of each row, (B,) int32; None for no padding.
 
     Attributes:
         offset: Number of positions encoded so far, the same for all rows, padding included.

@@ -95,6 +95,7 @@ def weighted_rows(weights: mx.array, table: nn.QuantizedEmbedding) -> mx.array:
 
 
 def _on_cpu() -> bool:
+    """Return whether the CPU is MLX's default device."""
     return bool(mx.default_device() == mx.Device(mx.cpu))
 
 
@@ -125,6 +126,7 @@ def _times_block(x: mx.array, packed: Packed, rows: slice, after: list[mx.array]
 
 
 def _quantized_matmul(x: mx.array, packed: Packed) -> mx.array:
+    """Return x (..., I) times the transposed packed weights: (..., O)."""
     return mx.quantized_matmul(
         x, packed.weight, packed.scales, packed.get("biases"), transpose=True, group_size=packed.group_size,
         bits=packed.bits, mode=packed.mode,

@@ -47,7 +47,7 @@ class Layer(nn.Module):
     A layer takes the residual stream together with its input norm, and returns the new residual stream together with
     the norm that the next layer needs, so that one kernel can compute both.
 
-    Reference: transformers ``DiffusionGemmaDecoderTextLayer``.
+    Reference: transformers ``DiffusionGemmaEncoderTextLayer`` and ``DiffusionGemmaDecoderTextLayer``.
 
     Attributes:
         self_attn: The attention.
@@ -178,7 +178,7 @@ class DiffusionGemma(nn.Module):
         layer's output. If ``router_log`` is given, each layer appends its router's result to it.
         """
         masks, scalars = cache.encode_masks(ids.shape[1]), [layer.encoder_layer_scalar for layer in self.layers]
-        hidden = self._layers(self.embed(ids), cache.rope_offset, masks, cache.update, scalars, router_log)
+        hidden = self._run_layers(self.embed(ids), cache.rope_offset, masks, cache.update, scalars, router_log)
         cache.advance(ids.shape[1])
         return hidden
 
@@ -206,9 +206,9 @@ class DiffusionGemma(nn.Module):
         x = self.embed(canvas)
         x = self.self_conditioning.condition(x, self._soft_embeddings(self_conditioning, x))
         masks, scalars = cache.canvas_masks(canvas.shape[1]), [layer.layer_scalar for layer in self.layers]
-        return self._layers(x, cache.rope_offset, masks, cache.with_canvas, scalars, router_log)
+        return self._run_layers(x, cache.rope_offset, masks, cache.with_canvas, scalars, router_log)
 
-    def _layers(
+    def _run_layers(
         self, x: mx.array, rope_offset: int | mx.array, masks: dict[str, Mask],
         append: Callable[[int, mx.array, mx.array], tuple[mx.array, mx.array]], scalars: list[mx.array],
         router_log: RouterLog | None,
@@ -243,9 +243,9 @@ class DiffusionGemma(nn.Module):
     def predict(self, raw: mx.array, sample: CanvasSample, temperature: float) -> Prediction:
         """Return the ``Prediction`` that conditions the next denoising step.
 
-        ``raw`` (B, C, V) holds the step's raw logits from ``project``. ``sample`` is the result of ``canvas_sampler``
-        for these logits at ``temperature``, and must be evaluated. For the positions whose token lists are incomplete,
-        the expected embeddings are computed and evaluated here, so that the logits can be discarded.
+        ``raw`` (B, C, V) holds the step's raw logits from ``project``. ``sample`` is the ``CanvasSample`` of these
+        logits at ``temperature``, and must be evaluated. For the positions whose token lists are incomplete, the
+        expected embeddings are computed and evaluated here, so that the logits can be discarded.
         """
         positions = incomplete(sample, self.dtype)
         if positions is None:
