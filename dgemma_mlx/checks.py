@@ -1,4 +1,4 @@
-"""Checks of single values that callers and files supply."""
+"""Validation of single option values from callers and configuration files."""
 
 from __future__ import annotations
 
@@ -7,35 +7,41 @@ from typing import Any
 
 from dgemma_mlx.errors import DgemmaError
 
-LARGEST_SEED = 2**64 - 1  # the largest seed that ``mlx.core.random.key`` accepts
+LARGEST_SEED = 2**64 - 1  # largest seed that ``mlx.core.random.key`` accepts; also the largest count
 
 
 def is_whole(value: Any) -> bool:
-    """Whether the value is an integer; a bool is not."""
+    """Return whether the value is an integer. A bool does not count as one."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_text(value: Any) -> bool:
-    """Whether the value is a string that UTF-8 can encode: a command line may hold other bytes, and JSON may hold one
-    half of a surrogate pair."""
+    """Return whether the value is a string that can be encoded as UTF-8.
+
+    Strings with lone surrogates cannot. They come from command lines with undecodable bytes and from JSON escapes.
+    """
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raises ``DgemmaError`` (exit code 2) unless the value is an integer of at least 1."""
+    """Raise ``DgemmaError`` (exit code 2) unless the value is an integer from 1 to ``LARGEST_SEED``.
+
+    ``name`` is the option's name in the error message.
+    """
     if not is_whole(value) or not 1 <= value <= LARGEST_SEED:
-        raise DgemmaError(f"{name} must be at least 1, not {value!r}", "It is a whole number.", exit_code=2)
+        raise DgemmaError(f"{name} must be at least 1, not {value!r}", "It must be a whole number.", exit_code=2)
 
 
 def check_seed(value: Any) -> None:
-    """Raises ``DgemmaError`` (exit code 2) unless the value is None or a seed that MLX accepts."""
+    """Raise ``DgemmaError`` (exit code 2) unless the value is None or an integer from 0 to ``LARGEST_SEED``."""
     if value is not None and not (is_whole(value) and 0 <= value <= LARGEST_SEED):
         raise DgemmaError(f"not a seed: {value!r}", "A seed is a whole number from 0 to 2^64 - 1.", exit_code=2)
 
 
 def check_temperature(value: Any) -> None:
-    """Raises ``DgemmaError`` (exit code 2) unless the value is None or a finite number of at least 0."""
+    """Raise ``DgemmaError`` (exit code 2) unless the value is None or a finite number of at least 0."""
     if value is not None and not ((is_whole(value) or isinstance(value, float)) and 0 <= value < math.inf):
         raise DgemmaError(
-            f"temp must be a number of at least 0, not {value!r}", "0 takes the most probable tokens.", exit_code=2
+            f"temp must be a number of at least 0, not {value!r}", "0 always takes the most probable token.",
+            exit_code=2,
         )

@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Atomic writing of files: a file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from typing import BinaryIO
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes UTF-8 under another name and renames it; makes the folder where there is none. Raises OSError."""
+    """Write text to a file as UTF-8, completely or not at all, and create the folder if necessary.
+
+    The text is written under a temporary name in the same folder, which is then renamed. Raises ``OSError``.
+    """
     with whole_file(path) as file:
         file.write(text.encode())
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """The same for bytes: a file to write to, which becomes ``path`` when the block has ended well.
+    """Yield a binary file to write to, which replaces ``path`` when the block ends without an exception.
 
-    Of a file that is there, the permissions stay; of a link, the file that it points to is replaced.
+    After an exception ``path`` is unchanged. The folder is created if necessary. An existing file keeps its
+    permissions, and a symbolic link keeps pointing to the file that is replaced. Raises ``OSError``.
     """
     path = Path(os.path.realpath(path))
     with _unfinished(path) as other:
@@ -32,14 +36,20 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def check_writable(path: Path) -> None:
-    """Raises the OSError that writing the file would begin with, before there is anything to write."""
+    """Check that ``path`` can be written, by creating and removing a temporary file in its folder.
+
+    The folder is created if necessary. Raises the ``OSError`` that writing would raise.
+    """
     with _unfinished(path) as other:
         other.open("wb").close()
 
 
 @contextmanager
 def _unfinished(path: Path) -> Iterator[Path]:
-    """A name beside ``path``, in a folder that is there; nothing is left under it."""
+    """Yield a temporary path in the folder of ``path``, and remove the file at that path afterwards.
+
+    The folder is created if necessary.
+    """
     other = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

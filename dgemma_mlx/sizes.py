@@ -1,4 +1,4 @@
-"""Human-readable byte counts: written for people, and read from what people write."""
+"""Formatting and parsing of human-readable byte counts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**
 
 
 def size(count: float) -> str:
-    """Formats a count of bytes as ``16.6 GB``, in units of 1000."""
+    """Format a number of bytes with one decimal in a decimal unit, for example ``16.6 GB``.
+
+    Units are powers of 1000, from kB to TB. Fewer than 1000 bytes are written as ``512 bytes``.
+    """
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:.1f} {unit}"
@@ -19,9 +22,10 @@ def size(count: float) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Reads ``8GB``, ``7.5 GiB``, ``500M`` or plain bytes, in upper or lower case, and returns the number of bytes.
+    """Parse a size such as ``8GB``, ``7.5 GiB``, ``500M`` or ``1000`` and return the number of bytes.
 
-    Raises ``DgemmaError`` (exit code 2) for anything else, and for 0.
+    Case does not matter. K, M, G and T are powers of 1000; Ki, Mi, Gi and Ti are powers of 1024. Raises ``DgemmaError``
+    (exit code 2) for any other text and for sizes below one byte.
     """
     found = _SIZE.fullmatch(text.strip().upper())
     value = float(found[1]) * _UNITS.get(found[2], 0) if found else 0.0

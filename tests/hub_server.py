@@ -1,4 +1,4 @@
-"""A Hub on the loopback interface: the few requests that downloading and uploading a repository take."""
+"""A Hugging Face Hub on the loopback interface, with the requests for downloading and uploading a repository."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ Files = dict[str, bytes]
 
 @dataclass
 class Repository:
-    """The files at each revision, and what goes wrong: errors are a status and an X-Error-Code.
+    """A repository of the Hub, with the errors that its requests get.
 
-    ``on_info`` and ``on_file`` answer every such request. ``troubles`` of a file are met by its next downloads, one
-    each: a status, or a number of bytes, after which the connection of the next one that is longer breaks off.
+    Attributes:
+        revisions: The files of each branch.
+        on_info: Status and X-Error-Code that answer every request for information; None for no error.
+        on_file: Status and X-Error-Code that answer every request for a file; None for no error.
+        troubles: Errors of single files. Each one affects one of the file's next downloads. It is an HTTP status, or a
+            number of bytes after which the connection of the next longer download is closed.
     """
 
     revisions: dict[str, Files] = field(default_factory=dict)
@@ -33,20 +37,24 @@ class Repository:
     troubles: dict[str, list[HTTPStatus | int]] = field(default_factory=dict)
 
     def commit(self, revision: str) -> str:
-        """The commit a revision stands for: 40 hex digits."""
+        """Return the commit of a branch, 40 hex digits."""
         return hashlib.sha1(revision.encode()).hexdigest()
 
     def files(self, revision: str) -> Files | None:
-        """The files at a branch or commit; None where there is no such one."""
+        """Return the files of a branch or commit, or None if it does not exist."""
         return next((f for r, f in self.revisions.items() if revision in (r, self.commit(r))), None)
 
 
 @dataclass
 class HubServer:
-    """Serves the repositories while its context lasts.
+    """A server of repositories, which runs within its context.
 
-    ``requests`` lists the paths asked for, ``downloads`` the files whose content was, with the range. ``on_write``
-    is what uploads to a path meet: a status and an X-Error-Code.
+    Attributes:
+        repositories: The repositories by their ids.
+        on_write: Status and X-Error-Code that answer uploads to a path.
+        requests: Paths of all requests so far.
+        downloads: Name of each file whose content was requested, with the Range header.
+        stored: Large files that were uploaded, by their SHA-256 digests.
     """
 
     repositories: dict[str, Repository]
@@ -54,7 +62,6 @@ class HubServer:
     requests: list[str] = field(default_factory=list)
     downloads: list[tuple[str, str | None]] = field(default_factory=list)
     stored: Files = field(default_factory=dict)
-    """large files that were put, by sha256"""
 
     def __enter__(self) -> HubServer:
         hub = self
@@ -139,7 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"url": f"{self.server_of.url}/{repo_id}"}, 409 if known else 200)
 
     def _upload_of(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Where to put a large file."""
+        """Return the answer that tells the client where to upload a large file."""
         return {**item, "actions": {"upload": {"href": f"{self.server_of.url}/put/{item['oid']}"}}}
 
     def _commit(self, repo_id: str, revision: str, lines: list[dict[str, Any]]) -> None:
@@ -155,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _api(self, repo_id: str, rest: list[str]) -> None:
         repository = self.server_of.repositories.get(repo_id)
         if repository is None:
-            return self._error(401, "RepoNotFound")  # what the Hub says to those not logged in
+            return self._error(401, "RepoNotFound")  # the Hub's answer without a login
         if repository.on_info:
             return self._error(*repository.on_info)
         kind, revision = (rest[0], "/".join(rest[1:])) if rest else ("revision", "main")
@@ -214,7 +221,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(b"", {"X-Error-Code": code}, status)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing on the test's stderr."""
+        """Print nothing."""
 
 
 def _digest(data: bytes) -> str:

@@ -1,4 +1,4 @@
-"""What a canvas is decoded to on top of a prompt cache."""
+"""Decoding of a canvas after a prompt that is encoded with a prompt cache."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from dgemma_mlx import Model, PromptCache
 Logits = np.ndarray[Any, np.dtype[np.float32]]
 
 
-def decoded(model: Model, memory: PromptCache, ids: list[int]) -> tuple[int, Logits]:
-    """Positions reused, and the logits of a canvas after ``ids`` encoded on top of them."""
-    cache = memory.reuse(model.network, ids)
+def decoded(model: Model, prompt_cache: PromptCache, ids: list[int]) -> tuple[int, Logits]:
+    """Encode ``ids`` with a prompt cache and decode a canvas of 32 fixed ids after them.
+
+    Returns the number of positions that were reused, and the logits (1, 32, V) of the canvas.
+    """
+    cache = prompt_cache.reuse(model.network, ids)
     known = cache.offset
     if known < len(ids):
         model.network.encode(mx.array([ids[known:]]), cache)
-        memory.append(ids[known:])
+        prompt_cache.append(ids[known:])
     return known, np.array(model.network.decode(mx.arange(32)[None], cache))

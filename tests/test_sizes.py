@@ -1,4 +1,4 @@
-"""Byte counts as people write and read them."""
+"""Tests of parsing human-readable byte counts."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dgemma_mlx.sizes import parse_size
     ("text", "size"),
     [("8GB", 8e9), ("8g", 8e9), ("7.5 GiB", 7.5 * 2**30), ("500M", 5e8), ("1000", 1000), ("64KiB", 65536)],
 )
-def test_sizes(text: str, size: float) -> None:
+def test_parse_size(text: str, size: float) -> None:
     assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "0", "0GB", "-1GB", "8XB", "8 I", "1e9", "8GB8"])
-def test_what_is_not_a_size(text: str) -> None:
+def test_invalid_sizes_are_refused(text: str) -> None:
     with pytest.raises(DgemmaError, match="not a size") as caught:
         parse_size(text)
     assert caught.value.exit_code == 2

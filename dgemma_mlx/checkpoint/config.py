@@ -1,7 +1,7 @@
-"""Configuration read from a checkpoint's ``config.json`` and ``generation_config.json``.
+"""The configuration of a checkpoint, read from ``config.json`` and ``generation_config.json`` and validated.
 
-Every number comes from the files; a missing key takes the default of the reference's classes
-(transformers ``models/diffusion_gemma``), because ``save_pretrained`` leaves out keys at their default.
+A missing key takes the default of the configuration classes in transformers (``models/diffusion_gemma``), because
+``save_pretrained`` leaves out keys whose value is the default.
 """
 
 from __future__ import annotations
@@ -23,18 +23,22 @@ _DEFAULT_ROPE: dict[str, dict[str, Any]] = {
     SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
     FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
 }
-_LARGEST = {"int": 1 << 24, "float": 1e30}  # far above any real value; no product of sizes overflows a shape
+_LARGEST = {"int": 1 << 24, "float": 1e30}  # far above any real value; the product of two sizes fits in a shape
 _MOST_LAYERS = 1024
-_DAMAGED = "The checkpoint may be damaged, or of another model."
+_DAMAGED = "The checkpoint may be damaged or belong to another model."
 
 
 def _require(condition: bool, message: str) -> None:
+    """Raise ``DgemmaError`` with this message unless the condition holds."""
     if not condition:
         raise DgemmaError(message, _DAMAGED)
 
 
 def _require_positive(value: Any, name: str, kind: str) -> None:
-    """``kind`` is "int" or "float"; a float may be written without a decimal point."""
+    """Raise ``DgemmaError`` unless the value is a positive number of the kind "int" or "float".
+
+    An integer is also accepted as a float, because JSON may omit the decimal point.
+    """
     types = int if kind == "int" else (int, float)
     good = isinstance(value, types) and not isinstance(value, bool) and 0 < value <= _LARGEST[kind]
     noun = "integer" if kind == "int" else "number"
@@ -43,8 +47,29 @@ def _require_positive(value: Any, name: str, kind: str) -> None:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The text network's shape. ``head_dim`` and ``num_key_value_heads`` are those of sliding layers,
-    ``global_head_dim`` and ``num_global_key_value_heads`` those of full-attention layers."""
+    """The sizes and constants of the text network, from ``text_config`` in config.json.
+
+    Attributes:
+        num_experts: Number of experts per layer (E).
+        top_k_experts: Number of experts that process each token (K).
+        moe_intermediate_size: Inner width of an expert.
+        vocab_size: Number of token ids (V).
+        hidden_size: Width of the residual stream (M).
+        intermediate_size: Inner width of the dense feed-forward branch.
+        num_hidden_layers: Number of layers.
+        num_attention_heads: Number of query heads per layer (H).
+        num_key_value_heads: Number of key/value heads (Hk) in sliding-window layers.
+        head_dim: Width of a head (D) in sliding-window layers.
+        global_head_dim: Width of a head (D) in full-attention layers.
+        num_global_key_value_heads: Number of key/value heads (Hk) in full-attention layers.
+        sliding_window: Number of positions, including its own, that a query sees in a sliding-window layer.
+        max_position_embeddings: Number of positions that the model supports.
+        rms_norm_eps: Constant added to the mean square in every RMSNorm.
+        final_logit_softcapping: Bound c of the logits, which become c * tanh(logits / c).
+        layer_types: Kind of each layer, first to last: ``FULL`` or ``SLIDING``. The last layer is always ``FULL``.
+        rope_parameters: Parameters of the rotary embedding for each kind of layer: ``rope_type``, ``rope_theta`` and,
+            for the type "proportional", ``partial_rotary_factor``.
+    """
 
     num_experts: int
     top_k_experts: int
@@ -67,7 +92,11 @@ class TextConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> TextConfig:
-        """Reads both layouts: the published flat one, and ``per_layer_config`` (transformers >= 5.23)."""
+        """Create a configuration from ``text_config`` in config.json.
+
+        Both layouts are read: the published one with flat keys, and the one with ``per_layer_config`` that transformers
+        5.23 and later write. Raises ``DgemmaError`` for a value that is missing, invalid or not supported.
+        """
         values = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
         for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
             _require(name in values, f"text_config has no {name!r}")
@@ -87,13 +116,14 @@ class TextConfig:
         return config
 
     def _validate(self, raw: Mapping[str, Any]) -> None:
+        """Raise ``DgemmaError`` for an invalid field, or for a setting in ``raw`` that is not supported."""
         for f in fields(self):
             if f.type in _LARGEST:
                 _require_positive(getattr(self, f.name), f.name, str(f.type))
         _require(isinstance(self.rope_parameters, Mapping), "rope_parameters must be an object")
         for kind in sorted(set(self.layer_types)):
             heads, kv_heads, head_dim = self.num_attention_heads, self.kv_heads(kind), self.layer_head_dim(kind)
-            _require(heads % kv_heads == 0, f"{heads} query heads are no multiple of {kv_heads} key/value heads")
+            _require(heads % kv_heads == 0, f"{heads} query heads are not a multiple of {kv_heads} key/value heads")
             _require(head_dim % 2 == 0, f"the head dimension of {kind} is odd: {head_dim}")
             _require(heads * head_dim <= _LARGEST["int"], f"{heads} heads of {head_dim} are too many")
             _validate_rope(self.rope_parameters.get(kind), f"rope_parameters of {kind}")
@@ -107,20 +137,22 @@ class TextConfig:
         _require(raw.get("tie_word_embeddings") in (None, True), "untied word embeddings are not supported")
 
     def layer_head_dim(self, kind: str) -> int:
-        """Width of a head in a layer of this kind."""
+        """Return the width of a head (D) in layers of this kind, ``FULL`` or ``SLIDING``."""
         return self.global_head_dim if kind == FULL else self.head_dim
 
     def kv_heads(self, kind: str) -> int:
-        """Key/value heads of a layer of this kind."""
+        """Return the number of key/value heads (Hk) in layers of this kind, ``FULL`` or ``SLIDING``."""
         return self.num_global_key_value_heads if kind == FULL else self.num_key_value_heads
 
 
 def _full_layer_values(per_layer: Any, values: Mapping[str, Any], layer_types: list[str]) -> dict[str, Any]:
-    """``per_layer_config`` -> the two values of full-attention layers.
+    """Return the head width and the number of key/value heads of full-attention layers from ``per_layer_config``.
 
-    The mapping's keys are layer indices (as JSON strings), its values the keys that differ from the flat
-    configuration, so that an empty mapping says that all layers are alike. Every full-attention layer must
-    say the same, no sliding layer may differ.
+    ``per_layer`` maps layer indices, as strings, to the keys whose values differ from the flat keys in ``values``. An
+    empty object therefore means that all layers have the same sizes. All full-attention layers must have the same
+    values, and sliding-window layers must have the flat values. Raises ``DgemmaError`` otherwise.
+
+    The result holds ``global_head_dim`` and ``num_global_key_value_heads``. It is empty if ``per_layer`` is None.
     """
     if per_layer is None:
         return {}
@@ -128,7 +160,7 @@ def _full_layer_values(per_layer: Any, values: Mapping[str, Any], layer_types: l
     _require(good, "per_layer_config must be an object of objects")
     _require(set(per_layer) <= {str(i) for i in range(len(layer_types))}, "per_layer_config has unknown layers")
     flat = {name: values.get(name, getattr(TextConfig, name)) for name in ("head_dim", "num_key_value_heads")}
-    full = {**flat, **per_layer.get(str(len(layer_types) - 1), {})}  # the last layer always is one
+    full = {**flat, **per_layer.get(str(len(layer_types) - 1), {})}  # the last layer is always a full one
     _require(full.keys() == flat.keys(), f"per_layer_config changes more than {', '.join(flat)}")
     for i, kind in enumerate(layer_types):
         expected = full if kind == FULL else flat
@@ -138,7 +170,8 @@ def _full_layer_values(per_layer: Any, values: Mapping[str, Any], layer_types: l
 
 
 def _validate_rope(rope: Any, name: str) -> None:
-    _require(isinstance(rope, Mapping), f"{name} are missing, or no object")
+    """Raise ``DgemmaError`` unless ``rope`` holds supported parameters of a rotary embedding."""
+    _require(isinstance(rope, Mapping), f"{name} are missing or not an object")
     kind, theta = rope.get("rope_type", "default"), rope.get("rope_theta")
     _require(kind in ("default", "proportional"), f"{name}: unsupported rope_type {shortened(kind)}")
     _require_positive(theta, f"{name}: rope_theta", "float")
@@ -150,7 +183,19 @@ def _validate_rope(rope: Any, name: str) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The whole checkpoint: text network, canvas, special ids, quantization, and vision kept aside."""
+    """The configuration of a whole checkpoint, from config.json.
+
+    Attributes:
+        text: Configuration of the text network.
+        canvas_length: Number of tokens in a canvas (C).
+        image_token_id: Id of the token that stands for a soft token of an image; None if there is none.
+        pad_token_id: Id of the padding token.
+        bos_token_id: Id of the token that begins a sequence.
+        eos_token_ids: Ids of the tokens that end a text.
+        quantization: Quantization of packed weights: ``group_size``, ``bits`` and ``mode`` for all modules, and objects
+            with these keys for single modules; None if no weights are packed.
+        vision: The unparsed configuration of the vision tower; None if there is none.
+    """
 
     text: TextConfig
     canvas_length: int = 256
@@ -163,11 +208,14 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
-        """What ``config.json`` holds, in either layout; ``DgemmaError`` says what of it is wrong."""
+        """Create a configuration from the content of config.json.
+
+        Raises ``DgemmaError`` for a value that is missing, invalid or not supported.
+        """
         kind = raw.get("model_type")
         _require(kind == "diffusion_gemma", f"model_type is {shortened(kind)}, not 'diffusion_gemma'")
         _require(raw.get("tie_word_embeddings") in (None, True), "untied word embeddings are not supported")
-        _require(isinstance(raw.get("text_config"), Mapping), "no text_config")
+        _require(isinstance(raw.get("text_config"), Mapping), "text_config is missing or not an object")
         text: Mapping[str, Any] = raw["text_config"]
         canvas_length = _first(raw.get("canvas_length"), cls.canvas_length)
         _require_positive(canvas_length, "canvas_length", "int")
@@ -193,7 +241,11 @@ class ModelConfig:
 
     @classmethod
     def load(cls, folder: Path) -> ModelConfig:
-        """Reads ``config.json`` of a checkpoint folder."""
+        """Read config.json of a checkpoint folder.
+
+        Raises ``DgemmaError`` when the file is missing, is not valid JSON, or holds a value that is invalid or not
+        supported.
+        """
         path = folder / "config.json"
         raw = read_json(path)
         with _named(path):
@@ -202,7 +254,22 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """The denoising loop's parameters; the defaults are the reference's."""
+    """The parameters of the denoising loop, from generation_config.json.
+
+    The defaults are those of transformers. ``override`` validates the values; the constructor does not.
+
+    Attributes:
+        max_denoising_steps: Maximum denoising steps per canvas.
+        entropy_bound: Bound, in nats, on the summed entropy of the positions accepted before a position (arXiv
+            2505.24857).
+        t_min: Temperature towards which the schedule falls over the steps.
+        t_max: Temperature of the first step.
+        stability_threshold: Number of previous steps whose argmax canvas must equal the current one before a canvas is
+            finished.
+        confidence_threshold: Upper bound, in nats, on the mean entropy of a finished canvas.
+        eos_token_ids: Ids of the tokens that end a text.
+        pad_token_id: Id of the padding token.
+    """
 
     max_denoising_steps: int = 48
     entropy_bound: float = 0.1
@@ -215,7 +282,11 @@ class GenerationConfig:
 
     @classmethod
     def load(cls, folder: Path, config: ModelConfig) -> GenerationConfig:
-        """Reads ``generation_config.json`` where there is one; absent keys take the defaults."""
+        """Read generation_config.json of a checkpoint folder; without this file, use the defaults.
+
+        The end-of-text and padding ids default to those of ``config``. Raises ``DgemmaError`` when the file is not
+        valid JSON or holds an invalid value.
+        """
         path = folder / "generation_config.json"
         raw = read_json(path) if path.exists() else {}
         with _named(path):
@@ -227,7 +298,10 @@ class GenerationConfig:
             return cls().override(**{f.name: raw.get(f.name) for f in fields(cls)})
 
     def override(self, **values: Any) -> GenerationConfig:
-        """A copy with the values that are not None replaced, checked (exit code 2)."""
+        """Return a validated copy in which the given fields are replaced; None leaves a field unchanged.
+
+        Raises ``DgemmaError`` (exit code 2) for an invalid value.
+        """
         config = replace(self, **{name: value for name, value in values.items() if value is not None})
         _check(config.max_denoising_steps, "max_denoising_steps", minimum=1, whole=True)
         _check(config.stability_threshold, "stability_threshold", minimum=0, whole=True)
@@ -243,42 +317,47 @@ class GenerationConfig:
         if config.t_max < _LEAST_TEMPERATURE:
             raise DgemmaError(
                 f"t_max must be at least {_LEAST_TEMPERATURE:g}, not {config.t_max:g}",
-                "A temperature of 0 (--temp 0) takes the most probable tokens.", exit_code=2,
+                "A temperature of 0 (--temp 0) always takes the most probable token.", exit_code=2,
             )
         return config
 
 
-_LEAST_TEMPERATURE = 1e-6  # far below it, logits over temperature are no float32 numbers
+_LEAST_TEMPERATURE = 1e-6  # far below it, logits divided by the temperature overflow float32
 
 
 def _check(value: Any, name: str, *, minimum: float, whole: bool = False) -> None:
+    """Raise ``DgemmaError`` (exit code 2) unless the value is a number, or a whole number, of at least ``minimum``."""
     right_type = isinstance(value, int) if whole else isinstance(value, (int, float))
     if not right_type or isinstance(value, bool) or not minimum <= value <= _LARGEST["int" if whole else "float"]:
         kind = "a whole number" if whole else "a number"
         raise DgemmaError(
             f"{name} must be {kind} of at least {minimum:g}, not {value!r}",
-            "Leave it out for the checkpoint's own value.", exit_code=2,
+            "Leave it out to use the checkpoint's own value.", exit_code=2,
         )
 
 
 def _first(*values: Any) -> Any:
-    """The first value that is not None."""
+    """Return the first value that is not None, or None."""
     return next((value for value in values if value is not None), None)
 
 
 def _id(value: Any, name: str) -> int:
+    """Return the value if it is a token id. Raises ``DgemmaError`` otherwise."""
     good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST["int"]
     _require(good, f"{name} must be a token id, not {shortened(value)}")
     return int(value)
 
 
 def _ids(value: Any, name: str) -> tuple[int, ...]:
-    """A token id or a list of them."""
+    """Return the ids of a value that is a token id or a list of token ids. Raises ``DgemmaError`` otherwise."""
     return tuple(_id(item, name) for item in (value if isinstance(value, list) else [value]))
 
 
 def _object(raw: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    """A JSON object of the configuration; None where it is missing, null or empty."""
+    """Return a JSON object of the configuration, or None if it is missing, null or empty.
+
+    Raises ``DgemmaError`` for a value that is not an object.
+    """
     value = raw.get(name)
     _require(value is None or isinstance(value, Mapping), f"{name} must be an object, not {shortened(value)}")
     return value or None
@@ -286,7 +365,7 @@ def _object(raw: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Errors within say which file is at fault."""
+    """Put the path of a file before the message of every ``DgemmaError`` that the block raises."""
     try:
         yield
     except DgemmaError as error:
@@ -294,15 +373,18 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the checkpoint; anything else is a ``DgemmaError`` naming the file."""
+    """Read a JSON object from a file of a checkpoint.
+
+    Raises ``DgemmaError``, which names the file, when it is missing or unreadable or holds anything but a JSON object.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DgemmaError(
-            f"{path.parent} has no {path.name}", "Is this a checkpoint folder, and is it complete?"
+            f"{path.parent} has no {path.name}", "Check that this is a complete checkpoint folder."
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise DgemmaError(f"cannot read {path}: {error}", "The file may be cut off; fetch it again.") from None
+        raise DgemmaError(f"cannot read {path}: {error}", "The file may be cut off. Fetch it again.") from None
     if not isinstance(value, dict):
-        raise DgemmaError(f"{path} holds no JSON object", "The file may be damaged; fetch it again.")
+        raise DgemmaError(f"{path} does not contain a JSON object", "The file may be damaged. Fetch it again.")
     return value

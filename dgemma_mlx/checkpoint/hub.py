@@ -1,4 +1,4 @@
-"""Which checkpoint, and from where: the built-in demo, a folder, or a repository on the Hub."""
+"""Finding a checkpoint by name: the built-in demo, a folder, or a repository on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -35,7 +35,14 @@ _FILES = (*_CONFIG_FILES, "*.safetensors", "*.safetensors.index.json")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on this machine, under the name that it was asked for."""
+    """A checkpoint in a folder on this machine.
+
+    Attributes:
+        folder: The checkpoint folder.
+        name: The name by which the caller asked for it.
+        is_demo: Whether this is the built-in demo checkpoint.
+        has_weights: Whether the folder holds the weights. False if only the small files were downloaded.
+    """
 
     folder: Path
     name: str
@@ -44,17 +51,21 @@ class Checkpoint:
 
     @property
     def repo_id(self) -> str | None:
-        """``owner/name`` where it is from the Hub, None for a folder and the demo."""
+        """The Hub id ``owner/name``; None for a folder and for the demo."""
         found = _HUB_ID.fullmatch(self.name)
         return found[1] if found and self.folder != Path(os.path.expanduser(self.name)) else None
 
 
 def resolve(name: str | None = None, *, weights: bool = True) -> Checkpoint:
-    """Finds a checkpoint: ``demo``, a folder, or a Hub id ``owner/name[@revision]``, downloaded once.
+    """Return the checkpoint with a name: ``demo``, a folder, or a Hub id ``owner/name`` or ``owner/name@revision``.
 
-    None stands for the environment variable ``DGEMMA_MODEL``, else for the demo. A complete copy in the Hub's
-    cache is used without asking the network. Without ``weights``, what is not there yet is downloaded but for them.
-    Raises ``DgemmaError`` (exit code 2 for a malformed name).
+    A name of None stands for the environment variable ``DGEMMA_MODEL`` or, if that is not set, for ``demo``.
+
+    A Hub repository is downloaded once. A complete copy in the Hub's cache is used without any network request. If
+    ``weights`` is False, only the small files are downloaded, unless the cache holds a complete copy.
+
+    Raises ``DgemmaError`` when the checkpoint does not exist or cannot be downloaded, with exit code 2 for a malformed
+    name.
     """
     if name is None:
         name = os.environ.get(MODEL_VARIABLE) or DEMO
@@ -66,7 +77,7 @@ def resolve(name: str | None = None, *, weights: bool = True) -> Checkpoint:
     if os.path.isdir(path):
         return Checkpoint(Path(path), name, is_demo=False)
     if os.path.exists(path):
-        raise DgemmaError(f"{name} is a file, not a folder", f"Name the folder it is in: {Path(path).parent}")
+        raise DgemmaError(f"{name} is a file, not a folder", f"Name the folder that contains it: {Path(path).parent}")
     if hub_id := _HUB_ID.fullmatch(name):
         return _fetch(name, hub_id[1], hub_id[2], weights)
     if "/" in name and not name.startswith((".", "/", "~")):
@@ -75,14 +86,15 @@ def resolve(name: str | None = None, *, weights: bool = True) -> Checkpoint:
 
 
 def remote_headers(name: str) -> dict[str, Any]:
-    """The headers of a Hub repository's safetensors files, by file name, without their weights.
+    """Download the headers of a Hub repository's safetensors files, without the weights, and return them by file name.
 
-    Each has ``tensors``: by name, objects with dtype, shape and data_offsets.
+    ``name`` must be a valid Hub id. The values are ``huggingface_hub.SafetensorsFileMetadata`` objects, whose
+    ``tensors`` gives the dtype, shape and data_offsets of each tensor. Raises ``DgemmaError`` when the download fails.
     """
     from huggingface_hub import get_safetensors_metadata
 
     found = _HUB_ID.fullmatch(name)
-    assert found is not None, "resolve() has taken it for a Hub id"
+    assert found is not None, "the name must be a Hub id that resolve() accepted"
     try:
         return dict(get_safetensors_metadata(found[1], revision=found[2]).files_metadata)
     except Exception as error:
@@ -90,7 +102,11 @@ def remote_headers(name: str) -> dict[str, Any]:
 
 
 def _fetch(name: str, repo_id: str, revision: str | None, weights: bool) -> Checkpoint:
-    """The snapshot: in the cache if it is complete there, else downloaded."""
+    """Return a repository's snapshot from the cache if it is complete there, and download it otherwise.
+
+    If ``weights`` is False, the download leaves out the weights. Raises ``DgemmaError`` when the download fails or the
+    repository is not a complete checkpoint.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -102,7 +118,7 @@ def _fetch(name: str, repo_id: str, revision: str | None, weights: bool) -> Chec
                 return Checkpoint(cached, name, is_demo=False)
         except LocalEntryNotFoundError:
             pass
-        # The small files first: no wrong model's 50 GB of weights.
+        # The small files come first, so that an unsupported model is refused before its 50 GB of weights.
         folder = Path(snapshot(allow_patterns=list(_CONFIG_FILES)))
         ModelConfig.load(folder)
         if not weights:
@@ -110,19 +126,22 @@ def _fetch(name: str, repo_id: str, revision: str | None, weights: bool) -> Chec
         folder = Path(snapshot(allow_patterns=list(_FILES)))
     except DgemmaError:
         raise
-    except Exception as error:  # the HTTP library's own ones, too, and that is another in each major version
+    except Exception as error:  # includes those of the HTTP library, which depends on the version
         raise _explain(repo_id, revision, error) from error
     if not _is_complete(folder):
         raise DgemmaError(
             f"the copy of {repo_id} in {folder} is not complete",
-            "Go online and try again; if you are, the repository lacks its weights or its tokenizer.",
+            "Go online and try again. If you are online, the repository lacks its weights or its tokenizer.",
         )
     return Checkpoint(folder, name, is_demo=False)
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether a snapshot has what loading needs. The library knows only of what it has listed itself:
-    half a snapshot by one of its older versions, it takes for whole."""
+    """Return whether a snapshot holds all files that loading needs.
+
+    ``huggingface_hub`` cannot tell: it takes an incomplete snapshot that an older version of it has left for a complete
+    one, because such a version did not store the list of files.
+    """
     if not (folder / "config.json").exists():
         return False
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
@@ -135,7 +154,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _explain(repo_id: str, revision: str | None, error: Exception) -> DgemmaError:
-    """What went wrong on the way to the Hub, for the user."""
+    """Return the ``DgemmaError`` that explains an error of ``huggingface_hub`` to the user."""
     from huggingface_hub import errors
 
     name = repo_id if revision is None else f"{repo_id}@{revision}"
@@ -149,23 +168,24 @@ def _explain(repo_id: str, revision: str | None, error: Exception) -> DgemmaErro
             "Unset HF_HUB_OFFLINE to download it.",
         )
     if isinstance(error, errors.GatedRepoError):
-        return DgemmaError(f"{name} is gated, and this account has no access", f"To get it, {_ACCESS}")
+        return DgemmaError(f"{name} is gated, and this account has no access", f"To get access, {_ACCESS}")
     if isinstance(error, errors.RepositoryNotFoundError):
         return DgemmaError(
             f"there is neither a folder nor a Hub model {name}",
-            f"Check the spelling; if it is private or gated, {_ACCESS}",
+            f"Check the spelling. If it is private or gated, {_ACCESS}",
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return DgemmaError(
             f"{repo_id} has no revision {revision!r}", "A revision is a branch, a tag or a commit."
         )
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
-        return DgemmaError(f"the Hub refuses access to {name}", f"To get it, {_ACCESS}")
+        return DgemmaError(f"the Hub refuses access to {name}", f"To get access, {_ACCESS}")
     return DgemmaError(
         f"{name} could not be downloaded: {str(error).strip().partition(chr(10))[0] or type(error).__name__}",
-        "Check the connection and the free space; the next try fetches what is still missing.",
+        "Check the connection and the free disk space. The next attempt downloads only the missing files.",
     )
 
 
 def _malformed(name: str) -> DgemmaError:
+    """Return the ``DgemmaError`` for a name that is neither a folder nor a Hub id."""
     return DgemmaError(f"{name!r} is neither a folder nor a valid Hub id", _FORMS, exit_code=2)

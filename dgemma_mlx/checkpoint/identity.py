@@ -1,4 +1,4 @@
-"""Which weights a checkpoint holds, told without reading all of them."""
+"""A digest that identifies the weights of a checkpoint without reading all of them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from pathlib import Path
 from dgemma_mlx.checkpoint.shards import StoredTensor, merged, read_header, shard_files
 from dgemma_mlx.errors import DgemmaError
 
-_SAMPLE = 4096  # bytes: what a disk reads at least, so that fewer would not be faster
-_EVERY = 2 << 20  # bytes: about an expert of the published model at 4 bits
-_READERS = 8
+_SAMPLE = 4096  # bytes per sample: the least that a disk reads, so that fewer would not be faster
+_EVERY = 2 << 20  # bytes from one sample to the next: about one expert of the published model at 4 bits
+_READERS = 8  # threads
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256, in hex, over each tensor's name, dtype and shape, and 4 KB out of every 2 MB of it, and its last 4 KB.
+    """Return a SHA-256 digest of a checkpoint's weights, in hex.
 
-    Training, quantizing and converting change tensors all over, and so the digest; an edit of single rows may be
-    missed. How the tensors are spread over files does not matter. ``DgemmaError`` where the files cannot be read.
+    For each tensor it covers the name, dtype and shape, 4 KB of every 2 MB of the data, and the last 4 KB. Training,
+    quantization and conversion change values throughout a tensor, and therefore the digest. A change of single rows may
+    go unnoticed. The digest does not depend on how the tensors are distributed over files. Raises ``DgemmaError`` when
+    the files cannot be read.
     """
     files = shard_files(folder)
     tensors = merged(map(read_header, files))
@@ -39,7 +41,7 @@ def weights_digest(folder: Path) -> str:
 
 
 def _sample(tensor: StoredTensor, opened: Mapping[Path, int]) -> bytes:
-    """The digest of what is looked at."""
+    """Return the SHA-256 digest of a tensor's sampled bytes. ``opened`` maps paths to open file descriptors."""
     places = [*range(tensor.start, tensor.end, _EVERY), max(tensor.start, tensor.end - _SAMPLE)]
     digest = hashlib.sha256()
     for start in places:

@@ -1,6 +1,7 @@
-"""The names of a checkpoint's tensors, and the parameter paths of ``DiffusionGemma`` that they stand for.
+"""Mapping between the tensor names of a checkpoint and the parameter paths of ``model.text.DiffusionGemma``.
 
-Reference: the tensor names of transformers ``DiffusionGemmaForBlockDiffusion``.
+A tensor name is, for example, ``model.decoder.layers.0.self_attn.q_proj.weight``; its parameter path is
+``layers.0.self_attn.q_proj.weight``. Reference: the state dict of transformers ``DiffusionGemmaForBlockDiffusion``.
 """
 
 from __future__ import annotations
@@ -15,21 +16,27 @@ import mlx.core as mx
 DECODER = "model.decoder."
 _ENCODER = "model.encoder.language_model."
 _VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
+# Expert tensors are named after the module alone in published checkpoints, and end in ".weight" here.
 _BARE_EXPERTS = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")
 
 
 @dataclass
 class Weights:
-    """A checkpoint's tensors under this package's parameter names; the vision tower's kept aside."""
+    """The tensors of a checkpoint, separated into text network and vision tower.
+
+    Attributes:
+        text: Tensors of the text network, by parameter path.
+        vision: Tensors of the vision tower, by their names in the checkpoint.
+        names: The name in the checkpoint of each tensor in ``text``, by parameter path.
+    """
 
     text: dict[str, mx.array]
     vision: dict[str, mx.array]
     names: dict[str, str]
-    """parameter path -> the tensor's name in the checkpoint"""
 
 
 def source_name(parameter: str) -> str:
-    """A parameter path of ``DiffusionGemma`` -> the name of its tensor in a published checkpoint."""
+    """Return the name that the tensor of a parameter path has in a published checkpoint."""
     if parameter.endswith(".encoder_layer_scalar"):
         return _ENCODER + parameter.replace(".encoder_layer_scalar", ".layer_scalar")
     name = DECODER + parameter
@@ -38,9 +45,13 @@ def source_name(parameter: str) -> str:
 
 
 def parameter_names(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """Names in a checkpoint -> (parameter path -> name, the vision tower's names).
+    """Assign the tensor names of a checkpoint to parameter paths.
 
-    Tied copies that ``save_pretrained`` may write are dropped, or used where the decoder's own tensor is absent.
+    Returns a dict from parameter path to tensor name, and a list of the vision tower's tensor names. Names that are
+    neither become parameter paths unchanged, so that loading reports them as unknown.
+
+    ``save_pretrained`` may write copies of tied tensors for the encoder and the output projection. Such a copy is used
+    only where the decoder's own tensor is absent.
     """
     vision: list[str] = []
     text: dict[str, str] = {}
@@ -57,26 +68,30 @@ def parameter_names(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
         elif name == "lm_head.weight":
             copies["embed_tokens.weight"] = name
         else:
-            text[name] = name  # unknown: reported with the unexpected ones
+            text[name] = name  # unknown
     return {**copies, **text}, vision
 
 
 def remap(tensors: Mapping[str, mx.array]) -> Weights:
-    """Published names -> parameter paths."""
+    """Separate a checkpoint's tensors, given by their names, into text network and vision tower."""
     names, vision = parameter_names(tensors)
     text = {path: tensors[name] for path, name in names.items()}
     return Weights(text, {name: tensors[name] for name in vision}, names)
 
 
 def _parameter(name: str) -> str:
+    """Return the parameter path of a tensor name without its prefix."""
     return name + ".weight" if _BARE_EXPERTS.search(name) else name
 
 
 def module_quantization(quantization: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """The "group_size", "bits" and "mode" of a packed module, from config.json's ``quantization``.
+    """Return the "group_size", "bits" and "mode" of a packed module; keys that are not set are left out.
 
-    As ``mlx.nn.quantize`` reads it, an entry for one module stands for itself: without a mode it is affine,
-    whatever the mode of the others. ``path`` is the module's, with or without ``model.decoder.``
+    ``quantization`` is the object of that name in config.json: values for all modules, and objects with the values of
+    single modules. ``path`` is the module's path with or without the prefix ``model.decoder.``
+
+    As in ``mlx.nn.quantize``, a module's own object replaces the common values completely. If it has no mode, the mode
+    is affine, even if the common mode is another.
     """
     path = path.removeprefix(DECODER)
     own = next((quantization[name] for name in (path, DECODER + path) if name in quantization), None)
@@ -85,5 +100,6 @@ def module_quantization(quantization: Mapping[str, Any], path: str) -> dict[str,
 
 
 def some_of(names: list[str]) -> str:
+    """Join names for an error message: up to three of them, then the number of the others."""
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint folder: found, checked for completeness, opened lazily."""
+"""The safetensors files (shards) of a checkpoint folder: finding, checking and opening them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,22 @@ import mlx.core as mx
 from dgemma_mlx.checkpoint.config import read_json
 from dgemma_mlx.errors import DgemmaError
 
-_FETCH_AGAIN = "The download may not have finished; fetch the checkpoint again."
+_FETCH_AGAIN = "The download may be incomplete. Fetch the checkpoint again."
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
-_LFS_POINTER = b"version "  # followed by https://git-lfs.github.com/spec/v1
+_LFS_POINTER = b"version "  # start of a Git LFS pointer file; https://git-lfs.github.com/spec/v1 follows
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: bytes ``start`` to ``end`` of the file; dtype in safetensors' words ("BF16", ...)."""
+    """The location and type of a tensor in a safetensors file.
+
+    Attributes:
+        path: Path of the file.
+        dtype: Name of the dtype in the safetensors format, for example "BF16".
+        shape: Shape of the tensor.
+        start: Offset of the tensor's first byte from the start of the file.
+        end: Offset after the tensor's last byte from the start of the file.
+    """
 
     path: Path
     dtype: str
@@ -31,11 +39,16 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
+        """Size of the stored tensor in bytes."""
         return self.end - self.start
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint: those of the index, else ``model.safetensors``."""
+    """Return the paths of a checkpoint's weight files, sorted.
+
+    These are the files that ``model.safetensors.index.json`` names, or ``model.safetensors`` without an index. Raises
+    ``DgemmaError`` when a file is missing or the index is damaged or names a file outside the folder.
+    """
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         single = folder / "model.safetensors"
@@ -55,7 +68,11 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, without their data; a ``DgemmaError`` names a cut-off or damaged file."""
+    """Return the tensors of a safetensors file by name, read from its header without their data.
+
+    Raises ``DgemmaError`` when the file cannot be read, is not a safetensors file, or has another size than its header
+    says.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -73,30 +90,34 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         raise DgemmaError(f"{path} cannot be read: {error.strerror}", _FETCH_AGAIN) from None
     except (struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-        raise DgemmaError(f"{path} is no safetensors file, or its header is cut off", _FETCH_AGAIN) from None
+        raise DgemmaError(f"{path} is not a safetensors file, or its header is cut off", _FETCH_AGAIN) from None
     if size != expected:
-        raise DgemmaError(f"{path} has {size:,} bytes, its header promises {expected:,}", _FETCH_AGAIN)
+        raise DgemmaError(f"{path} has {size:,} bytes, but its header promises {expected:,}", _FETCH_AGAIN)
     return tensors
 
 
 def merged(headers: Iterable[Mapping[str, StoredTensor]]) -> dict[str, StoredTensor]:
-    """The tensors of all shards; a ``DgemmaError`` names one that two of them have."""
+    """Return the tensors of all shards in one dict. Raises ``DgemmaError`` when two shards hold the same tensor."""
     tensors: dict[str, StoredTensor] = {}
     for header in headers:
         if doubled := tensors.keys() & header.keys():
             name = min(doubled)
             raise DgemmaError(
-                f"{header[name].path} holds {name} again, which another shard has",
-                f"That one is {tensors[name].path}. {_FETCH_AGAIN}",
+                f"{header[name].path} holds {name}, which another shard holds as well",
+                f"The other shard is {tensors[name].path}. {_FETCH_AGAIN}",
             )
         tensors.update(header)
     return tensors
 
 
 def open_tensors(folder: Path) -> dict[str, mx.array]:
-    """Every tensor of the checkpoint under its own name; nothing is read from disk before it is used."""
+    """Return every tensor of a checkpoint by its name in the files, lazily.
+
+    MLX reads the data of a tensor from disk when it is first used. The headers are checked now. Raises ``DgemmaError``
+    when a file is missing, damaged or incomplete, or when two shards hold the same tensor.
+    """
     files = shard_files(folder)
-    merged(map(read_header, files))  # complete, and no tensor twice
+    merged(map(read_header, files))  # for its checks: every file is complete, and no tensor is stored twice
     tensors: dict[str, mx.array] = {}
     for path in files:
         try:

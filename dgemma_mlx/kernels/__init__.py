@@ -1,4 +1,9 @@
-"""Fused operations: each a Metal kernel beside a reference in plain ops, and a name that calls one of the two."""
+"""Fused operations of the network, each with a Metal kernel and a reference in plain MLX operations.
+
+For an operation ``foo``, ``foo_reference`` computes and documents it in plain MLX operations, ``foo_kernel`` launches
+the Metal kernel that computes the same, and ``foo`` calls one of the two (see ``dispatch``). The ``model`` package
+defines the shape letters.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +22,7 @@ from dgemma_mlx.kernels.sparse_soft_embedding import (
     sparse_soft_embedding,
 )
 
+# Every operation that has a kernel, for the self-check of all of them by `dgemma-mlx doctor`.
 OPERATIONS: tuple[DispatchedOperation[..., Any], ...] = (
     canvas_sampler, dense_soft_embedding, *packed_soft_embedding.values(), qk_norm_rope, attention_residual, moe_route,
     moe_combine, norm_residual,

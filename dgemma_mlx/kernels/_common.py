@@ -1,4 +1,4 @@
-"""What the kernels share: constants as 0-d arrays, threadgroup sizes, a sum over a threadgroup."""
+"""Helpers that several kernels share: constants as 0-d arrays, threadgroup sizes, and a sum over a threadgroup."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from functools import lru_cache
 
 import mlx.core as mx
 
-SIMD = 32  # lanes of a SIMD group on every Apple GPU
+SIMD = 32  # lanes in a SIMD group on every Apple GPU
 
 BLOCK_SUM = """
-// The sum of value over a threadgroup of THREADS threads, in every thread; partial holds THREADS / 32 floats.
-// The caller puts a barrier before it uses partial again.
+// Returns to every thread the sum of value over a threadgroup of THREADS threads. partial holds THREADS / 32 floats.
+// The caller must place a barrier before it uses partial again.
 template <int THREADS>
 inline float block_sum(float value, threadgroup float* partial, uint lane, uint group) {
     value = simd_sum(value);
@@ -28,11 +28,14 @@ inline float block_sum(float value, threadgroup float* partial, uint lane, uint 
 
 @lru_cache(maxsize=256)
 def scalar(value: float, dtype: mx.Dtype = mx.float32) -> mx.array:
-    """A 0-d array, made once: a kernel takes it as a ``constant`` reference."""
+    """Return a 0-d array with this value, cached. A kernel receives it as a reference in the ``constant`` space."""
     return mx.array(value, dtype)
 
 
 def row_threads(width: int, values_per_thread: int = 8) -> int:
-    """Threads of a threadgroup that handles one row of ``width`` values: whole SIMD groups, 32 to 1,024."""
+    """Return the number of threads in a threadgroup that processes one row of ``width`` values.
+
+    The result is a multiple of 32 (whole SIMD groups) from 32 to 1,024, with about ``values_per_thread`` values each.
+    """
     groups = -(-width // (values_per_thread * SIMD))
     return SIMD * min(32, max(1, groups))

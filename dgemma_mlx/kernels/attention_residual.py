@@ -1,7 +1,7 @@
-"""What follows attention in a layer: its norm, the residual addition, and the norms that three readers of it want.
+"""The step after attention in a layer: the output's norm, the residual addition, and the next three norms.
 
-The dense branch, the experts and the router each take the residual stream normed with a weight of their own; the rms
-is the same. A row is read once for all of it.
+The dense branch, the experts and the router each need the residual stream after a norm with a weight of its own. The
+root mean square is the same for all three, so the kernel reads each row once and computes it once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from dgemma_mlx.kernels.norm_residual import INVERSE_RMS, ROW
 
 
 class AttentionResidual(NamedTuple):
-    """The residual stream after attention, and its norms for its three readers; all (..., M)."""
+    """The residual stream after attention, and its norms for the three blocks that read it.
+
+    All arrays are (..., M), in the dtype of the residual stream.
+
+    Attributes:
+        x: The residual stream after attention.
+        dense: The norm of x that the dense branch takes.
+        experts: The norm of x that the experts take.
+        router: The norm of x that the router takes.
+    """
 
     x: mx.array
     dense: mx.array
@@ -66,7 +75,10 @@ def attention_residual_kernel(
     x: mx.array, attended: mx.array, weight: mx.array, dense_weight: mx.array, experts_weight: mx.array,
     router_scale: mx.array, eps: float,
 ) -> AttentionResidual:
-    """x and attended (..., M), weights (M,) -> four times (..., M)."""
+    """Compute ``attention_residual_reference`` in one launch, with one threadgroup per row.
+
+    Shapes and dtypes are those of the reference, and results are rounded to x's dtype where the reference rounds them.
+    """
     M = x.shape[-1]
     threads = row_threads(M)
     root = scalar(M**-0.5, x.dtype)
@@ -86,7 +98,22 @@ def attention_residual_reference(
     x: mx.array, attended: mx.array, weight: mx.array, dense_weight: mx.array, experts_weight: mx.array,
     router_scale: mx.array, eps: float,
 ) -> AttentionResidual:
-    """The same in plain operations: five launches over rows."""
+    """Add the normed output of attention to the residual stream, and norm the sum for its three readers.
+
+    The sum is x' = x + rms_norm(attended) * weight. The three norms are rms_norm(x') times ``dense_weight``,
+    ``experts_weight`` and ``router_scale * M**-0.5``. This takes five launches over the rows.
+
+    Reference: transformers ``DiffusionGemmaDecoderTextLayer`` and ``DiffusionGemmaTextRouter``.
+
+    Args:
+        x: Residual stream before attention, (..., M).
+        attended: Output of attention, (..., M).
+        weight: Weight of the layer's ``post_attention_layernorm``, (M,).
+        dense_weight: Weight of the layer's ``pre_feedforward_layernorm``, (M,).
+        experts_weight: Weight of the layer's ``pre_feedforward_layernorm_2``, (M,).
+        router_scale: The router's ``scale``, (M,).
+        eps: Constant added to the mean square.
+    """
     x = x + mx.fast.rms_norm(attended, weight, eps)
     weights = dense_weight, experts_weight, router_scale * x.shape[-1] ** -0.5
     dense, experts, router = (mx.fast.rms_norm(x, w, eps) for w in weights)
@@ -94,7 +121,7 @@ def attention_residual_reference(
 
 
 def _example(dtype: mx.Dtype) -> tuple[Any, ...]:
-    """A canvas of 256 in the published model's width."""
+    """Return arguments for a canvas of 256 positions with the published model's hidden size."""
     C, M = 256, 2816
     rows = [mx.random.normal((1, C, M), dtype, key=mx.random.key(i)) for i in range(2)]
     weights = [mx.random.normal((M,), dtype, key=mx.random.key(2 + i)) for i in range(4)]
@@ -105,10 +132,3 @@ attention_residual = DispatchedOperation(
     "attention_residual", attention_residual_kernel, attention_residual_reference,
     examples=[_example], source=INVERSE_RMS + _SOURCE,
 )
-"""x + norm(attended), and three norms of that sum, in x's dtype.
-
-x (..., M) is the residual stream, attended (..., M) the attention's output, normed with ``weight``
-(post_attention_layernorm). The norms are for the dense branch with ``dense_weight`` (pre_feedforward_layernorm), for
-the experts with ``experts_weight`` (pre_feedforward_layernorm_2) and for the router with ``router_scale * M**-0.5``.
-Weights (M,). Reference: transformers ``DiffusionGemmaDecoderTextLayer`` and ``DiffusionGemmaTextRouter``.
-"""

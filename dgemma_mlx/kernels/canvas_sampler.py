@@ -1,13 +1,15 @@
-"""All that a denoising step wants to know of its vocabulary logits, in one pass over them.
+"""The statistics and the sample that a denoising step needs from its vocabulary logits.
 
-For a row of V logits x: z = softcap * tanh(x / softcap) / temperature, p = softmax(z). Wanted are the entropy of p, the
-argmax, a categorical sample, and the list of tokens that carry nearly all of p, for sparse self-conditioning.
+For a row of V logits x, let z = softcap * tanh(x / softcap) / temperature and p = softmax(z). The operation computes
+the entropy of p, the argmax, a categorical sample, and the list of tokens that carry nearly all of p, which serves
+sparse self-conditioning.
 
-Why the sample is an inverse CDF (the first index whose cumulative probability exceeds one uniform number a row) and not
-argmax(z + Gumbel noise), counted for each of the V values of a row: noise is half a 20-round threefry block (about 50
-integer operations) and two logarithms, more than the tanh and the exp of all the rest; in plain operations it is also
-written and read again several times, 4 bytes each. The sums that the inverse CDF needs are there for the normaliser
-already: it draws one number a row and reads 1,024 values (kernel) or four times 32 (reference) once more.
+The sample is drawn by inverting the CDF: it is the first index whose cumulative probability exceeds a uniform random
+number. The alternative, argmax(z + Gumbel noise), is slower. For each of the V values of a row, the noise takes half of
+a 20-round threefry block (about 50 integer operations) and two logarithms, which is more than the tanh and the exp of
+everything else. In plain operations the noise is also written and read several times, 4 bytes each. The inverse CDF
+needs one random number per row and the partial sums that the softmax computes anyway. It reads 1,024 values (kernel) or
+four times 32 values (reference) again.
 """
 
 from __future__ import annotations
@@ -21,35 +23,39 @@ from dgemma_mlx.kernels._common import SIMD, scalar
 from dgemma_mlx.kernels.canvas_sampler_source import CHUNKS, HEADER, MERGE
 from dgemma_mlx.kernels.dispatch import DispatchedOperation
 
-MAX_KEPT = 512  # tokens in a row's list
-KEPT_NATS = 10.0  # a token is kept if its log-probability is within this of the largest
+MAX_KEPT = 512  # length of a row's token list
+KEPT_NATS = 10.0  # a token is kept if its log-probability is at most this far below the largest one of the row
 
 
 class CanvasSample(NamedTuple):
-    """Of logits (..., V). A row of +inf, NaN or nothing but -inf has no softmax: entropy NaN, nothing kept, sample 0.
+    """The statistics, the sample and the probable tokens of each row of logits (..., V).
 
-    Kept is a token with p >= e^-KEPT_NATS of the largest p. A row that has more than ``MAX_KEPT`` of them says
-    MAX_KEPT + 1, and lists the first; what it keeps may then be little.
+    A token is kept if p is at least e^-KEPT_NATS times the row's largest p. If more than ``MAX_KEPT`` tokens of a row
+    qualify, the list holds the ``MAX_KEPT`` of them with the lowest ids, which may carry little of the probability.
+
+    A row that contains NaN or +inf, or only -inf, has no softmax. Its entropy is NaN, its sample 0, and its list empty.
+
+    Attributes:
+        entropy: Entropy of p in nats, (...) float32.
+        argmax: Id of the largest logit, (...) int32. The lowest id wins ties.
+        sample: Id drawn from p, (...) int32.
+        kept_count: Number of kept tokens, (...) int32; ``MAX_KEPT + 1`` if more than ``MAX_KEPT`` qualify.
+        kept_ids: Ids of the kept tokens, ascending, (..., MAX_KEPT) int32; 0 after the last one.
+        kept_weights: Probabilities p of the kept tokens, (..., MAX_KEPT) float32; 0 after the last one.
+        kept_mass: Sum of ``kept_weights`` of a row, (...) float32.
     """
 
     entropy: mx.array
-    """(...) float32, nats"""
     argmax: mx.array
-    """(...) int32; the lowest index wins ties"""
     sample: mx.array
-    """(...) int32"""
     kept_count: mx.array
-    """(...) int32, 0 to MAX_KEPT + 1"""
     kept_ids: mx.array
-    """(..., MAX_KEPT) int32, ascending; 0 from the count on"""
     kept_weights: mx.array
-    """(..., MAX_KEPT) float32: their p, of the full softmax; 0 from the count on"""
     kept_mass: mx.array
-    """(...) float32: the sum of the weights"""
 
 
-_CHUNK = 1024  # values of a SIMD group
-_GROUPS = 8  # SIMD groups of a threadgroup, where there are as many chunks
+_CHUNK = 1024  # values that one SIMD group processes
+_GROUPS = 8  # most SIMD groups in a threadgroup
 _HEADER = f"constant constexpr float KEPT_NATS = {KEPT_NATS}f;\n" + HEADER
 
 _chunks_kernel: Any = mx.fast.metal_kernel(
@@ -71,7 +77,11 @@ _merge_kernel: Any = mx.fast.metal_kernel(
 def canvas_sampler_kernel(
     logits: mx.array, uniforms: mx.array, softcap: float | None, temperature: float
 ) -> CanvasSample:
-    """Logits (..., V) in any floating dtype, read once and in some chunks once or twice more; two launches."""
+    """Compute ``canvas_sampler_reference`` in two launches, with the same shapes and dtypes.
+
+    The first launch computes the sums of each chunk of 1,024 logits. The second one merges the chunks of a row, and
+    reads again the chunk with the sample and the chunks with kept tokens.
+    """
     shape, V = logits.shape[:-1], logits.shape[-1]
     N, K = uniforms.size, -(-V // _CHUNK)
     threads = SIMD * min(_GROUPS, K)
@@ -95,15 +105,25 @@ def canvas_sampler_kernel(
     ))
 
 
-_CPU_BLOCK = 1 << 20  # values that the reference goes through at a time: they stay in a processor's cache
-_GPU_BLOCK = 1 << 24  # fewer launches
-_FAN = 32
+_CPU_BLOCK = 1 << 20  # values that the reference processes at a time on a CPU, so that they stay in its cache
+_GPU_BLOCK = 1 << 24  # the same on a GPU, where larger blocks need fewer launches
+_FAN = 32  # values that are summed into one value of the next coarser level of a tree
 
 
 def canvas_sampler_reference(
     logits: mx.array, uniforms: mx.array, softcap: float | None, temperature: float
 ) -> CanvasSample:
-    """In plain operations, some rows after the other."""
+    """Compute the statistics, a sample and the probable tokens of each row of logits, as a ``CanvasSample``.
+
+    All arithmetic is float32. The sample is the first index whose cumulative probability exceeds the row's uniform
+    number. The rows are processed in blocks, one after the other, which bounds the memory.
+
+    Args:
+        logits: Raw logits in any floating-point dtype, (..., V).
+        uniforms: A random number from 0 to 1 for each row, (...) float32.
+        softcap: Bound c of the softcap c * tanh(x / c); None leaves the logits as they are.
+        temperature: Divisor of the logits after the softcap; above 0.
+    """
     shape, V = logits.shape[:-1], logits.shape[-1]
     rows, targets = logits.reshape(-1, V), uniforms.reshape(-1, 1)
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
@@ -111,7 +131,7 @@ def canvas_sampler_reference(
     blocks: list[CanvasSample] = []
     for i in range(0, len(rows), step):
         block = rows[i : i + step]
-        if blocks:  # else MLX might take all blocks through one operation, then all through the next
+        if blocks:  # otherwise MLX might run one operation for all blocks before the next operation
             [block] = mx.depends([block], list(blocks[-1]))
         blocks.append(_sample(block, targets[i : i + step], softcap, temperature))
     parts = (mx.concatenate(list(part)) for part in zip(*blocks, strict=True))
@@ -119,15 +139,16 @@ def canvas_sampler_reference(
 
 
 def _sample(logits: mx.array, uniforms: mx.array, softcap: float | None, temperature: float) -> CanvasSample:
-    """Logits (N, V), uniforms (N, 1)."""
+    """Compute the ``CanvasSample`` of logits (N, V) with uniforms (N, 1)."""
     y = logits.astype(mx.float32)
     if softcap is not None:
         y = softcap * mx.tanh(y * (1 / softcap))
     argmax = mx.argmax(y, axis=-1, keepdims=True)
     z = (y - mx.take_along_axis(y, argmax, axis=-1)) * (1 / temperature)
-    least = mx.array(-87.0)  # e^-87 is about the smallest float32; from there down e is 0, and not slow or 0 * -inf
+    # e^-87 is about the smallest normal float32. Below it e becomes 0, which avoids slow denormals and 0 * -inf.
+    least = mx.array(-87.0)
     z = mx.maximum(z, least)
-    e = mx.power(math.e, z) - mx.power(math.e, least)  # on x86 less than half the time of mx.exp, and as accurate
+    e = mx.power(math.e, z) - mx.power(math.e, least)  # as accurate as mx.exp, in less than half the time on x86
     mass, dot = _tree(e), _tree(e * z)
     total = mass[0].sum(axis=-1)  # (N, 1)
     valid = total > 0
@@ -146,7 +167,7 @@ def _sample(logits: mx.array, uniforms: mx.array, softcap: float | None, tempera
 
 
 def _groups(leaves: mx.array) -> mx.array:
-    """(N, V) -> (N, ., F), filled up with zeros."""
+    """Reshape (N, V) to (N, ceil(V / F), F) with F = ``_FAN``, padded with zeros."""
     N, V = leaves.shape
     if V % _FAN:
         leaves = mx.pad(leaves, [(0, 0), (0, -V % _FAN)])
@@ -154,7 +175,11 @@ def _groups(leaves: mx.array) -> mx.array:
 
 
 def _tree(leaves: mx.array) -> list[mx.array]:
-    """Sums of leaves (N, V), coarse to fine: (N, 1, <= F), (N, ., F) ...; each value is the sum of F in the next."""
+    """Return partial sums of leaves (N, V) as levels from coarse to fine, with F = ``_FAN``.
+
+    The first level is (N, 1, at most F), the others (N, groups, F). Each value is the sum of a group of the next level,
+    and the last level holds the leaves.
+    """
     if leaves.shape[1] <= _FAN:
         return [leaves[:, None]]
     level = _groups(leaves)
@@ -162,7 +187,10 @@ def _tree(leaves: mx.array) -> list[mx.array]:
 
 
 def _first_above(tree: list[mx.array], target: mx.array) -> mx.array:
-    """The first leaf up to which the sum exceeds target (N, 1); where rounding leaves none, the last that is not 0."""
+    """Return the index (N, 1) of the first leaf at which the cumulative sum exceeds ``target`` (N, 1).
+
+    If rounding leaves no such leaf, return the last leaf that is not 0.
+    """
     index = mx.zeros(target.shape, mx.int32)
     for level in tree:
         part = mx.take_along_axis(level, index[..., None], axis=1)[:, 0]  # (N, F)
@@ -177,10 +205,13 @@ def _first_above(tree: list[mx.array], target: mx.array) -> mx.array:
 
 
 def _first_of(marked: mx.array) -> mx.array:
-    """The indices of the first ``MAX_KEPT`` that are marked, (N, V) bool -> (N, MAX_KEPT); V where there is none."""
+    """Return the indices (N, MAX_KEPT) of the first true values in each row of ``marked`` (N, V) bool, ascending.
+
+    After a row's last true value, the result is V.
+    """
     N, V = marked.shape
     index = mx.arange(V)
-    if V > 2 * MAX_KEPT * _FAN:  # they are in the first MAX_KEPT groups in which something is marked
+    if V > 2 * MAX_KEPT * _FAN:  # for speed, search only the first MAX_KEPT groups that contain a true value
         groups = _groups(marked)
         G = groups.shape[1]
         first = _first_of(groups.sum(axis=-1) > 0)[..., None]  # (N, MAX_KEPT, 1)
@@ -194,7 +225,10 @@ def _first_of(marked: mx.array) -> mx.array:
 
 
 def _example(dtype: mx.Dtype) -> tuple[mx.array, mx.array, float, float]:
-    """A canvas of the published model: rows from flat, with too many tokens to list, to certain."""
+    """Return arguments for a canvas of the published model.
+
+    The rows range from a flat distribution, with too many tokens to list, to a certain token.
+    """
     keys = mx.random.split(mx.random.key(0), 3)
     peaks = mx.random.randint(0, 262_144, (256, 1), key=keys[0])
     logits = 3 * mx.random.normal((256, 262_144), key=keys[1])
@@ -203,7 +237,11 @@ def _example(dtype: mx.Dtype) -> tuple[mx.array, mx.array, float, float]:
 
 
 def _agree(found: CanvasSample, expected: CanvasSample) -> bool:
-    """In a few rows rounding may decide the sample, or whether a token is just in the list."""
+    """Return whether a kernel's result agrees with the reference's.
+
+    In up to a tenth of the rows the integers may differ, because rounding may decide the sample or whether a token near
+    the limit is kept.
+    """
     same = mx.stack([(f == e).reshape(len(f), -1).all(axis=-1) for f, e in zip(found[1:5], expected[1:5], strict=True)])
     rows = same.all(axis=0)
     close = mx.stack([

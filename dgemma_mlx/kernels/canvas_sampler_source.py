@@ -1,8 +1,19 @@
-"""The Metal text of ``canvas_sampler``: a pass over the logits by chunks, and one that merges the chunks of a row.
+"""The Metal source of ``canvas_sampler``: a first pass over chunks of the logits, and a second pass over rows.
 
-Template constants: T, the logits' dtype; V, K chunks of CHUNK values in a row; CAPPED, whether there is a softcap;
-READS, values that a lane reads side by side; THREADS of a threadgroup in the second pass; MAX_KEPT.
-y is a logit after the softcap, z = y / temperature.
+The first pass (``CHUNKS``) computes sums for each chunk of a row, and the second pass (``MERGE``) merges them.
+
+Template constants:
+
+* T: dtype of the logits
+* V: vocabulary size
+* K: number of chunks in a row
+* CHUNK: number of values in a chunk
+* CAPPED: whether there is a softcap
+* READS: number of consecutive values that a lane of the first pass reads at once
+* THREADS: number of threads in a threadgroup of the second pass
+* MAX_KEPT: length of a row's token list
+
+In the comments, y is a logit after the softcap, and z = y / temperature.
 """
 
 from __future__ import annotations
@@ -15,7 +26,8 @@ inline float capped(float x, float softcap) {
     return CAPPED ? softcap * metal::precise::tanh(x * (1.0f / softcap)) : x;
 }
 
-// Over a threadgroup, in every thread. The caller puts a barrier before it uses partial again, as with block_sum.
+// Returns to every thread the minimum over a threadgroup. As with block_sum, the caller must place a barrier before it
+// uses partial again.
 template <int THREADS, typename N>
 inline N block_min(N value, threadgroup N* partial, uint lane, uint group) {
     value = simd_min(value);
@@ -26,7 +38,7 @@ inline N block_min(N value, threadgroup N* partial, uint lane, uint group) {
     return simd_min(partial[lane % (THREADS / 32)]);
 }
 
-// The sum over the threads before this one; total is that over all.
+// Returns the sum over the threads before this one, and sets total to the sum over all threads.
 template <int THREADS, typename N>
 inline N block_scan(N value, threadgroup N* partial, uint lane, uint group, thread N& total) {
     N before = simd_prefix_exclusive_sum(value);
@@ -40,7 +52,8 @@ inline N block_scan(N value, threadgroup N* partial, uint lane, uint group, thre
 }
 """
 
-# Pass 1, a SIMD group for each chunk of a row: maximum, its first index, sums of e^d and of d e^d, d = z - max z.
+# Pass 1, with one SIMD group per chunk: the maximum of y, its first index, and the sums of e^d and d e^d, where d is z
+# minus the chunk's maximum of z.
 CHUNKS = """
     constexpr int PER_LANE = CHUNK / 32;
     int chunk = thread_position_in_grid.x / 32;
@@ -48,7 +61,7 @@ CHUNKS = """
     size_t row = thread_position_in_grid.y;
     auto x = logits + row * V;
 
-    float y[PER_LANE];  // of a lane READS in a row, then those 32 * READS further on
+    float y[PER_LANE];  // READS consecutive values, then those 32 * READS further, and so on
     float top = -INFINITY;
     int begin = chunk * CHUNK + lane * READS;
     for (int i = 0; i < PER_LANE; i++) {
@@ -82,12 +95,14 @@ CHUNKS = """
     }
 """
 
-# Pass 2, a threadgroup for each row. A thread has R chunks side by side, a lane PER_LANE values of a chunk.
+# Pass 2, with one threadgroup per row. A thread merges R neighbouring chunks. A lane reads PER_LANE values of a chunk.
+#
+# This part computes the row's maximum, its first index, the softmax's normaliser, and the sum of d e^d for the entropy.
 _TOTALS = """
     constexpr int R = (K + THREADS - 1) / THREADS;
     constexpr int GROUPS = THREADS / 32;
     constexpr int PER_LANE = CHUNK / 32;
-    threadgroup float floats[4][GROUPS];  // a line for each sum or minimum over the threadgroup
+    threadgroup float floats[4][GROUPS];  // one row for each sum or minimum over the threadgroup
     threadgroup int ints[4][GROUPS];
     int t = thread_position_in_threadgroup.x;
     uint lane = thread_index_in_simdgroup;
@@ -103,11 +118,11 @@ _TOTALS = """
     }
     highest = -block_min<THREADS>(-highest, floats[0], lane, group);
 
-    float mass[R];  // of the chunks, e^(z - max z)
+    float mass[R];  // sum of e^(z - max z) of each chunk
     float own = 0.0f;
     float dot = 0.0f;
     int first = V - 1;
-    int near = 0;  // chunks that may hold a token to keep
+    int near = 0;  // number of chunks that may hold a token to keep
     for (int r = 0; r < R; r++) {
         mass[r] = 0.0f;
         if (begin + r < end) {
@@ -128,8 +143,10 @@ _TOTALS = """
     bool valid = total > 0.0f && total < INFINITY;
 """
 
-# The first that exceeds the target or else, after rounding, the last that has weight, as one minimum: its index, or
-# 2 * length - index. So the chunk is chosen, then the token within it, for which rest of the target is left.
+# This part draws the sample: first the chunk, then the token in it, for which the variable rest holds the remaining
+# target. Wanted is the first entry whose cumulative sum exceeds the target or, if rounding leaves none, the last entry
+# with a weight. Both are found as one minimum: over the index of entries that exceed the target, and over
+# 2 * length - index of the other entries.
 _DRAW = """
     threadgroup float rest;
     float target = uniforms[row] * total;
@@ -178,7 +195,8 @@ _DRAW = """
     }
 """
 
-# The chunks that may hold tokens to keep, in order; then GROUPS of them at a time, until the list is full.
+# This part lists the kept tokens. It collects the chunks that may hold one, in order, and then reads GROUPS of these
+# chunks at a time until the list is full.
 _LIST = """
     threadgroup int candidates[K];
     int candidate_count;

@@ -1,12 +1,12 @@
-"""Which of the two runs, the Metal kernel or the reference in plain ops.
+"""The choice between the Metal kernel and the reference of an operation.
 
-A kernel runs where there is Metal, it has passed the self-check on this machine and was the faster one there.
-``DGEMMA_KERNELS``, or ``set_mode``, says otherwise:
+The mode decides. It is set by the environment variable ``DGEMMA_KERNELS`` or by ``set_mode``:
 
-* ``auto``: that, the default
-* ``off``: references; no kernel is even compiled
-* ``reference``: references, but ``dgemma-mlx doctor`` still checks and times the kernels
-* ``force``: kernels, checked or not; without Metal an error
+* ``auto`` (the default): run the kernel if the machine has Metal and the self-check found the kernel to be correct and
+  faster than the reference on this machine.
+* ``off``: run the references. No kernel is compiled.
+* ``reference``: run the references, but let ``dgemma-mlx doctor`` check and time the kernels.
+* ``force``: run the kernels without a self-check. Without Metal this is an error.
 """
 
 from __future__ import annotations
@@ -30,25 +30,32 @@ VARIABLE = "DGEMMA_KERNELS"
 
 
 class DispatchedOperation(Operation[P, R]):
-    """An operation that can be called: a call runs the kernel or the reference."""
+    """An operation that can be called. A call runs the kernel or the reference, depending on the mode."""
 
     @cached_property
     def _verdicts(self) -> dict[mx.Dtype, Verdict]:
-        """The verdicts known to this process."""
+        """The verdicts that this process has looked up, by dtype."""
         return {}
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Kernel or reference; ``DgemmaError`` where the kernel is forced and there is no Metal."""
+        """Run the kernel or the reference with these arguments and return its result.
+
+        Raises ``DgemmaError`` (exit code 2) in mode ``force`` without Metal.
+        """
         run = self.kernel if self._use_kernel(args) else self.reference
         return run(*args, **kwargs)
 
     def verdict(self, dtype: mx.Dtype) -> Verdict:
-        """That of the self-check on this machine; checks where nobody has."""
+        """Return the verdict on the kernel for a dtype on this machine.
+
+        The kernel is checked if no verdict is stored. Warns with ``RuntimeWarning`` if this check finds it broken.
+        """
         if dtype not in self._verdicts:
             self._verdicts[dtype] = self._look_up(dtype)
         return self._verdicts[dtype]
 
     def _use_kernel(self, args: tuple[Any, ...]) -> bool:
+        """Return whether a call with these arguments runs the kernel."""
         if _State.mode in ("off", "reference") or _State.references:
             return False
         if _State.mode == "force":
@@ -56,6 +63,7 @@ class DispatchedOperation(Operation[P, R]):
         return has_metal() and self.verdict(_dtype(args)).status == "faster"
 
     def _look_up(self, dtype: mx.Dtype) -> Verdict:
+        """Return the stored verdict for a dtype, or check the kernel and store the verdict."""
         store = _store()
         key = store.key(self, dtype)
         if known := store.get(key):
@@ -65,34 +73,43 @@ class DispatchedOperation(Operation[P, R]):
         store.put(key, verdict)
         if verdict.broken:
             warnings.warn(
-                f"the kernel {self.name} does not work here, plain operations replace it ({dtype}: {verdict.detail})",
+                f"the kernel {self.name} does not work here; plain operations replace it ({dtype}: {verdict.detail})",
                 RuntimeWarning, stacklevel=2,
             )
         return verdict
 
 
 class _State:
-    """Of this process."""
+    """The settings of this process.
+
+    Attributes:
+        mode: The mode in force.
+        references: Number of active ``references`` contexts, in which no kernel runs.
+    """
 
     mode: Mode = "auto"
-    references = 0  # how many ``references()`` are open
+    references = 0
 
 
 def mode() -> Mode:
-    """The one in force."""
+    """Return the mode in force."""
     return _State.mode
 
 
 def set_mode(mode: str) -> None:
-    """Replaces what ``DGEMMA_KERNELS`` said; ``DgemmaError`` (exit code 2) for an unknown mode."""
+    """Set the mode, which overrides ``DGEMMA_KERNELS``. Raises ``DgemmaError`` (exit code 2) for an unknown mode."""
     if mode not in MODES:
-        raise DgemmaError(f"{VARIABLE} must be one of {', '.join(MODES)}, not {mode!r}", exit_code=2)
+        message = f"{VARIABLE} must be one of {', '.join(MODES)}, not {mode!r}"
+        raise DgemmaError(message, "The default is auto.", exit_code=2)
     _State.mode = mode
 
 
 @contextmanager
 def references(only: bool = True) -> Iterator[None]:
-    """Within it no kernel runs, if ``only``: kernels have no gradient, so training goes by the references."""
+    """Run only references within the context, unless ``only`` is False.
+
+    Training needs this, because the kernels have no gradients.
+    """
     _State.references += only
     try:
         yield
@@ -101,23 +118,25 @@ def references(only: bool = True) -> Iterator[None]:
 
 
 def has_metal() -> bool:
-    """Whether kernels can run: there is a GPU, and it is the default device."""
+    """Return whether kernels can run: the machine has Metal, and the GPU is MLX's default device."""
     return mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu)
 
 
 def _must_have_metal() -> bool:
+    """Return True with Metal. Raises ``DgemmaError`` (exit code 2) without."""
     if not has_metal():
-        raise DgemmaError(f"{VARIABLE}=force, but there is no Metal here", "Use auto or off.", exit_code=2)
+        raise DgemmaError(f"{VARIABLE}=force, but Metal is not available", "Use auto or off.", exit_code=2)
     return True
 
 
 def _dtype(args: tuple[Any, ...]) -> mx.Dtype:
-    """That of the first floating array."""
+    """Return the dtype of the first floating-point array among the arguments."""
     return next(a.dtype for a in args if isinstance(a, mx.array) and mx.issubdtype(a.dtype, mx.floating))
 
 
 @cache
 def _store() -> Store:
+    """Return the store of verdicts in the user's cache folder."""
     from platformdirs import user_cache_path
 
     return Store(user_cache_path("dgemma-mlx") / "kernels.json")

@@ -1,6 +1,6 @@
-"""The way back from the experts: each row's K outputs are found, weighted, summed and normed.
+"""The combination of the experts' outputs: a weighted sum of K outputs for each row, followed by a norm.
 
-Reference: the end of transformers ``DiffusionGemmaTextExperts``, and ``post_feedforward_layernorm_2`` after it.
+``moe_route`` has sorted the work by expert, so the outputs of a row are in different places ("slots").
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import mlx.core as mx
 from dgemma_mlx.kernels._common import BLOCK_SUM, row_threads, scalar
 from dgemma_mlx.kernels.dispatch import DispatchedOperation
 
-# A threadgroup for each row, which stays in registers between sum and norm.
+# A threadgroup processes one row, which stays in registers between the sum and the norm.
 _SOURCE = """
-    constexpr int R = (M + THREADS - 1) / THREADS;  // values of a thread: t, t + THREADS, ...
+    constexpr int R = (M + THREADS - 1) / THREADS;  // a thread holds the values t, t + THREADS, ...
     threadgroup float partial[32];
     uint t = thread_position_in_threadgroup.x;
     size_t row = threadgroup_position_in_grid.x;
@@ -60,7 +60,11 @@ _kernel: Any = mx.fast.metal_kernel(
 def moe_combine_kernel(
     outputs: mx.array, slots: mx.array, weights: mx.array, norm_weight: mx.array, eps: float
 ) -> mx.array:
-    """Outputs (N * K, M) by slot, slots and weights (N, K), norm weight (M,) -> (N, M) in the outputs' dtype."""
+    """Compute ``moe_combine_reference`` in one launch, with one threadgroup per row.
+
+    Shapes and dtypes are those of the reference. The sums are float32, and only the result is rounded to the outputs'
+    dtype.
+    """
     N, K = slots.shape
     M = outputs.shape[-1]
     threads = row_threads(M)
@@ -78,18 +82,26 @@ def moe_combine_kernel(
 def moe_combine_reference(
     outputs: mx.array, slots: mx.array, weights: mx.array, norm_weight: mx.array, eps: float
 ) -> mx.array:
-    """rms_norm(sum over k of weights[n, k] * outputs[slots[n, k]]), sum and norm in float32.
+    """Return rms_norm(y) * norm_weight, (N, M), where y[n] is the sum over k of weights[n, k] * outputs[slots[n, k]].
 
-    Outputs (N * K, M), slots (N, K), weights (N, K), norm weight (M,) -> (N, M) in the outputs' dtype. The sum is a
-    product of matrices: of the plain ways to write it, the one that moves the fewest bytes. Weights and sums are
-    rounded to the outputs' dtype on the way; the kernel rounds its result only.
+    The result has the dtype of ``outputs``. The sum is written as a matrix product, which moves fewer bytes than other
+    plain forms. The weights and the sum are rounded to the outputs' dtype, where the kernel keeps float32.
+
+    Reference: the end of transformers ``DiffusionGemmaTextExperts``, and ``post_feedforward_layernorm_2`` after it.
+
+    Args:
+        outputs: Output of an expert in each slot, (N * K, M).
+        slots: The slots of each row's K experts, (N, K) uint32.
+        weights: The weights of each row's K experts, (N, K) float32.
+        norm_weight: Weight of the layer's ``post_feedforward_layernorm_2``, (M,).
+        eps: Constant added to the mean square.
     """
     summed = weights[:, None].astype(outputs.dtype) @ outputs[slots]  # (N, 1, K) @ (N, K, M)
     return mx.fast.rms_norm(summed[:, 0], norm_weight, eps).astype(outputs.dtype)
 
 
 def _example(dtype: mx.Dtype) -> tuple[mx.array, mx.array, mx.array, mx.array, float]:
-    """A canvas of 256 rows, 8 experts each, of the published model's width."""
+    """Return arguments for a canvas of 256 rows with 8 experts each and the published model's hidden size."""
     N, K, M = 256, 8, 2816
     keys = mx.random.split(mx.random.key(0), 4)
     return (
@@ -104,4 +116,3 @@ def _example(dtype: mx.Dtype) -> tuple[mx.array, mx.array, mx.array, mx.array, f
 moe_combine = DispatchedOperation(
     "moe_combine", moe_combine_kernel, moe_combine_reference, examples=[_example], source=BLOCK_SUM + _SOURCE
 )
-"""Outputs (N * K, M), slots (N, K), weights (N, K), norm weight (M,), eps -> (N, M)."""

@@ -1,8 +1,7 @@
-"""From router logits to sorted work: which K experts each row goes to, with what weight, in what order.
+"""Routing of rows to experts: the choice of K experts for each row, their weights, and the sorting of the work.
 
-The K largest probabilities belong to the K largest logits, and once they are renormalised they are a softmax over
-those K alone, so no other probability is worked out.
-Reference: transformers ``DiffusionGemmaTextRouter``.
+The K largest probabilities belong to the K largest logits. Renormalised to sum 1, they equal a softmax over these K
+logits alone, so the other probabilities are not computed.
 """
 
 from __future__ import annotations
@@ -16,35 +15,42 @@ from dgemma_mlx.kernels.dispatch import DispatchedOperation
 
 
 class Route(NamedTuple):
-    """Where N rows go, K experts each, and their N * K pieces of work in order of experts, those of one by rows."""
+    """The assignment of N rows to K experts each.
+
+    A row and one of its experts form a piece of work. The N * K pieces are sorted by expert, and by row for the same
+    expert. A slot is a place in this order.
+
+    Attributes:
+        weights: Weight of each expert in its row's sum, (N, K) float32.
+        indices: The experts of each row, the most probable first, (N, K) uint32.
+        experts: The expert of each slot, ascending, (N * K,) uint32.
+        rows: The row of each slot, (N * K,) uint32.
+        slots: The slot of each row and expert, (N, K) uint32.
+    """
 
     weights: mx.array
-    """(N, K) float32"""
     indices: mx.array
-    """(N, K) uint32, the experts of a row, the most probable first"""
     experts: mx.array
-    """(N * K,) uint32, ascending: the expert of each slot"""
     rows: mx.array
-    """(N * K,) uint32: the row of each slot"""
     slots: mx.array
-    """(N, K) uint32: the slot of each piece of work"""
 
 
-_MAX_EXPERTS = 4096  # what fits in threadgroup memory; from there on, and for top_k > 32, the reference runs
-_BLOCK = 32  # rows of a threadgroup: one bit each in a mask
+_MAX_EXPERTS = 4096  # the limit of threadgroup memory; above it, and for top_k > 32, the reference runs
+_BLOCK = 32  # rows per threadgroup: each row is one bit of a mask
 _TOP_K_THREADS = 512
 _SORT_THREADS = 256
 
-# Both kernels run a threadgroup for each block of 32 rows. The first takes the top K and leaves a mask for each
-# expert: the rows of the block that go there. From the masks of all blocks the second counts how many rows come
-# before a given one. So nothing hangs on the order of threads, and the sort is stable.
+# Both kernels run one threadgroup for each block of 32 rows. The first kernel chooses the K experts of each row and
+# writes a mask for each block and expert, with a bit for each row of the block that uses the expert. The second kernel
+# counts bits in the masks of all blocks, which gives the number of pieces before a given one, that is, its slot. The
+# result does not depend on the order in which threads run, and the sort is stable.
 _HEADER = """
-// Keys are ordered as the logits are. Key 0 is an expert that is taken, key 1 is NaN: after -inf.
+// Keys have the same order as the logits. Key 0 marks an expert that is already chosen. Key 1 is NaN, below -inf.
 inline uint key_of(float logit) {
     if (metal::isnan(logit)) {
         return 1;
     }
-    uint bits = logit == 0.0f ? 0u : as_type<uint>(logit);  // -0 ties with 0
+    uint bits = logit == 0.0f ? 0u : as_type<uint>(logit);  // -0 and 0 are equal
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
@@ -54,7 +60,7 @@ inline float logit_of(uint key) {
 """
 
 _TOP_K_SOURCE = """
-    constexpr int R = (E + 31) / 32;  // experts of a lane: lane, lane + 32, ...
+    constexpr int R = (E + 31) / 32;  // a lane holds the experts lane, lane + 32, ...
     threadgroup atomic_uint mask[E];
     uint t = thread_position_in_threadgroup.x;
     uint lane = thread_index_in_simdgroup;
@@ -77,7 +83,7 @@ _TOP_K_SOURCE = """
             keys[i] = e < E ? key_of(static_cast<float>(logits[row * E + e])) : 0;
         }
 
-        // Lane k keeps the k-th choice.
+        // Lane k keeps the k-th choice of the row.
         uint first = 0, key = 0, expert = 0;
         for (uint k = 0; k < K; k++) {
             uint best = 0, best_e = E;
@@ -115,8 +121,8 @@ _TOP_K_SOURCE = """
 """
 
 _SORT_SOURCE = """
-    threadgroup uint totals[E];  // rows of each expert
-    threadgroup uint start[E];   // the slot of its first row in this block
+    threadgroup uint totals[E];  // number of rows of each expert
+    threadgroup uint start[E];   // slot of each expert's first row in this block
     uint t = thread_position_in_threadgroup.x;
     uint lane = thread_index_in_simdgroup;
     uint block = threadgroup_position_in_grid.x;
@@ -180,7 +186,10 @@ _sort_kernel: Any = mx.fast.metal_kernel(
 
 
 def moe_route_kernel(router_logits: mx.array, per_expert_scale: mx.array, top_k: int) -> Route:
-    """Logits (N, E), scale (E,) -> the route of N rows. Two launches."""
+    """Compute ``moe_route_reference`` in two launches: one chooses the experts, one sorts the work.
+
+    Shapes and dtypes are those of the reference. Above 4,096 experts or 32 experts per row the reference itself runs.
+    """
     N, E = router_logits.shape
     if E > _MAX_EXPERTS or top_k > SIMD:
         return moe_route_reference(router_logits, per_expert_scale, top_k)
@@ -205,11 +214,20 @@ def moe_route_kernel(router_logits: mx.array, per_expert_scale: mx.array, top_k:
 
 
 def moe_route_reference(router_logits: mx.array, per_expert_scale: mx.array, top_k: int) -> Route:
-    """Logits (N, E), scale (E,) -> the route of N rows, with the gradient of the weights.
+    """Choose ``top_k`` experts for each row, compute their weights, and sort the work by expert.
 
-    Softmax in float32, the K largest, renormalised to sum 1, times the expert's scale. Of equal logits the lower
-    expert comes first. NaN comes last, so experts are always K different ones; a row that has to take it, or +inf,
-    gets weights of NaN.
+    The weights are the softmax over the row's K largest logits in float32, times ``per_expert_scale`` of each expert.
+    Gradients flow through the weights only.
+
+    Of experts with equal logits, the one with the lower index comes first. NaN is below every other logit, so that a
+    row always gets K different experts. The weights of a row are NaN if one of its K logits is NaN or +inf.
+
+    Reference: transformers ``DiffusionGemmaTextRouter``.
+
+    Args:
+        router_logits: Logits of the router, (N, E).
+        per_expert_scale: Factor on the weight of each expert, (E,).
+        top_k: Number of experts per row (K).
     """
     indices = mx.stop_gradient(mx.argsort(-router_logits, axis=-1)[..., :top_k])  # argsort is stable
     chosen = mx.take_along_axis(router_logits, indices, axis=-1)
@@ -220,7 +238,7 @@ def moe_route_reference(router_logits: mx.array, per_expert_scale: mx.array, top
 
 
 def _example(dtype: mx.Dtype) -> tuple[mx.array, mx.array, int]:
-    """A canvas of 256 rows and the published model's router: 8 of 128 experts."""
+    """Return arguments for a canvas of 256 rows and the published model's router: 8 of 128 experts."""
     key = mx.random.key(0)
     return mx.random.normal((256, 128), dtype, key=key), mx.ones(128, dtype), 8
 
@@ -229,4 +247,3 @@ moe_route = DispatchedOperation(
     "moe_route", moe_route_kernel, moe_route_reference,
     examples=[_example], source=_HEADER + _TOP_K_SOURCE + _SORT_SOURCE,
 )
-"""Logits (N, E), scale (E,), top_k -> ``Route``."""

@@ -1,7 +1,6 @@
-"""The end of a layer: what its two feed-forward branches add to the residual stream, and the next layer's norm.
+"""The end of a layer: the residual addition of its two feed-forward branches, and the input norm of the next layer.
 
-Every row is read once and stays in registers through its three norms. Each step is rounded to the dtype where the
-reference rounds it.
+The kernel reads each row once and keeps it in registers through three norms.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from dgemma_mlx.kernels._common import BLOCK_SUM, row_threads, scalar
 from dgemma_mlx.kernels.dispatch import DispatchedOperation
 
 INVERSE_RMS = BLOCK_SUM + """
-// 1 / rms of a row of M values, of which each of THREADS threads holds N, zeros behind the end of the row.
+// Returns 1 / rms of a row of M values. Each of THREADS threads holds N of them, with zeros after the end of the row.
 template <int M, int N, int THREADS>
 inline float inverse_rms(const thread float* values, float eps, threadgroup float* partial, uint lane, uint group) {
     float sum = 0.0f;
@@ -25,7 +24,7 @@ inline float inverse_rms(const thread float* values, float eps, threadgroup floa
 }
 """
 
-# A threadgroup takes one row, a thread N neighbouring values of it.
+# A threadgroup processes one row. Each thread holds N neighbouring values of the row.
 ROW = """
     constexpr int N = (M + THREADS - 1) / THREADS;
     uint lane = thread_index_in_simdgroup;
@@ -82,7 +81,10 @@ def norm_residual_kernel(
     x: mx.array, dense: mx.array, routed: mx.array, dense_weight: mx.array, weight: mx.array,
     next_weight: mx.array, layer_scalar: mx.array, eps: float,
 ) -> tuple[mx.array, mx.array]:
-    """x, dense and routed (..., M), weights (M,), layer_scalar (1,) -> x and its norm, both (..., M)."""
+    """Compute ``norm_residual_reference`` in one launch, with one threadgroup per row.
+
+    Shapes and dtypes are those of the reference, and results are rounded to x's dtype where the reference rounds them.
+    """
     M = x.shape[-1]
     threads = row_threads(M)
     stream, normed = _kernel(
@@ -100,14 +102,30 @@ def norm_residual_reference(
     x: mx.array, dense: mx.array, routed: mx.array, dense_weight: mx.array, weight: mx.array,
     next_weight: mx.array, layer_scalar: mx.array, eps: float,
 ) -> tuple[mx.array, mx.array]:
-    """The same in plain operations: six launches."""
+    """Add the two feed-forward branches to the residual stream, scale the sum, and norm it for the next layer.
+
+    Returns x' = (x + rms_norm(rms_norm(dense) * dense_weight + routed) * weight) * layer_scalar, and
+    rms_norm(x') * next_weight, both (..., M) in x's dtype. This takes six launches.
+
+    Reference: transformers ``DiffusionGemmaDecoderTextLayer``.
+
+    Args:
+        x: Residual stream after attention, (..., M).
+        dense: Output of the dense branch before its norm, (..., M).
+        routed: Output of the experts after their norm, (..., M).
+        dense_weight: Weight of the layer's ``post_feedforward_layernorm_1``, (M,).
+        weight: Weight of the layer's ``post_feedforward_layernorm``, (M,).
+        next_weight: Weight of the next layer's ``input_layernorm``, or of the network's final norm, (M,).
+        layer_scalar: Factor on the layer's output, (1,).
+        eps: Constant added to the mean square.
+    """
     both = mx.fast.rms_norm(dense, dense_weight, eps) + routed
     x = (x + mx.fast.rms_norm(both, weight, eps)) * layer_scalar
     return x, mx.fast.rms_norm(x, next_weight, eps)
 
 
 def _example(dtype: mx.Dtype) -> tuple[Any, ...]:
-    """A canvas of 256 in the published model's width."""
+    """Return arguments for a canvas of 256 positions with the published model's hidden size."""
     C, M = 256, 2816
     rows = [mx.random.normal((1, C, M), dtype, key=mx.random.key(i)) for i in range(3)]
     weights = [mx.random.normal((M,), dtype, key=mx.random.key(3 + i)) for i in range(3)]
@@ -117,10 +135,3 @@ def _example(dtype: mx.Dtype) -> tuple[Any, ...]:
 norm_residual = DispatchedOperation(
     "norm_residual", norm_residual_kernel, norm_residual_reference, examples=[_example], source=INVERSE_RMS + _SOURCE
 )
-"""((x + norm(norm(dense) + routed)) * layer_scalar, and that normed with ``next_weight``), in x's dtype.
-
-x (..., M) is the residual stream after attention, dense (..., M) the dense branch, normed here with
-``dense_weight`` (post_feedforward_layernorm_1), routed (..., M) the experts' branch, normed already; their sum is
-normed with ``weight`` (post_feedforward_layernorm). ``next_weight`` is the next layer's input norm, or the final norm.
-Weights (M,), layer_scalar (1,). Reference: transformers ``DiffusionGemmaDecoderTextLayer``.
-"""

@@ -1,4 +1,4 @@
-"""What a kernel is here: a Metal kernel, the reference in plain operations, and the means to compare the two."""
+"""The description of an operation: its Metal kernel, its reference in plain MLX operations, and how to compare them."""
 
 from __future__ import annotations
 
@@ -12,42 +12,47 @@ from mlx.utils import tree_flatten
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_TOLERANCE = {mx.float32: 1e-4, mx.float16: 4e-3, mx.bfloat16: 3e-2}  # of the largest value: a few roundings
+# Largest error of a kernel, relative to the reference's largest absolute value: a few rounding errors of the dtype.
+_TOLERANCE = {mx.float32: 1e-4, mx.float16: 4e-3, mx.bfloat16: 3e-2}
 
 
 def close(found: Any, expected: Any) -> bool:
-    """Whether two results, arrays or tuples of arrays, agree: floats within a tolerance, integers exactly."""
+    """Return whether two results agree: arrays, or trees of arrays with the same structure.
+
+    Shapes and dtypes must be equal, integers must be equal, and floats must agree within a tolerance of their dtype.
+    """
     return all(_array_close(a, b) for a, b in zip(leaves(found), leaves(expected), strict=True))
 
 
 def leaves(tree: Any) -> list[Any]:
-    """The leaves of a tree of tuples, lists and dicts."""
+    """Return the leaves of a tree of tuples, lists and dicts."""
     flat: Any = tree_flatten(tree)
     return [leaf for _, leaf in flat]
 
 
 def _array_close(found: mx.array, expected: mx.array) -> bool:
+    """Return whether two arrays agree, as ``close`` defines it."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return False
     if not mx.issubdtype(expected.dtype, mx.floating):
         return bool((found == expected).all().item())
     found, wide = found.astype(mx.float32), expected.astype(mx.float32)
     bound = _TOLERANCE[expected.dtype] * mx.abs(wide).max()
-    return bool((mx.abs(found - wide) <= bound).all().item())  # a NaN is never within
+    return bool((mx.abs(found - wide) <= bound).all().item())  # False for a NaN
 
 
 @dataclass(frozen=True)
 class Operation(Generic[P, R]):
-    """A kernel and its reference, which compute the same.
+    """A Metal kernel and its reference, two functions that take the same arguments and compute the same result.
 
     Attributes:
-        name: The operation's name, unique among all operations.
-        kernel: The Metal kernel.
+        name: Name of the operation, unique among all operations.
+        kernel: The function that launches the Metal kernel.
         reference: The same function in plain MLX operations.
-        examples: One function for each form of the kernel: it takes a dtype and returns positional arguments of the
-            published model's sizes, with which the kernel is checked and timed.
-        source: All of the kernel's Metal source, so that a change of it invalidates what was measured.
-        agree: Compares a result of the kernel with one of the reference: ``agree(found, expected)``.
+        examples: One function for each variant of the kernel. It takes a dtype and returns positional arguments with
+            the published model's sizes, with which the kernel is checked and timed.
+        source: The kernel's complete Metal source. The self-check is repeated when it changes.
+        agree: ``agree(found, expected)`` returns whether a kernel's result is close enough to the reference's.
     """
 
     name: str

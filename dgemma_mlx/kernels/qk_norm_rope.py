@@ -1,8 +1,8 @@
-"""What attention does to its projections: the head norms of q, k and v, the rotary embedding, attention's layout.
+"""The step from the projections to attention: the norms of q, k and v, the rotary embedding, and the layout.
 
-Rows of D values are normed in float32 and rounded, then rotated in float32 by the angle ``position / period`` and
-rounded again. Positions are given one by one, not as an offset, so that one call serves any batch; the reference
-takes each as a batch row of its own, which gives ``mx.fast.rope`` as many threads and bytes as an offset does.
+Each head's D values are normed in float32 and rounded, then rotated in float32 and rounded again. Every row has its own
+position instead of an offset for all rows, so that one call serves a batch with left padding. The reference passes each
+row to ``mx.fast.rope`` as a batch row of its own, which costs no more threads or bytes than an offset does.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from dgemma_mlx.kernels.dispatch import DispatchedOperation
 QKV = tuple[mx.array, mx.array, mx.array]
 _THREADS = 8 * SIMD
 
-# A threadgroup takes one position. It works out the position's angles once, then its SIMD groups share out the heads.
+# A threadgroup processes one position. It computes the position's angles once. Each SIMD group processes some heads.
 _SOURCE = """
     constexpr int PAIRS = D / 2;
-    constexpr int N = (PAIRS + 31) / 32;  // neighbouring pairs of a lane
+    constexpr int N = (PAIRS + 31) / 32;  // neighbouring pairs per lane
     constexpr int HEADS = SHARED ? H + HK : H + 2 * HK;
     threadgroup float cosines[PAIRS];
     threadgroup float sines[PAIRS];
@@ -46,7 +46,7 @@ _SOURCE = """
         sine[n] = i < PAIRS ? sines[i] : 0.0f;
     }
 
-    // Heads in the order q, k, v; where K = V, those of k give v as well.
+    // Heads are in the order q, k, v. Where v is computed from k, there are no heads of v.
     for (int head = group; head < HEADS; head += THREADS / 32) {
         bool is_q = head < H;
         bool is_v = head >= H + HK;
@@ -101,7 +101,11 @@ def qk_norm_rope_kernel(
     q: mx.array, k: mx.array, v: mx.array | None, q_weight: mx.array, k_weight: mx.array,
     periods: mx.array, positions: mx.array, eps: float,
 ) -> QKV:
-    """q (B, L, H * D), k and v (B, L, Hk * D), positions (B, L) -> (B, H, L, D), twice (B, Hk, L, D); D >= 8."""
+    """Compute ``qk_norm_rope_reference`` in one launch, with one threadgroup per position.
+
+    Shapes and dtypes are those of the reference, and results are rounded where the reference rounds them. D must be at
+    least 8. Where v is None, k is read only once.
+    """
     B, L, _ = q.shape
     D = q_weight.size
     H, Hk = q.shape[-1] // D, k.shape[-1] // D
@@ -120,7 +124,24 @@ def qk_norm_rope_reference(
     q: mx.array, k: mx.array, v: mx.array | None, q_weight: mx.array, k_weight: mx.array,
     periods: mx.array, positions: mx.array, eps: float,
 ) -> QKV:
-    """The same in plain operations: at most five launches."""
+    """Norm the heads of q, k and v, rotate q and k by their positions, and move the heads before the positions.
+
+    q and k are normed with weights and rotated; v is normed without a weight and not rotated. The values i and i + D/2
+    of a head form a pair, which turns by the angle ``positions[b, l] / periods[i]``. Returns q (B, H, L, D), k and v
+    (B, Hk, L, D), in q's dtype. This takes at most five launches.
+
+    Reference: transformers ``DiffusionGemmaDecoderTextAttention``. Rotations: Su et al., arXiv 2104.09864.
+
+    Args:
+        q: Projected queries, (B, L, H * D).
+        k: Projected keys, (B, L, Hk * D).
+        v: Projected values, (B, L, Hk * D). None in layers without a value projection, where v is computed from k.
+        q_weight: Weight of the queries' norm, (D,).
+        k_weight: Weight of the keys' norm, (D,).
+        periods: Periods of the pairs, (D/2,) float32; infinity for a pair that is not rotated.
+        positions: Position of each row, (B, L) int32.
+        eps: Constant added to the mean square.
+    """
     B, L, _ = q.shape
     D = q_weight.size
 
@@ -140,7 +161,7 @@ def qk_norm_rope_reference(
 
 
 def _sliding_example(dtype: mx.Dtype) -> tuple[Any, ...]:
-    """A sliding layer's projections of a canvas of 256: 16 heads, 8 of k and v, head dim 256."""
+    """Return arguments of a sliding-window layer: 256 positions, 16 query and 8 key/value heads of 256 values."""
     C, H, Hk, D = 256, 16, 8, 256
     q, k, v, q_weight, k_weight = (
         mx.random.normal(shape, dtype, key=mx.random.key(i))
@@ -151,7 +172,10 @@ def _sliding_example(dtype: mx.Dtype) -> tuple[Any, ...]:
 
 
 def _full_example(dtype: mx.Dtype) -> tuple[Any, ...]:
-    """A full-attention layer's: 16 heads, 2 of k, which is v too, head dim 512, of which a quarter is rotated."""
+    """Return arguments of a full-attention layer: 256 positions, 16 query and 2 key/value heads of 512 values.
+
+    There is no v, and a quarter of the pairs is rotated.
+    """
     C, H, Hk, D = 256, 16, 2, 512
     q, k, q_weight, k_weight = (
         mx.random.normal(shape, dtype, key=mx.random.key(i))
@@ -166,10 +190,3 @@ qk_norm_rope = DispatchedOperation(
     "qk_norm_rope", qk_norm_rope_kernel, qk_norm_rope_reference,
     examples=[_sliding_example, _full_example], source=_SOURCE,
 )
-"""Projections q (B, L, H * D), k and v (B, L, Hk * D) -> q (B, H, L, D), k and v (B, Hk, L, D), in q's dtype.
-
-``q`` and ``k`` are normed with their weights (D,) and rotated, ``v`` is normed without a weight and not rotated;
-v None stands for K = V: ``k`` then gives both, and is read once. Pair i, values i and i + D/2 of a head, turns by
-``positions[b, l] / periods[i]``; positions (B, L) int32, periods (D/2,) float32, inf does not turn.
-Reference: transformers ``DiffusionGemmaDecoderTextAttention``; rotations: Su et al., arXiv 2104.09864.
-"""

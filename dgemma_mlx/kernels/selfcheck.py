@@ -1,4 +1,7 @@
-"""Whether a kernel can be trusted on this machine, and whether it is worth using: measured once, kept on disk."""
+"""The self-check of kernels: whether a kernel is correct on this machine and faster than its reference.
+
+Each kernel is checked and timed once per machine and dtype, and the verdict is stored on disk.
+"""
 
 from __future__ import annotations
 
@@ -19,29 +22,42 @@ import mlx.core as mx
 from dgemma_mlx.files import write_whole
 from dgemma_mlx.kernels.operation import Operation, leaves
 
-_REPEATS = 5
+_REPEATS = 5  # timed calls
 
+# Result of a self-check: "faster" and "slower" compare a correct kernel with the reference, "wrong" means that the
+# results differ, "failed" that the kernel did not compile or run, and "checking" that the check has not ended.
 Status = Literal["faster", "slower", "wrong", "failed", "checking"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found about a kernel; ``kernel`` and ``reference`` are seconds a call, the best of some."""
+    """The result of a kernel's self-check.
+
+    Attributes:
+        status: The result in one word, see ``Status``.
+        detail: What is wrong with a broken kernel, in one line.
+        kernel: Best time of a call of the kernel in seconds, summed over the operation's examples.
+        reference: The same for the reference.
+        pid: Id of the process that runs the check, while the status is "checking".
+    """
 
     status: Status
     detail: str = ""
     kernel: float = 0.0
     reference: float = 0.0
     pid: int = 0
-    """of the process that is ``checking``"""
 
     @property
     def broken(self) -> bool:
+        """Whether the kernel failed or computed wrong results."""
         return self.status in ("wrong", "failed")
 
 
 def examine(operation: Operation[..., Any], dtype: mx.Dtype) -> Verdict:
-    """Runs kernel and reference on the operation's examples; compares, then times them."""
+    """Run an operation's kernel and reference on its examples, compare their results, and time both.
+
+    An exception of the kernel becomes a verdict.
+    """
     kernel = reference = 0.0
     for example in operation.examples:
         arguments = example(dtype)
@@ -49,18 +65,18 @@ def examine(operation: Operation[..., Any], dtype: mx.Dtype) -> Verdict:
         try:
             found = operation.kernel(*arguments)
             mx.eval(found)
-        except Exception as error:  # whatever a compiler or a driver may raise
+        except Exception as error:  # a compiler or a driver may raise anything
             lines = str(error).strip().splitlines() or [type(error).__name__]
             return Verdict("failed", lines[0])
         if not operation.agree(found, operation.reference(*arguments)):
-            return Verdict("wrong", "its results are not those of the reference")
+            return Verdict("wrong", "its results differ from the reference")
         kernel += _seconds(partial(operation.kernel, *arguments))
         reference += _seconds(partial(operation.reference, *arguments))
     return Verdict("faster" if kernel < reference else "slower", kernel=kernel, reference=reference)
 
 
 def _seconds(call: Callable[[], Any]) -> float:
-    """The best of some calls, the first of which warms up."""
+    """Return the shortest time of ``_REPEATS`` calls in seconds, after one call to warm up."""
     times = []
     for _ in range(_REPEATS + 1):
         began = time.perf_counter()
@@ -70,18 +86,27 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 class Store:
-    """Verdicts in a JSON file, for one MLX version and one GPU. A file that cannot be used is done without."""
+    """The stored verdicts of this machine, in a JSON file.
+
+    The keys contain the MLX version and the GPU, so that a change of either repeats the checks. A file that cannot be
+    read counts as empty, and a file that cannot be written is ignored.
+    """
 
     def __init__(self, path: Path) -> None:
+        """Use the JSON file ``path``, which does not need to exist."""
         self._path = path
         self._machine = f"mlx {version('mlx')} on {mx.device_info().get('device_name', 'CPU')}"
 
     def key(self, operation: Operation[..., Any], dtype: mx.Dtype) -> str:
+        """Return the key of an operation's verdict for a dtype on this machine, with a digest of the Metal source."""
         digest = hashlib.sha256(operation.source.encode()).hexdigest()[:16]
         return f"{self._machine}: {operation.name} {dtype} {digest}"
 
     def get(self, key: str) -> Verdict | None:
-        """The verdict, if there is one. A process that died while it was checking left a broken kernel behind."""
+        """Return the verdict stored under a key, or None.
+
+        If the process that was checking the kernel no longer runs, the kernel has crashed it: the verdict is "failed".
+        """
         try:
             verdict = Verdict(**self._read()[key])
         except (KeyError, TypeError):
@@ -90,14 +115,16 @@ class Store:
         if verdict.status not in get_args(Status) or not all(isinstance(n, int | float) for n in numbers):
             return None
         if verdict.status == "checking" and not _runs(verdict.pid):
-            return Verdict("failed", "the program died in its self-check")
+            return Verdict("failed", "the program crashed during the self-check")
         return verdict
 
     def put(self, key: str, verdict: Verdict) -> None:
+        """Store a verdict under a key."""
         with suppress(OSError):
             write_whole(self._path, json.dumps({**self._read(), key: asdict(verdict)}, indent=1))
 
     def _read(self) -> dict[str, Any]:
+        """Return the content of the file; an empty dict if it cannot be read or is not a JSON object."""
         try:
             entries = json.loads(self._path.read_text())
         except (OSError, ValueError, RecursionError):
@@ -106,6 +133,7 @@ class Store:
 
 
 def _runs(pid: int) -> bool:
+    """Return whether a process with this id is running."""
     try:
         os.kill(pid, 0)
     except PermissionError:

@@ -1,6 +1,7 @@
-"""The expected embedding of a few tokens: sum of p[i] * E[id[i]] over the list that ``canvas_sampler`` makes of a row.
+"""The expected embedding of a short list of tokens: the sum of p[i] * table[ids[i]] over the list.
 
-With all V probabilities this is a matrix product as large as the vocabulary projection.
+The lists are those of ``canvas_sampler``. Over all V tokens, the sum would be a matrix product as large as the
+vocabulary projection.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import mlx.nn as nn
 
 from dgemma_mlx.kernels.dispatch import DispatchedOperation
 
-# A thread for each word of a row of the table, WORD values. A list longer than its S places is not complete: no sum.
+# One thread per word, that is, per WORD values of a row of the table. A list with more tokens than its S places is
+# incomplete, and its sum is 0.
 _HEADER = """
 inline int complete(int count, int places) {
     return count > places ? 0 : count;
@@ -38,7 +40,7 @@ _DENSE = """
     }
 """
 
-# value = scale * q + bias, one scale and one bias for GROUP_SIZE values; the first value is in the lowest bits.
+# A value is scale * q + bias, with one scale and one bias per GROUP_SIZE values. The first is in the lowest bits.
 _PACKED = """
     constexpr int WORD = 32 / BITS;
     constexpr int WORDS = M / WORD;
@@ -78,12 +80,12 @@ _packed_kernel: Any = mx.fast.metal_kernel(
     source=_PACKED,
     header=_HEADER,
 )
-_WORD = 4  # values of a thread where nothing is packed
-_THREADS = 128
+_WORD = 4  # values per thread for a plain table
+_THREADS = 128  # most threads in a threadgroup
 
 
 def dense_soft_embedding_kernel(table: mx.array, ids: mx.array, weights: mx.array, counts: mx.array) -> mx.array:
-    """Table (V, M), ids and weights (N, S), counts (N,) -> (N, M) float32."""
+    """Compute ``dense_soft_embedding_reference`` in one launch, with the same shapes and dtypes."""
     (N, S), M = ids.shape, table.shape[1]
     soft: mx.array = _dense_kernel(
         inputs=[table, ids, weights, counts],
@@ -97,7 +99,14 @@ def dense_soft_embedding_kernel(table: mx.array, ids: mx.array, weights: mx.arra
 
 
 def dense_soft_embedding_reference(table: mx.array, ids: mx.array, weights: mx.array, counts: mx.array) -> mx.array:
-    """Table (V, M), ids and weights (N, S), counts (N,) -> (N, M) float32."""
+    """Compute ``sparse_soft_embedding`` with a plain table and return (N, M) float32.
+
+    Args:
+        table: Embedding table, (V, M), in any floating-point dtype.
+        ids: Token ids of each list, (N, S) int32.
+        weights: Weights of these tokens, (N, S) float32.
+        counts: Number of tokens in each list, (N,) int32. A list with more than S is incomplete, and its result is 0.
+    """
     return _sum_of_rows(lambda some: table[some], ids, weights, counts)
 
 
@@ -105,8 +114,10 @@ def packed_soft_embedding_kernel(
     packed: mx.array, scales: mx.array, biases: mx.array, ids: mx.array, weights: mx.array, counts: mx.array,
     group_size: int, bits: int,
 ) -> mx.array:
-    """Packed (V, M * bits / 32) uint32, scales and biases (V, M / group_size), ids and weights (N, S), counts (N,)
-    -> (N, M) float32. A word holds 32 / bits values: 2, 4 or 8 bits."""
+    """Compute ``packed_soft_embedding_reference`` for affine mode in one launch, with the same shapes and dtypes.
+
+    ``bits`` must be 2, 4 or 8, so that a word of 32 bits holds a whole number of values.
+    """
     (N, S), words = ids.shape, packed.shape[1]
     M = words * 32 // bits
     soft: mx.array = _packed_kernel(
@@ -124,62 +135,82 @@ def packed_soft_embedding_reference(
     packed: mx.array, scales: mx.array, biases: mx.array | None, ids: mx.array, weights: mx.array, counts: mx.array,
     group_size: int, bits: int, mode: str = "affine",
 ) -> mx.array:
-    """As ``packed_soft_embedding_kernel``, in every mode that MLX has."""
+    """Compute ``sparse_soft_embedding`` with a packed table in any MLX quantization mode and return (N, M) float32.
+
+    Args:
+        packed: Packed embedding table, (V, M * bits / 32) uint32.
+        scales: Scales, (V, M / group_size).
+        biases: Offsets, (V, M / group_size), in affine mode; None in the other modes.
+        ids: Token ids of each list, (N, S) int32.
+        weights: Weights of these tokens, (N, S) float32.
+        counts: Number of tokens in each list, (N,) int32. A list with more than S is incomplete, and its result is 0.
+        group_size: Number of values that share a scale.
+        bits: Bits per value.
+        mode: MLX quantization mode.
+    """
 
     def rows(some: mx.array) -> mx.array:
         if biases is None:
             return mx.dequantize(packed[some], scales[some], None, group_size, bits, mode)
-        scale, bias = (part[some].astype(mx.float32) for part in (scales, biases))  # else MLX rounds each value
+        scale, bias = (part[some].astype(mx.float32) for part in (scales, biases))  # keeps MLX from rounding each value
         return mx.dequantize(packed[some], scale, bias, group_size, bits, mode)
 
     return _sum_of_rows(rows, ids, weights, counts)
 
 
-_PLACES = 8  # of all lists at once: 23 MB for 256 lists of the published model
+_PLACES = 8  # places of each list that are processed at once: 23 MB of embeddings for 256 lists of the published model
 
 
 def _sum_of_rows(
     rows: Callable[[mx.array], mx.array], ids: mx.array, weights: mx.array, counts: mx.array
 ) -> mx.array:
-    """Goes along the lists, as far as the longest is filled; for that the counts are evaluated."""
+    """Return the weighted sums (N, M) float32 of the table's rows that ``rows`` returns for an array of ids.
+
+    The loop ends after the longest list, so ``counts`` is evaluated here.
+    """
     counts = mx.where(counts > ids.shape[1], 0, counts)
     weights = mx.where(mx.arange(ids.shape[1]) < counts[:, None], weights, 0)
     soft = mx.array(0.0)
     longest: Any = counts.max().item()
     for i in range(0, max(1, longest), _PLACES):
         some = ids[:, i : i + _PLACES]
-        if i:  # else MLX might fetch the rows of all places first
+        if i:  # otherwise MLX might fetch the rows of all places first
             [some] = mx.depends([some], [soft])
         part = rows(some).astype(mx.float32)  # (N, PLACES, M)
         soft = soft + (weights[:, None, i : i + _PLACES] @ part)[:, 0]
     return soft
 
 
-def _lists(tokens: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Of 256 rows, up to 64 of 512 places filled."""
+def _lists(vocab_size: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Return ids, weights and counts of 256 random lists with up to 64 tokens in 512 places."""
     keys = mx.random.split(mx.random.key(0), 3)
     counts = mx.random.randint(0, 65, (256,), key=keys[0])
     weights = mx.random.uniform(0, 1 / 32, (256, 512), key=keys[1])
-    return mx.random.randint(0, tokens, (256, 512), key=keys[2]), weights, counts
+    return mx.random.randint(0, vocab_size, (256, 512), key=keys[2]), weights, counts
 
 
-_TOKENS = 32_768  # in the examples, of 262,144: what takes time is how many rows are read
+# Vocabulary size in the examples. It is smaller than the published 262,144, because the time depends only on the number
+# of rows that are read.
+_EXAMPLE_VOCAB_SIZE = 32_768
 
 
 def _dense_example(dtype: mx.Dtype) -> tuple[mx.array, ...]:
-    return (mx.random.normal((_TOKENS, 2816), dtype, key=mx.random.key(1)), *_lists(_TOKENS))
+    """Return arguments with a plain table of the published model's hidden size."""
+    table = mx.random.normal((_EXAMPLE_VOCAB_SIZE, 2816), dtype, key=mx.random.key(1))
+    return (table, *_lists(_EXAMPLE_VOCAB_SIZE))
 
 
 def _packed_example(dtype: mx.Dtype, bits: int) -> tuple[Any, ...]:
-    table = mx.random.normal((_TOKENS, 2816), dtype, key=mx.random.key(1))
-    return (*mx.quantize(table, 64, bits), *_lists(_TOKENS), 64, bits)
+    """Return arguments with a table of the published model's hidden size, packed to ``bits`` bits in affine mode."""
+    table = mx.random.normal((_EXAMPLE_VOCAB_SIZE, 2816), dtype, key=mx.random.key(1))
+    return (*mx.quantize(table, 64, bits), *_lists(_EXAMPLE_VOCAB_SIZE), 64, bits)
 
 
 dense_soft_embedding = DispatchedOperation(
     "sparse_soft_embedding", dense_soft_embedding_kernel, dense_soft_embedding_reference,
     examples=[_dense_example], source=_HEADER + _DENSE,
 )
-packed_soft_embedding = {
+packed_soft_embedding = {  # by the bits per value, for affine mode
     bits: DispatchedOperation(
         f"sparse_soft_embedding_{bits}bit", packed_soft_embedding_kernel, packed_soft_embedding_reference,
         examples=[partial(_packed_example, bits=bits)], source=_HEADER + _PACKED,
@@ -191,10 +222,16 @@ packed_soft_embedding = {
 def sparse_soft_embedding(
     table: nn.Embedding | nn.QuantizedEmbedding, ids: mx.array, weights: mx.array, counts: mx.array
 ) -> mx.array:
-    """Sum of weights[..., i] * table[ids[..., i]] over i < counts; ids int32 and weights float32 (..., S), counts (...)
-    int32 -> (..., M) float32. Zeros where counts > S: such a list is not complete.
+    """Return the sum of weights[..., i] * table[ids[..., i]] over i < counts[...], (..., M) float32.
 
-    There is a kernel for tables that are not packed, and for those packed to 4 or 8 bits in affine mode.
+    A list whose count is larger than S is incomplete, and its result is 0. There are kernels for plain tables and for
+    tables packed to 4 or 8 bits in affine mode; other tables use the reference.
+
+    Args:
+        table: Embedding table with V rows of M values.
+        ids: Token ids of each list, (..., S) int32.
+        weights: Weights of these tokens, (..., S) float32.
+        counts: Number of tokens in each list, (...) int32.
     """
     lists = (ids.reshape(-1, ids.shape[-1]), weights.reshape(-1, ids.shape[-1]), counts.reshape(-1))
     if not isinstance(table, nn.QuantizedEmbedding):

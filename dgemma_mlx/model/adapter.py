@@ -1,9 +1,11 @@
-"""Adapters: low-rank additions to the matrices of a network whose own weights stay as they are, packed or not.
+"""Adapters: trainable low-rank additions to the weight matrices of a network whose own weights stay frozen.
 
-LoRA: Hu et al., arXiv 2106.09685; DoRA: Liu et al., arXiv 2402.09353. Encoder and decoder share their weights, and so
-their additions. ``mlx_lm.tuner`` has such layers, and a test holds these to the same numbers; but importing mlx_lm
-takes seconds and brings transformers, which the way from prompt to answer does without, and it has none for experts
-as they are here.
+The two methods are LoRA (Hu et al., arXiv 2106.09685) and DoRA (Liu et al., arXiv 2402.09353). The network's weights
+may be packed. Encoder and decoder share their weights and therefore also their adapters.
+
+``mlx_lm.tuner`` has LoRA and DoRA layers as well, and a test compares the layers of this module with them. They are not
+used here, because importing mlx_lm takes seconds and also imports transformers, which generating an answer does not
+need, and because mlx_lm has no layer for this network's stacks of experts.
 """
 
 from __future__ import annotations
@@ -22,47 +24,65 @@ from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.model.experts import ExpertLinear, QuantizedExpertLinear, expert_matmul
 from dgemma_mlx.model.text import DiffusionGemma
 
+# The modules that can be adapted, as named groups of path patterns. Routers, norms and embeddings cannot be adapted.
 GROUPS = {
     "attention": r"layers\.\d+\.self_attn\.[qkvo]_proj",
     "mlp": r"layers\.\d+\.mlp\.(gate|up|down)_proj",
     "experts": r"layers\.\d+\.experts\.(gate_up|down)_proj",
     "self_conditioning": r"self_conditioning\.(gate|up|down)_proj",
 }
-"""What can be adapted, as patterns of module paths; routers, norms and embeddings cannot."""
 DEFAULT_TARGETS = ("attention", "mlp")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The shape of an adapter."""
+    """The settings of an adapter, validated when created.
+
+    Raises ``DgemmaError`` (exit code 2) for a value out of range.
+
+    Attributes:
+        rank: Rank of the low-rank matrices; at least 0.
+        alpha: Scale of the addition, which is multiplied by alpha / rank; above 0.
+        dropout: Probability with which an input of the addition is dropped in training; at least 0 and below 1.
+        targets: The adapted modules: names of ``GROUPS``, or ends of module paths such as ``q_proj`` or
+            ``mlp.down_proj``.
+        dora: Whether the adapted linear layers use DoRA instead of LoRA. Experts always use LoRA.
+        canvas_length: Canvas length to generate with, in tokens; None keeps the checkpoint's.
+    """
 
     rank: int = 16
     alpha: float = 32.0
-    """what is added is scaled by alpha / rank"""
     dropout: float = 0.0
-    """of the additions' inputs, in training"""
     targets: tuple[str, ...] = DEFAULT_TARGETS
-    """names of ``GROUPS``, or of modules: ``q_proj``, ``mlp.down_proj``"""
     dora: bool = False
     canvas_length: int | None = None
-    """instead of the checkpoint's"""
 
     def __post_init__(self) -> None:
-        for name, good, wish in (
+        for name, good, requirement in (
             ("rank", self.rank >= 0, "at least 0"), ("alpha", 0 < self.alpha < math.inf, "above 0"),
             ("dropout", 0 <= self.dropout < 1, "at least 0 and below 1"),
             ("canvas_length", self.canvas_length is None or self.canvas_length > 0, "above 0"),
         ):  # fmt: skip
             if not good:
-                raise DgemmaError(f"the adapter's {name} must be {wish}, not {getattr(self, name)}", exit_code=2)
+                raise DgemmaError(f"the adapter's {name} must be {requirement}, not {getattr(self, name)}", exit_code=2)
 
     @property
     def scale(self) -> float:
+        """The factor alpha / rank on the addition; 0 for rank 0."""
         return self.alpha / self.rank if self.rank else 0.0
 
 
 class LoRALinear(nn.Module):
-    """``linear(x) + scale * (dropout(x) @ lora_a) @ lora_b``, with lora_a (I, r) and lora_b (r, O) float32."""
+    """A linear layer with a LoRA addition: ``linear(x) + scale * (dropout(x) @ lora_a) @ lora_b``.
+
+    A new layer adds nothing, because ``lora_b`` begins with zeros.
+
+    Attributes:
+        linear: The adapted layer, plain or packed.
+        dropout: Dropout of the addition's input.
+        lora_a: First factor, (I, r) float32, where r is the rank.
+        lora_b: Second factor, (r, O) float32.
+    """
 
     def __init__(self, linear: nn.Linear | nn.QuantizedLinear, config: AdapterConfig, rank: int) -> None:
         super().__init__()
@@ -73,30 +93,47 @@ class LoRALinear(nn.Module):
         self.lora_a, self.lora_b = _initial((inputs, rank)), mx.zeros((rank, outputs))
 
     def __call__(self, x: mx.array) -> mx.array:
-        """x (..., I) -> (..., O)."""
+        """Apply the layer to x (..., I) and return (..., O)."""
         return self.linear(x) + self._addition(x)
 
     def _addition(self, x: mx.array) -> mx.array:
+        """Return the low-rank addition (..., O) for x (..., I), computed in float32 and rounded to x's dtype."""
         z = (self.dropout(x) @ self.lora_a) @ self.lora_b
         return (self._scale * z).astype(x.dtype)
 
 
 class DoRALinear(LoRALinear):
-    """As ``LoRALinear``, with each output's weights brought to a learned length m (O,) float32; the length they have
-    is taken for a constant in training, as the paper proposes."""
+    """A linear layer with a DoRA addition: LoRA, then a learned norm for the weights of each output.
+
+    The row of the adapted weight matrix that belongs to an output is rescaled to the length ``m`` of that output. In
+    training, the row's length before rescaling counts as a constant, as section 4.3 of the paper proposes.
+
+    Attributes:
+        m: Learned length of each output's row, (O,) float32. It begins with the length of the unadapted row.
+    """
 
     def __init__(self, linear: nn.Linear | nn.QuantizedLinear, config: AdapterConfig, rank: int) -> None:
         super().__init__(linear, config, rank)
         self.m = mx.linalg.norm(plain_weight(linear).astype(mx.float32), axis=1)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Apply the layer to x (..., I) and return (..., O)."""
         whole = merged(plain_weight(self.linear), self.lora_a, self.lora_b, self._scale)
         lengths = mx.stop_gradient(mx.linalg.norm(whole, axis=1))
         return (self.m / lengths).astype(x.dtype) * super().__call__(x)
 
 
 class LoRAExpertLinear(nn.Module):
-    """The same for a stack of E matrices: lora_a (E, I, r), lora_b (E, r, O)."""
+    """A stack of E expert matrices with a LoRA addition for each expert.
+
+    A new layer adds nothing, because ``lora_b`` begins with zeros.
+
+    Attributes:
+        linear: The adapted stack, plain or packed.
+        dropout: Dropout of the addition's input.
+        lora_a: First factor of each expert, (E, I, r) float32, where r is the rank.
+        lora_b: Second factor of each expert, (E, r, O) float32.
+    """
 
     def __init__(self, linear: ExpertLinear | QuantizedExpertLinear, config: AdapterConfig, rank: int) -> None:
         super().__init__()
@@ -108,7 +145,7 @@ class LoRAExpertLinear(nn.Module):
         self.lora_a, self.lora_b = _initial((E, inputs, rank)), mx.zeros((E, rank, outputs))
 
     def __call__(self, x: mx.array, indices: mx.array, *, sorted_indices: bool) -> mx.array:
-        """x (..., 1, I) and one expert index for each of its rows -> (..., 1, O)."""
+        """Apply the expert ``indices[...]`` to each row of x (..., 1, I) and return (..., 1, O)."""
         y = self.linear(x, indices, sorted_indices=sorted_indices)
         z = expert_matmul(self.dropout(x).astype(mx.float32), self.lora_a, indices, sorted_indices)
         z = expert_matmul(z, self.lora_b, indices, sorted_indices)
@@ -116,12 +153,12 @@ class LoRAExpertLinear(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether ``weight`` stands for all that is done here."""
+        """Whether multiplying by ``weight`` is equivalent to calling the layer: a plain stack without dropout."""
         return self.linear.is_plain and not self._drops
 
     @property
     def weight(self) -> mx.array:
-        """(E, O, I): of base and addition together."""
+        """The weights with the addition merged in, (E, O, I), in the dtype of the base weights."""
         weight = self.linear.weight
         return merged(weight, self.lora_a, self.lora_b, self._scale).astype(weight.dtype)
 
@@ -132,13 +169,21 @@ Adapted = (LoRALinear, LoRAExpertLinear)
 def merged(
     weight: mx.array, lora_a: mx.array, lora_b: mx.array, scale: float, m: mx.array | None = None
 ) -> mx.array:
-    """A plain weight (..., O, I) and its addition -> the weight that does both, float32; ``m`` is DoRA's."""
+    """Return a plain weight (..., O, I) with its low-rank addition merged in, as float32.
+
+    ``lora_a`` is (..., I, r) and ``lora_b`` is (..., r, O). With DoRA, ``m`` (O,) is the length to which each output's
+    row is rescaled, and the weight must have two axes.
+    """
     whole = weight.astype(mx.float32) + scale * (lora_a @ lora_b).swapaxes(-1, -2)
     return whole if m is None else (m / mx.linalg.norm(whole, axis=-1))[:, None] * whole
 
 
 def matching(network: DiffusionGemma, targets: Iterable[str]) -> list[str]:
-    """The paths of the modules that the targets name; ``DgemmaError`` (exit code 2) for one that names none."""
+    """Return the sorted paths of the modules that the targets name.
+
+    A target is a name of ``GROUPS`` or the end of a module path, such as ``q_proj``. Raises ``DgemmaError`` (exit code
+    2) for a target that names no module that can be adapted.
+    """
     able = [path for path, module in network.named_modules() if _can_be_adapted(path, module)]
     chosen: set[str] = set()
     for target in targets:
@@ -157,9 +202,13 @@ def matching(network: DiffusionGemma, targets: Iterable[str]) -> list[str]:
 
 
 def attach(network: DiffusionGemma, config: AdapterConfig, ranks: dict[str, int] | None = None) -> None:
-    """Freezes the network and puts a new adapter on it, which adds nothing yet: its second factors are zero.
+    """Freeze the network and add a new adapter to it, whose parameters are the only trainable ones.
 
-    ``ranks`` gives the modules and their ranks; by default those of ``config``. Random numbers are MLX's.
+    The new adapter does not change the network's results, because its second factors begin with zeros. The first
+    factors are drawn from MLX's global random generator.
+
+    ``ranks`` maps the path of each module to adapt to its rank. By default it is built from the targets and the rank of
+    ``config``. Raises ``DgemmaError`` (exit code 2) for a target that names no module that can be adapted.
     """
     if ranks is None:
         ranks = dict.fromkeys(matching(network, config.targets), config.rank)
@@ -177,19 +226,19 @@ def attach(network: DiffusionGemma, config: AdapterConfig, ranks: dict[str, int]
 
 
 def unfreeze(network: DiffusionGemma) -> None:
-    """Makes the additions, and nothing else, what is trained."""
+    """Make the adapter's parameters trainable and all other parameters of the network frozen."""
     network.freeze()
     for module in adapted_modules(network).values():
         module.unfreeze(keys=["lora_a", "lora_b", "m"], recurse=False)
 
 
 def adapted_modules(network: DiffusionGemma) -> dict[str, Any]:
-    """Path -> module, of those that have additions."""
+    """Return the adapted modules of a network by their paths."""
     return {path: module for path, module in network.named_modules() if isinstance(module, Adapted)}
 
 
 def plain_weight(linear: Any) -> mx.array:
-    """The weight of a module, unpacked where it is packed."""
+    """Return the weight (..., O, I) of a linear layer or a stack of experts, unpacked if it is packed."""
     if "scales" not in linear:
         return linear.weight
     return mx.dequantize(
@@ -198,17 +247,18 @@ def plain_weight(linear: Any) -> mx.array:
 
 
 def _can_be_adapted(path: str, module: nn.Module) -> bool:
+    """Return whether the module at a path is a linear layer or a stack of experts in one of ``GROUPS``."""
     kinds = (nn.Linear, nn.QuantizedLinear, ExpertLinear, QuantizedExpertLinear)
     return isinstance(module, kinds) and any(re.fullmatch(pattern, path) for pattern in GROUPS.values())
 
 
 def _shape(linear: Any) -> tuple[int, ...]:
-    """(..., O, I), as if it were not packed."""
+    """Return the shape (..., O, I) of the layer's weight before packing."""
     *rest, width = linear.weight.shape
     return (*rest, width * 32 // linear.bits if "scales" in linear else width)
 
 
 def _initial(shape: tuple[int, ...]) -> mx.array:
-    """Uniform within ±1 / sqrt(I)."""
+    """Return float32 values for a first factor (..., I, r), uniform between -1/sqrt(I) and 1/sqrt(I)."""
     bound = shape[-2] ** -0.5
     return mx.random.uniform(-bound, bound, shape)

@@ -1,10 +1,14 @@
-"""An adapter on disk: a folder that PEFT reads, too, where what it holds is defined there.
+"""Reading and writing of adapter folders.
 
-``adapter_model.safetensors`` has float32 tensors ``base_model.model.<module>.lora_A.weight`` (r, I) and
-``lora_B.weight`` (O, r), for DoRA ``lora_magnitude_vector`` (O,), under the module's name in a published checkpoint:
-twice, as transformers has a module of its own for the encoder, with tied weights. For experts PEFT defines nothing that
-fits; their factors are (E, r, I) and (E, O, r). ``adapter_config.json`` is PEFT's; a canvas length is metadata of the
-tensors' file. Of mlx_lm is read ``adapters.safetensors`` with ``<path>.lora_a`` (I, r) and ``lora_b`` (r, O).
+Adapters are written in the format of PEFT, which can read them. ``adapter_model.safetensors`` holds float32 tensors
+``base_model.model.<module>.lora_A.weight`` (r, I) and ``lora_B.weight`` (O, r), and for DoRA ``lora_magnitude_vector``
+(O,), where ``<module>`` is the module's name in a published checkpoint. Each tensor is stored twice, under the names of
+the decoder and of the encoder, because transformers has separate modules for both, with tied weights. The factors of
+experts are (E, r, I) and (E, O, r); PEFT defines no format for these. ``adapter_config.json`` is PEFT's file. A canvas
+length is stored in the metadata of the tensors' file.
+
+Adapters of mlx_lm can be read as well: ``adapters.safetensors`` with ``<path>.lora_a`` (I, r) and ``<path>.lora_b``
+(r, O).
 """
 
 from __future__ import annotations
@@ -34,12 +38,17 @@ _CANVAS_LENGTH = "dgemma_mlx.canvas_length"
 _PREFIX = "base_model.model."
 _SUFFIXES = {".lora_A.weight": "lora_a", ".lora_B.weight": "lora_b", ".lora_magnitude_vector": "m"}
 _OWN = re.compile(r"(.+)\.(lora_a|lora_b|m)")
-_DAMAGED = "An adapter is a folder that `dgemma-mlx train`, PEFT or mlx_lm has written."
-_MADE_FOR = "It was made for another model, or the files are damaged."
+_DAMAGED = "An adapter is a folder written by `dgemma-mlx train`, PEFT or mlx_lm."
+_MADE_FOR = "The adapter was made for another model, or its files are damaged."
+_NOT_SUPPORTED = "Only LoRA and DoRA adapters with one rank and one alpha for all modules can be used."
 
 
 def save_adapter(network: DiffusionGemma, config: AdapterConfig, folder: Path, base: str) -> None:
-    """Writes the additions of a network into the folder, each file whole or not at all. ``base`` names the model."""
+    """Write the adapter of a network to a folder, which is created if necessary.
+
+    Each file is written completely or not at all. ``config`` holds the adapter's settings, and ``base`` is the name of
+    the base model. Raises ``DgemmaError`` when the folder cannot be written.
+    """
     tensors: dict[str, mx.array] = {}
     for path, module in adapted_modules(network).items():
         for suffix, name in _SUFFIXES.items():
@@ -65,7 +74,10 @@ def save_adapter(network: DiffusionGemma, config: AdapterConfig, folder: Path, b
 
 
 def load_adapter(network: DiffusionGemma, folder: Path) -> AdapterConfig:
-    """Puts the folder's adapter on a network; returns what it is. ``DgemmaError`` where the two do not fit."""
+    """Add the adapter in a folder to a network, freeze the network, and return the adapter's settings.
+
+    Raises ``DgemmaError`` when the folder cannot be read, or when the adapter does not fit the network.
+    """
     config, tensors = read_adapter(folder)
     ranks = {path: parts["lora_a"].shape[-1] for path, parts in tensors.items()}
     modules = dict(network.named_modules())
@@ -74,7 +86,7 @@ def load_adapter(network: DiffusionGemma, folder: Path) -> AdapterConfig:
     attach(network, config, ranks)
     adapted = adapted_modules(network)
     if refused := sorted(ranks.keys() - adapted.keys()):
-        raise DgemmaError(f"{folder} adapts {some_of(refused)}, which cannot be adapted here", _MADE_FOR)
+        raise DgemmaError(f"{folder} adapts {some_of(refused)}, which cannot be adapted", _MADE_FOR)
     for path, parts in tensors.items():
         for name, value in parts.items():
             if name not in adapted[path] or adapted[path][name].shape != value.shape:
@@ -88,7 +100,11 @@ def load_adapter(network: DiffusionGemma, folder: Path) -> AdapterConfig:
 
 
 def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, dict[str, mx.array]]]:
-    """An adapter folder -> its configuration, and of each module's path ``lora_a``, ``lora_b`` and perhaps ``m``."""
+    """Read an adapter folder and return its settings and its tensors.
+
+    The tensors are grouped by module path: ``lora_a`` (..., I, r), ``lora_b`` (..., r, O) and, for DoRA, ``m`` (O,).
+    Raises ``DgemmaError`` when the folder is missing, incomplete or damaged, or uses features that are not supported.
+    """
     if not folder.is_dir():
         raise DgemmaError(f"there is no adapter folder {folder}", _DAMAGED)
     if not (folder / CONFIG).exists():
@@ -99,7 +115,7 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, dict[str, mx.ar
     parts = _from_peft(stored, weights) if weights.name == WEIGHTS else _from_mlx_lm(stored, weights)
     for path, found in parts.items():
         if not found.keys() >= {"lora_a", "lora_b"}:
-            raise DgemmaError(f"{weights} has one of two factors of {path}", _DAMAGED)
+            raise DgemmaError(f"{weights} has only one of two factors of {path}", _DAMAGED)
     with _malformed(folder / CONFIG):
         config = (_peft_config if "peft_type" in raw else _mlx_lm_config)(raw, parts)
         canvas_length = metadata.get(_CANVAS_LENGTH)
@@ -107,7 +123,10 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, dict[str, mx.ar
 
 
 def weights_file(folder: Path) -> Path:
-    """The folder's tensors: PEFT's file, else mlx_lm's."""
+    """Return the path of an adapter folder's tensors: PEFT's file if there is one, otherwise mlx_lm's.
+
+    Raises ``DgemmaError`` when the folder has neither.
+    """
     found = next((folder / name for name in (WEIGHTS, MLX_LM_WEIGHTS) if (folder / name).exists()), None)
     if found is None:
         raise DgemmaError(f"{folder} has no {WEIGHTS}", _DAMAGED)
@@ -115,7 +134,10 @@ def weights_file(folder: Path) -> Path:
 
 
 def adapter_digest(folder: Path) -> str:
-    """SHA-256, in hex, of both files."""
+    """Return the SHA-256, in hex, of an adapter folder's configuration and tensors.
+
+    Raises ``DgemmaError`` when the tensors' file is missing, and ``OSError`` when a file cannot be read.
+    """
     digest = hashlib.sha256()
     for path in (folder / CONFIG, weights_file(folder)):
         digest.update(path.read_bytes())
@@ -123,7 +145,7 @@ def adapter_digest(folder: Path) -> str:
 
 
 def _stems(path: str) -> list[str]:
-    """The names of a module in a published checkpoint: the decoder's, and the encoder's where it has that module."""
+    """Return a module's names in a published checkpoint: the decoder's and, if the encoder has it, the encoder's."""
     name = source_name(f"{path}.weight").removesuffix(".weight")
     if path.startswith("self_conditioning."):
         return [name]
@@ -131,18 +153,22 @@ def _stems(path: str) -> list[str]:
 
 
 def _load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """Tensors and metadata."""
+    """Return the tensors and the metadata of a safetensors file. Raises ``DgemmaError`` for a damaged file."""
     read_header(path)
     loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
     return loaded
 
 
 def _from_peft(stored: Mapping[str, mx.array], file: Path) -> dict[str, dict[str, mx.array]]:
+    """Group the tensors of PEFT's ``file`` by module path, with the factors in this package's orientation.
+
+    Raises ``DgemmaError`` for a tensor that does not belong to an adapter, or when encoder and decoder differ.
+    """
     parts: dict[str, dict[str, mx.array]] = {}
     for full_name, tensor in stored.items():
         suffix = next((suffix for suffix in _SUFFIXES if full_name.endswith(suffix)), None)
         if suffix is None or not full_name.startswith(_PREFIX):
-            raise DgemmaError(f"{file} has {full_name}, which is no part of a LoRA or DoRA adapter", _DAMAGED)
+            raise DgemmaError(f"{file} has {full_name}, which is not part of a LoRA or DoRA adapter", _DAMAGED)
         stem, part = full_name.removeprefix(_PREFIX).removesuffix(suffix), _SUFFIXES[suffix]
         decoders = stem.replace("model.encoder.language_model.", "model.decoder.", 1)
         (path,) = parameter_names([f"{decoders}.weight"])[0]
@@ -151,27 +177,32 @@ def _from_peft(stored: Mapping[str, mx.array], file: Path) -> dict[str, dict[str
         if before is not value and not mx.array_equal(before, value).item():
             raise DgemmaError(
                 f"{file} adapts encoder and decoder differently in {path}",
-                "Here they share their weights, as in the checkpoint.",
+                "Encoder and decoder share their weights, so their adapters must be equal.",
             )
     return parts
 
 
 def _from_mlx_lm(stored: Mapping[str, mx.array], file: Path) -> dict[str, dict[str, mx.array]]:
+    """Group the tensors of mlx_lm's ``file`` by module path.
+
+    Raises ``DgemmaError`` for a tensor that does not belong to an adapter.
+    """
     parts: dict[str, dict[str, mx.array]] = {}
     for name, value in stored.items():
         found = _OWN.fullmatch(name.removeprefix("model.decoder."))
         if found is None:
-            raise DgemmaError(f"{file} has {name}, which is no part of a LoRA or DoRA adapter", _DAMAGED)
+            raise DgemmaError(f"{file} has {name}, which is not part of a LoRA or DoRA adapter", _DAMAGED)
         parts.setdefault(found[1], {})[found[2]] = value
     return parts
 
 
 def _peft_config(raw: Mapping[str, Any], parts: Mapping[str, Any]) -> AdapterConfig:
+    """Convert PEFT's settings. The targets are the paths of the adapted modules, the keys of ``parts``."""
     for name, plain in (("bias", "none"), ("rank_pattern", {}), ("alpha_pattern", {}), ("modules_to_save", None)):
         if raw.get(name) not in (plain, None):
-            raise DgemmaError(f"{CONFIG}: {name} {raw[name]!r} is not supported")
+            raise DgemmaError(f"{CONFIG}: {name} {raw[name]!r} is not supported", _NOT_SUPPORTED)
     if raw["peft_type"] != "LORA":
-        raise DgemmaError(f"{CONFIG}: {raw['peft_type']!r} adapters are not supported, LoRA and DoRA are")
+        raise DgemmaError(f"{CONFIG}: {raw['peft_type']!r} adapters are not supported", _NOT_SUPPORTED)
     rank = int(raw["r"])
     alpha = float(raw["lora_alpha"]) * (rank**0.5 if raw.get("use_rslora") else 1)
     return AdapterConfig(
@@ -180,6 +211,7 @@ def _peft_config(raw: Mapping[str, Any], parts: Mapping[str, Any]) -> AdapterCon
 
 
 def _mlx_lm_config(raw: Mapping[str, Any], parts: Mapping[str, Any]) -> AdapterConfig:
+    """Convert mlx_lm's settings. The targets are the paths of the adapted modules, the keys of ``parts``."""
     values = raw["lora_parameters"]
     rank = int(values["rank"])
     return AdapterConfig(
@@ -190,7 +222,8 @@ def _mlx_lm_config(raw: Mapping[str, Any], parts: Mapping[str, Any]) -> AdapterC
 
 @contextmanager
 def _malformed(path: Path) -> Any:
+    """Turn the errors of reading settings into a ``DgemmaError`` that names the file."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise DgemmaError(f"{path} is not what an adapter has: {error!r}", _DAMAGED) from None
+        raise DgemmaError(f"{path} is not a valid adapter configuration: {error!r}", _DAMAGED) from None

@@ -1,4 +1,4 @@
-"""Attention of one layer: causal over the prefix when encoding, over [prefix | canvas] when decoding.
+"""The attention of one layer: causal over the prefix in ``encode``, over [prefix | canvas] in ``decode``.
 
 Reference: transformers ``DiffusionGemmaEncoderTextAttention`` and ``DiffusionGemmaDecoderTextAttention``.
 """
@@ -16,27 +16,32 @@ from dgemma_mlx.model.cache import Mask
 from dgemma_mlx.model.packed import Linear
 from dgemma_mlx.model.rope import rope_periods
 
+# Takes the keys and values (B, Hk, L, D) of a call; returns the keys and values (B, Hk, S, D) to attend over.
 AppendKV = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
-"""Takes this call's keys and values (B, Hk, L, D), returns those to attend over (B, Hk, S, D)."""
 
-SCORE_BYTES = 32 << 20
-"""Scores (B, H, L, S) are materialised: about so many bytes of them, as float32, at once."""
+SCORE_BYTES = 32 << 20  # default bound on the attention scores (B, H, L, S) in memory at once, counted as float32
 
-_ROWS = 8  # queries in a block are a multiple: a GPU's tile
-_LEAST_ROWS = 64
-_MOST_ROWS = 256
+_ROWS = 8  # a block has a multiple of this number of queries, the height of a GPU's matrix tile
+_LEAST_ROWS = 64  # with fewer queries per block than this, the keys are split as well
+_MOST_ROWS = 256  # queries per block where the keys are split
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, mask: Mask, score_bytes: int = SCORE_BYTES) -> mx.array:
-    """softmax(q k^T) v with scale 1: q (B, H, L, D), k and v (B, Hk, S, D) -> (B, H, L, D).
+    """Return softmax(q k^T) v with score scale 1: (B, H, L, D), in q's dtype.
 
-    Where all scores together would pass ``score_bytes``, they are computed in blocks, so that memory grows linearly
-    with S: of queries, each seeing all its keys, while ``_LEAST_ROWS`` of them may be taken at a time; then of keys.
+    ``q`` is (B, H, L, D), ``k`` and ``v`` are (B, Hk, S, D), and ``mask`` says which keys each query sees. The queries
+    are the last L of the S positions.
 
-    Why not always of queries, counted for the published model's full layers at S = 262,144 (16 heads on 2 of 512):
-    each block of queries reads all keys and values, 1.07 GB. 32 MB are 2 queries; even by 8 a canvas of 256 would be
-    32 blocks, 34 GB a layer, in products of 8 rows where a GPU's tiles have 32 or 64. In blocks of 2,048 keys they are
-    read once, in products of 2,048 rows. The price, 128 times about eight launches, is small beside 2.2 TFLOP.
+    When the scores of all queries would take more than ``score_bytes`` as float32, they are computed in blocks, so that
+    memory grows linearly with S. A block holds some queries with all their keys as long as at least ``_LEAST_ROWS``
+    queries fit. Below that, a block holds ``_MOST_ROWS`` queries with some of their keys.
+
+    Blocks of queries alone would be slow for a long prefix, because each block reads all keys and values. In the
+    published model's full-attention layers (16 query heads, 2 key/value heads of 512 values) at S = 262,144 these are
+    1.07 GB, and 32 MB of scores are 2 queries. Even with 8 queries per block, a canvas of 256 positions would need 32
+    blocks, which read 34 GB per layer in products of 8 rows, where a GPU's tiles have 32 or 64 rows. With blocks of
+    2,048 keys, the keys and values are read once, in products of 2,048 rows. The additional launches (128 blocks of
+    about eight) are cheap compared with the 2.2 TFLOP of the products.
     """
     B, H, L, _ = q.shape
     S = k.shape[2]
@@ -46,10 +51,10 @@ def attend(q: mx.array, k: mx.array, v: mx.array, mask: Mask, score_bytes: int =
     blocks: list[mx.array] = []
     for start in range(0, L, rows):
         end = min(start + rows, L)
-        seen = S - L + end if isinstance(mask, str) else S  # causal: no key after the block's last query
+        seen = S - L + end if isinstance(mask, str) else S  # causal: omit the keys after the block's last query
         part = mask[..., start:end, :] if isinstance(mask, mx.array) and mask.shape[-2] > 1 else mask
         queries, keys, values = q[:, :, start:end], k[:, :, :seen], v[:, :, :seen]
-        if blocks:  # else MLX might work out the scores of all blocks first
+        if blocks:  # otherwise MLX might compute the scores of all blocks first
             [queries] = mx.depends([queries], blocks[-1:])
         if by_keys:
             step = max(_LEAST_ROWS, score_bytes // (4 * B * H * (end - start)))
@@ -60,11 +65,14 @@ def attend(q: mx.array, k: mx.array, v: mx.array, mask: Mask, score_bytes: int =
 
 
 def _running_softmax(q: mx.array, k: mx.array, v: mx.array, mask: Mask, step: int) -> mx.array:
-    """``attend`` over ``step`` keys after the other, sums in float32 (Milakov and Gimelshein, arXiv 1805.02867)."""
+    """Compute ``attend`` in blocks of ``step`` keys, with running float32 sums.
+
+    The running maximum rescales the sums of earlier blocks (Milakov and Gimelshein, arXiv 1805.02867).
+    """
     B, H, L, D = q.shape
     Hk, S = k.shape[1:3]
-    queries = q.reshape(B, Hk, -1, D)  # all that share a key head in one product, or each head would read the keys
-    largest = mx.full((*queries.shape[:3], 1), -1e30)  # finite, as a block of keys may be masked whole
+    queries = q.reshape(B, Hk, -1, D)  # one product per key head, so that its keys are read once for all query heads
+    largest = mx.full((*queries.shape[:3], 1), -1e30)  # finite, because a block of keys may be masked completely
     total, weighted = mx.zeros(largest.shape), mx.zeros(queries.shape)
     for start in range(0, S, step):
         block = slice(start, min(start + step, S))
@@ -82,16 +90,19 @@ def _running_softmax(q: mx.array, k: mx.array, v: mx.array, mask: Mask, step: in
 
 
 def _exp_of_difference(scores: mx.array, largest: mx.array) -> mx.array:
-    """In float32."""
+    """Return exp(scores - largest), elementwise, in float32."""
     return mx.exp(scores.astype(mx.float32) - largest)
 
 
-if mx.metal.is_available():  # one pass over the scores
+if mx.metal.is_available():  # compiled, it takes one pass over the scores
     _exp_of_difference = mx.compile(_exp_of_difference, shapeless=True)
 
 
 def _seen(mask: Mask, keys: slice, L: int, S: int) -> mx.array | None:
-    """``mask`` for some of the S keys: boolean, broadcast to (B, H, L, keys), or None where all are seen."""
+    """Return the part of ``mask`` for a slice of the S keys: boolean, broadcastable to (B, H, L, keys).
+
+    Returns None when every query sees all keys of the slice.
+    """
     if isinstance(mask, mx.array):
         return mask[..., keys] if mask.shape[-1] > 1 else mask
     if mask is None or keys.stop <= S - L + 1:
@@ -100,7 +111,19 @@ def _seen(mask: Mask, keys: slice, L: int, S: int) -> mx.array | None:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with normed q, k, v and score scale 1; K = V in full-attention layers."""
+    """Grouped-query attention with norms on q, k and v and score scale 1.
+
+    Full-attention layers have no ``v_proj``: their values are the unrotated key projection after a norm of its own.
+
+    Attributes:
+        score_bytes: Bound on the attention scores in memory at once, in bytes (see ``attend``).
+        q_proj: Query projection, from M values to H * D.
+        k_proj: Key projection, from M values to Hk * D.
+        v_proj: Value projection, from M values to Hk * D; absent in full-attention layers.
+        o_proj: Output projection, from H * D values to M.
+        q_norm: RMSNorm of each query head, with a weight of shape (D,).
+        k_norm: RMSNorm of each key head, with a weight of shape (D,).
+    """
 
     def __init__(self, config: TextConfig, kind: str) -> None:
         super().__init__()
@@ -114,12 +137,17 @@ class Attention(nn.Module):
             self.v_proj = Linear(M, Hk * D)
         self.o_proj = Linear(H * D, M)
         self.q_norm = nn.RMSNorm(D, config.rms_norm_eps)
-        self.q_norm.weight = self.q_norm.weight * D**-0.5  # untrained: q . k near unit variance, as the scale is 1
+        self.q_norm.weight = self.q_norm.weight * D**-0.5  # untrained, with scale 1: gives q . k about unit variance
         self.k_norm = nn.RMSNorm(D, config.rms_norm_eps)
         self._periods = rope_periods(config.rope_parameters[kind], D)
 
     def __call__(self, x: mx.array, positions: mx.array, mask: Mask, append: AppendKV) -> mx.array:
-        """x (B, L, M), positions (B, L) int32 -> (B, L, M)."""
+        """Return the attention's output (B, L, M), in x's dtype.
+
+        ``x`` (B, L, M) is the residual stream after the layer's input norm, ``positions`` (B, L) int32 the positions
+        for the rotary embedding. ``append`` takes the new keys and values and returns those to attend over, for which
+        ``mask`` says what each query sees.
+        """
         B, L, _ = x.shape
         v = self.v_proj(x) if "v_proj" in self else None
         q, k, v = qk_norm_rope(

@@ -1,4 +1,8 @@
-"""The key/value cache of the encoded prefix: written by ``encode``, read by ``decode``."""
+"""The key/value cache of the prefix, which ``encode`` extends and ``decode`` reads.
+
+``PrefixCache`` is the cache of the whole network and explains the idea. It holds a ``FullLayerCache`` or a
+``SlidingLayerCache`` for each layer.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +14,25 @@ import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import FULL, SLIDING, TextConfig
 
+# Which keys each query sees: None for all, "causal" for a causal mask in which the last query sees the last key, or
+# a boolean array that is broadcastable to (B, H, L, S).
 Mask = mx.array | str | None
-"""None (every key is seen), "causal" (aligned at the last key), or a boolean array, broadcast to (B, H, L, S)."""
 
-SPARE = 1024  # positions of a full-attention buffer beyond the prompt: room for a few canvases, so that it seldom grows
+SPARE = 1024  # extra positions of a full-attention buffer: room for a few canvases, so that it seldom grows
 
 
 class _LayerCache:
-    """One layer's buffers [prefix | room]: keys and values (B, Hk, S, D), None before the first update.
+    """The keys and values of one layer, in two buffers (B, Hk, S, D) that are laid out as [prefix | spare room].
 
-    What is behind the prefix, ``size`` positions, is free: a canvas is written there at each denoising step. Writing
-    is a slice update. MLX does it in place when nobody else holds the buffer, and else copies it first, so that
-    whoever does hold it never sees a change.
+    Each denoising step writes the keys and values of its canvas into the spare room, over those of the previous step.
+    A write is a slice update: MLX performs it in place if nothing else refers to the buffer, and copies the buffer
+    first otherwise, so that other holders of the array never see a change.
+
+    Attributes:
+        size: Number of prefix positions in the buffers.
     """
 
-    _spare = 0
-    """positions that a new buffer has beyond those it is made for"""
+    _spare = 0  # extra positions that a new buffer gets beyond the requested capacity
 
     def __init__(self) -> None:
         self._keys: mx.array | None = None
@@ -33,25 +40,35 @@ class _LayerCache:
         self.size = 0
 
     def set_state(self, keys: mx.array, values: mx.array) -> None:
-        """Takes over what ``state`` gave. The arrays themselves stay as they are: a canvas needs new buffers."""
+        """Use keys and values (B, Hk, S, D), for example those that ``state`` returned, as the whole prefix.
+
+        The arrays themselves are not changed: they have no spare room, so the next canvas is written to new buffers.
+        """
         self._keys, self._values, self.size = keys, values, keys.shape[2]
 
     def state(self) -> tuple[mx.array, mx.array]:
-        """The prefix's keys and values, (B, Hk, size, D) each."""
+        """Return the keys and values of the prefix, each (B, Hk, size, D). The layer must not be empty."""
         return self._first(self.size)
 
     def with_canvas(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        """[prefix | canvas] keys and values, for the canvas' (B, Hk, C, D)."""
+        """Return the keys and values of [prefix | canvas], each (B, Hk, size + C, D), for a canvas' (B, Hk, C, D).
+
+        The canvas does not become part of the prefix: ``size`` stays as it is.
+        """
         end = self.size + k.shape[2]
         self._write(k, v, end)
         return self._first(end)
 
     def _first(self, count: int) -> tuple[mx.array, mx.array]:
+        """Return the first ``count`` positions of both buffers."""
         assert self._keys is not None and self._values is not None
         return self._keys[:, :, :count], self._values[:, :, :count]
 
     def _write(self, k: mx.array, v: mx.array, capacity: int) -> None:
-        """Puts (B, Hk, L, D) behind the prefix. Too small a buffer gives way to one of ``capacity`` positions."""
+        """Write keys and values (B, Hk, L, D) after the prefix.
+
+        If the buffers are too small, they are first replaced by buffers for ``capacity`` positions and the spare room.
+        """
         end = self.size + k.shape[2]
         if self._keys is None or self._values is None or self._keys.shape[2] < end:
             self._keys, self._values = self._grown(self._keys, k, capacity), self._grown(self._values, v, capacity)
@@ -59,28 +76,34 @@ class _LayerCache:
         self._values[:, :, self.size : end] = v
 
     def _grown(self, old: mx.array | None, like: mx.array, capacity: int) -> mx.array:
+        """Return a buffer for ``capacity`` positions and the spare room, which begins with the prefix in ``old``."""
         B, H, _, D = like.shape
         room = mx.zeros((B, H, capacity + self._spare - self.size, D), like.dtype)
         return room if old is None else mx.concatenate([old[:, :, : self.size], room], axis=2)
 
     @property
     def nbytes(self) -> int:
+        """Size of both buffers in bytes, with the spare room."""
         return 0 if self._keys is None or self._values is None else self._keys.nbytes + self._values.nbytes
 
 
 class FullLayerCache(_LayerCache):
-    """Keys and values of all prefix positions.
+    """The keys and values of a full-attention layer, for all prefix positions.
 
-    Both come from one projection, which would be half the bytes, but it would have to be normed and rotated again for
-    the whole prefix at each step. Counted for the published model's 5 full layers at 262,144 positions: 2.7 GB to
-    read and 5.4 GB to write, where attention itself reads 5.4 GB. Keeping the values alone, a key would be
-    rounded twice: in half precision not the same key. So both are kept.
+    Keys and values of these layers come from one projection, but the cache stores both. Storing the projection alone
+    would halve the memory, but each step would have to norm and rotate it again for the whole prefix: in the published
+    model's 5 full-attention layers at 262,144 positions, that reads 2.7 GB and writes 5.4 GB per step, where the
+    attention itself reads 5.4 GB. Computing the keys from stored values would round them twice, which gives different
+    keys in half precision.
     """
 
     _spare = SPARE
 
     def update(self, k: mx.array, v: mx.array, capacity: int) -> tuple[mx.array, mx.array]:
-        """Appends (B, Hk, L, D) and returns the keys and values the new positions may see."""
+        """Append keys and values (B, Hk, L, D) and return those that the new positions attend over.
+
+        These are the whole prefix, (B, Hk, size, D). Buffers that must grow get at least ``capacity`` positions.
+        """
         end = self.size + k.shape[2]
         self._write(k, v, max(capacity, end))
         self.size = end
@@ -88,10 +111,10 @@ class FullLayerCache(_LayerCache):
 
 
 class SlidingLayerCache(_LayerCache):
-    """Keys and values of the last ``window - 1`` prefix positions, oldest first.
+    """The keys and values of a sliding-window layer, for the last ``window - 1`` prefix positions, oldest first.
 
-    A query sees itself and the ``window - 1`` positions before it, so no more is ever needed. The order is kept by
-    copying what stays at each update, once a canvas: little beside the canvas' denoising steps, which copy nothing.
+    A query sees itself and the ``window - 1`` positions before it, so older positions are never needed. An update
+    copies the positions that remain. It runs once per canvas, while the canvas' many denoising steps copy nothing.
     """
 
     def __init__(self, window: int) -> None:
@@ -99,39 +122,77 @@ class SlidingLayerCache(_LayerCache):
         self._kept = window - 1
 
     def update(self, k: mx.array, v: mx.array, capacity: int) -> tuple[mx.array, mx.array]:
-        """Appends (B, Hk, L, D) and returns the keys and values the new positions may see."""
+        """Append keys and values (B, Hk, L, D) and return those that the new positions attend over.
+
+        These are the stored window followed by the new positions. Afterwards the last ``window - 1`` of them are kept.
+        ``capacity`` is ignored, because the window has a fixed size.
+        """
         if self._keys is not None:
             keys, values = self.state()
             k, v = mx.concatenate([keys, k], axis=2), mx.concatenate([values, v], axis=2)
         start = max(0, k.shape[2] - self._kept)
-        # contiguous: a view would keep the whole chunk's buffer alive
+        # Copied, because a view would keep the whole chunk's buffer alive.
         kept = mx.contiguous(k[:, :, start:]), mx.contiguous(v[:, :, start:])
         self.set_state(*kept)
-        # Else MLX would leave the copies of all layers to the end, and hold the chunk's keys and values until then.
+        # Without this dependency MLX would make the copies of all layers last, and hold each chunk until then.
         k, v = mx.depends([k, v], list(kept))
         return k, v
 
 
 def row_positions(rope_offset: int | mx.array, batch: int, length: int) -> mx.array:
-    """(B, L) int32: the positions from ``rope_offset``, an int or (B,), on."""
+    """Return the positions ``rope_offset``, ``rope_offset + 1``, ... of a call, (B, L) int32.
+
+    ``rope_offset`` is the first position, an int or an array (B,). ``batch`` is B and ``length`` is L.
+    """
     first = mx.array(rope_offset, mx.int32).reshape(-1, 1)
     return mx.contiguous(mx.broadcast_to(first + mx.arange(length, dtype=mx.int32), (batch, length)))
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A point to go back to: how many positions were encoded, and what the sliding layers held then."""
+    """A state of a ``PrefixCache`` to which it can return.
+
+    Attributes:
+        offset: Number of positions that were encoded.
+        sliding: Keys and values of each sliding-window layer by layer index, each (B, Hk, S, D) with S at most
+            ``window - 1``. Empty when nothing was encoded.
+    """
 
     offset: int
     sliding: dict[int, tuple[mx.array, mx.array]]
-    """by layer; (B, Hk, S, D) each"""
 
 
 class PrefixCache:
-    """Keys and values of every layer for the positions encoded so far.
+    """The keys and values of every layer for the prefix, that is, for the prompt and the committed canvases.
 
-    ``left_padding`` (B,) int32 says how many of the first positions of each row are padding: they are seen by
-    nobody, and row b's positions are counted from ``-left_padding[b]``, so that its text begins at 0 as it would alone.
+    Attention compares the queries of new positions with the keys of all earlier positions and averages their values.
+    The keys and values of a prefix position depend only on the tokens up to it, because ``encode`` is causal. They are
+    therefore computed once and stored here, and every denoising step reads them again. Without the cache, each of the
+    up to 48 steps of a canvas would run the network over the whole prefix.
+
+    The two kinds of layer need different parts of the prefix. A full-attention layer sees all of it, so its buffers
+    grow with the prefix. A sliding-window layer sees only the last ``sliding_window - 1`` positions before a query, so
+    it stores no more than these, and its memory stays constant.
+
+    Life of a cache: ``encode`` gets the masks from ``encode_masks``, calls ``update`` in each layer to append the new
+    keys and values, and calls ``advance`` at the end. ``decode`` gets the masks from ``canvas_masks`` and calls
+    ``with_canvas`` in each layer, which places the canvas' keys and values after the prefix for this step only. The
+    cache grows only when the prompt or a committed canvas is encoded.
+
+    To go back to an earlier state, take a ``snapshot`` and ``restore`` it later. A full-attention layer only forgets
+    the later positions. A sliding-window layer needs its earlier window again, which the snapshot holds.
+
+    The rows of a batch may have prompts of different lengths. Shorter rows then begin with padding, which no text
+    position sees. The positions of row b are counted from ``-left_padding[b]``, so that its text begins at position 0
+    as it would alone.
+
+    Args:
+        config: Configuration of the network, which gives the kinds of layers and the window.
+        left_padding: Number of padding positions at the start of each row, (B,) int32; None for no padding.
+
+    Attributes:
+        offset: Number of positions encoded so far, the same for all rows, padding included.
+        layers: The cache of each layer, first to last.
     """
 
     def __init__(self, config: TextConfig, left_padding: mx.array | None = None) -> None:
@@ -147,40 +208,56 @@ class PrefixCache:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every layer holds what ``offset`` says: not so where an ``encode`` or ``restore`` was interrupted."""
+        """Whether every layer holds ``offset`` positions. False after an interrupted ``encode`` or ``restore``."""
         return all(end == self.offset for end in self._ends)
 
     @property
     def rope_offset(self) -> int | mx.array:
-        """The position of the next token: an int, or (B,) with left padding."""
+        """The position of the next token for the rotary embedding: an int, or an array (B,) with left padding."""
         return self.offset if self._left_padding is None else self.offset - self._left_padding
 
     def reserve(self, positions: int) -> None:
-        """Sizes buffers once for ``positions`` more and some canvases, so that a long prefill never copies them."""
+        """Let new buffers of full-attention layers have room for ``positions`` more positions and a few canvases.
+
+        Reserving the length of a long prompt avoids copies of the buffers while the prompt is encoded in chunks.
+        """
         self._capacity = max(self._capacity, self.offset + positions)
 
     def update(self, layer: int, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        """Appends one layer's (B, Hk, L, D); returns what the new positions attend over."""
+        """Append keys and values (B, Hk, L, D) to the layer with this index.
+
+        Returns the keys and values (B, Hk, S, D) that the new positions attend over. Call ``advance`` after the update
+        of all layers.
+        """
         self._ends[layer] = self.offset + k.shape[2]
         return self.layers[layer].update(k, v, self._capacity)
 
     def with_canvas(self, layer: int, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        """[prefix | canvas] keys and values of one layer; the canvas is written behind the prefix, which stays."""
+        """Return keys and values of [prefix | canvas], (B, Hk, S, D), for the layer with this index.
+
+        ``k`` and ``v`` (B, Hk, C, D) are those of the canvas. The prefix does not change.
+        """
         return (k, v) if self.offset == 0 else self.layers[layer].with_canvas(k, v)
 
     def advance(self, positions: int) -> None:
-        """Counts positions that every layer has appended."""
+        """Add ``positions`` to ``offset`` after every layer has appended that many positions."""
         self.offset += positions
 
     def snapshot(self) -> Snapshot:
-        """The present state. Full layers need no copy: what follows is only written behind it."""
+        """Return the current state for ``restore``, without copying.
+
+        A full-attention layer needs no copy, because later positions are only written after the current ones.
+        """
         sliding = {
             i: layer.state() for i, layer in enumerate(self.layers) if isinstance(layer, SlidingLayerCache)
         }
         return Snapshot(self.offset, sliding if self.offset else {})
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Goes back to a snapshot of this cache, not before one that was restored since."""
+        """Return to an earlier state of this cache.
+
+        Afterwards, snapshots with a larger ``offset`` are invalid, because new positions overwrite theirs.
+        """
         self.offset = snapshot.offset
         for i, layer in enumerate(self.layers):
             if isinstance(layer, FullLayerCache):
@@ -190,7 +267,7 @@ class PrefixCache:
         self._ends = [snapshot.offset] * len(self.layers)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Goes on with these rows of the batch alone. Snapshots taken before are of no use then."""
+        """Keep only these rows of the batch. Earlier snapshots become invalid."""
         chosen = mx.array(list(rows), mx.int32)
         if self._left_padding is not None:
             self._left_padding = self._left_padding[chosen]
@@ -198,7 +275,7 @@ class PrefixCache:
             layer.set_state(*(array[chosen] for array in layer.state()))
 
     def repeated(self, rows: int) -> PrefixCache:
-        """Another cache, of so many rows that all hold what the one row of this one does."""
+        """Return a new cache whose ``rows`` rows are all copies of the single row of this cache."""
         other = copy(self)
         other.layers, other._ends = [copy(layer) for layer in self.layers], list(self._ends)
         for layer in other.layers:
@@ -206,7 +283,11 @@ class PrefixCache:
         return other
 
     def encode_masks(self, length: int) -> dict[str, Mask]:
-        """For each kind of layer, who sees whom when ``length`` positions are appended."""
+        """Return the mask of each kind of layer for appending ``length`` positions.
+
+        The keys of a mask's last axis are those that ``update`` returns: the whole prefix in full-attention layers, the
+        stored window in sliding-window layers, each followed by the new positions.
+        """
         end = self.offset + length
         if self._left_padding is None and end <= self._window:
             return {FULL: "causal", SLIDING: "causal"}
@@ -218,14 +299,17 @@ class PrefixCache:
             return {FULL: "causal", SLIDING: sliding}
         all_keys = mx.arange(end)
         full = all_keys <= queries
-        # A padding position sees itself, or its softmax over nothing would be NaN.
+        # A padding position sees itself: a softmax over no key would be NaN.
         return {
             FULL: self._unpadded(all_keys) & full | (all_keys == queries),
             SLIDING: self._unpadded(keys) & sliding | (keys == queries),
         }
 
     def canvas_masks(self, length: int) -> dict[str, Mask]:
-        """For each kind of layer, what a canvas of ``length`` positions sees: everything but padding."""
+        """Return the mask of each kind of layer for a canvas of ``length`` positions.
+
+        A canvas position sees the whole canvas and every stored prefix position that is not padding.
+        """
         if self._left_padding is None:
             return {FULL: None, SLIDING: None}
         end = self.offset + length
@@ -233,15 +317,15 @@ class PrefixCache:
         return {FULL: self._unpadded(mx.arange(end)), SLIDING: self._unpadded(mx.arange(first, end))}
 
     def _unpadded(self, keys: mx.array) -> mx.array:
-        """(B, 1, 1, S) bool: which of the key positions hold text."""
+        """Return which key positions (S,) are not padding, (B, 1, 1, S) bool."""
         assert self._left_padding is not None
         return (keys >= self._left_padding[:, None])[:, None, None, :]
 
     def state(self) -> list[mx.array]:
-        """Every array of the cache, to evaluate."""
+        """Return the prefix's arrays of all layers, for ``mx.eval``; an empty list for an empty cache."""
         return [array for layer in self.layers for array in layer.state()] if self.offset else []
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the buffers take."""
+        """Size of all buffers in bytes, with the spare room."""
         return sum(layer.nbytes for layer in self.layers)

@@ -1,8 +1,9 @@
-"""Packed weights made plain when a model is loaded, for machines without Metal.
+"""Unpacking of a network's packed (quantized) weights at load, for machines without Metal.
 
-MLX's CPU back end multiplies by packed weights 20 to 30 times slower than OpenBLAS by plain ones; with the linear
-algebra of MLX's own wheel plain ones gain little (``packed`` has figures). On Metal packed weights are the fast ones,
-and stay.
+MLX's CPU back end multiplies by packed weights 20 to 30 times slower than OpenBLAS multiplies by plain weights. With
+the linear algebra of MLX's own wheel, plain weights are only a little faster (``model.packed`` gives the measurements).
+On Metal packed weights are the faster ones and are kept. The caller decides whether to unpack them (option
+``cpu_dequantize``).
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ _PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedExpertLinear)
 
 
 def dequantized_bytes(model: DiffusionGemma) -> int:
-    """What the packed weights would take in the activations' dtype; 0 where nothing is packed."""
+    """Return the size in bytes of the packed weights after unpacking to the activations' dtype; 0 without any."""
     packed: list[Any] = [module for module in model.modules() if isinstance(module, _PACKED)]
     values: int = sum(module.weight.size * 32 // module.bits for module in packed)
     return values * model.dtype.size
 
 
 def dequantize(model: DiffusionGemma) -> None:
-    """Replaces packed modules by plain ones of the activations' dtype, lazily: the same numbers, unpacked once."""
+    """Replace the network's packed modules by plain modules with the same values in the activations' dtype, lazily."""
 
     def plain(_: str, module: nn.Module) -> nn.Module:
         if not isinstance(module, _PACKED):

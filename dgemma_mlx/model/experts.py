@@ -1,4 +1,4 @@
-"""Mixture of experts: the router, and the experts' weights as 3-D tensors.
+"""The mixture-of-experts branch of a layer: the router, and the experts with their weights stacked as 3-D arrays.
 
 Reference: transformers ``DiffusionGemmaTextRouter`` and ``DiffusionGemmaTextExperts``.
 """
@@ -15,12 +15,19 @@ from dgemma_mlx.kernels import Route, moe_combine, moe_route
 from dgemma_mlx.model.mlp import geglu
 from dgemma_mlx.model.packed import Linear
 
+# One entry per layer: the router's probabilities (N, E) float32 and the indices (N, K) of the chosen experts.
 RouterLog = list[tuple[mx.array, mx.array]]
-"""For each layer, the probabilities (N, E) and the chosen experts (N, K)."""
 
 
 class Router(nn.Module):
-    """Picks K of E experts for each row of the residual stream, normed with ``scale * M**-0.5`` as its weight."""
+    """The router: it chooses K of E experts for each row of the residual stream.
+
+    Attributes:
+        proj: Linear map from M values to E logits.
+        scale: Weight (M,) of the router's own RMSNorm. The norm is computed by ``attention_residual``, which uses
+            ``scale * M**-0.5``.
+        per_expert_scale: Factor (E,) on the weight of each chosen expert.
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -30,7 +37,11 @@ class Router(nn.Module):
         self.per_expert_scale = mx.ones(config.num_experts)
 
     def __call__(self, normed: mx.array, log: RouterLog | None = None) -> Route:
-        """normed (N, M) -> the route of N rows; ``log`` gets the probabilities (N, E) float32 and indices (N, K)."""
+        """Return the ``Route`` of N rows.
+
+        ``normed`` (N, M) is the residual stream after the router's norm. If ``log`` is given, the probabilities (N, E)
+        float32 and the chosen experts (N, K) are appended to it.
+        """
         logits = self.proj(normed)
         route = moe_route(logits, self.per_expert_scale, self._top_k)
         if log is not None:
@@ -39,9 +50,13 @@ class Router(nn.Module):
 
 
 def expert_matmul(x: mx.array, weights: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
-    """x (..., 1, I) and one expert index for each of its rows, weights (E, I, O) -> (..., 1, O)."""
+    """Multiply each row of x (..., 1, I) by the matrix of its expert and return (..., 1, O) in x's dtype.
+
+    ``weights`` (E, I, O) holds the experts' matrices, and ``indices`` (...) the expert of each row. ``sorted_indices``
+    states that the indices ascend, which lets MLX group the rows of an expert.
+    """
     if mx.default_device() == mx.Device(mx.cpu) and x.dtype != mx.float32:
-        # MLX's CPU GatherMM takes float32 only.
+        # MLX's CPU implementation of gather_mm supports float32 only.
         wide = mx.gather_mm(
             x.astype(mx.float32), weights.astype(mx.float32), rhs_indices=indices, sorted_indices=sorted_indices
         )
@@ -50,28 +65,45 @@ def expert_matmul(x: mx.array, weights: mx.array, indices: mx.array, sorted_indi
 
 
 class ExpertLinear(nn.Module):
-    """E linear maps without bias: weight (E, O, I)."""
+    """A stack of E linear maps without bias, of which each row of the input uses one.
+
+    Attributes:
+        weight: The matrices, (E, O, I).
+        is_plain: Whether ``weight`` is an ordinary floating-point array that can be multiplied directly.
+    """
 
     is_plain = True
-    """whether ``weight`` can be multiplied by as it is"""
 
     def __init__(self, experts: int, inputs: int, outputs: int) -> None:
         super().__init__()
         self.weight = mx.random.normal((experts, outputs, inputs)) * inputs**-0.5
 
     def __call__(self, x: mx.array, indices: mx.array, *, sorted_indices: bool) -> mx.array:
-        """x (..., 1, I) and one expert index for each of its rows -> (..., 1, O)."""
+        """Apply the map ``indices[...]`` to each row of x (..., 1, I) and return (..., 1, O)."""
         return expert_matmul(x, self.weight.swapaxes(-1, -2), indices, sorted_indices)
 
     def to_quantized(
         self, group_size: int | None = None, bits: int | None = None, mode: str = "affine", **_: Any
     ) -> QuantizedExpertLinear:
-        """Called by ``mlx.nn.quantize``; None stands for the mode's own value."""
+        """Return these maps with packed weights. ``mlx.nn.quantize`` calls this method.
+
+        ``group_size`` and ``bits`` default to the values that MLX uses for the mode.
+        """
         return QuantizedExpertLinear(self.weight, group_size, bits, mode)
 
 
 class QuantizedExpertLinear(nn.Module):
-    """``ExpertLinear`` with packed weights (E, O, I * bits / 32) uint32, scales and, in affine mode, biases."""
+    """A stack of E linear maps without bias whose weights are packed, as ``mlx.core.quantize`` stores them.
+
+    Attributes:
+        group_size: Number of consecutive weights that share a scale.
+        bits: Bits per weight.
+        mode: MLX quantization mode: "affine", "mxfp4", "mxfp8" or "nvfp4".
+        weight: The packed matrices, (E, O, I * bits / 32) uint32.
+        scales: Scales, (E, O, I / group_size).
+        biases: Offsets, (E, O, I / group_size); only in affine mode.
+        is_plain: False, because ``weight`` cannot be multiplied directly.
+    """
 
     is_plain = False
 
@@ -84,7 +116,7 @@ class QuantizedExpertLinear(nn.Module):
         self.freeze()
 
     def __call__(self, x: mx.array, indices: mx.array, *, sorted_indices: bool) -> mx.array:
-        """x (..., 1, I) and one expert index for each of its rows -> (..., 1, O)."""
+        """Apply the map ``indices[...]`` to each row of x (..., 1, I) and return (..., 1, O)."""
         return mx.gather_qmm(
             x, self.weight, self.scales, self.get("biases"), rhs_indices=indices, transpose=True,
             group_size=self.group_size, bits=self.bits, mode=self.mode, sorted_indices=sorted_indices,
@@ -92,7 +124,12 @@ class QuantizedExpertLinear(nn.Module):
 
 
 class Experts(nn.Module):
-    """down(gelu(gate x) * up x) of the chosen experts, weighted, summed and normed. Gate rows come first."""
+    """The experts: for each row, the weighted sum of down(gelu(gate x) * up x) over its K experts, then a norm.
+
+    Attributes:
+        gate_up_proj: The experts' gate and up matrices, stacked as (E, 2 * moe_intermediate_size, M), gate rows first.
+        down_proj: The experts' down matrices, (E, M, moe_intermediate_size).
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -102,7 +139,11 @@ class Experts(nn.Module):
         self.down_proj: ExpertLinear | QuantizedExpertLinear = ExpertLinear(E, inner, M)
 
     def __call__(self, x: mx.array, route: Route, norm: nn.RMSNorm) -> mx.array:
-        """x (N, M) -> norm(the sum of each row's experts), (N, M)."""
+        """Return norm(weighted sum of each row's K experts), (N, M), in x's dtype.
+
+        ``x`` (N, M) is the residual stream after ``pre_feedforward_layernorm_2``, ``route`` the router's result for the
+        same rows, and ``norm`` the layer's ``post_feedforward_layernorm_2``.
+        """
         if self.training and self._few_experts and self.gate_up_proj.is_plain and self.down_proj.is_plain:
             return norm(self._all_experts(x, route.weights, route.indices))
         y = self.gate_up_proj(x[route.rows][:, None], route.experts, sorted_indices=True)
@@ -110,8 +151,11 @@ class Experts(nn.Module):
         return moe_combine(y, route.slots, route.weights, norm.weight, norm.eps)
 
     def _all_experts(self, x: mx.array, weights: mx.array, indices: mx.array) -> mx.array:
-        """The same sum by two plain matmuls over all experts: for training a model with few of them,
-        where the gradient of a gather costs more than the products it saves."""
+        """Compute the same weighted sum, (N, M), by two ordinary matrix products over all experts.
+
+        In training a model with few experts this is faster, because the gradient of a gather costs more than the
+        products that the gather saves.
+        """
         N = x.shape[0]
         up, down = self.gate_up_proj.weight, self.down_proj.weight  # (E, 2I, M), (E, M, I)
         E, _, inner = down.shape

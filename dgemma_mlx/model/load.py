@@ -1,4 +1,7 @@
-"""A checkpoint folder -> the network. Names, quantization and shapes are checked; weights stay lazy."""
+"""Loading of the text network from a checkpoint folder.
+
+The tensors' names, shapes, dtypes and quantization are checked. The weights are not read from disk before their use.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,25 @@ from dgemma_mlx.checkpoint.shards import open_tensors
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.model.text import DiffusionGemma
 
-_DAMAGED = "The checkpoint does not match its config.json; fetch or convert it again."
+_DAMAGED = "The checkpoint does not match its config.json. Fetch or convert it again."
 
 
 def load_model(folder: Path, config: ModelConfig, dtype: mx.Dtype | None = None, *,
                strict: bool = True) -> tuple[DiffusionGemma, Weights]:
-    """Builds the network and binds the folder's tensors to it.
+    """Build the network of ``config`` with the tensors of a checkpoint folder, lazily.
 
-    ``dtype`` converts all floating tensors (lazily); by default they stay as stored, except on a machine
-    without Metal, where they become float32: MLX's CPU back end is many times slower in bfloat16.
+    Args:
+        folder: The checkpoint folder.
+        config: The folder's configuration.
+        dtype: Convert all floating-point tensors to this dtype. By default they keep the stored dtype on a GPU and
+            become float32 on a CPU, because MLX's CPU back end is many times slower in bfloat16.
+        strict: Whether tensors that the network does not know are an error. If False, they are ignored.
+
+    Returns:
+        The network in evaluation mode, and the checkpoint's tensors, which include those of the vision tower.
+
+    Raises:
+        DgemmaError: The files are missing or damaged, or the tensors do not match the configuration.
     """
     weights = remap(open_tensors(folder))
     model = DiffusionGemma(config.text)
@@ -47,7 +60,10 @@ def load_model(folder: Path, config: ModelConfig, dtype: mx.Dtype | None = None,
 
 
 def _quantize(model: DiffusionGemma, quantization: Mapping[str, Any], weights: Mapping[str, mx.array]) -> None:
-    """Replaces the modules whose weights are packed, each with its own group size, bits and mode."""
+    """Replace each module whose weights are packed, using the group size, bits and mode of that module.
+
+    Raises ``DgemmaError`` when MLX does not support a module's quantization.
+    """
 
     def packed(path: str, module: nn.Module) -> nn.Module:
         if not hasattr(module, "to_quantized") or f"{path}.scales" not in weights:
@@ -63,7 +79,10 @@ def _quantize(model: DiffusionGemma, quantization: Mapping[str, Any], weights: M
 
 
 def _check(model: DiffusionGemma, weights: Weights) -> None:
-    """Every parameter has a tensor of its shape and kind, and there is none beside."""
+    """Check that the parameters and the tensors match one to one, in path, shape and kind of dtype.
+
+    A parameter and a tensor with different floating-point dtypes match. Raises ``DgemmaError`` otherwise.
+    """
     expected = dict(tree_flatten(model.parameters()))
     if missing := sorted(expected.keys() - weights.text.keys()):
         raise DgemmaError(f"the checkpoint lacks {some_of([source_name(path) for path in missing])}", _DAMAGED)
@@ -73,7 +92,7 @@ def _check(model: DiffusionGemma, weights: Weights) -> None:
     for path, parameter in expected.items():
         name, tensor = weights.names[path], weights.text[path]
         if tensor.shape != parameter.shape:
-            raise DgemmaError(f"{name} has shape {tensor.shape}, config.json asks for {parameter.shape}", _DAMAGED)
+            raise DgemmaError(f"{name} has shape {tensor.shape}, but config.json asks for {parameter.shape}", _DAMAGED)
         both_floating = all(mx.issubdtype(array.dtype, mx.floating) for array in (tensor, parameter))
         if tensor.dtype != parameter.dtype and not both_floating:
             raise DgemmaError(f"{name} has dtype {tensor.dtype}, not {parameter.dtype}", _DAMAGED)

@@ -1,4 +1,4 @@
-"""The dense feed-forward blocks: GeGLU, and the self-conditioning block built on it."""
+"""The dense feed-forward block (GeGLU) and the self-conditioning block, which is built on it."""
 
 from __future__ import annotations
 
@@ -10,24 +10,28 @@ from dgemma_mlx.model.packed import Linear
 
 
 def gelu(x: mx.array) -> mx.array:
-    """GELU in its tanh approximation, as x * sigmoid(2 u): the same function with one transcendental.
+    """Return the tanh approximation of GELU, elementwise, in x's dtype.
 
-    u = sqrt(2/pi) (x + 0.044715 x^3), and (1 + tanh u) / 2 = sigmoid(2 u).
+    The usual form is x (1 + tanh u) / 2 with u = sqrt(2/pi) (x + 0.044715 x^3). Since (1 + tanh u) / 2 equals
+    sigmoid(2 u), this function computes x * sigmoid(2 u), where 2 sqrt(2/pi) is the constant below.
     """
     return x * mx.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
 
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
-    """gelu(gate) * up, elementwise."""
+    """Return gelu(gate) * up, elementwise."""
     return gelu(gate) * up
 
 
-if mx.metal.is_available():  # one fused kernel; on CPU compiling calls a C++ compiler and gains nothing
-    geglu = mx.compile(geglu, shapeless=True)  # traced once, not again for each length of prompt, canvas or batch
+if mx.metal.is_available():  # Compiled, it is one fused kernel. On CPU, compiling calls a C++ compiler for no gain.
+    geglu = mx.compile(geglu, shapeless=True)  # shapeless: not traced again for each prompt length, canvas or batch
 
 
 class MLP(nn.Module):
-    """down(gelu(gate x) * up x): (..., M) -> (..., M)."""
+    """The dense feed-forward block: down(gelu(gate x) * up x), where gate x and up x have ``intermediate_size`` values.
+
+    Reference: transformers ``DiffusionGemmaText4MLP``.
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -36,13 +40,14 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Apply the block to x (..., M) and return (..., M)."""
         return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class SelfConditioning(MLP):
-    """Adds what the last step predicted to the canvas' embeddings, then norms the sum.
+    """The block that adds the previous step's prediction to the embeddings of the canvas.
 
-    Reference: transformers ``DiffusionGemmaSelfConditioning``; idea: Chen et al., arXiv 2208.04202.
+    Reference: transformers ``DiffusionGemmaSelfConditioning``. The idea is from Chen et al., arXiv 2208.04202.
     """
 
     def __init__(self, config: TextConfig) -> None:
@@ -51,5 +56,9 @@ class SelfConditioning(MLP):
         self._eps = config.rms_norm_eps
 
     def condition(self, embeddings: mx.array, signal: mx.array) -> mx.array:
-        """Canvas embeddings and soft embeddings of the last prediction, both (B, C, M) -> (B, C, M)."""
+        """Return rms_norm(embeddings + mlp(pre_norm(signal))), (B, C, M); the outer norm has no weight.
+
+        ``embeddings`` (B, C, M) are those of the canvas. ``signal`` (B, C, M) holds the expected embeddings under the
+        previous step's prediction, or zeros in the first step.
+        """
         return mx.fast.rms_norm(embeddings + self(self.pre_norm(signal)), None, self._eps)

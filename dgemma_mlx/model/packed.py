@@ -1,11 +1,16 @@
-"""Products with packed weights. On a CPU, many rows are multiplied by plain blocks of them, unpacked on the way.
+"""Matrix products with packed (quantized) weights.
 
-MLX's CPU ``quantized_matmul`` unpacks a weight anew for each row and multiplies without BLAS. Measured for 256 rows (2
-Linux cores, matrices of 4,096 x 128 and 1,408 x 1,024): affine 4 and 8 bits 25 to 30 times slower than this with
-OpenBLAS, 1.1 to 1.5 times with the linear algebra in MLX's own wheel; mxfp8 45 and 3 times. At 16 rows this was 6 to 8
-times faster with OpenBLAS, and about even with the wheel's own. Other formats stay: with the latter, mxfp4 and nvfp4
-would take twice as long. So does the product with a matrix as it is stored, not transposed (expected embeddings): 4 to
-7 times faster with OpenBLAS, but 1.5 to 3 times slower without.
+On a CPU, a product with many rows unpacks the weights one block at a time and multiplies by the plain block, because
+MLX's CPU ``quantized_matmul`` unpacks every weight again for each row and multiplies without BLAS.
+
+Measured for 256 rows with matrices of 4,096 x 128 and 1,408 x 1,024 on 2 Linux cores: for affine 4 and 8 bits,
+``quantized_matmul`` was 25 to 30 times slower than the blocks with OpenBLAS, and 1.1 to 1.5 times slower with the
+linear algebra of MLX's own wheel. For mxfp8 it was 45 and 3 times slower. For 16 rows the blocks were 6 to 8 times
+faster with OpenBLAS, and about equally fast with the wheel's linear algebra.
+
+Two cases keep ``quantized_matmul``. The formats mxfp4 and nvfp4 would take twice as long in blocks with the wheel's
+linear algebra. The product with a matrix that is not transposed (expected embeddings) would be 4 to 7 times faster in
+blocks with OpenBLAS, but 1.5 to 3 times slower without.
 """
 
 from __future__ import annotations
@@ -15,16 +20,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-BLOCK_BYTES = 2 << 20
-"""Of weights unpacked at a time, float32."""
-LEAST_ROWS = 16
-_UNPACKED = {("affine", 4), ("affine", 8), ("mxfp8", 8)}
+BLOCK_BYTES = 2 << 20  # size of a block of unpacked weights, as float32
+LEAST_ROWS = 16  # rows of x from which the products are computed in blocks
+_UNPACKED = {("affine", 4), ("affine", 8), ("mxfp8", 8)}  # (mode, bits) of the formats that are unpacked in blocks
 
 Packed = nn.QuantizedLinear | nn.QuantizedEmbedding
 
 
 class Linear(nn.Linear):
-    """Without bias; packed it becomes a ``PackedLinear``."""
+    """A linear layer without bias. Quantizing it gives a ``PackedLinear``."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
@@ -33,15 +37,21 @@ class Linear(nn.Linear):
         self, group_size: int | None = None, bits: int | None = None, mode: str = "affine",
         quantize_input: bool = False,
     ) -> PackedLinear:
-        """Called by ``mlx.nn.quantize``; None stands for the mode's own value. Inputs are never quantized."""
+        """Return this layer with packed weights. ``mlx.nn.quantize`` calls this method.
+
+        ``group_size`` and ``bits`` default to the values that MLX uses for the mode. ``quantize_input`` is ignored:
+        inputs are never quantized.
+        """
         from_linear: Any = PackedLinear.from_linear
         packed: PackedLinear = from_linear(self, group_size, bits, mode)
         return packed
 
 
 class PackedLinear(nn.QuantizedLinear):
+    """A linear layer without bias and with packed weights, which a CPU multiplies in unpacked blocks."""
+
     def __call__(self, x: mx.array) -> mx.array:
-        """x (..., I) -> (..., O), lazily."""
+        """Apply the layer to x (..., I) and return (..., O) in x's dtype, lazily."""
         if not _in_blocks(x, self):
             return _quantized_matmul(x, self)
         parts: list[mx.array] = []
@@ -51,10 +61,11 @@ class PackedLinear(nn.QuantizedLinear):
 
 
 def times_table(x: mx.array, table: nn.QuantizedEmbedding) -> mx.array:
-    """x (..., M) times the transposed table (V, M) -> (..., V), in x's dtype.
+    """Return x (..., M) times the transposed embedding table (V, M): (..., V), in x's dtype.
 
-    In blocks it is evaluated, one after the other into one array: in one evaluation MLX works out all blocks before it
-    puts the first in its place, which takes twice the logits.
+    When the product is computed in blocks, each block is evaluated before the next and written into one array. In a
+    single evaluation, MLX would compute all blocks before it copied the first, which takes twice the memory of the
+    logits.
     """
     if not _in_blocks(x, table):
         return _quantized_matmul(x, table)
@@ -66,10 +77,10 @@ def times_table(x: mx.array, table: nn.QuantizedEmbedding) -> mx.array:
 
 
 def weighted_rows(weights: mx.array, table: nn.QuantizedEmbedding) -> mx.array:
-    """weights (..., V) times the table (V, M) -> (..., M), in weights' dtype.
+    """Return weights (..., V) times the embedding table (V, M): (..., M), in the dtype of ``weights``.
 
-    On a CPU in float32: there MLX adds up in the weights' dtype, and for 2,000 equal probabilities in bfloat16 the sum
-    was off by a quarter of the largest value.
+    On a CPU the product is computed in float32, because MLX accumulates in the dtype of its inputs there. For 2,000
+    equal probabilities in bfloat16, the error of the sum was a quarter of the largest value.
     """
     wide, scales, biases = weights, table.scales, table.get("biases")
     if _on_cpu():
@@ -84,33 +95,38 @@ def weighted_rows(weights: mx.array, table: nn.QuantizedEmbedding) -> mx.array:
 
 
 def _on_cpu() -> bool:
+    """Return whether the CPU is MLX's default device."""
     return bool(mx.default_device() == mx.Device(mx.cpu))
 
 
 def _in_blocks(x: mx.array, packed: Packed) -> bool:
-    """Not while training: a gradient would keep what was unpacked."""
+    """Return whether to multiply x by unpacked blocks. In training this is False: a gradient would keep the blocks."""
     gains = (packed.mode, packed.bits) in _UNPACKED and x.size >= LEAST_ROWS * x.shape[-1]
     return gains and _on_cpu() and not packed.training
 
 
 def _blocks(packed: Packed, inputs: int) -> list[slice]:
-    """Of a module's output rows."""
+    """Split the output rows of a module with I inputs into slices of at most ``BLOCK_BYTES`` unpacked weights."""
     step = max(1, BLOCK_BYTES // (4 * inputs))
     return [slice(start, start + step) for start in range(0, packed.weight.shape[0], step)]
 
 
 def _times_block(x: mx.array, packed: Packed, rows: slice, after: list[mx.array] | None = None) -> mx.array:
-    """x (..., I) -> (..., rows): products and unpacked weights in float32. Nothing is unpacked before ``after``."""
+    """Return x (..., I) times some rows of the transposed weights: (..., rows), in x's dtype.
+
+    The weights are unpacked to float32 and multiplied in float32, and not before the arrays in ``after`` exist.
+    """
     weight, scales, biases = packed.weight[rows], packed.scales[rows], packed.get("biases")
     if after:
         [weight] = mx.depends([weight], after)
-    if biases is not None:  # float32, or MLX rounds each value
+    if biases is not None:  # in half precision, MLX would round each unpacked value
         scales, biases = scales.astype(mx.float32), biases[rows].astype(mx.float32)
     plain = mx.dequantize(weight, scales, biases, packed.group_size, packed.bits, packed.mode)
     return (x.astype(mx.float32) @ plain.astype(mx.float32).T).astype(x.dtype)
 
 
 def _quantized_matmul(x: mx.array, packed: Packed) -> mx.array:
+    """Return x (..., I) times the transposed packed weights: (..., O)."""
     return mx.quantized_matmul(
         x, packed.weight, packed.scales, packed.get("biases"), transpose=True, group_size=packed.group_size,
         bits=packed.bits, mode=packed.mode,

@@ -1,4 +1,9 @@
-"""What a denoising step predicted, in the form in which it conditions the next one."""
+"""The prediction of a denoising step, stored in the form that conditions the next step (self-conditioning).
+
+The next step needs the expected embedding of each canvas position: the mean of the embedding table's rows under the
+predicted distribution. Most positions are described by a short list of probable tokens, which is cheap to store and to
+average over. The expected embeddings of the other positions are computed from all V logits before these are discarded.
+"""
 
 from __future__ import annotations
 
@@ -11,34 +16,53 @@ from dgemma_mlx.kernels import MAX_KEPT, CanvasSample
 
 
 def least_kept(dtype: mx.Dtype) -> float:
-    """Of a position's probability. What is left out, times the table's largest value, is the most by which the expected
-    embedding moves: what bfloat16 rounds off; in float32, where results are compared with the reference's, what the sum
-    of the list is off itself.
+    """Return the least probability mass that a position's token list must hold to stand for the whole distribution.
 
-    That bound is on the exact expected embedding, of logits that are not rounded. transformers rounds them to the
-    weights' dtype first, and so does the way over all logits (``DiffusionGemma._expected_embedding``): in bfloat16 the
-    two ways differ by what that rounding is worth, far more than the bound, and the lists are the closer to the exact.
+    Leaving out a mass m moves the expected embedding by at most m times the largest absolute value of the table. The
+    returned threshold limits m to the rounding error of bfloat16 (2^-9) for half precision. For float32, where results
+    are compared with the reference implementation, it limits m to the error of the float32 sum itself (2^-20).
+
+    This bound refers to the exact expected embedding of unrounded logits. transformers rounds the logits to the dtype
+    of the weights first, and ``DiffusionGemma._expected_embedding`` does the same. In bfloat16 that rounding changes
+    the result by far more than the bound, so the token lists are closer to the exact value than the full softmax is.
     """
     return 1 - (2**-20 if dtype == mx.float32 else 2**-9)
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """The probable tokens of each canvas position, and the mean embedding of those positions where they are too many.
+class DenseRows:
+    """Expected embeddings of the positions whose token lists are incomplete.
 
-    ``sample`` is the step's, over (B, C); ``dense`` (n,) are the positions, counted through the batch, that its lists
-    do not stand for, and ``expected`` (n, M) their expected embeddings, smaller to keep through the next step than
-    logits (n, V); both None where there are none.
+    Storing them through the next step takes n * M values, where their logits would take n * V.
+
+    Attributes:
+        positions: Indices of the positions in the flattened batch, b * C + c. (n,) int32.
+        embeddings: Expected embedding of each of these positions, scaled by sqrt(M). (n, M), in the activations' dtype.
+    """
+
+    positions: mx.array
+    embeddings: mx.array
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The predicted distribution of each canvas position, as token lists and, where these are incomplete, embeddings.
+
+    Attributes:
+        sample: The step's ``CanvasSample`` of shape (B, C); its lists hold the probable tokens and their probabilities.
+        dense: Expected embeddings of the positions whose lists are incomplete; None when every list is complete.
     """
 
     sample: CanvasSample
-    dense: mx.array | None = None
-    expected: mx.array | None = None
+    dense: DenseRows | None = None
 
 
 def incomplete(sample: CanvasSample, dtype: mx.Dtype) -> mx.array | None:
-    """(n,) int32: the positions of an evaluated sample whose list is cut off or keeps less than ``least_kept``; None
-    when there are none."""
+    """Return the flattened indices (n,) int32 of the positions whose token list is incomplete, or None without any.
+
+    A list is incomplete when more than ``MAX_KEPT`` tokens qualified for it, or when it holds less than
+    ``least_kept(dtype)`` of the probability mass. The sample must be evaluated, because its values are read here.
+    """
     complete = (np.array(sample.kept_count) <= MAX_KEPT) & (np.array(sample.kept_mass) >= least_kept(dtype))
     positions = np.flatnonzero(~complete)
     return mx.array(positions, mx.int32) if positions.size else None

@@ -1,7 +1,8 @@
-"""Rotary position embedding in its two variants (Su et al., arXiv 2104.09864).
+"""Rotary position embedding in the two variants of Gemma 4 (Su et al., arXiv 2104.09864).
 
-Pairs are (i, i + D/2). 'default' rotates every pair; 'proportional' (Gemma 4) rotates only the first
-``partial_rotary_factor * D/2`` pairs, with exponents over the whole D, and leaves the others as they are.
+A head's values i and i + D/2 form a pair, which is rotated by an angle proportional to the position. The 'default'
+variant rotates every pair. The 'proportional' variant rotates only the first ``partial_rotary_factor * D/2`` pairs,
+with exponents computed over the whole D, and leaves the other pairs unchanged.
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ import mlx.core as mx
 
 
 def rope_periods(parameters: Mapping[str, Any], head_dim: int) -> mx.array:
-    """(D/2,) float32: the angle of pair i at position p is ``p / periods[i]``; inf does not rotate."""
+    """Return the periods of a head's rotated pairs, (D/2,) float32, where D is ``head_dim``.
+
+    At position p, pair i turns by the angle ``p / periods[i]`` in radians. A period of infinity means no rotation.
+    ``parameters`` is an entry of ``rope_parameters`` in config.json: ``rope_theta``, ``rope_type`` and, for the
+    'proportional' type, ``partial_rotary_factor``.
+    """
     pairs = head_dim // 2
     periods = float(parameters["rope_theta"]) ** (mx.arange(pairs, dtype=mx.float32) / pairs)
     if parameters.get("rope_type") == "proportional":

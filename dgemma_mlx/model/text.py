@@ -1,4 +1,7 @@
-"""One stack of weights, run in two ways: ``encode`` a prefix causally, ``decode`` a canvas both ways.
+"""The text network: one stack of layers that runs as an encoder of the prefix and as a decoder of the canvas.
+
+``encode`` runs the layers causally and appends keys and values to a ``PrefixCache``. ``decode`` runs the same layers
+over a canvas, whose positions see the cached prefix and the whole canvas, and returns the logits of one denoising step.
 
 Reference: transformers ``DiffusionGemmaEncoderTextModel``, ``DiffusionGemmaDecoderModel`` and
 ``DiffusionGemmaForBlockDiffusion``.
@@ -21,25 +24,46 @@ from dgemma_mlx.model.cache import Mask, PrefixCache, row_positions
 from dgemma_mlx.model.experts import Experts, Router, RouterLog
 from dgemma_mlx.model.mlp import MLP, SelfConditioning
 from dgemma_mlx.model.packed import times_table, weighted_rows
-from dgemma_mlx.model.prediction import Prediction, incomplete
+from dgemma_mlx.model.prediction import DenseRows, Prediction, incomplete
 
+# Takes a layer, its index and the cache method that appends keys and values; returns a function to call as the layer.
 LayerWrapper = Callable[["Layer", int, Callable[..., Any]], Callable[..., tuple[mx.array, mx.array]]]
 
-DENSE_BYTES = 128 << 20
-"""What is worked on at a time where expected embeddings take all logits of a position."""
+DENSE_BYTES = 128 << 20  # working memory for the logits from which one block of expected embeddings is computed
 
 
 def dense_value_bytes(dtype: mx.Dtype) -> int:
-    """Of a value of ``DENSE_BYTES``: float32 stays in one array, half precision is rounded to and from (measured)."""
+    """Return the working memory, in bytes, that one logit takes while expected embeddings are computed in ``dtype``.
+
+    The values are measured. In float32 one array of logits exists at a time; in half precision there are several,
+    because the logits are converted to float32 and back.
+    """
     return 4 if dtype == mx.float32 else 14
 
 
 class Layer(nn.Module):
-    """Attention, then a dense and a mixture-of-experts branch side by side; norms before and after each.
+    """One layer: attention, then a dense and a mixture-of-experts branch in parallel, with norms around each.
 
-    The residual stream travels with the norm of it that comes next: at its end a layer norms for the one after it.
-    ``layer_scalar`` scales the output when decoding, ``encoder_layer_scalar`` when encoding: the only
-    two weights of a layer that the two ways do not share.
+    A layer takes the residual stream together with its input norm, and returns the new residual stream together with
+    the norm that the next layer needs, so that one kernel can compute both.
+
+    Reference: transformers ``DiffusionGemmaEncoderTextLayer`` and ``DiffusionGemmaDecoderTextLayer``.
+
+    Attributes:
+        self_attn: The attention.
+        mlp: The dense feed-forward branch.
+        router: The router of the mixture-of-experts branch.
+        experts: The experts of the mixture-of-experts branch.
+        input_layernorm: Norm before the attention. The caller applies it.
+        post_attention_layernorm: Norm of the attention's output.
+        pre_feedforward_layernorm: Norm before the dense branch.
+        pre_feedforward_layernorm_2: Norm before the experts.
+        post_feedforward_layernorm: Norm of the sum of both branches.
+        post_feedforward_layernorm_1: Norm of the dense branch's output.
+        post_feedforward_layernorm_2: Norm of the experts' output.
+        layer_scalar: Factor (1,) on the layer's output in ``decode``.
+        encoder_layer_scalar: Factor (1,) on the layer's output in ``encode``. The two factors are the only weights of
+            a layer that encoder and decoder do not share.
     """
 
     def __init__(self, config: TextConfig, kind: str) -> None:
@@ -74,7 +98,18 @@ class Layer(nn.Module):
         next_norm: nn.RMSNorm,
         router_log: RouterLog | None = None,
     ) -> tuple[mx.array, mx.array]:
-        """x and its input norm, both (B, L, M) -> x after this layer and ``next_norm`` of it."""
+        """Return the residual stream after this layer and its norm by ``next_norm``, both (B, L, M).
+
+        Args:
+            x: Residual stream, (B, L, M).
+            normed: The residual stream after this layer's ``input_layernorm``, (B, L, M).
+            positions: Position of each token for the rotary embedding, (B, L) int32.
+            mask: Keys that each query sees.
+            append: Stores this layer's new keys and values and returns those to attend over.
+            scalar: Factor on the layer's output, (1,): ``layer_scalar`` or ``encoder_layer_scalar``.
+            next_norm: Norm to apply to the output: the next layer's input norm, or the network's final norm.
+            router_log: List to which the router's probabilities and choices are appended.
+        """
         attended = self.self_attn(normed, positions, mask, append)
         after = attention_residual(
             x, attended, self.post_attention_layernorm.weight, self.pre_feedforward_layernorm.weight,
@@ -90,7 +125,17 @@ class Layer(nn.Module):
 
 
 class DiffusionGemma(nn.Module):
-    """The text network. Logits are float32; everything else is in the weights' dtype."""
+    """The text network of DiffusionGemma, with random weights until ``load_weights`` is called.
+
+    Softcapped logits are float32. All other activations have the dtype of the weights (see ``dtype``).
+
+    Attributes:
+        config: The network's sizes.
+        embed_tokens: Embedding table, (V, M). It is also the output projection.
+        self_conditioning: Block that adds the previous step's prediction to the canvas embeddings.
+        layers: The layers, first to last.
+        norm: Final norm.
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -102,30 +147,38 @@ class DiffusionGemma(nn.Module):
         self._wrapper: LayerWrapper | None = None
 
     def wrap_layers(self, wrapper: LayerWrapper | None) -> None:
-        """In training, what ``wrapper`` makes of a layer, its number and ``append`` is called in its place."""
+        """Set the function that wraps each layer in training mode, or remove it with None.
+
+        ``wrapper(layer, index, append)`` returns a function that is called in place of the layer, with the same
+        arguments. Gradient checkpointing uses this.
+        """
         self._wrapper = wrapper
 
     @property
     def dtype(self) -> mx.Dtype:
-        """Of activations; packed weights have another."""
+        """The dtype of the activations. Packed weights have other dtypes."""
         return self.norm.weight.dtype
 
     def new_cache(self, left_padding: mx.array | None = None) -> PrefixCache:
-        """An empty cache; ``left_padding`` (B,) int32 says how many of each row's first positions are padding."""
+        """Return an empty cache for this network.
+
+        ``left_padding`` (B,) int32 is the number of padding positions at the start of each row of a batch.
+        """
         return PrefixCache(self.config, left_padding)
 
     def embed(self, ids: mx.array) -> mx.array:
-        """ids (B, L) int -> (B, L, M), scaled by sqrt(M)."""
-        embeddings: mx.array = self.embed_tokens(ids).astype(self.dtype)  # mxfp4 and its like unpack to bfloat16
+        """Return the embeddings (B, L, M) of ids (B, L), scaled by sqrt(M)."""
+        embeddings: mx.array = self.embed_tokens(ids).astype(self.dtype)  # mxfp4, mxfp8 and nvfp4 unpack to bfloat16
         return embeddings * math.sqrt(self.config.hidden_size)
 
     def encode(self, ids: mx.array, cache: PrefixCache, router_log: RouterLog | None = None) -> mx.array:
-        """Appends ids (B, P) to the cache, causally; returns the hidden states (B, P, M) after the final norm.
+        """Append ids (B, L) to the cache and return their hidden states (B, L, M) after the final norm.
 
-        Everything is lazy: a caller that evaluates only the cache pays nothing for the last layer's output.
+        Attention is causal. Everything is lazy: a caller that evaluates only the cache does not compute the last
+        layer's output. If ``router_log`` is given, each layer appends its router's result to it.
         """
         masks, scalars = cache.encode_masks(ids.shape[1]), [layer.encoder_layer_scalar for layer in self.layers]
-        hidden = self._layers(self.embed(ids), cache.rope_offset, masks, cache.update, scalars, router_log)
+        hidden = self._run_layers(self.embed(ids), cache.rope_offset, masks, cache.update, scalars, router_log)
         cache.advance(ids.shape[1])
         return hidden
 
@@ -133,30 +186,39 @@ class DiffusionGemma(nn.Module):
         self, canvas: mx.array, cache: PrefixCache, self_conditioning: mx.array | None = None,
         router_log: RouterLog | None = None,
     ) -> mx.array:
-        """Canvas ids (B, C) after the cached prefix -> logits (B, C, V) float32. Takes what ``decode_hidden`` takes."""
+        """Return the softcapped logits (B, C, V) float32 of canvas ids (B, C) after the cached prefix.
+
+        ``self_conditioning`` holds the previous step's processed logits (B, C, V), that is, after softcap and
+        temperature; None in the first step. The cache is not changed.
+        """
         return self.logits(self.decode_hidden(canvas, cache, self_conditioning, router_log))
 
     def decode_hidden(
         self, canvas: mx.array, cache: PrefixCache, self_conditioning: mx.array | Prediction | None = None,
         router_log: RouterLog | None = None,
     ) -> mx.array:
-        """Canvas ids (B, C) after the cached prefix -> hidden states (B, C, M) after the final norm.
+        """Return the hidden states (B, C, M), after the final norm, of canvas ids (B, C) after the cached prefix.
 
-        ``self_conditioning`` is the last step's processed logits (B, C, V), or what ``predict`` made of them;
-        None in the first step.
-        The cache is read, never written.
+        ``self_conditioning`` is the previous step's ``Prediction`` or its processed logits (B, C, V), that is, after
+        softcap and temperature; None in the first step. The cached prefix is not changed. If ``router_log`` is given,
+        each layer appends its router's result to it.
         """
         x = self.embed(canvas)
         x = self.self_conditioning.condition(x, self._soft_embeddings(self_conditioning, x))
         masks, scalars = cache.canvas_masks(canvas.shape[1]), [layer.layer_scalar for layer in self.layers]
-        return self._layers(x, cache.rope_offset, masks, cache.with_canvas, scalars, router_log)
+        return self._run_layers(x, cache.rope_offset, masks, cache.with_canvas, scalars, router_log)
 
-    def _layers(
+    def _run_layers(
         self, x: mx.array, rope_offset: int | mx.array, masks: dict[str, Mask],
         append: Callable[[int, mx.array, mx.array], tuple[mx.array, mx.array]], scalars: list[mx.array],
         router_log: RouterLog | None,
     ) -> mx.array:
-        """x (B, L, M) through all layers and the final norm; ``append`` takes a layer's number, keys and values."""
+        """Run x (B, L, M) through all layers and the final norm and return (B, L, M).
+
+        ``masks`` gives the mask of each kind of layer, ``append`` takes a layer's index and its new keys and values,
+        and ``scalars`` holds each layer's output factor. In training mode only reference operations run, because the
+        kernels have no gradients.
+        """
         norms = [*(layer.input_layernorm for layer in self.layers), self.norm]
         wrapper = self._wrapper if self.training else None
         with references(only=self.training):
@@ -170,27 +232,34 @@ class DiffusionGemma(nn.Module):
         return normed
 
     def project(self, hidden: mx.array) -> mx.array:
-        """hidden (..., M) -> logits (..., V) before the softcap, in the weights' dtype."""
+        """Return the raw logits (..., V), before the softcap, of hidden states (..., M), in their dtype."""
         table = self.embed_tokens
         return times_table(hidden, table) if isinstance(table, nn.QuantizedEmbedding) else table.as_linear(hidden)
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """hidden (..., M) -> softcapped logits (..., V) float32."""
+        """Return the softcapped logits (..., V) float32 of hidden states (..., M)."""
         return self.capped(self.project(hidden))
 
     def predict(self, raw: mx.array, sample: CanvasSample, temperature: float) -> Prediction:
-        """What conditions the next step: from ``project``'s logits (B, C, V) and the evaluated sample of them."""
-        dense = incomplete(sample, self.dtype)
-        if dense is None:
+        """Return the ``Prediction`` that conditions the next denoising step.
+
+        ``raw`` (B, C, V) holds the step's raw logits from ``project``. ``sample`` is the ``CanvasSample`` of these
+        logits at ``temperature``, and must be evaluated. For the positions whose token lists are incomplete, the
+        expected embeddings are computed and evaluated here, so that the logits can be discarded.
+        """
+        positions = incomplete(sample, self.dtype)
+        if positions is None:
             return Prediction(sample)
-        return Prediction(sample, dense, self._expected_embeddings(raw.reshape(-1, raw.shape[-1]), dense, temperature))
+        embeddings = self._expected_embeddings(raw.reshape(-1, raw.shape[-1]), positions, temperature)
+        return Prediction(sample, DenseRows(positions, embeddings))
 
     def _expected_embeddings(self, raw: mx.array, positions: mx.array, temperature: float) -> mx.array:
-        """Those of some rows (n,) of raw logits (N, V) -> (n, M), evaluated: in blocks, one after the other.
+        """Compute and evaluate the expected embeddings (n, M) of the rows ``positions`` (n,) of raw logits (N, V).
 
-        Left lazy, the blocks would be part of the next step's evaluation, but MLX starts on several before the first
-        has ended. Measured for 256 rows of 262,144 in float32: 134 MB beside the logits instead of 269, in the same
-        time (2 Linux cores).
+        The rows are processed in blocks of about ``DENSE_BYTES``, each evaluated before the next. If the blocks were
+        lazy, the next step would evaluate them, and MLX would start several before the first had ended. Measured for
+        256 rows of 262,144 values in float32 on 2 Linux cores: 134 MB in addition to the logits instead of 269 MB, in
+        the same time.
         """
         step = max(1, DENSE_BYTES // (dense_value_bytes(self.dtype) * raw.shape[-1]))
         blocks = []
@@ -201,12 +270,15 @@ class DiffusionGemma(nn.Module):
         return mx.concatenate(blocks)
 
     def capped(self, raw: mx.array) -> mx.array:
-        """``project``'s logits -> softcapped ones, float32."""
+        """Return cap * tanh(raw / cap) in float32 for raw logits of any shape; cap is ``final_logit_softcapping``."""
         cap = self.config.final_logit_softcapping
         return cap * mx.tanh(raw.astype(mx.float32) / cap)
 
     def _soft_embeddings(self, conditioning: mx.array | Prediction | None, like: mx.array) -> mx.array:
-        """The expected embedding (B, C, M) of what was predicted; zeros where nothing was."""
+        """Return the expected embeddings (B, C, M) under a prediction or processed logits (B, C, V); zeros for None.
+
+        ``like`` (B, C, M) gives the result's shape and, for None, its dtype.
+        """
         if conditioning is None:
             return mx.zeros_like(like)
         if isinstance(conditioning, mx.array):
@@ -214,12 +286,15 @@ class DiffusionGemma(nn.Module):
         sample = conditioning.sample
         soft = sparse_soft_embedding(self.embed_tokens, sample.kept_ids, sample.kept_weights, sample.kept_count)
         soft = soft.astype(self.dtype).reshape(-1, like.shape[-1]) * math.sqrt(self.config.hidden_size)
-        if conditioning.dense is not None and conditioning.expected is not None:
-            soft[conditioning.dense] = conditioning.expected
+        if conditioning.dense is not None:
+            soft[conditioning.dense.positions] = conditioning.dense.embeddings
         return soft.reshape(like.shape)
 
     def _expected_embedding(self, logits: mx.array) -> mx.array:
-        """The mean embedding under softmax(logits), logits rounded to the weights' dtype: (..., V) -> (..., M)."""
+        """Return softmax(logits) @ embedding table * sqrt(M), (..., M), for processed logits (..., V).
+
+        As in the reference, logits and probabilities are rounded to the activations' dtype; the softmax is float32.
+        """
         probabilities = mx.softmax(logits.astype(self.dtype).astype(mx.float32), axis=-1).astype(self.dtype)
         table = self.embed_tokens
         if isinstance(table, nn.QuantizedEmbedding):

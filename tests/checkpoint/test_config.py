@@ -1,4 +1,4 @@
-"""config.json and generation_config.json: both layouts, absent keys, and nonsense in every place."""
+"""Tests of reading config.json and generation_config.json: layouts, absent keys, and invalid values in any place."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def generation(folder: Path, content: Any, config: ModelConfig | None = None) ->
     return GenerationConfig.load(folder, config or ModelConfig.from_dict(flat_config()))
 
 
-def test_both_layouts_say_the_same() -> None:
+def test_both_layouts_give_the_same_configuration() -> None:
     assert ModelConfig.from_dict(flat_config()) == ModelConfig.from_dict(layered_config())
 
 
@@ -47,18 +47,18 @@ def test_absent_keys_take_the_default_of_the_reference() -> None:
     assert (config.canvas_length, config.pad_token_id, config.bos_token_id, config.eos_token_ids) == (256, 0, 2, (1,))
 
 
-def test_full_layers_have_the_sliding_layers_kv_heads_unless_told() -> None:
+def test_full_layers_have_the_sliding_layers_kv_heads_by_default() -> None:
     assert TextConfig.from_dict(flat_config(num_global_key_value_heads=None)["text_config"]).kv_heads(FULL) == 2
 
 
-def test_empty_per_layer_config_says_that_all_layers_are_alike() -> None:
-    raw = layered_config()  # as save_pretrained writes it when both head sizes are the same
+def test_an_empty_per_layer_config_makes_all_layers_alike() -> None:
+    raw = layered_config()  # save_pretrained writes this when both head sizes are the same
     raw["text_config"]["per_layer_config"] = {}
     text = ModelConfig.from_dict(raw).text
     assert (text.layer_head_dim(FULL), text.kv_heads(FULL)) == (32, 2)
 
 
-def test_the_last_layer_always_is_a_full_one() -> None:
+def test_the_last_layer_is_always_a_full_one() -> None:
     config = TextConfig.from_dict(flat_config(layer_types=[FULL, SLIDING, SLIDING])["text_config"])
     assert config.layer_types == (FULL, SLIDING, FULL)
 
@@ -92,7 +92,7 @@ def test_quantization_under_either_name(name: str) -> None:
         ({"num_attention_heads": 2**23}, "8388608 heads of 64 are too many"),
         ({"rms_norm_eps": 0}, "rms_norm_eps must be a positive number, not 0"),
         ({"final_logit_softcapping": "30"}, "final_logit_softcapping must be a positive number, not '30'"),
-        ({"num_attention_heads": 3}, "3 query heads are no multiple of 2 key/value heads"),
+        ({"num_attention_heads": 3}, "3 query heads are not a multiple of 2 key/value heads"),
         ({"global_head_dim": 63}, "the head dimension of full_attention is odd: 63"),
         ({"top_k_experts": 5}, "top_k_experts is larger than num_experts"),
         ({"layer_types": [FULL]}, "1 layer_types for 3 layers"),
@@ -140,8 +140,8 @@ def test_rope_that_is_not_supported(rope: dict[str, Any]) -> None:
     [
         ({"model_type": "gemma4"}, "model_type is 'gemma4', not 'diffusion_gemma'"),
         ({"model_type": None}, "model_type is None, not 'diffusion_gemma'"),
-        ({"text_config": None}, "no text_config"),
-        ({"text_config": []}, "no text_config"),
+        ({"text_config": None}, "text_config is missing or not an object"),
+        ({"text_config": []}, "text_config is missing or not an object"),
         ({"canvas_length": True}, "canvas_length must be a positive integer, not True"),
         ({"image_token_id": "90"}, "image_token_id must be a token id, not '90'"),
         ({"eos_token_id": [1, "50"]}, "eos_token_id must be a token id, not '50'"),
@@ -174,7 +174,7 @@ def test_any_odd_value_anywhere_is_read_or_reported(document: dict[str, Any]) ->
     "content", [b"", b"{", b'{"model_type": "diffusion_ge', b"[]", b"3", b"null", b"\xff\xfe{}", b"[" * 100_000,
                 b'{"a": 1' + b"0" * 5000 + b"}"]
 )  # fmt: skip
-def test_file_that_is_no_json_object(tmp_path: Path, name: str, content: bytes) -> None:
+def test_a_file_that_is_not_a_json_object(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / "config.json").write_text(json.dumps(flat_config()))
     config = ModelConfig.load(tmp_path)
     (tmp_path / name).write_bytes(content)
@@ -247,13 +247,13 @@ def test_any_odd_generation_value_is_read_or_reported(tmp_path: Path) -> None:
     {"max_denoising_steps": 0}, {"max_denoising_steps": 1.5}, {"t_min": -0.1}, {"t_max": 0}, {"t_min": 0.9},
     {"entropy_bound": "a lot"}, {"confidence_threshold": float("nan")}, {"stability_threshold": True},
 ])  # fmt: skip
-def test_override_with_nonsense_is_wrong_usage(change: dict[str, Any]) -> None:
+def test_override_with_an_invalid_value_is_wrong_usage(change: dict[str, Any]) -> None:
     with pytest.raises(DgemmaError) as error:
         GenerationConfig().override(**change)
     assert error.value.exit_code == 2
     assert one_line(error.value)
 
 
-def test_override_leaves_out_what_is_none() -> None:
+def test_override_ignores_none() -> None:
     config = GenerationConfig(entropy_bound=0.3)
     assert config.override(entropy_bound=None, t_max=1.0) == GenerationConfig(entropy_bound=0.3, t_max=1.0)

@@ -1,4 +1,4 @@
-"""Which checkpoint a name stands for; downloads go to a Hub on the loopback interface."""
+"""Tests of finding a checkpoint by name. Downloads come from a Hub server on the loopback interface."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
 def files(mark: str = "main") -> Files:
-    """A repository like the published ones, with the things beside the model that nobody needs."""
+    """Return the files of a repository like the published ones, with some that loading does not need."""
     index = {"weight_map": {f"tensor.{i}": name for i, name in enumerate(SHARDS)}}
     return {
         "README.md": b"# A model",
@@ -58,7 +58,7 @@ def hub() -> Iterator[HubServer]:
 
 
 class Shell:
-    """A user's shell with an empty Hub cache, in which ``resolve`` runs as a new process."""
+    """An environment with an empty Hub cache, in which ``resolve`` runs in a new process."""
 
     def __init__(self, home: Path, url: str) -> None:
         kept = {k: v for k, v in os.environ.items() if not k.upper().startswith(("HF_", "DGEMMA_"))}
@@ -66,7 +66,7 @@ class Shell:
         self.cache = home / "hub"
 
     def resolve(self, name: str, **env: str) -> dict[str, Any]:
-        """What a new process makes of a name: the checkpoint or the error, as a dictionary."""
+        """Call ``resolve`` in a new process and return the checkpoint or the error as a dict."""
         code = (
             "import dataclasses, json, sys\n"
             "from dgemma_mlx import DgemmaError\n"
@@ -88,7 +88,7 @@ def shell(hub: HubServer, tmp_path: Path) -> Shell:
     return Shell(tmp_path, hub.url)
 
 
-def test_demo_is_a_whole_checkpoint_and_the_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_demo_is_a_complete_checkpoint_and_the_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     demo = Checkpoint(DEMO_FOLDER, "demo", is_demo=True)
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(DEMO_FOLDER))
     monkeypatch.delenv("DGEMMA_MODEL", raising=False)
@@ -110,7 +110,7 @@ def test_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert resolve("./demo") == Checkpoint(Path("demo"), "./demo", is_demo=False)
 
 
-def test_a_file_is_no_folder(tmp_path: Path) -> None:
+def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
     weights.touch()
     with pytest.raises(DgemmaError, match="is a file, not a folder") as caught:
@@ -170,8 +170,8 @@ def test_revision(shell: Shell, revision: str, mark: str) -> None:
     ("lost", "listed"),
     [("chat_template.jinja", True), (SHARDS[1], True), (SHARDS[1], False), ("tokenizer.json", False)],
 )
-def test_a_half_download_is_completed(shell: Shell, lost: str, listed: bool) -> None:
-    """``listed``: the cache knows which files there are to be; caches of older libraries don't."""
+def test_an_incomplete_download_is_completed(shell: Shell, lost: str, listed: bool) -> None:
+    """``listed`` means that the cache stores the list of files, which older versions of the library did not do."""
     folder = Path(shell.resolve("owner/name")["folder"])
     (folder / lost).resolve().unlink()
     (folder / lost).unlink()
@@ -199,7 +199,7 @@ def test_another_model_is_refused_before_its_weights_are_fetched(hub: HubServer,
         ("owner/broken", "owner/broken could not be downloaded", "connection"),
     ],
 )
-def test_the_hub_says_no(shell: Shell, name: str, message: str, hint: str) -> None:
+def test_errors_of_the_hub_are_explained(shell: Shell, name: str, message: str, hint: str) -> None:
     error = shell.resolve(name)
     assert error["message"].startswith(message)
     assert "\n" not in error["message"]

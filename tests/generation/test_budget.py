@@ -137,7 +137,7 @@ def test_a_step_with_flat_predictions_takes_what_was_estimated(bits: int | None)
     sample = canvas_sampler(raw, mx.zeros(canvas.shape), config.text.final_logit_softcapping, 0.6)
     mx.eval(raw, *sample)
     prediction = model.predict(raw, sample, 0.6)
-    assert prediction.dense is not None and prediction.dense.size == 32
+    assert prediction.dense is not None and prediction.dense.positions.size == 32
     mx.eval(model.decode_hidden(canvas, cache, prediction))
     peak = mx.get_peak_memory() - before
     assert run_memory(config, 0, 16) == pytest.approx(peak, rel=0.15)

@@ -1,13 +1,14 @@
-"""Writes the golden numbers beside this file: what the reference computes on a tiny random checkpoint.
+"""Write the golden files in this folder: a tiny random checkpoint, and what transformers computes with it.
+
+Run this from the repository's root in the environment of ``make oracle``:
 
     python -m tests.golden.export
 
-from the repository's root, in the environment of ``make oracle``. The files here were made with transformers 5.23.0
-and torch 2.13.0 on a CPU; the tests that read them need neither.
+The files were made with transformers 5.23.0 and torch 2.13.0 on a CPU. The tests that read them need neither package.
 
-* ``config.json``, ``model.safetensors``: the checkpoint, in the published layout, text only, all weights random.
-* ``generation_config.json``: parameters with which its canvases settle after several steps.
-* ``numbers.npz``: inputs and outputs; ``network`` and ``trace`` say what is in it.
+* ``config.json``, ``model.safetensors``: a text-only checkpoint in the published layout, with random weights.
+* ``generation_config.json``: parameters with which the checkpoint's canvases finish after several steps.
+* ``numbers.npz``: inputs and outputs, which ``network`` and ``trace`` describe.
 """
 
 from __future__ import annotations
@@ -34,13 +35,18 @@ GENERATION: dict[str, Any] = {
     "max_denoising_steps": 16, "t_min": 0.2, "t_max": 0.6, "stability_threshold": 1, "confidence_threshold": 0.6,
 }  # fmt: skip
 ENTROPY_BOUND = 3.0
-MARGIN = 1e-3  # of entropies and logits
-CUMULATIVE_MARGIN = 1e-5  # of a uniform number from the steps of the cumulative probability
+MARGIN = 1e-3  # least distance of entropies and logits from a decision
+CUMULATIVE_MARGIN = 1e-5  # least distance of a uniform number from a step of the cumulative probability
 
 
 def network(reference: Reference, left_padding: tuple[int, int]) -> dict[str, Array]:
-    """A prompt (2, P) longer than the window and its hidden states; logits of a canvas (2, C), then with those over
-    0.6 as self-conditioning; the canvas' own hidden states when it is committed, and logits of the next one."""
+    """Run the reference on two rows of random ids and return the inputs and outputs by name.
+
+    * ``prompt`` (2, P), longer than the sliding window, and its hidden states ``prompt_hidden``.
+    * ``first`` (2, C), a canvas, with its ``logits`` and, conditioned on logits / 0.6, its ``conditioned_logits``.
+    * ``first_hidden``, the hidden states of this canvas when it is committed.
+    * ``second`` (2, C), the next canvas, and its ``second_logits``.
+    """
     rng = np.random.default_rng(0)
     prompt, first, second = (rng.integers(0, reference.vocab_size, (2, length)) for length in (15, CANVAS, CANVAS))
     reference.start(left_padding)
@@ -53,7 +59,10 @@ def network(reference: Reference, left_padding: tuple[int, int]) -> dict[str, Ar
 
 
 def trace(reference: Reference, seed: int) -> tuple[dict[str, Array], Generation]:
-    """A generation of two canvases with the random numbers it was given; (S, C) each, all S steps in a row."""
+    """Generate two canvases with the reference; return the random numbers and what each step computed, and the result.
+
+    The arrays of steps are (S, C), with the S steps of both canvases one after the other.
+    """
     prompt = np.random.default_rng(seed).integers(0, reference.vocab_size, (1, 9))
     draws = CANVASES * (GENERATION["max_denoising_steps"] + 1)
     canvases, uniforms = draw(seed, draws, 1, CANVAS, reference.vocab_size)
@@ -77,7 +86,10 @@ def trace(reference: Reference, seed: int) -> tuple[dict[str, Array], Generation
 
 
 def margin(numbers: dict[str, Array], generated: Generation) -> float:
-    """How near the closest decision of a trace was: its golden numbers should hold with another machine's rounding."""
+    """Return the distance of a trace's closest decision.
+
+    If it is large enough, the golden numbers also hold with the rounding errors of another machine.
+    """
     logits = np.concatenate([step.logits for canvas in generated.canvases for step in canvas])  # (S, C, V)
     cumulative = np.exp(logits - logits.max(axis=-1, keepdims=True)).astype(np.float64).cumsum(axis=-1)
     entropy = np.sort(numbers["entropy"], axis=-1)
@@ -109,7 +121,7 @@ def main() -> None:
         if settles and margin(numbers, generated) > MARGIN:
             break
     else:
-        raise SystemExit("no seed gives a trace that settles and decides clearly")
+        raise SystemExit("no seed gives a trace that finishes and has no close decision")
     parts = {
         "plain": network(reference, (0, 0)),
         "padded": network(reference, (0, 4)),

@@ -1,4 +1,4 @@
-"""The golden checkpoint and the numbers that the reference computed on it; ``export.py`` says what they are."""
+"""The golden checkpoint and the numbers that transformers computed with it. ``export.py`` describes them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dgemma_mlx.model.text import DiffusionGemma
 FOLDER = Path(__file__).parent
 CONFIG = ModelConfig.load(FOLDER)
 
-# The largest difference found on a CPU is 2.3e-6; a GPU sums in another order and may round the products.
+# The largest difference found on a CPU is 2.3e-6. A GPU sums in another order and may round the products.
 TOLERANCE = 1e-4 if mx.default_device() == mx.Device(mx.cpu) else 1e-3
 
 
@@ -27,6 +27,6 @@ def golden_model() -> DiffusionGemma:
 
 
 def golden_numbers(part: str) -> dict[str, NDArray[Any]]:
-    """The arrays of one part of ``numbers.npz``: ``plain``, ``padded`` or ``trace``."""
+    """Return the arrays of one part of ``numbers.npz``: ``plain``, ``padded`` or ``trace``."""
     with np.load(FOLDER / "numbers.npz") as numbers:
         return {name.removeprefix(f"{part}."): numbers[name] for name in numbers if name.startswith(f"{part}.")}

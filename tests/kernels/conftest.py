@@ -1,8 +1,8 @@
-"""How tests reach a kernel: on the GPU where there is one, in the simulator where there is none.
+"""The fixture ``metal``, which runs kernels on the GPU if there is one and in the simulator otherwise.
 
-A test of a kernel is written once and takes the fixture ``metal``:
+A test of a kernel uses it like this:
 
-    module = import_module("dgemma_mlx.kernels.foo")  # plain `import` finds the operation of that name
+    module = import_module("dgemma_mlx.kernels.foo")  # `from dgemma_mlx.kernels import foo` imports the operation foo
 
     def test_foo(metal: UseMetal) -> None:
         metal(module)
@@ -27,10 +27,10 @@ class UseMetal(Protocol):
 
 @pytest.fixture
 def metal(monkeypatch: pytest.MonkeyPatch) -> UseMetal:
-    """``metal(module, **options)`` lets the kernels of a module run for the rest of the test.
+    """Return a function ``metal(module, **options)`` that makes a module's kernels run until the end of the test.
 
-    Those are what ``mx.fast.metal_kernel`` made: the module's private names that end in ``_kernel``. The options are
-    those of ``simulated`` (``check=False`` for real sizes); a GPU has no use for them.
+    The kernels are the objects from ``mx.fast.metal_kernel``, whose private names end in ``_kernel``. The options are
+    those of ``simulated``, for example ``check=False`` for real sizes. On a GPU they are ignored.
     """
 
     def use(module: ModuleType, **options: Any) -> None:

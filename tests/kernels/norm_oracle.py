@@ -1,4 +1,4 @@
-"""Norms and rotations in float64, and how near to them a result of some dtype has to be."""
+"""Norms and rotations in float64, and assertions that a result is as close to them as its dtype allows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FLOAT32_SUM = 2e-6  # relative error of sums over a row in float32
 
 
 def random(shape: tuple[int, ...], dtype: mx.Dtype, seed: int, mean: float = 0.0) -> mx.array:
-    """Normal around ``mean``, each row of another size, as the rows of a residual stream are."""
+    """Return normal values around ``mean`` whose scale differs from row to row, as in a residual stream."""
     generator = np.random.default_rng(seed)
     sizes = 2.0 ** generator.uniform(-3, 3, (*shape[:-1], 1))
     return mx.array((mean + generator.standard_normal(shape) * sizes).astype(np.float32)).astype(dtype)
@@ -34,7 +34,10 @@ def rounded(x: Doubles, dtype: mx.Dtype) -> Doubles:
 
 
 def rotate(x: Doubles, periods: NDArray[np.float32], positions: NDArray[np.int32]) -> Doubles:
-    """x (B, H, L, D), positions (B, L). Angles are products in float32, which far positions make visible."""
+    """Rotate x (B, H, L, D) by positions (B, L) in float64.
+
+    The angles are computed in float32 as in the kernels, because their rounding matters at large positions.
+    """
     angles = (positions.astype(np.float32)[:, None, :, None] * (np.float32(1) / periods)).astype(np.float64)
     first, second = np.split(x, 2, axis=-1)
     return np.concatenate(
@@ -43,7 +46,10 @@ def rotate(x: Doubles, periods: NDArray[np.float32], positions: NDArray[np.int32
 
 
 def assert_near(found: mx.array, expected: Doubles | mx.array, roundings: int) -> None:
-    """Errors are relative to the largest value of a row: so many roundings to the dtype, and float32 sums."""
+    """Assert that the errors are at most ``roundings`` rounding errors of the dtype, plus the error of a float32 sum.
+
+    Errors are relative to the largest value of a row.
+    """
     wide = doubles(expected) if isinstance(expected, mx.array) else expected
     assert found.shape == wide.shape
     bound = (roundings * _ROUNDING[found.dtype] + _FLOAT32_SUM) * np.abs(wide).max(axis=-1, keepdims=True)
@@ -52,5 +58,8 @@ def assert_near(found: mx.array, expected: Doubles | mx.array, roundings: int) -
 
 
 def assert_same_bits(found: mx.array, expected: Doubles) -> None:
-    """``expected`` was rounded where ``found`` is to be; float32 sums may turn a rare rounding the other way."""
+    """Assert that 99 % of the values are equal to the rounded ``expected``.
+
+    The error of a float32 sum may change the direction of a rounding in rare cases.
+    """
     assert (doubles(found) == rounded(expected, found.dtype)).mean() > 0.99

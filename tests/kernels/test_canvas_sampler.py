@@ -1,4 +1,4 @@
-"""The sampler in plain ops against float64 row by row: all sizes, odd values, and what it draws in the long run."""
+"""Tests of the sampler's reference against float64: sizes, special values, and the distribution of samples."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEMPERATURE = 0.6
 
 
 def logits_of(kind: str, rows: int, vocabulary: int, dtype: mx.Dtype) -> mx.array:
-    """The first row is flat, the last one has a peak."""
+    """Return random logits. The rows range from flat to one with a peak; ``kind`` adds special values."""
     rng = np.random.default_rng(rows * 1_000_000 + vocabulary)
     x = rng.normal(size=(rows, vocabulary)) * np.linspace(1, 6, rows)[:, None]
     one = rng.integers(vocabulary, size=rows)
@@ -50,14 +50,14 @@ def logits_of(kind: str, rows: int, vocabulary: int, dtype: mx.Dtype) -> mx.arra
 
 
 def some_uniforms(rows: int) -> mx.array:
-    """Those at the ends, too."""
+    """Return uniform random numbers that include both ends of the range."""
     u = np.random.default_rng(rows).random(rows, np.float32)
     u[:2] = [0, 1 - 2**-24][: len(u)]
     return mx.array(u)
 
 
 def probabilities(logits: mx.array, softcap: float | None) -> Array:
-    """In float64; NaN where there is no softmax."""
+    """Return the probabilities in float64, and NaN for a row without a softmax."""
     x = np.array(logits.astype(mx.float32), np.float64).reshape(-1, logits.shape[-1])
     with np.errstate(invalid="ignore"):
         z = (x if softcap is None else softcap * np.tanh(x / softcap)) / TEMPERATURE
@@ -66,7 +66,7 @@ def probabilities(logits: mx.array, softcap: float | None) -> Array:
 
 
 def assert_sampled(found: CanvasSample, logits: mx.array, uniforms: mx.array, softcap: float | None) -> None:
-    """Every field, of every row, is what float64 says, up to rounding."""
+    """Assert that every field of every row equals the float64 result up to rounding errors."""
     rows = logits.shape[:-1]
     assert [part.shape for part in found] == [rows] * 4 + [(*rows, MAX_KEPT)] * 2 + [rows]
     assert [part.dtype for part in found] == [mx.float32, *[mx.int32] * 4, *[mx.float32] * 2]
@@ -107,13 +107,13 @@ def assert_row(row: list[Array], p: Array, uniform: float) -> None:
 
 
 def is_drawn(token: int, p: Array, uniform: float) -> bool:
-    """Whether it is the first whose cumulative probability exceeds the uniform number, give or take 1e-5."""
+    """Return whether a token is the first whose cumulative probability exceeds ``uniform``, within 1e-5."""
     after = p[: token + 1].sum()
     return bool(after - p[token] - 1e-5 <= uniform < after + 1e-5)
 
 
 def chi_square(samples: Array, p: Array) -> float:
-    """Of the samples' counts against probabilities p."""
+    """Return the chi-square statistic of the samples' counts for probabilities p."""
     possible = p > 0
     counts = np.bincount(samples, minlength=p.size)
     assert not counts[~possible].any()
@@ -129,7 +129,7 @@ def test_reference(rows: int, vocabulary: int, softcap: float | None) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_reference_of_narrow_logits(dtype: mx.Dtype) -> None:
+def test_reference_with_half_precision_logits(dtype: mx.Dtype) -> None:
     logits, uniforms = logits_of("normal", 3, 5000, dtype), some_uniforms(3)
     assert_sampled(canvas_sampler_reference(logits, uniforms, 30.0, TEMPERATURE), logits, uniforms, 30.0)
 
@@ -137,12 +137,12 @@ def test_reference_of_narrow_logits(dtype: mx.Dtype) -> None:
 @pytest.mark.parametrize("softcap", CAPS)
 @pytest.mark.parametrize("vocabulary", [7, 1000, 4100])
 @pytest.mark.parametrize("kind", ODD_ROWS)
-def test_reference_of_odd_logits(kind: str, vocabulary: int, softcap: float | None) -> None:
+def test_reference_with_special_logits(kind: str, vocabulary: int, softcap: float | None) -> None:
     logits, uniforms = logits_of(kind, 3, vocabulary, mx.float32), some_uniforms(3)
     assert_sampled(canvas_sampler_reference(logits, uniforms, softcap, TEMPERATURE), logits, uniforms, softcap)
 
 
-def test_rows_are_taken_block_by_block() -> None:
+def test_rows_are_processed_in_blocks() -> None:
     logits, uniforms = logits_of("normal", 68, 32_768, mx.float32), some_uniforms(68)
     shaped = logits.reshape(2, 34, 32_768), uniforms.reshape(2, 34)
     assert_sampled(canvas_sampler_reference(*shaped, None, TEMPERATURE), *shaped, None)
@@ -150,7 +150,7 @@ def test_rows_are_taken_block_by_block() -> None:
 
 @pytest.mark.parametrize("excess", [-1, 0, 1, 100])
 def test_a_list_that_is_just_full(excess: int) -> None:
-    """Equal logits among lower ones; with one too many the count says so and the first are listed."""
+    """The list has as many equal logits as places, or one more: then the count says so and the first are listed."""
     logits = np.full((1, 2000), -50, np.float32)
     alike = np.sort(np.random.default_rng(0).permutation(2000)[: MAX_KEPT + excess])
     logits[0, alike] = 4
@@ -161,7 +161,7 @@ def test_a_list_that_is_just_full(excess: int) -> None:
 
 @pytest.mark.parametrize("field", CanvasSample._fields)
 def test_a_wrong_result_is_noticed(field: str) -> None:
-    """One that is off by a little in every row, in one field."""
+    """The result has a small error in one field of every row."""
     logits, uniforms = logits_of("normal", 8, 1000, mx.float32), some_uniforms(8)
     right = canvas_sampler_reference(logits, uniforms, None, TEMPERATURE)
     value = getattr(right, field)
@@ -191,7 +191,7 @@ HUNDRED_TOKENS_1_IN_1000 = 123.6  # chi-square of 100,000 draws: 80 tokens are p
 
 
 def hundred_tokens() -> tuple[mx.array, Array]:
-    """Logits (1, 100), a fifth of them -inf, and their probabilities, at least 3e-4."""
+    """Return logits (1, 100), a fifth of which are -inf, and their probabilities, which are at least 3e-4."""
     x = np.random.default_rng(3).uniform(-1.5, 1.5, (1, 100)).astype(np.float32)
     x[0, ::5] = -math.inf
     return mx.array(x), probabilities(mx.array(x), None)[0]

@@ -1,4 +1,4 @@
-"""The sampler's kernels: every field as in float64, and the sample that plain ops draw from the same numbers."""
+"""Tests of the sampler's kernels against float64, and of their samples against the reference's."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ def test_kernel_at_real_sizes(metal: UseMetal, rows: int, vocabulary: int, dtype
 @pytest.mark.parametrize("softcap", CAPS)
 @pytest.mark.parametrize("vocabulary", [7, 4100])
 @pytest.mark.parametrize("kind", ODD_ROWS)
-def test_kernel_of_odd_logits(metal: UseMetal, kind: str, vocabulary: int, softcap: float | None) -> None:
+def test_kernel_with_special_logits(metal: UseMetal, kind: str, vocabulary: int, softcap: float | None) -> None:
     metal(module)
     logits, uniforms = logits_of(kind, 3, vocabulary, mx.float32), some_uniforms(3)
     assert_sampled(canvas_sampler_kernel(logits, uniforms, softcap, TEMPERATURE), logits, uniforms, softcap)
 
 
 @pytest.mark.parametrize("excess", [-1, 0, 1, 1000])
-def test_kernel_of_a_list_that_is_just_full(metal: UseMetal, excess: int) -> None:
-    """From all of 20 chunks, more than are looked at together."""
+def test_kernel_with_a_list_that_is_just_full(metal: UseMetal, excess: int) -> None:
+    """The listed tokens come from 20 chunks, more than the kernel reads at a time."""
     metal(module)
     logits = np.full((1, 20_000), -50, np.float32)
     logits[0, np.random.default_rng(0).permutation(20_000)[: MAX_KEPT + excess]] = 4
@@ -82,7 +82,7 @@ def test_kernel_keeps_leading_dimensions(metal: UseMetal) -> None:
 
 @pytest.mark.parametrize("vocabulary", [7, 3000, 32_768])
 def test_kernel_and_reference_draw_the_same(metal: UseMetal, vocabulary: int) -> None:
-    """Unless a number lies within 1e-5 of a boundary."""
+    """Samples are equal unless the uniform number is within 1e-5 of a boundary."""
     metal(module, check=False)
     logits, uniforms = logits_of("normal", 100, vocabulary, mx.float32), some_uniforms(100)
     found = canvas_sampler_kernel(logits, uniforms, None, TEMPERATURE)
@@ -96,7 +96,7 @@ def test_kernel_and_reference_draw_the_same(metal: UseMetal, vocabulary: int) ->
 
 
 def test_kernel_agrees_with_the_reference_on_the_example(metal: UseMetal) -> None:
-    """A whole canvas over the published model's vocabulary."""
+    """The example is a whole canvas with the published model's vocabulary."""
     metal(module, check=False, timeout=300)
     example = canvas_sampler.examples[0](mx.bfloat16)
     assert example[0].shape == (256, 262_144)
@@ -112,7 +112,7 @@ def test_kernel_samples_follow_the_softmax(metal: UseMetal) -> None:
 
 
 def test_kernel_samples_follow_the_softmax_over_chunks(metal: UseMetal) -> None:
-    """100 possible tokens among 3,000 in three chunks."""
+    """100 of 3,000 tokens are possible, in three chunks."""
     metal(module, check=False, timeout=300)
     logits, p = hundred_tokens()
     wide = mx.concatenate([logits[..., None], mx.full((1, 100, 29), -mx.inf)], axis=-1).reshape(1, 3000)

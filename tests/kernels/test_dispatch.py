@@ -1,4 +1,4 @@
-"""Which of kernel and reference runs, what the self-check finds, and what is remembered of it."""
+"""Tests of the choice between kernel and reference, of the self-check, and of the stored verdicts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def operation(kernel: Callable[[mx.array], Any], source: str = "y = 2 * x;") -> 
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """A machine with a GPU, as far as the dispatcher knows, and nothing remembered."""
+    """An empty store of verdicts on a machine that seems to have a GPU."""
     store = Store(tmp_path / "cache" / "kernels.json")
     monkeypatch.setattr(dispatch, "has_metal", lambda: True)
     monkeypatch.setattr(dispatch, "_store", lambda: store)
@@ -67,11 +67,11 @@ def test_a_kernel_within_rounding_is_timed(dtype: mx.Dtype) -> None:
     ],
     ids=["value", "nan", "inf", "shape", "dtype"],
 )
-def test_a_wrong_kernel_is_seen(kernel: Callable[[mx.array], mx.array], dtype: mx.Dtype) -> None:
+def test_a_wrong_kernel_is_detected(kernel: Callable[[mx.array], mx.array], dtype: mx.Dtype) -> None:
     assert examine(operation(kernel), dtype).status == "wrong"
 
 
-def test_every_form_of_a_kernel_is_looked_at() -> None:
+def test_every_variant_of_a_kernel_is_checked() -> None:
     wrong_from_ten_rows_on = DispatchedOperation(
         "double", lambda x: x * 2 if len(x) < 10 else x * 3, twice, examples=[example, lambda _: (mx.ones((10, 3)),)],
         source="",
@@ -79,7 +79,7 @@ def test_every_form_of_a_kernel_is_looked_at() -> None:
     assert examine(wrong_from_ten_rows_on, mx.float32).status == "wrong"
 
 
-def test_a_kernel_that_does_not_compile_is_seen() -> None:
+def test_a_kernel_that_does_not_compile_is_detected() -> None:
     without_metal = mx.fast.metal_kernel(name="twice", input_names=["x"], output_names=["y"], source="no C++ at all")
 
     def kernel(x: mx.array) -> mx.array:
@@ -107,7 +107,7 @@ def test_a_broken_kernel_is_replaced_with_one_warning(store: Store) -> None:
         first = double(mx.array([1.0, 2.0]))
     assert len(warned) == 1
     assert first.tolist() == double(mx.array([1.0, 2.0])).tolist() == [2.0, 4.0]
-    # the next start knows
+    # The next start reads the stored verdict.
     assert operation(broken)(mx.array([3.0])).tolist() == [6.0]
 
 
@@ -125,7 +125,7 @@ def test_only_a_faster_kernel_runs(store: Store, status: Any, runs: bool) -> Non
     assert bool(calls) is runs
 
 
-def test_what_was_found_is_kept_per_source_and_dtype(store: Store) -> None:
+def test_verdicts_are_stored_per_source_and_dtype(store: Store) -> None:
     double = operation(twice)
     store.put(store.key(double, mx.float16), Verdict("slower", "", 2.0, 1.0))
     assert store.get(store.key(operation(twice), mx.float16)) == Verdict("slower", "", 2.0, 1.0)
@@ -138,7 +138,7 @@ def test_what_was_found_is_kept_per_source_and_dtype(store: Store) -> None:
     ["", "{", "[]", "[" * 100_000, '{"KEY": 1}', '{"KEY": {}}', '{"KEY": {"status": "splendid"}}',
      '{"KEY": {"status": "faster", "kernel": "x"}}', '{"KEY": {"status": "faster", "more": 1}}'],
 )  # fmt: skip
-def test_a_damaged_file_is_as_good_as_none(store: Store, text: str) -> None:
+def test_a_damaged_file_counts_as_empty(store: Store, text: str) -> None:
     key = store.key(operation(twice), mx.float32)
     store._path.parent.mkdir(parents=True)
     store._path.write_text(text.replace("KEY", key))
@@ -147,7 +147,7 @@ def test_a_damaged_file_is_as_good_as_none(store: Store, text: str) -> None:
     assert store.get(key) == Verdict("slower")
 
 
-def test_a_folder_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     store = Store(tmp_path / "file" / "kernels.json")
     store.put("key", Verdict("faster"))
@@ -155,7 +155,7 @@ def test_a_folder_that_cannot_be_written_is_done_without(tmp_path: Path) -> None
 
 
 def test_a_kernel_that_killed_the_program_is_not_tried_again(store: Store) -> None:
-    """The file then still says that a process is checking, and that process is gone."""
+    """The stored verdict is "checking", and the process with the stored id does not exist."""
     double = operation(twice)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
@@ -164,7 +164,7 @@ def test_a_kernel_that_killed_the_program_is_not_tried_again(store: Store) -> No
     assert double(mx.array([1.0])).item() == 2.0
 
 
-def test_a_check_under_way_elsewhere_is_not_waited_for(store: Store) -> None:
+def test_a_check_in_another_process_is_not_waited_for(store: Store) -> None:
     double = operation(twice)
     store.put(store.key(double, mx.float32), Verdict("checking", pid=os.getppid()))
     assert double.verdict(mx.float32).status == "checking"
@@ -181,12 +181,12 @@ def test_kernels_can_be_forced_where_there_is_a_gpu(store: Store, monkeypatch: p
     set_mode("force")
     assert operation(lambda x: x * 0)(mx.array([1.0])).item() == 0.0
     monkeypatch.setattr(dispatch, "has_metal", lambda: False)
-    with pytest.raises(DgemmaError, match="no Metal") as caught:
+    with pytest.raises(DgemmaError, match="Metal is not available") as caught:
         operation(twice)(mx.array([1.0]))
     assert caught.value.exit_code == 2
 
 
-def test_training_goes_by_the_references(store: Store) -> None:
+def test_training_uses_the_references(store: Store) -> None:
     set_mode("force")
     zero = operation(lambda x: x * 0)
     with references():
@@ -198,8 +198,8 @@ def test_training_goes_by_the_references(store: Store) -> None:
 
 
 @pytest.mark.parametrize("command", [["generate", "-m", "demo", "Sort 2 1"], ["chat", "-m", "demo"]])
-def test_the_programs_switch(command: list[str]) -> None:
-    """Where there is no GPU, forcing is an error, which shows that setting and flag arrive."""
+def test_the_setting_and_the_option_of_the_commands(command: list[str]) -> None:
+    """Without a GPU, forcing kernels is an error, which shows that the setting and the option take effect."""
 
     def run(*flags: str, mode: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -214,11 +214,11 @@ def test_the_programs_switch(command: list[str]) -> None:
     if not dispatch.has_metal() and "generate" in command:
         refused = run(mode="force")
         assert refused.returncode == 2
-        assert "no Metal" in refused.stderr
+        assert "Metal is not available" in refused.stderr
 
 
-@pytest.mark.skipif(mx.metal.is_available(), reason="without Metal, every kernel is a broken one")
-def test_generation_goes_on_where_no_kernel_works(tmp_path: Path) -> None:
+@pytest.mark.skipif(mx.metal.is_available(), reason="only without Metal is every kernel broken")
+def test_generation_works_if_every_kernel_is_broken(tmp_path: Path) -> None:
     program = """
 import sys
 from dgemma_mlx.cli.app import run
@@ -240,11 +240,11 @@ sys.exit(run())
     assert all(line.startswith("dgemma-mlx: the kernel ") and "No Metal" in line for line in lines)
     names = [line.split()[3] for line in lines]
     assert len(names) == len(set(names)) > 5
-    again = generate()  # what was found is kept
+    again = generate()  # the verdicts are stored
     assert (again.returncode, again.stdout, again.stderr) == (0, "3 5 7\n", "")
 
 
-def test_the_file_is_for_people_too(store: Store) -> None:
+def test_the_file_is_readable(store: Store) -> None:
     store.put(store.key(operation(twice), mx.float32), Verdict("wrong", "because"))
     ((key, entry),) = json.loads(store._path.read_text()).items()
     assert key.startswith("mlx 0.") and "double" in key and "float32" in key

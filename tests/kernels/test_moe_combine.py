@@ -1,4 +1,4 @@
-"""Un-sort, weight, sum and norm in plain ops, against float64 row by row and against the passes it stands for."""
+"""Tests of the reference of ``moe_combine`` against float64: values and gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Array = np.ndarray[Any, Any]
 Arguments = tuple[mx.array, mx.array, mx.array, mx.array, float]
 
 DTYPES = [mx.float32, mx.bfloat16, mx.float16]
-UNIT = {mx.float32: 2**-24, mx.bfloat16: 2**-8, mx.float16: 2**-11}  # what one rounding may change
+UNIT = {mx.float32: 2**-24, mx.bfloat16: 2**-8, mx.float16: 2**-11}  # relative error of one rounding
 
 
 def to_numpy(x: mx.array) -> Array:
@@ -33,7 +33,7 @@ def arguments(rows: int, top_k: int, width: int, dtype: mx.Dtype) -> Arguments:
 
 
 def by_rows(given: Arguments) -> tuple[Array, Array]:
-    """In float64, one row and one expert at a time; and the size of what was summed, which rounding goes by."""
+    """Return the result in float64, and the sum of absolute values, to which rounding errors are proportional."""
     y, w, norm = (to_numpy(given[i]) for i in (0, 2, 3))
     rows, sizes = [], []
     for n, slots in enumerate(given[1].tolist()):
@@ -46,9 +46,9 @@ def by_rows(given: Arguments) -> tuple[Array, Array]:
 
 
 def assert_combined(found: mx.array, given: Arguments, roundings: int) -> None:
-    """``roundings`` in the outputs' dtype: 1 of the result; of weights, sums, the norm's mean and the result 4.
+    """Assert that errors are at most ``roundings`` rounding errors of the dtype, plus 5e-6 for float32 sums over a row.
 
-    Beside them, 5e-6 for float32 sums over a row.
+    The kernel rounds once, its result. The reference rounds the weights, the sums, the norm's mean and its result.
     """
     dtype = given[0].dtype
     assert found.dtype == dtype
@@ -71,7 +71,7 @@ def test_rows_of_zeros_stay_zeros() -> None:
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 def test_gradient(dtype: mx.Dtype) -> None:
-    """By central differences in float64, along one direction in all three arguments that have one."""
+    """Compare with central differences in float64 along one direction, for each argument that has a gradient."""
     outputs, slots, weights, norm_weight, eps = arguments(5, 2, 24, dtype)
     rng = np.random.default_rng(0)
     goal = rng.normal(size=(5, 24))

@@ -1,4 +1,4 @@
-"""The combining kernel, against float64 row by row and against plain ops."""
+"""Tests of the kernel of ``moe_combine`` against float64 and against its reference."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_kernel(metal: UseMetal, rows: int, top_k: int, width: int, dtype: mx.Dt
     assert_combined(moe_combine_kernel(*given), given, roundings=1)
 
 
-@pytest.mark.parametrize("width", [2816, 33000])  # 33,000: more values than 1,024 threads take 8 of
+@pytest.mark.parametrize("width", [2816, 33000])  # 33,000: more than 8 values for each of 1,024 threads
 def test_kernel_at_real_widths(metal: UseMetal, width: int) -> None:
     metal(module, check=False)
     given = arguments(16, 8, width, mx.bfloat16)
@@ -40,7 +40,7 @@ def test_kernel_and_reference_agree_on_the_example(metal: UseMetal) -> None:
 
 
 def test_a_route_leads_back_to_its_rows(metal: UseMetal) -> None:
-    """Experts that hand on what they get: every row comes back, normed."""
+    """With experts that return their input, every row comes back, normed."""
     metal(module)
     keys = mx.random.split(mx.random.key(0), 2)
     x = mx.random.normal((37, 48), key=keys[0])
@@ -49,7 +49,7 @@ def test_a_route_leads_back_to_its_rows(metal: UseMetal) -> None:
     np.testing.assert_allclose(np.array(found), np.array(mx.fast.rms_norm(x, None, 1e-6)), rtol=1e-5, atol=1e-6)
 
 
-def test_infinite_outputs_spoil_their_own_row_only(metal: UseMetal) -> None:
+def test_infinite_outputs_affect_only_their_own_row(metal: UseMetal) -> None:
     metal(module)
     outputs, slots, *rest = arguments(3, 2, 40, mx.float32)
     outputs[slots[1, 0], 5] = mx.inf

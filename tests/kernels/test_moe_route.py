@@ -1,4 +1,4 @@
-"""Routing in plain ops, against float64 row by row; ties, infinities and NaN among the logits."""
+"""Tests of the routing's reference against float64, with ties, infinities and NaN among the logits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def odd_logits(kind: str, rows: int, experts: int, dtype: mx.Dtype) -> mx.array:
         x = x.round()
     elif kind == "equal":
         x[:] = 0.7
-    elif kind == "-inf":  # of the first row nothing else is left
+    elif kind == "-inf":  # only -inf in the first row
         x[rng.random(x.shape) < 0.8] = -math.inf
         x[0] = -math.inf
     elif kind == "zeros":
@@ -48,7 +48,7 @@ def odd_logits(kind: str, rows: int, experts: int, dtype: mx.Dtype) -> mx.array:
 
 
 def by_rows(logits: mx.array, scale: mx.array, top_k: int) -> tuple[Array, list[list[int]], list[tuple[int, int]]]:
-    """In float64, one row at a time: weights, experts of each row, and (expert, row) in sorted order."""
+    """Return weights and experts of each row, and the sorted pairs (expert, row), computed in float64."""
     weights, experts = [], []
     factors = to_numpy(scale)
     for row in to_numpy(logits):
@@ -82,7 +82,7 @@ def test_reference(experts: int, top_k: int, rows: int, dtype: mx.Dtype) -> None
 
 @pytest.mark.parametrize("kind", ODD_ROWS)
 @pytest.mark.parametrize(("experts", "top_k"), SIZES[1:])
-def test_reference_of_odd_logits(experts: int, top_k: int, kind: str) -> None:
+def test_reference_with_special_logits(experts: int, top_k: int, kind: str) -> None:
     logits = odd_logits(kind, 40, experts, mx.float32)
     scale = mx.ones(experts)
     assert_route(moe_route_reference(logits, scale, top_k), logits, scale, top_k)
@@ -99,7 +99,7 @@ def test_weights_are_the_renormalised_softmax_over_all_experts() -> None:
     np.testing.assert_allclose(np.array(route.weights), chosen, rtol=1e-5)
 
 
-def test_gradient_is_that_of_the_softmax_over_all_experts() -> None:
+def test_the_gradient_equals_that_of_the_softmax_over_all_experts() -> None:
     logits, scale = logits_and_scale(9, 16, mx.float32)
     goal = mx.random.normal((9, 4), key=mx.random.key(0))
 

@@ -1,4 +1,4 @@
-"""The routing kernels: the same experts, order and weights as float64 row by row and as plain ops."""
+"""Tests of the routing kernels against float64 and against their reference."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_kernel_at_real_sizes(metal: UseMetal, experts: int, top_k: int, rows: i
 
 
 @pytest.mark.parametrize(("rows", "experts", "top_k"), [(2000, 128, 8), (2, 4096, 32)])
-def test_kernel_of_many_rows_and_at_its_limits(metal: UseMetal, rows: int, experts: int, top_k: int) -> None:
+def test_kernel_with_many_rows_and_at_its_limits(metal: UseMetal, rows: int, experts: int, top_k: int) -> None:
     metal(module, check=False)
     logits, scale = logits_and_scale(rows, experts, mx.bfloat16)
     assert_route(moe_route_kernel(logits, scale, top_k), logits, scale, top_k)
@@ -42,7 +42,7 @@ def test_kernel_of_many_rows_and_at_its_limits(metal: UseMetal, rows: int, exper
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ODD_ROWS)
 @pytest.mark.parametrize(("experts", "top_k"), [(4, 3), (40, 8)])
-def test_kernel_of_odd_logits(metal: UseMetal, experts: int, top_k: int, kind: str, dtype: mx.Dtype) -> None:
+def test_kernel_with_special_logits(metal: UseMetal, experts: int, top_k: int, kind: str, dtype: mx.Dtype) -> None:
     metal(module)
     logits, scale = odd_logits(kind, 3, experts, dtype), mx.ones(experts, dtype)
     assert_route(moe_route_kernel(logits, scale, top_k), logits, scale, top_k)
@@ -55,6 +55,6 @@ def test_kernel_and_reference_agree_on_the_example(metal: UseMetal) -> None:
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(4097, 2), (64, 33)])
-def test_beyond_the_kernels_limits_plain_ops_run(experts: int, top_k: int) -> None:
+def test_the_reference_runs_beyond_the_kernels_limits(experts: int, top_k: int) -> None:
     logits, scale = logits_and_scale(3, experts, mx.float32)
     assert_route(moe_route_kernel(logits, scale, top_k), logits, scale, top_k)

@@ -1,4 +1,4 @@
-"""The whole network and loop on the kernels, against the same on the references."""
+"""Tests of the whole network and of the denoising loop with kernels, against both with references."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FILES = (
 
 @pytest.fixture
 def on_metal(metal: UseMetal, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every operation that is called goes to its kernel."""
+    """Make every kernel available, in mode "off"."""
     for name in FILES:
         metal(import_module(f"dgemma_mlx.kernels.{name}"), orders=2)
     monkeypatch.setattr(dispatch, "has_metal", lambda: True)
@@ -41,7 +41,7 @@ def on_metal(metal: UseMetal, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def golden(dtype: mx.Dtype, *, packed: bool) -> DiffusionGemma:
-    """The golden checkpoint, its embedding packed to 8 bits or not."""
+    """Load the golden checkpoint; ``packed`` quantizes its embedding table to 8 bits."""
     model, _ = load_model(FOLDER, CONFIG, dtype)
     if packed:
         nn.quantize(model, 32, 8, class_predicate=lambda path, _: path == "embed_tokens")
@@ -49,7 +49,7 @@ def golden(dtype: mx.Dtype, *, packed: bool) -> DiffusionGemma:
 
 
 def logits(model: DiffusionGemma) -> list[mx.array]:
-    """Of a prompt's hidden states, a canvas after it, and the canvas conditioned on those; the prompt in two chunks."""
+    """Return the logits of a prompt's second chunk, of a canvas after it, and of this canvas with self-conditioning."""
     cache, canvas = model.new_cache(mx.array([0, 3])), PROMPT[:, : C // 2]
     hidden = [model.encode(PROMPT[:, :5], cache), model.encode(PROMPT[:, 5:], cache)]
     first = model.decode(canvas, cache)
@@ -60,7 +60,7 @@ def logits(model: DiffusionGemma) -> list[mx.array]:
     ("dtype", "tolerance"), [(mx.float32, TOLERANCE), (mx.bfloat16, 1.0)], ids=["float32", "bfloat16"]
 )
 def test_logits(on_metal: None, dtype: mx.Dtype, tolerance: float) -> None:
-    """In bfloat16 a rounding turns into another in a small random network: only nonsense is seen there."""
+    """In bfloat16, rounding differences grow in a small random network, so that only large errors are detected."""
     model = golden(dtype, packed=False)
     expected = logits(model)
     set_mode("force")
@@ -69,7 +69,7 @@ def test_logits(on_metal: None, dtype: mx.Dtype, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_canvas_settles_in_the_same_steps(on_metal: None, packed: bool) -> None:
+def test_a_canvas_finishes_in_the_same_steps(on_metal: None, packed: bool) -> None:
     model = golden(mx.float32, packed=packed)
     config = SETTLES.override(max_denoising_steps=6)
 

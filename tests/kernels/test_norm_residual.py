@@ -1,4 +1,4 @@
-"""The references of both residual operations: against float64 and against a layer written with norm modules."""
+"""Tests of the references of both residual operations against float64 and against a layer made of norm modules."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from dgemma_mlx.kernels.attention_residual import attention_residual, attention_
 from dgemma_mlx.kernels.norm_residual import norm_residual, norm_residual_reference
 from tests.kernels.norm_oracle import DTYPES, EPS, Doubles, assert_near, doubles, random, rms_norm
 
-Arguments = tuple[Any, ...]  # of an operation
+Arguments = tuple[Any, ...]  # the arguments of an operation
 
 
 def tail_arguments(shape: tuple[int, ...], dtype: mx.Dtype) -> Arguments:
-    """x, dense, routed, dense_weight, weight, next_weight, layer_scalar, eps."""
+    """Return x, dense, routed, dense_weight, weight, next_weight, layer_scalar and eps."""
     rows = [random(shape, dtype, seed) for seed in range(3)]
     weights = [random(shape[-1:], dtype, 3 + seed, mean=1) for seed in range(3)]
     return *rows, *weights, mx.array([0.7], dtype), EPS
 
 
 def attention_arguments(shape: tuple[int, ...], dtype: mx.Dtype) -> Arguments:
-    """x, attended, weight, dense_weight, experts_weight, router_scale, eps."""
+    """Return x, attended, weight, dense_weight, experts_weight, router_scale and eps."""
     rows = [random(shape, dtype, seed) for seed in range(2)]
     weights = [random(shape[-1:], dtype, 2 + seed, mean=1) for seed in range(4)]
     return *rows, *weights, EPS
@@ -62,8 +62,8 @@ class TestFloat64:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_both_halves_are_a_layer_of_norm_modules(dtype: mx.Dtype) -> None:
-    """The very bits of the published layer written module by module, around any attention, MLP and experts."""
+def test_both_operations_equal_a_layer_of_norm_modules(dtype: mx.Dtype) -> None:
+    """All bits equal those of the published layer, written with modules around any attention, MLP and experts."""
     M = 96
     x, attended, dense, experts = (random((2, 5, M), dtype, seed) for seed in range(4))
     names = ("attention", "pre", "pre_2", "post", "post_1", "post_2", "next_input")

@@ -1,4 +1,4 @@
-"""The kernels of both residual operations, against float64 and against plain operations."""
+"""Tests of the kernels of both residual operations against float64 and against their references."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.kernels
 attention_module = import_module("dgemma_mlx.kernels.attention_residual")
 tail_module = import_module("dgemma_mlx.kernels.norm_residual")
 
-# Less than a SIMD group, one whole, a remainder in threads and in a thread's values, several groups
+# Less than a SIMD group, one full group, a remainder in threads and in the values of a thread, several groups.
 SHAPES = [(1, 7), (3, 64), (2, 3, 100), (1, 96), (3, 333), (2, 2816)]
 
 
@@ -53,7 +53,7 @@ class TestFloat64:
 
 
 class TestRoundsWhereTheModulesDo:
-    """After each norm, addition and product; of what was rounded the rms is taken."""
+    """The kernels round after each norm, addition and product, and compute the rms of rounded values."""
 
     def test_tail(self, metal: UseMetal) -> None:
         metal(tail_module)
@@ -81,7 +81,7 @@ def _round(x: Doubles) -> Doubles:
     return rounded(x, mx.bfloat16)
 
 
-@pytest.mark.parametrize("shape", [(256, 2816), (2, 8200)], ids=str)  # 8,200: more than 8 values for a thread
+@pytest.mark.parametrize("shape", [(256, 2816), (2, 8200)], ids=str)  # 8,200: more than 8 values per thread
 def test_real_widths(metal: UseMetal, shape: tuple[int, ...]) -> None:
     metal(tail_module, check=False)
     metal(attention_module, check=False)
@@ -90,7 +90,7 @@ def test_real_widths(metal: UseMetal, shape: tuple[int, ...]) -> None:
     assert_results(attention_residual_kernel(*middle), attention_oracle(middle), mx.bfloat16, roundings=4)
 
 
-def test_agree_on_their_examples(metal: UseMetal) -> None:
+def test_kernels_agree_with_the_references_on_the_examples(metal: UseMetal) -> None:
     metal(tail_module, check=False)
     metal(attention_module, check=False)
     tail, middle = norm_residual.examples[0](mx.bfloat16), attention_residual.examples[0](mx.bfloat16)
@@ -99,7 +99,7 @@ def test_agree_on_their_examples(metal: UseMetal) -> None:
 
 
 def test_zeros_stay_zero(metal: UseMetal) -> None:
-    """A row of zeros has no rms: eps keeps it from being NaN."""
+    """The rms of a row of zeros is 0. Because of eps, the result is not NaN."""
     metal(tail_module)
     metal(attention_module)
     zeros = mx.zeros((2, 40))
@@ -108,7 +108,7 @@ def test_zeros_stay_zero(metal: UseMetal) -> None:
     assert not any(array.any() for array in (*middle, *end))
 
 
-def test_infinities_spoil_their_own_row_only(metal: UseMetal) -> None:
+def test_infinities_affect_only_their_own_row(metal: UseMetal) -> None:
     metal(tail_module)
     x, dense, routed, *rest = tail_arguments((3, 40), mx.bfloat16)
     routed[1, 39] = mx.inf

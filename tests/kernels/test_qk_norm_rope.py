@@ -1,4 +1,4 @@
-"""The reference: against float64, against MLX's own calls with consecutive positions, and what rotations keep."""
+"""Tests of the reference against float64, against MLX's own calls, and of properties of rotations."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ PROPORTIONAL = {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial
 ROPES = [pytest.param(DEFAULT, id="default"), pytest.param(PROPORTIONAL, id="proportional")]
 LAST_POSITION = 262_143
 
-Arguments = tuple[Any, ...]  # of qk_norm_rope
+Arguments = tuple[Any, ...]  # the arguments of qk_norm_rope
 
 
 def arguments(
     B: int, L: int, H: int, Hk: int, D: int, dtype: mx.Dtype = mx.float32, *,
     rope: dict[str, Any] = DEFAULT, shared: bool = False, positions: mx.array | None = None,
 ) -> Arguments:
-    """Random projections; positions are drawn from the whole context, in no order, unless they are given."""
+    """Return random projections. Positions are random over the whole context unless they are given."""
     if positions is None:
         drawn = np.random.default_rng(0).integers(0, LAST_POSITION, (B, L), dtype=np.int32, endpoint=True)
         positions = mx.array(drawn)
@@ -51,7 +51,7 @@ def oracle(given: Arguments) -> tuple[Doubles, Doubles, Doubles]:
 
 
 def reference_on_cpu(given: Arguments) -> tuple[mx.array, mx.array, mx.array]:
-    """There MLX takes precise cosines; on a GPU fast ones, which are not made for far positions."""
+    """Run the reference on the CPU, where MLX's cosines are precise. On a GPU they are imprecise at large positions."""
     with mx.stream(mx.cpu):
         return qk_norm_rope_reference(*given)
 
@@ -72,14 +72,14 @@ def test_float64(
     B: int, L: int, H: int, Hk: int, D: int, shared: bool, rope: dict[str, Any], dtype: mx.Dtype
 ) -> None:
     given = arguments(B, L, H, Hk, D, dtype, rope=rope, shared=shared)
-    # MLX rounds the norm before its weight there, and cosines, sines and their products as well.
+    # On a CPU, MLX rounds the norm before it applies the weight, and it rounds cosines, sines and their products.
     assert_rotated(reference_on_cpu(given), given, roundings=8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("offset", [0, 1000, LAST_POSITION - 6, [-3, 0, 250_000]], ids=str)
-def test_consecutive_positions_are_an_offset_of_mlx(offset: int | list[int], dtype: mx.Dtype) -> None:
-    """An int, or one for each row, as left padding gives it: the very bits of the calls on (B, H, L, D)."""
+def test_consecutive_positions_equal_an_offset_in_mlx(offset: int | list[int], dtype: mx.Dtype) -> None:
+    """All bits equal those of MLX's calls on (B, H, L, D), for one offset or, as with left padding, one per row."""
     B, L, H, D = 3, 7, 4, 64
     start = mx.array(offset, mx.int32)
     positions = mx.broadcast_to(start.reshape(-1, 1) + mx.arange(L), (B, L))
@@ -114,7 +114,7 @@ def test_position_0_and_infinite_periods_do_not_rotate() -> None:
     assert mx.array_equal(still[0], normed) and mx.array_equal(first[0], normed)
 
 
-def test_k_gives_v_too() -> None:
+def test_v_is_computed_from_k() -> None:
     shared = arguments(2, 3, 4, 2, 32, shared=True)
     q, k, _, *rest = shared
     for array, expected in zip(qk_norm_rope_reference(*shared), qk_norm_rope_reference(q, k, k, *rest), strict=True):
@@ -123,7 +123,7 @@ def test_k_gives_v_too() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.permutations(range(6)), st.integers(0, LAST_POSITION - 6))
-def test_each_position_is_taken_by_itself(order: list[int], start: int) -> None:
+def test_each_position_is_processed_alone(order: list[int], start: int) -> None:
     """Shuffling the rows with their positions shuffles the result."""
     ids = mx.array(order)
     positions = start + mx.arange(6)[None]
@@ -135,7 +135,7 @@ def test_each_position_is_taken_by_itself(order: list[int], start: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_example_is_the_published_model(dtype: mx.Dtype) -> None:
+def test_the_examples_have_the_published_models_sizes(dtype: mx.Dtype) -> None:
     sliding, full = (qk_norm_rope.reference(*example(dtype)) for example in qk_norm_rope.examples)
     assert [x.shape for x in sliding] == [(1, 16, 256, 256), (1, 8, 256, 256), (1, 8, 256, 256)]
     assert [x.shape for x in full] == [(1, 16, 256, 512), (1, 2, 256, 512), (1, 2, 256, 512)]

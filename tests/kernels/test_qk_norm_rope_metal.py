@@ -1,4 +1,4 @@
-"""The kernel, against float64 and against plain operations."""
+"""Tests of the kernel of ``qk_norm_rope`` against float64 and against its reference."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ module = import_module("dgemma_mlx.kernels.qk_norm_rope")
 def test_float64(
     metal: UseMetal, B: int, L: int, H: int, Hk: int, D: int, rope: dict[str, Any], shared: bool, dtype: mx.Dtype
 ) -> None:
-    """Fewer heads than SIMD groups, more, and a remainder; lanes without a pair; positions of the whole context."""
+    """Cases have fewer and more heads than SIMD groups, a remainder, lanes without a pair, and large positions."""
     metal(module)
     given = arguments(B, L, H, Hk, D, dtype, rope=rope, shared=shared)
     found = qk_norm_rope_kernel(*given)
-    assert_rotated(found, given, roundings=3)  # one after the norm, carried through the rotation, and one after it
+    assert_rotated(found, given, roundings=3)  # one after the norm, which the rotation spreads, and one after it
     for array, expected in zip(found, reference_on_cpu(given), strict=True):
         assert_near(array, expected, roundings=10)
 
 
 def test_rounds_where_the_modules_do(metal: UseMetal) -> None:
-    """The norms with their weights, and what is rotated, once each."""
+    """The weighted norms and the rotated values are each rounded once."""
     metal(module)
     given = arguments(2, 3, 4, 2, 256, mx.bfloat16)
     q, k, v, q_weight, k_weight, periods, positions, _ = given
@@ -70,7 +70,7 @@ def test_rounds_where_the_modules_do(metal: UseMetal) -> None:
 
 @pytest.mark.parametrize("offset", [[0, 0], [-5, 31], [LAST_POSITION - 3, 2]], ids=str)
 def test_left_padding(metal: UseMetal, offset: list[int]) -> None:
-    """Padding has negative positions, and each row of the batch its own."""
+    """Padding has negative positions, and each row of the batch has its own positions."""
     metal(module)
     positions = mx.array(offset)[:, None] + mx.arange(4)
     given = arguments(2, 4, 2, 1, 64, mx.float16, positions=positions)
@@ -85,7 +85,7 @@ def test_layers_of_the_published_model(metal: UseMetal, H: int, Hk: int, D: int,
     assert_rotated(qk_norm_rope_kernel(*given), given, roundings=3)
 
 
-def test_agrees_on_the_examples(metal: UseMetal) -> None:
+def test_the_kernel_agrees_with_the_reference_on_the_examples(metal: UseMetal) -> None:
     metal(module, check=False)
     for example in qk_norm_rope.examples:
         given = example(mx.bfloat16)
@@ -99,7 +99,7 @@ def test_a_head_of_zeros_stays_zero(metal: UseMetal) -> None:
     assert not found[0].any() and found[1].any()
 
 
-def test_infinities_spoil_their_own_head_only(metal: UseMetal) -> None:
+def test_infinities_affect_only_their_own_head(metal: UseMetal) -> None:
     metal(module)
     q, k, v, *rest = arguments(1, 2, 2, 1, 64)
     q[0, 1, 5] = mx.inf  # position 1, head 0

@@ -1,4 +1,4 @@
-"""The expected embedding of listed tokens, against float64: every kind of table, odd sizes, lists of every length."""
+"""Tests of expected embeddings of token lists against float64: kinds of tables, sizes, and lengths of lists."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ OTHER_FORMATS: list[dict[str, Any] | None] = [
     {"bits": 4, "group_size": 16, "mode": "nvfp4"},
 ]
 PLACES = 20
-COUNTS = [0, 1, 7, 8, 9, 19, 20, 21]  # the last list has lost some
+COUNTS = [0, 1, 7, 8, 9, 19, 20, 21]  # the last list is incomplete
 
 
-def new_table(tokens: int, width: int, dtype: mx.Dtype, packing: dict[str, Any] | None) -> Any:
-    table = nn.Embedding(tokens, width)
-    table.weight = mx.random.normal((tokens, width), dtype, key=mx.random.key(width))
+def new_table(vocab_size: int, width: int, dtype: mx.Dtype, packing: dict[str, Any] | None) -> Any:
+    table = nn.Embedding(vocab_size, width)
+    table.weight = mx.random.normal((vocab_size, width), dtype, key=mx.random.key(width))
     return table if packing is None else table.to_quantized(**packing)
 
 
-def some_lists(tokens: int, places: int, counts: list[int]) -> tuple[mx.array, mx.array, mx.array]:
-    """What comes after a list's end is not to be used: valid ids, weights that would show."""
-    rng = np.random.default_rng(tokens)
-    ids, weights = rng.integers(0, tokens, (len(counts), places)), rng.random((len(counts), places))
+def some_lists(vocab_size: int, places: int, counts: list[int]) -> tuple[mx.array, mx.array, mx.array]:
+    """Return random lists. Places after a list's end hold valid ids and weights, whose use would change the result."""
+    rng = np.random.default_rng(vocab_size)
+    ids, weights = rng.integers(0, vocab_size, (len(counts), places)), rng.random((len(counts), places))
     return mx.array(ids, mx.int32), mx.array(weights, mx.float32), mx.array(counts, mx.int32)
 
 
 def unpacked(table: Any) -> Array:
-    """The table in float64, without a rounding to its dtype."""
+    """Return the table's values in float64, unpacked without rounding to the table's dtype."""
     if isinstance(table, nn.QuantizedEmbedding):
         parts = [table.scales, table.get("biases")]
         if table.mode == "affine":
@@ -58,7 +58,7 @@ def unpacked(table: Any) -> Array:
 
 
 def assert_soft(found: mx.array, table: Any, ids: mx.array, weights: mx.array, counts: mx.array) -> None:
-    """Sums over each list in float64; zeros where a list is not complete."""
+    """Assert that ``found`` equals the sums over the lists in float64, and 0 for an incomplete list."""
     values = unpacked(table)[np.array(ids)]  # (N, S, M)
     used = np.arange(ids.shape[1]) < np.array(mx.where(counts > ids.shape[1], 0, counts))[:, None]
     expected = (np.where(used, np.array(weights, np.float64), 0)[..., None] * values).sum(axis=1)
@@ -81,7 +81,7 @@ def test_widths_and_dtypes(width: int, dtype: mx.Dtype) -> None:
     assert_soft(sparse_soft_embedding(table, *lists), table, *lists)
 
 
-def test_no_list_holds_anything() -> None:
+def test_all_lists_are_empty() -> None:
     table, lists = new_table(50, 8, mx.bfloat16, None), some_lists(50, PLACES, [0, 21])
     assert not sparse_soft_embedding(table, *lists).any().item()
 
@@ -94,8 +94,8 @@ def test_leading_dimensions() -> None:
     assert_soft(found.reshape(8, 8), table, ids, weights, counts)
 
 
-def test_together_with_the_sampler_it_is_nearly_the_expected_embedding() -> None:
-    """Of certain rows, whose lists hold nearly all of the probability."""
+def test_with_the_sampler_it_is_close_to_the_expected_embedding() -> None:
+    """The rows are nearly certain, so their lists hold nearly all of the probability."""
     logits = 8 * mx.random.normal((5, 1000), key=mx.random.key(0))
     table = new_table(1000, 16, mx.float32, None)
     sample = canvas_sampler_reference(logits, mx.zeros(5), None, 0.5)

@@ -1,4 +1,4 @@
-"""Hands a compiled kernel to the runtime (``runtime/launch.h``)."""
+"""Launching of a compiled kernel in the simulator's runtime (``runtime/launch.h``)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,17 @@ Bytes = NDArray[np.uint8]
 
 @dataclass
 class Memory:
-    """A buffer of a launch: its bytes, and where in them the kernel's pointer points.
+    """A buffer of a launch.
 
-    ``phase`` says where they start after a multiple of 64; ``valid`` is 0 for bytes between the elements of an array.
+    Attributes:
+        name: Name of the parameter.
+        data: The bytes of the buffer.
+        item: Size of an element in bytes.
+        pointer: Offset in ``data`` to which the kernel's pointer points.
+        phase: Offset of the start of ``data`` from a multiple of 64 in the simulated memory.
+        valid: 0 for each byte between the elements of a strided array; None if all bytes belong to elements.
+        is_output: Whether the kernel may write to the buffer.
+        is_filled: Whether an output is initialized before the launch.
     """
 
     name: str
@@ -35,7 +43,12 @@ class Memory:
 
 @dataclass(frozen=True)
 class Failure:
-    """What a run found: a message and the line of the kernel's text, 0 where none is known."""
+    """A fault that a run found.
+
+    Attributes:
+        text: The message.
+        line: Line of the kernel's text, or 0 if it is not known.
+    """
 
     text: str
     line: int
@@ -106,9 +119,10 @@ def launch(
     order: int,
     timeout: int,
 ) -> Failure | None:
-    """Runs a kernel in a process of its own; what the outputs' ``data`` holds afterwards is what it wrote.
+    """Run a kernel in a separate process, write its results to the ``data`` of the outputs, and return a fault or None.
 
-    ``order`` is 0 for threads in their order, 1 for the reverse, and a seed from 2 on.
+    ``order`` is the order of the threads: 0 for ascending, 1 for descending, and larger numbers are seeds of random
+    orders. ``timeout`` is in seconds.
     """
     kernel, runtime = _kernel(library), _runtime()
     buffers = (_Buffer * len(memories))(
@@ -139,7 +153,7 @@ def launch(
         seed=order,
         timeout_seconds=timeout,
         grid=(ctypes.c_uint32 * 3)(*grid),
-        group=(ctypes.c_uint32 * 3)(*map(min, threadgroup, grid)),  # as MLX does it
+        group=(ctypes.c_uint32 * 3)(*map(min, threadgroup, grid)),  # as in MLX
     )
     report: Any = _Report()
     if runtime.msl_run(ctypes.byref(call), ctypes.byref(report)) == 0:

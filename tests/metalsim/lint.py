@@ -1,8 +1,8 @@
-"""What Apple's Metal compiler refuses and Clang's C++ for OpenCL lets pass.
+"""Detection of source that Apple's Metal compiler refuses and that Clang's C++ for OpenCL accepts.
 
-Two looks at a kernel: at its tokens, for what the translation to OpenCL hides, and at Clang's syntax tree, for what
-takes types to see. The rules are those of the Metal Shading Language as MLX's sources show them; nothing here was
-compared with Apple's compiler.
+A kernel is checked twice: its tokens, for faults that the translation to OpenCL hides, and Clang's syntax tree, for
+faults that depend on types. The rules are those of the Metal Shading Language as MLX's sources show them. Nothing here
+was compared with Apple's compiler.
 """
 
 from __future__ import annotations
@@ -26,6 +26,13 @@ _CLOSING = {"(": ")", "[": "]", "{": "}", "<": ">"}
 
 
 class Finding(NamedTuple):
+    """A fault in a kernel's source.
+
+    Attributes:
+        line: Line of the kernel's text.
+        message: Description of the fault.
+    """
+
     line: int
     message: str
 
@@ -36,16 +43,19 @@ class _Token(NamedTuple):
 
 
 def lint(source: str, tree: str) -> list[Finding]:
-    """Both looks: ``source`` is Metal, as MLX hands it to the compiler; ``tree`` Clang's AST dump of its translation.
+    """Return the faults that either check finds, sorted by line.
 
-    ``#line`` directives in the translation name what is of ``source`` as ``KERNEL_FILE``.
+    ``source`` is the Metal source as MLX passes it to the compiler. ``tree`` is Clang's AST dump of its translation, in
+    which ``#line`` directives give the lines of ``source`` the file name ``KERNEL_FILE``.
     """
     return sorted({*lint_text(source), *lint_tree(tree)})
 
 
 def lint_text(source: str) -> list[Finding]:
-    """What shows without types: ``goto``, pointer and reference parameters without an address space, threadgroup
-    variables outside a kernel.
+    """Return the faults that can be found without types.
+
+    These are ``goto``, pointer and reference parameters without an address space, and threadgroup variables outside a
+    kernel.
     """
     tokens = _tokens(source)
     findings = [Finding(token.line, "Metal has no goto") for token in tokens if token.text == "goto"]
@@ -58,7 +68,7 @@ def lint_text(source: str) -> list[Finding]:
 
 
 def _tokens(source: str) -> list[_Token]:
-    """Those of ``source``, without comments and preprocessor lines."""
+    """Return the tokens of ``source`` without comments and preprocessor lines."""
     found, line = [], 1
     for match in _TOKEN.finditer(source):
         if not match["skip"]:
@@ -68,7 +78,10 @@ def _tokens(source: str) -> list[_Token]:
 
 
 def _functions(tokens: list[_Token]) -> Iterator[tuple[list[_Token], list[_Token]]]:
-    """Head and body of each function definition, in namespaces and classes too, without ``template <...>``."""
+    """Yield the head and the body of each function definition, also in namespaces and classes.
+
+    The head does not include ``template <...>``.
+    """
     start = i = 0
     while i < len(tokens):
         text = tokens[i].text
@@ -92,7 +105,7 @@ def _functions(tokens: list[_Token]) -> Iterator[tuple[list[_Token], list[_Token
 
 
 def _closing(tokens: list[_Token], i: int) -> int:
-    """The index of the bracket that closes the one at ``i``; a ``<`` counts only outside of parentheses."""
+    """Return the index of the bracket that closes the bracket at ``i``. A ``<`` counts only outside of parentheses."""
     stack: list[str] = []
     for j in range(i, len(tokens)):
         text = tokens[j].text
@@ -106,7 +119,7 @@ def _closing(tokens: list[_Token], i: int) -> int:
 
 
 def _words(tokens: list[_Token]) -> list[str]:
-    """Their text, without what stands in brackets."""
+    """Return the text of the tokens, without those inside brackets."""
     words, i = [], 0
     while i < len(tokens):
         words.append(tokens[i].text)
@@ -139,7 +152,10 @@ def _threadgroup_variables(body: list[_Token]) -> Iterator[Finding]:
 
 
 def _constant_references(body: list[_Token]) -> Iterator[Finding]:
-    """``const T& x = ...``, which the translation makes of ``const thread T& x`` too."""
+    """Yield a finding for each ``const T& x = ...``.
+
+    The syntax tree cannot show these, because the translation removes the address space of ``const thread T& x``.
+    """
     for i, token in enumerate(body):
         if token.text == "const" and body[i - 1].text in "(;{}":
             words = [part.text for part in body[i : i + 24]]
@@ -167,18 +183,27 @@ _METAL = {"__global": "device", "__local": "threadgroup", "__constant": "constan
 
 @dataclass(frozen=True)
 class _Node:
-    """A line of Clang's AST dump: ``|-VarDecl 0x7f54 <line:3:1, col:9> col:7 used x '__private float' cinit``."""
+    """A line of Clang's AST dump.
+
+    An example is ``|-VarDecl 0x7f54 <line:3:1, col:9> col:7 used x '__private float' cinit``.
+
+    Attributes:
+        kind: Kind of the node, for example ``VarDecl``.
+        address: Address of the node, which identifies it.
+        text: The rest of the line.
+        line: Line of the Metal source; 0 for a node from elsewhere, or one that was not written.
+        parent: Parent node.
+    """
 
     kind: str
     address: str
     text: str
     line: int
-    """in the Metal source; 0 for what stands elsewhere or was not written"""
     parent: _Node | None
 
     @property
     def type(self) -> str:
-        """With aliases resolved."""
+        """The node's type, with aliases resolved."""
         quoted = re.search(r"'([^']*)'(?::'([^']*)')?", self.text)
         return (quoted[2] or quoted[1]) if quoted else ""
 
@@ -194,9 +219,11 @@ class _Node:
 
 
 def lint_tree(tree: str) -> list[Finding]:
-    """What takes types to see: pointers without an address space, globals and statics that are not constant, lambdas,
-    recursion, ``double``, ``float`` that becomes ``bfloat``, methods without an address space on objects that have
-    one, vector comparisons that are kept.
+    """Return the faults that can be found only with types.
+
+    These are pointers without an address space, globals and statics that are not constant, lambdas, recursion,
+    ``double``, implicit conversions from ``float`` to ``bfloat``, methods without an address space on objects that have
+    one, and results of vector comparisons that are stored.
     """
     nodes = [node for node in _nodes(tree) if node.line]
     findings = [Finding(node.line, message) for node in nodes for message in _flaws(node)]
@@ -205,7 +232,7 @@ def lint_tree(tree: str) -> list[Finding]:
 
 def _nodes(tree: str) -> Iterator[_Node]:
     path: list[_Node] = []
-    here, row = "", 0  # the dump names a file and a line only where they change
+    here, row = "", 0  # the dump shows a file and a line only where they change
     for text in tree.splitlines():
         if not (match := _NODE.match(text)):
             continue
@@ -218,7 +245,7 @@ def _nodes(tree: str) -> Iterator[_Node]:
         parent = path[-1] if path else None
         within = parent is None or parent.kind == "TranslationUnitDecl" or parent.line
         implicit = kind in _FUNCTIONS and " implicit " in rest
-        line = rows[0] if rows else parent.line if parent else 0  # without one: out of a macro of the shim
+        line = rows[0] if rows else parent.line if parent else 0  # a node without a line comes from a macro of the shim
         path.append(_Node(kind, address, rest, line if within and not implicit else 0, parent))
         yield path[-1]
 
@@ -258,7 +285,7 @@ def _method_without_space(node: _Node) -> Iterator[str]:
 
 
 def _recursion(nodes: list[_Node]) -> Iterator[Finding]:
-    """Functions that call themselves, directly or by way of others."""
+    """Yield a finding for each function that calls itself, directly or through other functions."""
     first = {node.address: node for node in nodes if node.kind in _FUNCTIONS}
     for address, node in first.items():
         if previous := re.match(r" (?:parent \w+ )?prev (0x[0-9a-f]+)", node.text):

@@ -1,4 +1,4 @@
-"""How long a simulation takes: ``python -m tests.metalsim.measure``, in seconds of CPU time."""
+"""Measurement of the CPU time of simulations, in seconds: ``python -m tests.metalsim.measure``."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ SUM = """
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those it waited for: compilers, and the one that runs the kernel."""
+    """Return the CPU time of this process and of its finished children: compilers, and the process of the kernel."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def measure(rows: int, width: int, **options: Any) -> float:
+    """Return the CPU time of one simulation over ``rows`` rows of ``width`` values."""
     kernel: Any = mx.fast.metal_kernel(name="shares", input_names=["x"], output_names=["out"], source=SUM)
     x = mx.random.uniform(shape=(rows, width))
     mx.eval(x)
@@ -53,7 +54,7 @@ def main() -> None:
     for rows, width in ((1, 1000), (16, 32768), (128, 32768)):
         times = []
         for options in ({}, {"check": False}):
-            measure(1, width, **options)  # compiles
+            measure(1, width, **options)  # compile first
             times.append(measure(rows, width, **options))
         print(f"{rows:4} x {width:7}  {times[0]:9.2f}  {times[1]:9.2f}")
 

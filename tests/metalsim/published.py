@@ -1,4 +1,4 @@
-"""Modules of mlx_lm whose Metal kernels are simulated: what was written for GPUs, to try the simulator with."""
+"""Loading of mlx_lm modules with simulated Metal kernels, to test the simulator with kernels written for GPUs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tests.metalsim.simulate import simulated
 
 Wide = NDArray[np.float64]
 F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
-TOLERANCE = {F32: 2e-6, F16: 2e-3, BF16: 1.6e-2}  # of the largest value: a few roundings
+TOLERANCE = {F32: 2e-6, F16: 2e-3, BF16: 1.6e-2}  # relative to the largest value: a few roundings
 
 
 def load(name: str, edit: Callable[[str], str] = str, **options: Any) -> Any:
-    """A copy of the module ``name``, unmodified, that believes in a GPU while it is imported and has simulated kernels.
+    """Import a copy of the module ``name`` as if there were a GPU, and replace its kernels by simulated ones.
 
-    ``edit`` changes the kernels' text, to plant faults; ``options`` are those of ``simulated``.
+    ``edit`` changes the kernels' source, to plant faults. ``options`` are those of ``simulated``.
     """
 
     def kernel(*, source: str, header: str = "", **rest: Any) -> Any:
@@ -42,20 +42,20 @@ def load(name: str, edit: Callable[[str], str] = str, **options: Any) -> Any:
         patch.setitem(sys.modules, name, module)
         spec.loader.exec_module(module)
     for attribute, value in list(vars(module).items()):
-        if type(value).__name__ == "nb_func" and not value.__name__:  # what mx.fast.metal_kernel returns
+        if type(value).__name__ == "nb_func" and not value.__name__:  # a result of mx.fast.metal_kernel
             setattr(module, attribute, simulated(value, **options))
     return module
 
 
 def folder() -> Path:
-    """Where mlx_lm lies."""
+    """Return the folder of the installed mlx_lm package."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return Path(pytest.importorskip("mlx_lm").__path__[0])
 
 
 def believe_in_metal(patch: pytest.MonkeyPatch) -> None:
-    """Lets what asks for a GPU find one."""
+    """Patch MLX so that it reports a GPU."""
     patch.setattr(mx.metal, "is_available", lambda: True)
     patch.setattr(mx, "default_device", lambda: mx.gpu)
 
@@ -74,6 +74,9 @@ def rms_norm(x: Wide, eps: float = 1e-5) -> Wide:
 
 
 def agree(found: mx.array, in_numpy: Wide, in_mlx: mx.array, tolerance: float) -> None:
-    """``found`` is what float64 numpy and float32 MLX on the CPU give, up to ``tolerance`` of the largest value."""
+    """Assert that ``found`` equals the results of NumPy in float64 and of MLX in float32 on the CPU.
+
+    ``tolerance`` is relative to the largest value.
+    """
     for expected in (in_numpy, wide(in_mlx)):
         np.testing.assert_allclose(wide(found), expected, rtol=0, atol=tolerance * np.abs(expected).max())

@@ -1,4 +1,4 @@
-"""A kernel of a few lines, run at once."""
+"""Simulation of a kernel that is given as a few lines of source."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def run_source(
     contiguous: bool = True,
     **options: Any,
 ) -> list[mx.array]:
-    """Simulates ``source`` with inputs and outputs of these names; ``outputs`` are (shape, dtype)."""
+    """Simulate ``source`` as the body of a kernel and return its outputs.
+
+    ``inputs`` and ``outputs`` are keyed by name. An output is described by its shape and dtype.
+    """
     kernel: Any = mx.fast.metal_kernel(
         name="test",
         input_names=list(inputs),
@@ -46,11 +49,11 @@ def run_source(
 
 
 def bits(array: mx.array) -> NDArray[Any]:
-    """The bits of the elements, to compare exactly."""
+    """Return the elements' bits as unsigned integers, for exact comparisons."""
     return np.array(array.view({1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[array.dtype.size]))
 
 
 def wide(array: mx.array) -> NDArray[np.float64]:
-    """The values in float64."""
-    with np.errstate(invalid="ignore"):  # signalling NaN
+    """Return the values in float64."""
+    with np.errstate(invalid="ignore"):  # caused by signalling NaNs
         return np.array(array.astype(mx.float32)).astype(np.float64)

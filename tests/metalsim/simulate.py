@@ -1,4 +1,4 @@
-"""Runs an ``mx.fast.metal_kernel`` on the CPU: the very text that MLX would give to Metal."""
+"""Simulation of an ``mx.fast.metal_kernel`` on the CPU, from the exact source that MLX would give to Metal."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tests.metalsim.source import KernelCall, trace
 
 MAX_THREADS = 1024
 MAX_BUFFERS = 31
-ALIGNMENT = 16  # the largest that a type of Metal asks for
+ALIGNMENT = 16  # bytes; the largest alignment of any Metal type
 
 
 class SimulationError(Exception):
-    """What is wrong with a kernel or its launch, and with which line of its text."""
+    """A fault in a kernel or its launch. The message names the line of the kernel's text."""
 
 
 def simulate(
@@ -44,14 +44,14 @@ def simulate(
     check: bool = True,
     timeout: int = 60,
 ) -> list[mx.array]:
-    """What ``kernel(inputs=..., ...)`` returns where there is Metal; the last three arguments are the simulator's own.
+    """Return the arrays that ``kernel(inputs=..., ...)`` returns on a machine with Metal.
 
-    With ``check``, every access is looked at, and the kernel runs in ``orders`` orders of its threads (in their order,
-    in the reverse, then at random), which must agree in every bit. Without, it runs once, as fast as compiled C++.
-    ``timeout`` is in seconds for each run.
+    The last three arguments belong to the simulator. With ``check``, every memory access is checked, and the kernel
+    runs in ``orders`` orders of its threads (ascending, descending, then random), whose results must be equal in every
+    bit. Without ``check``, it runs once, as fast as compiled C++. ``timeout`` is the limit of each run in seconds.
 
     Raises:
-        SimulationError: the kernel does not compile, or a run found a fault in it.
+        SimulationError: The kernel does not compile, or a run found a fault.
     """
     call = trace(
         kernel,
@@ -96,7 +96,10 @@ def simulate(
 
 
 def simulated(kernel: Callable[..., Any], **options: Any) -> Callable[..., list[mx.array]]:
-    """A stand-in for ``kernel``: the same call, simulated. ``options`` are ``orders``, ``check`` and ``timeout``."""
+    """Return a function that takes the same arguments as ``kernel`` and simulates the call.
+
+    ``options`` are ``orders``, ``check`` and ``timeout`` of ``simulate``.
+    """
 
     def run(*, stream: Any = None, verbose: bool = False, **call: Any) -> list[mx.array]:
         return simulate(kernel, **call, **options)
@@ -105,10 +108,10 @@ def simulated(kernel: Callable[..., Any], **options: Any) -> Callable[..., list[
 
 
 def build(call: KernelCall, *, check: bool) -> tuple[Path, list[str]]:
-    """The shared object of a kernel, and the names of its threadgroup variables.
+    """Compile a kernel and return its shared object and the names of its threadgroup variables.
 
     Raises:
-        SimulationError: it does not compile here, or (with ``check``) would not in Metal.
+        SimulationError: Clang refuses the kernel or, with ``check``, Metal would.
     """
     try:
         text, slots = transform.translate(call)
@@ -140,12 +143,15 @@ def _message(call: KernelCall, text: str, line: int) -> str:
 
 
 def _bits(array: mx.array) -> NDArray[Any]:
-    """The array's own memory, bfloat16 as uint16."""
+    """Return the memory of an array as a NumPy array, with bfloat16 as uint16."""
     return np.asarray(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
 
 
 def _input_memories(call: KernelCall) -> list[Memory]:
-    """What MLX binds before the outputs: inputs, and what the kernel asks of their shapes, strides and dimensions."""
+    """Return the buffers that MLX binds before the outputs.
+
+    These are the inputs and those of their shapes, strides and numbers of dimensions that the kernel uses.
+    """
     values = call.inputs
     if call.ensure_row_contiguous:
         values = tuple(value if _bits(value).flags.c_contiguous else mx.contiguous(value) for value in values)
@@ -157,7 +163,7 @@ def _input_memories(call: KernelCall) -> list[Memory]:
         array = arrays[parameter.array]
         if parameter.role == "shape":
             array = np.array(array.shape, np.int32)
-        elif parameter.role == "strides":  # in elements
+        elif parameter.role == "strides":  # counted in elements
             array = np.array([stride // array.itemsize for stride in array.strides], np.int64)
         elif parameter.role == "ndim":
             array = np.array(array.ndim, np.int32)
@@ -166,7 +172,7 @@ def _input_memories(call: KernelCall) -> list[Memory]:
 
 
 def _memory(name: str, array: NDArray[Any]) -> Memory:
-    """The span of memory that a (possibly strided) array reaches over, with the bytes that are its elements."""
+    """Return the span of memory that an array covers, with a mask of its elements' bytes if the array is strided."""
     if array.flags.c_contiguous:
         return Memory(name, array.reshape(-1).view(np.uint8), array.itemsize, phase=_phase(array.ctypes.data))
     low, high = byte_bounds(array)
@@ -178,13 +184,13 @@ def _memory(name: str, array: NDArray[Any]) -> Memory:
 
 
 def _phase(address: int) -> int:
-    """Where memory of an MLX array would start after a multiple of ``ALIGNMENT``, if Metal had allocated the array."""
+    """Return the offset from a multiple of ``ALIGNMENT`` that memory at ``address`` would have in an array of Metal."""
     return (address - _allocated()) % ALIGNMENT
 
 
 @cache
 def _allocated() -> int:
-    return int(_bits(mx.zeros(64)).ctypes.data) % ALIGNMENT  # on the CPU, MLX keeps a size before the data
+    return int(_bits(mx.zeros(64)).ctypes.data) % ALIGNMENT  # on a CPU, MLX stores a size before the data
 
 
 def _output_memories(call: KernelCall) -> list[Memory]:

@@ -1,4 +1,4 @@
-"""What MLX would launch: the exact text it would compile and everything around it, got by tracing the call."""
+"""Tracing of a kernel call: the exact Metal source that MLX would compile, and the launch that it would make."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ import mlx.core as mx
 class Parameter:
     """A parameter of the kernel function.
 
-    ``role`` is ``input``, ``shape``, ``strides``, ``ndim``, ``output`` or ``attribute``; ``declared`` the type as
-    written (``const device float*``); ``array`` the number of the input or output it belongs to.
+    Attributes:
+        name: Name of the parameter.
+        role: ``input``, ``shape``, ``strides``, ``ndim``, ``output`` or ``attribute``.
+        declared: Type as written in the source, for example ``const device float*``.
+        array: Index of the input or output that the parameter belongs to.
     """
 
     name: str
@@ -26,10 +29,24 @@ class Parameter:
 
 @dataclass(frozen=True)
 class KernelCall:
-    """One call of a kernel, as MLX hands it to Metal."""
+    """One call of a kernel, as MLX passes it to Metal.
+
+    Attributes:
+        name: Name of the kernel, without MLX's prefix.
+        function: Name of the function that is launched, with its template arguments.
+        text: The complete Metal source.
+        parameters: Parameters of the kernel function, in order.
+        inputs: The input arrays.
+        output_shapes: Shape of each output.
+        output_dtypes: Dtype of each output.
+        grid: Number of threads along each axis.
+        threadgroup: Number of threads in a threadgroup along each axis.
+        ensure_row_contiguous: Whether MLX copies inputs that are not row-contiguous.
+        init_value: Value with which MLX fills the outputs; None leaves them uninitialized.
+    """
 
     name: str
-    function: str  # with its template arguments: what the launch names
+    function: str
     text: str
     parameters: tuple[Parameter, ...]
     inputs: tuple[mx.array, ...]
@@ -44,10 +61,12 @@ class KernelCall:
 def trace(
     kernel: Callable[..., Any], *, inputs: Sequence[Any], init_value: float | None = None, **call: Any
 ) -> KernelCall:
-    """Traces ``kernel(inputs=..., **call)`` of an ``mx.fast.metal_kernel``; nothing runs, no Metal is needed.
+    """Trace the call ``kernel(inputs=..., **call)`` of an ``mx.fast.metal_kernel``, without running it.
+
+    This does not need Metal.
 
     Raises:
-        ValueError: MLX itself refuses the arguments.
+        ValueError: MLX refuses the arguments.
     """
     arrays = [value for value in inputs if isinstance(value, mx.array)]
     mx.eval(arrays)
@@ -89,8 +108,11 @@ def trace(
 
 
 def _parameters(name: str, text: str, infos: list[tuple[bool, bool, bool]], outputs: int) -> list[Parameter]:
-    """The signature that MLX wrote: each input, followed by what of its shape, strides and ndim is asked for; outputs;
-    attributes of the thread."""
+    """Return the parameters of the signature that MLX has generated.
+
+    These are the inputs, each followed by those of its shape, strides and ndim that the kernel uses, then the outputs,
+    and then the attributes of the thread.
+    """
     roles = []
     for i, info in enumerate(infos):
         roles.append(("input", i))

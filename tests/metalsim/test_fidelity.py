@@ -1,4 +1,4 @@
-"""Arithmetic is float32's, one rounding an operation, as in MLX's operations on the CPU."""
+"""Tests that arithmetic is float32 with one rounding per operation, as in MLX's operations on the CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.kernels, pytest.mark.skipif(not available(), reason="n
 
 
 def run(expression: str, **inputs: mx.array) -> NDArray[np.float32]:
-    """``expression`` of a template, where T is float, for each element i."""
+    """Evaluate ``expression`` for each element i in a template where T is float."""
     kernel: Any = mx.fast.metal_kernel(
         name="each", input_names=list(inputs), output_names=["out"],
         source=f"uint i = thread_position_in_grid.x; out[i] = static_cast<T>({expression});",

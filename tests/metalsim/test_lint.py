@@ -1,4 +1,4 @@
-"""What Metal refuses is found, and nothing is in text that Metal takes: MLX's own headers."""
+"""Tests that source which Metal refuses is reported, and that MLX's own headers are not."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def test_metal_refuses(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TAKEN)
-def test_metal_takes(name: str) -> None:
+def test_metal_accepts(name: str) -> None:
     assert lint_text(TAKEN[name]) == []
 
 
-def test_nothing_in_the_headers_that_mlx_gives_to_metal() -> None:
+def test_the_headers_of_mlx_are_not_reported() -> None:
     headers = sorted(HEADERS.rglob("*.h"))
     assert len(headers) > 50
     assert {path.name: found for path in headers if (found := lint_text(path.read_text()))} == {}
@@ -83,7 +83,7 @@ TREES = [
         [(2, "float becomes bfloat without a cast")],
     ),
     ("void f(device bfloat* p, float x) { p[0] = bfloat(x); p[1] = p[0] * p[0]; x = p[1]; p[2] = 1; }", []),
-    # the rest
+    # other faults
     (
         "template <class T> void f(device T* p) {\np[0] *= 0.5; }\nvoid g(device float* p) { f(p); }",
         [(2, "double")],
@@ -103,6 +103,6 @@ TREES = [
 @pytest.mark.kernels
 @pytest.mark.skipif(not toolchain.available(), reason="needs Clang: pip install ziglang")
 @pytest.mark.parametrize(("source", "expected"), TREES)
-def test_what_takes_types_to_see(source: str, expected: list[tuple[int, str]]) -> None:
+def test_faults_that_depend_on_types(source: str, expected: list[tuple[int, str]]) -> None:
     tree = toolchain.syntax_tree(f'#line 1 "{toolchain.KERNEL_FILE}"\n{source}', transform.preamble())
     assert [(line, message.split(":")[0]) for line, message in lint_tree(tree)] == expected

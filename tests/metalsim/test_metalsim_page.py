@@ -1,4 +1,4 @@
-"""The example of docs/metalsim.md does what the page says."""
+"""Test that the example in docs/metalsim.md prints the output that the page shows."""
 
 from __future__ import annotations
 

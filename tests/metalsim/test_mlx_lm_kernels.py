@@ -1,7 +1,8 @@
-"""Apple's own kernels out of mlx_lm, unmodified, through the simulator.
+"""Tests of the simulator with Apple's unmodified kernels from mlx_lm.
 
-They run on real GPUs: that they give here what MLX's CPU operations and float64 numpy give is the ground for trusting
-the simulator. Each is called by its public wrapper; only the kernel object behind it is replaced.
+These kernels run on real GPUs. That their simulated results equal those of MLX's CPU operations and of NumPy in float64
+is the reason to trust the simulator. Each kernel is called by its public wrapper, in which only the kernel object is
+replaced.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def fast_rms_norm(x: mx.array, eps: float = EPS) -> mx.array:
 
 
 def test_every_kernel_of_mlx_lm_is_here() -> None:
-    """A new file there wants a test here."""
+    """A new file in mlx_lm needs a test here."""
     files = (folder() / "kernels").glob("*.py")
     assert {path.stem for path in files if not path.stem.startswith("_")} == {
         "expert_routing", "norm_add_norm", "post_expert_norm_combine", "qk_norm", "qk_norm_rope",
@@ -91,7 +92,7 @@ def test_norm_add_norm(dtype: mx.Dtype, rows: tuple[int, ...], D: int, scaled: b
     alone, nothing = module.norm_add_norm(branch, stream, **arguments, next_norm=None)
     assert nothing is None
     assert mx.array_equal(alone, new_stream)
-    assert mx.array_equal(module.pre_norm(new_stream, norm, dtype=dtype), normed)  # as its docstring promises
+    assert mx.array_equal(module.pre_norm(new_stream, norm, dtype=dtype), normed)  # as its docstring says
 
 
 @pytest.mark.parametrize(
@@ -142,11 +143,11 @@ def test_qk_norm_rope(
         assert result.dtype == dtype
         in_numpy = rotate(scale * rms_norm(wide(part)), offsets[:, None] + np.arange(length))
         in_mlx = rope(scale * fast_rms_norm(part), mx.array(offsets))
-        agree(result, in_numpy, in_mlx, max(TOLERANCE[dtype], 2e-4))  # an angle of 1,000 is off by 6e-5 in float32
+        agree(result, in_numpy, in_mlx, max(TOLERANCE[dtype], 2e-4))  # the float32 error of an angle of 1,000 is 6e-5
 
 
 def rotate(x: Wide, positions: NDArray[np.int64]) -> Wide:
-    """Neighbours (2i, 2i + 1) as a plane, turned by position * base ** (-2i / D)."""
+    """Rotate each pair of neighbours (2i, 2i + 1) by the angle position * base ** (-2i / D)."""
     D = x.shape[-1]
     angle = positions[..., None, None] * 10000.0 ** (-np.arange(0, D, 2) / D)
     turned = (x[..., ::2] + 1j * x[..., 1::2]) * np.exp(1j * angle)
@@ -154,7 +155,7 @@ def rotate(x: Wide, positions: NDArray[np.int64]) -> Wide:
 
 
 def rope(x: mx.array, offsets: mx.array) -> mx.array:
-    """x (B, L, H, D), as MLX turns it."""
+    """Rotate x (B, L, H, D) with MLX's own operation."""
     turned = mx.fast.rope(x.swapaxes(1, 2), x.shape[-1], traditional=True, base=10000.0, scale=1.0, offset=offsets)
     return turned.swapaxes(1, 2)
 
@@ -165,7 +166,7 @@ def rope(x: mx.array, offsets: mx.array) -> mx.array:
 )
 @pytest.mark.parametrize("strided", [False, True])
 def test_rms_norm_sigmoid_gate(dtype: mx.Dtype, B: int, H: int, L: int, D: int, strided: bool) -> None:
-    """The kernel reads strides; attention hands it a transposed view, and the projection a slice."""
+    """The kernel reads strides. Its inputs are a transposed view from attention and a slice of the projection."""
     x, gate = normal(B, H, L, D, dtype=dtype), normal(B, L, H * D, dtype=dtype, seed=1)
     if strided:
         x = normal(B, L, H, D, dtype=dtype).transpose(0, 2, 1, 3)

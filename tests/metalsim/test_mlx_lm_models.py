@@ -1,4 +1,4 @@
-"""More kernels of mlx_lm that run on GPUs, unmodified, through the simulator: those of its models and of its losses."""
+"""Tests of the simulator with the unmodified kernels of mlx_lm's models and losses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 
 
 def test_every_kernel_of_mlx_lm_is_here() -> None:
-    """Files outside of ``kernels/`` that hold one; a new one wants a test."""
+    """A new file outside of ``kernels/`` that contains a kernel needs a test here."""
     files = {path for path in folder().rglob("*.py") if "fast.metal_kernel(" in path.read_text("utf-8")}
     assert {path.relative_to(folder()).as_posix() for path in files if path.parent.name != "kernels"} == {
         "models/bitlinear_layers.py", "models/deepseek_v41.py", "models/gated_delta.py", "models/kimi_k3.py",
@@ -53,13 +53,13 @@ def delta_inputs(dtype: mx.Dtype, sizes: Sizes, vector: bool) -> dict[str, mx.ar
 @pytest.mark.parametrize("vector", [False, True])
 @pytest.mark.parametrize(("dtype", "sizes"), [(F32, (2, 3, 1, 2, 64, 8)), (BF16, (1, 2, 2, 2, 32, 4))])
 def test_gated_delta(dtype: mx.Dtype, sizes: Sizes, vector: bool, masked: bool) -> None:
-    # Where the mask says no, all lanes write the same zero: a race without harm, which a checked run reports.
+    # Where the mask is false, all lanes write the same zero. A checked run reports this harmless race.
     module, inputs = load("mlx_lm.models.gated_delta", check=not masked), delta_inputs(dtype, sizes, vector)
     mask = mx.array([[t != 1 for t in range(sizes[1])]] * sizes[0]) if masked else None
     y, state = module.gated_delta_kernel(**inputs, mask=mask)
     in_mlx, mlx_state = module.gated_delta_ops(**{key: x.astype(F32) for key, x in inputs.items()}, mask=mask)
     if mask is not None:
-        in_mlx = mx.where(mask[..., None, None], in_mlx, 0)  # where the kernel writes zeros, the operations go on
+        in_mlx = mx.where(mask[..., None, None], in_mlx, 0)  # the kernel writes zeros where the operations continue
     in_numpy, numpy_state = delta_rule({key: wide(x) for key, x in inputs.items()}, mask)
     assert (y.dtype, state.dtype) == (dtype, F32)
     agree(y, in_numpy, in_mlx, 3 * TOLERANCE[dtype])
@@ -81,8 +81,8 @@ def delta_rule(x: dict[str, Wide], mask: mx.array | None) -> tuple[Wide, Wide]:
 
 
 @pytest.mark.parametrize("dtype", [F32, F16])
-def test_packed_gated_delta_is_the_explicit_tree_to_the_bit(dtype: mx.Dtype) -> None:
-    """Its authors say so, "by construction": other shuffles, the same sums in the same order."""
+def test_packed_gated_delta_equals_the_explicit_tree_in_every_bit(dtype: mx.Dtype) -> None:
+    """Its authors state this ("by construction"): the shuffles differ, but the sums have the same order."""
     module, inputs = load("mlx_lm.models.gated_delta"), delta_inputs(dtype, (1, 3, 1, 2, 128, 16), vector=False)
     packed, tree, plain = (
         run(**inputs) for run in
@@ -161,7 +161,7 @@ def test_bitlinear(dtype: mx.Dtype, rows: tuple[int, ...], width: int, outputs: 
     layer.weight_scale = mx.array([1.5], dtype)
     x = normal(*rows, width, dtype=dtype)
     packed = np.array(layer.weight, np.int64)
-    weight = np.concatenate([(packed >> 2 * i & 3) - 1 for i in range(4)])  # output i of 4 is in bits 2i, 2i + 1
+    weight = np.concatenate([(packed >> 2 * i & 3) - 1 for i in range(4)])  # output i of 4 has the bits 2i and 2i + 1
     expected = wide(x) @ weight.T * (1 / 1.5 if invert else 1.5)
     np.testing.assert_allclose(wide(layer(x)), expected, atol=TOLERANCE[dtype] * np.abs(expected).max())
 
@@ -171,7 +171,7 @@ LOSSES = pytest.mark.parametrize("loss", ["kl_div_loss", "js_div_loss"])
 
 @LOSSES
 def test_the_losses_lack_a_barrier(monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
-    """As of mlx_lm 0.32.2: a SIMD-group may store its sum where another has yet to read the maximum."""
+    """As of mlx_lm 0.32.2, a SIMD-group may store its sum before another one has read the maximum there."""
     compute = getattr(load("mlx_lm.tuner.losses"), loss)
     believe_in_metal(monkeypatch)
     with pytest.raises(SimulationError, match=r"race: .* shared\["):
@@ -179,7 +179,7 @@ def test_the_losses_lack_a_barrier(monkeypatch: pytest.MonkeyPatch, loss: str) -
 
 
 def with_barriers(text: str) -> str:
-    """Those that are missing: behind each read of what the SIMD-groups shared, and where one orders no memory."""
+    """Add the missing barriers: after each read of shared values, and in place of a barrier that orders no memory."""
     text = text.replace("= shared[simd_lane_id * 2 + 1];", "= shared[simd_lane_id * 2 + 1];" + BARRIER)
     return text.replace("mem_none", "mem_threadgroup")
 
@@ -199,7 +199,10 @@ def test_losses_and_their_gradients(monkeypatch: pytest.MonkeyPatch, loss: str, 
 
 
 def divergence(q: Wide, p: Wide, loss: str) -> tuple[Wide, Wide]:
-    """Of the softmax of p from that of q, or the Jensen-Shannon divergence of the two, and its gradient by q."""
+    """Return a divergence between softmax(p) and softmax(q), and its gradient with respect to q.
+
+    It is the Kullback-Leibler or the Jensen-Shannon divergence.
+    """
     q, p = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (q, p))
     if loss == "kl_div_loss":
         return (p * np.log(p / q)).sum(-1), q - p

@@ -1,6 +1,6 @@
-"""Faults, planted one at a time into kernels that are right: each is found, and the report says what and where.
+"""Tests with faults that are planted one at a time into correct kernels. Each report must name the fault and its line.
 
-The right kernels run first and give no report, so what is found is the fault.
+The correct kernels are not reported, so that a report is about the planted fault.
 """
 
 from __future__ import annotations
@@ -104,13 +104,21 @@ NOT_ATOMIC = "((threadgroup uint*)counts)[i % 4] += 1"
 
 
 class Fault(NamedTuple):
+    """A fault that is planted by replacing a part of a correct source.
+
+    Attributes:
+        source: The correct source.
+        right: The part to replace.
+        wrong: The replacement, which is the fault.
+        report: Regular expression that the report matches.
+        where: Text in the line that the report shows; by default ``wrong``.
+    """
+
     source: str
     right: str
     wrong: str
     report: str
-    """a regular expression"""
     where: str = ""
-    """what stands in the line that is named; the fault itself, if empty"""
 
 
 READ = "out[i] = buf[63 - t]"
@@ -141,7 +149,7 @@ FAULTS = {
     "two threadgroups write": Fault(LOCAL, "out[i]", "out[t]", r"race: .*writes out\[0\].*another threadgroup"),
     "two threads write": Fault(LOCAL, "out[i] =", "out[i / 2 * 2] = i % 2 ? 0 :", "race: .*writes out"),
     "no barrier for the device": Fault(NEIGHBOURS, "mem_device", "mem_threadgroup", "race: .* out", "out[i"),
-    # a thread's own
+    # a thread's own memory
     "a loop too far": Fault(LOCAL, "j < 4", "j <= 4", "array index out of bounds", "a[j]"),
     "a vector between": Fault(LOCAL, "= a[i % 4]", "= ((const device float4*)(x + 1))[0].x", "address that its type"),
     "an index too far": Fault(LOCAL, "i % 4", "i % 5", "array index out of bounds"),
@@ -149,7 +157,7 @@ FAULTS = {
     # SIMD-groups
     "a mask too wide": Fault(BUTTERFLY, "m = 16", "m = 32", "lane (3[2-9]|[4-6][0-9]) ", "simd_shuffle_xor"),
     "no such lane": Fault(BUTTERFLY, "simd_shuffle_xor(v, m)", "simd_shuffle(v, lane + m)", "lane 3[2-9] "),
-    # what Metal's compiler would not take
+    # faults that Metal's compiler would refuse
     "double": Fault(LOCAL, "float a[4]", "double a[4]", "double"),
     "one memory for another": Fault(REVERSE, "x[i]", "*(threadgroup const float*)&(x[i])", "address space"),
     "a write to an input": Fault(REVERSE, "out[i] =", "x[i] = out[i] =", "read-only"),
@@ -182,7 +190,7 @@ def run(made: Any, grid: int = 128, threadgroup: int = 64, **options: Any) -> mx
 
 
 @pytest.mark.parametrize("source", [REVERSE, TWICE, NEIGHBOURS, LOCAL, BUTTERFLY, COUNT, HELPED])
-def test_what_is_right_is_not_reported(source: str) -> None:
+def test_a_correct_kernel_is_not_reported(source: str) -> None:
     assert np.isfinite(np.array(run(kernel(source)))).all()
 
 
@@ -202,14 +210,14 @@ def test_more_threads_than_a_threadgroup_has() -> None:
         run(kernel(LOCAL), 1025, 1025)
 
 
-def test_a_spin_that_nobody_ends() -> None:
+def test_an_endless_loop_is_reported() -> None:
     spin = COUNT + "while (atomic_load_explicit(&counts[0], memory_order_relaxed) != 0) {}"
     with pytest.raises(SimulationError, match="still running"):
         run(kernel(spin), timeout=2)
 
 
 def call(module: str, edit: Any = str) -> list[mx.array]:
-    """One of the published kernels, over a shape that leaves some of its threads without work."""
+    """Run a published kernel with a shape that leaves some of its threads without work."""
     loaded = load(module, edit)
     x, weight = normal(2, 1000), normal(1000, seed=1)
     match module.rpartition(".")[2]:
@@ -245,7 +253,7 @@ BARRIERS = [
 
 @pytest.mark.parametrize(("module", "number"), BARRIERS)
 def test_each_barrier_of_the_published_kernels_is_needed(module: str, number: int) -> None:
-    """Without it: a race. With all of them none of these kernels gives a report."""
+    """Without any one of the barriers there is a race. With all barriers, no fault is reported."""
     call(module)
     texts = []
 

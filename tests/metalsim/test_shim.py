@@ -1,4 +1,4 @@
-"""The Metal headers, piece by piece, against numpy, MLX's CPU and brute force over the lanes."""
+"""Tests of the Metal headers against NumPy, MLX on the CPU, and loops over the lanes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Launches as MLX makes them: threads, buffers, strides, constants; and what a checked run refuses."""
+"""Tests that launches equal those of MLX (threads, buffers, strides, constants), and of faults in checked runs."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_template_arguments_headers_and_init_value() -> None:
     assert got.tolist() == [-1, -1, 8, -1]
 
 
-def test_a_stand_in_takes_the_call_of_the_kernel() -> None:
+def test_a_simulated_kernel_takes_the_same_arguments() -> None:
     kernel: Any = mx.fast.metal_kernel(name="twice", input_names=["x"], output_names=["y"], source="y[0] = 2 * x;")
     launch: dict[str, Any] = {"grid": (1, 1, 1), "threadgroup": (256, 1, 1), "output_shapes": [()]}
     for fake in (simulated(kernel, check=False), simulated(kernel, orders=2)):
@@ -228,7 +228,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("source", list(REFUSED))
-def test_a_checked_run_says_what_is_wrong_and_shows_the_line(source: str) -> None:
+def test_a_checked_run_reports_the_fault_and_its_line(source: str) -> None:
     x = mx.arange(64).astype(mx.float32)
     with pytest.raises(SimulationError, match=REFUSED[source]) as caught:
         run_source(
@@ -255,8 +255,8 @@ def test_more_buffers_than_metal_binds() -> None:
 
 
 @pytest.mark.parametrize("beyond", [1, 948, 1000, 2948, 4096, 100_000, 10_000_000])
-def test_an_index_far_off_reaches_no_other_array(beyond: int) -> None:
-    """A wrong stride does just this; what it hits must not pass for the array that is meant."""
+def test_an_index_far_out_of_bounds_reaches_no_other_array(beyond: int) -> None:
+    """A wrong stride causes this. An access to another array must not count as an access to the right one."""
     with pytest.raises(SimulationError, match=rf"reads out of bounds: w\[{999 + beyond}\], beyond the end of w"):
         run_source(
             f"out[thread_position_in_grid.x] = w[999 + {beyond}] + x[0];", {"w": mx.zeros(1000), "x": mx.zeros(1000)},
@@ -269,7 +269,7 @@ def test_a_check_that_would_take_too_much_memory_is_refused() -> None:
         run_source("out[thread_position_in_grid.x] = 1;", {}, {"out": ((256, 262144), mx.float32)})
 
 
-def test_an_answer_that_hangs_on_the_order_of_threads_is_a_race() -> None:
+def test_a_result_that_depends_on_the_order_of_threads_is_a_race() -> None:
     source = """
         device atomic_uint* turn = (device atomic_uint*)out;
         uint mine = atomic_fetch_add_explicit(turn, 1u, memory_order_relaxed);

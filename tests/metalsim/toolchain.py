@@ -1,4 +1,4 @@
-"""Clang, from the ``ziglang`` package of PyPI or the system, and a cache of what it has compiled."""
+"""The Clang compiler, from the PyPI package ``ziglang`` or from the system, and a cache of its results."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from pathlib import Path
 import platformdirs
 
 RUNTIME = Path(__file__).parent / "runtime"
-KERNEL_FILE = "kernel.metal"  # the kernel's text in what the compiler says
+KERNEL_FILE = "kernel.metal"  # file name of the kernel's text in the compiler's messages
 
 LANGUAGE = [
     *["-x", "clcpp", "-cl-std=clc++2021", "-cl-no-stdinc", "--target=x86_64-linux-gnu", "-march=x86-64-v3"],
     *["-Xclang", "-cl-ext=-cl_khr_fp64,-__opencl_c_fp64"],  # no double
-    *["-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none"],  # each step rounds
+    # Every half and bfloat operation rounds its result.
+    *["-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none"],
     *["-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"],
-    "-fstack-clash-protection",  # a stack too small is found at its guard page
-    # Two calls of an operation in the arms of an if stay two.
+    "-fstack-clash-protection",  # a stack overflow hits the guard page
+    # These flags keep two calls of an operation in the branches of an if apart.
     *["-mllvm", "-sink-common-insts=0", "-mllvm", "-hoist-common-insts=0", "-mllvm", "-enable-tail-merge=0"],
     *["-Wno-unknown-attributes", "-Wno-unused-value"],
     *["-Werror=uninitialized", "-Werror=sometimes-uninitialized", "-Werror=return-type"],
@@ -38,19 +39,26 @@ CHECKED = [
     "-fsanitize-coverage=func,trace-loads,trace-stores",
     "-fsanitize=alignment,array-bounds,integer-divide-by-zero,float-cast-overflow",
     *["-fsanitize-minimal-runtime", "-fsanitize-recover=all"],
-    "-ftrivial-auto-var-init=pattern",  # what a thread reads of its own without having written it is NaN or 0xAA
-    # A loop that became a memcpy or wide vector accesses would not be seen.
+    "-ftrivial-auto-var-init=pattern",  # uninitialized variables of a thread are NaN or 0xAA
+    # These flags keep loops from becoming a memcpy or wide vector accesses, which would not be checked.
     *["-fno-vectorize", "-fno-slp-vectorize", "-fno-builtin", "-mllvm", "-disable-loop-idiom-all"],
 ]
 
 
 class CompileError(Exception):
-    """What the compiler refused, in its words."""
+    """An error of the compiler, with the compiler's own message."""
 
 
 @dataclass(frozen=True)
 class Toolchain:
-    """The commands to compile, link and build the runtime, and a name that tells versions apart."""
+    """The commands of a toolchain.
+
+    Attributes:
+        clang: Command that compiles a kernel.
+        link: Command that links a kernel.
+        cplusplus: Command that builds the runtime.
+        version: The version line of the compiler.
+    """
 
     clang: tuple[str, ...]
     link: tuple[str, ...]
@@ -68,7 +76,7 @@ def _version(command: tuple[str, ...]) -> str | None:
 
 @cache
 def find() -> Toolchain | None:
-    """Clang 19 or newer on an x86-64 Linux machine; None where there is none."""
+    """Return the commands of Clang 19 or newer on an x86-64 Linux machine, or None without one."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return None
     package = importlib.util.find_spec("ziglang")
@@ -87,7 +95,7 @@ def find() -> Toolchain | None:
 
 
 def available() -> bool:
-    """Whether kernels can be simulated on this machine."""
+    """Return whether kernels can be simulated on this machine."""
     return find() is not None
 
 
@@ -100,14 +108,17 @@ def _toolchain() -> Toolchain:
 
 @cache
 def cache_folder() -> Path:
-    """``METALSIM_CACHE``, or a folder of the user's cache."""
+    """Return the cache folder: the environment variable ``METALSIM_CACHE``, or a folder in the user's cache."""
     folder = Path(os.environ.get("METALSIM_CACHE") or platformdirs.user_cache_path("metalsim"))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def _run(command: Iterable[str], folder: Path | None = None, text: str | None = None) -> str:
-    """Runs a command of the toolchain, with ``text`` as its input; returns what it printed."""
+    """Run a command of the toolchain with ``text`` as its input and return its output.
+
+    Raises ``CompileError`` if the command fails.
+    """
     environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(cache_folder() / "zig")}
     environment["ZIG_LOCAL_CACHE_DIR"] = environment["ZIG_GLOBAL_CACHE_DIR"]
     result = subprocess.run(
@@ -123,7 +134,10 @@ def _clang(arguments: Iterable[str], folder: Path | None = None, text: str | Non
 
 
 def _cached(name: str, parts: Iterable[str], build: Callable[[Path], None]) -> Path:
-    """A file of the cache, named by what it is made of; ``build(empty folder)`` makes it where it is missing."""
+    """Return a folder of the cache, whose name is a digest of ``parts`` and the toolchain.
+
+    If the folder does not exist, ``build`` is called with an empty folder that then becomes it.
+    """
     key = hashlib.sha256("\0".join([_toolchain().version, *LANGUAGE, *parts]).encode()).hexdigest()[:24]
     target = cache_folder() / f"{name}-{key}"
     if not target.exists():
@@ -140,19 +154,19 @@ def _cached(name: str, parts: Iterable[str], build: Callable[[Path], None]) -> P
 
 
 def preamble(text: str, *, check: bool) -> Path:
-    """The compiled form of what stands before every kernel; Clang reads it in a tenth of the time."""
+    """Compile the text that precedes every kernel. Clang reads the compiled form in a tenth of the time."""
     flags = CHECKED if check else PLAIN
-    once = ["-fpch-instantiate-templates"]  # here, not again for every kernel
+    once = ["-fpch-instantiate-templates"]  # instantiate templates here, and not again for every kernel
 
     def build(folder: Path) -> None:
-        # From standard input: a file's path would be looked for again later.
+        # The text comes from standard input, because Clang would look for a file again later.
         _clang([*flags, "-c", *once, "-Xclang", "-emit-pch", "-o", "preamble.pch", "-"], folder, text)
 
     return _cached("preamble", [*flags, *once, text], build) / "preamble.pch"
 
 
 def compile_kernel(text: str, before: str, *, check: bool) -> Path:
-    """The shared object of a translated kernel that follows the preamble ``before``.
+    """Compile a translated kernel after the preamble ``before`` and return the path of the shared object.
 
     Raises:
         CompileError: Clang refuses the text.
@@ -171,7 +185,7 @@ def compile_kernel(text: str, before: str, *, check: bool) -> Path:
 
 
 def syntax_tree(text: str, before: str) -> str:
-    """Clang's dump of the syntax tree of what ``compile_kernel`` compiles, without the preamble's.
+    """Return Clang's dump of the syntax tree of a kernel that ``compile_kernel`` compiles, without the preamble's tree.
 
     Raises:
         CompileError: Clang refuses the text.
@@ -186,7 +200,7 @@ def syntax_tree(text: str, before: str) -> str:
 
 
 def _with_sites(assembly: str) -> str:
-    """Adds a table of the calls into the runtime: the address each returns to, and its line of the kernel's text."""
+    """Add a table of the calls of the runtime, with the return address and the line of the kernel's text of each."""
     files: dict[str, str] = {}
     lines: list[str] = []
     table: list[str] = []
@@ -206,7 +220,7 @@ def _with_sites(assembly: str) -> str:
 
 
 def runtime() -> Path:
-    """The runtime as a shared object."""
+    """Build the runtime and return the path of its shared object."""
     sources = sorted(RUNTIME.iterdir())
     abi = RUNTIME.parent / "shim" / "abi.h"
     parts = [path.read_text() for path in [*sources, abi]]

@@ -1,4 +1,8 @@
-"""Metal to C++ for OpenCL: the few places where the two differ, line by line, and the function that a launch calls."""
+"""Translation of a kernel from Metal to C++ for OpenCL.
+
+The two languages differ in few places, which are replaced without changing the line numbers. The translation also adds
+the function that a launch calls.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,11 @@ _VECTOR = rf"(?:(?:metal::)?(?:(?:packed_)?{_SCALAR}[234]|vec\s*<[^<>;(){{}}]*(?
 
 
 class TransformError(Exception):
-    """Metal refuses this text, or the simulator does not understand it."""
+    """The source is not valid Metal, or the simulator does not support it.
+
+    Attributes:
+        line: Line of the kernel's text.
+    """
 
     def __init__(self, message: str, line: int) -> None:
         super().__init__(message)
@@ -27,7 +35,7 @@ class TransformError(Exception):
 
 @cache
 def preamble() -> str:
-    """What precedes every kernel: the shim, and MLX's own ``utils.h`` as it ships with the package."""
+    """Return the text that precedes every kernel: the shim, and the file ``utils.h`` of the MLX package."""
     include = Path(mlx.__path__[0]) / "include"
     utils = '#include "mlx/backend/metal/kernels/utils.h"\n'
     seen: set[Path] = set()
@@ -36,7 +44,10 @@ def preamble() -> str:
 
 
 def _expand(text: str, folders: list[Path], seen: set[Path]) -> str:
-    """The text with every ``#include`` replaced by the file, the first time; the shim is all of Metal's own headers."""
+    """Replace every ``#include`` by the content of the file, and by nothing if the file is already included.
+
+    Metal's own headers are also replaced by nothing, because the shim replaces all of them.
+    """
 
     def included(match: re.Match[str]) -> str:
         if match[1].startswith("metal_"):
@@ -51,7 +62,7 @@ def _expand(text: str, folders: list[Path], seen: set[Path]) -> str:
 
 
 def without_comments(text: str) -> str:
-    """The text with its comments as spaces; lines and columns stay."""
+    """Replace the comments of a text by spaces. Lines and columns do not change."""
     return re.sub(
         r'("(?:\\.|[^"\\\n])*")|//[^\n]*|/\*.*?\*/',
         lambda match: match[1] or re.sub(r"[^\n]", " ", match[0]),
@@ -61,10 +72,12 @@ def without_comments(text: str) -> str:
 
 
 def translate(call: KernelCall) -> tuple[str, list[str]]:
-    """The kernel as Clang compiles it after the preamble, and the names of its threadgroup variables.
+    """Translate a kernel to the text that Clang compiles after the preamble.
+
+    Returns the text and the names of the threadgroup variables.
 
     Raises:
-        TransformError: a threadgroup variable outside the kernel function, or a cast that would mean something else.
+        TransformError: A threadgroup variable is outside the kernel function, or a cast would have another meaning.
     """
     body = re.sub(r"template \[\[host_name\(.*|#\s*include <metal_\w+>", "", without_comments(call.text))
     start = body.index(f"[[kernel]] void {call.function.split('<')[0]}(")
@@ -77,13 +90,17 @@ def _translate(text: str, kernel_start: int | None = None) -> tuple[str, list[st
     text, slots = _threadgroup_variables(text, kernel_start)
     _refuse_vector_casts(text)
     text = _vector_constructors(text)
-    text = re.sub(r"\)\s*thread(\s*(?::(?!:)|\{))", r")\1", text)  # constructors: Clang makes no temporaries of a space
+    # Remove the address space of constructors, because Clang has no temporaries in one.
+    text = re.sub(r"\)\s*thread(\s*(?::(?!:)|\{))", r")\1", text)
     text = re.sub(r"\b(?:const\s+thread|thread\s+const)\s+([\w:<>, ]+?)\s*&(?!&)", r"const \1&", text)
     return _float_literals(text), slots
 
 
 def _float_literals(text: str) -> str:
-    """``0.1`` becomes ``0.1f``, as Metal takes it (in a template, Clang takes it for a double); ``0.1bf`` a bfloat."""
+    """Write ``0.1`` as ``0.1f`` and ``0.1bf`` as a bfloat.
+
+    In Metal, 0.1 is a float. Clang would make it a double in a template.
+    """
     decimal = r"(?:\d+\.\d*|\.\d+)(?:[eE][+-]?\d+)?|\d+[eE][+-]?\d+"
     hexadecimal = r"0[xX][\da-fA-F]*\.?[\da-fA-F]*[pP][+-]?\d+"
     text = re.sub(rf"(?<![\w.])({hexadecimal}|{decimal})(?![\w.])", r"\1f", text)
@@ -95,7 +112,10 @@ def _line(text: str, at: int) -> int:
 
 
 def _threadgroup_variables(text: str, kernel_start: int | None) -> tuple[str, list[str]]:
-    """``threadgroup T x[N];`` becomes a reference into the runtime's memory: OpenCL has none in templates."""
+    """Replace each ``threadgroup T x[N];`` by a reference to memory of the runtime, and return the variables' names.
+
+    C++ for OpenCL does not allow such variables in templates.
+    """
     slots: list[str] = []
 
     def replaced(match: re.Match[str]) -> str:
@@ -125,7 +145,7 @@ def _threadgroup_variables(text: str, kernel_start: int | None) -> tuple[str, li
 
 
 def _vector_constructors(text: str) -> str:
-    """``float4(a, b)`` becomes ``metal::msl_make<float4>(a, b)``, and so do aliases of vectors."""
+    """Replace ``float4(a, b)`` by ``metal::msl_make<float4>(a, b)``, also for aliases of vector types."""
     aliases = re.findall(rf"\busing\s+(\w+)\s*=\s*{_VECTOR}\s*;", text)
     aliases += re.findall(rf"\btypedef\s+{_VECTOR}\s+(\w+)\s*;", text)
     names = "|".join([_VECTOR, *map(re.escape, aliases)])
@@ -136,14 +156,14 @@ def _vector_constructors(text: str) -> str:
 
 
 def _declaration(match: re.Match[str]) -> str:
-    """``float2 v(a, b);``, unless it declares a function."""
+    """Replace ``float2 v(a, b);`` by an initialization from ``msl_make``, unless it declares a function."""
     if re.match(rf"\s*(?:const|thread|device|constant|threadgroup|{_SCALAR}[234]?)\s+\w+", match[3]):
         return match[0]
     return f"{match[1]} {match[2]} = metal::msl_make<{match[1]}>({match[3]});"
 
 
 def _refuse_vector_casts(text: str) -> None:
-    """Clang would reinterpret the bits where Metal converts."""
+    """Raise ``TransformError`` for a C-style cast to a vector, which converts in Metal but not in Clang."""
     for match in re.finditer(rf"(?<!sizeof)(?<![\w>])\s*\(\s*({_VECTOR})\s*\)\s*[\w(]", text):
         message = f"write {match[1]}(x) for ({match[1]})x: Clang would take the bits where Metal converts"
         raise TransformError(message, _line(text, match.start(1)))

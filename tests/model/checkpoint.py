@@ -1,4 +1,4 @@
-"""Small checkpoints with random weights, under the names and in the layouts that are published."""
+"""Small checkpoints with random weights, with the tensor names and config layouts of published checkpoints."""
 
 from __future__ import annotations
 
@@ -67,14 +67,17 @@ _CONFIG: dict[str, Any] = {
 
 
 def flat_config(**text: Any) -> dict[str, Any]:
-    """The published layout of ``config.json``; keyword arguments replace keys of ``text_config``."""
+    """Return a config.json in the published layout. Keyword arguments replace keys of ``text_config``."""
     config = copy.deepcopy(_CONFIG)
     config["text_config"].update(text)
     return config
 
 
 def layered_config() -> dict[str, Any]:
-    """The same network as transformers 5.23 writes it: ``per_layer_config``, keys at their default left out."""
+    """Return a config.json of the same network as transformers 5.23 writes it.
+
+    It has ``per_layer_config``, and keys with default values are left out.
+    """
     config = flat_config()
     text = config["text_config"]
     head_dim, kv_heads = text.pop("global_head_dim"), text.pop("num_global_key_value_heads")
@@ -84,7 +87,7 @@ def layered_config() -> dict[str, Any]:
 
 
 def random_tensors(config: Mapping[str, Any], dtype: mx.Dtype = mx.float32, seed: int = 0) -> Tensors:
-    """Every tensor of a source checkpoint under its published name, all of them random."""
+    """Return random values for every tensor of an unquantized checkpoint, by its published name."""
     t = config["text_config"]
     M, V, dense, inner, E = (
         t[name] for name in ("hidden_size", "vocab_size", "intermediate_size", "moe_intermediate_size", "num_experts")
@@ -116,7 +119,7 @@ def random_tensors(config: Mapping[str, Any], dtype: mx.Dtype = mx.float32, seed
         if not full:
             matrix(f"{layer}.self_attn.v_proj.weight", Hk * D, M)
         matrix(f"{layer}.self_attn.o_proj.weight", M, H * D)
-        near_one(f"{layer}.self_attn.q_norm.weight", D, D**-0.5)  # scores of size 1: noise is not amplified
+        near_one(f"{layer}.self_attn.q_norm.weight", D, D**-0.5)  # scores near 1 keep rounding errors small
         near_one(f"{layer}.self_attn.k_norm.weight", D)
         mlp(f"{layer}.mlp")
         matrix(f"{layer}.router.proj.weight", E, M)
@@ -134,7 +137,7 @@ def random_tensors(config: Mapping[str, Any], dtype: mx.Dtype = mx.float32, seed
 def write_checkpoint(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, mx.array], shards: int = 1
 ) -> Path:
-    """Writes ``config.json`` and the tensors, in one file, or in several with their index; returns the folder."""
+    """Write config.json and the tensors, in one file or in several files with an index, and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     if shards == 1:
@@ -152,9 +155,9 @@ def write_checkpoint(
 def quantized(
     tensors: Mapping[str, mx.array], choose: Callable[[str], Mapping[str, Any] | None]
 ) -> tuple[Tensors, Tensors]:
-    """The tensors packed as conversions have them, and the same numbers as float32 in source layout.
+    """Return the tensors packed as in a converted checkpoint, and the values of the packed tensors in float32.
 
-    ``choose`` gives each module's ``{"group_size", "bits", "mode"}`` by its path, or None to leave it.
+    ``choose`` returns the ``{"group_size", "bits", "mode"}`` of a module path, or None to leave the module unpacked.
     """
     packed, whole = {}, {}
     for name, tensor in tensors.items():
@@ -172,11 +175,15 @@ def quantized(
 
 
 def load(folder: Path, dtype: mx.Dtype | None = None) -> tuple[DiffusionGemma, Weights]:
+    """Load the network and the tensors of a checkpoint folder."""
     return load_model(folder, ModelConfig.load(folder), dtype)
 
 
 def logits(model: DiffusionGemma, seed: int = 0) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """(2, C, V): of a canvas after a prompt longer than the window, without and with self-conditioning."""
+    """Return the logits of a canvas, (2, C, V), without and with self-conditioning.
+
+    The prompt before the canvas is longer than the sliding window.
+    """
     rng = np.random.default_rng(seed)
     ids = mx.array(rng.integers(0, model.config.vocab_size, (1, 29)))
     cache = model.new_cache()

@@ -1,4 +1,4 @@
-"""Checkpoint folders that tests of the loader begin with."""
+"""Fixtures of checkpoint tensors and folders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.model.checkpoint import Tensors, flat_config, random_tensors, write_c
 
 @pytest.fixture(scope="session")
 def tensors() -> Tensors:
-    """A whole source checkpoint of ``flat_config()``, float32: not to be changed."""
+    """The tensors of a complete checkpoint of ``flat_config()`` in float32. Tests must not change them."""
     tensors = random_tensors(flat_config())
     mx.eval(tensors)
     return tensors
@@ -20,5 +20,5 @@ def tensors() -> Tensors:
 
 @pytest.fixture
 def folder(tmp_path: Path, tensors: Tensors) -> Path:
-    """That checkpoint written as one file."""
+    """A folder with this checkpoint, its tensors in one file."""
     return write_checkpoint(tmp_path / "model", flat_config(), tensors)

@@ -1,4 +1,4 @@
-"""Nonsense for every place of a JSON document."""
+"""Invalid values for every place in a JSON document and in a safetensors header."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ODD_VALUES: list[Any] = [
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of every value in a JSON document but the whole."""
+    """Yield the path of every value in a JSON document, except of the document itself."""
     if path:
         yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -29,6 +29,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def changed(document: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """Return a copy of a JSON document with the value at a path replaced, or removed for ``ABSENT``."""
     document = copy.deepcopy(document)
     parent = document
     for key in path[:-1]:
@@ -41,7 +42,7 @@ def changed(document: Any, path: tuple[Any, ...], value: Any) -> Any:
 
 
 def flipped_headers(file: Path, count: int) -> Iterator[int]:
-    """Flips bits of one random byte in the header of a safetensors file, ``count`` times; yields its position."""
+    """Damage one random byte in the header of a safetensors file, ``count`` times, and yield its position each time."""
     original = file.read_bytes()
     header = 8 + struct.unpack("<Q", original[:8])[0]
     rng = np.random.default_rng(0)
@@ -53,11 +54,12 @@ def flipped_headers(file: Path, count: int) -> Iterator[int]:
 
 
 def one_line(error: DgemmaError) -> bool:
+    """Return whether an error has a message and a hint of one line each."""
     return bool(error.message and error.hint) and "\n" not in error.message + error.hint
 
 
 def reported(call: Callable[..., Any], *arguments: Any) -> DgemmaError | None:
-    """The error that a call raises for the user; any other one passes."""
+    """Return the ``DgemmaError`` that a call raises, or None. Other exceptions are not caught."""
     try:
         call(*arguments)
     except DgemmaError as error:

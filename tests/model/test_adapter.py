@@ -1,4 +1,4 @@
-"""Adapters: the same numbers as mlx_lm's layers and as a merged weight, nothing before they have learned."""
+"""Tests of adapters against mlx_lm's layers and against merged weights, and of adapter folders."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def packed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def learned(model: DiffusionGemma, seed: int = 0) -> None:
-    """Gives the additions something to add."""
+    """Fill the adapter's second factors with random values, so that it changes the results."""
     mx.random.seed(seed)
     for module in adapted_modules(model).values():
         module.lora_b = 0.05 * mx.random.normal(module.lora_b.shape)
@@ -76,7 +76,7 @@ def test_only_the_additions_are_trained(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_an_expert_adds_what_its_own_factors_say(packed: bool) -> None:
+def test_each_expert_uses_its_own_factors(packed: bool) -> None:
     mx.random.seed(0)
     base: Any = ExpertLinear(3, 64, 8)
     if packed:
@@ -93,7 +93,7 @@ def test_an_expert_adds_what_its_own_factors_say(packed: bool) -> None:
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_a_merged_weight_does_the_same(dora: bool) -> None:
+def test_a_merged_weight_gives_the_same_results(dora: bool) -> None:
     mx.random.seed(1)
     layer = (DoRALinear if dora else LoRALinear)(nn.Linear(64, 8, bias=False), ALL, 4)
     layer.lora_b = mx.random.normal(layer.lora_b.shape)
@@ -108,8 +108,8 @@ def test_a_merged_weight_does_the_same(dora: bool) -> None:
 @pytest.mark.kernels
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_linear_layers_are_those_of_mlx_lm(kind: str, packed: bool) -> None:
-    """In value and gradient."""
+def test_linear_layers_equal_those_of_mlx_lm(kind: str, packed: bool) -> None:
+    """Results and gradients are the same."""
     pytest.importorskip("mlx_lm")
     from mlx_lm.tuner.dora import DoRALinear as TheirDoRA
     from mlx_lm.tuner.lora import LoRALinear as TheirLoRA
@@ -156,8 +156,8 @@ def test_an_adapter_comes_back_from_its_file(folder: Path, packed_folder: Path, 
         assert not tree_flatten(again.trainable_parameters())
 
 
-def test_the_files_are_those_of_peft(folder: Path, tmp_path: Path) -> None:
-    """Their names, shapes and settings; of the encoder there is a copy, as it has own modules in transformers."""
+def test_the_files_have_the_format_of_peft(folder: Path, tmp_path: Path) -> None:
+    """Names, shapes and settings are PEFT's. The encoder has copies, because transformers has modules for it."""
     config = AdapterConfig(rank=4, alpha=6.0, targets=("q_proj", "self_conditioning"), dora=True)
     model = load(folder)[0]
     attach(model, config)
@@ -179,7 +179,7 @@ def test_the_files_are_those_of_peft(folder: Path, tmp_path: Path) -> None:
 
 
 def rewritten(folder: Path, out: Path, change: Any = None, **settings: Any) -> Path:
-    """A saved adapter with its tensors or settings changed."""
+    """Copy a saved adapter with changed tensors or settings and return the folder."""
     out.mkdir()
     tensors: Any = mx.load(str(folder / "adapter_model.safetensors"))
     tensors = tensors if change is None else change(dict(tensors))
@@ -199,7 +199,7 @@ def saved(folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "saved"
 
 
-def test_an_adapter_of_the_decoder_alone_is_taken_for_both(folder: Path, saved: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_the_decoder_alone_applies_to_both(folder: Path, saved: Path, tmp_path: Path) -> None:
     whole, half = load(folder)[0], load(folder)[0]
     load_adapter(whole, saved)
     load_adapter(half, rewritten(saved, tmp_path / "half", lambda tensors: {
@@ -237,12 +237,12 @@ def cut(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
     [
         (cut, {}, "does not fit"),
         (lambda t: {n: a + (".encoder." in n) for n, a in t.items()}, {}, "encoder and decoder differently"),
-        (lambda t: {n: a for n, a in t.items() if "lora_A" in n}, {}, "one of two factors"),
+        (lambda t: {n: a for n, a in t.items() if "lora_A" in n}, {}, "only one of two factors"),
         (lambda t: {n.replace("q_proj", "r_proj"): a for n, a in t.items()}, {}, "does not have"),
         (lambda t: {n.replace(".self_attn.q_proj", ".router.proj"): a for n, a in t.items()}, {}, "cannot be adapted"),
-        (lambda t: {**t, "base_model.model.odd": mx.zeros(1)}, {}, "odd, which is no part"),
+        (lambda t: {**t, "base_model.model.odd": mx.zeros(1)}, {}, "odd, which is not part"),
         (None, {"peft_type": "IA3"}, "not supported"), (None, {"rank_pattern": {"a": 2}}, "rank_pattern"),
-        (None, {"r": "four"}, "not what an adapter has"), (None, {"lora_alpha": -1}, "alpha must be above 0"),
+        (None, {"r": "four"}, "not a valid adapter configuration"), (None, {"lora_alpha": -1}, "alpha must be above 0"),
         (None, {"use_dora": True}, "lacks parts"),
     ],
 )  # fmt: skip
@@ -253,7 +253,7 @@ def test_an_adapter_that_does_not_fit_is_refused(
         load_adapter(load(folder)[0], rewritten(saved, tmp_path / "odd", change, **settings))
 
 
-def test_a_folder_that_is_no_adapter_is_refused(folder: Path, saved: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_an_adapter_is_refused(folder: Path, saved: Path, tmp_path: Path) -> None:
     model = load(folder)[0]
     with pytest.raises(DgemmaError, match="no adapter folder"):
         load_adapter(model, tmp_path / "absent")

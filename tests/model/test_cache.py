@@ -1,4 +1,4 @@
-"""The cache alone: what a canvas sees after any history of calls, and what writing it costs."""
+"""Tests of the prefix cache alone: what a canvas sees after any sequence of calls, and the memory that writes take."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Pair = tuple[NDArray[Any], NDArray[Any]]
 
 
 def new_cache(window: int = WINDOW) -> PrefixCache:
-    """Of a sliding and a full layer."""
+    """Return a cache with one sliding-window layer and one full-attention layer."""
     return PrefixCache(TextConfig.from_dict({
         "num_experts": 1, "top_k_experts": 1, "moe_intermediate_size": 1, "num_hidden_layers": 2,
         "layer_types": [SLIDING, FULL], "sliding_window": window,
@@ -25,7 +25,7 @@ def new_cache(window: int = WINDOW) -> PrefixCache:
 
 
 class History:
-    """A cache, and beside it all that was appended to each of its layers, in NumPy."""
+    """A cache, together with NumPy copies of everything that was appended to each of its layers."""
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
@@ -47,7 +47,7 @@ class History:
         self.cache.advance(length)
 
     def decode(self, length: int) -> list[tuple[tuple[mx.array, mx.array], Any, Any]]:
-        """What the layers see, unevaluated, and what they should."""
+        """Return, for each layer, what a canvas sees (unevaluated) and the two parts that it should see."""
         found = []
         for layer in range(2):
             new, old = self.random(length), self.appended[layer]
@@ -63,7 +63,7 @@ def check(found: tuple[mx.array, mx.array], before: Any, new: Any) -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_canvas_sees_the_prefix_and_itself_whatever_came_before(seed: int) -> None:
-    """Drafts may be abandoned before they are evaluated, kept beyond the next ones, and their canvas not committed."""
+    """Drafts may be dropped before they are evaluated, kept after later drafts, and never committed."""
     history = History(seed)
     held: list[tuple[tuple[mx.array, mx.array], Any, Any]] = []
     mark: tuple[Snapshot, list[Pair]] | None = None
@@ -94,7 +94,7 @@ def test_buffers_grow_beyond_their_spare_room() -> None:
 
 
 def test_a_denoising_step_copies_nothing_of_the_prefix() -> None:
-    """Not even the first one after a snapshot, in full layers; sliding ones copy their window, once."""
+    """Full-attention layers never copy, even after a snapshot. Sliding-window layers copy their window once."""
     prefix, canvas, head_dim = 50_000, 4, 16
     cache = new_cache(window=1000)
     cache.reserve(prefix)
@@ -118,7 +118,7 @@ def test_a_denoising_step_copies_nothing_of_the_prefix() -> None:
     assert mark.offset == prefix
 
 
-def test_a_repeated_cache_is_one_of_its_own() -> None:
+def test_a_repeated_cache_is_independent() -> None:
     history = History(3)
     history.encode(5)
     one = PrefixCache.repeated(rows_of(history.cache, [0]), 3)

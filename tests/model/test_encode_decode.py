@@ -1,4 +1,4 @@
-"""What must hold of the network whatever its weights: chunks, padding, short canvases, the cache, dtypes."""
+"""Tests of properties that the network has for any weights: chunks, padding, canvas lengths, the cache, dtypes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def random_ids(*shape: int, seed: int = 0) -> mx.array:
 def encoded(
     ids: mx.array, chunk: int | None = None, left_padding: tuple[int, ...] = ()
 ) -> tuple[mx.array, PrefixCache]:
-    """Hidden states and cache of a prompt, encoded in chunks."""
+    """Encode a prompt in chunks and return its hidden states and the cache."""
     cache = golden_model().new_cache(mx.array(left_padding) if left_padding else None)
     step = chunk or ids.shape[1]
     hidden = [golden_model().encode(ids[:, i : i + step], cache) for i in range(0, ids.shape[1], step)]
@@ -36,12 +36,12 @@ def assert_close(found: mx.array, expected: mx.array) -> None:
 
 
 def least_change(before: mx.array, after: mx.array) -> float:
-    """Of all positions, how far the one moved that moved least: (B, C, V) logits."""
+    """Return the smallest change of any position's logits (B, C, V), where a position changes by its largest change."""
     return float(np.abs(np.array(before) - np.array(after)).max(axis=-1).min())
 
 
 def attention_in_float64(q: mx.array, k: mx.array, v: mx.array, mask: NDArray[Any]) -> NDArray[Any]:
-    """softmax(q k^T) v, plainly; mask (B, H, L, S) bool."""
+    """Compute softmax(q k^T) v directly, with a mask (B, H, L, S) bool."""
     queries, keys, values = (np.array(x, np.float64) for x in (q, k, v))
     group = queries.shape[1] // keys.shape[1]
     scores = queries @ keys.repeat(group, axis=1).swapaxes(-1, -2)
@@ -54,14 +54,14 @@ def attention_in_float64(q: mx.array, k: mx.array, v: mx.array, mask: NDArray[An
 @pytest.mark.parametrize("kind", ["none", "causal", "positions", "keys"])
 @pytest.mark.parametrize(("L", "S"), [(27, 33), (74, 200), (300, 330)])
 def test_attention_does_not_depend_on_its_blocks(kind: str, L: int, S: int, rows: int) -> None:
-    """Blocks of keys for 1 and 16 rows, of queries for 64."""
+    """With room for 1 or 16 rows of scores the blocks are of keys, with room for 64 rows of queries."""
     B, H, Hk, D = 2, 4, 2, 8
     rng = np.random.default_rng(0)
     q, k, v = (mx.array(rng.normal(size=shape), mx.float32) for shape in ((B, H, L, D), (B, Hk, S, D), (B, Hk, S, D)))
     q = mx.linspace(0.1, 10, H)[:, None, None] * q  # flat and peaked heads
     causal = np.arange(S) <= np.arange(S - L, S)[:, None]
     positions = (rng.random((B, 1, L, S)) < 0.5) & causal | (np.arange(S) == np.arange(S - L, S)[:, None])
-    keys = np.arange(S) >= np.array([0, S - 7]).reshape(B, 1, 1, 1)  # left padding that hides blocks whole
+    keys = np.arange(S) >= np.array([0, S - 7]).reshape(B, 1, 1, 1)  # left padding that masks whole blocks
     masks: dict[str, tuple[Mask, NDArray[Any]]] = {
         "none": (None, np.array(True)),
         "causal": ("causal", causal),
@@ -92,7 +92,7 @@ def test_blocks_of_keys_lose_nothing_in_half_precision() -> None:
 @pytest.mark.parametrize("chunk", [1, 3, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW])
 @pytest.mark.parametrize("length", [WINDOW - 2, 4 * WINDOW + 3])
 @pytest.mark.parametrize("left_padding", [(), (3, 0)], ids=["unpadded", "padded"])
-def test_prompt_in_chunks_equals_the_whole(length: int, chunk: int, left_padding: tuple[int, ...]) -> None:
+def test_a_prompt_in_chunks_equals_the_whole_prompt(length: int, chunk: int, left_padding: tuple[int, ...]) -> None:
     ids, canvas = random_ids(2, length), random_ids(2, 7, seed=1)
     whole, whole_cache = encoded(ids, left_padding=left_padding)
     found, cache = encoded(ids, chunk, left_padding)
@@ -111,7 +111,7 @@ def test_encoding_is_causal_and_decoding_is_not() -> None:
 
 
 def test_canvas_without_a_prefix() -> None:
-    """A prefix that is all padding is none."""
+    """A prefix of only padding equals no prefix."""
     canvas = random_ids(1, 5)
     _, padding = encoded(random_ids(1, 4, seed=1), left_padding=(4,))
     alone = golden_model().decode(canvas, golden_model().new_cache())
@@ -120,7 +120,7 @@ def test_canvas_without_a_prefix() -> None:
 
 @pytest.mark.parametrize("length", [1, 5, CONFIG.canvas_length, 2 * CONFIG.canvas_length])
 def test_every_position_of_a_canvas_sees_every_other(length: int) -> None:
-    """However long the canvas is, and beyond the sliding window."""
+    """This holds for every canvas length, also beyond the sliding window."""
     _, cache = encoded(random_ids(1, 9))
     canvas = random_ids(1, length, seed=2)
     logits = golden_model().decode(canvas, cache)
@@ -134,7 +134,7 @@ def test_every_position_of_a_canvas_sees_every_other(length: int) -> None:
 
 @pytest.mark.parametrize("left_padding", [(0, 5), (WINDOW + 2, 1)])
 def test_left_padded_rows_equal_the_rows_alone(left_padding: tuple[int, int]) -> None:
-    """In the prompt, the first canvas, its encoding, and the next canvas with self-conditioning."""
+    """Compare the prompt, the first canvas, its encoding, and the next canvas with self-conditioning."""
     model = golden_model()
     prompt, first, second = random_ids(2, 15), random_ids(2, 8, seed=1), random_ids(2, 8, seed=2)
     hidden, cache = encoded(prompt, chunk=4, left_padding=left_padding)
@@ -181,7 +181,7 @@ def test_sliding_layers_keep_no_more_than_the_window() -> None:
 
 @pytest.mark.parametrize("rows", [3, 40])
 def test_half_precision_on_this_machine(rows: int) -> None:
-    """bfloat16 has 8 bits: the logits stay near those of float32, in few rows and in many."""
+    """bfloat16 has 8 bits of precision. Its logits stay close to those of float32, for few rows and for many."""
     model = load_model(FOLDER, CONFIG, mx.bfloat16)[0]
     ids, canvas = random_ids(1, rows), random_ids(1, rows, seed=1)
     _, expected_cache = encoded(ids)
@@ -195,8 +195,8 @@ def test_half_precision_on_this_machine(rows: int) -> None:
     assert model.decode(canvas, cache, logits).dtype == mx.float32
 
 
-def test_self_conditioning_goes_by_probabilities() -> None:
-    """Adding a constant to the logits changes nothing, impossible tokens are allowed, and it has an effect."""
+def test_self_conditioning_depends_on_probabilities() -> None:
+    """A constant added to the logits changes nothing, impossible tokens are allowed, and conditioning has an effect."""
     model, canvas = golden_model(), random_ids(1, 5, seed=1)
     _, cache = encoded(random_ids(1, 9))
     predicted = random_ids(1, 5, seed=2)

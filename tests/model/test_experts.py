@@ -1,4 +1,4 @@
-"""Experts against one row and one expert at a time: gathered and all at once, in float32 and bfloat16."""
+"""Tests of both ways to compute experts, against a loop over rows and experts, in float32 and bfloat16."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def moe(experts: int, dtype: mx.Dtype, rows: int) -> tuple[Experts, mx.array, mx
 
 
 def route(weights: mx.array, indices: mx.array) -> Route:
-    """The work of each row in order of experts."""
+    """Return the route of these weights and indices, with the work sorted by expert."""
     order = mx.argsort(indices.flatten())
     slots = mx.argsort(order).reshape(indices.shape)
     return Route(weights, indices, indices.flatten()[order], order // indices.shape[1], slots)
@@ -40,7 +40,7 @@ def norm(dtype: mx.Dtype) -> nn.RMSNorm:
 
 
 def moe_by_rows(layer: Experts, x: mx.array, weights: mx.array, indices: mx.array) -> np.ndarray[Any, Any]:
-    """In float64, one row and one expert at a time, and the norm."""
+    """Compute the experts' weighted sum and its norm in float64, one row and one expert at a time."""
     up, down = (np.array(m.weight.astype(mx.float32), np.float64) for m in (layer.gate_up_proj, layer.down_proj))
     rows, w = np.array(x.astype(mx.float32), np.float64), np.array(weights)
     out = np.zeros_like(rows)
@@ -54,10 +54,10 @@ def moe_by_rows(layer: Experts, x: mx.array, weights: mx.array, indices: mx.arra
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(mx.float32, 2e-5), (mx.bfloat16, 5e-2)], ids=["f32", "bf16"])
 @pytest.mark.parametrize("rows", [1, 9, 40])
-@pytest.mark.parametrize("experts", [4, 16])  # all of 4 are computed in training, 16 are gathered
-def test_experts(experts: int, rows: int, dtype: mx.Dtype, tolerance: float) -> None:
+@pytest.mark.parametrize("experts", [4, 16])  # in training, all of 4 experts are computed, and 16 are gathered
+def test_experts_equal_a_loop(experts: int, rows: int, dtype: mx.Dtype, tolerance: float) -> None:
     layer, x, weights, indices = moe(experts, dtype, rows)
-    expected = moe_by_rows(layer, x, weights, indices)  # of size 1; bfloat16 has 8 bits
+    expected = moe_by_rows(layer, x, weights, indices)  # values near 1; bfloat16 has 8 bits of precision
     for training in (False, True):
         y = layer.train(training)(x, route(weights, indices), norm(dtype))
         assert y.dtype == dtype
@@ -66,7 +66,7 @@ def test_experts(experts: int, rows: int, dtype: mx.Dtype, tolerance: float) -> 
 
 @pytest.mark.parametrize("rows", [9, 40])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(mx.float32, 1e-4), (mx.bfloat16, 3e-2)], ids=["f32", "bf16"])
-def test_experts_gradient(rows: int, dtype: mx.Dtype, tolerance: float) -> None:
+def test_the_gradient_of_experts(rows: int, dtype: mx.Dtype, tolerance: float) -> None:
     layer, x, weights, indices = moe(4, mx.float32, rows)
     goal = mx.random.normal(x.shape, key=mx.random.key(0))
 

@@ -1,4 +1,4 @@
-"""Hidden states and logits against numbers exported from the reference; ``make oracle`` compares far more."""
+"""Tests of hidden states and logits against numbers from transformers. ``make oracle`` compares many more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoint folder -> model: names, layouts, quantization, laziness, and what is wrong with a folder."""
+"""Tests of loading a checkpoint folder: names, layouts, shards, dtypes, laziness, and errors in a folder."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def test_layouts_and_shards(tmp_path: Path, folder: Path, tensors: Tensors, conf
     assert same(parameters(model), parameters(load(folder)[0]))
 
 
-def test_index_beside_a_single_file(folder: Path, tensors: Tensors) -> None:
+def test_an_index_with_a_single_file(folder: Path, tensors: Tensors) -> None:
     weight_map = dict.fromkeys(tensors, "model.safetensors")  # as mlx-vlm writes it
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     load(folder)
 
 
-def test_vision_tensors_are_kept_aside(tmp_path: Path, tensors: Tensors) -> None:
+def test_vision_tensors_are_kept_separately(tmp_path: Path, tensors: Tensors) -> None:
     vision = {
         "model.encoder.vision_tower.patch_embedder.input_proj.weight": mx.ones((2, 3)),
         "model.encoder.embed_vision.embedding_projection.weight": mx.zeros((4, 2)),
@@ -96,7 +96,7 @@ def test_tied_copies_are_dropped(tmp_path: Path, folder: Path, tensors: Tensors)
         ("model.decoder.layers.2.experts.down_proj", "model.encoder.language_model.layers.2.experts.down_proj"),
     ],
 )
-def test_tied_copy_stands_in(
+def test_a_tied_copy_replaces_a_missing_tensor(
     tmp_path: Path, folder: Path, tensors: Tensors, missing: str, copy: str
 ) -> None:
     renamed = {copy if name == missing else name: tensor for name, tensor in tensors.items()}
@@ -132,7 +132,7 @@ def test_dtype(tmp_path: Path, stored: mx.Dtype, asked: mx.Dtype | None) -> None
     assert mx.isfinite(decoded).all()
 
 
-# What is wrong with a folder
+# Errors in a folder
 
 
 @pytest.mark.parametrize("name", [
@@ -140,12 +140,12 @@ def test_dtype(tmp_path: Path, stored: mx.Dtype, asked: mx.Dtype | None) -> None
     "model.decoder.layers.0.experts.gate_up_proj", "model.encoder.language_model.layers.2.layer_scalar",
     "model.decoder.self_conditioning.pre_norm.weight",
 ])  # fmt: skip
-def test_one_tensor_missing_misshapen_or_of_another_kind(tmp_path: Path, tensors: Tensors, name: str) -> None:
+def test_a_missing_tensor_a_wrong_shape_and_a_wrong_dtype(tmp_path: Path, tensors: Tensors, name: str) -> None:
     without = {other: tensor for other, tensor in tensors.items() if other != name}
     assert failure(write_checkpoint(tmp_path / "0", flat_config(), without)) == f"the checkpoint lacks {name}"
     larger = mx.zeros((*tensors[name].shape[:-1], tensors[name].shape[-1] + 1))
     assert failure(write_checkpoint(tmp_path / "1", flat_config(), {**tensors, name: larger})).startswith(
-        f"{name} has shape {larger.shape}, config.json asks for {tensors[name].shape}"
+        f"{name} has shape {larger.shape}, but config.json asks for {tensors[name].shape}"
     )
     for dtype in (mx.int32, mx.uint32, mx.uint8, mx.bool_):
         other = {**tensors, name: tensors[name].astype(dtype)}
@@ -184,7 +184,7 @@ def test_many_missing_tensors_make_a_short_message(tmp_path: Path, tensors: Tens
         ({"weight_map": {}}, "has no weight_map"),
         ({"weight_map": ["model.safetensors"]}, "has no weight_map"),
         ({}, "has no weight_map"),
-        ([], "holds no JSON object"),
+        ([], "does not contain a JSON object"),
         ('{"weight_map": {"a": "model.saf', "cannot read"),
         ("", "cannot read"),
     ],
@@ -204,7 +204,7 @@ def test_tensor_in_two_shards(tmp_path: Path, tensors: Tensors) -> None:
         held = mx.load(str(file))
         assert isinstance(held, dict)
         mx.save_safetensors(str(file), {**held, name: tensors[name]})
-    assert failure(folder) == f"{second} holds {name} again, which another shard has"
+    assert failure(folder) == f"{second} holds {name}, which another shard holds as well"
 
 
 def test_no_weights(folder: Path) -> None:
@@ -230,19 +230,19 @@ def test_file_cut_off_anywhere(tmp_path: Path, tensors: Tensors, shards: int) ->
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda content: content + b"\0", "bytes, its header promises"),
-        (lambda content: content + content, "bytes, its header promises"),
+        (lambda content: content + b"\0", "bytes, but its header promises"),
+        (lambda content: content + content, "bytes, but its header promises"),
         (lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2\nsize 9\n", "Git LFS pointer"),
-        (lambda content: b"<!DOCTYPE html><html>Access denied</html>", "is no safetensors file"),
-        (lambda content: b"PK\3\4" + content, "is no safetensors file"),
-        (lambda content: b"\0" * len(content), "is no safetensors file"),
-        (lambda content: b"\xff" * len(content), "is no safetensors file"),
+        (lambda content: b"<!DOCTYPE html><html>Access denied</html>", "is not a safetensors file"),
+        (lambda content: b"PK\3\4" + content, "is not a safetensors file"),
+        (lambda content: b"\0" * len(content), "is not a safetensors file"),
+        (lambda content: b"\xff" * len(content), "is not a safetensors file"),
         (lambda content: content.replace(b'"F32"', b'"F64"', 1), "cannot be loaded"),
         (lambda content: content.replace(b'"F32"', b'"XYZ"', 1), "cannot be loaded"),
         (lambda content: content.replace(b'"shape":[96', b'"shape":[97', 1), "cannot be loaded"),
-        (lambda content: content.replace(b'"data_offsets"', b'"data_offzets"', 1), "is no safetensors file"),
-        (lambda content: struct.pack("<Q", 2) + b"[]", "is no safetensors file"),
-        (lambda content: struct.pack("<Q", 90_000) + b"[" * 90_000, "is no safetensors file"),
+        (lambda content: content.replace(b'"data_offsets"', b'"data_offzets"', 1), "is not a safetensors file"),
+        (lambda content: struct.pack("<Q", 2) + b"[]", "is not a safetensors file"),
+        (lambda content: struct.pack("<Q", 90_000) + b"[" * 90_000, "is not a safetensors file"),
         (lambda content: struct.pack("<Q", 2) + b"{}", "the checkpoint lacks"),
     ],
 )
@@ -263,7 +263,7 @@ def test_any_flipped_byte_of_the_header_is_read_or_reported(folder: Path) -> Non
 
 
 def test_any_odd_value_of_the_config_is_loaded_or_reported(folder: Path) -> None:
-    """What ``ModelConfig`` lets through must not fail later in another way."""
+    """A value that ``ModelConfig`` accepts must not cause an unexpected error later."""
     document = flat_config()
     for path in places(document):
         for value in ODD_VALUES:

@@ -1,4 +1,4 @@
-"""Products with packed weights: those of the same numbers unpacked, whichever way they go."""
+"""Tests that products with packed weights equal products with the unpacked weights, in blocks and without."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def product(packed: Any, x: mx.array) -> mx.array:
 @pytest.mark.parametrize("packing", FORMATS)
 @pytest.mark.parametrize("kind", ["linear", "table"])
 @pytest.mark.parametrize("outputs", [1, 37, 64, 131])
-def test_a_product_is_that_of_unpacked_weights(
+def test_a_product_equals_that_of_unpacked_weights(
     monkeypatch: pytest.MonkeyPatch, kind: str, packing: str, dtype: mx.Dtype, outputs: int
 ) -> None:
-    """Blocks of 32 rows: fewer than one, some and a rest, a whole number of them."""
+    """With blocks of 32 rows, a matrix has less than one block, some blocks and a rest, or a whole number of blocks."""
     monkeypatch.setattr(packed_module, "BLOCK_BYTES", 32 * 4 * WIDTH)
     packed = module(kind, outputs, dtype, FORMATS[packing])
     parts = [packed.scales, packed.get("biases")]
@@ -65,7 +65,7 @@ def test_a_product_is_that_of_unpacked_weights(
 
 
 @pytest.mark.parametrize("kind", ["linear", "table"])
-def test_a_gradient_goes_through_it(kind: str) -> None:
+def test_a_product_has_a_gradient(kind: str) -> None:
     packed = module(kind, 48, mx.float32, FORMATS["affine 4"]).train()
     weight = mx.dequantize(packed.weight, packed.scales, packed.biases, packed.group_size, packed.bits)
     x = mx.random.normal((2 * LEAST_ROWS, WIDTH))
@@ -89,4 +89,4 @@ def test_only_a_few_blocks_are_unpacked_at_a_time(kind: str, most_blocks: int) -
     copies = 1 if kind == "table" else 2
     assert mx.get_peak_memory() - before < copies * result.nbytes + most_blocks * packed_module.BLOCK_BYTES
     mx.clear_cache()
-    assert mx.get_active_memory() - before <= result.nbytes + 4096  # nothing unpacked is kept
+    assert mx.get_active_memory() - before <= result.nbytes + 4096  # no unpacked block remains

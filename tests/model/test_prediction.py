@@ -1,4 +1,4 @@
-"""What conditions the next step, against the exact expected embedding in float64."""
+"""Tests of the embeddings that condition the next step, against exact expected embeddings in float64."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ FLAT, PEAKED = (V, 0.0, 0.0), (1, 29.0, 0.0)
 
 
 def new_model(dtype: mx.Dtype, packing: dict[str, Any] | None) -> tuple[DiffusionGemma, Array]:
-    """A model, and its table in float64 as it is packed."""
+    """Return a model and the values of its (packed) embedding table in float64."""
     model = DiffusionGemma(CONFIG)
     table: Any = nn.Embedding(V, M)
-    table.weight = 3 + mx.random.normal((V, M), key=mx.random.key(7))  # what lists leave out does not cancel
+    table.weight = 3 + mx.random.normal((V, M), key=mx.random.key(7))  # mean 3: omitted tokens do not cancel
     model.embed_tokens = table
     model.set_dtype(dtype)
     weight = table.weight
@@ -49,7 +49,10 @@ def new_model(dtype: mx.Dtype, packing: dict[str, Any] | None) -> tuple[Diffusio
 
 
 def some_logits(rows: list[tuple[int, float, float]], seed: int, dtype: mx.Dtype) -> mx.array:
-    """(1, C, V): for each (k, gap, spread) k tokens lie ``gap`` above the others, all scattered by ``spread``."""
+    """Return random logits (1, C, V), with one position for each (k, gap, spread) in ``rows``.
+
+    The logits have the standard deviation ``spread``, and k of them are raised by ``gap``.
+    """
     rng = np.random.default_rng(seed)
     logits = np.stack([spread * rng.standard_normal(V) for _, _, spread in rows])
     for row, (k, gap, _) in zip(logits, rows, strict=True):
@@ -71,11 +74,13 @@ def some_logits(rows: list[tuple[int, float, float]], seed: int, dtype: mx.Dtype
     temperature=st.floats(0.4, 0.8),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_it_is_the_expected_embedding_within_its_bound(
+def test_the_error_of_the_expected_embedding_is_bounded(
     dtype: mx.Dtype, packing: str, rows: list[tuple[int, float, float]], temperature: float, seed: int
 ) -> None:
-    """Of lists: what they leave out, at most, times the largest value, and the result's rounding. Of all logits: what
-    rounding them, the probabilities and the table to the dtype is worth."""
+    """The error of a list is at most the omitted mass times the largest value, plus the result's rounding error.
+
+    The error of a full softmax is at most the rounding errors of the logits, the probabilities and the table.
+    """
     model, table = new_model(dtype, PACKINGS[packing])
     raw = some_logits([PEAKED, *rows, FLAT], seed, dtype)
     sample = canvas_sampler(raw, mx.zeros(raw.shape[:2]), CAP, temperature)
@@ -88,11 +93,11 @@ def test_it_is_the_expected_embedding_within_its_bound(
     p = np.exp(y - y.max(axis=-1, keepdims=True))
     exact = math.sqrt(M) * (p / p.sum(axis=-1, keepdims=True)) @ table
     largest = math.sqrt(M) * np.abs(table).max()
-    unit = 2.0**-9 if dtype == mx.bfloat16 else 2.0**-24  # by which rounding changes a value, relatively
-    float32 = 2.0**-14  # what float32 probabilities are off: 3.0e-5 by MLX's CPU softmax, in the row of the example
+    unit = 2.0**-9 if dtype == mx.bfloat16 else 2.0**-24  # relative rounding error
+    float32 = 2.0**-14  # error of float32 probabilities: 3.0e-5 with MLX's CPU softmax in the row of the example
     bound = largest * (1 - least_kept(dtype) + float32) + 3 * unit * np.abs(exact)
     assert prediction.dense is not None
-    dense = np.array(prediction.dense)
+    dense = np.array(prediction.dense.positions)
     assert 0 not in dense and len(rows) + 1 in dense
     of_logits = np.expm1(2 * unit * np.abs(y[dense]).max(axis=-1, keepdims=True))
     bound[dense] = largest * (of_logits + 8 * unit + float32)

@@ -1,4 +1,4 @@
-"""Quantized checkpoints as conversions write them: the same numbers as their weights unpacked."""
+"""Tests that quantized checkpoints give the same results as checkpoints with their weights unpacked."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from tests.model.odd_values import one_line, reported
 
 
 def mixed(path: str) -> dict[str, Any]:
-    """mlx-vlm's choice: experts and self-conditioning at 4 bits, the rest at 8."""
+    """Choose as mlx-vlm does: 4 bits for experts and self-conditioning, 8 bits for the rest."""
     four = "experts" in path or "self_conditioning" in path
     return {"group_size": 64, "bits": 4 if four else 8, "mode": "affine"}
 
 
 def quantization(choose: Callable[[str], Any], tensors: Tensors, default: dict[str, Any]) -> dict[str, Any]:
-    """The entry of config.json: the default, and the modules that differ from it (affine ones without a mode)."""
+    """Return the quantization in config.json: the default, and the modules that differ (without a mode if affine)."""
     entry = dict(default)
     for name, tensor in tensors.items():
         path = name.removesuffix(".weight")
@@ -64,7 +64,7 @@ SCHEMES: dict[str, tuple[dict[str, Any], Callable[[str], Any] | None]] = {
 
 
 def packed_and_whole(folder: Path, scheme: str) -> tuple[DiffusionGemma, DiffusionGemma, Tensors, Tensors]:
-    """A packed model in float32, one with its weights unpacked, and the tensors of both."""
+    """Return a packed model in float32, the model with these weights unpacked, and the tensors of both."""
     default, choose = SCHEMES[scheme]
     choose = choose or (lambda path: default)
     tensors = random_tensors(flat_config(), mx.bfloat16)
@@ -75,10 +75,10 @@ def packed_and_whole(folder: Path, scheme: str) -> tuple[DiffusionGemma, Diffusi
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_quantized_weights_mean_what_they_decode_to(tmp_path: Path, scheme: str) -> None:
+def test_quantized_weights_equal_their_unpacked_values(tmp_path: Path, scheme: str) -> None:
     model, unpacked, _, _ = packed_and_whole(tmp_path, scheme)
     expected = logits(unpacked)
-    # The same numbers in float32; only the order of summation differs.
+    # The values are the same in float32. Only the order of summation differs.
     np.testing.assert_allclose(logits(model), expected, atol=2e-4)
     model.train()
     np.testing.assert_allclose(logits(model), expected, atol=2e-4)
@@ -95,7 +95,7 @@ def test_quantized_modules_stay_packed(tmp_path: Path, tensors: Tensors) -> None
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_unpacked_at_load_they_are_the_same_numbers(tmp_path: Path, scheme: str) -> None:
+def test_unpacking_at_load_gives_the_same_numbers(tmp_path: Path, scheme: str) -> None:
     model, expected, packed, whole = packed_and_whole(tmp_path, scheme)
     stems = {name.removesuffix(".scales") for name in packed if name.endswith(".scales")}
     values = sum(tensor.size for name, tensor in whole.items() if name.removesuffix(".weight") in stems)
@@ -109,7 +109,7 @@ def test_unpacked_at_load_they_are_the_same_numbers(tmp_path: Path, scheme: str)
 
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="packed weights are the fast ones on Metal")
-def test_they_are_unpacked_on_request_or_where_there_is_room(
+def test_weights_are_unpacked_on_request_or_if_there_is_memory(
     tmp_path: Path, tensors: Tensors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed, _ = quantized(tensors, mixed)

@@ -1,19 +1,19 @@
-// What Python gives to the runtime and gets back. tests/metalsim/launch.py mirrors it.
+// The interface between Python and the runtime. tests/metalsim/launch.py mirrors it.
 #pragma once
 
 #include <stdint.h>
 
 #include "../shim/abi.h"
 
-struct Site {  // where an instrumented instruction came from; the compiler's output ends with a table of them
+struct Site {  // origin of an instrumented instruction; the compiler's output ends with a table of these
   uintptr_t address;
-  uint64_t line;  // of the kernel's text; 0: from elsewhere
+  uint64_t line;  // line of the kernel's text; 0: not in the kernel
 };
 
 struct Buffer {
   const char* name;
   uint64_t size, item, pointer;  // bytes; bytes of an element; offset of the element the kernel's pointer points to
-  uint64_t phase;                // where it starts within 64 aligned bytes: a slice may start anywhere
+  uint64_t phase;                // offset from a multiple of 64, because a slice may start anywhere
   unsigned char* data;
   const unsigned char* valid;    // for each byte 0 or 1, 0 between the elements of a strided array; null: all are 1
   uint32_t is_output, is_filled;

@@ -1,4 +1,4 @@
-// Threadgroup memory, and in a checked run a look at every access: bounds, order, and whether it was ever written.
+// Threadgroup memory and, in a checked run, the check of every access: bounds, races, and reads of unwritten memory.
 #include <stdio.h>
 #include <string.h>
 #include <link.h>
@@ -6,13 +6,13 @@
 
 #include "state.h"
 
-struct Stamp {  // the last access: by which thread (from 1), after which barriers, from where
+struct Stamp {  // the last access: the thread (from 1), the barriers before it, and the site
   uint32_t thread, epoch, simd_epoch, site;
 };
 
 enum { Written = 1, ManyLanes = 2, ManySimdgroups = 4, ManyGroups = 8, AtomicWrite = 16, AtomicRead = 32 };
 
-struct Cell {  // what is known of a byte
+struct Cell {  // the state of a byte
   Stamp write, read;
   uint8_t flags;
 };
@@ -21,13 +21,13 @@ struct Slot {
   unsigned offset, size, item;
 };
 
-struct Region {  // memory that an address was found in
+struct Region {  // the memory that contains an address
   const char* name;
   uintptr_t start;
   size_t size, item;
-  Cell* cells;  // null: nobody can write there
+  Cell* cells;  // null: the memory is read-only
   const unsigned char* valid;
-  int flag;  // of mem_flags
+  int flag;  // one of mem_flags
 };
 
 struct Access {
@@ -104,7 +104,7 @@ void* msl_threadgroup_slot(unsigned number, unsigned size, unsigned align, unsig
   Slot& slot = slots[number];
   if (slot.size == 0) {
     slot_count = number < slot_count ? slot_count : number + 1;
-    unsigned gap = 64;  // between variables: an access just beyond one is not one to the next
+    unsigned gap = 64;  // between variables, so that an access just beyond one does not reach the next
     slot.offset = (threadgroup_used + gap + align - 1) / align * align;
     slot.size = size;
     slot.item = item;
@@ -123,7 +123,7 @@ static const char* verb(bool write) {
   return write ? "writes" : "reads";
 }
 
-// The buffer or variable of threadgroup memory that an address outside all of them is nearest to.
+// The buffer or threadgroup variable nearest to an address that is outside of all of them.
 static Region nearest_region(uintptr_t address, uint64_t& distance) {
   Region best = {};
   distance = UINT64_MAX;
@@ -158,7 +158,7 @@ static uintptr_t stack_of_current() {
   return uintptr_t(run.stacks) + size_t(run.current - run.fibers) * stack_size;
 }
 
-// False: memory of the thread itself or a constant of the kernel. Fails where the access is in no memory it may touch.
+// Returns false for memory of the thread itself and for constants of the kernel. Fails for any other memory.
 static bool find_region(Region& region, uintptr_t address, unsigned size, bool write, uintptr_t site) {
   uintptr_t in_stack = address - stack_of_current();
   if (in_stack < stack_size) return false;
@@ -175,7 +175,7 @@ static bool find_region(Region& region, uintptr_t address, unsigned size, bool w
     if (address >= region.start && address + size <= region.start + region.size) return true;
   }
   if (!write && address >= image_start && address < image_end) return false;
-  uintptr_t in_run = address - uintptr_t(&run);  // what the runtime handed to this thread
+  uintptr_t in_run = address - uintptr_t(&run);  // memory of the runtime that is passed to this thread
   if (in_run < sizeof run) return false;
   out_of_bounds(site, address, write);
 }
@@ -200,7 +200,7 @@ static bool in_order(const Stamp& before, unsigned flag) {
        wrote ? "wrote" : "read", line_of(image_start + before.site));
 }
 
-// Two reads by different threads leave one stamp; the flags keep how far apart the readers were.
+// Reads by several threads share one stamp. The flags record how far apart these threads were.
 static void note_read(Cell& cell, const Stamp& now, unsigned flag) {
   const Stamp& before = cell.read;
   uint8_t many = cell.flags & ManyGroups;
@@ -219,7 +219,7 @@ static void note_read(Cell& cell, const Stamp& now, unsigned flag) {
   cell.read = now;
 }
 
-// One byte of an access: refuses what races with an earlier one, and becomes the earlier one.
+// Checks one byte of an access: reports a race with an earlier access, and records this one.
 static void look(Cell& cell, const Access& a, const Stamp& now) {
   unsigned flag = unsigned(a.region.flag);
   if (a.read && !(cell.flags & Written) && !run.doubt.site) {
@@ -303,7 +303,7 @@ void msl_atomic_write(void* address, unsigned size, unsigned long bits) {
   memcpy(address, &bits, size);
 }
 
-// What Clang calls before every load and store of a checked kernel, and where a sanitizer finds something.
+// Clang calls these functions before every load and store of a checked kernel, and when a sanitizer finds a fault.
 #define ACCESS(bytes)                                                                                              \
   EXPORT __sanitizer_cov_load##bytes(void* p) { access({uintptr_t(p), CALLER, true, false, false, {}}, bytes); }  \
   EXPORT __sanitizer_cov_store##bytes(void* p) { access({uintptr_t(p), CALLER, false, true, false, {}}, bytes); }

@@ -1,4 +1,4 @@
-// A run in a process of its own, and what it reports.
+// A run in a separate process, and its report.
 #include <errno.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -76,7 +76,7 @@ static void catch_signals() {
   setitimer(ITIMER_REAL, &timer, nullptr);
 }
 
-// Every buffer ends where nothing is, and so much of that that an index off by millions does not reach the next one.
+// Each buffer is followed by so much unmapped memory that an index off by millions does not reach the next buffer.
 static size_t place_buffers(const Launch& launch, size_t* offsets) {
   const size_t apart = size_t(1) << 32;
   size_t at = apart;
@@ -90,13 +90,13 @@ static size_t place_buffers(const Launch& launch, size_t* offsets) {
   return at;
 }
 
-// Memory that the run's process and this one both see, at a given place or anywhere.
+// Maps memory that this process shares with the process of the run, at a given address or anywhere.
 static void* share(void* place, size_t size) {
   const int flags = MAP_SHARED | MAP_ANONYMOUS | (place ? MAP_FIXED : 0);
   return mmap(place, size, PROT_READ | PROT_WRITE, flags, -1, 0);
 }
 
-// 0: the outputs are in the buffers' data. 1: the report says what is wrong.
+// Returns 0 if the outputs are in the buffers' data, and 1 if the report describes a fault.
 extern "C" __attribute__((visibility("default"))) int msl_run(const Launch* launch, Report* report) {
   size_t offsets[64];
   size_t size = place_buffers(*launch, offsets);

@@ -1,4 +1,4 @@
-// The threads of a kernel: a fiber for each of a threadgroup, one threadgroup after another.
+// The threads of a kernel: one fiber for each thread of a threadgroup, and one threadgroup after another.
 #include <string.h>
 #include <sys/mman.h>
 
@@ -6,7 +6,7 @@
 
 Run run;
 
-// Saves the callee's registers, keeps the stack pointer in *save and goes on where `to` stopped.
+// Saves the callee's registers, stores the stack pointer in *save, and continues where `to` stopped.
 extern "C" void msl_switch(void** save, void* to);
 asm(R"(
   .text
@@ -55,11 +55,11 @@ static void rewind(Simdgroup& group) {
   }
 }
 
-// Lets the lanes that wait at one operation go on, with what they brought; false where no lane waits at any.
+// Releases the lanes that wait at one operation, with their values. Returns false if no lane waits at an operation.
 static bool release_simd(Simdgroup& group) {
   Fiber* fibers = run.fibers + group.first;
   Fiber* chosen = nullptr;
-  for (unsigned i = 0; i < group.count; i++) {  // the lowest address: what is left of a loop before what follows it
+  for (unsigned i = 0; i < group.count; i++) {  // the lowest address: a loop ends before later code runs
     Fiber& f = fibers[i];
     if ((f.state == AtExchange || f.state == AtSimdBarrier) && (!chosen || f.site < chosen->site)) chosen = &f;
   }
@@ -93,7 +93,7 @@ static bool release_simd(Simdgroup& group) {
   return true;
 }
 
-// Lets all threads past a barrier, once none can run; false where all have finished.
+// Releases all threads from a barrier when none can run. Returns false if all have finished.
 static bool release_barrier() {
   Fiber* waiting = nullptr;
   for (unsigned i = 0; i < run.threads && !waiting; i++) {
@@ -135,7 +135,7 @@ static Fiber* next_fiber() {
   return nullptr;
 }
 
-// Called in a thread that cannot go on: the next one runs. Returns when this one may.
+// Runs the next thread when the current one has to wait. Returns when the current one may continue.
 static void yield() {
   Fiber* self = run.current;
   Fiber* next = next_fiber();
@@ -183,7 +183,7 @@ void msl_lane_missing(unsigned lane) {
   }
 }
 
-// float to bfloat, to nearest even: what Clang calls on a machine without such an instruction
+// Converts float to bfloat, to nearest even. Clang calls this on a machine without the instruction
 extern "C" __attribute__((visibility("default"))) __bf16 __truncsfbf2(float x) {
   uint32_t bits = __builtin_bit_cast(uint32_t, x);
   uint16_t top = uint16_t(x != x ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
@@ -239,7 +239,7 @@ static void make_stacks(unsigned threads) {
   if (run.stacks == MAP_FAILED) fail(0, "no memory for the threads' stacks");
   for (unsigned i = 0; i < threads; i++) {
     mprotect(run.stacks + i * stack_size, page, PROT_NONE);
-    // Tops are staggered, or the hot ends of all stacks would share the same few lines of the cache.
+    // The tops are staggered, because otherwise all stacks would use the same few cache lines most.
     uintptr_t top = uintptr_t(run.stacks + (i + 1) * stack_size) - (i % 61) * 192;
     void** frame = reinterpret_cast<void**>(top & ~uintptr_t(63)) - 1;  // as after a call
     *--frame = reinterpret_cast<void*>(fiber_main);

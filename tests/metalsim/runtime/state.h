@@ -14,7 +14,7 @@ enum State : uint8_t { Ready, AtExchange, AtSimdBarrier, AtBarrier, Finished };
 
 struct Fiber {
   void* stack_pointer;
-  uintptr_t site;  // of the last call into the runtime
+  uintptr_t site;  // the site of the last call of the runtime
   State state;
   uint8_t whole;
   unsigned flags, size;
@@ -30,7 +30,7 @@ struct Simdgroup {
   msl_lanes lanes_of[2];
 };
 
-struct Doubt {  // a read of what nobody has written, until the threadgroup ends: the write may come, and it is a race
+struct Doubt {  // a read of unwritten memory, kept until the threadgroup ends, because a later write makes it a race
   uintptr_t site;
   char text[512];
 };
@@ -54,14 +54,15 @@ struct Run {
 
 extern Run run;
 
-// Writes the report and ends the process. A doubt goes before all that may have come of it; a race explains it.
+// Writes the report and ends the process. A doubt is reported first, since later faults may result from it. A race
+// explains a doubt and is reported instead.
 [[noreturn]] void fail(uintptr_t site, const char* format, ...) __attribute__((format(printf, 2, 3)));
 uint32_t line_of(uintptr_t site);
 const char* thread_name(const msl_thread& thread);
 
-void run_all();                           // the whole grid
-void memory_setup();                      // buffers' shadow
-void memory_start_threadgroup();          // poisons the threadgroup's memory
-void memory_check_written();              // every element of every output
-uintptr_t memory_last_call();             // where the last look was, 0 in a run without checks
+void run_all();                           // runs the whole grid
+void memory_setup();                      // maps the shadow of the buffers
+void memory_start_threadgroup();          // poisons the threadgroup memory
+void memory_check_written();              // checks every element of every output
+uintptr_t memory_last_call();             // site of the last check, 0 in a run without checks
 void memory_fault(uintptr_t site, uintptr_t address);  // after a SIGSEGV

@@ -1,10 +1,10 @@
-// What a compiled kernel and the runtime tell each other. Read by both compilers.
+// The interface between a compiled kernel and the runtime. Both compilers read this file.
 #pragma once
 
-struct msl_lanes {  // the values that the lanes of a SIMD-group brought to an operation
+struct msl_lanes {  // the values that the lanes of a SIMD-group passed to an operation
   unsigned active;  // bit i: lane i takes part
   unsigned self;
-  unsigned reduced;  // the first lane to need a reduction leaves it in `result`
+  unsigned reduced;  // the first lane that needs a reduction stores it in `result`
   unsigned unused;
   alignas(64) unsigned char result[64];
   alignas(64) unsigned char values[32][64];
@@ -27,7 +27,7 @@ enum { msl_atomic_load = 0, msl_atomic_store = 1, msl_atomic_update = 2 };
 #define MSL_API extern "C" __attribute__((visibility("default")))
 #endif
 
-// Waits for the other lanes and gives what they brought. `whole`: all 32 lanes must be there.
+// Waits for the other lanes and returns the values that they passed. `whole`: all 32 lanes must take part.
 MSL_API MSL_PRIVATE msl_lanes* msl_exchange(const MSL_PRIVATE void* value, unsigned size, int whole);
 MSL_API void msl_lane_missing(unsigned lane);
 MSL_API void msl_barrier(int simdgroup_only, int flags);

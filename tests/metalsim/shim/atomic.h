@@ -1,4 +1,4 @@
-// <metal_atomic>, relaxed as in Metal: 32 bits, and max and min of 64 bits. Also <metal_logging>, which is silent.
+// <metal_atomic>, with relaxed order as in Metal: 32 bits, and max and min of 64 bits. Also an empty <metal_logging>.
 #pragma once
 
 namespace metal {
@@ -99,7 +99,7 @@ struct os_log {
 
 }  // namespace metal
 
-// OpenCL has types of these names.
+// OpenCL has types with these names.
 #define atomic_int metal::atomic<int>
 #define atomic_uint metal::atomic<uint>
 #define atomic_bool metal::atomic<bool>

@@ -1,4 +1,4 @@
-// <metal_math>, <metal_common>, <metal_relational>, <metal_geometric>. float by the C library, half through float.
+// <metal_math>, <metal_common>, <metal_relational>, <metal_geometric>. float uses the C library, half uses float.
 // Overloads are exact, so that a call with mixed types is ambiguous, as it is in Metal.
 #pragma once
 
@@ -91,7 +91,7 @@ MSL_MATH_1(MSL_SCALARS_1) MSL_COMMON_1(MSL_SCALARS_1)
 MSL_MATH_2(MSL_SCALARS_2) MSL_COMMON_2(MSL_SCALARS_2)
 MSL_MATH_3(MSL_SCALARS_3) MSL_COMMON_3(MSL_SCALARS_3)
 
-// Element by element over the vectors of a type. Not templates: a scalar argument becomes a vector.
+// Elementwise functions of the vectors of a type. They are not templates, so that a scalar argument becomes a vector.
 #define MSL_EACH(V, e) \
   V r; \
   for (int i = 0; i < vector_traits<V>::size; i++) r[i] = e; \
@@ -135,7 +135,7 @@ MSL_FN float nextafter(float x, float y) {
   return __builtin_nextafterf(x, y);
 }
 
-// The names that MLX's bf16_math.h builds its overloads from; the mode says fast or precise and is not looked at.
+// MLX's bf16_math.h builds its overloads from these names. The mode (fast or precise) is ignored.
 #define MSL_INTRINSIC_1(name, f) MSL_FN float __metal_##name(float x, int) { return f(x); }
 #define MSL_INTRINSIC_2(name, f) MSL_FN float __metal_##name(float x, float y, int) { return f(x, y); }
 #define MSL_INTRINSIC_3(name, f) MSL_FN float __metal_##name(float x, float y, float z, int = 0) { return f(x, y, z); }
@@ -152,7 +152,7 @@ MSL_FN float __metal_nextafter(float x, float y) {
   return __builtin_nextafterf(x, y);
 }
 
-// What compares of vectors give is 0 or -1 in each element; a test may be any integer vector.
+// A comparison of vectors gives 0 or -1 in each element. A condition may be any integer vector.
 #define MSL_TESTS(T)                                                                                        \
   MSL_FN bool isnan(T x) { return __builtin_isnan(float(x)); }                                              \
   MSL_FN bool isinf(T x) { return __builtin_isinf(float(x)); }                                              \
@@ -214,7 +214,7 @@ MSL_FN vec<T, N> select(vec<T, N> no, vec<T, N> yes, vec<C, N> which) {
 MSL_GEOMETRY(float)
 MSL_GEOMETRY(half)
 
-// fast:: and precise:: hold their own declarations, so that MLX can add bfloat to each.
+// fast:: and precise:: have declarations of their own, so that MLX can add bfloat to each.
 #define MSL_ALSO(name, f) using metal::name;
 #define MSL_MODES                                                   \
   MSL_MATH_1(MSL_ALSO) MSL_MATH_2(MSL_ALSO) MSL_MATH_3(MSL_ALSO)    \

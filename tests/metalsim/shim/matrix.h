@@ -1,4 +1,4 @@
-// <metal_simdgroup_matrix>: 8x8, two neighbours of a row in each lane.
+// <metal_simdgroup_matrix>: 8x8, with two neighbours of a row in each lane.
 #pragma once
 
 namespace metal {
@@ -30,7 +30,7 @@ MSL_FN uint msl_column(uint lane) {
 MSL_FN uint msl_holder(uint row, uint column) {
   return (row & 4) * 4 + (row & 3) * 2 + (column & 4) * 2 + (column / 2 & 1);
 }
-MSL_FN uint msl_whole_lane() {  // this lane's number, where all 32 are
+MSL_FN uint msl_whole_lane() {  // this lane's number; all 32 lanes must take part
   uint none = 0;
   return msl_exchange(&none, 4, 1)->self;
 }

@@ -1,4 +1,4 @@
-// Metal's standard headers, all of them, for Clang's C++ for OpenCL.
+// All of Metal's standard headers for Clang's C++ for OpenCL.
 #pragma once
 
 #include "types.h"

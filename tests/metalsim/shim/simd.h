@@ -46,7 +46,7 @@ MSL_FN T msl_value(thread msl_lanes* lanes, uint lane) {
   return *(thread const T*)(lanes->values[lane]);
 }
 
-// The lanes of `mask`, joined in pairs, the pairs in pairs, and so on: all the same whichever lane runs first.
+// Reduces the lanes of `mask` in pairs, the pairs in pairs, and so on. The order of the lanes does not matter.
 template <class Op, class T>
 MSL_FN T msl_join(thread msl_lanes* lanes, uint mask) {
   T part[32];
@@ -94,7 +94,7 @@ MSL_FN T msl_take(thread msl_lanes* lanes, uint lane) {
   return msl_value<T>(lanes, lane & 31);
 }
 
-// The lane to read from, out of the own lane, an offset and the width of the group that is shuffled.
+// The lane to read from, given the own lane, an offset and the width of the shuffled group.
 struct msl_at {
   MSL_FN static uint from(uint self, uint n, uint width) { return (self & ~(width - 1)) + n; }
 };
@@ -119,7 +119,7 @@ MSL_FN T msl_shuffle(T x, uint n) {
   return msl_take<T>(lanes, From::from(lanes->self, n, Width));
 }
 
-// `self` is kept in what the last operation gave.
+// Only the result of the last operation has a valid `self`.
 template <class T>
 MSL_FN T msl_fill_up(T x, T fill, uint n, uint width) {
   thread msl_lanes* lanes = msl_exchange(&x, sizeof(T), 0);
@@ -140,7 +140,7 @@ MSL_FN T msl_broadcast_first(T x) {
   return msl_value<T>(lanes, __builtin_ctz(lanes->active));
 }
 
-// MLX's bf16_math.h makes its overloads for bfloat from the names with __metal_ in front.
+// MLX's bf16_math.h builds its overloads for bfloat from the names with the prefix __metal_.
 #define MSL_MOVES(P, T)                                                                                  \
   MSL_FN T P##simd_broadcast(T x, ushort lane) { return msl_shuffle<msl_at, 32>(x, lane); }              \
   MSL_FN T P##simd_broadcast_first(T x) { return msl_broadcast_first(x); }                               \
@@ -194,7 +194,7 @@ MSL_SIMD_INTEGER(int)
 MSL_SIMD_INTEGER(uint)
 MSL_MOVES(__metal_, ushort)
 MSL_REDUCTIONS(__metal_, float)
-MSL_FN float __metal_simd_xor(float x) {  // MLX declares this for bfloat; a call can only be a mistake
+MSL_FN float __metal_simd_xor(float x) {  // MLX declares this for bfloat, but a call is always a mistake
   return x;
 }
 MSL_FN ushort __metal_get_simdgroup_size(ushort) {

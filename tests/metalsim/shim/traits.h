@@ -1,4 +1,4 @@
-// <metal_type_traits> and <metal_limits>, as far as kernels use them.
+// The parts of <metal_type_traits> and <metal_limits> that kernels use.
 #pragma once
 
 namespace metal {

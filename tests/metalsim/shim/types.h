@@ -17,7 +17,7 @@
 #define __METAL_FAST_MATH__ 1
 #define __METAL_PRECISE_MATH__ 2
 
-// Words of OpenCL that mean nothing in Metal.
+// Keywords of OpenCL that have no meaning in Metal.
 #define local local_
 #define global global_
 #define generic generic_
@@ -58,7 +58,7 @@ struct vector_traits<vec<T, N>> {
   enum { size = N };
 };
 
-// Type(arguments...), which Clang's vectors lack: one scalar fills all, scalars and vectors are joined.
+// Type(arguments...), which Clang's vectors lack: one scalar fills all elements, scalars and vectors are joined.
 template <class V, class A>
 MSL_FN constexpr void msl_fill(thread V& out, thread int& at, A a) {
   using T = typename vector_traits<V>::element;
@@ -104,7 +104,7 @@ MSL_FN constexpr T as_type(U value) {
 
 }  // namespace metal
 
-// No packed vectors of 3: Clang has none of that size.
+// There are no packed vectors of 3, because Clang has none of that size.
 #define MSL_VECTORS(T)                                            \
   typedef metal::vec<T, 2> T##2;                                  \
   typedef metal::vec<T, 3> T##3;                                  \
