@@ -13,10 +13,12 @@ from typing import Any
 
 import mlx.core as mx
 
+# Prefixes of tensor names. The decoder's tensors hold the shared weights. The encoder has tensors of its own only for
+# the layers' output scalars.
 DECODER = "model.decoder."
 _ENCODER = "model.encoder.language_model."
 _VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
-# Expert tensors are named after the module alone in published checkpoints, and end in ".weight" here.
+# The names of expert tensors have no ".weight" at the end in published checkpoints, but their parameter paths do.
 _BARE_EXPERTS = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")
 
 
@@ -60,11 +62,11 @@ def parameter_names(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
         if name.startswith(_VISION):
             vision.append(name)
         elif name.startswith(DECODER):
-            text[_parameter(name.removeprefix(DECODER))] = name
+            text[_parameter_path(name.removeprefix(DECODER))] = name
         elif name.startswith(_ENCODER) and name.endswith(".layer_scalar"):
             text[name.removeprefix(_ENCODER).replace(".layer_scalar", ".encoder_layer_scalar")] = name
         elif name.startswith(_ENCODER):
-            copies[_parameter(name.removeprefix(_ENCODER))] = name
+            copies[_parameter_path(name.removeprefix(_ENCODER))] = name
         elif name == "lm_head.weight":
             copies["embed_tokens.weight"] = name
         else:
@@ -79,7 +81,7 @@ def remap(tensors: Mapping[str, mx.array]) -> Weights:
     return Weights(text, {name: tensors[name] for name in vision}, names)
 
 
-def _parameter(name: str) -> str:
+def _parameter_path(name: str) -> str:
     """Return the parameter path of a tensor name without its prefix."""
     return name + ".weight" if _BARE_EXPERTS.search(name) else name
 

@@ -106,7 +106,7 @@ class DoRALinear(LoRALinear):
     """A linear layer with a DoRA addition: LoRA, then a learned norm for the weights of each output.
 
     The row of the adapted weight matrix that belongs to an output is rescaled to the length ``m`` of that output. In
-    training, the row's length before rescaling counts as a constant, as section 4.3 of the paper proposes.
+    training, the row's length before rescaling counts as a constant, which the paper proposes to save memory.
 
     Attributes:
         m: Learned length of each output's row, (O,) float32. It begins with the length of the unadapted row.

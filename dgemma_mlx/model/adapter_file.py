@@ -40,7 +40,7 @@ _SUFFIXES = {".lora_A.weight": "lora_a", ".lora_B.weight": "lora_b", ".lora_magn
 _OWN = re.compile(r"(.+)\.(lora_a|lora_b|m)")
 _DAMAGED = "An adapter is a folder written by `dgemma-mlx train`, PEFT or mlx_lm."
 _MADE_FOR = "The adapter was made for another model, or its files are damaged."
-_NOT_SUPPORTED = "Only LoRA and DoRA adapters with one rank and one alpha for all modules can be used."
+_NOT_SUPPORTED = "LoRA and DoRA are supported without biases or other trained modules, with one rank and one alpha."
 
 
 def save_adapter(network: DiffusionGemma, config: AdapterConfig, folder: Path, base: str) -> None:

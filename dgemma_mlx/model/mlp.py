@@ -31,6 +31,11 @@ class MLP(nn.Module):
     """The dense feed-forward block: down(gelu(gate x) * up x), where gate x and up x have ``intermediate_size`` values.
 
     Reference: transformers ``DiffusionGemmaText4MLP``.
+
+    Attributes:
+        gate_proj: Linear map from M to ``intermediate_size`` values, whose GELU scales the values of ``up_proj``.
+        up_proj: Linear map from M to ``intermediate_size`` values.
+        down_proj: Linear map from ``intermediate_size`` to M values.
     """
 
     def __init__(self, config: TextConfig) -> None:
@@ -48,6 +53,9 @@ class SelfConditioning(MLP):
     """The block that adds the previous step's prediction to the embeddings of the canvas.
 
     Reference: transformers ``DiffusionGemmaSelfConditioning``. The idea is from Chen et al., arXiv 2208.04202.
+
+    Attributes:
+        pre_norm: Norm of the expected embeddings, before the feed-forward block.
     """
 
     def __init__(self, config: TextConfig) -> None:
