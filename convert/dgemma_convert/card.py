@@ -108,4 +108,5 @@ def _public_name(plan: Plan) -> str:
 
 
 def _write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""The whole conversion: open the source, plan, write shards and files, compare, and publish with one rename."""
+"""A conversion from start to end: source, plan, weight files, small files, comparison, and one rename at the end."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Report:
 
 
 def _silent(stage: str, done: int, total: int) -> None:
-    pass
+    """Ignore progress."""
 
 
 def convert(
@@ -63,15 +63,16 @@ def convert(
         group_size: Number of values that share a scale in affine formats: 32, 64 or 128. None takes the recipe's.
         target_bytes: Size of all weights in bytes. For the recipe "mixed", which needs this or ``target_bpw``.
         target_bpw: Bits per weight, above 0 and at most 16. For the recipe "mixed".
-        calibration: A UTF-8 file with one text on each line, on which the recipe "mixed" weights its errors.
+        calibration: A UTF-8 file with one text on each line. The recipe "mixed" weights errors by the activations that
+            these texts cause.
         resume: Continue an interrupted conversion.
         force: Replace an existing output, or start an interrupted conversion again.
         check: Compare the output with the source, which sets ``Report.verification``.
         progress: Called as the work advances; see ``Progress``.
 
     Raises:
-        DgemmaError: If the source, the output or an option is not valid; nothing is written then. If the weights are
-            damaged; nothing is left behind then. If writing fails; the conversion can be resumed then.
+        DgemmaError: If the source, the output or an option is not valid (nothing is written), if the weights are
+            damaged (nothing is left behind), or if writing fails (the conversion can be resumed).
     """
     plan = prepare(
         source, output, recipe, group_size=group_size, target_bytes=target_bytes, target_bpw=target_bpw,

@@ -69,11 +69,11 @@ class Format:
             raise ValueError(f"there is no mode {mode!r}")
         default_bits, default_size = _DEFAULTS[mode]
         bits, group_size = entry.get("bits", default_bits), entry.get("group_size", default_size)
-        whole = type(bits) is int and type(group_size) is int
+        integers = type(bits) is int and type(group_size) is int
         if mode == "affine":
-            known = whole and bits in (2, 3, 4, 5, 6, 8) and group_size in (32, 64, 128)
+            known = integers and bits in (2, 3, 4, 5, 6, 8) and group_size in (32, 64, 128)
         else:
-            known = whole and (bits, group_size) == _DEFAULTS[mode]
+            known = integers and (bits, group_size) == _DEFAULTS[mode]
         if not known:
             raise ValueError(f"the mode {mode} does not support {bits!r} bits in groups of {group_size!r}")
         return cls(bits, group_size, mode)

@@ -82,13 +82,13 @@ def measure(source: Source, group_size: int, moments: Moments,
     for done, (name, paths) in enumerate(groups.items(), 1):
         weights = [source.text[path] for path in paths]
         errors = dict.fromkeys(BITS, 0.0)
-        whole = 0.0
+        total = 0.0
         for path, weight in zip(paths, weights, strict=True):
             squares, norm = _squares(weight, group_size, moments.get(path))
-            whole += norm
+            total += norm
             errors = {bits: errors[bits] + squares[bits] for bits in BITS}
         size = {b: sum(_packed_bytes(w, Format(b, group_size)) for w in weights) for b in BITS}
-        relative = {bits: (error / whole) ** 0.5 if whole else 0.0 for bits, error in errors.items()}
+        relative = {bits: (error / total) ** 0.5 if total else 0.0 for bits, error in errors.items()}
         table.append(Group(name, tuple(paths), sum(w.size for w in weights), size, relative))
         progress(done, len(groups))
     return table
@@ -188,7 +188,7 @@ def _squares(weight: Weight, group_size: int, moments: mx.array | None) -> tuple
     their sizes. Channels are weighted by ``moments`` (I,).
     """
     squared_errors = dict.fromkeys(BITS, 0.0)
-    whole, seen = 0.0, 0
+    total, seen = 0.0, 0
     for start, stop in _slabs(weight):
         rows = weight.values(weight.load(start, stop))
         values = rows.astype(mx.float32)
@@ -202,11 +202,11 @@ def _squares(weight: Weight, group_size: int, moments: mx.array | None) -> tuple
         squared_errors = {
             bits: squared_errors[bits] + as_float(error) for bits, error in zip(BITS, errors, strict=True)
         }
-        whole += as_float(norm)
+        total += as_float(norm)
         seen += rows.size
         mx.clear_cache()
     share = weight.size / seen
-    return {bits: error * share for bits, error in squared_errors.items()}, whole * share
+    return {bits: error * share for bits, error in squared_errors.items()}, total * share
 
 
 def _slabs(weight: Weight) -> Iterator[tuple[int, int]]:
@@ -221,6 +221,7 @@ def _slabs(weight: Weight) -> Iterator[tuple[int, int]]:
 
 
 def _packed_bytes(weight: Weight, packing: Format) -> int:
+    """Return the size of a weight in bytes after packing."""
     return sum(part.nbytes for part in packing.parts(weight.shape))
 
 

@@ -298,6 +298,7 @@ def _shards(targets: list[Target], shard_bytes: int) -> dict[str, tuple[Target, 
 
 
 def _repacking_warning(recipe: Recipe) -> str:
+    """Return the warning for a source that is already packed."""
     if recipe.name == "bf16":
         return "the source is already packed: bf16 makes it larger, but does not restore the precision that is lost"
     return (

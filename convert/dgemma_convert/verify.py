@@ -76,4 +76,5 @@ def _worst(states: list[mx.array], references: list[mx.array]) -> float:
 
 
 def _log_softmax(logits: mx.array) -> mx.array:
+    """Return log probabilities over the last axis."""
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)

@@ -74,6 +74,7 @@ def open_partial_folder(plan: Plan, resume: bool, force: bool) -> None:
 
 
 def _read_manifest(plan: Plan) -> dict[str, str]:
+    """Return the sha256 digests of complete shards by file name."""
     return dict(read_json(plan.partial / MANIFEST)["shards"])
 
 

@@ -171,6 +171,7 @@ def _turns(messages: Any, place: str) -> list[Example]:
 
 
 def _message(message: Any, place: str) -> Mapping[str, str]:
+    """Return a message after checking its keys, role and content."""
     if not isinstance(message, dict):
         raise DgemmaError(f"{place} must have a role and a content, but is not a JSON object", _HINT, exit_code=2)
     if message.keys() != {"role", "content"}:
@@ -186,6 +187,7 @@ def _message(message: Any, place: str) -> Mapping[str, str]:
 
 
 def _text(value: Any, name: str, place: str) -> str:
+    """Return a value after checking that it is a non-empty string that UTF-8 can encode."""
     if not isinstance(value, str) or not value.strip():
         raise DgemmaError(f"{place}: {name} must be a non-empty string", _HINT, exit_code=2)
     try:

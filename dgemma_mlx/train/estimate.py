@@ -92,9 +92,11 @@ def _layer_values(text: TextConfig, network: Any) -> int:
 
 
 def _bytes(parameters: Any) -> int:
+    """Return the size of all arrays in a parameter tree, in bytes."""
     return sum(array.nbytes for array in _arrays(parameters))
 
 
 def _arrays(parameters: Any) -> list[mx.array]:
+    """Return all arrays of a parameter tree."""
     flat: Any = tree_flatten(parameters)
     return [array for _, array in flat]

@@ -101,6 +101,7 @@ def problems_of(examples: Sequence[Example]) -> list[Problem]:
 
 
 def _same(answer: str, text: str) -> bool:
+    """Return whether two texts are equal, apart from surrounding white space."""
     return text.strip() == answer.strip()
 
 
@@ -148,6 +149,7 @@ def evaluate(
 
 
 def _groups(problems: Sequence[Problem], size: int) -> Iterator[Sequence[Problem]]:
+    """Yield the problems in groups of at most ``size``."""
     for start in range(0, len(problems), size):
         yield problems[start : start + size]
 

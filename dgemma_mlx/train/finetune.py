@@ -302,6 +302,7 @@ def read_log(path: Path) -> list[Record]:
 
 
 def _drop_log_after(path: Path, step: int) -> None:
+    """Remove the records of steps after ``step`` from a log file."""
     kept = [record for record in read_log(path) if record["step"] <= step]
     write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
 

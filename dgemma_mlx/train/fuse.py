@@ -142,6 +142,7 @@ def rewrite(
 
 
 def _check_fit(parts: Mapping[str, Mapping[str, mx.array]], names: Mapping[str, str], adapter: Path) -> None:
+    """Raise ``DgemmaError`` if the adapter has parts for modules that the model does not have."""
     if missing := sorted(path for path in parts if f"{path}.weight" not in names):
         raise DgemmaError(
             f"{adapter} adapts {some_of(missing)}, which the model does not have",

@@ -133,11 +133,13 @@ class _Meter:
         self._began = time.perf_counter()
 
     def add(self, values: Mapping[str, float], tokens: int) -> None:
+        """Add the values of one step, which has trained on ``tokens`` tokens."""
         self._tokens += tokens
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
 
     def record(self, step: int, steps: int) -> Record:
+        """Return the log record after step number ``step`` of a run of ``steps`` steps."""
         passed, seconds = step - self._step, time.perf_counter() - self._began
         return {
             "step": step, **{name: round(total / passed, 4) for name, total in self._sums.items()},
@@ -147,6 +149,7 @@ class _Meter:
 
 
 def _every(step: int, number: int) -> bool:
+    """Return whether ``step`` is a multiple of ``number``; 0 has no multiples."""
     return number > 0 and step % number == 0
 
 
@@ -197,6 +200,7 @@ def mean_weights(folder: Path, steps: Sequence[int]) -> dict[str, mx.array]:
 
 
 def _kept(folder: Path, step: int) -> Path:
+    """Return the file of the weights that are kept after a step."""
     return folder / f"weights-{step}.safetensors"
 
 

@@ -207,4 +207,5 @@ def load_balance(router_log: RouterLog) -> mx.array:
 
 
 def _weighted_mean(losses: mx.array, weights: mx.array) -> mx.array:
+    """Return the mean of losses with the given weights, a scalar."""
     return (losses * weights).sum() / weights.sum()

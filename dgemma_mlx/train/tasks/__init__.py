@@ -20,6 +20,7 @@ __all__ = ["MIX", "TASKS", "Example", "Split", "Task", "training_example"]
 
 
 def _build() -> dict[str, Task]:
+    """Create all tasks, by name."""
     sort, reverse, add, question, unknown = Sort(), Reverse(), Add(), Question(), Unknown()
     recall = Recall(others=(sort, reverse, add, question, unknown))
     tasks: tuple[Task, ...] = (
