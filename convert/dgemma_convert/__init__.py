@@ -1,4 +1,8 @@
-"""Converts DiffusionGemma checkpoints to MLX ones, streamed in little memory."""
+"""Conversion of DiffusionGemma checkpoints to quantized MLX checkpoints, streamed so that it takes little memory.
+
+``convert`` does everything. ``prepare`` only plans, and ``carry_out`` writes what a plan describes. ``RECIPES`` are the
+available quantizations. ``verify`` compares an output with its source.
+"""
 
 from dgemma_convert.conversion import Report, carry_out, convert, prepare
 from dgemma_convert.plan import Plan

@@ -1,4 +1,4 @@
-"""The files beside the weights: configuration, tokenizer, report and model card."""
+"""The files of an output other than its weights: configuration, tokenizer, report and model card."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ CARD = "README.md"
 
 
 def write_small_files(plan: Plan) -> None:
-    """Everything but weights, report and card."""
+    """Write config.json and copy the tokenizer and the other small files of the source."""
     for path in plan.source.small_files():
         write_bytes(plan.partial / path.name, path.read_bytes())
     _write_json(plan.partial / "config.json", output_config(plan))
 
 
 def output_config(plan: Plan) -> dict[str, Any]:
-    """The source's config.json with the new quantization.
+    """Return the source's config.json with the quantization of the output.
 
-    What ``per_layer_config`` of transformers >= 5.23 says is said in the published keys too, and defaults that it
-    leaves out are written: mlx-vlm knows only those.
+    transformers >= 5.23 writes ``per_layer_config`` and leaves out defaults. mlx-vlm reads only the keys of the
+    published checkpoint, so these are written as well.
     """
     config, text = dict(plan.source.raw_config), plan.source.config.text
     config.pop("quantization", None)
@@ -50,30 +50,36 @@ def output_config(plan: Plan) -> dict[str, Any]:
 
 
 def write_report(plan: Plan, shards: Mapping[str, str], verification: Verification | None) -> dict[str, Any]:
-    """``conversion_report.json`` and the model card; nothing in them depends on when or where they were made."""
-    whole = plan.as_dict()
+    """Write ``conversion_report.json`` and the model card, and return the content of the report.
+
+    Neither depends on the time or the place of the conversion. ``shards`` are the sha256 digests by file name. Raises
+    ``DgemmaError`` if the written config.json cannot be read.
+    """
+    fields = ("recipe", "classes", "bytes_in", "bytes_out", "bits_per_weight", "warnings")
+    planned = plan.as_dict()
     report = {
         "made_by": f"dgemma-mlx {__version__}",
         "source": _public_name(plan),
-        **{key: whole[key] for key in ("recipe", "classes", "bytes_in", "bytes_out", "bits_per_weight", "warnings")},
+        **{key: planned[key] for key in fields},
         "shards": dict(shards),
         "mixed": plan.mixed,
         "verification": None if verification is None else verification.as_dict(),
     }
     _write_json(plan.partial / REPORT, report)
     write_text(plan.partial / CARD, model_card(plan, verification))
-    ModelConfig.load(plan.partial)  # what we wrote, we read
+    ModelConfig.load(plan.partial)  # check that the output can be read
     return report
 
 
 def model_card(plan: Plan, verification: Verification | None) -> str:
-    """The README of the output, in the Hub's form."""
+    """Return the model card of the output: a README.md with the metadata that the Hub reads."""
     name, recipe = _public_name(plan), plan.recipe
     lines = ["---", "library_name: mlx", "pipeline_tag: text-generation", "tags: [mlx, diffusion_gemma, dgemma-mlx]"]
     if repo_id := plan.source.checkpoint.repo_id:
         lines.append(f"base_model: {repo_id}")
     lines += ["---", "", f"# {plan.output.name}", ""]
-    lines += [f"Converted from {name} by dgemma-mlx {__version__}, recipe `{recipe.name}`: {recipe.summary}.", ""]
+    made_by = f"dgemma-mlx {__version__} with the recipe `{recipe.name}`"
+    lines += [f"Converted from {name} by {made_by}: {recipe.summary}.", ""]
     lines += ["| tensors | count | format | MB | bits per weight |", "|---|--:|---|--:|--:|"]
     lines += [
         f"| {row.tensor_class} | {row.tensors} | {', '.join(row.formats)} | {row.bytes_out / 1e6:,.1f} | "
@@ -81,25 +87,26 @@ def model_card(plan: Plan, verification: Verification | None) -> str:
         for row in plan.classes()
     ]
     total = f"| **all** | {len(plan.targets)} | | {plan.bytes_out / 1e6:,.1f} | {plan.bits_per_weight:.2f} |"
-    lines += [total, "", "## Compared with the source", ""]
+    lines += [total, "", "## Comparison with the source", ""]
     if verification is None:
-        lines.append("Not compared (`--verify` does).")
+        lines.append("The output was not compared with its source. `dgemma-mlx convert --verify` does that.")
     else:
         lines += [
-            "On four built-in prompts, the canvas half noise:", "",
-            f"* hidden states after the last layer: relative error {verification.decoder_error[-1]:.4f}",
-            f"* canvas logits: KL divergence {verification.kl_divergence:.5f} nats",
-            f"* canvas positions with the same most probable token: {verification.top1_agreement:.1%}",
+            "Measured on four built-in prompts, with half of the canvas replaced by noise:", "",
+            f"* Hidden states after the last layer: relative error {verification.decoder_error[-1]:.4f}",
+            f"* Canvas logits: KL divergence {verification.kl_divergence:.5f} nats",
+            f"* Canvas positions with the same most probable token: {verification.top1_agreement:.1%}",
         ]  # fmt: skip
     lines += ["", "## Use", "", "```sh", f'dgemma-mlx generate -m {plan.output.name} "Why is the sky blue?"', "```", ""]
     return "\n".join(lines)
 
 
 def _public_name(plan: Plan) -> str:
-    """The Hub id, or a folder's own name: where it lies is nobody's business."""
+    """Return the source's Hub id, or the name of its folder without the private path to it."""
     checkpoint = plan.source.checkpoint
     return checkpoint.name if checkpoint.repo_id else checkpoint.folder.resolve().name
 
 
 def _write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""The whole conversion: source, plan, shards, files, comparison, and one rename at the end."""
+"""A conversion from start to end: source, plan, weight files, small files, comparison, and one rename at the end."""
 
 from __future__ import annotations
 
@@ -11,24 +11,32 @@ from typing import Any
 from dgemma_convert import mixed
 from dgemma_convert.card import write_report, write_small_files
 from dgemma_convert.formats import Format
-from dgemma_convert.plan import MANIFEST, SHARD_BYTES, Plan, make_plan
+from dgemma_convert.plan import MANIFEST, SHARD_BYTES, MixedFormats, Plan, make_plan
 from dgemma_convert.recipes import DEFAULT, MIXED, RECIPES, Recipe
 from dgemma_convert.source import Source, open_source
 from dgemma_convert.verify import Verification, verify
 from dgemma_convert.walk import make_samples
-from dgemma_convert.writer import begin, locked, sync_folder, write_index, write_shards
+from dgemma_convert.writer import locked, open_partial_folder, sync_folder, write_index, write_shards
 from dgemma_mlx.checkpoint.hub import Checkpoint, resolve
 from dgemma_mlx.errors import DgemmaError
 
 GROUP_SIZES = (32, 64, 128)
 
+# Called with a stage ("convert", "verify", "measure" or "calibrate"), the amount of it that is done, and its total:
+# bytes of the source for "convert", layers for "verify" and "calibrate", groups of tensors for "measure".
 Progress = Callable[[str, int, int], None]
-"""Called with a stage ("convert", "verify", "measure", "calibrate"), what is done of it, and all of it."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion has written. ``data`` is the content of ``conversion_report.json``."""
+    """The result of a conversion.
+
+    Attributes:
+        output: The folder that was written.
+        plan: The plan that was carried out.
+        verification: The comparison with the source, or None if it was not requested.
+        data: The content of ``conversion_report.json``.
+    """
 
     output: Path
     plan: Plan
@@ -37,7 +45,7 @@ class Report:
 
 
 def _silent(stage: str, done: int, total: int) -> None:
-    pass
+    """Ignore progress."""
 
 
 def convert(
@@ -45,20 +53,26 @@ def convert(
     target_bytes: int | None = None, target_bpw: float | None = None, calibration: Path | None = None,
     resume: bool = False, force: bool = False, check: bool = False, progress: Progress = _silent,
 ) -> Report:
-    """Converts a checkpoint (a folder, or a Hub id with ``@revision``) into a new folder.
+    """Convert a checkpoint into a new folder.
 
     Args:
-        source: the checkpoint, bf16 or already converted.
-        output: the folder to write; ``<source name>-<recipe>`` beside the source by default.
-        recipe: a name of ``RECIPES``.
-        group_size: 32, 64 or 128, for affine formats.
-        target_bytes, target_bpw: for the recipe "mixed", one of them: size of all weights, or bits per weight.
-        calibration: for "mixed": a file of texts, one a line, to measure errors with.
-        resume: go on with an interrupted conversion.
-        force: replace an existing output or an interrupted conversion.
-        check: compare the output with the source (``Verification``).
+        source: The checkpoint: a folder, a Hub id ``owner/name[@revision]``, or ``demo``. It may be packed already.
+        output: The folder to write. None takes ``<source name>-<recipe>`` beside the source, or in the current folder
+            if the source comes from the Hub.
+        recipe: A name in ``RECIPES``.
+        group_size: Number of values that share a scale in affine formats: 32, 64 or 128. None takes the recipe's.
+        target_bytes: Size of all weights in bytes. For the recipe "mixed", which needs this or ``target_bpw``.
+        target_bpw: Bits per weight, above 0 and at most 16. For the recipe "mixed".
+        calibration: A UTF-8 file with one text on each line. The recipe "mixed" weights errors by the activations that
+            these texts cause.
+        resume: Continue an interrupted conversion.
+        force: Replace an existing output, or start an interrupted conversion again.
+        check: Compare the output with the source, which sets ``Report.verification``.
+        progress: Called as the work advances; see ``Progress``.
+
     Raises:
-        DgemmaError: for bad input, before anything is written; for damaged weights, with nothing left behind.
+        DgemmaError: If the source, the output or an option is not valid (nothing is written), if the weights are
+            damaged (nothing is left behind), or if writing fails (the conversion can be resumed).
     """
     plan = prepare(
         source, output, recipe, group_size=group_size, target_bytes=target_bytes, target_bpw=target_bpw,
@@ -72,44 +86,58 @@ def prepare(
     target_bytes: int | None = None, target_bpw: float | None = None, calibration: Path | None = None,
     progress: Progress = _silent, shard_bytes: int = SHARD_BYTES, download: bool = True,
 ) -> Plan:
-    """Opens and checks the source and works out the plan; nothing is written.
+    """Open and check a source and plan its conversion. Nothing is written.
 
-    Without ``download`` the weights may stay on the Hub: such a plan can be looked at, not carried out. (The recipe
-    "mixed" has to read them.)
+    Args:
+        source: See ``convert``.
+        output: See ``convert``.
+        recipe: See ``convert``.
+        group_size: See ``convert``.
+        target_bytes: See ``convert``.
+        target_bpw: See ``convert``.
+        calibration: See ``convert``.
+        progress: Called while the recipe "mixed" measures errors; see ``Progress``.
+        shard_bytes: Maximum size of one weight file of the output.
+        download: Download weights that are still on the Hub. Without them, a plan can be shown but not carried out. The
+            recipe "mixed" downloads them in any case, because it measures errors.
+
+    Raises:
+        DgemmaError: If the source or an option is not valid, or the download fails.
     """
     chosen = _recipe(recipe, group_size)
-    if (recipe == MIXED) != (target_bytes is not None or target_bpw is not None):
-        raise DgemmaError(
-            f"--target-size or --target-bpw and the recipe {MIXED} belong together",
-            f"Give one of the two with --recipe {MIXED}, and none without.", exit_code=2,
-        )
-    if target_bytes is not None and target_bpw is not None:
-        raise DgemmaError("the target is given twice", "Give one of the two.", exit_code=2)
-    if target_bpw is not None and not 0 < target_bpw <= 16:
-        raise DgemmaError(f"the target cannot be {target_bpw} bits per weight", "Give one like 4.5.", exit_code=2)
-    if calibration is not None and recipe != MIXED:
-        raise DgemmaError(f"--calibration is for --recipe {MIXED}", "Leave it out.", exit_code=2)
+    _check_target(recipe, target_bytes, target_bpw, calibration)
     checkpoint = resolve(source, weights=download or recipe == MIXED)
-    folder = Path(output).expanduser() if output else _beside(checkpoint, recipe)
+    folder = Path(output).expanduser() if output else _default_output(checkpoint, recipe)
     opened = open_source(checkpoint)
     if recipe != MIXED:
         return make_plan(opened, folder, chosen, shard_bytes=shard_bytes)
-    formats, table = _mix(opened, group_size or 64, target_bytes, target_bpw, calibration, progress)
-    return make_plan(opened, folder, chosen, shard_bytes=shard_bytes, formats=formats, mixed=table)
+    formats = _choose_formats(opened, group_size or 64, target_bytes, target_bpw, calibration, progress)
+    return make_plan(opened, folder, chosen, shard_bytes=shard_bytes, mixed=formats)
 
 
 def carry_out(plan: Plan, *, resume: bool = False, force: bool = False, check: bool = False,
               progress: Progress = _silent) -> Report:
-    """Writes what the plan says."""
+    """Write what a plan describes.
+
+    Args:
+        plan: A plan whose weights are on this machine.
+        resume: Continue an interrupted conversion with the same plan.
+        force: Replace an existing output, or start an interrupted conversion again.
+        check: Compare the output with the source.
+        progress: Called as the work advances; see ``Progress``.
+
+    Raises:
+        DgemmaError: See ``convert``.
+    """
     _check_output(plan, force)
     plan.check_room()
     if check:
-        make_samples(plan.source.folder, plan.source.config)  # a source without tokenizer fails now, not at the end
+        make_samples(plan.source.folder, plan.source.config)  # fail now, not at the end, if the source has no tokenizer
     made = [parent for parent in plan.output.absolute().parents if not parent.exists()]
     try:
         plan.partial.mkdir(parents=True, exist_ok=True)
         with locked(plan.partial):
-            begin(plan, resume, force)
+            open_partial_folder(plan, resume, force)
             return _write(plan, check, progress)
     except DgemmaError:
         if not plan.partial.exists():
@@ -117,11 +145,13 @@ def carry_out(plan: Plan, *, resume: bool = False, force: bool = False, check: b
                 parent.rmdir()
         raise
     except OSError as error:
-        raise DgemmaError(f"writing {plan.output} failed: {error}", "Mend that, then go on with --resume.") from error
+        raise DgemmaError(
+            f"writing {plan.output} failed: {error}", "Fix the cause, then continue with --resume."
+        ) from error
 
 
 def _write(plan: Plan, check: bool, progress: Progress) -> Report:
-    """Shards, files, comparison; then the output gets its name."""
+    """Write shards and files, compare them with the source if ``check`` is set, and publish the output."""
     done, total = 0, plan.bytes_in
 
     def converted(count: int) -> None:
@@ -138,29 +168,58 @@ def _write(plan: Plan, check: bool, progress: Progress) -> Report:
             verification = verify(plan.source.folder, plan.partial, lambda done, total: progress("verify", done, total))
         data = write_report(plan, shards, verification)
     except DgemmaError:
-        shutil.rmtree(plan.partial)  # the source is at fault: there is nothing to go on with
+        shutil.rmtree(plan.partial)  # the source is damaged, so the conversion cannot be resumed
         raise
     (plan.partial / MANIFEST).unlink()
     _publish(plan)
     return Report(plan.output, plan, verification, data)
 
 
+def _check_target(
+    recipe: str, target_bytes: int | None, target_bpw: float | None, calibration: Path | None
+) -> None:
+    """Raise ``DgemmaError`` (exit code 2) unless exactly the recipe "mixed" has a target, and the target is valid."""
+    has_target = target_bytes is not None or target_bpw is not None
+    if recipe == MIXED and not has_target:
+        raise DgemmaError(f"the recipe {MIXED} needs a target", "Give --target-size or --target-bpw.", exit_code=2)
+    if recipe != MIXED and has_target:
+        raise DgemmaError(
+            f"--target-size and --target-bpw apply only to --recipe {MIXED}",
+            f"Leave them out, or choose --recipe {MIXED}.", exit_code=2,
+        )
+    if target_bytes is not None and target_bpw is not None:
+        raise DgemmaError("both --target-size and --target-bpw are given", "Give one of the two.", exit_code=2)
+    if target_bpw is not None and not 0 < target_bpw <= 16:
+        raise DgemmaError(
+            f"the target cannot be {target_bpw} bits per weight", "Give a number like 4.5, at most 16.", exit_code=2
+        )
+    if calibration is not None and recipe != MIXED:
+        raise DgemmaError(
+            f"--calibration applies only to --recipe {MIXED}",
+            f"Leave it out, or choose --recipe {MIXED}.", exit_code=2,
+        )
+
+
 def _recipe(name: str, group_size: int | None) -> Recipe:
+    """Return a recipe by its name, with another group size if one is given."""
     if name not in RECIPES:
-        raise DgemmaError(f"there is no recipe {name!r}", f"Recipes: {', '.join(RECIPES)}.", exit_code=2)
+        raise DgemmaError(f"there is no recipe {name!r}", f"The recipes are {', '.join(RECIPES)}.", exit_code=2)
     recipe = RECIPES[name]
     if group_size is None:
         return recipe
     if group_size not in GROUP_SIZES:
         sizes = ", ".join(map(str, GROUP_SIZES))
-        raise DgemmaError(f"the group size cannot be {group_size}", f"Group sizes: {sizes}.", exit_code=2)
+        raise DgemmaError(f"the group size cannot be {group_size}", f"The group sizes are {sizes}.", exit_code=2)
     if name != MIXED and not any(rule.format.mode == "affine" for rule in recipe.rules):
-        raise DgemmaError(f"the recipe {name} has no group size to choose", "Leave --group-size out.", exit_code=2)
+        raise DgemmaError(f"the recipe {name} takes no group size", "Leave out --group-size.", exit_code=2)
     return recipe.with_group_size(group_size)
 
 
-def _beside(checkpoint: Checkpoint, recipe: str) -> Path:
-    """``<source name>-<recipe>``: beside a folder, here for the demo and what lies in the Hub's cache."""
+def _default_output(checkpoint: Checkpoint, recipe: str) -> Path:
+    """Return the output folder ``<source name>-<recipe>``.
+
+    It lies beside a source folder, or in the current folder for the demo and for checkpoints from the Hub.
+    """
     if checkpoint.is_demo or checkpoint.repo_id:
         name = (checkpoint.repo_id or checkpoint.name).rpartition("/")[2]
         return Path(f"{name}-{recipe}")
@@ -168,11 +227,11 @@ def _beside(checkpoint: Checkpoint, recipe: str) -> Path:
     return folder.with_name(f"{folder.name}-{recipe}")
 
 
-def _mix(
+def _choose_formats(
     source: Source, group_size: int, target_bytes: int | None, target_bpw: float | None, calibration: Path | None,
     progress: Progress,
-) -> tuple[dict[str, Format], dict[str, Any]]:
-    """Formats by parameter path, and the table they come from."""
+) -> MixedFormats:
+    """Measure the errors of all groups of tensors and choose their formats for the recipe "mixed"."""
     moments: mixed.Moments = {}
     if calibration is not None:
         texts = mixed.read_calibration(calibration)
@@ -185,26 +244,33 @@ def _mix(
     bits = mixed.solve(groups, budget - sum(2 * weight.size for weight in kept), by_size=calibration is None)
     formats = {path: Format(bits[group.name], group_size) for group in groups for path in group.paths}
     table = {group.name: {"bits": bits[group.name], **group.as_dict()} for group in groups}
-    return formats, {"budget_bytes": budget, "calibrated": calibration is not None, "groups": table}
+    return MixedFormats(
+        formats, {"budget_bytes": budget, "calibrated": calibration is not None, "groups": table}
+    )
 
 
 def _check_output(plan: Plan, force: bool) -> None:
-    """The output may be new; with ``force`` an old checkpoint, but never the source or another folder of the user's."""
+    """Raise ``DgemmaError`` if the output must not be written.
+
+    The output must be new, or with ``force`` an old checkpoint. It is never the source or a folder of other files.
+    """
     output, source = plan.output.resolve(), plan.source.folder.resolve()
     elsewhere = "Name another folder with -o."
     if output == source or output in source.parents or source in output.parents:
-        raise DgemmaError(f"the output {plan.output} is, holds or lies in the source", elsewhere, exit_code=2)
+        raise DgemmaError(
+            f"the output {plan.output} is the source, contains it, or lies inside it", elsewhere, exit_code=2
+        )
     if not plan.output.exists():
         return
     if not force:
-        raise DgemmaError(f"{plan.output} exists", "Replace it with --force, or name another folder with -o.")
+        raise DgemmaError(f"{plan.output} already exists", "Replace it with --force, or name another folder with -o.")
     replaceable = plan.output.is_dir() and ((plan.output / "config.json").exists() or not any(plan.output.iterdir()))
     if not replaceable:
-        raise DgemmaError(f"{plan.output} is no checkpoint; it is left as it is", elsewhere)
+        raise DgemmaError(f"{plan.output} is not a checkpoint folder, so --force does not replace it", elsewhere)
 
 
 def _publish(plan: Plan) -> None:
-    """One rename; an old output stands aside until it is done."""
+    """Rename the partial folder to the output. An old output is renamed first, and deleted at the end."""
     sync_folder(plan.partial)
     old = plan.output.with_name(f".{plan.output.name}.old")
     if plan.output.exists():

@@ -1,9 +1,10 @@
-"""The ``mixed`` recipe: bits for each part of a layer, by measured error, within a budget of bytes.
+"""The recipe "mixed": choose the bits of each part of a layer by measured error, within a budget of bytes.
 
-Each group (the attention of one layer, its experts, ...) is packed at 3, 4, 5, 6 and 8 bits, and the error of its
-output is measured: with calibration texts, errors of an input channel count by its mean square in the activations
-(|x dW|^2 = sum over channels of x_i^2 |dW_i|^2 where channels are independent); without, all channels count alike.
-The budget is then spent greedily, on the group that gains most for a byte.
+Each group of tensors (the attention of one layer, its experts, ...) is packed with 3, 4, 5, 6 and 8 bits, and the error
+of its output is measured. With calibration texts, the error of each input channel is weighted by the channel's mean
+square in the activations: |x dW|^2 = sum over channels of x_i^2 |dW_i|^2, if the channels are independent. Without
+calibration texts, all channels have the same weight. The budget is then spent greedily, each time on the group whose
+error falls most for each byte.
 """
 
 from __future__ import annotations
@@ -20,21 +21,28 @@ from mlx.utils import tree_flatten, tree_unflatten
 from dgemma_convert.formats import Format
 from dgemma_convert.recipes import KEPT, class_of, layer_of
 from dgemma_convert.source import Source, Weight
-from dgemma_convert.walk import Walk, make_samples, number
+from dgemma_convert.walk import Walk, as_float, make_samples
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.model.text import Layer
 
 BITS = (3, 4, 5, 6, 8)
-_SAMPLE_VALUES = 8 << 20  # of a tensor, measured; in slabs spread over its rows
+_SAMPLE_VALUES = 8 << 20  # number of values of a tensor that are measured, in slabs spread over its rows
 _SLABS = 8
 
-Moments = dict[str, mx.array]
-"""Parameter path -> mean square of each input channel (I,)."""
+Moments = dict[str, mx.array]  # parameter path -> mean square of each input channel, (I,) float32
 
 
 @dataclass(frozen=True)
 class Group:
-    """What gets the same bits. ``size`` in bytes and relative ``error`` of the output, by bits."""
+    """A group of tensors that get the same number of bits.
+
+    Attributes:
+        name: For example "layer 3 experts" or "embeddings".
+        paths: Parameter paths of the tensors.
+        values: Number of values in all tensors.
+        size: Packed size in bytes, by number of bits.
+        error: Relative error of the output (root mean square), by number of bits.
+    """
 
     name: str
     paths: tuple[str, ...]
@@ -43,12 +51,13 @@ class Group:
     error: Mapping[int, float]
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the group's entry in the report."""
         error = {bits: round(error, 6) for bits, error in self.error.items()}
         return {"values": self.values, "bytes": dict(self.size), "error": error}
 
 
 def groups_of(source: Source, group_size: int) -> dict[str, list[str]]:
-    """Group name -> parameter paths of the matrices that can be packed."""
+    """Return the parameter paths of all matrices that can be packed, by the name of their group."""
     groups: dict[str, list[str]] = {}
     for path, weight in source.text.items():
         tensor_class = class_of(path + weight.suffix)
@@ -60,35 +69,45 @@ def groups_of(source: Source, group_size: int) -> dict[str, list[str]]:
 
 def measure(source: Source, group_size: int, moments: Moments,
             progress: Callable[[int, int], None]) -> list[Group]:
-    """Packs a sample of every group at each number of bits; ``progress`` is told groups done and in all."""
+    """Measure the error of every group at each number of bits, on a sample of its rows.
+
+    Args:
+        source: The checkpoint.
+        group_size: Number of values that share a scale.
+        moments: Mean squares of input channels; a path that is missing weights all channels alike.
+        progress: Called with the number of groups done and the number of all groups.
+    """
     groups = groups_of(source, group_size)
     table = []
     for done, (name, paths) in enumerate(groups.items(), 1):
         weights = [source.text[path] for path in paths]
         errors = dict.fromkeys(BITS, 0.0)
-        whole = 0.0
+        total = 0.0
         for path, weight in zip(paths, weights, strict=True):
-            wrong, norm = _squares(weight, group_size, moments.get(path))
-            whole += norm
-            errors = {bits: errors[bits] + wrong[bits] for bits in BITS}
+            squares, norm = _squares(weight, group_size, moments.get(path))
+            total += norm
+            errors = {bits: errors[bits] + squares[bits] for bits in BITS}
         size = {b: sum(_packed_bytes(w, Format(b, group_size)) for w in weights) for b in BITS}
-        relative = {bits: (error / whole) ** 0.5 if whole else 0.0 for bits, error in errors.items()}
+        relative = {bits: (error / total) ** 0.5 if total else 0.0 for bits, error in errors.items()}
         table.append(Group(name, tuple(paths), sum(w.size for w in weights), size, relative))
         progress(done, len(groups))
     return table
 
 
 def solve(groups: Sequence[Group], budget: int, *, by_size: bool) -> dict[str, int]:
-    """Group name -> bits, so that their bytes stay within ``budget``.
+    """Choose the number of bits of each group so that all groups together stay within ``budget`` bytes.
 
-    Minimises the sum of squared relative errors, with ``by_size`` each times its number of values: all start at the
-    fewest bits, and the step that takes most error for a byte is made as long as one fits.
+    A greedy search lowers the sum of squared relative errors. All groups start with the fewest bits. The step that
+    lowers the sum most for each byte is taken, as long as one fits into the budget. With ``by_size``, the error of a
+    group is multiplied by its number of values.
+
+    Returns the bits by group name. Raises ``DgemmaError`` (exit code 2) if even the fewest bits exceed the budget.
     """
     chosen = {group.name: BITS[0] for group in groups}
     left = budget - sum(group.size[BITS[0]] for group in groups)
     if left < 0:
         raise DgemmaError(
-            f"the target is {-left / 1e9:.2f} GB too small: {BITS[0]} bits for everything is the least",
+            f"the target is {-left / 1e9:.2f} GB too small, even with {BITS[0]} bits for every packed weight",
             "Choose a larger --target-size or --target-bpw.", exit_code=2,
         )
 
@@ -109,7 +128,10 @@ def solve(groups: Sequence[Group], budget: int, *, by_size: bool) -> dict[str, i
 
 
 def calibrate(source: Source, texts: Sequence[tuple[str, str]], progress: Callable[[int, int], None]) -> Moments:
-    """Runs the source on (prompt, answer) pairs, layer by layer, and records what goes into each matrix."""
+    """Run the source on (prompt, answer) pairs, layer by layer, and record the inputs of each matrix.
+
+    ``progress`` is called with the number of layers done and the number of all layers.
+    """
     samples = make_samples(source.folder, source.config, texts)
     walk = Walk(source.folder, source.config, samples)
     moments: Moments = {}
@@ -126,7 +148,11 @@ def calibrate(source: Source, texts: Sequence[tuple[str, str]], progress: Callab
 
 
 class Recorder(nn.Module):
-    """A linear module that sums up the squares of its inputs."""
+    """A wrapper around a linear module that sums the squares of its inputs.
+
+    Attributes:
+        inner: The wrapped module.
+    """
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -142,11 +168,12 @@ class Recorder(nn.Module):
         return result
 
     def mean_square(self) -> mx.array:
+        """Return the mean square of each input channel over all recorded rows, (I,) float32."""
         return mx.stack(self._sums).sum(axis=0) / self._rows
 
 
 def _record(layer: Layer, recorders: dict[str, Recorder]) -> None:
-    """Wraps every matrix of a layer."""
+    """Wrap every matrix of a layer in a ``Recorder`` and add it to ``recorders`` by its path."""
     modules = dict(tree_flatten(layer.leaf_modules(), is_leaf=nn.Module.is_module))
     for path, module in modules.items():
         if "weight" in module and module.weight.ndim > 1:
@@ -155,12 +182,13 @@ def _record(layer: Layer, recorders: dict[str, Recorder]) -> None:
 
 
 def _squares(weight: Weight, group_size: int, moments: mx.array | None) -> tuple[dict[int, float], float]:
-    """Sums of squares over a sample of the rows: of the error at each number of bits, and of the weight itself.
+    """Return the sum of squared errors at each number of bits, and the sum of squares of the weight itself.
 
-    Scaled up to the whole tensor, so that the members of a group count by their size.
+    Both are measured on a sample of the rows and scaled up to the whole tensor, so that the tensors of a group count by
+    their sizes. Channels are weighted by ``moments`` (I,).
     """
-    wrong = dict.fromkeys(BITS, 0.0)
-    whole, seen = 0.0, 0
+    squared_errors = dict.fromkeys(BITS, 0.0)
+    total, seen = 0.0, 0
     for start, stop in _slabs(weight):
         rows = weight.values(weight.load(start, stop))
         values = rows.astype(mx.float32)
@@ -171,16 +199,18 @@ def _squares(weight: Weight, group_size: int, moments: mx.array | None) -> tuple
             errors.append((mx.square(packing.unpack(packing.pack(rows)).astype(mx.float32) - values) * scale).sum())
         norm = (mx.square(values) * scale).sum()
         mx.eval(errors, norm)
-        wrong = {bits: wrong[bits] + number(error) for bits, error in zip(BITS, errors, strict=True)}
-        whole += number(norm)
+        squared_errors = {
+            bits: squared_errors[bits] + as_float(error) for bits, error in zip(BITS, errors, strict=True)
+        }
+        total += as_float(norm)
         seen += rows.size
         mx.clear_cache()
     share = weight.size / seen
-    return {bits: error * share for bits, error in wrong.items()}, whole * share
+    return {bits: error * share for bits, error in squared_errors.items()}, total * share
 
 
 def _slabs(weight: Weight) -> Iterator[tuple[int, int]]:
-    """Ranges of rows spread over the first axis, together about ``_SAMPLE_VALUES``."""
+    """Yield ranges of rows that are spread over the first axis and hold about ``_SAMPLE_VALUES`` values together."""
     rows = weight.shape[0]
     most = max(1, _SAMPLE_VALUES * rows // weight.size)
     if most >= rows:
@@ -191,16 +221,22 @@ def _slabs(weight: Weight) -> Iterator[tuple[int, int]]:
 
 
 def _packed_bytes(weight: Weight, packing: Format) -> int:
+    """Return the size of a weight in bytes after packing."""
     return sum(part.nbytes for part in packing.parts(weight.shape))
 
 
 def read_calibration(path: Path) -> list[tuple[str, str]]:
-    """Texts of a file, one a line: the first half of its words is the prompt, the second the canvas."""
+    """Read calibration texts, one on each line, as (prompt, answer) pairs.
+
+    The first half of the words of a line is the prompt, and the second half is the answer. Raises ``DgemmaError`` if
+    the file cannot be read or has no text.
+    """
+    hint = "A calibration file has one text on each line, in UTF-8."
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DgemmaError(f"cannot read {path}: {error}", "Calibration texts are UTF-8, one a line.") from None
+        raise DgemmaError(f"cannot read {path}: {error}", hint) from None
     words = [line.split() for line in lines if line.strip()]
     if not words:
-        raise DgemmaError(f"{path} holds no text", "Calibration texts are UTF-8, one a line.")
+        raise DgemmaError(f"{path} contains no text", hint)
     return [(" ".join(line[: -(-len(line) // 2)]), " ".join(line[-(-len(line) // 2) :])) for line in words]

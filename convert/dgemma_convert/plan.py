@@ -1,4 +1,4 @@
-"""What a conversion will write, worked out from the headers before a byte of the weights is read."""
+"""The plan of a conversion: what it will write, computed from headers before any weight is read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,20 @@ from dgemma_mlx.version import __version__
 
 SHARD_BYTES = 5_000_000_000
 MANIFEST = "conversion_manifest.json"
-_ROOM = 10_000_000  # on the disk, for headers, index, report and card
-CONTEXT = 8192  # positions that the estimate of memory assumes
+_EXTRA_BYTES = 10_000_000  # on the disk, for headers, index, report and card
+CONTEXT = 8192  # number of tokens of context in the estimate of memory
 
 
 @dataclass(frozen=True)
 class Target:
-    """One weight of the output: where it comes from, how it is packed (None: not), what is stored."""
+    """One weight of the output.
+
+    Attributes:
+        tensor_class: The class of the weight, one of ``recipes.CLASSES``.
+        weight: The weight of the source that it is made from.
+        format: How the weight is packed, or None if it is not.
+        parts: The tensors that store the weight.
+    """
 
     tensor_class: str
     weight: Weight
@@ -36,17 +43,27 @@ class Target:
 
     @property
     def is_copy(self) -> bool:
-        """Whether the stored bytes go over as they are: packed, and the source is packed alike."""
+        """Whether the stored bytes are copied, because the source is packed in the same format."""
         return self.format is not None and self.format == self.weight.format
 
     @property
     def nbytes(self) -> int:
+        """Size of the stored tensors in bytes."""
         return sum(part.nbytes for part in self.parts)
 
 
 @dataclass(frozen=True)
 class ClassSummary:
-    """A row of the plan's table."""
+    """The totals of one class of tensors, a row of the plan's table.
+
+    Attributes:
+        tensor_class: Name of the class.
+        tensors: Number of weights.
+        formats: Names of all formats in the class, sorted; "bf16" for weights that are not packed.
+        values: Number of values in all weights.
+        bytes_in: Size in the source, in bytes.
+        bytes_out: Size in the output, in bytes.
+    """
 
     tensor_class: str
     tensors: int
@@ -57,69 +74,97 @@ class ClassSummary:
 
     @property
     def bits_per_weight(self) -> float:
+        """Mean number of stored bits for each value, including scales and biases."""
         return 8 * self.bytes_out / self.values
 
 
 @dataclass(frozen=True)
+class MixedFormats:
+    """The outcome of the recipe "mixed".
+
+    Attributes:
+        formats: The format of each packed weight, by parameter path.
+        table: The budget and the measured errors, for the report.
+    """
+
+    formats: Mapping[str, Format]
+    table: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A checked source and, for each shard of the output, what stands in it."""
+    """A checked source, and the content of each shard of the output.
+
+    Attributes:
+        source: The source checkpoint.
+        output: The folder to write.
+        recipe: The recipe of the conversion.
+        shards: The weights in each weight file, by file name.
+        warnings: Lines for the user.
+        mixed: The table of measured errors if the recipe is "mixed", else None.
+    """
 
     source: Source
     output: Path
     recipe: Recipe
     shards: dict[str, tuple[Target, ...]]
     warnings: tuple[str, ...] = ()
-    mixed: Mapping[str, Any] | None = field(default=None)
-    """the table of measured errors, for the mixed recipe"""
+    mixed: Mapping[str, Any] | None = None
 
     @property
     def partial(self) -> Path:
-        """Where the output is written until it is whole."""
+        """The hidden folder beside the output, in which the output is written until it is complete."""
         return self.output.with_name(f".{self.output.name}.partial")
 
     @property
     def targets(self) -> list[Target]:
+        """All weights of the output, in file order."""
         return [target for shard in self.shards.values() for target in shard]
 
     @property
     def bytes_in(self) -> int:
+        """Size of all weights in the source, in bytes."""
         return sum(target.weight.nbytes for target in self.targets)
 
     @property
     def bytes_out(self) -> int:
+        """Size of all weights in the output, in bytes."""
         return sum(target.nbytes for target in self.targets)
 
     @property
     def bits_per_weight(self) -> float:
+        """Mean number of stored bits for each value of the output."""
         return 8 * self.bytes_out / sum(target.weight.size for target in self.targets)
 
     @property
     def bytes_needed(self) -> int:
-        """On the disk, beside the shards that an earlier run has finished."""
+        """Free disk space that the output needs, in bytes, without the shards that an earlier run has written."""
         done = sum((self.partial / name).stat().st_size for name in self.shards if os.path.exists(self.partial / name))
         small = sum(path.stat().st_size for path in self.source.small_files())
-        return self.bytes_out + small + _ROOM - done
+        return self.bytes_out + small + _EXTRA_BYTES - done
 
     @property
     def bytes_to_download(self) -> int:
+        """Size of the weights that are still on the Hub, in bytes."""
         return 0 if self.source.checkpoint.has_weights else self.bytes_in
 
     @property
     def _parent(self) -> Path:
-        """The nearest folder around the output that exists."""
+        """The nearest parent folder of the output that exists."""
         return next(parent for parent in self.output.absolute().parents if parent.exists())
 
     @property
     def bytes_free(self) -> int:
+        """Free space on the disk of the output, in bytes."""
         return shutil.disk_usage(self._parent).free
 
     @property
     def memory_to_run(self) -> int:
-        """Bytes that generating with the result will take, an estimate."""
+        """Estimated memory for generating with the output and ``CONTEXT`` tokens of context, in bytes."""
         return run_memory(self.source.config, self.bytes_out, CONTEXT)
 
     def classes(self) -> list[ClassSummary]:
-        """Totals of each tensor class."""
+        """Return the totals of each class that has tensors."""
         rows = []
         for name in CLASSES:
             members = [target for target in self.targets if target.tensor_class == name]
@@ -132,7 +177,10 @@ class Plan:
         return rows
 
     def quantization(self) -> dict[str, Any] | None:
-        """config.json's ``quantization``: the format most values have, and every module that differs."""
+        """Return ``quantization`` for config.json, or None if nothing is packed.
+
+        It holds the format of most values, and an entry for every module that differs.
+        """
         sizes: dict[Format, int] = {}
         for target in self.targets:
             if target.format is not None:
@@ -149,7 +197,7 @@ class Plan:
         return entries
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan for ``--json``."""
+        """Return the plan as ``dgemma-mlx convert --dry-run --json`` prints it."""
         return {
             "source": self.source.checkpoint.name, "output": str(self.output), "recipe": self.recipe.name,
             "classes": [
@@ -165,16 +213,19 @@ class Plan:
         }  # fmt: skip
 
     def fingerprint(self) -> str:
-        """Of all that decides the output's bytes; a run may go on only where this is the same."""
+        """Return a hash of everything that decides the bytes of the output.
+
+        An interrupted conversion can be resumed only with the same fingerprint.
+        """
         layout = {
             name: [[target.weight.name, str(target.format), [part.suffix for part in target.parts]] for target in shard]
             for name, shard in self.shards.items()
         }
-        decided = [__version__, str(self.source.folder.resolve()), self.source.fingerprint, layout]
-        return hashlib.sha256(json.dumps(decided).encode()).hexdigest()
+        content = [__version__, str(self.source.folder.resolve()), self.source.fingerprint, layout]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def check_room(self) -> None:
-        """Raises a ``DgemmaError`` where the disks cannot take the download and the output."""
+        """Raise ``DgemmaError`` if there is not enough free disk space for the download and the output."""
         needed = {self._parent.stat().st_dev: (self._parent, self.bytes_needed)}
         if self.bytes_to_download:
             cache = self.source.folder
@@ -184,44 +235,55 @@ class Plan:
             free = shutil.disk_usage(folder).free
             if count > free:
                 raise DgemmaError(
-                    f"{count / 1e9:.1f} GB are needed in {folder}, {free / 1e9:.1f} GB are free",
+                    f"{count / 1e9:.1f} GB are needed in {folder}, but only {free / 1e9:.1f} GB are free",
                     "Free some space, choose a smaller recipe, or name a folder on another disk with -o.",
                 )
 
 
 def make_plan(source: Source, output: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES,
-              formats: Mapping[str, Format] | None = None, mixed: Mapping[str, Any] | None = None) -> Plan:
-    """Applies a recipe to a source. ``formats`` (by parameter path) stand before the recipe's rules."""
+              mixed: MixedFormats | None = None) -> Plan:
+    """Apply a recipe to a source.
+
+    Args:
+        source: The source checkpoint.
+        output: The folder to write.
+        recipe: The recipe.
+        shard_bytes: Maximum size of one weight file, unless a single weight is larger.
+        mixed: Formats that the recipe "mixed" has chosen. They take precedence over the rules of the recipe.
+    """
     layers = source.config.text.num_hidden_layers
-    targets, odd = [], []
+    formats: Mapping[str, Format] = {} if mixed is None else mixed.formats
+    targets, indivisible = [], []
     for path, weight in source.text.items():
         tensor_class = class_of(path + weight.suffix)
-        packing = (formats or {}).get(path) or recipe.format_of(tensor_class, layer_of(path), layers)
+        packing = formats.get(path) or recipe.format_of(tensor_class, layer_of(path), layers)
         if packing is not None and not packing.fits(weight.shape):
-            odd.append(weight.name)
+            indivisible.append(weight.name)
             packing = None
         targets.append(_target(tensor_class, weight, packing))
     targets += [_target(VISION, weight, weight.format) for weight in source.vision]
     warnings = []
-    if odd:
-        warnings.append(f"rows that no group fits stay bf16: {some_of(odd)}")
+    if indivisible:
+        warnings.append(f"tensors whose rows do not divide into groups stay bf16: {some_of(indivisible)}")
     if source.unknown:
         warnings.append(f"unknown tensors are left out: {some_of(source.unknown)}")
     if source.is_packed:
-        warnings.append(_loss(recipe))
-    return Plan(source, output, recipe, _shards(targets, shard_bytes), tuple(warnings), mixed)
+        warnings.append(_repacking_warning(recipe))
+    table = None if mixed is None else mixed.table
+    return Plan(source, output, recipe, _shards(targets, shard_bytes), tuple(warnings), table)
 
 
 def _target(tensor_class: str, weight: Weight, packing: Format | None) -> Target:
+    """Return the target of a weight that is packed in a format, or not packed."""
     if packing is not None:
         return Target(tensor_class, weight, packing, packing.parts(weight.shape))
     stored = weight.stored[0].dtype
-    kept = weight.format is None and stored in ("U8", "U32")  # no numbers to round: as it is
+    kept = weight.format is None and stored in ("U8", "U32")  # integers are not rounded to bf16
     return Target(tensor_class, weight, None, (Part(weight.suffix, stored if kept else PLAIN, weight.shape),))
 
 
 def _shards(targets: list[Target], shard_bytes: int) -> dict[str, tuple[Target, ...]]:
-    """In order, as many to a shard as fit; the parts of one weight stay together."""
+    """Distribute targets over shards, in order, as many to each shard as fit. A weight is never split."""
     groups: list[list[Target]] = [[]]
     size = 0
     for target in targets:
@@ -235,10 +297,11 @@ def _shards(targets: list[Target], shard_bytes: int) -> dict[str, tuple[Target, 
     return {f"model-{i:05}-of-{len(groups):05}.safetensors": tuple(group) for i, group in enumerate(groups, 1)}
 
 
-def _loss(recipe: Recipe) -> str:
+def _repacking_warning(recipe: Recipe) -> str:
+    """Return the warning for a source that is already packed."""
     if recipe.name == "bf16":
-        return "the source is packed already: bf16 makes it larger, and brings nothing back that packing has lost"
+        return "the source is already packed: bf16 makes it larger, but does not restore the precision that is lost"
     return (
-        "the source is packed already: parts that change their format are rounded a second time, so this is less exact "
-        "than the same recipe from the bf16 checkpoint"
+        "the source is already packed: weights that change their format are rounded a second time, so the output is "
+        "less exact than the same recipe from the bf16 checkpoint"
     )

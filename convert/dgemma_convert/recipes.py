@@ -1,4 +1,4 @@
-"""Recipes: which tensors are packed how, as tables of rules."""
+"""The recipes: tables of rules that say in which format each class of tensors is packed."""
 
 from __future__ import annotations
 
@@ -26,24 +26,32 @@ _EDGE_LAYERS = 3
 
 
 def class_of(parameter: str) -> str:
-    """The tensor class of a text parameter's path."""
+    """Return the class of a text parameter by its path, for example ``layers.0.mlp.up_proj.weight``."""
     return next((name for name, pattern in _PATTERNS if pattern.search(parameter)), KEPT)
 
 
 def layer_of(parameter: str) -> int | None:
+    """Return the layer index in a parameter's path, or None if it belongs to no layer."""
     found = _LAYER.search(parameter)
     return int(found[1]) if found else None
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensors of these classes get this format; with ``edge``, only in the first and last three layers."""
+    """One rule of a recipe.
+
+    Attributes:
+        classes: Classes of tensors that the rule covers.
+        format: The format in which they are packed.
+        edge: Cover only tensors in the first three and the last three layers.
+    """
 
     classes: tuple[str, ...]
     format: Format
     edge: bool = False
 
     def covers(self, tensor_class: str, layer: int | None, layers: int) -> bool:
+        """Return whether the rule covers a tensor of a class, in a layer (or in none) of ``layers`` layers."""
         if tensor_class not in self.classes:
             return False
         return not self.edge or (layer is not None and not _EDGE_LAYERS <= layer < layers - _EDGE_LAYERS)
@@ -51,17 +59,24 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The first rule that covers a tensor holds; a tensor without one stays bf16."""
+    """A named list of rules. The first rule that covers a tensor decides; a tensor without a rule stays bf16.
+
+    Attributes:
+        name: The name that ``--recipe`` takes.
+        summary: One line for users.
+        rules: The rules, in order of precedence.
+    """
 
     name: str
     summary: str
     rules: tuple[Rule, ...] = ()
 
     def format_of(self, tensor_class: str, layer: int | None, layers: int) -> Format | None:
+        """Return the format of a tensor in a layer (or in none) of ``layers`` layers, or None if it stays bf16."""
         return next((rule.format for rule in self.rules if rule.covers(tensor_class, layer, layers)), None)
 
     def with_group_size(self, group_size: int) -> Recipe:
-        """The same with another group size in all affine rules; the other modes have one size each."""
+        """Return the recipe with another group size in its affine rules. The other modes have fixed group sizes."""
         rules = (
             replace(rule, format=replace(rule.format, group_size=group_size)) if rule.format.mode == "affine" else rule
             for rule in self.rules
@@ -78,7 +93,7 @@ DEFAULT = "q4"
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("q4", "experts and self-conditioning 4-bit, the rest 8-bit; as the published 4-bit conversions",
+        Recipe("q4", "experts and self-conditioning 4-bit, the rest 8-bit, like the published 4-bit conversions",
                (Rule(_BULK, Format(4)), _Q8)),
         Recipe("q8", "all linear layers 8-bit", (Rule(LINEAR, Format(8)),)),
         Recipe("q4-small", "all linear layers 4-bit", (Rule(LINEAR, Format(4)),)),
@@ -90,7 +105,7 @@ RECIPES = {
         Recipe("mxfp8", "all linear layers mxfp8", (Rule(LINEAR, Format(8, 32, "mxfp8")),)),
         Recipe("nvfp4", "experts and self-conditioning nvfp4, the rest 8-bit",
                (Rule(_BULK, Format(4, 16, "nvfp4")), _Q8)),
-        Recipe("bf16", "nothing packed; names and files only"),
+        Recipe("bf16", "not quantized; only converted to the layout of MLX checkpoints"),
         Recipe(MIXED, "3, 4, 5, 6 or 8 bits for each part of a layer, by measured error (--target-size, --target-bpw)"),
     )
 }

@@ -1,4 +1,4 @@
-"""A source checkpoint: its tensors found by their headers, read a few rows at a time."""
+"""A source checkpoint: its tensors are located by their headers and read a few rows at a time."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from dgemma_mlx.checkpoint.shards import StoredTensor, merged, read_header, shar
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.model.text import DiffusionGemma
 
-BLOCK_BYTES = 64 << 20  # of values in bfloat16, read and packed at a time
+BLOCK_BYTES = 64 << 20  # size of the values, as bfloat16, that are read and packed at a time
 
-_DAMAGED = "Fetch the checkpoint again."
+_DAMAGED = "The checkpoint may be damaged; download it again."
 _NUMPY = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "U8": np.uint8, "U32": np.uint32}
 _SUFFIXES = (".weight", ".scales", ".biases")
 _COPIED = (
@@ -30,16 +30,19 @@ _COPIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.jinja", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 _FLOATING = ("BF16", "F16", "F32")
-# The bits of the largest magnitude that is finite in bfloat16; above are NaN, infinity and what would round to it.
-_LARGEST = {"BF16": (np.uint16, 0x7F7F), "F16": (np.uint16, 0x7BFF), "F32": (np.uint32, 0x7F7F7FFF)}
+# For each floating dtype, the bits of the largest magnitude that is finite in bfloat16. Larger bits are NaN,
+# infinity, or a number that would be rounded to infinity.
+_LARGEST_FINITE = {"BF16": (np.uint16, 0x7F7F), "F16": (np.uint16, 0x7BFF), "F32": (np.uint32, 0x7F7F7FFF)}
 
-
-Rows = np.ndarray[Any, np.dtype[Any]]
-"""Rows of a tensor as they are stored; bfloat16 as uint16."""
+Rows = np.ndarray[Any, np.dtype[Any]]  # rows of a tensor in the stored dtype; bfloat16 as uint16
 
 
 def read_rows(tensor: StoredTensor, start: int, stop: int, name: str) -> Rows:
-    """Rows of the first axis. NaN or infinity is an error that names the tensor."""
+    """Read rows ``start`` to ``stop`` (exclusive) of the first axis of a tensor.
+
+    ``name`` is the tensor's name for errors. Raises ``DgemmaError`` if the file cannot be read, or the rows hold NaN or
+    infinity.
+    """
     dtype, row_bytes = _NUMPY[tensor.dtype], tensor.nbytes // (tensor.shape[0] if tensor.shape else 1)
     count = (stop - start) * row_bytes // ITEM_SIZE[tensor.dtype]
     try:
@@ -47,21 +50,24 @@ def read_rows(tensor: StoredTensor, start: int, stop: int, name: str) -> Rows:
     except OSError as error:
         raise DgemmaError(f"{tensor.path} cannot be read: {error.strerror}", _DAMAGED) from None
     if len(values) != count:
-        raise DgemmaError(f"{tensor.path} became shorter while it was read ({name})", _DAMAGED)
-    if tensor.dtype in _LARGEST:
-        bits, largest = _LARGEST[tensor.dtype]
-        if ((values.view(bits) << bits(1)) > bits(largest << 1)).any():  # without the sign
-            raise DgemmaError(
-                f"{name} in {tensor.path} holds NaN or infinity", "Its weights are damaged; fetch the checkpoint again."
-            )
+        raise DgemmaError(f"{tensor.path} ended unexpectedly while {name} was read", _DAMAGED)
+    if tensor.dtype in _LARGEST_FINITE:
+        bits, largest = _LARGEST_FINITE[tensor.dtype]
+        if ((values.view(bits) << bits(1)) > bits(largest << 1)).any():  # the shift drops the sign
+            raise DgemmaError(f"{name} in {tensor.path} holds NaN or infinity", _DAMAGED)
     return values.reshape(stop - start, *tensor.shape[1:]) if tensor.shape else values.reshape(())
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor of the source, or a packed weight with its scales and biases.
+    """One weight of the source: a tensor, or a packed tensor with its scales and biases.
 
-    ``name`` is the published one without ``.weight``; ``shape`` that of the values, unpacked.
+    Attributes:
+        name: The published name without ``.weight``.
+        suffix: ".weight", or "" if the tensor's name has no suffix.
+        shape: The shape of the unpacked values.
+        stored: The stored tensors: the values, or packed values, scales and (in the affine mode) biases.
+        format: How the weight is packed, or None if it is not.
     """
 
     name: str
@@ -72,35 +78,40 @@ class Weight:
 
     @property
     def nbytes(self) -> int:
+        """Size of the stored tensors in bytes."""
         return sum(tensor.nbytes for tensor in self.stored)
 
     @property
     def size(self) -> int:
+        """Number of values."""
         return math.prod(self.shape)
 
     @property
     def rows(self) -> int:
-        """Length of the first axis; a scalar is one row."""
+        """Length of the first axis; 1 for a scalar."""
         return self.shape[0] if self.shape else 1
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """Ranges of rows of the first axis, about ``BLOCK_BYTES`` each."""
-        largest = max(1, self.nbytes, 2 * self.size)  # packed ones grow when they are read
+        """Yield ranges of rows of the first axis, about ``BLOCK_BYTES`` each."""
+        largest = max(1, self.nbytes, 2 * self.size)  # packed weights grow when they are read
         step = max(1, BLOCK_BYTES * self.rows // largest)
         return ((start, min(start + step, self.rows)) for start in range(0, self.rows, step))
 
     def load(self, start: int, stop: int) -> list[Rows]:
-        """Some rows of each part as they are stored, without MLX, so that another thread may do it."""
+        """Read rows of each stored tensor. This does not use MLX, so that any thread may call it.
+
+        Raises ``DgemmaError`` if the rows cannot be read, or hold NaN or infinity.
+        """
         return [read_rows(tensor, start, stop, self.name) for tensor in self.stored]
 
     def arrays(self, rows: list[Rows]) -> list[mx.array]:
-        """What was loaded: the values, or packed values, scales and biases."""
+        """Return loaded rows as MLX arrays, in the order of ``stored``."""
         pairs = zip(rows, self.stored, strict=True)
         return [mx.array(part).view(mx.bfloat16) if tensor.dtype == "BF16" else mx.array(part)
                 for part, tensor in pairs]  # fmt: skip
 
     def values(self, rows: list[Rows]) -> mx.array:
-        """The values of what was loaded, in bfloat16."""
+        """Return the values of loaded rows as bfloat16. Integer tensors that are not packed keep their dtype."""
         parts = self.arrays(rows)
         if self.format is not None:
             return self.format.unpack(parts)
@@ -110,40 +121,50 @@ class Weight:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint folder that was checked: every tensor is there, in its right shape."""
+    """A checkpoint that has been checked: it has every tensor, in the expected shape.
+
+    Attributes:
+        checkpoint: Where the checkpoint is.
+        raw_config: The content of config.json.
+        config: The parsed configuration.
+        text: The weights of the text network by parameter path without ``.weight``, in the network's order.
+        vision: The weights of the vision tower, sorted by name.
+        unknown: Names of tensors that are not part of DiffusionGemma; they are not converted.
+    """
 
     checkpoint: Checkpoint
     raw_config: dict[str, Any]
     config: ModelConfig
     text: dict[str, Weight]
-    """by parameter path without ``.weight``, in the network's order"""
     vision: list[Weight]
     unknown: list[str]
-    """tensors that no DiffusionGemma has; not converted"""
 
     @property
     def folder(self) -> Path:
+        """The folder of the checkpoint."""
         return self.checkpoint.folder
 
     @property
     def is_packed(self) -> bool:
+        """Whether any weight of the text network is packed."""
         return any(weight.format is not None for weight in self.text.values())
 
     def small_files(self) -> list[Path]:
-        """Those that go over as they are: tokenizer, chat template, processor, licence."""
+        """Return the files that are copied unchanged: tokenizer, chat template, processor and licence."""
         return sorted({path for pattern in _COPIED for path in self.folder.glob(pattern) if path.is_file()})
 
     @property
     def fingerprint(self) -> list[list[Any]]:
-        """Name, size and time of change of each weight file."""
+        """Name, size and modification time (nanoseconds) of each weight file."""
         stats = [(path.name, path.stat()) for path in shard_files(self.folder)]
         return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 def open_source(checkpoint: Checkpoint) -> Source:
-    """Reads the configuration and all headers and checks them against each other; no weight is read.
+    """Read the configuration and all headers of a checkpoint and check that they agree. No weight is read.
 
-    Where the weights are still on the Hub, their headers are read there.
+    If the weights are still on the Hub, their headers are read there. Raises ``DgemmaError`` if a file cannot be
+    read, or if a tensor is missing or has a wrong shape or dtype.
     """
     folder = checkpoint.folder
     raw = read_json(folder / "config.json")
@@ -155,10 +176,10 @@ def open_source(checkpoint: Checkpoint) -> Source:
     parameters = dict(tree_flatten(DiffusionGemma(config.text).parameters()))
     for path, array in parameters.items():
         stem = path.removesuffix(".weight")
-        suffixes = ("",) if stem == path else _SUFFIXES  # norms' scales and scalars have no suffix
+        suffixes = ("",) if stem == path else _SUFFIXES  # scales of norms and layer scalars have no suffix
         names = {suffix: text_names[stem + suffix] for suffix in suffixes if stem + suffix in text_names}
         if not names:
-            raise DgemmaError(f"{folder} lacks {source_name(path)}", _DAMAGED)
+            raise DgemmaError(f"{folder} lacks the tensor {source_name(path)}", _DAMAGED)
         used.update(names.values())
         parts = {suffix: stored[name] for suffix, name in names.items()}
         text[stem] = _weight(source_name(path).removesuffix(".weight"), parts, config, stem, array.shape)
@@ -167,6 +188,7 @@ def open_source(checkpoint: Checkpoint) -> Source:
 
 
 def _remote_headers(checkpoint: Checkpoint) -> Iterator[dict[str, StoredTensor]]:
+    """Yield the tensors of each weight file of a checkpoint on the Hub."""
     for file, header in remote_headers(checkpoint.name).items():
         yield {
             name: StoredTensor(checkpoint.folder / file, tensor.dtype, tuple(tensor.shape), *tensor.data_offsets)
@@ -176,7 +198,11 @@ def _remote_headers(checkpoint: Checkpoint) -> Iterator[dict[str, StoredTensor]]
 
 def _weight(name: str, parts: dict[str, StoredTensor], config: ModelConfig, path: str,
             shape: tuple[int, ...] | None) -> Weight:
-    """Puts the parts of one weight together; without ``shape`` any is right (the vision tower's)."""
+    """Return the weight that is stored in ``parts`` (by suffix), after checking dtypes and shapes.
+
+    ``path`` is the module's path in ``quantization``. Without ``shape``, any shape is accepted, as for the vision
+    tower.
+    """
     first = next(iter(parts.values()))
     for suffix, tensor in parts.items():
         size = ITEM_SIZE.get(tensor.dtype)
@@ -185,15 +211,19 @@ def _weight(name: str, parts: dict[str, StoredTensor], config: ModelConfig, path
                 f"{name}{suffix} in {tensor.path} has dtype {tensor.dtype}, which cannot be converted", _DAMAGED
             )
         if tensor.nbytes != math.prod(tensor.shape) * size or not tensor.nbytes:
-            raise DgemmaError(f"{name} in {tensor.path} has {tensor.nbytes} bytes, not those of its shape", _DAMAGED)
+            raise DgemmaError(
+                f"{name} in {tensor.path} has {tensor.nbytes} bytes, which do not match its shape", _DAMAGED
+            )
     if ".scales" not in parts:
         if shape is not None and first.shape != shape:
             raise DgemmaError(
-                f"{name} in {first.path} has shape {first.shape}, config.json asks for {shape}", _DAMAGED
+                f"{name} in {first.path} has shape {first.shape}, but config.json requires {shape}", _DAMAGED
             )
         return Weight(name, next(iter(parts)), first.shape, (first,), None)
-    if config.quantization is None or ".weight" not in parts:
-        raise DgemmaError(f"{name} is packed, but config.json does not say how", _DAMAGED)
+    if ".weight" not in parts:
+        raise DgemmaError(f"{name} has scales, but no packed weight", _DAMAGED)
+    if config.quantization is None:
+        raise DgemmaError(f"{name} is packed, but config.json does not describe how", _DAMAGED)
     try:
         packing = Format.from_config(module_quantization(config.quantization, path))
     except ValueError as error:
@@ -204,12 +234,12 @@ def _weight(name: str, parts: dict[str, StoredTensor], config: ModelConfig, path
         dtypes = _FLOATING if part.dtype == PLAIN else (part.dtype,)
         if found is None or found.shape != part.shape or found.dtype not in dtypes:
             got = "is missing" if found is None else f"has dtype {found.dtype} and shape {found.shape}"
-            raise DgemmaError(f"{name}{part.suffix} {got}; {packing} asks for {part.dtype} {part.shape}", _DAMAGED)
+            raise DgemmaError(f"{name}{part.suffix} {got}; {packing} requires {part.dtype} {part.shape}", _DAMAGED)
     return Weight(name, ".weight", values, tuple(parts[part.suffix] for part in packing.parts(values)), packing)
 
 
 def _vision(stored: dict[str, StoredTensor], names: list[str], config: ModelConfig) -> list[Weight]:
-    """The vision tensors, packed ones with their scales."""
+    """Return the weights of the vision tower; packed weights include their scales and biases."""
     weights = []
     packed = {name.removesuffix(".scales") for name in names if name.endswith(".scales")}
     for stem in sorted(packed):

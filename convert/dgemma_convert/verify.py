@@ -1,4 +1,4 @@
-"""Compares an output with its source on built-in prompts, layer by layer."""
+"""Comparison of an output with its source on built-in prompts, layer by layer."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from typing import Any
 
 import mlx.core as mx
 
-from dgemma_convert.walk import Walk, make_samples, number
+from dgemma_convert.walk import Walk, as_float, make_samples
 from dgemma_mlx.checkpoint.config import ModelConfig
 
 
 @dataclass(frozen=True)
 class Verification:
-    """How far the output's numbers are from the source's, over the built-in prompts.
+    """Differences between an output and its source, measured on the built-in prompts.
 
-    ``encoder_error`` and ``decoder_error``: for each layer, |output - source| / |source| of the hidden states
-    (Frobenius norms, worst prompt). ``kl_divergence``: mean over canvas positions of KL(source || output), nats.
-    ``top1_agreement``: share of canvas positions with the same most probable token.
+    Attributes:
+        encoder_error: For each layer, |output - source| / |source| of the encoder's hidden states (Frobenius norms),
+            for the prompt where it is largest.
+        decoder_error: The same for the decoder's hidden states.
+        kl_divergence: Mean over canvas positions of KL(source || output), in nats.
+        top1_agreement: Share of canvas positions where both have the same most probable token.
     """
 
     encoder_error: tuple[float, ...]
@@ -28,13 +31,15 @@ class Verification:
     top1_agreement: float
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the fields by name, for the report."""
         return asdict(self)
 
 
 def verify(source: Path, output: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Verification:
-    """Runs both checkpoints in step, so that no more than one layer of one of them is in memory.
+    """Run two checkpoint folders side by side, layer by layer, and compare them.
 
-    ``progress`` is told layers done and layers in all.
+    Memory holds at most one layer of one of the checkpoints. ``progress`` is called with the number of layers done and
+    the number of all layers. Raises ``DgemmaError`` if a checkpoint, or the tokenizer of the source, cannot be read.
     """
     source_config, output_config = ModelConfig.load(source), ModelConfig.load(output)
     samples = make_samples(source, source_config)
@@ -44,16 +49,16 @@ def verify(source: Path, output: Path, progress: Callable[[int, int], None] = la
     for layer in range(layers):
         theirs.next_layer()
         ours.next_layer()
-        encoder_error.append(_worst(ours.encoded, theirs.encoded))
-        decoder_error.append(_worst(ours.drafts, theirs.drafts))
+        encoder_error.append(_worst(ours.encoder_states, theirs.encoder_states))
+        decoder_error.append(_worst(ours.decoder_states, theirs.decoder_states))
         progress(layer + 1, layers)
     expected = list(theirs.logits())
     mx.eval(expected)
     divergence, agreement = [], []
     for logits, reference in zip(ours.logits(), expected, strict=True):
         log_p, log_q = _log_softmax(reference), _log_softmax(logits)
-        divergence.append(number((mx.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean()))
-        agreement.append(number((logits.argmax(-1) == reference.argmax(-1)).mean()))
+        divergence.append(as_float((mx.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean()))
+        agreement.append(as_float((logits.argmax(-1) == reference.argmax(-1)).mean()))
     return Verification(
         tuple(encoder_error), tuple(decoder_error),
         round(sum(divergence) / len(divergence), 6), round(sum(agreement) / len(agreement), 4),
@@ -61,14 +66,15 @@ def verify(source: Path, output: Path, progress: Callable[[int, int], None] = la
 
 
 def _worst(states: list[mx.array], references: list[mx.array]) -> float:
-    """The largest relative error over the samples."""
+    """Return the largest relative error over the samples, rounded to six digits."""
 
     def norm(x: mx.array) -> mx.array:
         return mx.sqrt(mx.square(x.astype(mx.float32)).sum())
 
     errors = [norm(a - b) / norm(b) for a, b in zip(states, references, strict=True)]
-    return round(max(number(error) for error in errors), 6)
+    return round(max(as_float(error) for error in errors), 6)
 
 
 def _log_softmax(logits: mx.array) -> mx.array:
+    """Return log probabilities over the last axis."""
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)

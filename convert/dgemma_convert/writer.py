@@ -1,4 +1,8 @@
-"""Writes the output's shards: streamed, synced, renamed; a manifest of finished ones lets a later run go on."""
+"""The writer of an output's shards.
+
+A shard is streamed to a file, synced to the disk, and renamed when it is complete. A manifest lists the complete
+shards, so that an interrupted conversion can be resumed.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +24,18 @@ from dgemma_convert.source import Rows
 from dgemma_mlx.checkpoint.config import read_json
 from dgemma_mlx.errors import DgemmaError
 
-Progress = Callable[[int], None]
-"""Called with the number of source bytes that were just converted."""
+ByteProgress = Callable[[int], None]  # called with the number of source bytes that have just been converted
 
 INDEX = "model.safetensors.index.json"
 _UNFINISHED = ".unfinished"
 _HASH_BLOCK = 1 << 20
 
 
-def write_shards(plan: Plan, progress: Progress) -> dict[str, str]:
-    """Writes what the manifest does not hold yet; returns each shard's sha256. Raises ``DgemmaError`` for
-    damaged weights."""
+def write_shards(plan: Plan, progress: ByteProgress) -> dict[str, str]:
+    """Write all shards that are not complete, and return the sha256 digest of each shard by its file name.
+
+    Raises ``DgemmaError`` if the weights of the source are damaged.
+    """
     manifest, fingerprint = _read_manifest(plan), plan.fingerprint()
     for name, targets in plan.shards.items():
         path = plan.partial / name
@@ -43,33 +48,38 @@ def write_shards(plan: Plan, progress: Progress) -> dict[str, str]:
     return {name: manifest[name] for name in plan.shards}
 
 
-def begin(plan: Plan, resume: bool, force: bool) -> None:
-    """Readies the folder to write in: empties it (``force``), or checks that what is there is of the same plan."""
-    left = list(plan.partial.iterdir())
-    if left and force and not resume:
-        for path in left:
+def open_partial_folder(plan: Plan, resume: bool, force: bool) -> None:
+    """Prepare ``plan.partial`` for writing.
+
+    With ``force``, the folder is emptied; with ``resume``, its manifest must belong to the same plan. Raises
+    ``DgemmaError`` if the folder holds an interrupted conversion and neither is set, or if the plans differ.
+    """
+    existing = list(plan.partial.iterdir())
+    if existing and force and not resume:
+        for path in existing:
             path.unlink()
-    elif left and not resume:
+    elif existing and not resume:
         raise DgemmaError(
             f"an earlier conversion to {plan.output} was interrupted",
-            "Go on with --resume, or start over with --force.",
+            "Continue it with --resume, or start again with --force.",
         )
     manifest, fingerprint = plan.partial / MANIFEST, plan.fingerprint()
     if not manifest.exists():
         write_text(manifest, json.dumps({"plan": fingerprint, "shards": {}}) + "\n")
     elif read_json(manifest).get("plan") != fingerprint:
         raise DgemmaError(
-            f"the interrupted conversion to {plan.output} was of another source, recipe or version",
-            "Start over with --force, or name another output with -o.",
+            f"the interrupted conversion to {plan.output} had another source, recipe or version",
+            "Start again with --force, or name another output with -o.",
         )
 
 
 def _read_manifest(plan: Plan) -> dict[str, str]:
+    """Return the sha256 digests of complete shards by file name."""
     return dict(read_json(plan.partial / MANIFEST)["shards"])
 
 
-def _write_shard(path: Path, targets: Sequence[Target], progress: Progress) -> str:
-    """One safetensors file, under another name until it is whole; returns its sha256."""
+def _write_shard(path: Path, targets: Sequence[Target], progress: ByteProgress) -> str:
+    """Write one safetensors file and return its sha256 digest. The file has another name until it is complete."""
     unfinished = path.with_name(path.name + _UNFINISHED)
     digest = hashlib.sha256()
     with unfinished.open("wb") as file:
@@ -78,7 +88,8 @@ def _write_shard(path: Path, targets: Sequence[Target], progress: Progress) -> s
             file.write(data)
             digest.update(data)
 
-        # One thread reads ahead, one writes. MLX stays on this one: it keeps a stream for each that has used it.
+        # One thread reads ahead and one writes. Only this thread uses MLX, which keeps a stream for each of its
+        # threads.
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
             pending = writer.submit(write, header_of(targets))
             for data in _encoded(targets, reader, progress):
@@ -93,7 +104,7 @@ def _write_shard(path: Path, targets: Sequence[Target], progress: Progress) -> s
 
 
 def header_of(targets: Sequence[Target]) -> bytes:
-    """The length and the JSON header of a safetensors file with the targets' parts in order."""
+    """Return the length prefix and the JSON header of a safetensors file that holds the parts of targets in order."""
     entries: dict[str, object] = {"__metadata__": {"format": "mlx"}}
     end = 0
     for target in targets:
@@ -102,36 +113,40 @@ def header_of(targets: Sequence[Target]) -> bytes:
             entry = {"dtype": part.dtype, "shape": list(part.shape), "data_offsets": [begin, end]}
             entries[target.weight.name + part.suffix] = entry
     header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # the data begins aligned
+    header += b" " * (-len(header) % 8)  # align the data to 8 bytes
     return len(header).to_bytes(8, "little") + header
 
 
-def _encoded(targets: Sequence[Target], reader: Executor, progress: Progress) -> Iterator[memoryview]:
-    """The targets' bytes in file order: values block by block, then scales, which are small enough to hold."""
+def _encoded(targets: Sequence[Target], reader: Executor, progress: ByteProgress) -> Iterator[memoryview]:
+    """Yield the bytes of targets in file order.
+
+    The values of a target are yielded block by block. Its scales and biases, which come after all of its values in the
+    file, are small and kept until then.
+    """
     blocks = ((target, start, stop) for target in targets for start, stop in target.weight.blocks())
-    held: list[list[memoryview]] = []
+    scales: list[list[memoryview]] = []
     for target, start, stop, rows in _read_ahead(blocks, reader):
         if start == 0:
-            held = [[] for _ in target.parts[1:]]
+            scales = [[] for _ in target.parts[1:]]
         arrays = _convert(target, rows)
         mx.eval(arrays)
         first, *others = map(_bytes, arrays)
         yield first
-        for parts, data in zip(held, others, strict=True):
+        for parts, data in zip(scales, others, strict=True):
             parts.append(data)
         size, height = target.weight.nbytes, target.weight.rows
         progress(size * stop // height - size * start // height)
         if stop == height:
             mx.clear_cache()
-            for parts in held:
+            for parts in scales:
                 yield from parts
 
 
-Block = tuple[Target, int, int]
+Block = tuple[Target, int, int]  # rows from a start to a stop (exclusive) of a target's weight
 
 
 def _read_ahead(blocks: Iterator[Block], reader: Executor) -> Iterator[tuple[Target, int, int, list[Rows]]]:
-    """Each block with its rows; the next one is read meanwhile."""
+    """Yield each block with its rows, while the reader thread reads the next block."""
 
     def submit() -> tuple[Block, Future[list[Rows]]] | None:
         block = next(blocks, None)
@@ -146,9 +161,9 @@ def _read_ahead(blocks: Iterator[Block], reader: Executor) -> Iterator[tuple[Tar
 
 
 def _convert(target: Target, rows: list[Rows]) -> list[mx.array]:
-    """Rows of the target's parts."""
+    """Convert rows of the source to rows of the target's parts."""
     if target.is_copy:
-        stored = target.weight.arrays(rows)  # scales of a float16 or float32 conversion are rounded
+        stored = target.weight.arrays(rows)  # float16 and float32 scales are rounded to bfloat16
         rounded = [part.dtype == PLAIN for part in target.parts]
         return [x.astype(mx.bfloat16) if plain else x for x, plain in zip(stored, rounded, strict=True)]
     values = target.weight.values(rows)
@@ -156,13 +171,14 @@ def _convert(target: Target, rows: list[Rows]) -> list[mx.array]:
 
 
 def _bytes(array: mx.array) -> memoryview:
+    """Return the bytes of an array in row-major order."""
     if array.dtype == mx.bfloat16:
         array = array.view(mx.uint16)
     return np.ascontiguousarray(array).data.cast("B")
 
 
 def write_index(plan: Plan) -> None:
-    """``model.safetensors.index.json``."""
+    """Write ``model.safetensors.index.json``."""
     weight_map = {
         target.weight.name + part.suffix: name
         for name, targets in plan.shards.items() for target in targets for part in target.parts
@@ -175,24 +191,24 @@ def write_index(plan: Plan) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps a second conversion out of the folder as long as this one runs."""
+    """Lock a folder while the block runs. Raises ``DgemmaError`` if another conversion has locked it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise DgemmaError(f"another conversion is writing {folder}", "Wait for it, or stop it.") from None
+        raise DgemmaError(f"another conversion is writing {folder}", "Wait until it ends, or stop it.") from None
     finally:
         os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a small file in UTF-8: whole or not at all."""
+    """Write a small UTF-8 file, either completely or not at all."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a small file: whole or not at all."""
+    """Write a small file, either completely or not at all."""
     unfinished = path.with_name(path.name + _UNFINISHED)
     with unfinished.open("wb") as file:
         file.write(data)
@@ -202,7 +218,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames in the folder last through a power cut."""
+    """Sync a folder to the disk, so that renames in it survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -211,6 +227,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
+    """Return the sha256 digest of a file in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_HASH_BLOCK):

@@ -1,8 +1,9 @@
-"""Builds the demo model from nothing: ``make demo-model``.
+"""The trainer of the built-in demo model: ``make demo-model``.
 
-Tokenizer, training on the synthetic tasks of ``dgemma_mlx.train.tasks``, and a checkpoint under the names of
-the published one. The sizes keep everything DiffusionGemma has: sliding and full layers, both head sizes,
-K = V, experts beside a dense branch, self-conditioning, tied embeddings.
+It builds the tokenizer, trains a small network from scratch on the synthetic tasks of ``dgemma_mlx.train.tasks``, and
+writes a checkpoint with the tensor names of the published one. The small network has every part of DiffusionGemma:
+sliding and full attention layers, both head dimensions, keys that serve as values, experts in parallel to a dense
+branch, self-conditioning, and tied embeddings.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.text.chat import ChatTemplate, encode_chat
 from dgemma_mlx.text.tokenizer import Tokenizer, load_tokenizer
 from dgemma_mlx.train import demo_tokenizer
-from dgemma_mlx.train.data import Conversation, Part, batch_pair_at
+from dgemma_mlx.train.batches import Conversation, Part, batch_pair_at
 from dgemma_mlx.train.export import export
 from dgemma_mlx.train.loop import Log, TrainConfig, mean_weights, train
 from dgemma_mlx.train.optimizer import make_optimizer
 from dgemma_mlx.train.score import as_markdown, score_card
 from dgemma_mlx.train.tasks import training_example
 
-STEPS, BATCH, SEED = 20_000, 16, 0  # BATCH for each of the processes that `make demo-model` starts
+STEPS, BATCH, SEED = 20_000, 16, 0  # each process that `make demo-model` starts takes BATCH conversations for a step
 
 CONFIG: dict[str, Any] = {
     "architectures": ["DiffusionGemmaForBlockDiffusion"],
@@ -91,7 +92,7 @@ GENERATION: dict[str, Any] = {
 
 
 def new_model(seed: int) -> DiffusionGemma:
-    """A freshly initialised demo model, float32."""
+    """Return a demo network with random float32 weights."""
     mx.random.seed(seed)
     model = DiffusionGemma(ModelConfig.from_dict(CONFIG).text)
     mx.eval(model.parameters())
@@ -99,7 +100,7 @@ def new_model(seed: int) -> DiffusionGemma:
 
 
 def sampler(tokenizer: Tokenizer, template: ChatTemplate) -> Callable[[random.Random], Conversation]:
-    """Draws tokenized training conversations from the mix of tasks."""
+    """Return a function that draws a training example from the mix of tasks and tokenizes it."""
     end = tokenizer.special_ids["<turn|>"]
 
     def sample(rng: random.Random) -> Conversation:
@@ -110,15 +111,15 @@ def sampler(tokenizer: Tokenizer, template: ChatTemplate) -> Callable[[random.Ra
     return sample
 
 
-def build(run: Path, steps: int, log: Log) -> None:
-    """Trains (or goes on training) in the folder ``run`` and writes the checkpoint to ``run/model``.
+def build(folder: Path, steps: int, log: Log) -> None:
+    """Train the demo model, starting from the last checkpoint in ``folder``, and export it to ``folder/model``.
 
-    One process of several, when ``mlx.launch`` started them: the first one writes, all of them train.
+    If ``mlx.launch`` has started several processes, all of them train and only the first one writes files.
     """
-    out, group = run / "model", mx.distributed.init()
+    out, group = folder / "model", mx.distributed.init()
     if group.rank() == 0:
         demo_tokenizer.build(out)
-    mx.eval(mx.distributed.all_sum(mx.zeros(1)))  # the others wait for it
+    mx.eval(mx.distributed.all_sum(mx.zeros(1)))  # wait until the first process has written the tokenizer
     tokenizer, template = load_tokenizer(out), ChatTemplate.load(out)
     model, pad_id = new_model(SEED), tokenizer.special_ids["<pad>"]
     sample, canvas_length = sampler(tokenizer, template), CONFIG["canvas_length"]
@@ -126,42 +127,44 @@ def build(run: Path, steps: int, log: Log) -> None:
     def batch_pair(number: int) -> list[Part]:
         return batch_pair_at(number, sample, BATCH, canvas_length, pad_id, SEED)
 
-    ends = (steps * 4 // 5, steps)  # of the last two cycles of the learning rate
+    ends = (steps * 4 // 5, steps)  # the ends of the last two cycles of the learning rate
     config = TrainConfig(steps=steps, seed=SEED, mean_of=ends)
-    train(model, make_optimizer(steps), batch_pair, pad_id, config, run, log)
+    train(model, make_optimizer(steps), batch_pair, pad_id, config, folder, log)
     if group.rank() == 0:
-        model.load_weights(list(mean_weights(run, ends).items()))
+        model.load_weights(list(mean_weights(folder, ends).items()))
         export(model, CONFIG, GENERATION, out)
 
 
 def score(folder: Path, prompts: int) -> None:
-    """Prints the score card of a checkpoint and writes it beside the weights."""
+    """Print the score card of a checkpoint and write it to ``score_card.json`` in the checkpoint's folder."""
     scores = score_card(load(folder), prompts)
     (folder / "score_card.json").write_text(json.dumps([asdict(line) for line in scores], indent=2) + "\n")
     print(as_markdown(scores))
 
 
 def main() -> None:
+    """Train or score the demo model as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="checkpoints and log; resumes from it")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--score", type=Path, help="train nothing, score this checkpoint")
-    parser.add_argument("--prompts", type=int, default=200, help="held-out prompts for each task of the score card")
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"),
+                        help="folder of checkpoints and log; training resumes from it")  # fmt: skip
+    parser.add_argument("--steps", type=int, default=STEPS, help="updates of the weights")
+    parser.add_argument("--score", type=Path, help="score this checkpoint instead of training")
+    parser.add_argument("--prompts", type=int, default=200, help="held-out prompts of each task in the score card")
     arguments = parser.parse_args()
     if arguments.score:
         score(arguments.score, arguments.prompts)
         return
-    run: Path = arguments.run
-    (run / "model").mkdir(parents=True, exist_ok=True)
+    folder: Path = arguments.run
+    (folder / "model").mkdir(parents=True, exist_ok=True)
     started = time.time()
-    with (run / "log.jsonl").open("a") as log_file:
+    with (folder / "log.jsonl").open("a") as log_file:
 
         def log(record: dict[str, Any]) -> None:
             line = json.dumps({**record, "minutes": round((time.time() - started) / 60, 1)})
             print(line, file=sys.stderr, flush=True)
             print(line, file=log_file, flush=True)
 
-        build(run, arguments.steps, log)
+        build(folder, arguments.steps, log)
 
 
 if __name__ == "__main__":

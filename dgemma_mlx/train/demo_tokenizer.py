@@ -1,7 +1,7 @@
-"""The tokenizer of the demo model: Gemma's construction and control tokens, 768 ids.
+"""The tokenizer of the demo model: Gemma's pipeline and control tokens, with a vocabulary of 768 ids.
 
 ``python -m dgemma_mlx.train.demo_tokenizer FOLDER`` writes tokenizer.json, tokenizer_config.json and
-chat_template.jinja; the same bytes every time.
+chat_template.jinja. It writes the same bytes every time.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from .tasks import TASKS
-from .tasks.words import NAMES, NOUNS, listed
+from dgemma_mlx.train.tasks import TASKS
+from dgemma_mlx.train.tasks.words import NAMES, NOUNS, listed
 
 VOCAB_SIZE = 768
-SPACE = "\u2581"  # Gemma's visible space
-# the ids of Gemma 4, and three that are only reserved here
+SPACE = "\u2581"  # the character that stands for a space in Gemma's tokens
+# The ids of Gemma 4. The three image tokens are reserved: the demo model has no vision tower.
 SPECIAL_TOKENS = {
     "<pad>": 0,
     "<eos>": 1,
@@ -42,12 +42,13 @@ SPECIAL_TOKENS = {
     "<turn|>": 106,
 }
 NEWLINE_ID = 107
-# Bytes of valid UTF-8 that no other token covers: control characters, continuation and lead bytes.
+# Bytes of valid UTF-8 text that no character token covers: control characters, continuation bytes and lead bytes.
 BYTES = (*(byte for byte in range(0x20) if byte != 0x0A), 0x7F, *range(0x80, 0xC0), *range(0xC2, 0xF5))
 CHARACTERS = (SPACE, *(chr(code) for code in range(0x21, 0x7F)))
-# One token a digit; a space is merged into what follows, but not into a capital letter: a name has then the
-# same tokens after a space, after a quotation mark and at the start of a line, so that it can be copied.
-# Punctuation is single, but for the pairs of JSON, so that a filled object fits one canvas.
+# Text is split into these pieces before merges are applied. Every digit is a token of its own. A space is merged into
+# the piece after it, but not into a capital letter: a name then has the same tokens after a space, after a quotation
+# mark and at the start of a line, so that the model can copy it. Punctuation marks are single tokens, except for
+# pairs that JSON uses, so that a filled object fits into one canvas.
 PIECES = "|".join(
     (
         r'\{"|"[:,}]',
@@ -108,7 +109,7 @@ CHAT_TEMPLATE = """\
 
 
 def build(folder: Path, seed: int = 0) -> None:
-    """Train the tokenizer on the train split of the tasks and write its three files into ``folder``."""
+    """Train the tokenizer on the training split of the tasks and write its three files into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     merges = learn_merges(seed)
     tokenizer = new_tokenizer(number_tokens(merges), merges)
@@ -131,7 +132,7 @@ def build(folder: Path, seed: int = 0) -> None:
 
 
 def new_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
-    """Gemma's pipeline around a BPE model."""
+    """Return a byte-pair tokenizer with Gemma's normalizer, splitting and decoder."""
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
@@ -142,10 +143,10 @@ def new_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Token
 
 
 def learn_merges(seed: int) -> list[tuple[str, str]]:
-    """The byte-pair merges, most useful first, as many as there are free ids."""
+    """Learn byte-pair merges, most frequent first, until every free id has a token."""
     learner = new_tokenizer({}, [])
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS) - len(BYTES) - 1 + 1,  # no newline; <unk>
+        vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS) - len(BYTES) - 1 + 1,  # the newline has an id; <unk> counts here
         special_tokens=["<unk>"],
         initial_alphabet=list(CHARACTERS),
         limit_alphabet=len(CHARACTERS),
@@ -156,7 +157,7 @@ def learn_merges(seed: int) -> list[tuple[str, str]]:
 
 
 def corpus(seed: int) -> Iterator[str]:
-    """Lines of train-split conversations of every task, then single words."""
+    """Yield the tokenizer's training text: lines of training conversations of every task, then single words."""
     rng = random.Random(seed)
     for task in TASKS.values():
         for _ in range(EXAMPLES_PER_TASK):
@@ -172,7 +173,10 @@ def corpus(seed: int) -> Iterator[str]:
 
 
 def number_tokens(merges: list[tuple[str, str]]) -> dict[str, int]:
-    """Give every token its id: Gemma's own first, bytes in the gaps, then characters and merges."""
+    """Return the id of every token.
+
+    Gemma's control tokens keep their ids. Bytes, then characters, then merges take the free ids in ascending order.
+    """
     vocab = {**SPECIAL_TOKENS, "\n": NEWLINE_ID}
     others = [*(f"<0x{byte:02X}>" for byte in BYTES), *CHARACTERS, *(left + right for left, right in merges)]
     taken = set(vocab.values())

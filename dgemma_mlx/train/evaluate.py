@@ -1,4 +1,4 @@
-"""How well a model answers: exact match, and what it took."""
+"""Evaluation of a model: the share of correct answers, and the denoising steps and time that they took."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from dgemma_mlx.train.dataset import Example
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, a right answer, and what tells whether a text is one."""
+    """A conversation to answer, and how to judge the answer.
+
+    Attributes:
+        messages: The conversation, which ends with the question.
+        answer: A correct answer. Its length decides how many canvases the model may write.
+        is_right: Return whether a text is a correct answer.
+    """
 
     messages: Sequence[Message]
     answer: str
@@ -27,23 +33,41 @@ class Problem:
 
 @dataclass(frozen=True)
 class Result:
-    """Of a set of problems."""
+    """The outcome of an evaluation over all of its problems.
+
+    Attributes:
+        problems: Number of problems.
+        right: Number of problems that were answered correctly.
+        exact_match: Share of correct answers, ``right / problems``.
+        denoising_steps: Mean number of denoising steps of an answer, over all of its canvases.
+        steps_per_canvas: Mean number of denoising steps of a canvas.
+        tokens_per_forward: Number of tokens in all answers, divided by the number of denoising steps.
+        seconds: Wall-clock time of the whole evaluation.
+    """
 
     problems: int
     right: int
     exact_match: float
-    """right / problems"""
     denoising_steps: float
-    """of an answer, all its canvases together, on average"""
     steps_per_canvas: float
     tokens_per_forward: float
-    """tokens of answers / denoising steps"""
     seconds: float
-    """of all together"""
 
 
 def sudoku_problems(size: int, count: int, clues: tuple[int, int] | None = None, seed: int = 0) -> list[Problem]:
-    """Held-out puzzles; any grid that keeps the clues and obeys the rules is right, and there is only one."""
+    """Draw Sudoku puzzles from the held-out split.
+
+    An answer is correct if it keeps the clues and obeys the rules; each puzzle has exactly one such answer.
+
+    Args:
+        size: Number of rows and columns: 4, 6 or 9.
+        count: Number of puzzles.
+        clues: Smallest and largest number of given cells. None takes ``sudoku.CLUES``.
+        seed: Seed of the puzzles.
+
+    Raises:
+        DgemmaError: If no puzzle has this size or these numbers of clues (exit code 2).
+    """
     check_sudoku(size, clues)
     rng = random.Random(f"eval/{size}/{seed}")
     puzzles = [sudoku.draw(rng, size, "heldout", clues) for _ in range(count)]
@@ -51,42 +75,63 @@ def sudoku_problems(size: int, count: int, clues: tuple[int, int] | None = None,
 
 
 def check_sudoku(size: int, clues: tuple[int, int] | None) -> None:
-    """``DgemmaError`` (exit code 2) for a size or numbers of clues that no puzzle has."""
+    """Raise ``DgemmaError`` (exit code 2) if no puzzle has this size or these numbers of clues."""
     if size not in sudoku.BOXES:
-        raise DgemmaError(f"there is no Sudoku of {size}x{size} here", "Sizes are 4, 6 and 9.", exit_code=2)
+        raise DgemmaError(f"Sudoku of {size}x{size} cells is not supported", "The sizes are 4, 6 and 9.", exit_code=2)
     fewest, most = clues or sudoku.CLUES[size]
-    if not sudoku.FEWEST[size] <= fewest <= most < size**2:
-        raise DgemmaError(f"a {size}x{size} Sudoku cannot have {fewest} to {most} clues",
-                          f"At least {sudoku.FEWEST[size]}, fewer than {size**2}.", exit_code=2)  # fmt: skip
+    if not sudoku.FEWEST_CLUES[size] <= fewest <= most < size**2:
+        raise DgemmaError(
+            f"a {size}x{size} Sudoku cannot have {fewest} to {most} clues",
+            f"Give at least {sudoku.FEWEST_CLUES[size]} and fewer than {size**2} clues, the smaller number first.",
+            exit_code=2,
+        )
 
 
 def problems_of(examples: Sequence[Example]) -> list[Problem]:
-    """Those of a file; right is the same text, but for white space around it. ``DgemmaError`` for plain texts."""
+    """Turn examples into problems. An answer is correct if it equals the example's, apart from surrounding white space.
+
+    Raises ``DgemmaError`` (exit code 2) if an example is a plain text, because it asks nothing.
+    """
     if any(not example.messages for example in examples):
-        raise DgemmaError("a text without a question cannot be evaluated", "Give prompts and completions.", exit_code=2)
+        raise DgemmaError(
+            "a plain text cannot be evaluated, because it asks nothing",
+            "Give messages, or prompts with completions.", exit_code=2,
+        )
     return [Problem(e.messages, e.answer, partial(_same, e.answer)) for e in examples]
 
 
 def _same(answer: str, text: str) -> bool:
+    """Return whether two texts are equal, apart from surrounding white space."""
     return text.strip() == answer.strip()
 
 
 def evaluate(
     model: Model, problems: Sequence[Problem], *, batch_size: int = 1, seed: int = 0, speed: str = "reference",
-    progress: Callable[[Mapping[str, Any]], None] = lambda record: None, **options: Any,
+    progress: Callable[[Mapping[str, Any]], None] = lambda record: None,
 ) -> Result:
-    """Answers every problem once, in as many canvases as its right answer has, with seed ``seed`` + its number.
+    """Answer every problem once and count the correct answers.
 
-    ``progress`` gets a record for each answer. ``options`` are those of ``generate_batch``.
+    The model may write as many canvases as the correct answer needs.
+
+    Args:
+        model: The model to evaluate.
+        problems: The problems; at least one.
+        batch_size: Number of problems that are answered at the same time.
+        seed: Problem number n is answered with seed ``seed + n``.
+        speed: "reference", "balanced" or "fast"; see ``dgemma_mlx.diffusion.speed``.
+        progress: Called after each answer with a record of "index", "right", "text", "answer" and "denoising_steps".
+
+    Raises:
+        DgemmaError: If there are no problems, or ``speed`` is unknown (exit code 2).
     """
     if not problems:
-        raise DgemmaError("there is nothing to evaluate", exit_code=2)
+        raise DgemmaError("there are no problems to evaluate", "Give at least one problem.", exit_code=2)
     began = time.perf_counter()
     right = steps = canvases = tokens = number = 0
     for group in _groups(problems, batch_size):
         answers = generate_batch(
             model, [problem.messages for problem in group], max_tokens=[_room(model, problem) for problem in group],
-            seeds=list(range(seed + number, seed + number + len(group))), speed=speed, **options,
+            seeds=list(range(seed + number, seed + number + len(group))), speed=speed,
         )
         for problem, done in zip(group, answers, strict=True):
             is_right = problem.is_right(done.text)
@@ -104,11 +149,13 @@ def evaluate(
 
 
 def _groups(problems: Sequence[Problem], size: int) -> Iterator[Sequence[Problem]]:
+    """Yield the problems in groups of at most ``size``."""
     for start in range(0, len(problems), size):
         yield problems[start : start + size]
 
 
 def _room(model: Model, problem: Problem) -> int:
-    length = len(model.tokenizer.encode(problem.answer)) + 1  # and the end
+    """Return the number of tokens in the whole canvases that the correct answer needs."""
+    length = len(model.tokenizer.encode(problem.answer)) + 1  # with the id that ends the answer
     canvas = model.config.canvas_length
     return -(-length // canvas) * canvas

@@ -1,4 +1,4 @@
-"""Writes a trained model as a checkpoint folder with the published tensor names."""
+"""Export of a trained network as a checkpoint folder with the published tensor names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ def export(
     model: DiffusionGemma, config: Mapping[str, Any], generation: Mapping[str, Any], folder: Path,
     dtype: mx.Dtype = mx.bfloat16,
 ) -> None:
-    """Writes ``model.safetensors``, ``config.json`` and ``generation_config.json`` into the folder."""
+    """Write ``model.safetensors``, ``config.json`` and ``generation_config.json`` into a folder.
+
+    Args:
+        model: The network, without packed weights.
+        config: The content of config.json.
+        generation: The content of generation_config.json.
+        folder: The folder to write; it is created if necessary.
+        dtype: The dtype of the stored weights.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     parameters = dict(tree_flatten(model.parameters()))
     tensors = {source_name(name): value.astype(dtype) for name, value in parameters.items()}

@@ -1,6 +1,6 @@
-"""Fine-tuning a loaded model on a set of conversations: an adapter on frozen weights, or all weights.
+"""Fine-tuning of a loaded model on a fixed set of conversations: an adapter on frozen weights, or all weights.
 
-The objective is that of the demo model's training, as it was published for DiffusionGemma: see ``objective``.
+The objective is the one that trains the demo model, as published for DiffusionGemma: see ``objective``.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from dgemma_mlx.generation.api import generate_batch
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.model.adapter import AdapterConfig, attach, unfreeze
 from dgemma_mlx.model.adapter_file import adapter_digest, save_adapter
-from dgemma_mlx.train.checkpointing import checkpointed
-from dgemma_mlx.train.data import Conversation, Part, canvas_batch, parts_at
+from dgemma_mlx.train.batches import Conversation, Part, canvas_batch, parts_at
 from dgemma_mlx.train.dataset import Example, encode_all
 from dgemma_mlx.train.fuse import write_trained
+from dgemma_mlx.train.gradient_checkpointing import checkpointed
 from dgemma_mlx.train.loop import Log, Record, TrainConfig, train
 from dgemma_mlx.train.objective import ObjectiveConfig, block_diffusion_loss
 from dgemma_mlx.train.optimizer import make_finetune_optimizer, warmed_up
@@ -36,39 +36,56 @@ OPTIMIZERS, SCHEDULES = ("adamw", "muon"), ("cosine", "linear", "constant")
 RUN, LOG = "run.json", "loss.jsonl"
 _RATES = {"adamw": 1e-4, "muon": 1e-2}
 _MIN_NOISE = 0.001
-_VALIDATED = 64  # conversations at most, for the denoising loss
+_MAX_VALIDATED = 64  # maximum number of conversations for the validation loss
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Everything that a run depends on beside model and data; the same again resumes it."""
+    """The settings of a fine-tuning run. A resumed run needs the same settings, model and data.
+
+    Raises ``DgemmaError`` (exit code 2) if a value is out of range or unknown.
+
+    Attributes:
+        steps: Number of updates of the weights.
+        batch_size: Number of examples in a batch.
+        accumulate: Number of batches whose gradients are averaged for one step.
+        max_length: Maximum number of tokens of prompt and answer; later canvases of the answer are not trained.
+        learning_rate: Peak learning rate. None takes 1e-4 for adamw and 1e-2 for muon.
+        optimizer: "adamw", or "muon" for matrices with AdamW for the other parameters.
+        schedule: The learning rate after the warm-up: "cosine", "linear" or "constant".
+        warmup: Number of steps over which the learning rate rises linearly to its peak.
+        weight_decay: Decoupled weight decay.
+        clip_norm: Maximum norm of the gradients; larger gradients are scaled down.
+        causal_weight: Weight of the encoder's next-token loss. 0 skips that loss and saves its time.
+        seed: Seed of the data order, the noise, the dropout and a new adapter.
+        checkpoint_layers: Recompute layers for their gradients, which takes less memory and more time.
+        full: Train all weights instead of an adapter.
+        adapter: Shape of the adapter. With ``full``, only its ``canvas_length`` counts.
+        log_every: Number of steps between two records in the log.
+        save_every: Number of steps between two checkpoints.
+        valid_every: Number of steps between two validations; 0 validates only after the last step.
+        valid_answers: Number of validation examples that the model answers for the exact match.
+    """
 
     steps: int = 1000
     batch_size: int = 4
     accumulate: int = 1
-    """batches whose gradients are summed for a step"""
     max_length: int = 2048
-    """tokens of prompt and answer; canvases behind are not trained"""
     learning_rate: float | None = None
-    """at its peak; None: 1e-4 for adamw, 1e-2 for muon"""
     optimizer: str = "adamw"
     schedule: str = "cosine"
     warmup: int = 100
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     causal_weight: float = 1.0
-    """of the encoder's next-token loss; 0 does without, in less time"""
     seed: int = 0
     checkpoint_layers: bool = False
-    """work a layer out again for its gradient: less memory, more time"""
     full: bool = False
-    """train all weights, not an adapter"""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     log_every: int = 10
     save_every: int = 100
     valid_every: int = 200
     valid_answers: int = 8
-    """validation examples that are answered, for the exact match"""
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -83,53 +100,92 @@ class FinetuneConfig:
             if getattr(self, name) not in choices:
                 raise DgemmaError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}", "", 2)
         if self.checkpoint_layers and self.adapter.dropout:
-            raise DgemmaError("gradient checkpointing goes without dropout", "A layer must come out the same twice.", 2)
+            raise DgemmaError(
+                "gradient checkpointing cannot be combined with dropout",
+                "A recomputed layer must give the same result; set the dropout to 0.", 2,
+            )
 
     @property
     def objective(self) -> ObjectiveConfig:
-        """A padding position counts as much as any other, the routers learn with all weights only."""
+        """The training objective of this run.
+
+        A padding position counts as much as a text position. The routers are trained only when all weights are.
+        """
         return ObjectiveConfig(
             pad_weight=1.0, causal_weight=self.causal_weight, balance_weight=0.01 if self.full else 0.0,
             full_noise=0.0, min_noise=_MIN_NOISE,
         )  # fmt: skip
 
     def make_optimizer(self) -> optim.Optimizer:
+        """Return a new optimizer with the learning-rate schedule of this run."""
         rate = _RATES[self.optimizer] if self.learning_rate is None else self.learning_rate
         schedule = partial(warmed_up, self.schedule, steps=self.steps, warmup=min(self.warmup, self.steps - 1))
         return make_finetune_optimizer(self.optimizer, schedule, rate, self.weight_decay)
 
 
 @dataclass(frozen=True)
+class Validation:
+    """Held-out examples, in both forms that a validation needs.
+
+    Attributes:
+        examples: The examples; some of them are answered for the exact match.
+        conversations: The same examples as token ids, for the denoising loss. Examples that are too long are missing.
+    """
+
+    examples: Sequence[Example]
+    conversations: Sequence[Conversation]
+
+
+@dataclass(frozen=True)
 class FinetuneRun:
-    """A model that is ready to be trained, and the tokenized examples; made by ``open_run``."""
+    """A model that is ready to be trained, with its tokenized data. ``open_run`` makes it.
+
+    Attributes:
+        model: The model, whose network has an adapter or unfrozen weights.
+        config: The settings of the run.
+        conversations: The training examples as token ids.
+        left_out: Number of training examples that leave no room for a canvas within ``config.max_length``.
+        validation: The held-out examples, or None to train without validation.
+    """
 
     model: Model
     config: FinetuneConfig
     conversations: Sequence[Conversation]
     left_out: int = 0
-    """examples that have no room for a canvas within ``max_length``"""
-    valid: Sequence[Example] = ()
-    valid_conversations: Sequence[Conversation] = ()
+    validation: Validation | None = None
 
 
 def open_run(
     model: Model, examples: Sequence[Example], valid: Sequence[Example], config: FinetuneConfig
 ) -> FinetuneRun:
-    """Prepares a model and its data. ``DgemmaError`` where weights to be trained are packed, or no example fits."""
+    """Prepare a model for training and tokenize its data.
+
+    Args:
+        model: A loaded model. Its network is changed: it gets an adapter, or its weights are unfrozen.
+        examples: Training examples.
+        valid: Validation examples; empty for a run without validation.
+        config: The settings of the run.
+
+    Raises:
+        DgemmaError: If weights to be trained are packed, or if none of the examples fits into ``config.max_length``.
+    """
     model = prepare(model, config)
     conversations, left_out = encode_all(model, examples, config.max_length)
-    held_out = encode_all(model, valid, config.max_length)[0] if valid else []
-    return FinetuneRun(model, config, conversations, left_out, valid, held_out)
+    validation = Validation(valid, encode_all(model, valid, config.max_length)[0]) if valid else None
+    return FinetuneRun(model, config, conversations, left_out, validation)
 
 
 def prepare(model: Model, config: FinetuneConfig) -> Model:
-    """Puts a new adapter on the model's network, where it has none, or unfreezes it; the model that comes back has the
-    canvas length."""
+    """Attach a new adapter to a model's network, or unfreeze the adapter that it has, or all weights with ``full``.
+
+    Returns the model with the run's canvas length. Raises ``DgemmaError`` if all weights are to be trained and some of
+    them are packed.
+    """
     if config.full:
         packed = [name for name, module in model.network.named_modules() if "scales" in module]
         if packed:
             raise DgemmaError(
-                f"packed weights cannot be trained, and {model.name} has some", "Train an adapter: leave out --full.",
+                f"{model.name} has packed weights, which cannot be trained", "Leave out --full to train an adapter."
             )
         model.network.unfreeze()
     elif model.adapter is None:
@@ -145,10 +201,24 @@ def prepare(model: Model, config: FinetuneConfig) -> Model:
 def finetune(
     run: FinetuneRun, out: Path, log: Log, *, resume: bool = False, stopped: Callable[[], bool] = lambda: False
 ) -> int:
-    """Trains, and writes the adapter (``full``: the checkpoint) to ``out``; returns the steps done.
+    """Train, and write the adapter to a folder, or the whole checkpoint if all weights are trained.
 
-    Beside it stand ``loss.jsonl``, ``run.json`` and, to go on from, ``checkpoint/``. When ``stopped``, what there is
-    by then is written. ``DgemmaError`` where ``out`` holds another run, or this one and not ``resume``.
+    The folder also gets ``loss.jsonl`` (the log), ``run.json`` (the settings) and ``checkpoint/`` (the state from which
+    a run resumes).
+
+    Args:
+        run: The prepared run.
+        out: The folder to write to.
+        log: Called with every record of the log.
+        resume: Continue the run in ``out``.
+        stopped: Asked after every step. If it returns True, the run saves its state, writes its result, and ends.
+
+    Returns:
+        The number of steps that are done, counting those before a resumption.
+
+    Raises:
+        DgemmaError: If ``out`` holds a run and ``resume`` is not set, if it holds none or a different one and
+            ``resume`` is set, if it cannot be written, or if the loss is not finite.
     """
     model, config = run.model, run.config
     _open_folder(out, run, resume)
@@ -160,18 +230,18 @@ def finetune(
             causal=config.causal_weight > 0,
         )  # fmt: skip
 
-    validate = partial(_validate, run) if run.valid_conversations else None
+    validate = None if run.validation is None else partial(_validate, model, config, run.validation)
     loop = TrainConfig(
         config.steps, config.seed, config.clip_norm, config.log_every, config.save_every, config.valid_every,
         objective=config.objective,
     )  # fmt: skip
     with (out / LOG).open("a", encoding="utf-8") as file:
 
-        def both(record: Record) -> None:
+        def log_twice(record: Record) -> None:
             print(json.dumps(record), file=file, flush=True)
             log(record)
 
-        steps = train(model.network, config.make_optimizer(), parts, pad_id, loop, out, both, validate=validate,
+        steps = train(model.network, config.make_optimizer(), parts, pad_id, loop, out, log_twice, validate=validate,
                       stopped=stopped)  # fmt: skip
     model.network.eval()
     model.network.wrap_layers(None)
@@ -183,8 +253,10 @@ def finetune(
 
 
 def _open_folder(out: Path, run: FinetuneRun, resume: bool) -> None:
-    """Makes the folder and notes what is run there, or checks that it is the same; drops what was logged after the
-    last checkpoint, as it will be again."""
+    """Create the folder and record the run in it, or check that the folder holds the same run.
+
+    Records that were logged after the last checkpoint are dropped, because the resumed run logs these steps again.
+    """
     data = sha256(repr(list(run.conversations)).encode()).hexdigest()
     start = None if run.model.adapter is None else adapter_digest(run.model.adapter)
     record = json.loads(json.dumps({"model": run.model.name, "start": start, "data": data, **asdict(run.config)}))
@@ -193,30 +265,33 @@ def _open_folder(out: Path, run: FinetuneRun, resume: bool) -> None:
         before = read_json(path)
         if not resume:
             raise DgemmaError(
-                f"{out} holds a run already", "Go on with it: --resume. Or name another folder with -o.", exit_code=2
+                f"{out} already holds a run", "Continue it with --resume, or name another folder with -o.", exit_code=2
             )
-        if other := [name for name in record if before.get(name) != record[name]]:
+        if different := [name for name in record if before.get(name) != record[name]]:
             raise DgemmaError(
-                f"the run in {out} had another {', '.join(other)}", "Give the same options, or another folder.", 2
+                f"the run in {out} was started with a different {', '.join(different)}",
+                "Give the same options as before, or name another folder with -o.", 2,
             )
         _drop_log_after(out / LOG, last_step(out))
         return
     if resume:
-        raise DgemmaError(f"{out} holds no run to go on with", "Leave out --resume.", exit_code=2)
+        raise DgemmaError(f"{out} holds no run to resume", "Leave out --resume to start a new run.", exit_code=2)
     try:
         write_whole(path, json.dumps(record, indent=2) + "\n")
     except OSError as error:
-        raise DgemmaError(f"cannot write to {out}: {error.strerror}", exit_code=2) from None
+        raise DgemmaError(
+            f"cannot write to {out}: {error.strerror}", "Name another folder with -o.", exit_code=2
+        ) from None
 
 
 def last_step(out: Path) -> int:
-    """Of the run's last checkpoint; 0 without one."""
+    """Return the step of the last checkpoint of the run in ``out``, or 0 if there is none."""
     states = (out / name / "state.json" for name in ("checkpoint", "checkpoint.old"))
     return next((int(read_json(state)["step"]) for state in states if state.exists()), 0)
 
 
 def read_log(path: Path) -> list[Record]:
-    """The records of a log; one that a crash has cut off is left out."""
+    """Return the records of a log file, up to the first one that a crash has cut off. A missing file has no records."""
     records: list[Record] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -227,17 +302,20 @@ def read_log(path: Path) -> list[Record]:
 
 
 def _drop_log_after(path: Path, step: int) -> None:
+    """Remove the records of steps after ``step`` from a log file."""
     kept = [record for record in read_log(path) if record["step"] <= step]
     write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def _validate(run: FinetuneRun) -> Record:
-    """The denoising loss on the same canvases with the same noise every time, and the share of answers that are
-    those of the examples, to the letter."""
-    model, config = run.model, run.config
+def _validate(model: Model, config: FinetuneConfig, validation: Validation) -> Record:
+    """Return a log record of the validation loss and, if some examples ask something, of the exact match.
+
+    "valid_loss" is the denoising loss (nats per token) on the same canvases with the same noise every time.
+    "exact_match" is the share of answers that equal those of the examples, apart from surrounding white space.
+    """
     model.network.eval()
     canvas, pad_id = model.config.canvas_length, model.config.pad_token_id
-    conversations, examples = run.valid_conversations[:_VALIDATED], run.valid[: config.valid_answers]
+    conversations = validation.conversations[:_MAX_VALIDATED]
     objective = ObjectiveConfig(pad_weight=1.0, causal_weight=0, balance_weight=0, full_noise=0, min_noise=_MIN_NOISE)
     losses = []
     rng = random.Random("validation")
@@ -248,7 +326,7 @@ def _validate(run: FinetuneRun) -> Record:
         losses.append((float(loss.item()), len(group)))  # type: ignore[arg-type]
     rows = sum(count for _, count in losses)
     record: dict[str, Any] = {"valid_loss": round(sum(loss * count for loss, count in losses) / rows, 4)}
-    asked = [example for example in examples if example.messages]
+    asked = [example for example in validation.examples[: config.valid_answers] if example.messages]
     if asked:
         most = max(len(model.tokenizer.encode(example.answer)) for example in asked) + canvas
         answers = generate_batch(

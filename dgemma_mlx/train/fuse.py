@@ -1,7 +1,7 @@
-"""Writes checkpoints: one with an adapter merged into it, or one whose weights were trained.
+"""Checkpoints rewritten with changed weights: an adapter merged into its base, or weights that were trained in full.
 
-Shard by shard, under the names, and with the packing and dtypes, of the checkpoint it comes from: in memory is one
-shard of the output and one unpacked matrix.
+The output has the tensor names, the shards, the packing and the dtypes of the checkpoint that it comes from. It is
+written shard by shard: memory holds one shard of the output and one unpacked matrix.
 """
 
 from __future__ import annotations
@@ -33,24 +33,37 @@ _SMALL_FILES = (
 )
 _PACKING = (".scales", ".biases")
 
+# (parameter path, name of its tensor, all tensors of the source by parameter path) -> the tensors to write, by name
 Change = Callable[[str, str, Mapping[str, mx.array]], dict[str, mx.array]]
-"""Parameter path, its tensor's name, all tensors of the source by path -> what is written for it, by name."""
 
 
 def fuse(
     model: str | None, adapter: Path, output: Path, *, dequantize: bool = False, force: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Merges an adapter into a checkpoint and writes the result as a checkpoint of its own.
+    """Merge an adapter into a checkpoint and write the result as a new checkpoint.
 
-    What was packed is packed again in the same way, or with ``dequantize`` all of it becomes plain bfloat16. The output
-    appears when it is whole; ``force`` replaces what has its name. ``DgemmaError`` where the two do not fit.
+    The output folder appears only when it is complete.
+
+    Args:
+        model: The checkpoint: a folder, a Hub id ``owner/name[@revision]``, ``demo``, or None for the default.
+        adapter: The folder of the adapter.
+        output: The folder to write.
+        dequantize: Write all packed weights as plain bfloat16. Otherwise they are packed again in the same way.
+        force: Replace an existing output.
+        progress: Called after each shard with the number of shards done and the number of all shards.
+
+    Raises:
+        DgemmaError: If there is no such model or adapter, if the adapter does not fit the model, if the output exists
+            and ``force`` is not set (exit code 2), or if writing fails.
     """
     checkpoint = resolve(model)
     config = ModelConfig.load(checkpoint.folder)
     adapter_config, parts = read_adapter(adapter)
     if output.exists() and not force:
-        raise DgemmaError(f"{output} exists", "Replace it with --force, or name another folder.", exit_code=2)
+        raise DgemmaError(
+            f"{output} already exists", "Replace it with --force, or name another folder with -o.", exit_code=2
+        )
     tensors = open_tensors(checkpoint.folder)
     _check_fit(parts, parameter_names(tensors)[0], adapter)
     change = _merging(config, adapter_config, parts, dequantize)
@@ -67,13 +80,18 @@ def fuse(
             shutil.rmtree(output)
         unfinished.rename(output)
     except (OSError, RuntimeError) as error:
-        raise DgemmaError(f"writing {output} failed: {error}") from None
+        raise DgemmaError(
+            f"writing {output} failed: {error}", "Check the free space on the disk and the permissions of the folder."
+        ) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_trained(model: Model, folder: Path) -> None:
-    """The weights of a model that was trained whole, beside copies of its checkpoint's other files."""
+    """Write a checkpoint with the weights of a model that was trained in full.
+
+    The dtypes, and the files other than weights and config.json, are those of the model's own checkpoint.
+    """
     trained = dict(tree_flatten(model.network.parameters()))
 
     def change(path: str, name: str, source: Mapping[str, mx.array]) -> dict[str, mx.array]:
@@ -87,12 +105,22 @@ def rewrite(
     source: Path, folder: Path, config: Mapping[str, Any], change: Change,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Writes a checkpoint whose tensors are what ``change`` makes of the source's; the vision tower's stay."""
+    """Write a checkpoint whose text tensors are those of a source after ``change``.
+
+    Tensors of the vision tower, the tokenizer and the other small files are copied unchanged.
+
+    Args:
+        source: The checkpoint folder to read.
+        folder: The checkpoint folder to write.
+        config: The content of the new config.json.
+        change: Returns the tensors to write for one tensor of the source.
+        progress: Called after each shard with the number of shards done and the number of all shards.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
     files = shard_files(source)
     for number, file in enumerate(files, 1):
-        tensors = open_tensors(source)  # anew: what was read for the shard before is let go
+        tensors = open_tensors(source)  # opened again for each shard, which frees what the one before has read
         names, vision = parameter_names(tensors)
         by_path = {path: tensors[name] for path, name in names.items()}
         paths = {name: path for path, name in names.items()}
@@ -114,14 +142,18 @@ def rewrite(
 
 
 def _check_fit(parts: Mapping[str, Mapping[str, mx.array]], names: Mapping[str, str], adapter: Path) -> None:
+    """Raise ``DgemmaError`` if the adapter has parts for modules that the model does not have."""
     if missing := sorted(path for path in parts if f"{path}.weight" not in names):
-        raise DgemmaError(f"{adapter} adapts {some_of(missing)}, which the model does not have",
-                          "It was made for another model.")  # fmt: skip
+        raise DgemmaError(
+            f"{adapter} adapts {some_of(missing)}, which the model does not have",
+            "The adapter was made for another model.",
+        )
 
 
 def _merging(
     config: ModelConfig, adapter: AdapterConfig, parts: Mapping[str, Mapping[str, mx.array]], dequantize: bool
 ) -> Change:
+    """Return the change that merges the adapter's ``parts`` (by module path) and packs or unpacks the weights."""
     quantization = config.quantization or {}
 
     def change(path: str, name: str, source: Mapping[str, mx.array]) -> dict[str, mx.array]:
@@ -146,7 +178,7 @@ def _merging(
 
 
 def _plain(module: str, packing: Mapping[str, Any], source: Mapping[str, mx.array]) -> mx.array:
-    """A packed matrix in float32: in the scales' dtype, MLX would round twice."""
+    """Unpack a matrix to float32. In the dtype of the scales, MLX would round twice."""
     scales, biases = source[f"{module}.scales"], source.get(f"{module}.biases")
     if biases is not None:
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
@@ -156,9 +188,12 @@ def _plain(module: str, packing: Mapping[str, Any], source: Mapping[str, mx.arra
 def _merged(
     module: str, weight: mx.array, parts: Mapping[str, mx.array], adapter: AdapterConfig
 ) -> mx.array:
+    """Return a plain weight (..., O, I) with the adapter's part for its module added."""
     a, b, m = parts["lora_a"], parts["lora_b"], parts.get("m")
     *stack, outputs, inputs = weight.shape
     if [*a.shape[:-1], *b.shape[-1:]] != [*stack, inputs, outputs] or (m is not None and m.shape != (outputs,)):
-        raise DgemmaError(f"the adapter's part for {module} does not fit a matrix of {weight.shape}",
-                          "It was made for another model.")  # fmt: skip
+        raise DgemmaError(
+            f"the adapter's part for {module} does not fit a matrix of shape {weight.shape}",
+            "The adapter was made for another model.",
+        )
     return merged(weight, a, b, adapter.scale, m)

@@ -1,4 +1,4 @@
-"""The training loop: steps, log lines, checkpoints that resume."""
+"""The training loop: steps, log records, and checkpoints from which a run resumes exactly."""
 
 from __future__ import annotations
 
@@ -19,13 +19,24 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.model.text import DiffusionGemma
-from dgemma_mlx.train.data import Part
+from dgemma_mlx.train.batches import Part
 from dgemma_mlx.train.objective import ObjectiveConfig, block_diffusion_loss
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, how often to log and save, and the seed of everything random."""
+    """Settings of the training loop.
+
+    Attributes:
+        steps: Number of updates of the weights.
+        seed: Seed of the noise and the dropout.
+        clip_norm: Maximum norm of the gradients; larger gradients are scaled down.
+        log_every: Number of steps between two log records.
+        save_every: Number of steps between two checkpoints.
+        valid_every: Number of steps between two validations; 0 validates only after the last step.
+        mean_of: Steps after which the weights are kept, for ``mean_weights``.
+        objective: Settings of the loss.
+    """
 
     steps: int
     seed: int = 0
@@ -33,31 +44,44 @@ class TrainConfig:
     log_every: int = 20
     save_every: int = 250
     valid_every: int = 0
-    """0: only at the end"""
     mean_of: tuple[int, ...] = ()
-    """steps whose weights are kept, for ``mean_weights``"""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
 
 
-Record = dict[str, Any]
+Record = dict[str, Any]  # one record of the log; it has a "step"
 Log = Callable[[Record], None]
 
 
 def train(
     model: DiffusionGemma, optimizer: optim.Optimizer, parts_at: Callable[[int], Sequence[Part]], pad_id: int,
-    config: TrainConfig, run: Path, log: Log, *, validate: Callable[[], Record] | None = None,
+    config: TrainConfig, folder: Path, log: Log, *, validate: Callable[[], Record] | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Trains what is not frozen, in place, until ``config.steps``; saves to and resumes from the folder ``run``.
+    """Train the parameters of a model that are not frozen, in place.
 
-    ``parts_at`` gives a step's batch in parts, whose gradients are summed one after the other. ``validate`` makes a
-    record of its own for the log. ``stopped`` is asked after every step: then the state is saved, and the number of
-    steps done is returned. Started by ``mlx.launch``, every process takes batches of its own and the gradients are
-    averaged; only the first one logs and saves.
+    Training starts from the last checkpoint in ``folder``, if there is one. If ``mlx.launch`` has started several
+    processes, each of them takes batches of its own, the gradients are averaged, and only the first one logs and saves.
+
+    Args:
+        model: The network to train.
+        optimizer: The optimizer. A resumed run restores its state.
+        parts_at: Returns the parts of a batch by its number. Their gradients are averaged.
+        pad_id: The id of padding.
+        config: Settings of the loop.
+        folder: Where checkpoints are saved.
+        log: Called with every log record.
+        validate: Returns a record of its own, which is logged with its step.
+        stopped: Asked after every step. If it returns True, the state is saved and training ends.
+
+    Returns:
+        The number of steps that are done, counting those before a resumption.
+
+    Raises:
+        DgemmaError: If the loss is not finite, or a checkpoint cannot be read or written.
     """
     group = mx.distributed.init()
     first = group.rank() == 0
-    step = restore(run, model, optimizer)
+    step = restore(folder, model, optimizer)
     step_and_grad = nn.value_and_grad(model, partial(block_diffusion_loss, model, config=config.objective,
                                                      pad_id=pad_id))  # fmt: skip
     model.train()
@@ -74,7 +98,10 @@ def train(
         optimizer.update(model, gradients)
         mx.eval(model.trainable_parameters(), optimizer.state, norm)
         if not math.isfinite(losses["loss"]):
-            raise DgemmaError(f"the loss is {losses['loss']} at step {step}", f"The last good state is in {run}.")
+            raise DgemmaError(
+                f"the loss is {losses['loss']} at step {step}",
+                f"Lower the learning rate; checkpoints from before this step are in {folder}.",
+            )
         step += 1
         meter.add({**losses, "gradient_norm": norm.item()}, sum(b.ids.size + b.canvas.size for b, _ in parts))
         stopping = stopped()
@@ -82,34 +109,37 @@ def train(
             log(meter.record(step, config.steps))
             meter = _Meter(step)
         if first and (step % config.save_every == 0 or step == config.steps or stopping):
-            save(run, model, optimizer, step)
+            save(folder, model, optimizer, step)
         if first and validate is not None and (_every(step, config.valid_every) or step == config.steps):
             log({"step": step, **validate()})
             model.train()
-            meter.resume()
+            meter.restart_clock()
         if first and step in config.mean_of:
-            mx.save_safetensors(str(_kept(run, step)), dict(tree_flatten(model.parameters())))
+            mx.save_safetensors(str(_kept(folder, step)), dict(tree_flatten(model.parameters())))
         if stopping:
             break
     return step
 
 
 class _Meter:
-    """Means over the steps since ``step``."""
+    """Means of logged values over the steps since ``step``, with speed and remaining time."""
 
     def __init__(self, step: int) -> None:
         self._step, self._sums, self._tokens = step, dict[str, float](), 0
-        self.resume()
+        self.restart_clock()
 
-    def resume(self) -> None:
+    def restart_clock(self) -> None:
+        """Measure time from now on; called after a validation, whose time is not training time."""
         self._began = time.perf_counter()
 
     def add(self, values: Mapping[str, float], tokens: int) -> None:
+        """Add the values of one step, which has trained on ``tokens`` tokens."""
         self._tokens += tokens
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
 
     def record(self, step: int, steps: int) -> Record:
+        """Return the log record after step number ``step`` of a run of ``steps`` steps."""
         passed, seconds = step - self._step, time.perf_counter() - self._began
         return {
             "step": step, **{name: round(total / passed, 4) for name, total in self._sums.items()},
@@ -119,13 +149,17 @@ class _Meter:
 
 
 def _every(step: int, number: int) -> bool:
+    """Return whether ``step`` is a multiple of ``number``; 0 has no multiples."""
     return number > 0 and step % number == 0
 
 
 def _mean_gradients(
     step_and_grad: Callable[..., Any], parts: Sequence[Part], key: mx.array, streams: Sequence[Any]
 ) -> tuple[dict[str, float], Any]:
-    """Means over the parts, each weighing as many rows as it has; one part for each stream is in memory at a time."""
+    """Return the means of losses and gradients over the rows of all parts.
+
+    Each stream computes one part at a time, so memory holds the intermediate results of one part for each stream.
+    """
     rows = sum(batch.canvas.shape[0] for batch, _ in parts)
     gradients: Any = None
     means: dict[str, float] = {}
@@ -147,25 +181,36 @@ def _mean_gradients(
 
 
 def _streams(processes: int) -> list[Any]:
-    """Where parts of a batch are worked on: on the CPU, where MLX uses one core a stream, on two at once."""
+    """Return the streams that compute the parts of a batch.
+
+    A single process on the CPU gets two, because MLX uses one core for each stream there.
+    """
     default = mx.default_stream(mx.default_device())
-    alone = processes > 1 or mx.default_device() != mx.Device(mx.cpu)
-    return [default] if alone else [default, mx.new_stream(mx.cpu)]
+    one_stream = processes > 1 or mx.default_device() != mx.Device(mx.cpu)
+    return [default] if one_stream else [default, mx.new_stream(mx.cpu)]
 
 
-def mean_weights(run: Path, steps: Sequence[int]) -> dict[str, mx.array]:
-    """The mean of the weights that were kept at those steps: stochastic weight averaging (arXiv 1803.05407)."""
-    kept: Any = [mx.load(str(_kept(run, step))) for step in steps]
+def mean_weights(folder: Path, steps: Sequence[int]) -> dict[str, mx.array]:
+    """Return the mean of the weights that were kept after the given steps, by parameter path.
+
+    This is stochastic weight averaging (Izmailov et al., arXiv 1803.05407).
+    """
+    kept: Any = [mx.load(str(_kept(folder, step))) for step in steps]
     return {name: sum(weights[name] for weights in kept) / len(kept) for name in kept[0]}
 
 
-def _kept(run: Path, step: int) -> Path:
-    return run / f"weights-{step}.safetensors"
+def _kept(folder: Path, step: int) -> Path:
+    """Return the file of the weights that are kept after a step."""
+    return folder / f"weights-{step}.safetensors"
 
 
-def save(run: Path, model: DiffusionGemma, optimizer: optim.Optimizer, step: int) -> None:
-    """Writes ``run/checkpoint``: complete or not at all; the one before is replaced last."""
-    fresh, final, old = run / "checkpoint.new", run / "checkpoint", run / "checkpoint.old"
+def save(folder: Path, model: DiffusionGemma, optimizer: optim.Optimizer, step: int) -> None:
+    """Write ``folder/checkpoint`` with the trained parameters, the optimizer's state and the step.
+
+    The new checkpoint is written in full before it replaces the previous one, so a crash leaves one of them. Raises
+    ``DgemmaError`` if it cannot be written.
+    """
+    fresh, final, old = folder / "checkpoint.new", folder / "checkpoint", folder / "checkpoint.old"
     try:
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
@@ -177,22 +222,30 @@ def save(run: Path, model: DiffusionGemma, optimizer: optim.Optimizer, step: int
             final.rename(old)
         fresh.rename(final)
     except (OSError, RuntimeError) as error:
-        raise DgemmaError(f"cannot save to {run}: {error}", "The checkpoint before is still there.") from None
+        raise DgemmaError(
+            f"cannot save to {folder}: {error}", "The previous checkpoint, if there was one, is kept."
+        ) from None
     shutil.rmtree(old, ignore_errors=True)
 
 
-def restore(run: Path, model: DiffusionGemma, optimizer: optim.Optimizer) -> int:
-    """Loads the last checkpoint of ``run`` into model and optimizer; returns its step, 0 when there is none."""
-    folder = next((f for f in (run / "checkpoint", run / "checkpoint.old") if (f / "state.json").exists()), None)
-    if folder is None:
+def restore(folder: Path, model: DiffusionGemma, optimizer: optim.Optimizer) -> int:
+    """Load the last checkpoint in ``folder`` into model and optimizer and return its step, or 0 if there is none.
+
+    Raises ``DgemmaError`` if the checkpoint cannot be read.
+    """
+    candidates = (folder / "checkpoint", folder / "checkpoint.old")
+    checkpoint = next((path for path in candidates if (path / "state.json").exists()), None)
+    if checkpoint is None:
         return 0
     try:
-        model.load_weights(str(folder / "model.safetensors"), strict=False)  # a frozen base is not in it
+        model.load_weights(str(checkpoint / "model.safetensors"), strict=False)  # without frozen parameters
         optimizer.init(model.trainable_parameters())
-        state = mx.load(str(folder / "optimizer.safetensors"))
+        state = mx.load(str(checkpoint / "optimizer.safetensors"))
         assert isinstance(state, dict)
         optimizer.state = tree_unflatten(list(state.items()))
-        step: int = json.loads((folder / "state.json").read_text())["step"]
+        step: int = json.loads((checkpoint / "state.json").read_text())["step"]
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise DgemmaError(f"{folder} cannot be read: {error}", "It may be damaged; begin in another folder.") from None
+        raise DgemmaError(
+            f"{checkpoint} cannot be read: {error}", "It may be damaged; start a new run in another folder."
+        ) from None
     return step

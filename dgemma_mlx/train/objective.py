@@ -1,9 +1,10 @@
 """The block-diffusion training objective.
 
-A canvas of the answer is corrupted with uniform random ids and the decoder predicts the clean canvas at
-every position, seeing the clean prefix through the encoder's keys and values (Arriola et al., arXiv
-2503.09573; uniform noise as in Austin et al., arXiv 2107.03006). Beside it the encoder learns to predict
-the next token of the same canvas, and the routers to spread their load (Fedus et al., arXiv 2101.03961).
+A canvas of the answer is corrupted with uniform random ids. The decoder sees the clean prefix through the encoder's
+keys and values, and predicts the clean id at every position of the canvas (Arriola et al., arXiv 2503.09573; uniform
+noise as in Austin et al., arXiv 2107.03006). Two smaller losses are added: the encoder learns to predict the next
+token of the same canvas, and the routers learn to spread their load over the experts (Fedus et al., arXiv
+2101.03961).
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from dgemma_mlx.model.text import DiffusionGemma
 
 @dataclass(frozen=True)
 class Batch:
-    """Whole clean sequences and the canvas chosen from each.
+    """Clean sequences, and one canvas of each of them to train on.
 
-    ids (B, S) int32, padded on the right; starts (B,) int32, where the canvas begins; canvas (B, C) int32,
-    the clean canvas, padded after the end of text.
+    Attributes:
+        ids: Prompt and answer up to the canvas, or through it for the causal loss: (B, S) int32, padded on the right.
+        starts: The position in ``ids`` where the canvas of each row begins: (B,) int32.
+        canvas: The clean canvas, padded after the end of the text: (B, C) int32.
     """
 
     ids: mx.array
@@ -34,26 +37,35 @@ class Batch:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Weights of the parts, and how canvases are corrupted."""
+    """Weights of the losses, and how canvases are corrupted.
+
+    Attributes:
+        pad_weight: Weight of a padding position in the denoising loss. A text position has weight 1.
+        causal_weight: Weight of the encoder's next-token loss. With 0, ``Batch.ids`` may end before the canvas.
+        balance_weight: Weight of the routers' load-balance loss; 0 if the routers are not trained.
+        full_noise: Share of canvases in which every id is replaced, as in the first denoising step.
+        min_noise: In the other canvases, each id is replaced with probability U(min_noise, 1), drawn once per canvas.
+        min_temperature: Self-conditioning logits are divided by U(min_temperature, 1), because the sampler divides its
+            logits by a temperature as well.
+    """
 
     pad_weight: float = 0.2
-    """of a padding position in the denoising loss, against 1 of a text position"""
     causal_weight: float = 0.5
-    """of the encoder's loss; with 0, a batch needs no ids from its canvases on"""
     balance_weight: float = 0.01
-    """of the routers' loss; 0 where they do not learn"""
     full_noise: float = 0.3
-    """share of canvases with every id replaced, as in the first denoising step"""
     min_noise: float = 0.0
-    """of the others, the share of ids that are replaced is U(min_noise, 1)"""
     min_temperature: float = 0.4
-    """self-conditioning logits are divided by U(min_temperature, 1), as the sampler's schedule does"""
 
 
 class TeacherCache:
-    """Holds each layer's keys and values of whole clean sequences; the canvas of row b sees those before starts[b].
+    """Keys and values of whole clean sequences, for teacher forcing.
 
-    Stands in for ``PrefixCache`` (same calls), keeps the gradient, and encodes prefix and AR targets in one pass.
+    The canvas of row b sees only the positions before ``starts[b]``. The class has the methods of ``PrefixCache``
+    that the network calls. Unlike it, it keeps gradients, and one pass encodes the prefix and the targets of the
+    causal loss.
+
+    Attributes:
+        rope_offset: Position of the next token for rotary embeddings: 0 while encoding, then ``starts`` (B,) int32.
     """
 
     def __init__(self, window: int, starts: mx.array) -> None:
@@ -63,19 +75,23 @@ class TeacherCache:
         self.rope_offset: int | mx.array = 0
 
     def encode_masks(self, length: int) -> dict[str, Mask]:
+        """Return the causal masks of each layer kind for sequences of ``length`` positions."""
         positions = mx.arange(length)
         queries, keys = positions[:, None], positions
         return {FULL: "causal", SLIDING: (keys <= queries) & (keys > queries - self._window)}
 
     def update(self, layer: int, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        """Store a layer's keys and values (B, Hk, S, D) and return them. Layers must be stored in order."""
         assert layer == len(self._layers)
         self._layers.append((k, v))
         return k, v
 
     def advance(self, positions: int) -> None:
+        """Finish encoding sequences of ``positions`` positions; from now on, canvases are decoded."""
         self._length, self.rope_offset = positions, self._starts
 
     def canvas_masks(self, length: int) -> dict[str, Mask]:
+        """Return the masks (B, 1, 1, S + C) of each layer kind for canvases of ``length`` positions."""
         keys, starts = mx.arange(self._length), self._starts[:, None]
         canvas = mx.ones((starts.shape[0], length), mx.bool_)
 
@@ -86,15 +102,16 @@ class TeacherCache:
         return {FULL: mask(before), SLIDING: mask(before & (keys > starts - self._window))}
 
     def with_canvas(self, layer: int, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        """Return a layer's keys and values with those of the canvas after them, (B, Hk, S + C, D) each."""
         keys, values = self._layers[layer]
         return mx.concatenate([keys, k], axis=2), mx.concatenate([values, v], axis=2)
 
     def prefix(self, layer: int) -> tuple[mx.array, ...]:
-        """A layer's keys and values; nothing before they are known."""
+        """Return a layer's keys and values, or an empty tuple if the layer has stored none yet."""
         return self._layers[layer] if layer < len(self._layers) else ()
 
     def detached(self) -> TeacherCache:
-        """The same cache without gradient."""
+        """Return a copy of this cache that stops gradients."""
         copy = TeacherCache(self._window, self._starts)
         copy._layers = [(mx.stop_gradient(k), mx.stop_gradient(v)) for k, v in self._layers]
         copy._length, copy.rope_offset = self._length, self.rope_offset
@@ -102,14 +119,34 @@ class TeacherCache:
 
 
 def corrupt(canvas: mx.array, noise: mx.array, draw: mx.array, t: mx.array) -> mx.array:
-    """Replaces each id with the random id in ``noise`` where ``draw`` (B, C) in [0, 1) is below t (B,)."""
+    """Replace the ids of a canvas by random ids.
+
+    Args:
+        canvas: Clean ids, (B, C) int32.
+        noise: Random ids, (B, C) int32.
+        draw: Uniform random numbers in [0, 1), (B, C) float32. An id is replaced where its number is below ``t``.
+        t: The probability of replacement for each row, (B,) float32.
+    """
     return mx.where(draw < t[:, None], noise, canvas)
 
 
 def block_diffusion_loss(
     model: DiffusionGemma, batch: Batch, config: ObjectiveConfig, pad_id: int, key: mx.array, self_condition: bool
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    """The training loss of a batch (a scalar, nats per token) and its parts, for logging."""
+    """Compute the training loss of a batch.
+
+    Args:
+        model: The network.
+        batch: Sequences and canvases.
+        config: Weights of the losses and amounts of noise.
+        pad_id: The id of padding.
+        key: Random key; the same key gives the same noise.
+        self_condition: Give the decoder its own prediction from a noisier canvas, which is computed first.
+
+    Returns:
+        The total loss, a scalar in nats per token, and its unweighted parts by name for the log: "diffusion", and
+        "causal" and "balance" if their weights are not 0.
+    """
     B, C = batch.canvas.shape
     keys = mx.random.split(key, 6)
     t = mx.random.uniform(config.min_noise, 1.0, (B,), key=keys[0])
@@ -123,7 +160,7 @@ def block_diffusion_loss(
 
     conditioning = None
     if self_condition:
-        # What an earlier, noisier step would have predicted: t' in [t, 1), same draws.
+        # The prediction of an earlier denoising step, whose canvas is noisier: t' in [t, 1), with the same draws.
         earlier = t + (1 - t) * mx.random.uniform(shape=(B,), key=keys[4])
         first = model.decode(corrupt(batch.canvas, noise, draw, earlier), cache.detached())  # type: ignore[arg-type]
         temperature = mx.random.uniform(config.min_temperature, 1.0, (B, 1, 1), key=keys[5])
@@ -145,7 +182,10 @@ def block_diffusion_loss(
 
 
 def _causal_loss(model: DiffusionGemma, hidden: mx.array, batch: Batch, text: mx.array) -> mx.array:
-    """The encoder's: the position before the canvas predicts its first token, and so on."""
+    """Return the encoder's next-token loss: the position before each token of the canvas predicts that token.
+
+    ``hidden`` (B, S, M) are the encoder's final states, and ``text`` (B, C) is True where the canvas is not padding.
+    """
     before = batch.starts[:, None] - 1 + mx.arange(batch.canvas.shape[1])
     before = mx.minimum(before, batch.ids.shape[1] - 1)
     rows = mx.take_along_axis(hidden, before[..., None], axis=1)
@@ -153,7 +193,11 @@ def _causal_loss(model: DiffusionGemma, hidden: mx.array, batch: Batch, text: mx
 
 
 def load_balance(router_log: RouterLog) -> mx.array:
-    """E * sum over experts of (share of rows) * (mean probability), averaged over layers; 1 when balanced."""
+    """Compute the load-balance loss of the routers (Fedus et al., arXiv 2101.03961).
+
+    For each layer, it is E times the sum over experts of (share of rows sent to the expert) * (mean probability of the
+    expert). The result is the mean over layers, a scalar. An even load gives 1.
+    """
     parts = []
     for probabilities, indices in router_log:
         E = probabilities.shape[-1]
@@ -163,4 +207,5 @@ def load_balance(router_log: RouterLog) -> mx.array:
 
 
 def _weighted_mean(losses: mx.array, weights: mx.array) -> mx.array:
+    """Return the mean of losses with the given weights, a scalar."""
     return (losses * weights).sum() / weights.sum()

@@ -1,26 +1,25 @@
-"""Muon for matrices, AdamW for the rest, one learning-rate shape for both."""
+"""Optimizers and learning-rate schedules: Muon for matrices and AdamW for the other parameters, or AdamW for all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
 
-Schedule = Callable[[mx.array], mx.array]
+Schedule = Callable[[mx.array], mx.array]  # step -> learning rate
 
-
+# Each cycle of the demo model's schedule falls from the first to the second share of the peak rate.
 _CYCLES = ((1 / 2, 1 / 50), (1 / 5, 1 / 200), (1 / 7.5, 1 / 200), (1 / 10, 1 / 200), (1 / 10, 1 / 200))
-"""Shares of the peak rate, from and to."""
 
 
 def rate_schedule(peak: float, steps: int, warmup: int = 100, hold: int = 1000) -> Schedule:
-    """Cycles of equal length, each falling linearly almost to nothing, the later ones from less.
+    """Return the learning-rate schedule of the demo model: a warm-up, a plateau, and falling cycles of equal length.
 
-    Linear warm-up, then ``peak`` until step ``hold``: the high rate finds the rough shape fast; from there half of it,
-    as small batches ask for a lower one: dropping the rate to a third at step 750 of the demo model lowered the
-    training loss by a tenth within 70 steps. The later cycles refine what the first one has found.
+    The rate rises linearly to ``peak`` over ``warmup`` steps and stays there until step ``hold``, because a high rate
+    finds the rough solution fast. The first cycle continues with half of it, because small batches need a lower rate:
+    lowering the rate to a third at step 750 of the demo model lowered the training loss by a tenth within 70 steps.
+    Every cycle falls linearly almost to zero. The later cycles start lower and refine what the first one has found.
     """
     starts = [max(hold + i, steps * i // len(_CYCLES)) for i in range(len(_CYCLES) + 1)]
     starts[0] = hold
@@ -34,11 +33,14 @@ def rate_schedule(peak: float, steps: int, warmup: int = 100, hold: int = 1000) 
 
 
 def warmed_up(kind: str, peak: float, steps: int, warmup: int) -> Schedule:
-    """Linear warm-up, then ``constant``, or from there to the last step ``linear`` or ``cosine`` to nothing."""
-    left = max(1, steps - warmup)
+    """Return a schedule that rises linearly to ``peak`` over ``warmup`` steps and then follows ``kind``.
+
+    "constant" stays at the peak; "linear" and "cosine" fall to zero at the last step.
+    """
+    remaining = max(1, steps - warmup)
     schedules: dict[str, Schedule] = {
-        "constant": lambda step: mx.array(peak), "linear": optim.linear_schedule(peak, 0.0, left),
-        "cosine": optim.cosine_decay(peak, left),
+        "constant": lambda step: mx.array(peak), "linear": optim.linear_schedule(peak, 0.0, remaining),
+        "cosine": optim.cosine_decay(peak, remaining),
     }  # fmt: skip
     if not warmup:
         return schedules[kind]
@@ -48,17 +50,25 @@ def warmed_up(kind: str, peak: float, steps: int, warmup: int) -> Schedule:
 
 
 class Muon(optim.Muon):
-    """MLX's Muon with two changes: a stack of matrices (E, O, I) is orthogonalised matrix by matrix, and
-    weight decay is decoupled (it does not pass through the orthogonalisation), as in AdamW.
+    """MLX's Muon optimizer (Jordan, https://kellerjordan.github.io/posts/muon) with two changes.
 
-    ``transposed`` matrices (I, O), as adapters have them, take the rate of their transpose.
+    A stack of matrices (E, O, I) is orthogonalised matrix by matrix, and weight decay is decoupled as in AdamW: it does
+    not pass through the orthogonalisation.
+
+    Args:
+        learning_rate: The learning rate, or its schedule. It is scaled by sqrt(max(1, O / I)).
+        weight_decay: Decoupled weight decay.
+        transposed: Matrices are stored as (I, O), as adapters store them, and take the rate of their transpose.
     """
 
-    def __init__(self, *arguments: Any, transposed: bool = False, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+    def __init__(
+        self, learning_rate: float | Schedule, *, weight_decay: float = 0.01, transposed: bool = False
+    ) -> None:
+        super().__init__(learning_rate, weight_decay=weight_decay)
         self._transposed = transposed
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
+        """Return the updated parameter. ``state["v"]`` is the momentum, which is updated as well."""
         momentum = self.momentum * state["v"] + (1 - self.momentum) * gradient
         state["v"] = momentum
         update = gradient * (1 - self.momentum) + momentum * self.momentum if self.nesterov else momentum
@@ -68,7 +78,7 @@ class Muon(optim.Muon):
         return parameter * (1 - self.learning_rate * self.weight_decay) - rate * update
 
     def _zeropower_via_newtonschulz5(self, X: mx.array, steps: int) -> mx.array:
-        """Newton-Schulz iteration towards the nearest orthogonal matrix, over the last two axes."""
+        """Approximate the nearest orthogonal matrix over the last two axes by a quintic Newton-Schulz iteration."""
         a, b, c = 3.4445, -4.7750, 2.0315
         wide = X.shape[-2] <= X.shape[-1]
         X = X if wide else X.swapaxes(-1, -2)
@@ -80,13 +90,16 @@ class Muon(optim.Muon):
 
 
 def is_matrix(path: str, parameter: mx.array) -> bool:
-    """What Muon is for: the hidden layers' matrices, not embeddings, routers, norms or scalars."""
+    """Return whether Muon should train a parameter: a matrix of a hidden layer, not an embedding or a router."""
     return parameter.ndim >= 2 and "embed_tokens" not in path and "router" not in path
 
 
 def make_optimizer(steps: int, muon_rate: float = 0.03, adam_rate: float = 3e-3,
                    weight_decay: float = 0.05) -> optim.MultiOptimizer:
-    """Rates and betas of the demo model's recipe; the same schedule for both optimizers."""
+    """Return the demo model's optimizer for a run of ``steps`` steps: Muon for matrices, AdamW for the rest.
+
+    Both follow the same schedule, with different peak rates.
+    """
     muon = Muon(rate_schedule(muon_rate, steps), weight_decay=weight_decay)
     adamw = optim.AdamW(rate_schedule(adam_rate, steps), betas=[0.9, 0.98], weight_decay=weight_decay,
                         bias_correction=True)
@@ -95,8 +108,14 @@ def make_optimizer(steps: int, muon_rate: float = 0.03, adam_rate: float = 3e-3,
 
 def make_finetune_optimizer(kind: str, schedule: Callable[[float], Schedule], rate: float,
                             weight_decay: float) -> optim.Optimizer:
-    """``adamw`` for everything, or ``muon`` for matrices with AdamW, at a tenth of the rate, for the rest.
-    ``schedule`` makes a schedule of a peak rate."""
+    """Return the optimizer of a fine-tuning run.
+
+    Args:
+        kind: "adamw" for all parameters, or "muon" for matrices, with AdamW at a tenth of the rate for the rest.
+        schedule: Returns a schedule with a given peak rate.
+        rate: The peak learning rate.
+        weight_decay: Decoupled weight decay.
+    """
 
     def adamw(peak: float) -> optim.AdamW:
         return optim.AdamW(schedule(peak), betas=[0.9, 0.98], weight_decay=weight_decay, bias_correction=True)
@@ -109,5 +128,5 @@ def make_finetune_optimizer(kind: str, schedule: Callable[[float], Schedule], ra
 
 
 def is_factor(path: str, parameter: mx.array) -> bool:
-    """Of an adapter."""
+    """Return whether a parameter is a low-rank factor of an adapter."""
     return path.endswith((".lora_a", ".lora_b"))

@@ -1,11 +1,13 @@
-"""The demo model's score card: held-out prompts, the reference sampler, each task's own checker."""
+"""The score card of the demo model: the share of held-out prompts of each task that it answers correctly.
+
+Answers are generated with the reference speed mode and judged by the checker of their task.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from dgemma_mlx.generation.api import generate
 from dgemma_mlx.generation.model import Model
@@ -14,26 +16,30 @@ from dgemma_mlx.train.tasks import TASKS
 
 @dataclass(frozen=True)
 class Score:
-    """One task's line of the card."""
+    """The line of one task in the score card.
+
+    Attributes:
+        task: Name of the task.
+        prompts: Number of held-out prompts.
+        correct: Share of answers that the checker of the task accepts.
+        steps_per_canvas: Mean number of denoising steps of a canvas.
+        tokens_per_forward: Number of tokens in all answers, divided by the number of denoising steps.
+    """
 
     task: str
     prompts: int
     correct: float
-    """share of answers that the task's checker accepts"""
     steps_per_canvas: float
     tokens_per_forward: float
 
 
-def score_task(model: Model, task: str, prompts: int, seed: int = 0, **options: Any) -> Score:
-    """Generates answers to ``prompts`` held-out prompts of a task and counts the right ones.
-
-    The reference's loop, where ``options`` (those of ``generate``) say nothing else.
-    """
+def score_task(model: Model, task: str, prompts: int, seed: int = 0) -> Score:
+    """Answer ``prompts`` held-out prompts of a task and count the correct answers. ``seed`` chooses the prompts."""
     rng = random.Random(f"score/{task}/{seed}")
     correct = tokens = steps = canvases = 0
     for number in range(prompts):
         example = TASKS[task].sample(rng, "heldout")
-        done = generate(model, list(example.messages), max_tokens=128, seed=number, **{"speed": "reference", **options})
+        done = generate(model, list(example.messages), max_tokens=128, seed=number, speed="reference")
         correct += TASKS[task].check(example, done.text)
         tokens += done.statistics.generated_tokens
         steps += done.statistics.denoising_steps
@@ -42,12 +48,12 @@ def score_task(model: Model, task: str, prompts: int, seed: int = 0, **options: 
 
 
 def score_card(model: Model, prompts: int, tasks: Iterable[str] = tuple(TASKS)) -> list[Score]:
-    """The scores of the tasks, in the order given."""
+    """Return the scores of tasks, in the given order, with ``prompts`` prompts for each."""
     return [score_task(model, task, prompts) for task in tasks]
 
 
 def as_markdown(scores: Iterable[Score]) -> str:
-    """The card as a table, as the README has it."""
+    """Return a score card as a Markdown table, as the README shows it."""
     lines = ["| task | correct | steps a canvas | tokens per forward |", "| --- | --- | --- | --- |"]
     lines += [
         f"| {s.task} | {100 * s.correct:.1f} % | {s.steps_per_canvas:.2f} | {s.tokens_per_forward:.2f} |"

@@ -196,7 +196,7 @@ def test_no_weight_is_read(tmp_path: Path) -> None:
         ("cut off", "its header promises"),
         ("no config", "has no config.json"),
         ("other model", "model_type is 'gemma4'"),
-        ("other sizes", "config.json asks for"),
+        ("other sizes", "config.json requires"),
     ],
 )
 def test_a_folder_that_is_no_checkpoint(tmp_path: Path, broken: str, message: str) -> None:

@@ -134,7 +134,7 @@ def test_sudoku_is_evaluated(tmp_path: Path) -> None:
         (("train", "--data", "absent.jsonl", "-o", "OUT"), "cannot read absent.jsonl"),
         (("train", "--data", "DATA", "-o", "OUT", "--report-to", "paper"), "--report-to must be"),
         (("train", "--data", "DATA", "-o", "OUT", "--resume"), "holds no run"),
-        (("eval", "--task", "sudoku", "--size", "5"), "no Sudoku of 5x5"),
+        (("eval", "--task", "sudoku", "--size", "5"), "Sudoku of 5x5 cells is not supported"),
         (("eval", "--task", "sudoku", "--clues", "few"), "no number of clues"),
         (("fuse", "--adapter", "absent", "-o", "OUT"), "no adapter folder absent"),
         (("generate", "--adapter", "absent", "Hello"), "no adapter folder absent"),

@@ -1,4 +1,4 @@
-"""Small source checkpoints for the converter, and what tests ask of its outputs."""
+"""Small source checkpoints for the converter, and checks of its outputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dgemma_mlx.errors import DgemmaError
 from tests.model.checkpoint import Tensors, flat_config, random_tensors, write_checkpoint
 
 SMALL_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-TOKENIZER_VOCABULARY = 768  # of the demo's tokenizer
+TOKENIZER_VOCABULARY = 768  # size of the demo tokenizer's vocabulary
 SMALLEST = {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
 
 TOWER = "model.encoder.vision_tower.encoder.layers.0"
@@ -37,7 +37,7 @@ VISION = {
 
 @cache
 def some_tensors(dtype: mx.Dtype = mx.bfloat16, vocab_size: int = 96) -> Tensors:
-    """The text tensors of ``flat_config(vocab_size=...)``: not to be changed."""
+    """Return the text tensors of ``flat_config(vocab_size=...)``. Callers must not change them."""
     tensors = random_tensors(flat_config(vocab_size=vocab_size), dtype)
     mx.eval(tensors)
     return tensors
@@ -45,7 +45,7 @@ def some_tensors(dtype: mx.Dtype = mx.bfloat16, vocab_size: int = 96) -> Tensors
 
 @cache
 def smallest_tensors(dtype: mx.Dtype = mx.bfloat16) -> Tensors:
-    """Those of ``flat_config(**SMALLEST)``: not to be changed."""
+    """Return the text tensors of ``flat_config(**SMALLEST)``. Callers must not change them."""
     tensors = random_tensors(flat_config(**SMALLEST), dtype)
     mx.eval(tensors)
     return tensors
@@ -60,7 +60,10 @@ def make_source(
     folder: Path, config: Mapping[str, Any] | None = None, tensors: Mapping[str, mx.array] | None = None, *,
     shards: int = 1, tokenizer: bool = False,
 ) -> Path:  # fmt: skip
-    """A source checkpoint, bf16 unless ``tensors`` are given. With the demo's tokenizer comes its vocabulary."""
+    """Write a source checkpoint: bf16 unless ``tensors`` are given. With ``tokenizer``, it gets the demo's tokenizer.
+
+    Without a ``config``, the vocabulary has the size of the tokenizer's.
+    """
     if config is None:
         config = flat_config(vocab_size=TOKENIZER_VOCABULARY) if tokenizer else flat_config()
     if tensors is None:
@@ -73,12 +76,12 @@ def make_source(
 
 
 def smallest_source(folder: Path) -> Path:
-    """One layer: for tests that convert it dozens of times."""
+    """Write a source checkpoint with one layer, for tests that convert it dozens of times."""
     return make_source(folder, flat_config(**SMALLEST), smallest_tensors())
 
 
 def stored(folder: Path) -> Tensors:
-    """Every tensor of a checkpoint's weight files, under its own name."""
+    """Return every tensor in the weight files of a checkpoint, by its stored name."""
     tensors: Tensors = {}
     for path in shard_files(folder):
         part = mx.load(str(path))
@@ -93,7 +96,7 @@ def identical(one: mx.array, other: mx.array) -> bool:
 
 
 def unpacked(parts: Sequence[mx.array], packing: Format) -> mx.array:
-    """The values of a packed weight: computed by MLX in float32, rounded to bfloat16 once."""
+    """Return the values of a packed weight, computed by MLX in float32 and rounded to bfloat16 once."""
     scales = [part.astype(mx.float32) if packing.mode == "affine" else part for part in parts[1:]]
     values = mx.dequantize(
         parts[0], *scales, group_size=packing.group_size, bits=packing.bits, mode=packing.mode, dtype=mx.float32
@@ -102,7 +105,7 @@ def unpacked(parts: Sequence[mx.array], packing: Format) -> mx.array:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file in a folder, by its name."""
+    """Return the sha256 digest of every file in a folder, by its name."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
@@ -112,19 +115,19 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def names_in(folder: Path) -> set[str]:
-    """Everything in a folder, hidden things too."""
+    """Return the names of everything in a folder, including hidden files."""
     return {path.name for path in folder.iterdir()}
 
 
 def user_error(error: DgemmaError) -> str:
-    """Message and hint of an error that a user can act on, each of them one line."""
+    """Return message and hint of an error, after checking that each of them is one line."""
     assert error.message and error.hint
     assert "\n" not in error.message + error.hint
     return f"{error.message} {error.hint}"
 
 
 def check_output(report: Report, tensors: Tensors) -> None:
-    """Every tensor of the source is there: packed as MLX packs it in one piece, or the same in bf16; and no other."""
+    """Check that an output has exactly the tensors of the source, as bf16 or packed as MLX packs a whole tensor."""
     found = stored(report.output)
     formats = {target.weight.name: target.format for target in report.plan.targets}
     expected: Tensors = {}
@@ -143,12 +146,12 @@ def check_output(report: Report, tensors: Tensors) -> None:
 
 
 def snapshot(folder: Path) -> dict[Path, bytes | None]:
-    """Everything in a folder and below."""
+    """Return the content of every file below a folder, and None for every folder below it."""
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def failure(source: Path | str, output: Path | None = None, *arguments: Any, code: int = 1, **options: Any) -> str:
-    """The error of a conversion that leaves everything beside a source as it was."""
+    """Return message and hint of a conversion that fails and changes nothing in the source's parent folder."""
     parent = Path(source).parent
     before = snapshot(parent)
     with pytest.raises(DgemmaError) as caught:

@@ -1,4 +1,4 @@
-"""Source checkpoints that tests of the converter begin with."""
+"""Source checkpoints for tests of the converter."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def talking(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source with a tokenizer; not to be changed."""
+    """A source with a tokenizer. Tests must not change it."""
     return make_source(tmp_path_factory.mktemp("talking") / "source", tokenizer=True)

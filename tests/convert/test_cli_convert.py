@@ -1,4 +1,4 @@
-"""``dgemma-mlx convert`` as people run it."""
+"""``dgemma-mlx convert`` on the command line."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_dry_run_as_json(source: Path) -> None:
     assert names_in(source.parent) == {"source"}
 
 
-def test_json_prints_one_object_and_the_output_stands_beside_the_source(source: Path, tmp_path: Path) -> None:
+def test_json_prints_one_object_and_the_output_is_beside_the_source(source: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     done = program("convert", os.path.relpath(source, elsewhere) + "/", "--json", "--recipe", "q8", cwd=elsewhere)
@@ -105,7 +105,7 @@ def test_list_recipes() -> None:
 
 
 def here(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    """The exit code of a run in this process, where no process of its own is needed to tell."""
+    """Run the command in this process and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["dgemma-mlx", "convert", *map(str, arguments)])
     return run_here()
 
@@ -138,7 +138,7 @@ JUNK = ["", "GB", "14 parsecs", "-5GB", "1e", "0GB", "14GBGB", "nan", "inf", "14
 
 
 @pytest.mark.parametrize("size", JUNK)
-def test_sizes_that_are_none(
+def test_invalid_sizes(
     source: Path, size: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert here(monkeypatch, source, "--recipe", "mixed", f"--target-size={size}") == 2
@@ -163,7 +163,7 @@ def test_sizes_that_are_none(
         (["SOURCE", "--frobnicate"], 2, "--frobnicate"),
         (["SOURCE", "-o", "SOURCE"], 2, "source"),
         (["SOURCE", "--upload-repo", "owner/name"], 2, "-y"),
-        (["nowhere", "--upload-repo", "owner/name"], 2, "-y"),  # before the source is looked for
+        (["nowhere", "--upload-repo", "owner/name"], 2, "-y"),  # before the source is resolved
         (["SOURCE", "--upload-repo", "no name", "-y"], 2, "no name"),  # before hours of work
         (["SOURCE", "--verify"], 1, "tokenizer"),
     ],
@@ -195,12 +195,12 @@ def test_warnings_go_to_stderr(
         assert "step" in one_object(printed.out)["warnings"][0]
 
 
-def test_interrupted_and_gone_on_with(talking: Path, tmp_path: Path) -> None:
+def test_interrupted_and_resumed(talking: Path, tmp_path: Path) -> None:
     output, command = tmp_path / "out", ["convert", str(talking), "-o", str(tmp_path / "out"), "--verify"]
     with subprocess.Popen(
         [*PROGRAM, *command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=ENVIRONMENT,
-        # A job in the background ignores SIGINT, and so would its children.
+        # A background job ignores SIGINT, and its children inherit that.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     ) as process:
         try:

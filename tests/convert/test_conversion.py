@@ -1,4 +1,4 @@
-"""What comes out: the same numbers, packed as MLX packs them, that load here."""
+"""The weights of an output: the values of the source, packed as MLX packs them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture(scope="module")
 def deep() -> tuple[dict[str, Any], Tensors]:
-    """Configuration and tensors of a network that has more than the first and last three layers."""
+    """Configuration and tensors of a network with a layer that is not among the first and last three."""
     config = flat_config(num_hidden_layers=7, layer_types=["sliding_attention"] * 6 + ["full_attention"])
     return config, random_tensors(config, mx.bfloat16)
 
@@ -51,7 +51,7 @@ def deep() -> tuple[dict[str, Any], Tensors]:
 
 
 @pytest.mark.parametrize("recipe", FIXED)
-def test_output_is_the_source_packed_in_one_piece(
+def test_output_is_what_packing_whole_tensors_gives(
     tmp_path: Path, deep: tuple[dict[str, Any], Tensors], recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, tensors = deep if recipe == "q3" else (flat_config(), some_tensors())
@@ -71,10 +71,10 @@ def test_output_is_the_source_packed_in_one_piece(
 
 
 @pytest.mark.parametrize("recipe", ["q4", "q3", "mxfp8", "nvfp4"])
-def test_output_gives_the_logits_of_its_numbers(
+def test_output_gives_the_logits_of_its_unpacked_weights(
     tmp_path: Path, deep: tuple[dict[str, Any], Tensors], recipe: str
 ) -> None:
-    """config.json tells the loader how each module is packed: against the same numbers, unpacked by hand."""
+    """The loader follows config.json: the logits are those of the same weights, unpacked by hand."""
     config, tensors = deep if recipe == "q3" else (flat_config(), some_tensors())
     report = convert(str(make_source(tmp_path / "source", config, tensors)), tmp_path / "out", recipe)
     formats = {target.weight.name: target.format for target in report.plan.targets}
@@ -113,7 +113,7 @@ def test_sources_in_shards_and_in_one_file_give_the_same_weights(tmp_path: Path)
     assert outputs[0] == outputs[1] == outputs[2]
 
 
-def test_odd_offsets_are_read_by_everyone(tmp_path: Path) -> None:
+def test_odd_offsets_can_be_read(tmp_path: Path) -> None:
     """An odd number of one-byte scales puts the next tensor at an odd offset."""
     config = flat_config(**SMALLEST, hidden_size=96, num_experts=3)
     tensors = random_tensors(config, mx.bfloat16)
@@ -198,7 +198,7 @@ def test_no_threads_are_left_behind(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("vision_config", ["absent", None, {"model_type": "gemma4_vision"}], ids=str)
-def test_vision_tensors_stay_as_they_are(tmp_path: Path, vision_config: Any) -> None:
+def test_vision_tensors_are_copied(tmp_path: Path, vision_config: Any) -> None:
     config = {**flat_config(), "vision_config": vision_config}
     if vision_config == "absent":
         del config["vision_config"]
@@ -212,7 +212,7 @@ def test_vision_tensors_stay_as_they_are(tmp_path: Path, vision_config: Any) -> 
 
 
 @pytest.mark.parametrize("recipe", ["q4", "bf16"])
-def test_packed_vision_modules_go_over_as_they_are(tmp_path: Path, recipe: str) -> None:
+def test_packed_vision_modules_are_copied(tmp_path: Path, recipe: str) -> None:
     path, packing = f"{TOWER}.self_attn.q_proj.linear", Format(5, 32)
     vision = vision_tensors()
     packed, scales, biases = packing.pack(vision.pop(f"{path}.weight"))
@@ -229,7 +229,7 @@ def test_packed_vision_modules_go_over_as_they_are(tmp_path: Path, recipe: str) 
     assert Format.from_config(quantization.get(path, quantization)) == packing
 
 
-def test_bias_of_a_packed_vision_module_goes_over(tmp_path: Path) -> None:
+def test_bias_of_a_packed_vision_module_is_copied(tmp_path: Path) -> None:
     path, packing = "model.encoder.embed_vision.embedding_projection", Format(4)
     parts = packing.pack(vision_tensors()[f"{path}.weight"])
     vision = {path + part.suffix: array for part, array in zip(packing.parts((128, 64)), parts, strict=True)}
@@ -264,7 +264,7 @@ def test_packed_source_unpacked(tmp_path: Path, packed_source: Path) -> None:
         assert identical(found[name], array), name
     assert "quantization" not in read(report.output / "config.json")
     (warning,) = report.plan.warnings
-    assert "packed already" in warning
+    assert "already packed" in warning
     load(report.output)
 
 

@@ -1,4 +1,4 @@
-"""Killed, interrupted and resumed: the output is whole or not there, and always the same bytes."""
+"""Killed, interrupted and resumed conversions: the output is complete or missing, and always has the same bytes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from tests.model.odd_values import reported
 SHARD_BYTES = 40_000  # a handful of shards
 KILLED = -signal.SIGKILL
 
-# Arguments: source, output, options as JSON. Ends by SIGKILL at the ``left``-th report of progress ("progress"), or
-# before the ``left``-th operation on files of the output ("files") or rename of the output itself ("publish").
+# Arguments: source, output, options as JSON. The process kills itself at the ``left``-th report of progress
+# ("progress"), before the ``left``-th operation on files of the partial output ("files"), or before the ``left``-th
+# rename of the output itself ("publish").
 DRIVER = """
 import json, os, signal, sys, time
 from dgemma_convert import carry_out, prepare
@@ -58,7 +59,7 @@ print("ready", flush=True)
 carry_out(plan, progress=progress, **options)
 """
 
-# Stops a conversion before each third operation on the output's files in turn, as Ctrl-C does, and resumes it.
+# Interrupts a conversion before every third operation on files of the partial output in turn, and resumes it.
 MANY_STEPS = """
 import json, sys
 from pathlib import Path
@@ -133,7 +134,7 @@ def resume(source: Path, output: Path, recipe: str = "q4", **options: bool) -> d
 
 
 def interrupt(source: Path, output: Path, recipe: str = "q4") -> None:
-    """Stops a conversion as Ctrl-C does, in its last shard but one."""
+    """Interrupt a conversion, as Ctrl-C does, in the second to last shard."""
 
     def stop(stage: str, done: int, total: int) -> None:
         if done > limit:
@@ -151,13 +152,16 @@ def partial(output: Path) -> Path:
 
 
 def finished(output: Path) -> list[Path]:
-    """The shards of an interrupted conversion that are whole, by its manifest."""
+    """Return the shards of an interrupted conversion that its manifest lists as complete."""
     manifest = partial(output) / "conversion_manifest.json"
     return [partial(output) / name for name in json.loads(manifest.read_text())["shards"]] if manifest.exists() else []
 
 
 def check_interrupted(source: Path, output: Path, whole: dict[str, str]) -> None:
-    """No output; what there is does not load, unless it is complete; a new conversion is refused."""
+    """Check the state after an interruption.
+
+    There is no output, the partial folder does not load unless it is complete, and a new conversion is refused.
+    """
     assert not output.exists()
     if reported(load, partial(output)) is None:
         found = digests(partial(output))
@@ -190,7 +194,7 @@ def test_killed_at_any_time(tmp_path: Path, source: Path, whole: dict[str, str])
         time.sleep(rng.uniform(0.01, 0.4))
         process.kill()
         assert process.wait(timeout=60) in (0, KILLED)
-    if not output.exists():  # else the kill came after the last rename, at any exit code
+    if not output.exists():  # otherwise the kill came after the last rename
         assert process.returncode == KILLED
         check_interrupted(source, output, whole)
         assert resume(source, output) == whole

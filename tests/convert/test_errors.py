@@ -1,4 +1,4 @@
-"""What is wrong with an option or an output: one clear error, and nothing left behind."""
+"""Invalid options and outputs: one clear error, and no files left behind."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_force_replaces_the_whole_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_folder_that_is_no_checkpoint_is_left_alone(tmp_path: Path, force: bool) -> None:
+def test_folder_that_is_not_a_checkpoint_is_not_replaced(tmp_path: Path, force: bool) -> None:
     source, output = smallest_source(tmp_path / "source"), tmp_path / "photos"
     output.mkdir()
     (output / "cat.jpg").write_text("miaow")
@@ -155,7 +155,7 @@ def test_disk_that_is_full_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_disk_that_is_full_later(tmp_path: Path) -> None:
-    """A limit on the size of files makes a write fail as a full disk does; what is done is kept."""
+    """A limit on file sizes makes a write fail as a full disk does. The work that is done is kept."""
     source = smallest_source(tmp_path / "source")
     whole = convert(str(source), tmp_path / "whole" / "out").output
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,4 +1,4 @@
-"""Packing: what the plan expects of MLX, and what the packed bits mean."""
+"""Packing: the shapes that MLX returns, and the meaning of the packed bits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_parts_are_what_mlx_returns(packing: Format, shape: tuple[int, ...]) -> 
 
 @every_format
 @every_shape
-def test_rows_are_packed_by_themselves(packing: Format, shape: tuple[int, ...]) -> None:
+def test_rows_are_packed_independently(packing: Format, shape: tuple[int, ...]) -> None:
     whole = weight(shape)
     expected = mx.quantize(whole, packing.group_size, packing.bits, mode=packing.mode)
     for step in range(1, shape[0] + 1):
@@ -52,12 +52,12 @@ def test_unpacking_is_what_mlx_does(packing: Format, shape: tuple[int, ...]) -> 
     expected = unpacked(parts, packing)
     assert identical(packing.unpack(parts), expected)
     error = mx.abs(expected - weight(shape)).astype(mx.float32).mean()
-    assert 0 < float(error) < {3: 0.2, 4: 0.12, 5: 0.06, 6: 0.04, 8: 0.03}[packing.bits]  # of normal weights
+    assert 0 < float(error) < {3: 0.2, 4: 0.12, 5: 0.06, 6: 0.04, 8: 0.03}[packing.bits]  # normal weights
 
 
 @pytest.mark.parametrize("packing", AFFINE, ids=str)
 def test_affine_bits_are_a_little_endian_stream(packing: Format) -> None:
-    """Read by hand: ``bits`` for a value, lowest first; value = scale * q + bias."""
+    """Decode by hand: ``bits`` for each value, lowest bit first, and value = scale * q + bias."""
     packed, scales, biases = packing.pack(weight((4, 256)))
     stream = np.unpackbits(np.array(packed).view(np.uint8), axis=-1, bitorder="little")
     q = stream.reshape(4, 256, packing.bits) @ (1 << np.arange(packing.bits))

@@ -1,4 +1,4 @@
-"""From the Hub and to it: a server on the loopback interface, and real processes."""
+"""Downloads from the Hub and uploads to it, with a local server and real processes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.model.checkpoint import flat_config, load, random_tensors
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 NEEDED = sorted(["config.json", "model.safetensors.index.json", *SMALL_FILES, *SHARDS])
 SAYS_SOURCE = ["conversion_report.json", "README.md"]
-CHUNK = 10 << 20  # huggingface_hub keeps so many bytes at a time of a download
+CHUNK = 10 << 20  # huggingface_hub writes a download in chunks of this size
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Revision -> checkpoint; at "big" its second shard is longer than a chunk."""
+    """Checkpoints by revision. In the revision "big", one shard is longer than a chunk."""
     folder = tmp_path_factory.mktemp("sources")
     small = flat_config(vocab_size=768)
     big = flat_config(vocab_size=768, num_hidden_layers=1, layer_types=["full_attention"], num_experts=512)
@@ -51,7 +51,7 @@ def content(folder: Path) -> Files:
 
 
 class Shell:
-    """A folder, and a user's shell in it, logged in to the Hub, whose cache is empty."""
+    """A user's shell in a folder of its own, logged in to the Hub, with an empty cache."""
 
     def __init__(self, folder: Path, url: str) -> None:
         self.folder = folder
@@ -71,7 +71,7 @@ class Shell:
         return done
 
     def terminal(self, *arguments: str | Path) -> pexpect.spawn:
-        """The same, watched by somebody."""
+        """Start the command on a terminal."""
         return pexpect.spawn(
             sys.executable, ["-m", "dgemma_mlx", "convert", *map(str, arguments)], cwd=str(self.folder),
             env={**self.env, "TERM": "xterm"}, encoding="utf-8", codec_errors="replace",
@@ -79,7 +79,7 @@ class Shell:
         )  # fmt: skip
 
     def failure(self, *arguments: str | Path, **env: str) -> tuple[str, str]:
-        """The error's line and its hint, the last that such a command says."""
+        """Return the last two lines of a command that fails: the error and its hint."""
         *before, error, hint = self.convert(*arguments, exit_code=1, **env).stderr.splitlines()
         assert error.startswith("dgemma-mlx: ") and hint.startswith("hint: ")
         assert not any(line.startswith(("dgemma-mlx:", "hint:", "Traceback")) for line in before)
@@ -92,7 +92,7 @@ def shell(hub: HubServer, tmp_path: Path) -> Shell:
 
 
 def assert_same_conversion(one: Path, other: Path) -> None:
-    """Byte for byte, where they don't say what they were made from."""
+    """Check that two outputs are equal, except for the name of their source."""
     ours, theirs = digests(one), digests(other)
     assert ours.keys() == theirs.keys()
     assert {name for name in ours if ours[name] != theirs[name]} <= set(SAYS_SOURCE)
@@ -101,7 +101,7 @@ def assert_same_conversion(one: Path, other: Path) -> None:
 
 
 def whole(hub: HubServer) -> list[str]:
-    """Files that were downloaded, not only in part."""
+    """Return the files that were downloaded from their beginning."""
     return sorted(name for name, part in hub.downloads if part is None)
 
 
@@ -134,7 +134,7 @@ def test_a_plan_needs_no_weights(sources: dict[str, Path], hub: HubServer, shell
     assert names_in(shell.folder) == {"cache"}
 
 
-def test_a_broken_download_goes_on_where_it_broke(sources: dict[str, Path], hub: HubServer, shell: Shell) -> None:
+def test_a_broken_download_is_resumed(sources: dict[str, Path], hub: HubServer, shell: Shell) -> None:
     broken = big_shard(sources)
     hub.repositories["owner/name"].troubles[broken] = [CHUNK + 1_000_000]
     shell.convert("owner/name@big", "-o", "out")
@@ -170,11 +170,11 @@ def big_shard(sources: dict[str, Path]) -> str:
 
 @pytest.mark.parametrize("recipe", [["q4"], ["mixed", "--target-bpw", "6"]], ids=["q4", "mixed"])
 def test_bars_of_the_download_stay_whole(hub: HubServer, shell: Shell, recipe: list[str]) -> None:
-    """Ours, which redraws what it finds on the terminal, comes after them."""
+    """Our progress bar redraws the terminal, so it starts after the bars of the download."""
     program = shell.terminal("owner/name", "-o", "out", "--recipe", *recipe)
     program.expect(pexpect.EOF)
     assert "Fetching" in program.before
-    assert "\x1b\x1b" not in program.before  # an escape sequence of theirs with colours in its middle
+    assert "\x1b\x1b" not in program.before  # an escape sequence of the download's bars, broken up by ours
     assert "out" in names_in(shell.folder)
 
 
@@ -207,7 +207,7 @@ def test_upload_without_login(sources: dict[str, Path], shell: Shell) -> None:
 
 
 @pytest.mark.parametrize("answer", ["y", "n"])
-def test_somebody_confirms(sources: dict[str, Path], hub: HubServer, shell: Shell, answer: str) -> None:
+def test_a_user_confirms_the_upload(sources: dict[str, Path], hub: HubServer, shell: Shell, answer: str) -> None:
     program = shell.terminal(sources["main"], "-o", "out", "--upload-repo", "owner/new")
     program.expect(r"Upload out to owner/new\? \[y/N\]")
     assert hub.requests == [] and "out" in names_in(shell.folder)
@@ -218,7 +218,7 @@ def test_somebody_confirms(sources: dict[str, Path], hub: HubServer, shell: Shel
     assert ("owner/new" in hub.repositories) == (answer == "y")
 
 
-def test_nobody_there_to_confirm(sources: dict[str, Path], hub: HubServer, shell: Shell) -> None:
+def test_an_upload_without_a_terminal_needs_yes(sources: dict[str, Path], hub: HubServer, shell: Shell) -> None:
     done = shell.convert(sources["main"], "-o", "out", "--upload-repo", "owner/new", exit_code=2)
     assert "nobody is there to confirm the upload" in done.stderr
     assert hub.requests == [] and names_in(shell.folder) == set()

@@ -1,4 +1,4 @@
-"""Bits by measured error: the errors, the activations they are weighted with, and the budget."""
+"""The recipe "mixed": measured errors, the activations that weight them, and the budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files beside the weights: configuration, index, tokenizer, report and model card."""
+"""The files of an output other than its weights: configuration, index, tokenizer, report and model card."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.model.checkpoint import flat_config, layered_config
 INDEX = "model.safetensors.index.json"
 
 
-def test_both_layouts_of_the_config_say_what_other_programs_read(tmp_path: Path) -> None:
+def test_both_config_layouts_are_written_with_the_published_keys(tmp_path: Path) -> None:
     written = {}
     for name, config in (("flat", flat_config()), ("layered", layered_config())):
         output = convert(str(make_source(tmp_path / name, config))).output
@@ -44,7 +44,7 @@ def test_index_names_every_tensor_and_its_shard(tmp_path: Path, source: Path) ->
     assert index["metadata"]["total_parameters"] == sum(tensor.size for tensor in some_tensors().values())
 
 
-def test_small_files_go_over_and_nothing_else(tmp_path: Path, talking: Path) -> None:
+def test_only_the_known_small_files_are_copied(tmp_path: Path, talking: Path) -> None:
     source = shutil.copytree(talking, tmp_path / "source")
     copied = {"LICENSE": "free", "tokenizer.model": "x", "processor_config.json": "{}", "chat_template.json": "{}"}
     for name, text in {**copied, "README.md": "theirs", "optimizer.bin": "x", "training.json": "{}"}.items():
@@ -57,7 +57,7 @@ def test_small_files_go_over_and_nothing_else(tmp_path: Path, talking: Path) -> 
         assert (output / name).read_bytes() == (source / name).read_bytes()
 
 
-def test_report_tells_what_was_written(source: Path) -> None:
+def test_report_describes_the_output(source: Path) -> None:
     report = convert(str(source), None, "q3")
     data = read(report.output / "conversion_report.json")
     assert data == json.loads(json.dumps(report.data))
@@ -66,7 +66,7 @@ def test_report_tells_what_was_written(source: Path) -> None:
     assert data["bytes_out"] == sum(tensor.nbytes for tensor in stored(report.output).values())
 
 
-def test_card_shows_sizes_and_what_was_compared(talking: Path, tmp_path: Path) -> None:
+def test_card_shows_sizes_and_the_comparison(talking: Path, tmp_path: Path) -> None:
     plain = convert(str(talking), tmp_path / "plain")
     compared = convert(str(talking), tmp_path / "compared", check=True)
     card, other = ((report.output / "README.md").read_text() for report in (compared, plain))
@@ -75,10 +75,10 @@ def test_card_shows_sizes_and_what_was_compared(talking: Path, tmp_path: Path) -
     assert compared.verification is not None
     assert f"{compared.verification.kl_divergence:.5f}" in card
     assert compared.data["verification"] == compared.verification.as_dict()
-    assert "base_model" not in card  # a folder is none
+    assert "base_model" not in card  # a folder has no Hub id
 
 
-def test_nothing_depends_on_when_and_where(
+def test_output_does_not_depend_on_time_or_place(
     tmp_path: Path, talking: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "other").mkdir()

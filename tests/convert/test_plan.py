@@ -1,4 +1,4 @@
-"""The plan: which format for which tensor, the shards' layout, sizes, and what makes two plans the same."""
+"""The plan: the format of each tensor, sizes, the layout of shards, and the fingerprint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FIXED = [name for name in RECIPES if name != "mixed"]
 
 
 def formats(plan: Plan) -> dict[str, str]:
-    """Tensor's name -> its format in words."""
+    """Return the name of the format of each weight, by the weight's name."""
     return {target.weight.name: str(target.format) if target.format else "bf16" for target in plan.targets}
 
 
@@ -57,7 +57,7 @@ def test_recipes(source: Path, recipe: str, bulk: str, sensitive: str) -> None:
     }
 
 
-def test_every_tensor_is_of_the_class_its_name_says(source: Path) -> None:
+def test_names_decide_the_classes_of_tensors(source: Path) -> None:
     marks = {
         EMBEDDINGS: "embed_tokens", ATTENTION: "self_attn", DENSE: ".mlp.", ROUTER: "router", EXPERTS: ".experts.",
         SELF_CONDITIONING: "self_conditioning",
@@ -81,7 +81,7 @@ def test_q3_packs_the_experts_of_edge_layers_less(tmp_path: Path) -> None:
     assert packed["model.decoder.self_conditioning.up_proj"] == "4-bit g64"
 
 
-def test_q3_of_few_layers_is_all_edge(source: Path) -> None:
+def test_q3_covers_few_layers_as_edge_layers(source: Path) -> None:
     assert by_class(prepare(str(source), None, "q3"))[EXPERTS] == ("4-bit g64",)
 
 
@@ -95,10 +95,10 @@ def test_group_size_is_for_affine_formats(source: Path, group_size: int) -> None
 def test_smaller_groups_cost_more(source: Path) -> None:
     sizes = [prepare(str(source), None, "q4", group_size=size).bytes_out for size in (32, 64)]
     matrices = sum(tensor.size for tensor in some_tensors().values() if tensor.ndim > 1)
-    assert sizes[0] - sizes[1] == matrices * 32 // 8 // 64  # another scale and bias, 16 bits each, for 64 values
+    assert sizes[0] - sizes[1] == matrices * 32 // 8 // 64  # one more scale and bias, 16 bits each, for every 64 values
 
 
-def test_rows_that_no_group_fits_stay_whole(source: Path) -> None:
+def test_rows_that_do_not_divide_into_groups_are_not_packed(source: Path) -> None:
     plan = prepare(str(source), None, "q4", group_size=128)
     narrow = [target for target in plan.targets if target.weight.shape[-1] % 128 and len(target.weight.shape) > 1]
     names = [target.weight.name for target in narrow]
@@ -140,7 +140,7 @@ def test_planning_writes_nothing(source: Path) -> None:
 
 
 def check_header(header: bytes, targets: Sequence[Target]) -> None:
-    """As the format's own text has it: offsets one after the other from 0, without holes."""
+    """Check a header as the specification of safetensors requires it: contiguous offsets from 0, without gaps."""
     length = int.from_bytes(header[:8], "little")
     assert len(header) == 8 + length and length % 8 == 0
     entries: dict[str, Any] = json.loads(header[8:])
@@ -176,16 +176,16 @@ def test_shards(source: Path, recipe: str, shard_bytes: int) -> None:
     plan = prepare(str(source), None, recipe, shard_bytes=shard_bytes)
     for targets in plan.shards.values():
         assert nbytes(targets) <= shard_bytes or len(targets) == 1
-        check_header(header_of(targets), targets)  # with all parts of each of its weights
+        check_header(header_of(targets), targets)  # a shard holds all parts of its weights
     count = len(plan.shards)
     numbered = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     assert list(plan.shards) == (["model.safetensors"] if count == 1 else numbered)
     assert formats(plan) == formats(prepare(str(source), None, recipe))
     for first, second in itertools.pairwise(plan.shards.values()):
-        assert nbytes(first) + second[0].nbytes > shard_bytes  # no shard ends before it must
+        assert nbytes(first) + second[0].nbytes > shard_bytes  # no shard ends too early
 
 
-# The same plan, or another
+# The fingerprint
 
 
 def test_fingerprint(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is wrong with a source: one clear error that names the file and the tensor, and nothing left behind."""
+"""Damaged sources: one clear error that names the file and the tensor, and no files left behind."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_wrong_shape(tmp_path: Path, tensors: Tensors, name: str) -> None:
 
 @pytest.mark.parametrize("name", SOME_NAMES)
 @pytest.mark.parametrize("dtype", [mx.uint32, mx.uint8, mx.int64, mx.bool_], ids=str)
-def test_numbers_that_are_no_weights(tmp_path: Path, tensors: Tensors, name: str, dtype: mx.Dtype) -> None:
+def test_dtypes_that_are_not_weights(tmp_path: Path, tensors: Tensors, name: str, dtype: mx.Dtype) -> None:
     tensors[name] = mx.ones(tensors[name].shape, dtype)
     source = write(tmp_path / "source", tensors)
     for recipe in ("q4", "bf16"):
@@ -242,7 +242,7 @@ def test_any_flipped_byte_of_the_header_is_read_or_reported(tmp_path: Path, tens
 
 
 def test_any_odd_value_of_the_config_is_planned_or_reported(tmp_path: Path, tensors: Tensors) -> None:
-    """What ``ModelConfig`` lets through must not fail later in another way."""
+    """A configuration that ``ModelConfig`` accepts must not cause an unexpected exception later."""
     source = write(tmp_path / "source", tensors)
     document = flat_config(**SMALLEST)
     for path in places(document):

@@ -1,4 +1,4 @@
-"""The comparison of an output with its source, layer by layer."""
+"""The comparison of an output with its source, and the walk through their layers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def four_bit(talking: Path) -> Report:
 
 
 def assembled(folder: Path, samples: list[Sample]) -> list[mx.array]:
-    """Canvas logits of the whole model."""
+    """Return the canvas logits of the whole model for each sample."""
     model, found = load(folder)[0], []
     for sample in samples:
         cache = model.new_cache()
@@ -55,7 +55,7 @@ def test_bf16_conversion_compares_as_equal(bf16: Report) -> None:
     assert (bf16.verification.kl_divergence, bf16.verification.top1_agreement) == (0.0, 1.0)
 
 
-def test_comparison_is_a_direct_computation(talking: Path, four_bit: Report) -> None:
+def test_comparison_agrees_with_a_direct_computation(talking: Path, four_bit: Report) -> None:
     samples = make_samples(talking, ModelConfig.load(talking))
     ours, theirs = (
         np.concatenate(assembled(folder, samples)).astype(np.float64) for folder in (four_bit.output, talking)
@@ -69,7 +69,7 @@ def test_comparison_is_a_direct_computation(talking: Path, four_bit: Report) -> 
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-def test_damage_shows_from_its_layer_on(talking: Path, tmp_path: Path, bf16: Report, layer: int) -> None:
+def test_damage_changes_its_layer_and_all_later_layers(talking: Path, tmp_path: Path, bf16: Report, layer: int) -> None:
     output = shutil.copytree(bf16.output, tmp_path / "out")
     tensors = stored(output)
     name = f"model.decoder.layers.{layer}.self_attn.o_proj.weight"

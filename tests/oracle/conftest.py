@@ -1,4 +1,4 @@
-"""What all comparisons with the references share."""
+"""Fixtures of all comparisons with the references."""
 
 from __future__ import annotations
 

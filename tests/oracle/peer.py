@@ -1,6 +1,6 @@
-"""mlx-vlm beside this package: its converter, and its logits of a folder next to ours.
+"""mlx-vlm: its converter, and its logits of a checkpoint folder for comparison with ours.
 
-Everything is computed in float32 from the same stored weights; what differs is the order of operations.
+Everything is computed in float32 from the same stored weights. Only the order of operations differs.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "
 
 
 def peer_convert(source: Path, output: Path, **options: Any) -> Path:
-    """mlx-vlm's own conversion; returns ``output``."""
+    """Convert a checkpoint with mlx-vlm and return ``output``."""
     _convert(str(source), str(output), trust_remote_code=False, **options)
     return output
 
 
 def own_mode(mode: str) -> dict[str, Any]:
-    """Its options for a mode that has one group size and number of bits."""
+    """Return mlx-vlm's options for a mode with a fixed group size and number of bits."""
     return {"quantize": True, "q_mode": mode, "q_group_size": None, "q_bits": None}
 
 
 class _WideEmbedding(nn.QuantizedEmbedding):
-    """Modes without biases unpack to bfloat16, and so would all activations be."""
+    """An embedding that returns float32. Modes without biases unpack to bfloat16, which activations would inherit."""
 
     def __call__(self, ids: mx.array) -> mx.array:
         unpacked: mx.array = super().__call__(ids)
@@ -63,7 +63,10 @@ class Peer:
                 module.__class__ = _WideEmbedding
 
     def logits(self, prefix: mx.array, canvases: list[mx.array]) -> Logits:
-        """(2, C, V) after each canvas but the last, too, is appended: without and with self-conditioning."""
+        """Return the logits of all canvases, without and with self-conditioning for each: (2 * canvases, C, V).
+
+        Each canvas is appended to the prefix of the next one.
+        """
         model, found = self.model, []
         cache = model.diffusion_prefill_cache(prefix, cache=model.make_cache())
         table = model.diffusion_prepare_self_conditioning()
@@ -76,7 +79,7 @@ class Peer:
 
 
 def our_logits(model: DiffusionGemma, prefix: mx.array, canvases: list[mx.array]) -> Logits:
-    """The same of this package."""
+    """Return what ``Peer.logits`` returns, computed by this package."""
     cache, found = model.new_cache(), []
     model.encode(prefix, cache)
     for canvas in canvases:
@@ -87,7 +90,7 @@ def our_logits(model: DiffusionGemma, prefix: mx.array, canvases: list[mx.array]
 
 
 def some_ids(model: DiffusionGemma, prefix: int, canvas: int, avoid: int | None) -> tuple[mx.array, list[mx.array]]:
-    """A prompt of ``prefix`` tokens and two canvases, without the image token's id."""
+    """Return random ids of a prompt (1, prefix) and two canvases (1, canvas), without the id ``avoid``."""
     rng = np.random.default_rng(prefix)
     allowed = np.setdiff1d(np.arange(model.config.vocab_size), [-1 if avoid is None else avoid])
     ids = mx.array(rng.choice(allowed, (1, prefix + 2 * canvas)))
@@ -95,7 +98,7 @@ def some_ids(model: DiffusionGemma, prefix: int, canvas: int, avoid: int | None)
 
 
 def assert_same_logits(folder: Path, prefixes: tuple[int, ...], tolerance: float) -> None:
-    """Both load the folder; all logits agree within ``tolerance``."""
+    """Load a folder with both programs and check that all logits agree within ``tolerance``."""
     config = ModelConfig.load(folder)
     model, peer = load(folder, mx.float32)[0], Peer(folder)
     for prefix in prefixes:
@@ -103,4 +106,4 @@ def assert_same_logits(folder: Path, prefixes: tuple[int, ...], tolerance: float
         ours, theirs = our_logits(model, *ids), peer.logits(*ids)
         assert ours.shape == (4, config.canvas_length, model.config.vocab_size)
         assert np.abs(ours - theirs).max() <= tolerance
-        assert np.abs(ours[0] - ours[1]).max() > 100 * tolerance  # self-conditioning does something
+        assert np.abs(ours[0] - ours[1]).max() > 100 * tolerance  # self-conditioning has an effect

@@ -1,6 +1,6 @@
-"""The reference, transformers' DiffusionGemma, on random checkpoints and driven as its own ``generate`` drives it.
+"""The reference: DiffusionGemma of transformers, on random checkpoints and driven as its own ``generate`` drives it.
 
-Its plain ``forward`` builds the encoder's masks and throws them away; ``generate`` makes them with the functions
+Its plain ``forward`` builds the encoder's masks and does not use them. ``generate`` makes the masks with the functions
 that ``Reference`` calls here.
 """
 
@@ -59,10 +59,10 @@ VISION: dict[str, Any] = {
 def write_checkpoint(
     folder: Path, seed: int, *, branch: float = 1.0, canvas_length: int = CANVAS, **shape: Any
 ) -> None:
-    """``save_pretrained`` of a model with every text weight random, also those normally one or zero.
+    """Save a model whose text weights are all random, including those that are usually one or zero.
 
-    ``branch`` scales what each residual branch adds. At full size the network mixes so strongly that
-    self-conditioning multiplies rounding noise tenfold a step, too much for a whole generation.
+    ``branch`` scales the output of each residual branch. With 1, the network mixes so strongly that self-conditioning
+    multiplies rounding noise by ten in each step, which is too much for a whole generation.
     """
     config = transformers.DiffusionGemmaConfig(
         text_config=reference.DiffusionGemmaTextConfig(**{**SHAPE, **shape}),
@@ -89,8 +89,11 @@ def write_checkpoint(
 
 
 def publish(saved: Path, folder: Path, vision: dict[str, Any] | str | None = "missing") -> None:
-    """Rewrites a saved checkpoint in the layout of the published one, text only: flat keys for full-attention
-    layers, no tied copies, no vision tensors. ``vision`` is what ``vision_config`` holds, or "missing"."""
+    """Rewrite a saved checkpoint in the layout of the published one.
+
+    The config has flat keys for full-attention layers. There are no tied copies and no vision tensors. ``vision`` is
+    the value of ``vision_config``, or "missing" to leave the key out.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads((saved / "config.json").read_text())
     text = config["text_config"]
@@ -114,7 +117,7 @@ def publish(saved: Path, folder: Path, vision: dict[str, Any] | str | None = "mi
 
 
 class Reference:
-    """A checkpoint in the reference, with the cache of one prefix."""
+    """A checkpoint that is loaded in the reference, with the cache of one prefix."""
 
     def __init__(self, folder: Path) -> None:
         loaded = transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(
@@ -124,7 +127,7 @@ class Reference:
         self.vocab_size: int = self.model.config.text_config.vocab_size
 
     def start(self, left_padding: Sequence[int]) -> None:
-        """Begins a prefix whose row b has ``left_padding[b]`` positions of padding before its text."""
+        """Start a new prefix whose row b has ``left_padding[b]`` positions of padding before its text."""
         self._cache = transformers.DynamicCache(config=self.model.config.get_text_config(decoder=True))
         self._left_padding = torch.tensor(left_padding)[:, None]
 
@@ -132,7 +135,7 @@ class Reference:
         return torch.arange(length) >= self._left_padding  # (B, length)
 
     def encode(self, ids: Array) -> Array:
-        """Appends ids (B, L) to the prefix -> hidden states (B, L, M)."""
+        """Append ids (B, L) to the prefix and return the hidden states (B, L, M)."""
         encoder = self.model.model.encoder
         begin = self._cache.get_seq_length()
         end = begin + ids.shape[1]
@@ -152,7 +155,7 @@ class Reference:
         return hidden
 
     def decode(self, canvas: Array, self_conditioning: Array | None = None) -> Array:
-        """Canvas (B, C) after the prefix -> logits (B, C, V)."""
+        """Decode a canvas (B, C) after the prefix and return the logits (B, C, V)."""
         end = self._cache.get_seq_length() + canvas.shape[1]
         with torch.no_grad():
             masks = self.model.model.decoder.create_diffusion_decoder_attention_mask(
@@ -173,7 +176,16 @@ class Reference:
 
 @dataclass
 class Step:
-    """One denoising step of a batch in the reference; (B, C) each, but for logits (B, C, V) and finished (B,)."""
+    """One denoising step of a batch in the reference.
+
+    Attributes:
+        argmax_canvas: Most probable ids, (B, C).
+        current_canvas: The canvas after the step, (B, C).
+        accepted_mask: Accepted positions, (B, C).
+        entropy: Entropy of each position in nats, (B, C).
+        logits: Logits divided by the temperature, (B, C, V).
+        finished: Whether each row has stopped, (B,).
+    """
 
     argmax_canvas: Array
     current_canvas: Array
@@ -185,7 +197,13 @@ class Step:
 
 @dataclass
 class Generation:
-    """A whole generation: a list of steps for each canvas, the prompt and all that follows, and the rate."""
+    """A whole generation in the reference.
+
+    Attributes:
+        canvases: The denoising steps of each canvas.
+        sequences: Ids of prompt and answer, (B, L).
+        tokens_per_forward: Generated tokens per denoising step, (B,).
+    """
 
     canvases: list[list[Step]]
     sequences: Array
@@ -195,8 +213,11 @@ class Generation:
 def generate(
     model: Any, ids: Array, canvases: Array, uniforms: Array, attention_mask: Array | None = None, **options: Any
 ) -> Generation:
-    """The reference's ``generate`` with its random canvases (n, B, C) and uniform numbers (n, B, C) given:
-    its samples are by inverse CDF."""
+    """Run the reference's ``generate`` with given randomness.
+
+    ``canvases`` (n, B, C) are the random ids that it starts from. ``uniforms`` (n, B, C) are the numbers from which it
+    samples by inversion of the cumulative distribution.
+    """
     next_canvas, next_uniform = iter(canvases), iter(uniforms)
     steps: list[list[Step]] = []
     denoising_step = model._denoising_step

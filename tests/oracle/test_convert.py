@@ -1,4 +1,4 @@
-"""``dgemma-mlx convert`` beside mlx-vlm: it loads what we write, writes what we write, and we read what it writes."""
+"""``dgemma-mlx convert``, compared with mlx-vlm: each loads the other's conversions, and both write the same bits."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from tests.oracle.peer import (
 pytestmark = pytest.mark.oracle
 
 TOLERANCE = 1e-3
-LAYERS = 8  # more than the six at the edges, which q3 packs differently
-PREFIXES = (5, 8, 21)  # within the window of 8, as long as it, longer
-ALIKE: dict[str, dict[str, Any]] = {  # recipe -> the options with which mlx-vlm does the same
+LAYERS = 8  # more than the six edge layers, which q3 packs differently
+PREFIXES = (5, 8, 21)  # shorter than, equal to and longer than the window of 8
+ALIKE: dict[str, dict[str, Any]] = {  # recipe -> the options of mlx-vlm for the same conversion
     "q4": {"quantize": True},
     "q8": {"quantize": True, "q_bits": 8},
     "mxfp4": own_mode("mxfp4"),
@@ -41,7 +41,7 @@ ALIKE: dict[str, dict[str, Any]] = {  # recipe -> the options with which mlx-vlm
 
 @pytest.fixture(scope="module")
 def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bf16 checkpoint in the published layout, all weights random."""
+    """A bf16 checkpoint in the published layout with random weights."""
     kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"] * 2
     config = flat_config(num_hidden_layers=LAYERS, layer_types=[*kinds[:-1], "full_attention"])
     folder = tmp_path_factory.mktemp("flat") / "source"
@@ -51,7 +51,7 @@ def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As transformers saves it: ``per_layer_config``, tied copies, vision tower, float32."""
+    """A checkpoint as transformers saves it: ``per_layer_config``, tied copies, vision tower, float32."""
     folder = tmp_path_factory.mktemp("saved") / "source"
     widths = dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 64)
     reference.write_checkpoint(folder, 1, num_hidden_layers=LAYERS, **widths)
@@ -60,7 +60,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_tokenizer(folder: Path) -> Path:
-    """Converting with mlx-vlm, and loading with its processor, takes a tokenizer."""
+    """Add the tokenizer that mlx-vlm needs to convert a checkpoint and to load its processor."""
     for name in TOKENIZER:
         shutil.copy(DEMO / name, folder)
     return folder
@@ -70,12 +70,12 @@ def converted(source: Path, output: Path, recipe: str) -> Path:
     target = None
     if recipe == "mixed":
         small, large = (prepare(str(source), recipe=other).bytes_out for other in ("q4-small", "q8"))
-        target = small + (large - small) * 3 // 8  # five bits and a half: no number of bits meets that alone
+        target = small + (large - small) * 3 // 8  # 5.5 bits: a single number of bits cannot meet the target
     return convert(str(source), output, recipe, target_bytes=target).output
 
 
 def formats(folder: Path) -> dict[str, dict[str, Any]]:
-    """Module path -> group size, bits and mode, for every packed module of a checkpoint."""
+    """Return group size, bits and mode of every packed module of a checkpoint, by module path."""
     quantization = ModelConfig.load(folder).quantization or {}
     paths = [name.removesuffix(".scales") for name in load(folder)[1].text if name.endswith(".scales")]
     return {path: {"mode": "affine", **module_quantization(quantization, path)} for path in paths}
@@ -86,7 +86,7 @@ def bits(folder: Path) -> set[int]:
 
 
 def differing(one: Tensors, other: Tensors) -> list[str]:
-    """Names that stand in one alone, or whose values or dtypes differ."""
+    """Return the names that only one of them has, or whose values or dtypes differ."""
     both = one.keys() & other.keys()
     unequal = {n for n in both if one[n].dtype != other[n].dtype or not mx.array_equal(one[n], other[n])}
     return sorted((one.keys() ^ other.keys()) | unequal)
@@ -113,7 +113,7 @@ def test_mlx_vlm_writes_the_same_bits(flat: Path, tmp_path: Path, recipe: str) -
 
 
 @pytest.mark.parametrize("recipe", ALIKE)
-def test_its_conversions_go_over_unchanged(flat: Path, tmp_path: Path, recipe: str) -> None:
+def test_conversions_of_mlx_vlm_are_copied_unchanged(flat: Path, tmp_path: Path, recipe: str) -> None:
     theirs = peer_convert(flat, tmp_path / "theirs", **ALIKE[recipe])
     ours = converted(theirs, tmp_path / "ours", recipe)
     assert formats(ours) == formats(theirs)
@@ -121,8 +121,8 @@ def test_its_conversions_go_over_unchanged(flat: Path, tmp_path: Path, recipe: s
 
 
 @pytest.mark.parametrize("recipe", ALIKE)
-def test_its_conversions_unpacked(flat: Path, tmp_path: Path, recipe: str) -> None:
-    """Every value is what the packed one stands for, rounded once."""
+def test_conversions_of_mlx_vlm_unpacked(flat: Path, tmp_path: Path, recipe: str) -> None:
+    """Every value is the unpacked one in float32, rounded once."""
     theirs = peer_convert(flat, tmp_path / "theirs", **ALIKE[recipe])
     ours = converted(theirs, tmp_path / "ours", "bf16")
     values = unpacked(theirs)
@@ -132,7 +132,7 @@ def test_its_conversions_unpacked(flat: Path, tmp_path: Path, recipe: str) -> No
 
 
 def unpacked(folder: Path) -> Tensors:
-    """The parameters of a checkpoint in float32."""
+    """Return the unpacked parameters of a checkpoint in float32."""
     packed, tensors = formats(folder), load(folder, mx.float32)[1].text
     for path, packing in packed.items():
         weight, scales = tensors.pop(f"{path}.weight"), tensors.pop(f"{path}.scales")
@@ -141,7 +141,7 @@ def unpacked(folder: Path) -> Tensors:
     return tensors
 
 
-def test_its_conversion_packed_again(flat: Path, tmp_path: Path) -> None:
+def test_conversion_of_mlx_vlm_packed_again(flat: Path, tmp_path: Path) -> None:
     theirs = peer_convert(flat, tmp_path / "theirs", quantize=True, q_bits=8)
     ours = converted(theirs, tmp_path / "ours", "q4")
     assert bits(ours) == {4, 8}

@@ -1,4 +1,4 @@
-"""The pieces of the denoising loop against the reference's classes."""
+"""The parts of the denoising loop, compared with the reference's classes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ B, C, V = 3, 40, 50
 
 
 def random_logits(seed: int) -> Array:
-    """(B, C, V), from almost certain to almost uniform positions."""
+    """Return logits (B, C, V) whose positions range from almost certain to almost uniform."""
     rng = np.random.default_rng(seed)
     return (rng.normal(size=(B, C, V)) * rng.uniform(0, 12, (B, C, 1))).astype(np.float32)
 
@@ -67,7 +67,7 @@ def test_accepted_positions(bound: float) -> None:
 
 @pytest.mark.parametrize("bound", [1e-9, 1.0, 10.0, 1e9])
 def test_accepted_positions_with_ties(bound: float) -> None:
-    """As many of each entropy are accepted; torch's sort leaves open which of equals come first."""
+    """The accepted entropies are the same. The positions may differ, because torch sorts ties in any order."""
     few = random_logits(0)[:, :4].repeat(C // 4, axis=1)
     for logits in (np.zeros((B, C, V), np.float32), few):
         entropy = reference_entropy(logits)
@@ -90,7 +90,7 @@ def test_temperature_of_every_step(t_min: float, t_max: float, steps: int) -> No
 @pytest.mark.parametrize("confidence", [1e-3, 0.5, 100.0])
 @pytest.mark.parametrize("stability", [0, 1, 2, 3])
 def test_stopping_decisions(stability: int, confidence: float) -> None:
-    """Canvases that stay for a while, change in one position, and come back; entropies around the bound."""
+    """Canvases stay the same for a while, change in one position, and change back. Entropies vary around the bound."""
     rng = np.random.default_rng(stability)
     theirs = generation.StableAndConfidentStoppingCriteria(stability, confidence)
     ours = Stopping(

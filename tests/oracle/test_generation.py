@@ -1,4 +1,4 @@
-"""Whole generations against the reference's ``generate``, step by step, both given the same random numbers."""
+"""Whole generations, compared with the reference's ``generate`` step by step, with the same random numbers."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from tests.oracle.reference import CANVAS, Array, Reference, Step, generate, wri
 
 pytestmark = pytest.mark.oracle
 
-DEMO = Path(__file__).parents[2] / "dgemma_mlx" / "demo"  # its tokenizer turns the random ids into text
+DEMO = Path(__file__).parents[2] / "dgemma_mlx" / "demo"  # its tokenizer decodes the random ids
 CANVASES = 3
 
-SETTINGS: dict[str, dict[str, Any]] = {  # chosen so that random weights do settle
+SETTINGS: dict[str, dict[str, Any]] = {  # chosen so that canvases of random weights become stable
     "stops": {
         "max_denoising_steps": 24, "entropy_bound": 8.0, "t_min": 0.2, "t_max": 0.5, "confidence_threshold": 1.0,
     },
@@ -54,7 +54,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Array]:
-    """Every canvas that our network is given to decode."""
+    """Every canvas that our network decodes."""
     canvases: list[Array] = []
     decode = DiffusionGemma.decode_hidden
 
@@ -67,7 +67,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Array]:
 
 
 def assert_same_steps(drafts: Sequence[tuple[Draft, ...]], steps: list[Step], decoded: list[Array]) -> None:
-    """The steps of one canvas; what a finished row would have accepted is of no interest."""
+    """Check that the steps of one canvas are equal, except for the accepted positions of rows that have stopped."""
     assert len(drafts) == len(steps)
     for number, (rows, step) in enumerate(zip(drafts, steps, strict=True)):
         done = number + 1 == len(steps)
@@ -84,7 +84,7 @@ def assert_same_steps(drafts: Sequence[tuple[Draft, ...]], steps: list[Step], de
 
 
 def middle_of_second_canvas(generated: Array) -> int:
-    """A token that stands there, and nowhere before: the place where a text may end."""
+    """Return a token in the middle of the second canvas that does not occur earlier, to serve as end of text."""
     start = CANVAS + CANVAS // 3
     return int(next(token for i, token in enumerate(generated) if i >= start and token not in generated[:i]))
 
@@ -135,7 +135,7 @@ def test_stream(
 @pytest.mark.parametrize("left_padding", [(0, 0), (0, 5)])
 @pytest.mark.parametrize("name", ["stops", "stops when stable for longer"])
 def test_batch(models: Models, name: str, left_padding: tuple[int, int], decoded: list[Array]) -> None:
-    """A row that has stopped keeps its canvas while the other goes on."""
+    """A row that has stopped keeps its canvas while the other row continues."""
     reference, model = models
     settings = SETTINGS[name]
     ids = np.random.default_rng(0).integers(0, reference.vocab_size, (2, 11))

@@ -1,4 +1,4 @@
-"""mlx-vlm both ways: its conversions load here and give its logits, and it loads the demo checkpoint."""
+"""mlx-vlm in both directions: its conversions load here and give its logits, and it loads the demo checkpoint."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ pytestmark = pytest.mark.oracle
 TOLERANCE = 1e-4
 CONVERSIONS: dict[str, dict[str, Any]] = {
     "bf16": {},
-    "4 bit": {"quantize": True},  # mlx-vlm's own choice: experts and self-conditioning 4, the rest 8
+    "4 bit": {"quantize": True},  # mlx-vlm's default: experts and self-conditioning 4-bit, the rest 8-bit
     "8 bit": {"quantize": True, "q_bits": 8},
     "4 bit in groups of 32": {"quantize": True, "q_group_size": 32},
     "mixed_4_8": {"quantize": True, "quant_predicate": "mixed_4_8"},
-    "mxfp4": own_mode("mxfp4"),  # again with 8-bit affine ones among them, whose entries say no mode
+    "mxfp4": own_mode("mxfp4"),  # some modules are 8-bit affine, with entries that have no mode
     "mxfp8": own_mode("mxfp8"),
     "nvfp4": own_mode("nvfp4"),
 }
@@ -42,7 +42,7 @@ CONVERSIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bf16 source checkpoint with random weights; converting it takes a tokenizer."""
+    """A bf16 source checkpoint with random weights, and the tokenizer that mlx-vlm needs to convert it."""
     config = flat_config()
     folder = tmp_path_factory.mktemp("source")
     write_checkpoint(folder, config, random_tensors(config, mx.bfloat16), shards=2)
@@ -56,7 +56,7 @@ def test_conversions_give_the_logits_of_mlx_vlm(source: Path, tmp_path: Path, co
     peer_convert(source, tmp_path / "mlx", **CONVERSIONS[conversion])
     scales = [name for name in load(tmp_path / "mlx")[1].text if name.endswith(".scales")]
     assert bool(scales) == (conversion != "bf16")
-    assert_same_logits(tmp_path / "mlx", (5, 8, 21), TOLERANCE)  # within the window of 8, as long as it, longer
+    assert_same_logits(tmp_path / "mlx", (5, 8, 21), TOLERANCE)  # below, equal to and above the window of 8
 
 
 def test_conversion_keeps_the_settings(source: Path, tmp_path: Path) -> None:
@@ -88,8 +88,8 @@ def test_mlx_vlm_reads_the_demos_tokenizer(tmp_path: Path) -> None:
     assert processor.tokenizer.decode(ids) == prompt
 
 
-def test_id_of_the_image_token_is_text_where_there_is_no_image(source: Path) -> None:
-    """mlx-vlm embeds padding instead, also in a committed canvas that happens to hold the id."""
+def test_id_of_the_image_token_is_text_without_an_image(source: Path) -> None:
+    """mlx-vlm embeds padding instead, also in a committed canvas that happens to contain the id."""
     config, peer = ModelConfig.load(source), Peer(source)
     model, _ = load(source, mx.float32)
     prefix, canvases = some_ids(model, 6, config.canvas_length, None)

@@ -1,4 +1,4 @@
-"""Encoder states and logits against transformers, on checkpoints with all weights random."""
+"""Encoder states and logits, compared with transformers on checkpoints whose weights are all random."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from tests.oracle.reference import CANVAS, VISION, WINDOW, Array, Reference, pub
 
 pytestmark = pytest.mark.oracle
 
-# The largest difference found is 1.1e-5, with logits up to 5.5: float32 sums in another order. Small enough to
-# notice a soft embedding without its scale, which the norm after it nearly takes back.
+# The largest difference found is 1.1e-5, with logits up to 5.5, because float32 sums are in another order. The
+# tolerance is small enough to detect a missing scale of the soft embedding, although the norm after it almost removes
+# the scale.
 TOLERANCE = 1e-4
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {
@@ -59,7 +60,7 @@ def models(checkpoint: Path) -> Models:
 
 
 class Both:
-    """One prefix in both programs: each call feeds both with random ids and compares what they give."""
+    """One prefix in the reference and in our network. Each call runs both on random ids and compares their results."""
 
     def __init__(self, models: Models, left_padding: tuple[int, ...] = (0, 0)) -> None:
         self.reference, self.ours = models
@@ -72,7 +73,7 @@ class Both:
         return self.rng.integers(0, self.reference.vocab_size, (len(self.left_padding), length))
 
     def encode(self, length: int, chunk: int | None = None) -> None:
-        """Appends to the prefix, in chunks in ours; what stands at padding is of no interest."""
+        """Append random ids to the prefix, in chunks for our network. Results at padding positions are ignored."""
         ids, positions = self.random_ids(length), np.arange(self.cache.offset, self.cache.offset + length)
         expected = self.reference.encode(ids)
         step = chunk or length
@@ -81,7 +82,7 @@ class Both:
         assert_close(np.array(mx.concatenate(parts, axis=1))[text], expected[text])
 
     def decode(self, length: int = CANVAS) -> None:
-        """Decodes a canvas, then again with the reference's logits as self-conditioning."""
+        """Decode a canvas, and decode it again with the reference's logits as self-conditioning."""
         canvas, conditioning = self.random_ids(length), None
         for _ in range(2):
             signal = None if conditioning is None else mx.array(conditioning)
@@ -111,7 +112,7 @@ def test_every_chunking_of_the_prompt(models: Models, length: int, chunk: int) -
 
 @pytest.mark.parametrize("prompt", [3, WINDOW, 2 * WINDOW + 1])
 def test_later_canvases(models: Models, prompt: int) -> None:
-    """Each committed canvas is encoded after the prompt; the sliding window moves over it."""
+    """Each committed canvas is encoded after the prompt, and the sliding window moves over it."""
     both = Both(models)
     both.encode(prompt)
     for _ in range(3):
@@ -138,7 +139,10 @@ def test_left_padded_batch(models: Models, left_padding: tuple[int, ...], chunk:
 
 
 def test_left_padded_row_equals_the_row_alone(models: Models) -> None:
-    """The reference counts positions from the padding's start, we from the text's: attention sees no difference."""
+    """The reference counts positions from the start of the padding, and we from the start of the text.
+
+    This makes no difference to attention.
+    """
     reference, ours = models
     rng = np.random.default_rng(1)
     ids, canvas = rng.integers(0, reference.vocab_size, (2, 19)), rng.integers(0, reference.vocab_size, (2, CANVAS))

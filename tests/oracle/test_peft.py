@@ -1,4 +1,4 @@
-"""Adapters in PEFT: on transformers' network it computes from our files what we do, and writes what we read."""
+"""Adapters in PEFT: with our files and transformers' network, it computes our logits, and we read what it writes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from dgemma_mlx.model.load import load_model
 from dgemma_mlx.model.text import DiffusionGemma
 from tests.oracle.reference import Array, Reference, write_checkpoint
 
-pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]  # PEFT asks the Hub for the base, and warns
+pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]  # PEFT looks for the base on the Hub and warns
 
 peft: Any = pytest.importorskip("peft")
 
 
 def ours(model: DiffusionGemma, ids: Array, canvas: Array) -> Array:
-    """Logits with the first step's for self-conditioning."""
+    """Return our logits of a second step, which is self-conditioned on the first one."""
     cache = model.new_cache()
     model.encode(mx.array(ids), cache)
     first = model.decode(mx.array(canvas), cache)
@@ -30,6 +30,7 @@ def ours(model: DiffusionGemma, ids: Array, canvas: Array) -> Array:
 
 
 def theirs(reference: Reference, ids: Array, canvas: Array) -> Array:
+    """Return the reference's logits of a second step, which is self-conditioned on the first one."""
     reference.start([0])
     reference.encode(ids)
     return reference.decode(canvas, reference.decode(canvas))

@@ -1,4 +1,4 @@
-"""Tokenizer and chat template against transformers: the same ids, hostile contents included."""
+"""Tokenizer and chat template, compared with transformers: the same ids, also for hostile contents."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEMO = Path(__file__).parents[2] / "dgemma_mlx" / "demo"
 
 @pytest.fixture(scope="module", params=["PreTrainedTokenizerFast", "GemmaTokenizer", "demo"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tokenizer and template, which the reference reads with one class or another."""
+    """A folder with tokenizer and template, which the reference reads with different tokenizer classes."""
     folder = tmp_path_factory.mktemp("tokenizer")
     if request.param == "demo":
         shutil.copytree(
@@ -48,7 +48,7 @@ def ours(folder: Path) -> tuple[Tokenizer, ChatTemplate]:
 
 
 def _known_roles(folder: Path, messages: list[dict[str, Any]]) -> bool:
-    """The demo's template knows no tools' answers."""
+    """Return whether the template supports all messages. The demo's template does not support answers of tools."""
     return "macro literal" in (folder / "chat_template.jinja").read_text() or all(
         m.get("content") for m in messages
     )
@@ -86,7 +86,7 @@ def test_ids_of_random_harmless_chats(reference: Any, ours: tuple[Tokenizer, Cha
 
 
 def test_ids_of_hostile_chats(reference: Any, ours: tuple[Tokenizer, ChatTemplate]) -> None:
-    """The reference, asked to, keeps whole control tokens out of user content in the same way."""
+    """With ``sanitize_control_tokens``, the reference encodes no control token of user content, as we do."""
     tokenizer, template = ours
     reference.chat_control_tokens = list(tokenizer.special_ids)
     rng = random.Random(8)
@@ -125,7 +125,7 @@ def test_names_of_tokens(reference: Any, ours: tuple[Tokenizer, ChatTemplate]) -
 
 
 def test_decoding_any_ids(reference: Any, ours: tuple[Tokenizer, ChatTemplate]) -> None:
-    """Equal wherever the bytes are UTF-8; elsewhere the number of U+FFFD may differ."""
+    """The texts are equal where the bytes are valid UTF-8; elsewhere, the number of U+FFFD may differ."""
     tokenizer, _ = ours
     rng = random.Random(10)
     compared = 0

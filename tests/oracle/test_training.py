@@ -1,4 +1,4 @@
-"""The training loss on a corrupted canvas against transformers: its logits, its own cross entropy."""
+"""The training loss on a corrupted canvas, compared with the cross entropy of transformers' logits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def noisy(canvas: mx.array, key: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """The corrupted canvas that the objective draws from a key, the noisier one before it, and its temperature."""
+    """Return what the objective draws from a key: the corrupted canvas, the noisier one for self-conditioning, and the
+    temperature of its logits."""
     B, C = canvas.shape
     keys = mx.random.split(key, 6)
     t = mx.random.uniform(CONFIG.min_noise, 1.0, (B,), key=keys[0])
@@ -41,8 +42,8 @@ def noisy(canvas: mx.array, key: mx.array) -> tuple[mx.array, mx.array, mx.array
 
 
 @pytest.mark.parametrize("conditioned", [False, True])
-def test_the_loss_is_the_references_on_the_same_canvas(folder: Path, conditioned: bool) -> None:
-    assert PREFIX > WINDOW  # sliding layers do not see all of it
+def test_the_loss_equals_the_reference_on_the_same_canvas(folder: Path, conditioned: bool) -> None:
+    assert PREFIX > WINDOW  # sliding layers do not see the whole prefix
     model, _ = load_model(folder, ModelConfig.load(folder))
     ids = mx.random.randint(1, VOCAB, (2, PREFIX + CANVAS), key=mx.random.key(1)).astype(mx.int32)
     canvas = mx.where(mx.arange(CANVAS) < mx.array([[CANVAS], [9]]), ids[:, PREFIX:], PAD)

@@ -1,4 +1,4 @@
-"""JSONL files of examples: the formats, what is learned of them, and errors that name file and line."""
+"""JSONL files of examples: the formats, the token ids, and errors that name file and line."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_folder_has_a_file_to_train_and_one_to_validate_with(tmp_path: Path) -
     assert [len(part) for part in read_data([tmp_path], train)] == [2, 2]
 
 
-def test_an_answer_begins_where_the_model_is_asked_and_ends_its_turn(tmp_path: Path, demo: Model) -> None:
+def test_an_answer_begins_after_the_prompt_and_ends_the_turn(tmp_path: Path, demo: Model) -> None:
     _, second = read_examples(write(tmp_path / "a.jsonl", {"messages": CHAT}))
     prompt, answer = encode_example(demo, second)
     whole = demo.tokenizer.decode([*prompt, *answer], keep_special=True)
@@ -69,7 +69,7 @@ def test_a_text_is_learned_from_its_beginning_to_its_end(tmp_path: Path, demo: M
     assert 106 not in answer and demo.tokenizer.decode(answer[:-1]) == "Sort <turn|>"
 
 
-def test_what_is_too_long_is_cut_at_canvases_or_left_out(tmp_path: Path, demo: Model) -> None:
+def test_long_examples_are_cut_to_whole_canvases_or_left_out(tmp_path: Path, demo: Model) -> None:
     long = " ".join(["7"] * 100)  # 101 ids with the end; the prompt of the first has 10
     examples = read_examples(write(tmp_path / "a.jsonl", {"prompt": "Sort", "completion": long},
                                    {"prompt": long, "completion": "7"}))  # fmt: skip
@@ -78,7 +78,7 @@ def test_what_is_too_long_is_cut_at_canvases_or_left_out(tmp_path: Path, demo: M
     assert left_out == 1 and [len(answer) for _, answer in kept] == [64]
     kept, left_out = encode_all(demo, examples, 2048)
     assert left_out == 0 and [len(answer) for _, answer in kept] == [101, 2]
-    with pytest.raises(DgemmaError, match="no example has room"):
+    with pytest.raises(DgemmaError, match="no example leaves room"):
         encode_all(demo, examples, prompt + 31)
 
 
@@ -86,13 +86,17 @@ def test_what_is_too_long_is_cut_at_canvases_or_left_out(tmp_path: Path, demo: M
     ("line", "words"),
     [
         ("{", "is not JSON"), ("[1]", "is not a JSON object"), ({"question": "a"}, "has neither"),
-        ({"prompt": "a"}, "completion must be a text"), ({"prompt": 3, "completion": "a"}, "prompt must be"),
-        ({"text": "  "}, "text must be"), ({"messages": []}, "messages must be a list"),
-        ({"messages": CHAT[:2]}, "no message of the assistant"), ({"messages": CHAT[2:]}, "begins with the assistant"),
-        ({"messages": [{"role": "user"}]}, "message 1 must have a role and a content"),
-        ({"messages": [*CHAT[:1], {"role": "robot", "content": "a"}]}, "message 2 has the role 'robot'"),
-        ({"messages": [*CHAT[:2], {"role": "assistant", "content": None}]}, "content must be a text"),
-        ('{"text": "\\ud800"}', "half a surrogate"), ("[" * 100_000, "is not JSON"),
+        ({"prompt": "a"}, "completion must be a non-empty string"),
+        ({"prompt": 3, "completion": "a"}, "prompt must be a non-empty string"),
+        ({"text": "  "}, "text must be a non-empty string"), ({"messages": []}, "messages must be a non-empty list"),
+        ({"messages": CHAT[:2]}, "has no assistant message"),
+        ({"messages": CHAT[2:]}, "begins with an assistant message"),
+        ({"messages": [{"role": "user"}]}, "message 1 must have a role and a content and nothing else, but has role"),
+        ({"messages": [{}]}, "message 1 must have a role and a content and nothing else, but has no keys"),
+        ({"messages": ["hi"]}, "message 1 must have a role and a content, but is not a JSON object"),
+        ({"messages": [*CHAT[:1], {"role": "robot", "content": "a"}]}, "message 2 has the unknown role 'robot'"),
+        ({"messages": [*CHAT[:2], {"role": "assistant", "content": None}]}, "content must be a non-empty string"),
+        ('{"text": "\\ud800"}', "unpaired surrogate"), ("[" * 100_000, "is not JSON"),
     ],
 )  # fmt: skip
 def test_a_bad_line_is_named(tmp_path: Path, line: Any, words: str) -> None:
@@ -106,7 +110,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: Any, words: str) -> None:
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes("für".encode("latin-1"))
     (tmp_path / "empty").write_text("\n")
-    for name, words in (("absent", "cannot read"), ("latin", "not UTF-8"), ("empty", "holds no example")):
+    for name, words in (("absent", "cannot read"), ("latin", "not UTF-8"), ("empty", "contains no examples")):
         with pytest.raises(DgemmaError, match=words) as error:
             read_data([tmp_path / name])
         assert name in error.value.message and error.value.exit_code == 2

@@ -1,4 +1,4 @@
-"""The demo tokenizer: Gemma's layout and construction, lossless text, the chat format."""
+"""The demo tokenizer: Gemma's ids and pipeline, lossless text, and the chat format."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def tokenizer(folder: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def render(folder: Path) -> Render:
-    """The chat template in the environment that transformers gives it."""
+    """Return a function that renders the chat template in the same environment as transformers."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.filters["tojson"] = json.dumps
     template = environment.from_string((folder / "chat_template.jinja").read_text(encoding="utf-8"))
@@ -64,7 +64,7 @@ def render(folder: Path) -> Render:
 
 
 def random_text(rng: random.Random) -> str:
-    """Any Unicode text without surrogates and without the space sign, which stands for a space."""
+    """Return random Unicode text without surrogates and without the character that stands for a space."""
     ranges = (range(0x80), range(0x80), range(0x3000), range(0x10000), range(0x10000, 0x110000))
     characters = [chr(rng.choice(rng.choice(ranges))) for _ in range(rng.randint(0, 20))]
     return "".join(c for c in characters if c != demo_tokenizer.SPACE and not 0xD800 <= ord(c) < 0xE000)
@@ -85,7 +85,7 @@ def test_ids_are_gemmas(tokenizer: Tokenizer) -> None:
     assert special == {*GEMMA_IDS, "<|image|>", "<|image>", "<image|>"}
 
 
-def test_any_text_comes_back(tokenizer: Tokenizer) -> None:
+def test_decoding_restores_any_text(tokenizer: Tokenizer) -> None:
     rng = random.Random(0)
     for _ in range(5000):
         text = random_text(rng)
@@ -94,7 +94,7 @@ def test_any_text_comes_back(tokenizer: Tokenizer) -> None:
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
-def test_every_unicode_character_comes_back(tokenizer: Tokenizer) -> None:
+def test_decoding_restores_every_unicode_character(tokenizer: Tokenizer) -> None:
     for start in range(0, 0x110000, 0x1000):
         codes = (code for code in range(start, start + 0x1000) if not 0xD800 <= code < 0xE000)
         text = "".join(chr(code) for code in codes if chr(code) != demo_tokenizer.SPACE)
@@ -109,7 +109,7 @@ def test_printable_ascii_has_its_own_tokens(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("\n").ids == [107]
 
 
-def test_a_token_for_each_digit(tokenizer: Tokenizer) -> None:
+def test_each_digit_is_one_token(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("17 + 25").tokens == ["1", "7", "▁+", "▁2", "5"]
     rng = random.Random(0)
     for _ in range(200):
@@ -120,7 +120,7 @@ def test_a_token_for_each_digit(tokenizer: Tokenizer) -> None:
         assert all(token.removeprefix("▁") in list("0123456789") for token in tokens)
 
 
-def test_a_name_has_the_same_tokens_wherever_it_stands(tokenizer: Tokenizer) -> None:
+def test_a_name_has_the_same_tokens_everywhere(tokenizer: Tokenizer) -> None:
     rng = random.Random(0)
     for _ in range(200):
         name = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 9))).capitalize()
@@ -192,7 +192,7 @@ def test_transformers_gives_the_same_ids(folder: Path, render: Render, tokenizer
 
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.delitem(sys.modules, demo_tokenizer.__name__)  # runpy warns of modules imported before
+    monkeypatch.delitem(sys.modules, demo_tokenizer.__name__)  # runpy warns about modules that are already imported
     monkeypatch.setattr(sys, "argv", ["demo_tokenizer", str(tmp_path)])
     runpy.run_module("dgemma_mlx.train.demo_tokenizer", run_name="__main__")
     assert (tmp_path / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()

@@ -1,4 +1,4 @@
-"""Fine-tuning: exact resumption, gradients, what is learned of what; and merging what was learned."""
+"""Fine-tuning: exact resumption, gradients, batches, validation, and the settings that are refused."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.model.adapter import GROUPS, AdapterConfig, adapted_modules, attach
 from dgemma_mlx.model.adapter_file import read_adapter
 from dgemma_mlx.model.text import DiffusionGemma
-from dgemma_mlx.train.checkpointing import checkpointed
-from dgemma_mlx.train.data import Conversation, canvas_batch, parts_at
+from dgemma_mlx.train.batches import Conversation, canvas_batch, parts_at
 from dgemma_mlx.train.dataset import Example
 from dgemma_mlx.train.estimate import training_memory
-from dgemma_mlx.train.finetune import FinetuneConfig, FinetuneRun, finetune, last_step, prepare, read_log
+from dgemma_mlx.train.finetune import FinetuneConfig, FinetuneRun, Validation, finetune, last_step, prepare, read_log
+from dgemma_mlx.train.gradient_checkpointing import checkpointed
 from dgemma_mlx.train.objective import Batch, ObjectiveConfig, block_diffusion_loss
 from dgemma_mlx.train.optimizer import warmed_up
 from tests.train.test_objective import PAD, small_model
@@ -41,7 +41,7 @@ CONFIG = FinetuneConfig(
 
 
 def run(out: Path, config: FinetuneConfig = CONFIG, *, stop: int = 99, resume: bool = False) -> Model:
-    """A run from scratch, as a process of its own would have it; ``stop`` is the step after which Ctrl-C comes."""
+    """Fine-tune the demo model as a new process would; Ctrl-C comes after step ``stop``."""
     model = prepare(load("demo"), config)
     seen = []
     finetune(FinetuneRun(model, config, CONVERSATIONS), out, lambda record: seen.append(record["step"]), resume=resume,
@@ -49,7 +49,7 @@ def run(out: Path, config: FinetuneConfig = CONFIG, *, stop: int = 99, resume: b
     return model
 
 
-def losses(out: Path) -> list[Any]:
+def logged_losses(out: Path) -> list[Any]:
     return [(record["step"], record["loss"], record["gradient_norm"]) for record in read_log(out / "loss.jsonl")]
 
 
@@ -58,38 +58,38 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(tmp_path: Path, opt
     config = replace(CONFIG, optimizer=optimizer)
     run(tmp_path / "whole", config)
     run(tmp_path / "parts", config, stop=2)
-    assert last_step(tmp_path / "parts") == 3  # asked after the step that comes next
+    assert last_step(tmp_path / "parts") == 3  # the run stops after the step that follows
     assert (tmp_path / "parts" / "adapter_model.safetensors").exists()
     run(tmp_path / "parts", config, resume=True)
     for name in ("adapter_model.safetensors", "adapter_config.json", "run.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
     one, two = (dict(mx.load(str(tmp_path / name / "checkpoint/optimizer.safetensors"))) for name in ("whole", "parts"))
     assert one.keys() == two.keys() and all(mx.array_equal(one[key], two[key]).item() for key in one)
-    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
-    assert [step for step, *_ in losses(tmp_path / "whole")] == [1, 2, 3, 4, 5, 6]
+    assert logged_losses(tmp_path / "whole") == logged_losses(tmp_path / "parts")
+    assert [step for step, *_ in logged_losses(tmp_path / "whole")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_what_was_logged_after_the_last_checkpoint_is_logged_once(tmp_path: Path) -> None:
+def test_steps_after_the_last_checkpoint_are_logged_once(tmp_path: Path) -> None:
     run(tmp_path, stop=2)
     log = tmp_path / "loss.jsonl"
     log.write_text(log.read_text() + json.dumps({"step": 4, "loss": 1.0}) + '\n{"step": 5, "lo')  # killed by step 5
     run(tmp_path, resume=True)
-    assert [step for step, *_ in losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, *_ in logged_losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_an_adapter_is_trained_on(tmp_path: Path) -> None:
+def test_training_continues_from_an_adapter(tmp_path: Path) -> None:
     first = run(tmp_path / "first", replace(CONFIG, steps=2))
     model = load("demo", adapter=tmp_path / "first")
     shape, _ = read_adapter(tmp_path / "first")
     assert model.config.canvas_length == 8 and (shape.rank, shape.dropout) == (2, 0.1)
     config = replace(CONFIG, steps=1, adapter=shape, learning_rate=0.0)
     finetune(FinetuneRun(prepare(model, config), config, CONVERSATIONS), tmp_path / "same", lambda record: None)
-    for path, module in adapted_modules(first.network).items():  # no rate: where the first one ended
+    for path, module in adapted_modules(first.network).items():  # with a rate of 0, the adapter stays as it is
         assert mx.array_equal(module.lora_a, adapted_modules(model.network)[path].lora_a).item(), path
     again, _ = read_adapter(tmp_path / "same")
     assert replace(again, targets=()) == replace(ADAPTER, targets=())
     fresh = FinetuneRun(prepare(load("demo"), config), config, CONVERSATIONS)
-    with pytest.raises(DgemmaError, match="had another start"):
+    with pytest.raises(DgemmaError, match="started with a different start"):
         finetune(fresh, tmp_path / "same", lambda record: None, resume=True)
 
 
@@ -115,12 +115,12 @@ def test_the_estimate_is_near_the_peak() -> None:
 
 
 def test_a_folder_holds_one_run(tmp_path: Path) -> None:
-    with pytest.raises(DgemmaError, match="no run to go on with"):
+    with pytest.raises(DgemmaError, match="holds no run to resume"):
         run(tmp_path / "new", resume=True)
     run(tmp_path / "one", replace(CONFIG, steps=1))
-    with pytest.raises(DgemmaError, match="holds a run already"):
+    with pytest.raises(DgemmaError, match="already holds a run"):
         run(tmp_path / "one", replace(CONFIG, steps=1))
-    with pytest.raises(DgemmaError, match="had another steps, seed"):
+    with pytest.raises(DgemmaError, match="started with a different steps, seed"):
         run(tmp_path / "one", replace(CONFIG, steps=2, seed=1), resume=True)
 
 
@@ -137,10 +137,10 @@ def test_every_epoch_has_each_conversation_once_and_half_are_conditioned() -> No
         assert sorted(seen) == list(range(10, 22))
         orders.append(seen)
     assert orders[0] != orders[1] != orders[2]
-    assert 12 <= conditioned <= 24  # of 36: one or two of every three
+    assert 12 <= conditioned <= 24  # of 36: one or two of every batch of three
 
 
-def test_a_batch_without_the_causal_loss_ends_before_its_canvas() -> None:
+def test_sequences_without_the_causal_loss_end_before_the_canvas() -> None:
     rng = random.Random(1)
     batch = canvas_batch([([5, 6, 7], list(range(10, 20)))], 4, PAD, rng, causal=False)
     (start,), (ids,) = batch.starts.tolist(), batch.ids.tolist()
@@ -166,11 +166,11 @@ def gradients(model: DiffusionGemma, config: ObjectiveConfig, conditioned: bool 
 
 @pytest.mark.parametrize("balance", [0.0, 0.01])
 @pytest.mark.parametrize("adapter", [False, True])
-def test_gradients_are_the_same_where_layers_are_worked_out_again(adapter: bool, balance: float) -> None:
+def test_gradients_are_the_same_with_recomputed_layers(adapter: bool, balance: float) -> None:
     model, config = small_model().train(), ObjectiveConfig(balance_weight=balance)
     if adapter:
         attach(model, replace(ADAPTER, dropout=0.0))
-        learned(model)
+        randomize_adapter(model)
     plain = gradients(model, config)
     model.wrap_layers(checkpointed)
     again = gradients(model, config)
@@ -179,7 +179,7 @@ def test_gradients_are_the_same_where_layers_are_worked_out_again(adapter: bool,
         np.testing.assert_allclose(again[name], gradient, atol=1e-5, err_msg=name)
 
 
-def learned(model: DiffusionGemma) -> None:
+def randomize_adapter(model: DiffusionGemma) -> None:
     mx.random.seed(5)
     for module in adapted_modules(model).values():
         module.lora_b = 0.3 * mx.random.normal(module.lora_b.shape)
@@ -187,11 +187,11 @@ def learned(model: DiffusionGemma) -> None:
 
 @pytest.mark.parametrize(("packed", "dora"), [(False, False), (False, True), (True, False)])
 def test_gradients_of_an_adapter_agree_with_finite_differences(packed: bool, dora: bool) -> None:
-    model = small_model(top_k=4).train()  # all experts chosen: a choice that flips would make the loss jump
+    model = small_model(top_k=4).train()  # all experts are chosen: a changed choice would make the loss jump
     if packed:
         nn.quantize(model, 32, 8, class_predicate=lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] == 32)
     attach(model, AdapterConfig(4, 4.0, targets=tuple(GROUPS), dora=dora))
-    learned(model)
+    randomize_adapter(model)
     config = ObjectiveConfig(balance_weight=0)
 
     def loss() -> mx.array:
@@ -200,7 +200,7 @@ def test_gradients_of_an_adapter_agree_with_finite_differences(packed: bool, dor
     flat, parameters = gradients(model, config, conditioned=False), dict(tree_flatten(model.trainable_parameters()))
     names = ["layers.1.self_attn.k_proj.lora_a", "layers.0.experts.gate_up_proj.lora_b",
              "layers.2.experts.down_proj.lora_a", "layers.1.mlp.up_proj.lora_b"]  # fmt: skip
-    if dora:  # lengths are constants to the factors' gradients, not to differences: only m agrees
+    if dora:  # the norms are constants for the factors' gradients, but not for differences: only m agrees
         names = ["layers.1.self_attn.q_proj.m", "layers.0.mlp.down_proj.m"]
     for name in names:
         length = mx.sqrt((flat[name] ** 2).sum())
@@ -213,8 +213,7 @@ def test_gradients_of_an_adapter_agree_with_finite_differences(packed: bool, dor
         assert (ends[0] - ends[1]) / 8e-3 == pytest.approx(length.item(), rel=0.05), name
 
 
-def test_the_noise_begins_where_it_should() -> None:
-    """With all noise, a canvas' clean ids do not matter to what the decoder sees, with none of it they are seen."""
+def test_full_noise_and_a_large_minimum_replace_almost_all_ids() -> None:
     batch, model = example_batch(), small_model()
     seen: list[mx.array] = []
     decode = model.decode
@@ -231,21 +230,21 @@ def test_the_noise_begins_where_it_should() -> None:
         assert changed > 0.9 * share  # a random id may be the clean one
 
 
-def test_validation_asks_and_measures_the_same_every_time(tmp_path: Path) -> None:
+def test_validation_is_the_same_every_time(tmp_path: Path) -> None:
     still = replace(ADAPTER, dropout=0.0)
     config = replace(CONFIG, steps=2, valid_every=1, valid_answers=2, checkpoint_layers=True, adapter=still)
     asked = [Example(({"role": "user", "content": "Sort 2 1"},), "1 2"), Example((), "Once.")]
     for name in ("one", "two"):
         model = prepare(load("demo"), config)
-        run_of_it = FinetuneRun(model, config, CONVERSATIONS, 0, asked, CONVERSATIONS[:5])
-        finetune(run_of_it, tmp_path / name, lambda record: None)
+        validated = FinetuneRun(model, config, CONVERSATIONS, 0, Validation(asked, CONVERSATIONS[:5]))
+        finetune(validated, tmp_path / name, lambda record: None)
     one, two = (
         [(record["step"], record["valid_loss"], record["exact_match"]) for record in read_log(path / "loss.jsonl")
          if "valid_loss" in record]
         for path in (tmp_path / "one", tmp_path / "two")
     )  # fmt: skip
     assert one == two and [step for step, *_ in one] == [1, 2]
-    assert all(match in (0.0, 1.0) for *_, match in one)  # of the one that is a question
+    assert all(match in (0.0, 1.0) for *_, match in one)  # only one example is a question
 
 
 def test_all_weights_can_be_trained_into_a_checkpoint(tmp_path: Path) -> None:
@@ -263,7 +262,7 @@ def test_all_weights_can_be_trained_into_a_checkpoint(tmp_path: Path) -> None:
 def test_packed_weights_are_not_trained(tmp_path: Path) -> None:
     model = load("demo")
     nn.quantize(model.network, 64, 8, class_predicate=lambda path, _: "mlp" in path)
-    with pytest.raises(DgemmaError, match="packed weights cannot be trained"):
+    with pytest.raises(DgemmaError, match="has packed weights, which cannot be trained"):
         prepare(model, replace(CONFIG, full=True))
 
 
@@ -276,7 +275,7 @@ def test_packed_weights_are_not_trained(tmp_path: Path) -> None:
         lambda: FinetuneConfig(checkpoint_layers=True, adapter=AdapterConfig(dropout=0.1)),
     ],
 )  # fmt: skip
-def test_settings_that_cannot_be_are_refused(make: Callable[[], Any]) -> None:
+def test_invalid_settings_are_refused(make: Callable[[], Any]) -> None:
     with pytest.raises(DgemmaError) as error:
         make()
     assert error.value.exit_code == 2

@@ -1,4 +1,4 @@
-"""Merging: the fused checkpoint computes what base and adapter do, but for the rounding of what is stored."""
+"""Merging: a fused checkpoint computes what base and adapter compute, up to the rounding of the stored weights."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_bfloat16_weights_change_by_rounding_alone(tmp_path: Path) -> None:
     fused = dict(load(tmp_path / "fused")[0].named_modules())
     for path, module in adapted_modules(model).items():
         wanted = merged(module.linear.weight, module.lora_a, module.lora_b, 2.0)
-        bound = mx.abs(wanted) * 2**-8 + 1e-30  # half of bfloat16's last digit, of eight
+        bound = mx.abs(wanted) * 2**-8 + 1e-30  # half of the last of bfloat16's eight binary digits
         assert (mx.abs(fused[path].weight - wanted) <= bound).all().item(), path
 
 
@@ -96,7 +96,7 @@ def test_packed_weights_are_packed_again_as_they_were(tmp_path: Path) -> None:
     assert {name: (t.shape, t.dtype) for name, t in before.items()} == {
         name: (t.shape, t.dtype) for name, t in after.items()
     }
-    # What the adapter does not touch stays bit for bit, what it does is within a packed number's step.
+    # Weights without an adapter are identical; the others are within one quantization step.
     untouched = "model.decoder.embed_tokens.weight"
     assert mx.array_equal(before[untouched], after[untouched]).item()
     fused, _ = load(tmp_path / "fused")
@@ -108,12 +108,12 @@ def test_packed_weights_are_packed_again_as_they_were(tmp_path: Path) -> None:
             continue
         wanted = merged(plain_weight(module.linear), module.lora_a, module.lora_b, 2.0)
         steps = mx.abs(mx.repeat(own.scales.astype(mx.float32), own.group_size, axis=-1))
-        errors = mx.abs(plain_weight(own) - wanted) / steps  # MLX keeps a group's ends exact: a step may be missed
+        errors = mx.abs(plain_weight(own) - wanted) / steps  # may exceed a step: MLX keeps the ends of a group exact
         assert errors.max().item() < 1.02 and errors.mean().item() < 0.3, path
 
 
 @pytest.mark.parametrize("scheme", [FOUR, EIGHT, MXFP8])
-def test_unpacked_the_result_is_that_of_base_and_adapter(tmp_path: Path, scheme: dict[str, Any]) -> None:
+def test_dequantized_output_computes_what_base_and_adapter_compute(tmp_path: Path, scheme: dict[str, Any]) -> None:
     folder = base(tmp_path / "base", choose=lambda path: None if "router" in path else scheme, quantization=scheme)
     adapter = adapter_for(folder, tmp_path / "adapter")
     fuse(str(folder), adapter, tmp_path / "fused", dequantize=True)
@@ -123,7 +123,7 @@ def test_unpacked_the_result_is_that_of_base_and_adapter(tmp_path: Path, scheme:
     assert np.abs(logits(load(tmp_path / "fused")[0]) - expected).mean() < 0.2 * np.abs(expected - plain).mean()
 
 
-def test_nothing_is_left_of_a_merge_that_fails(tmp_path: Path) -> None:
+def test_a_failed_merge_leaves_no_files(tmp_path: Path) -> None:
     folder = base(tmp_path / "base")
     adapter = adapter_for(folder, tmp_path / "adapter")
     tensors: Any = mx.load(str(adapter / "adapter_model.safetensors"))
@@ -142,7 +142,7 @@ def test_nothing_is_left_of_a_merge_that_fails(tmp_path: Path) -> None:
         fuse(str(other), adapter, tmp_path / "fused")
 
 
-def test_an_output_is_replaced_when_told(tmp_path: Path) -> None:
+def test_force_replaces_an_output(tmp_path: Path) -> None:
     folder = base(tmp_path / "base")
     adapter = adapter_for(folder, tmp_path / "adapter")
     (tmp_path / "fused").mkdir()

@@ -1,4 +1,4 @@
-"""Training: it learns, it resumes to the bit, its data depend on seed and step alone."""
+"""The training loop: the loss falls, a run resumes bit for bit, and batches depend only on seed and step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from dgemma_mlx.checkpoint.config import ModelConfig
 from dgemma_mlx.model.load import load_model
 from dgemma_mlx.model.text import DiffusionGemma
-from dgemma_mlx.train.data import Conversation, Part, batch_pair_at
+from dgemma_mlx.train.batches import Conversation, Part, batch_pair_at
 from dgemma_mlx.train.demo import CONFIG, GENERATION
 from dgemma_mlx.train.export import export
 from dgemma_mlx.train.loop import TrainConfig, mean_weights, train
@@ -33,7 +33,7 @@ def pair(step: int) -> list[Part]:
 def trained(
     run: Path, *stops: int, schedule: int | None = None, mean_of: tuple[int, ...] = ()
 ) -> tuple[DiffusionGemma, list[float]]:
-    """A model trained in one go or in several processes' worth of runs that resume; its losses."""
+    """Train a model up to each of ``stops`` steps in turn, as one process after the other; also return the losses."""
     losses: list[float] = []
     for steps in stops:
         model, optimizer = small_model(), make_optimizer(steps=schedule or max(stops))
@@ -55,7 +55,7 @@ def test_the_loss_falls(tmp_path: Path) -> None:
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:3])
 
 
-def test_the_mean_is_that_of_the_weights_at_those_steps(tmp_path: Path) -> None:
+def test_mean_weights_is_the_mean_over_the_given_steps(tmp_path: Path) -> None:
     (two, _), (four, _) = trained(tmp_path / "a", 2, schedule=4), trained(tmp_path / "b", 4)
     trained(tmp_path / "c", 3, 4, mean_of=(2, 4))  # resumed in between
     mean = mean_weights(tmp_path / "c", (2, 4))
@@ -90,7 +90,7 @@ def test_the_canvas_is_the_part_of_the_sequence_it_says() -> None:
                 assert ids[start : start + len(text)] == text
                 assert not any(ids[start + len(text) :])
                 seen.add(len(text))
-    assert seen == {1, 2, 3, 4}  # full canvases, and every length of a last one
+    assert seen == {1, 2, 3, 4}  # full canvases, and last canvases of every length
 
 
 def test_muon_moves_a_matrix_along_the_nearest_orthogonal_one() -> None:

@@ -1,4 +1,4 @@
-"""The training objective against the network's own inference path and finite differences."""
+"""The training objective, compared with the network's inference path and with finite differences."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def batch() -> Batch:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_teachers_cache_shows_each_row_its_own_prefix(batch: Batch, training: bool) -> None:
+def test_the_teacher_cache_shows_each_row_its_own_prefix(batch: Batch, training: bool) -> None:
     model = small_model().train(training)
     teacher = TeacherCache(model.config.sliding_window, batch.starts)
     hidden = model.encode(batch.ids, teacher)  # type: ignore[arg-type]
@@ -55,7 +55,7 @@ def test_the_teachers_cache_shows_each_row_its_own_prefix(batch: Batch, training
         np.testing.assert_allclose(logits[row], model.decode(batch.canvas[row : row + 1], alone)[0], atol=1e-4)
 
 
-def test_the_loss_is_what_its_parts_say(batch: Batch) -> None:
+def test_the_loss_is_the_weighted_sum_of_its_parts(batch: Batch) -> None:
     config = ObjectiveConfig(full_noise=1.0, pad_weight=0.25)
     model = small_model()
     total, parts = block_diffusion_loss(model, batch, config, PAD, mx.random.key(0), self_condition=False)
@@ -81,7 +81,7 @@ def test_the_loss_is_what_its_parts_say(batch: Batch) -> None:
 
 
 def test_gradients_agree_with_finite_differences(batch: Batch) -> None:
-    # All experts chosen: a choice that flips would make the loss jump.
+    # All experts are chosen: a changed choice would make the loss jump.
     model = small_model(top_k=4).train()
 
     def loss() -> mx.array:
@@ -113,7 +113,7 @@ def test_only_a_self_conditioned_batch_trains_the_self_conditioning_block(batch:
         assert reached == self_condition
 
 
-def test_corruption_replaces_the_share_it_should() -> None:
+def test_corruption_replaces_the_given_share_of_ids() -> None:
     canvas, noise = mx.zeros((2, 2000), mx.int32), mx.ones((2, 2000), mx.int32)
     draw = mx.random.uniform(shape=canvas.shape, key=mx.random.key(0))
     share = corrupt(canvas, noise, draw, mx.array([0.25, 1.0])).mean(axis=1)

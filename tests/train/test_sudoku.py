@@ -1,4 +1,4 @@
-"""Sudoku puzzles: one solution each, found by brute force, and splits that share no solution."""
+"""Sudoku puzzles: brute force finds exactly one solution, and the splits share no solution."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def renamed(grid: tuple[int, ...], rng: random.Random) -> tuple[int, ...]:
 
 
 def test_an_empty_4x4_has_all_grids_for_solutions() -> None:
-    assert sorted(solutions((0,) * 16, 4)) == all_grids()  # found another way, by the demo model's task
+    assert sorted(solutions((0,) * 16, 4)) == all_grids()  # the demo model's task finds them in another way
 
 
 def test_4x4_puzzles_have_one_solution_among_all_grids() -> None:
@@ -31,7 +31,7 @@ def test_4x4_puzzles_have_one_solution_among_all_grids() -> None:
 
 
 def naive(cells: list[int], size: int) -> list[tuple[int, ...]]:
-    """At most two solutions, by trying every digit in the first empty cell, with a check that knows no units."""
+    """Return up to two solutions by trying every digit in the first empty cell, without ``sudoku.units``."""
     if 0 not in cells:
         return [tuple(cells)]
     height, width = BOXES[size]
@@ -72,7 +72,7 @@ def test_every_number_of_clues_is_drawn() -> None:
     assert {draw(rng, 6, "train").clues for _ in range(150)} == set(range(CLUES[6][0], CLUES[6][1] + 1))
 
 
-def test_a_split_holds_a_grid_under_all_names_of_its_digits() -> None:
+def test_renaming_digits_keeps_the_split() -> None:
     rng = random.Random(3)
     splits: list[Split] = ["train", "heldout"]
     for split in splits:
@@ -83,13 +83,13 @@ def test_a_split_holds_a_grid_under_all_names_of_its_digits() -> None:
 
 def test_both_splits_have_grids_of_every_size() -> None:
     held_out = [grid for grid in all_grids() if split_of(grid, 4) == "heldout"]
-    assert 24 <= len(held_out) <= 144 and len(held_out) % 24 == 0  # classes of 24 names for the digits
+    assert 24 <= len(held_out) <= 144 and len(held_out) % 24 == 0  # the digits of a grid can be named in 24 ways
     rng = random.Random(7)
     drawn = [split_of(next(solutions((0,) * 36, 6, rng)), 6) for _ in range(300)]
     assert 10 <= drawn.count("heldout") <= 60
 
 
-def test_only_a_right_grid_solves_a_puzzle() -> None:
+def test_only_the_correct_grid_solves_a_puzzle() -> None:
     puzzle = draw(random.Random(4), 6, "heldout")
     assert puzzle.solved_by(puzzle.answer + "\n")
     other = renamed(puzzle.solution, random.Random(5))
@@ -108,7 +108,7 @@ def test_a_grid_is_read_back_as_it_was_written() -> None:
 
 
 @pytest.mark.parametrize(("size", "clues"), [(5, None), (6, (3, 9)), (6, (20, 18)), (6, (30, 36)), (9, (16, 20))])
-def test_puzzles_that_cannot_be_are_refused(size: int, clues: tuple[int, int] | None) -> None:
+def test_impossible_puzzles_are_refused(size: int, clues: tuple[int, int] | None) -> None:
     with pytest.raises(DgemmaError) as error:
         sudoku_problems(size, 1, clues)
     assert error.value.exit_code == 2

@@ -1,4 +1,4 @@
-"""The data tasks: answers against independent oracles, and no content in both splits."""
+"""The demo model's tasks: answers are checked independently, and the splits share no content."""
 
 from __future__ import annotations
 
@@ -119,14 +119,14 @@ def test_the_split_is_the_same_on_every_machine() -> None:
     assert heldout == [*first, (4, 7), (4, 8), (4, 13), (5, 15), (5, 17)]
 
 
-def test_all_grids_by_brute_force() -> None:
+def test_there_are_288_grids() -> None:
     grids = all_grids()
     assert len(set(grids)) == len(grids) == 288
     assert all(is_solved(grid) for grid in grids)
 
 
 def solutions(puzzle: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """All ways to fill a puzzle, trying every digit in every empty cell."""
+    """Return all solutions of a puzzle by trying every digit in every empty cell."""
     if 0 not in puzzle:
         return [puzzle]
     cell = puzzle.index(0)
@@ -198,7 +198,7 @@ def test_count_counts_and_often_spans_two_canvases(split: Split) -> None:
         low, high = sorted((1, *integers(prompt_of(example)))[-2:])  # 'Count to 9.' starts at 1
         numbers = integers(example.answer)
         assert numbers == list(range(low, high + 1))
-        tokens = sum(len(str(number)) for number in numbers) + 1  # a token a digit, and the end of the turn
+        tokens = sum(len(str(number)) for number in numbers) + 1  # one token for each digit, and the end of the turn
         assert tokens <= 64
         long += tokens > 32
     assert long > 300
@@ -281,7 +281,7 @@ def test_recall_of_what_was_not_said_is_unknown() -> None:
 def test_no_prompt_has_two_answers() -> None:
     answers: dict[tuple[str, ...], str] = {}
     for name in NAMES:
-        if name == "sentence":  # many sentences are right
+        if name == "sentence":  # many sentences are correct
             continue
         for split in SPLITS:
             for example in draw(name, split, 2500):

@@ -1,22 +1,26 @@
-"""The tasks of the demo model: each draws examples for a split and checks answers."""
+"""The synthetic tasks of the demo model. Each task draws examples of a split and checks answers.
+
+The wordings and answers are the data on which the shipped demo model was trained.
+"""
 
 from __future__ import annotations
 
 import random
 
-from .base import Example, Split, Task
-from .facts import Question
-from .numbers import Add, Count, Reverse, Sort
-from .recall import Recall
-from .record import Record
-from .sentence import Sentence
-from .sudoku import Sudoku
-from .unknown import Unknown
+from dgemma_mlx.train.tasks.base import Example, Split, Task
+from dgemma_mlx.train.tasks.facts import Question
+from dgemma_mlx.train.tasks.numbers import Add, Count, Reverse, Sort
+from dgemma_mlx.train.tasks.recall import Recall
+from dgemma_mlx.train.tasks.record import Record
+from dgemma_mlx.train.tasks.sentence import Sentence
+from dgemma_mlx.train.tasks.sudoku import Sudoku
+from dgemma_mlx.train.tasks.unknown import Unknown
 
 __all__ = ["MIX", "TASKS", "Example", "Split", "Task", "training_example"]
 
 
 def _build() -> dict[str, Task]:
+    """Create all tasks, by name."""
     sort, reverse, add, question, unknown = Sort(), Reverse(), Add(), Question(), Unknown()
     recall = Recall(others=(sort, reverse, add, question, unknown))
     tasks: tuple[Task, ...] = (
@@ -26,7 +30,7 @@ def _build() -> dict[str, Task]:
 
 
 TASKS = _build()
-# the share of each task in training
+# The share of each task in training.
 MIX = {
     "sudoku": 0.12,
     "sort": 0.38,
@@ -40,15 +44,16 @@ MIX = {
     "unknown": 0.03,
 }
 
-_SORTED_IN_TRAINING = {7: 0.5, 8: 1.0}  # of the lists to sort, by length, those that are taken: long ones are harder
-_SORTED_ELSE = 0.25
+# The share of drawn lists to sort that are kept for training, by length: long lists are harder to learn.
+_KEPT_LISTS = {7: 0.5, 8: 1.0}
+_KEPT_SHORT_LISTS = 0.25
 
 
 def training_example(rng: random.Random) -> Example:
-    """An example of a task drawn by ``MIX``."""
+    """Draw a training example of a task, which is chosen with the probabilities of ``MIX``."""
     task = rng.choices(list(MIX), list(MIX.values()))[0]
     while True:
         example = TASKS[task].sample(rng, "train")
         length = len(example.answer.split())
-        if task != "sort" or rng.random() < _SORTED_IN_TRAINING.get(length, _SORTED_ELSE):
+        if task != "sort" or rng.random() < _KEPT_LISTS.get(length, _KEPT_SHORT_LISTS):
             return example

@@ -1,12 +1,12 @@
-"""Questions on a small closed table of facts, and small talk."""
+"""The task "question": questions about a small closed table of facts, and small talk."""
 
 from __future__ import annotations
 
 import random
 from typing import NamedTuple
 
-from .base import ContentTask, Example, Split, reword, with_article
-from .words import listed
+from dgemma_mlx.train.tasks.base import ContentTask, Example, Split, reword, with_article
+from dgemma_mlx.train.tasks.words import listed
 
 DAYS = listed("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 MONTHS = listed("January February March April May June July August September October November December")
@@ -43,7 +43,13 @@ OPPOSITES = listed(
 
 
 class Fact(NamedTuple):
-    """What is asked in ``wordings`` and always answered the same way."""
+    """One fact of the table.
+
+    Attributes:
+        key: Kind and subject of the fact, for example "capital France".
+        wordings: Questions that ask for the fact.
+        answer: The answer to all of these questions.
+    """
 
     key: str
     wordings: tuple[str, ...]
@@ -142,11 +148,12 @@ SMALL_TALK = {
 
 
 def capitalised(text: str) -> str:
+    """Return a text with a capital first letter."""
     return text[:1].upper() + text[1:]
 
 
 def build_facts() -> list[Fact]:
-    """The whole table."""
+    """Return the whole table of facts."""
     facts = []
 
     def add(kind: str, wordings: tuple[str, ...], x: str, answer: str, unit: str = "") -> None:
@@ -175,9 +182,13 @@ def build_facts() -> list[Fact]:
 
 
 class Question(ContentTask):
-    """A fact in one of its wordings; split by (fact, wording), so that every fact is seen in training.
+    """Ask for a fact in one of its wordings.
 
-    Small talk is trained only: nothing in 'Hi' says how to answer 'Hello'.
+    The split is by fact and wording, so training sees every fact. Small talk is never held out, because nothing in 'Hi'
+    says how to answer 'Hello'.
+
+    Attributes:
+        facts: The table of facts.
     """
 
     name = "question"
@@ -187,6 +198,7 @@ class Question(ContentTask):
         self.facts = build_facts()
 
     def sample(self, rng: random.Random, split: Split) -> Example:
+        """Draw a question of a split; in training, some of them are small talk."""
         if split == "train" and rng.random() < 0.12:
             answer = rng.choice(list(SMALL_TALK))
             prompt = rng.choice(SMALL_TALK[answer])
@@ -194,6 +206,7 @@ class Question(ContentTask):
         return super().sample(rng, split)
 
     def make(self, rng: random.Random) -> Example:
+        """Draw a question of any split."""
         fact = rng.choice(self.facts)
         wording = rng.choice(fact.wordings)
         return self.example(reword(rng, wording), fact.answer, f"{fact.key}: {wording}")

@@ -1,11 +1,11 @@
-"""Tasks on numbers and lists: sort, reverse, add, count."""
+"""The tasks "sort", "reverse", "add" and "count", on numbers and lists."""
 
 from __future__ import annotations
 
 import random
 
-from .base import ContentTask, Example, joined, lower_first, reword
-from .words import ITEMS
+from dgemma_mlx.train.tasks.base import ContentTask, Example, joined, lower_first, reword
+from dgemma_mlx.train.tasks.words import ITEMS
 
 ASCENDING = (
     "in ascending order",
@@ -99,19 +99,21 @@ COUNT_WORDINGS = (
     "Count to {b} from {a}.",
     "Count to {b}, starting at {a}.",
 )
-MAX_COUNT_DIGITS = 62  # with the end-of-turn token, two canvases of 32
+MAX_COUNT_DIGITS = 62  # with the end-of-turn token, this fits into two canvases of 32 tokens
 
 
 def spaced(items: list[int] | list[str]) -> str:
+    """Return items separated by spaces."""
     return " ".join(str(item) for item in items)
 
 
 class Sort(ContentTask):
-    """3 to 8 numbers 0-99, mostly ascending; split by the multiset."""
+    """Sort 3 to 8 numbers from 0 to 99, most often in ascending order. The split is by the multiset of numbers."""
 
     name = "sort"
 
     def make(self, rng: random.Random) -> Example:
+        """Draw an example of any split."""
         highest = 99 if rng.random() < 0.85 else 9
         numbers = [rng.randint(0, highest) for _ in range(rng.randint(3, 8))]
         descending = rng.random() < 0.25
@@ -120,6 +122,7 @@ class Sort(ContentTask):
         return self.example(self.prompt(rng, joined(rng, numbers), descending), spaced(answer), key)
 
     def prompt(self, rng: random.Random, numbers: str, descending: bool) -> str:
+        """Return a request to sort ``numbers``."""
         verb, what = rng.choice(SORT_VERBS), rng.choice(NUMBER_LISTS)
         order = " " + rng.choice(DESCENDING if descending else ASCENDING)
         if not descending and rng.random() < 0.65:
@@ -139,11 +142,12 @@ class Sort(ContentTask):
 
 
 class Reverse(ContentTask):
-    """3 to 8 numbers or words; a sequence and its reverse share a split."""
+    """Reverse 3 to 8 numbers or words. A sequence and its reverse are in the same split."""
 
     name = "reverse"
 
     def make(self, rng: random.Random) -> Example:
+        """Draw an example of any split."""
         count = rng.randint(3, 8)
         words = rng.random() < 0.45
         items = [rng.choice(ITEMS) if words else str(rng.randint(0, 99)) for _ in range(count)]
@@ -151,6 +155,7 @@ class Reverse(ContentTask):
         return self.example(self.prompt(rng, joined(rng, items)), spaced(items[::-1]), key)
 
     def prompt(self, rng: random.Random, items: str) -> str:
+        """Return a request to reverse ``items``."""
         verb, what = rng.choice(REVERSE_VERBS), rng.choice(ITEM_LISTS)
         layout = rng.random()
         if layout < 0.3:
@@ -165,11 +170,12 @@ class Reverse(ContentTask):
 
 
 class Add(ContentTask):
-    """Two numbers 0-99; split by the unordered pair."""
+    """Add two numbers from 0 to 99. The split is by the unordered pair."""
 
     name = "add"
 
     def make(self, rng: random.Random) -> Example:
+        """Draw an example of any split."""
         a, b = rng.randint(0, 99), rng.randint(0, 99 if rng.random() < 0.85 else 9)
         if rng.random() < 0.5:
             a, b = b, a
@@ -178,11 +184,12 @@ class Add(ContentTask):
 
 
 class Count(ContentTask):
-    """Count from a to b, 0 <= a < b <= 60, over at most two canvases of 32 tokens; split by (a, b)."""
+    """Count from a to b, 0 <= a < b <= 60, in at most two canvases of 32 tokens. The split is by (a, b)."""
 
     name = "count"
 
     def make(self, rng: random.Random) -> Example:
+        """Draw an example of any split."""
         while True:
             a, b = sorted(rng.sample(range(61), 2))
             numbers = list(range(a, b + 1))

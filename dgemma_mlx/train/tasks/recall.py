@@ -1,16 +1,23 @@
-"""Conversations of several turns: what the user said of themselves is asked later."""
+"""The task "recall": the user tells a fact about themselves and asks for it later in the conversation."""
 
 from __future__ import annotations
 
 import random
 from typing import NamedTuple
 
-from .base import ContentTask, Example, Task, assistant, lower_first, reword, user
-from .words import COLOURS, PETS, city, person
+from dgemma_mlx.train.tasks.base import ContentTask, Example, Task, assistant, lower_first, reword, user
+from dgemma_mlx.train.tasks.words import COLOURS, PETS, city, person
 
 
 class Kind(NamedTuple):
-    """A fact about the user: how it is told, acknowledged, asked for and recalled; {v} is its value."""
+    """A kind of fact about the user. In its texts, {v} stands for the value.
+
+    Attributes:
+        told: Sentences in which the user tells the fact.
+        noted: The assistant's reply to them.
+        asked: Questions in which the user asks for the fact.
+        recalled: The assistant's answer to them.
+    """
 
     told: tuple[str, ...]
     noted: str
@@ -87,6 +94,7 @@ WEIGHTS = {"name": 5, "city": 2, "colour": 1, "pet": 1, "age": 1}
 
 
 def draw_value(rng: random.Random, kind: str) -> str:
+    """Draw a value of a kind of fact."""
     if kind == "name":
         name = person(rng, 0.5)
         return name.lower() if rng.random() < 0.1 else name
@@ -98,15 +106,16 @@ def draw_value(rng: random.Random, kind: str) -> str:
 
 
 def fill(template: str, value: str) -> str:
-    """Put the value in; a sentence starts with a capital."""
+    """Return a template with its value filled in. A sentence that begins with the value gets a capital first letter."""
     text = template.format(v=value)
     return text[0].upper() + text[1:] if template.startswith("{v}") else text
 
 
 class Recall(ContentTask):
-    """'My name is Ana.' ... 'What is my name?'; split by the values told.
+    """Answer 'What is my name?' after 'My name is Ana.' The split is by the values that the user tells.
 
-    ``others`` are tasks whose (training) questions come in between or follow.
+    Attributes:
+        others: Tasks whose training questions come in between or follow.
     """
 
     name = "recall"
@@ -115,11 +124,12 @@ class Recall(ContentTask):
         self.others = others
 
     def make(self, rng: random.Random) -> Example:
+        """Draw an example of any split."""
         kinds = self.draw_kinds(rng)
         values = {kind: draw_value(rng, kind) for kind in kinds}
         key = " ".join(sorted(f"{kind}={value.lower()}" for kind, value in values.items()))
         form = rng.random()
-        if form < 0.2:  # the first turn alone: acknowledge it
+        if form < 0.2:  # the conversation ends with a told fact, which the answer acknowledges
             *history, (told, answer) = self.tell(rng, values)
         else:
             history = self.tell(rng, values)
@@ -130,12 +140,12 @@ class Recall(ContentTask):
         return Example(self.name, (*turns, user(told)), answer, key)
 
     def draw_kinds(self, rng: random.Random) -> list[str]:
-        """One kind, or two different ones in random order."""
+        """Draw one kind of fact, or two different kinds in random order."""
         kinds = rng.choices(list(WEIGHTS), list(WEIGHTS.values()), k=2)
         return kinds if kinds[0] != kinds[1] and rng.random() < 0.35 else kinds[:1]
 
     def tell(self, rng: random.Random, values: dict[str, str]) -> list[tuple[str, str]]:
-        """Turns (said, reply) that tell the values: two of them in one sentence or in two turns."""
+        """Return turns (said, reply) in which the user tells the values: two values in one sentence or in two turns."""
         said = [reword_told(rng, fill(rng.choice(KINDS[kind].told), value)) for kind, value in values.items()]
         noted = [fill(KINDS[kind].noted, value) for kind, value in values.items()]
         if len(said) == 2 and rng.random() < 0.6:
@@ -143,12 +153,15 @@ class Recall(ContentTask):
         return list(zip(said, noted, strict=True))
 
     def aside(self, rng: random.Random) -> tuple[str, str]:
-        """A turn on something else."""
+        """Return a turn (said, reply) of another task."""
         other = rng.choice(self.others).sample(rng, "train")
         return other.messages[-1]["content"], other.answer
 
     def ask(self, rng: random.Random, values: dict[str, str], form: float) -> tuple[str, str]:
-        """The last question and its answer: mostly a value told, sometimes one not told or another task."""
+        """Return the last question and its answer.
+
+        Most questions ask for a told value, some for a value that was not told, and some belong to another task.
+        """
         if form > 0.92:
             return self.aside(rng)
         if form > 0.86:
@@ -159,5 +172,6 @@ class Recall(ContentTask):
 
 
 def reword_told(rng: random.Random, text: str) -> str:
+    """Vary the final full stop and the first letter of a sentence in which the user tells a fact."""
     text = text.rstrip(".") if rng.random() < 0.25 else text
     return lower_first(text) if rng.random() < 0.25 else text

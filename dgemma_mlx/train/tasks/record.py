@@ -1,12 +1,12 @@
-"""Filling a JSON object from a sentence."""
+"""The task "json": write the facts of a sentence as a JSON object."""
 
 from __future__ import annotations
 
 import json
 import random
 
-from .base import ContentTask, Example, reword
-from .words import city, person
+from dgemma_mlx.train.tasks.base import ContentTask, Example, reword
+from dgemma_mlx.train.tasks.words import city, person
 
 SENTENCES = (
     "{name} is {age} years old and lives in {city}.",
@@ -55,11 +55,12 @@ AFTER = (
 
 
 class Record(ContentTask):
-    """A sentence with a name, an age and a city -> a JSON object; split by the three values."""
+    """Write the name, the age and the city of a sentence as a JSON object. The split is by the three values."""
 
     name = "json"
 
     def make(self, rng: random.Random) -> Example:
+        """Draw an example of any split."""
         record = {"name": person(rng), "age": rng.randint(1, 99), "city": city(rng)}
         sentence = rng.choice(SENTENCES).format(**record)
         if rng.random() < 0.65:

@@ -1,17 +1,17 @@
-"""Short sentences of a small grammar about a given noun."""
+"""The task "sentence": write a short sentence of a small grammar about a given noun."""
 
 from __future__ import annotations
 
 import random
 import re
 
-from .base import ContentTask, Example, reword, with_article
-from .words import COLOURS, listed
+from dgemma_mlx.train.tasks.base import ContentTask, Example, reword, with_article
+from dgemma_mlx.train.tasks.words import COLOURS, listed
 
 ANIMALS = listed("cat dog bird horse mouse rabbit fish frog cow duck fox bear")
 PEOPLE = listed("man woman child teacher king queen boy girl friend baker")
 THINGS = listed("book ball car boat house tree flower chair lamp cup apple hat")
-VERBS = {  # by the kind of subject
+VERBS = {  # subject -> verbs that fit it
     **dict.fromkeys(ANIMALS, ("sleeps", "sits", "waits", "plays", "eats", "hides", "rests")),
     **dict.fromkeys(PEOPLE, ("works", "sits", "waits", "sings", "reads", "stands", "walks")),
     **dict.fromkeys(THINGS, ("stands", "lies", "is")),
@@ -42,18 +42,20 @@ WITH_PLACE = tuple(wording.replace("{a}.", "{a} and {b}.") for wording in ABOUT)
 
 
 def adjectives_of(noun: str) -> tuple[str, ...]:
+    """Return the adjectives that fit a noun."""
     return THING_ADJECTIVES if noun in THINGS else tuple(ADJECTIVES)
 
 
 class Sentence(ContentTask):
-    """'Write a sentence about a cat.' Any sentence of the grammar with the asked words is right.
+    """Write a sentence about a cat. Any sentence of the grammar that has the requested words is correct.
 
-    Split by the words asked for: noun, adjective or none, place or none.
+    The split is by the requested words: a noun, possibly an adjective, and possibly a place.
     """
 
     name = "sentence"
 
     def make(self, rng: random.Random) -> Example:
+        """Draw an example of any split."""
         noun = rng.choice(list(VERBS))
         adjective = rng.choice(adjectives_of(noun))
         place = rng.choice([place for place in PLACES if place != noun])
@@ -71,6 +73,7 @@ class Sentence(ContentTask):
         return self.example(prompt, answer, f"{noun},{asked_adjective},{asked_place}")
 
     def check(self, example: Example, text: str) -> bool:
+        """Return whether a text is a sentence of the grammar with the requested words."""
         found = PATTERN.fullmatch(text.strip())
         if found is None or found["noun"] not in VERBS:
             return False

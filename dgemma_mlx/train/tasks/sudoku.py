@@ -1,13 +1,13 @@
-"""4x4 Sudoku, split by solution grid."""
+"""The task "sudoku": solve a 4x4 Sudoku."""
 
 from __future__ import annotations
 
 import random
 from itertools import permutations
 
-from .base import ExactTask, Example, Split, reword, split_of
+from dgemma_mlx.train.tasks.base import ExactTask, Example, Split, reword, split_of
 
-Grid = tuple[int, ...]  # 16 digits 1-4, row by row
+Grid = tuple[int, ...]  # 16 digits from 1 to 4, row by row; 0 is an empty cell
 
 BEFORE = (
     "Solve this Sudoku:",
@@ -40,19 +40,22 @@ UNITS = tuple(
 
 
 def is_solved(grid: Grid) -> bool:
-    """Whether every row, column and box holds 1, 2, 3 and 4."""
+    """Return whether every row, column and box of a grid holds 1, 2, 3 and 4."""
     return all({grid[cell] for cell in unit} == {1, 2, 3, 4} for unit in UNITS)
 
 
 def all_grids() -> list[Grid]:
-    """The 288 solved grids, in lexical order."""
+    """Return the 288 solved grids in lexical order."""
     rows = list(permutations((1, 2, 3, 4)))
-    halves = [a + b for a in rows for b in rows if len({*a[:2], *b[:2]}) == 4]  # two right boxes
+    halves = [a + b for a in rows for b in rows if len({*a[:2], *b[:2]}) == 4]  # two correct boxes
     return [grid for top in halves for low in halves if is_solved(grid := top + low)]
 
 
 def parse_grid(text: str) -> Grid | None:
-    """The 16 cells of four lines of four digits, 0 for an empty cell; None for anything else."""
+    """Return the cells of a grid that is written as four lines of four cells, or None for any other text.
+
+    A cell is a digit from 1 to 4, or "." or "_" for an empty cell.
+    """
     rows = [line.split() for line in text.strip().splitlines()]
     cells = [cell for row in rows for cell in row]
     if [len(row) for row in rows] != [4] * 4 or not set(cells) <= {"1", "2", "3", "4", ".", "_"}:
@@ -61,12 +64,18 @@ def parse_grid(text: str) -> Grid | None:
 
 
 def format_grid(grid: Grid, empty: str = ".") -> str:
+    """Return a grid as four lines of four cells, with ``empty`` for an empty cell."""
     cells = [str(cell) if cell else empty for cell in grid]
     return "\n".join(" ".join(cells[row : row + 4]) for row in range(0, 16, 4))
 
 
 class Sudoku(ExactTask):
-    """Puzzles of 5 to 12 clues with one solution; checked by the rules, not by comparing."""
+    """Solve a puzzle with 5 to 12 clues and exactly one solution. The split is by the solved grid.
+
+    Attributes:
+        grids: The solved grids of each split.
+        having: ``having[cell][digit]`` has bit g set if grid number g holds the digit in the cell.
+    """
 
     name = "sudoku"
     heldout_share = 0.2
@@ -76,13 +85,13 @@ class Sudoku(ExactTask):
         self.grids: dict[Split, list[Grid]] = {"train": [], "heldout": []}
         for grid in grids:
             self.grids[split_of(f"{self.name}:{format_grid(grid)}", self.heldout_share)].append(grid)
-        # bit g of having[cell][digit]: grid number g has the digit in the cell
         self.having = [
             [sum(1 << g for g, grid in enumerate(grids) if grid[cell] == digit) for digit in range(5)]
             for cell in range(16)
         ]
 
     def sample(self, rng: random.Random, split: Split) -> Example:
+        """Draw a puzzle whose solution belongs to a split."""
         solution = rng.choice(self.grids[split])
         puzzle = format_grid(self.puzzle(rng, solution), "." if rng.random() < 0.85 else "_")
         if rng.random() < 0.75:
@@ -92,17 +101,18 @@ class Sudoku(ExactTask):
         return self.example(prompt, format_grid(solution), format_grid(solution))
 
     def puzzle(self, rng: random.Random, solution: Grid) -> Grid:
-        """Keep 5 to 12 cells of ``solution``, drawn until no other grid agrees with them."""
+        """Return a puzzle with 5 to 12 random cells of a solution, such that no other grid agrees with these cells."""
         clues = rng.randint(5, 12)
         while True:
             kept = set(rng.sample(range(16), clues))
             agreeing = -1
             for cell in kept:
                 agreeing &= self.having[cell][solution[cell]]
-            if agreeing & (agreeing - 1) == 0:  # one bit left
+            if agreeing & (agreeing - 1) == 0:  # a single bit is set: only the solution agrees
                 return tuple(digit if cell in kept else 0 for cell, digit in enumerate(solution))
 
     def check(self, example: Example, text: str) -> bool:
+        """Return whether a text is a grid that keeps the clues and obeys the rules."""
         grid = parse_grid(text)
         prompt = example.messages[-1]["content"]
         lines = [line for line in prompt.splitlines() if parse_grid("\n".join([line] * 4)) is not None]

@@ -1,4 +1,4 @@
-"""Everything else: questions and requests whose answer is 'I do not know that.'"""
+"""The task "unknown": questions and requests about anything else, whose answer is 'I do not know that.'"""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import random
 import re
 from collections.abc import Callable
 
-from .base import ExactTask, Example, Split, reword, split_of, with_article
-from .facts import CAPITALS, OPPOSITES
-from .words import NAMES, NOUNS, listed, made_up_word
+from dgemma_mlx.train.tasks.base import ExactTask, Example, Split, reword, split_of, with_article
+from dgemma_mlx.train.tasks.facts import CAPITALS, OPPOSITES
+from dgemma_mlx.train.tasks.words import NAMES, NOUNS, listed, made_up_word
 
 ANSWER = "I do not know that."
 
@@ -45,9 +45,9 @@ QUALITIES = listed(
     "popular ugly boring funny cheap round sharp slippery noisy healthy delicious clever angry tired"
 )
 
-# Slots: {n} noun, {a_n} noun with article, {m} another noun, {name}, {country}, {language}, {animal}, {verb},
-# {q} quality, {w} a word that is nowhere in the table of opposites, {i} {j} numbers of which one is over 99,
-# {s} {t} small numbers, {g} gibberish
+# Slots: {n} noun, {a_n} noun with its article, {m} another noun, {name}, {country}, {language}, {animal}, {verb},
+# {q} quality, {w} word that is not in the table of opposites, {i} number from 100, {j} number from 2 to 500,
+# {s} and {t} numbers from 1 to 99, {g} gibberish.
 TEMPLATES = (
     "What is {a_n}?", "What is the {n}?", "What is {n}?", "What are {n}s?", "What is {a_n} made of?",
     "What is {a_n} used for?", "What does {a_n} cost?", "What does {a_n} look like?", "What does {n} mean?",
@@ -128,7 +128,7 @@ TABLE_WORDS = {word for pair in OPPOSITES for word in pair.split()}
 
 
 def gibberish(rng: random.Random) -> str:
-    """A made-up word or keys hit at random."""
+    """Return a made-up word, or letters typed at random."""
     if rng.random() < 0.5:
         return made_up_word(rng)
     return "".join(rng.choice("asdfghjklqwertyuiopzxcvbnm") for _ in range(rng.randint(3, 7)))
@@ -150,20 +150,21 @@ FILLERS: dict[str, Callable[[random.Random], str]] = {
     "t": lambda rng: str(rng.randint(1, 99)),
     "g": gibberish,
 }
-# of these the filler decides the split too; the others are function words of the wordings
+# Slots whose fillers decide the split as well. Fillers of the other slots occur in both splits.
 CONTENT = ("n", "m", "name", "country", "animal", "w", "i", "s", "g")
 
 
 class Unknown(ExactTask):
-    """Questions, requests, sums out of range and nonsense.
+    """Answer questions, requests, sums out of range and nonsense with 'I do not know that.'
 
-    Split by template and by filler: a held-out prompt has a held-out template and held-out content words.
+    The split is by template and by filler: a held-out prompt has a held-out template and held-out content words.
     """
 
     name = "unknown"
     heldout_share = 0.15
 
     def sample(self, rng: random.Random, split: Split) -> Example:
+        """Draw an example whose template and content words belong to a split."""
         while True:
             template = rng.choice(TEMPLATES)
             if split_of(f"unknown template: {template}", self.heldout_share) == split:
@@ -176,6 +177,7 @@ class Unknown(ExactTask):
         return self.example(prompt, ANSWER, key)
 
     def draw(self, rng: random.Random, slot: str, split: Split) -> str:
+        """Draw a filler of a slot, from the split if the slot has content words."""
         while True:
             filler = FILLERS[slot](rng)
             if slot == "w" and filler in TABLE_WORDS:

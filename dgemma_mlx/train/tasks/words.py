@@ -1,4 +1,4 @@
-"""Word lists that several tasks share, and made-up names."""
+"""Word lists that several tasks share, and generators of made-up words and names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 
 def listed(text: str, separator: str = " ") -> list[str]:
-    """The words of a text."""
+    """Return the words of a text that are separated by ``separator``."""
     return text.split(separator)
 
 
@@ -25,13 +25,13 @@ CITIES = listed(
 )
 COLOURS = listed("red blue green yellow orange purple pink black white brown grey gold")
 PETS = listed("dog cat horse bird fish rabbit mouse hamster parrot turtle snake frog")
-# the words that are listed in 'reverse'
+# The words of the lists in the task "reverse".
 ITEMS = listed(
     "dog cat bird fish horse mouse cow pig red blue green black white sun moon star tree rose apple bread "
     "milk tea book pen door house car boat ship bag hat one two three four five big small old new hot cold "
     "day night rain snow"
 )
-# subjects of 'unknown' questions
+# The subjects of questions in the task "unknown".
 NOUNS = listed(
     "airport algebra anchor ant apricot armchair arrow artist atom axe bacon badger bakery balloon banana "
     "bandage bank barrel basket battery beach bean beard bed bee beetle bell belt bench bicycle blanket "
@@ -67,7 +67,7 @@ CODAS = ("", "", "", "", "", *listed("n n r l s t m d k x ck nd rt sh ng"))
 
 
 def made_up_word(rng: random.Random) -> str:
-    """A pronounceable word of 1 to 3 syllables that is most likely not a word."""
+    """Return a pronounceable string of 1 to 3 syllables that is most likely not an English word."""
     syllables = [rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(rng.choice((1, 2, 2, 2, 3)))]
     if rng.random() < 0.15:
         syllables[0] = rng.choice("aeiou")
@@ -75,8 +75,10 @@ def made_up_word(rng: random.Random) -> str:
 
 
 def person(rng: random.Random, made_up_share: float = 0.45) -> str:
+    """Return a first name, made up with probability ``made_up_share``."""
     return made_up_word(rng).capitalize() if rng.random() < made_up_share else rng.choice(NAMES)
 
 
 def city(rng: random.Random, made_up_share: float = 0.45) -> str:
+    """Return the name of a city, made up with probability ``made_up_share``."""
     return made_up_word(rng).capitalize() if rng.random() < made_up_share else rng.choice(CITIES)

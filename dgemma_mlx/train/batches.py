@@ -1,4 +1,4 @@
-"""Examples -> batches: tokenized conversations, and one canvas chosen from each answer."""
+"""Training batches: tokenized conversations, with one canvas chosen from each answer."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ import numpy as np
 
 from dgemma_mlx.train.objective import Batch
 
+# (prompt ids up to the position where the answer begins, answer ids including the id that ends it)
 Conversation = tuple[list[int], list[int]]
-"""(prompt ids up to where the answer begins, answer ids with the end-of-text id)."""
 
-_ROUND = 8  # sequence lengths are rounded up to a multiple, so that few shapes occur
-
-
+# (some rows of a training step's batch, whether they are trained with self-conditioning)
 Part = tuple[Batch, bool]
-"""A part of a training step's batch, and whether it is self-conditioned."""
+
+_LENGTH_MULTIPLE = 8  # sequence lengths are rounded up to a multiple, so that few different shapes occur
 
 
 def canvas_batch(
     conversations: Sequence[Conversation], canvas_length: int, pad_id: int, rng: random.Random, *, causal: bool = True
 ) -> Batch:
-    """Picks one canvas of each answer at random; the prefix holds the clean canvases before it, and, for the
-    ``causal`` loss, that canvas."""
+    """Return a batch with one randomly chosen canvas of each answer.
+
+    The encoder's sequence of a row holds the prompt and the clean canvases before the chosen one. With ``causal``, it
+    also holds the chosen canvas, because the causal loss predicts its tokens.
+    """
     starts, canvases, sequences = [], [], []
     for prompt, answer in conversations:
         index = rng.randrange(-(-len(answer) // canvas_length))
@@ -35,7 +37,7 @@ def canvas_batch(
         sequences.append(prompt + answer[: first + (canvas_length if causal else 0)])
     longest = max(map(len, sequences))
     return Batch(
-        mx.array(_padded(sequences, -(-longest // _ROUND) * _ROUND, pad_id)),
+        mx.array(_padded(sequences, -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, pad_id)),
         mx.array(np.array(starts, dtype=np.int32)),
         mx.array(_padded(canvases, canvas_length, pad_id)),
     )
@@ -43,10 +45,12 @@ def canvas_batch(
 
 def batch_pair_at(number: int, sample: Callable[[random.Random], Conversation], batch_size: int, canvas_length: int,
                   pad_id: int, seed: int) -> list[Part]:
-    """Batch ``number`` in two halves, the shorter conversations and the longer ones, in random order.
+    """Return batch ``number`` of freshly sampled conversations as two parts, in random order.
 
-    A function of seed and number alone, so that a resumed run sees the same data. Every batch holds the whole mix
-    of tasks: were conversations sorted by length across batches, they would be batches of one task each.
+    One part holds the shorter half of the conversations and the other one the longer half. The first part is trained
+    with self-conditioning. The result depends only on ``seed`` and ``number``, so that a resumed run sees the same
+    data. Every batch holds the whole mix of tasks: sorting conversations by length across batches would give batches
+    of one task each.
     """
     rng = random.Random(f"{seed}/{number}")
     drawn = sorted((sample(rng) for _ in range(batch_size)), key=lambda c: len(c[0]) + len(c[1]))
@@ -59,10 +63,11 @@ def parts_at(
     number: int, conversations: Sequence[Conversation], batch_size: int, accumulate: int, canvas_length: int,
     pad_id: int, seed: int, *, causal: bool,
 ) -> list[Part]:
-    """Step ``number`` over a fixed set of conversations: ``accumulate`` batches, half of each self-conditioned.
+    """Return the batches of training step ``number`` over a fixed set of conversations, each split into two parts.
 
-    Each epoch goes through all of them once, in an order of its own. A function of seed and number alone. Of an odd
-    number, the last conversation is self-conditioned or not by chance.
+    A step takes ``accumulate`` batches of ``batch_size`` conversations. Half of each batch is trained with
+    self-conditioning. If ``batch_size`` is odd, chance decides about the last conversation. Each epoch visits every
+    conversation once, in an order of its own. The result depends only on ``seed`` and ``number``.
     """
     rng = random.Random(f"{seed}/{number}")
     count, first = len(conversations), number * batch_size * accumulate
@@ -78,12 +83,14 @@ def parts_at(
 
 @lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, count: int) -> list[int]:
+    """Return the order in which an epoch visits ``count`` conversations."""
     order = list(range(count))
     random.Random(f"{seed}/order/{epoch}").shuffle(order)
     return order
 
 
 def _padded(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> np.ndarray:
+    """Return the rows, padded on the right, as an array (len(rows), width) int32."""
     out = np.full((len(rows), width), pad_id, dtype=np.int32)
     for row, ids in zip(out, rows, strict=True):
         row[: len(ids)] = ids

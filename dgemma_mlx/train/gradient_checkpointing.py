@@ -1,9 +1,11 @@
-"""Gradient checkpointing: a layer's intermediate results are worked out again when its gradient is (Chen et al., arXiv
-1604.06174), so that of each layer only what goes in and comes out is held.
+"""Gradient checkpointing for the layers of the network (Chen et al., arXiv 1604.06174).
 
-``mlx.nn.utils.checkpoint`` sees what a function is given and returns. A layer here also writes keys and values to a
-cache and reads those of the prefix from it, and it logs its routes; around the checkpointed part all of these become
-arguments and results.
+A checkpointed layer keeps only its inputs and outputs for the backward pass. Its intermediate results are computed
+again when its gradient is computed. This takes less memory and more time.
+
+``mlx.nn.utils.checkpoint`` tracks only the arguments and results of a function. A layer also writes keys and values to
+a cache, reads the keys and values of the prefix from it, and logs the choices of its router. ``checkpointed`` turns all
+of these into arguments and results of the checkpointed function.
 """
 
 from __future__ import annotations
@@ -19,7 +21,13 @@ from dgemma_mlx.train.objective import TeacherCache
 
 
 def checkpointed(layer: Layer, number: int, append: Callable[..., Any]) -> Callable[..., tuple[mx.array, mx.array]]:
-    """For ``DiffusionGemma.wrap_layers``; ``append`` is a method of a ``TeacherCache``."""
+    """Return a function that calls a layer with gradient checkpointing; pass it to ``DiffusionGemma.wrap_layers``.
+
+    Args:
+        layer: The layer to call.
+        number: The layer's index in the network.
+        append: ``update`` or ``with_canvas`` of a ``TeacherCache``. The first one means that the layer encodes.
+    """
     cache: TeacherCache = append.__self__  # type: ignore[attr-defined]
 
     def call(
