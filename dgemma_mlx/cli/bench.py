@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from dgemma_mlx.cli.doctor import examine
-from dgemma_mlx.cli.generate import Dequantize, ModelName, NoKernels, load_as_told
+from dgemma_mlx.cli.loading import load_model
+from dgemma_mlx.cli.parameters import AsJson, CpuDequantize, ModelName, ModelOptions, NoKernels, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.errors import DgemmaError
@@ -28,31 +27,43 @@ _PROMPT = "Explain in about 300 words why the sky is blue."
 _MACHINE = ("chip", "machine", "memory", "os", "metal", "gpu_memory")
 _VERSIONS = ("dgemma_mlx", "mlx", "python")
 
+measure_option = section("Measurements")
+
 PromptTokens = Annotated[
     str | None,
-    typer.Option(help="Lengths of prompts, as 512,4096, which are the default.", show_default=False),
+    measure_option("--prompt-tokens", metavar="N,N", show_default="512,4096", help="Lengths of the prompts in tokens."),
 ]
-Steps = Annotated[int, typer.Option(min=1, help="Denoising steps timed after each prompt.")]
-Runs = Annotated[int, typer.Option(min=1, help="How often everything is measured.")]
-Prompt = Annotated[str | None, typer.Option(help="What the whole answer is asked for.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Steps = Annotated[int, measure_option("--steps", min=1, help="Denoising steps timed after each prompt.")]
+Runs = Annotated[int, measure_option("--runs", min=1, help="Number of times everything is measured.")]
+Prompt = Annotated[
+    str | None, measure_option("--prompt", show_default="a built-in one", help="The prompt of the timed answer.")
+]
 
 Progress = Callable[[str], None]
 
 
 def bench(
-    model: ModelName = None,
     prompt_tokens: PromptTokens = None,
     steps: Steps = 8,
     runs: Runs = 3,
     prompt: Prompt = None,
-    cpu_dequantize: Dequantize = None,
-    no_kernels: NoKernels = False,
+    model: ModelName = None,
     as_json: AsJson = False,
+    cpu_dequantize: CpuDequantize = None,
+    no_kernels: NoKernels = False,
 ) -> None:
-    """Time a model: encoding of prompts, denoising steps after them, a whole answer; and its peak memory."""
+    """Measure the speed and the peak memory of a model.
+
+    The command times the encoding of prompts of several lengths, the denoising steps after them, and a whole answer. It
+    prints medians and the smallest and largest values of `--runs` runs. docs/benchmarks.md explains how to compare with
+    other programs.
+
+    Examples:
+        dgemma-mlx bench -m demo
+        dgemma-mlx bench -m demo --prompt-tokens 64,512 --runs 5 --json
+    """
     asked = None if prompt_tokens is None else _parse_lengths(prompt_tokens)
-    loaded = load_as_told(Settings(), model, cpu_dequantize, no_kernels, quiet=as_json)
+    loaded = load_model(Settings(), ModelOptions(model, None, cpu_dequantize, no_kernels), quiet=as_json)
     lengths = _fitting(asked, loaded)
     question = prompt or (_DEMO_PROMPT if loaded.name == "demo" else _PROMPT)
     with _progress(runs * (len(lengths) + 1) + 1) as progress:

@@ -11,8 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
+from dgemma_mlx.cli.parameters import AsJson, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
 
 _PROBE_SECONDS = 5.0  # for each of the two probes
@@ -20,12 +19,21 @@ _TOLERANCE = 0.01  # of the self-check: Macs may multiply float32 with ten bits
 _ENOUGH_MEMORY = 24e9  # the published 4-bit weights are 16.6 GB
 _ENOUGH_DISK = 20e9
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-NoProbe = Annotated[bool, typer.Option("--no-probe", help="Leave out the speed probe (10 seconds).")]
+NoProbe = Annotated[
+    bool, section("Measurements")("--no-probe", help="Leave out the speed probe, which takes ten seconds.")
+]
 
 
-def doctor(as_json: AsJson = False, no_probe: NoProbe = False) -> None:
-    """Look at this machine: chip, memory, versions, Metal, caches, speed; say what to change."""
+def doctor(no_probe: NoProbe = False, as_json: AsJson = False) -> None:
+    """Check this machine and say what to change.
+
+    The output has the chip, the memory, the versions, Metal and the caches, a self-check of MLX's arithmetic, the state
+    of this program's own Metal kernels, and a speed probe.
+
+    Examples:
+        dgemma-mlx doctor
+        dgemma-mlx doctor --no-probe --json
+    """
     facts = examine()
     facts["self_check"] = self_check()
     facts["kernels"] = kernels()

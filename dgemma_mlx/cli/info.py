@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dgemma_mlx.cli.generate import Dequantize
+from dgemma_mlx.cli.parameters import AsJson, CpuDequantize
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.errors import DgemmaError
 
@@ -17,12 +17,22 @@ if TYPE_CHECKING:
 
 _CONTEXTS = (1024, 8192, 32_768, 131_072)
 
-ModelName = Annotated[str | None, typer.Argument(help="A folder, a Hub id, or 'demo'. Else the model in force.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+ModelName = Annotated[
+    str | None,
+    typer.Argument(help="A folder, a Hub id `owner/name[@revision]`, or `demo`. Else the model of the settings."),
+]
 
 
-def info(model: ModelName = None, cpu_dequantize: Dequantize = None, as_json: AsJson = False) -> None:
-    """Show a checkpoint's architecture, size, and the memory it needs. Reads no weights."""
+def info(model: ModelName = None, as_json: AsJson = False, cpu_dequantize: CpuDequantize = None) -> None:
+    """Show a checkpoint's architecture, size and memory needs.
+
+    The output has the parameters, the bits per weight, the size on disk, and an estimate of the memory that several
+    lengths of context take. No weights are read, and those of a Hub model are not downloaded.
+
+    Examples:
+        dgemma-mlx info demo
+        dgemma-mlx info mlx-community/diffusiongemma-26B-A4B-it-4bit --json
+    """
     from dgemma_convert.source import open_source
     from dgemma_mlx.checkpoint.hub import resolve
     from dgemma_mlx.cli.settings import Settings

@@ -9,22 +9,31 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dgemma_mlx.cli.help import Command, Group
+from dgemma_mlx.cli.parameters import output_option
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
     from huggingface_hub import HFCacheInfo
 
-models = typer.Typer(help="List and remove cached checkpoints.", invoke_without_command=True)
+models = typer.Typer(cls=Group, invoke_without_command=True, subcommand_metavar="[COMMAND] [ARGS]...")
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON array.")]
-Names = Annotated[list[str], typer.Argument(help="Hub ids, as the list shows them.")]
+AsJsonArray = Annotated[bool, output_option("--json", help="Print the list as one JSON array.")]
+Names = Annotated[list[str], typer.Argument(metavar="NAME", help="Hub id of a checkpoint, as the list shows it.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")]
 
 
 @models.callback()
-def show(context: typer.Context, as_json: AsJson = False) -> None:
-    """List the DiffusionGemma checkpoints in the Hub's cache."""
+def show(context: typer.Context, as_json: AsJsonArray = False) -> None:
+    """List and remove checkpoints in the Hub's cache.
+
+    Without a command, the DiffusionGemma checkpoints and their sizes are listed. HF_HOME names the folder of the cache.
+
+    Examples:
+        dgemma-mlx models
+        dgemma-mlx models rm mlx-community/diffusiongemma-26B-A4B-it-4bit
+    """
     if context.invoked_subcommand is not None:
         return
     from dgemma_mlx.sizes import size
@@ -40,9 +49,16 @@ def show(context: typer.Context, as_json: AsJson = False) -> None:
             print("no checkpoint is in the cache; the demo is built in", file=sys.stderr)
 
 
-@models.command("rm")
+@models.command("rm", cls=Command)
 def remove(names: Names, yes: Yes = False) -> None:
-    """Remove checkpoints from the cache, all their revisions."""
+    """Remove checkpoints from the cache.
+
+    All revisions of the named checkpoints are removed.
+
+    Examples:
+        dgemma-mlx models rm mlx-community/diffusiongemma-26B-A4B-it-4bit
+        dgemma-mlx models rm -y owner/one owner/two
+    """
     from dgemma_mlx.sizes import size
 
     cache = _scan()

@@ -86,9 +86,13 @@ class Settings(Mapping[str, Setting]):
     def __len__(self) -> int:
         return len(self._values)
 
-    def pick(self, name: str, flag: Any) -> Any:
-        """The flag where one was given, else the setting."""
-        return self._values[name].value if flag is None else flag
+    def pick(self, name: str, option: Any) -> Any:
+        """Return the value of a command-line option, or the setting's value when the option is None."""
+        return self._values[name].value if option is None else option
+
+    def pick_checked(self, name: str, option: Any) -> Any:
+        """Return the same as ``pick``; raise `DgemmaError` when the option is not a valid value of the setting."""
+        return self.pick(name, None if option is None else checked(name, option, f"--{name}"))
 
 
 def config_file(environment: Mapping[str, str]) -> Path:

@@ -81,8 +81,8 @@ def test_a_completion_script_is_made_for_each_shell(shell: str) -> None:
         ("bash", "dgemma-mlx mod", "models"),
         ("bash", "dgemma-mlx models r", "rm"),
         ("bash", "dgemma-mlx generate --max-d", "--max-denoising-steps"),
-        ("zsh", "dgemma-mlx chat --res", '"--resume":"Go on with the last conversation."'),
-        ("fish", "dgemma-mlx --deb", "--debug\tShow tracebacks of errors."),
+        ("zsh", "dgemma-mlx chat --res", '"--resume":"Continue the last conversation."'),
+        ("fish", "dgemma-mlx --deb", "--debug\tPrint the traceback of an error."),
     ],
 )
 def test_words_are_completed(shell: str, typed: str, expected: str) -> None:

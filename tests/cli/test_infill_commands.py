@@ -119,7 +119,7 @@ def test_choose_prints_probabilities() -> None:
         (["fill", "--at", "x"], b"a", "LINE:COL"),
         (["fill", "--size", "3"], b"___", "--size"),
         (["fill", "--diff", "--json"], b"___", "exclude"),
-        (["fill", "--prefix-file", "a", "b"], b"", "go without FILE"),
+        (["fill", "--prefix-file", "a", "b"], b"", "cannot be combined with FILE"),
         (["fill", "-m", "demo"], b"___ " + b"word " * 60 + b"___", "a canvas holds 32"),
         (["edit", "x", "--lines", "3-a"], b"a", "A-B"),
         (["edit", "x", "-m", "demo", "--lines", "3"], b"a", "no lines 3 to 3"),

@@ -225,8 +225,8 @@ def test_snapshots_are_of_each_canvas_and_on_stderr() -> None:
     ("arguments", "exit_code", "message"),
     [
         (["--json", "--jsonl", "hi"], 2, "exclude each other"),
-        (["--batch-size", "2", "hi"], 2, "--batch-size goes with --batch"),
-        (["--batch", "x", "--batch-size", "2", "--trim-canvas"], 2, "--batch goes without --trim-canvas"),
+        (["--batch-size", "2", "hi"], 2, "--batch-size needs --batch"),
+        (["--batch", "x", "--batch-size", "2", "--trim-canvas"], 2, "--batch cannot be combined with --trim-canvas"),
         (["--trace", "/nowhere/file", "hi"], 1, "/nowhere/file"),
         (["--show-steps", "0", "hi"], 2, "--show-steps"),
         (["--seed", str(2**64), "hi"], 2, "--seed"),

@@ -14,9 +14,9 @@ import pytest
 from dgemma_mlx.cli.settings import SETTINGS, Settings, config_file
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED, SPEEDS
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.generation.memory import DEQUANTIZE_CHOICES
 from dgemma_mlx.generation.runner import VERIFY
 from dgemma_mlx.kernels.dispatch import MODES, VARIABLE
-from dgemma_mlx.model.dequantize import CHOICES
 
 # One value of every setting that is not its default: as TOML has it, as the environment has it, as Python has it.
 OTHERS: dict[str, tuple[str, str, Any]] = {
@@ -43,7 +43,7 @@ OTHERS: dict[str, tuple[str, str, Any]] = {
 
 def test_choices_are_those_of_the_modules_that_make_them() -> None:
     assert SETTINGS["kernels"].choices == MODES
-    assert SETTINGS["cpu_dequantize"].choices == CHOICES
+    assert SETTINGS["cpu_dequantize"].choices == DEQUANTIZE_CHOICES
     assert SETTINGS["speed"].choices == tuple(SPEEDS)
     assert SETTINGS["speed"].default == DEFAULT_SPEED
     assert SETTINGS["verify"].choices == VERIFY

@@ -53,7 +53,7 @@ def adapter(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 break
         left = process.stderr.read()
         assert process.wait(timeout=60) == 130
-    assert "saved in" in left and "--resume goes on" in left
+    assert "saved in" in left and "--resume continues" in left
     done = run(*arguments, "--resume")
     assert done.returncode == 0, done.stderr
     assert "step 40/40  validation: denoising loss" in done.stderr and "exact match" in done.stderr
@@ -135,7 +135,7 @@ def test_sudoku_is_evaluated(tmp_path: Path) -> None:
         (("train", "--data", "DATA", "-o", "OUT", "--report-to", "paper"), "--report-to must be"),
         (("train", "--data", "DATA", "-o", "OUT", "--resume"), "holds no run"),
         (("eval", "--task", "sudoku", "--size", "5"), "no Sudoku of 5x5"),
-        (("eval", "--task", "sudoku", "--clues", "few"), "no number of clues"),
+        (("eval", "--task", "sudoku", "--clues", "few"), "not a number of clues"),
         (("fuse", "--adapter", "absent", "-o", "OUT"), "no adapter folder absent"),
         (("generate", "--adapter", "absent", "Hello"), "no adapter folder absent"),
     ],

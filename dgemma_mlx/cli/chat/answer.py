@@ -9,15 +9,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dgemma_mlx.cli.chat.session import Session
-from dgemma_mlx.cli.generate import in_bytes, warn_of_doubts
 from dgemma_mlx.cli.interrupt import interruptible
+from dgemma_mlx.cli.loading import in_bytes
+from dgemma_mlx.cli.render.plain import print_warnings
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Done
-from dgemma_mlx.generation.prompt_cache import PromptCache
 
 if TYPE_CHECKING:
     from dgemma_mlx.checkpoint.config import GenerationConfig
     from dgemma_mlx.generation.model import Model
+    from dgemma_mlx.generation.prompt_cache import PromptCache
 
 _LOOP = (
     "max_denoising_steps", "entropy_bound", "t_min", "t_max", "confidence_threshold", "stability_threshold",
@@ -34,6 +35,8 @@ class Chat:
     def __init__(
         self, model: Model, session: Session, defaults: dict[str, Any], *, draw: bool, cache: PromptCache | None = None
     ) -> None:
+        from dgemma_mlx.generation.prompt_cache import PromptCache
+
         self.model, self.session, self.draw = model, session, draw
         self.attached = ""  # goes before the next message
         self.last: Done | None = None
@@ -57,7 +60,7 @@ class Chat:
             self._make_room()
             done = self._run(self._seed(again), cancelled)
         self.last = done
-        warn_of_doubts(done)
+        print_warnings(done)
         stopped = done.finish_reason == "cancelled"
         if stopped and not done.text.strip():
             print("cancelled; nothing was kept", file=sys.stderr)

@@ -6,59 +6,75 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dgemma_mlx.cli.generate import (
-    Adapter,
-    Dequantize,
+from dgemma_mlx.cli.loading import load_model
+from dgemma_mlx.cli.parameters import (
     MaxTokens,
-    ModelName,
-    NoKernels,
+    ModelOptions,
     NoLive,
     Seed,
     SpeedMode,
     System,
+    Thinking,
     VerifyMode,
-    chosen,
-    draws,
-    load_as_told,
+    prompt_option,
 )
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.prompt_cache import PromptCacheFile, kept_prompt_cache
+from dgemma_mlx.cli.render.region import can_draw
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
     from dgemma_mlx.cli.chat.answer import Chat
     from dgemma_mlx.cli.chat.session import Session
 
+# Asks for a line, starting with the given text. Returns None when the user leaves.
 Ask = Callable[[str], str | None]
-"""Asks for a line, with a text to start from; None when the user leaves."""
 
-Thinking = Annotated[bool | None, typer.Option("--thinking/--no-thinking", help="Let the model think first.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the last conversation.")]
+Resume = Annotated[bool, prompt_option("--resume", help="Continue the last conversation.")]
 
 
 def chat(
-    model: ModelName = None,
-    adapter: Adapter = None,
-    max_tokens: MaxTokens = None,
-    seed: Seed = None,
     system: System = None,
     thinking: Thinking = None,
-    no_live: NoLive = False,
     resume: Resume = False,
+    *,
+    model: ModelOptions,
+    no_live: NoLive = False,
+    max_tokens: MaxTokens = None,
+    seed: Seed = None,
     speed: SpeedMode = None,
     verify: VerifyMode = None,
     prompt_cache: PromptCacheFile = None,
-    cpu_dequantize: Dequantize = None,
-    no_kernels: NoKernels = False,
 ) -> None:
-    """Talk with the model; /help lists the commands. The conversation is saved after every turn.
+    """Talk with the model in the terminal.
 
-    Without a terminal every line of stdin is a message, and the answers go to stdout.
+    `/help` lists the commands of the conversation, and Ctrl-D leaves. The conversation is saved after every turn.
+    Without a terminal, every line of standard input is a message and the answers go to stdout.
+
+    Notes:
+        - Alt-Enter starts a new line, and `\"\"\"` begins and ends a message of several lines. The arrow keys bring
+          back earlier messages.
+        - The commands are `/help`, `/system`, `/set`, `/show`, `/clear`, `/regen`, `/undo`, `/edit`, `/read FILE`,
+          `/save FILE`, `/load FILE`, `/stats` and `/bye`. A line that begins with a slash never reaches the model,
+          except within `\"\"\"`. `/system none` removes the system prompt.
+        - Ctrl-C stops an answer after the current step. Committed canvases stay, marked as cancelled. Ctrl-C twice at
+          an empty prompt leaves.
+        - A new turn encodes only what is new; `/stats` shows the number of cached tokens. A conversation that no longer
+          fits loses its oldest turns, and a line on stderr says so.
+        - `--resume` continues with the model and the settings of the last conversation, unless options override them.
+        - The history and the last conversation are kept in the platform's folder for state, or in the folder that
+          DGEMMA_STATE names.
+
+    Examples:
+        dgemma-mlx chat -m demo
+        dgemma-mlx chat -m mlx-community/diffusiongemma-26B-A4B-it-4bit --system "Be brief."
+        dgemma-mlx chat --resume
     """
     from dgemma_mlx.checkpoint.hub import DEMO
     from dgemma_mlx.cli.chat.answer import Chat
@@ -70,7 +86,7 @@ def chat(
         "max_tokens": max_tokens, "seed": seed, "system": system, "thinking": thinking, "speed": speed,
         "verify": verify,
     }  # fmt: skip
-    defaults = {name: chosen(settings, name, flags.get(name)) for name in SETTINGS}
+    defaults = {name: settings.pick_checked(name, flags.get(name)) for name in SETTINGS}
     folder = _state_folder()
     session = _resumed(folder) if resume else Session(model=defaults["model"])
     for name, flag in flags.items():
@@ -78,11 +94,11 @@ def chat(
             session.settings.pop(name, None)  # a flag goes before what /set once said
     if system is not None or not resume:
         session.system = defaults["system"]
-    name = settings.pick("model", session.model if model is None else model)
-    loaded = load_as_told(settings, name, cpu_dequantize, no_kernels, adapter=adapter)
-    # the next one may begin in another folder
+    name = settings.pick("model", session.model if model.model is None else model.model)
+    loaded = load_model(settings, replace(model, model=name))
+    # A full path, because --resume may run in another folder.
     session.model = os.path.abspath(name) if name not in (None, DEMO) and os.path.isdir(name) else name
-    draw = defaults["live"] and not no_live and draws()
+    draw = defaults["live"] and not no_live and can_draw()
     with kept_prompt_cache(prompt_cache, loaded) as cache, quiet_when_closed():
         conversation = Chat(loaded, session, defaults, draw=draw, cache=cache)
         conversation.generation()  # refuses settings that do not go together before anything is written

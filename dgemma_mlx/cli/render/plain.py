@@ -57,6 +57,17 @@ def print_tool_calls(answer: Done) -> None:
         print(f"tool call: {visible(call.name)} {json_line(call.arguments)}", file=sys.stderr)
 
 
+def print_warnings(answer: Done) -> None:
+    """Warn on stderr about an answer that may be wrong: uncertain canvases and tokens that the encoder doubts."""
+    uncertain, doubted = answer.statistics.low_confidence, answer.statistics.doubted_tokens
+    if uncertain:
+        canvases = "a canvas was" if uncertain == 1 else f"{uncertain} canvases were"
+        print(f"dgemma-mlx: {canvases} still uncertain after all steps: low confidence", file=sys.stderr)
+    if doubted:
+        tokens = "a token" if doubted == 1 else f"{doubted} tokens"
+        print(f"dgemma-mlx: the encoder doubts {tokens} of the answer", file=sys.stderr)
+
+
 def print_json(events: Iterable[Event], model: str) -> Done:
     """Writes the whole answer as one JSON object."""
     done = next(event for event in events if isinstance(event, Done))
@@ -74,9 +85,15 @@ def print_lines(events: Iterable[Event], model: str) -> Done:
 
 
 def record(event: Event, model: str) -> dict[str, Any]:
-    """An event as plain data; ``event`` says which: draft, committed or done."""
-    name = {"event": type(event).__name__.lower()}
-    return {**name, "model": model, **asdict(event)} if isinstance(event, Done) else {**name, **asdict(event)}
+    """Return an event as plain data. Its ``event`` is draft, committed or done."""
+    fields: dict[str, Any] = {"event": type(event).__name__.lower()}
+    if isinstance(event, Done):
+        fields["model"] = model
+    fields |= asdict(event)
+    if isinstance(event, Committed):
+        doubted = fields.pop("doubted")  # low_confidence may be a property, which asdict leaves out
+        fields |= {"low_confidence": event.low_confidence, "doubted": doubted}
+    return fields
 
 
 def traced(events: Iterable[Event], file: TextIO, model: str) -> Iterator[Event]:

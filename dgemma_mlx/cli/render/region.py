@@ -7,12 +7,19 @@ when the window becomes narrower, terminals break the rows drawn before anew, an
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import TextIO
 
 from dgemma_mlx.cli.render.visible import Row, wrap
 
 _ERASE_BELOW = "\x1b[J"
+
+
+def can_draw() -> bool:
+    """Return whether stdout and stderr are a terminal that understands escape codes and NO_COLOR is not set."""
+    allowed = not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+    return allowed and sys.stdout.isatty() and sys.stderr.isatty()
 
 
 class Region:
