@@ -35,10 +35,10 @@ INTERRUPTED = 130  # 128 + SIGINT, as in a shell
 # The parent class of Typer's usage errors. Typer exports only this subclass of it.
 UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
 
-HELP = """Run DiffusionGemma, a block-diffusion language model, on Apple silicon.
+HELP = """Run the language model DiffusionGemma on Apple silicon.
 
-DiffusionGemma does not write word by word. It fills a canvas of tokens with noise and refines the whole canvas in a few
-denoising steps.
+DiffusionGemma is a block-diffusion model and does not write word by word: it fills a canvas of tokens with noise and
+refines the whole canvas in a few denoising steps.
 
 Begin with `dgemma-mlx generate "Sort 7 3 5"`, which the built-in demo answers. The demo shows what the program does; it
 is not a language model. Its 2 million parameters solve 4x4 Sudoku, sort, reverse, add, count, fill in JSON and recall a
@@ -49,6 +49,7 @@ Notes:
     - `dgemma-mlx COMMAND --help` explains a command.
     - A model is a folder, a Hub id `owner/name[@revision]`, or `demo`. A model from the Hub is downloaded once and used
       offline from then on.
+    - `dgemma-mlx --install-completion` sets up completion for bash, zsh or fish.
     - `dgemma-mlx config` shows the settings, which come from options, environment variables and `config.toml`.
     - An error is one line and a hint. The exit code is 0 for success, 1 for a run-time error, 2 for wrong usage and 130
       after Ctrl-C. `dgemma-mlx --debug COMMAND` also prints the traceback.

@@ -6,20 +6,17 @@ import csv
 from dataclasses import asdict
 from typing import Annotated
 
+import typer
+
 from dgemma_mlx.cli.infill import prepared
-from dgemma_mlx.cli.parameters import (
-    AnswerOptions,
-    AsJson,
-    DenoisingOptions,
-    ModelOptions,
-    Prompt,
-    Raw,
-    prompt_option,
-)
+from dgemma_mlx.cli.parameters import AnswerOptions, AsJson, DenoisingOptions, ModelOptions, Raw, prompt_option
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.prompt import read_prompt
 from dgemma_mlx.cli.render.visible import json_line, visible
 
+Question = Annotated[
+    str | None, typer.Argument(help="The question. With `-` or without a question, it is read from standard input.")
+]
 From = Annotated[
     str,
     prompt_option(
@@ -31,7 +28,7 @@ Listed = Annotated[bool, prompt_option("--list", help="Name the answers in the q
 
 def choose(
     choices: From,
-    question: Prompt = None,
+    question: Question = None,
     listed: Listed = False,
     raw: Raw = False,
     as_json: AsJson = False,

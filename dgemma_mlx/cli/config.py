@@ -34,7 +34,7 @@ def config(as_json: AsJson = False) -> None:
             values = {name: {"value": item.value, "from": item.origin} for name, item in settings.items()}
             print(json.dumps({"file": str(file), "settings": values}))
             return
-        print(f"file: {file}{'' if file.exists() else ' (not there)'}")
+        print(f"file: {file}{'' if file.exists() else ' (does not exist)'}")
         for name, item in settings.items():
             value = json.dumps(item.value, ensure_ascii=False) if item.value is not None else "-"
             print(f"{name:22} {visible(value):12} {item.origin:24} {SETTINGS[name].meaning}")

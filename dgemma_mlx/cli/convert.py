@@ -102,6 +102,8 @@ def convert(
           states and logits. `conversion_report.json` and the model card of the output have them too.
         - A tensor of the source with NaN or infinity is refused by name.
         - A packed source can be converted again, and `--recipe bf16` unpacks it. A warning names the loss.
+        - From Python, `dgemma_convert.convert(source, output, recipe)` converts and returns a report, and
+          `dgemma_convert.prepare` only plans.
 
     Examples:
         dgemma-mlx convert demo -o demo-q4 --dry-run
@@ -143,6 +145,7 @@ def convert(
 
 
 def _print_recipes(as_json: bool) -> None:
+    """Print the recipes and their rules."""
     from dgemma_convert import RECIPES
 
     if as_json:
@@ -161,7 +164,7 @@ def _print_recipes(as_json: bool) -> None:
 
 
 def _show_plan(plan: Plan, dry_run: bool, as_json: bool) -> None:
-    """The table on stdout where it is what was asked for, else on stderr; warnings on stderr always."""
+    """Print the plan: to stdout for --dry-run, else to stderr. Warnings always go to stderr."""
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if as_json:
@@ -184,6 +187,7 @@ def _show_plan(plan: Plan, dry_run: bool, as_json: bool) -> None:
 
 
 def _plan_table(plan: Plan) -> Any:
+    """Return a Rich table with one row per tensor class."""
     from rich import box
     from rich.table import Table
 
@@ -200,6 +204,7 @@ def _plan_table(plan: Plan) -> Any:
 
 
 def _show_result(report: Report, as_json: bool) -> None:
+    """Print the comparison with the source, if there is one, and where the output is."""
     if as_json:
         print(json.dumps({"output": str(report.output), **report.data}))
         return
@@ -209,7 +214,7 @@ def _show_result(report: Report, as_json: bool) -> None:
 
 
 def _comparison(verification: Verification) -> str:
-    """A short table: errors of the first, the middle and the last layer, and of the logits."""
+    """Return a short table: errors of the first, the middle and the last layer, and of the logits."""
     layers = len(verification.decoder_error)
     lines = ["compared with the source (relative errors)  encoder  decoder"]
     for layer in sorted({1, (layers + 1) // 2, layers}):
@@ -222,8 +227,10 @@ def _comparison(verification: Verification) -> str:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each stage, on a terminal's stderr; nothing elsewhere. Drawn from the first report on: before that,
-    the Hub draws bars of its own."""
+    """Yield a function that draws a bar per stage on a terminal's stderr, and draws nothing elsewhere.
+
+    Drawing starts with the first report, because the Hub's library draws bars of its own before.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -248,30 +255,34 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _check_upload(repo_id: str, yes: bool) -> None:
-    """Before hours of work: can it be uploaded at their end?"""
+    """Check before hours of work that the upload at their end is possible.
+
+    Raises `DgemmaError` (exit code 2) for a bad repository name, and when nobody can confirm the upload.
+    """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
-        raise DgemmaError(f"{repo_id!r} is no name for a repository", "Write it owner/name.", exit_code=2) from None
+        raise DgemmaError(f"{repo_id!r} is not the name of a repository", "Write it as owner/name.", 2) from None
     if not yes and not sys.stdin.isatty():
         raise DgemmaError("nobody is there to confirm the upload", "Add -y to upload without asking.", exit_code=2)
 
 
 def _upload(folder: Path, repo_id: str) -> None:
+    """Upload the output to the Hub. Raises `DgemmaError` with a hint when it fails."""
     from huggingface_hub import HfApi
 
     try:
         api = HfApi()
         api.create_repo(repo_id, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"{folder.name} by dgemma-mlx")
-    except Exception as error:  # the HTTP library's own ones, too
+    except Exception as error:  # includes errors of the HTTP library
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise DgemmaError(
             f"uploading {folder} to {repo_id} failed: {reason}",
-            f"The conversion itself is whole. Log in with `hf auth login`, then: hf upload {repo_id} {folder}",
+            f"The conversion is complete. Log in with `hf auth login`, then: hf upload {repo_id} {folder}",
         ) from error
     print(f"uploaded to {repo_id}", file=sys.stderr)
 

@@ -53,7 +53,8 @@ def edit(
         - docs/fill.md explains how candidates are written and compared.
 
     Examples:
-        dgemma-mlx edit "Make it friendlier." mail.txt
+        echo '{"name": "Simon", "age": 59, "city": "Oslo"}' | dgemma-mlx edit -m demo --match Oslo \\
+            "Make a JSON object: Simon is 59 years old and lives in Rome."
         dgemma-mlx edit "Fix the grammar." mail.txt --lines 3-5 --write
         pbpaste | dgemma-mlx edit "Translate to French." | pbcopy
     """

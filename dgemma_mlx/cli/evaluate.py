@@ -112,6 +112,7 @@ def parse_clues(text: str | None) -> tuple[int, int] | None:
 
 
 def _write(path: Path, text: str) -> None:
+    """Write the file completely or not at all. Raises `DgemmaError` when it cannot be written."""
     from dgemma_mlx.files import write_whole
 
     try:

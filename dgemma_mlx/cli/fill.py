@@ -71,7 +71,8 @@ def fill(
         - docs/fill.md explains what the model sees and how the candidates are compared.
 
     Examples:
-        echo 'Sort 7 3 5: ___' | dgemma-mlx fill -m demo --prompt "Sort 7 3 5"
+        echo '{"name": "___", "age": ___, "city": "___"}' |
+            dgemma-mlx fill -m demo --prompt "Make a JSON object: Simon is 59 years old and lives in Rome."
         dgemma-mlx fill letter.txt --diff
         dgemma-mlx fill main.py --at 12:5 --hint "a docstring" --write
     """

@@ -146,7 +146,8 @@ def as_text(page: Page, width: int) -> str:
 
 def _columns(sections: dict[str, list[Row]], width: int) -> Iterator[str]:
     """Yield the lines of all sections: terms on the left, meanings in one column on the right."""
-    column = min(max((len(row.term) for rows in sections.values() for row in rows), default=0), _TERM_WIDTH) + 4
+    longest = max((len(row.term) for rows in sections.values() for row in rows), default=0)
+    column = min(min(longest, _TERM_WIDTH) + 4, width // 2)
     for title, rows in sections.items():
         yield f"\n{title}:"
         for term, meaning in rows:

@@ -1,4 +1,4 @@
-"""``dgemma-mlx models``: checkpoints in the Hub's cache, listed and removed."""
+"""``dgemma-mlx models``: list and remove checkpoints in the Hub's cache."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def remove(names: Names, yes: Yes = False) -> None:
     known = {model["name"] for model in _cached(cache)}
     missing = [name for name in names if name not in known]
     if missing or cache is None:
-        raise DgemmaError(f"{missing[0]} is not in the cache", "`dgemma-mlx models` lists what is.")
+        raise DgemmaError(f"{missing[0]} is not in the cache", "`dgemma-mlx models` lists what is in the cache.")
     plans = [
-        # One repository at a time: forks share commits, and the library would take the first that has one.
+        # One repository at a time: forks share commits, and the library removes the first repository that has one.
         replace(cache, repos=frozenset({repo})).delete_revisions(*(revision.commit_hash for revision in repo.revisions))
         for repo in cache.repos if repo.repo_type == "model" and repo.repo_id in names
     ]
@@ -83,7 +83,7 @@ def remove(names: Names, yes: Yes = False) -> None:
 
 
 def _scan() -> HFCacheInfo | None:
-    """The Hub's cache; None where there is none yet."""
+    """Return the contents of the Hub's cache, or None when there is no cache yet."""
     from huggingface_hub import CacheNotFound, scan_cache_dir
 
     try:
@@ -91,11 +91,11 @@ def _scan() -> HFCacheInfo | None:
     except CacheNotFound:
         return None
     except (OSError, ValueError) as error:
-        raise DgemmaError(f"cannot read the Hub's cache: {error}", "HF_HOME names the folder it is in.") from None
+        raise DgemmaError(f"cannot read the Hub's cache: {error}", "HF_HOME names the folder of the cache.") from None
 
 
 def _cached(cache: HFCacheInfo | None) -> list[dict[str, Any]]:
-    """Models whose configuration says that they are DiffusionGemma, by name."""
+    """Return the name, size and folder of each DiffusionGemma model in the cache, sorted by name."""
     found = [
         {"name": repo.repo_id, "bytes": repo.size_on_disk, "folder": str(repo.repo_path)}
         for repo in (cache.repos if cache else ())
@@ -105,6 +105,7 @@ def _cached(cache: HFCacheInfo | None) -> list[dict[str, Any]]:
 
 
 def _is_ours(snapshot: Any) -> bool:
+    """Return whether the configuration in the folder says that the model is DiffusionGemma."""
     from dgemma_mlx.checkpoint.config import read_json
 
     try:

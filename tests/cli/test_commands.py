@@ -237,9 +237,9 @@ def test_files_that_cannot_be_read(chat: Chat, tmp_path: Path) -> None:
     assert "which file?" in refused(chat, "/read a\0b")
     assert "nowhere: No such file" in refused(chat, "/read nowhere")
     assert "~nosuchuser/x: No such file" in refused(chat, "/read ~nosuchuser/x")
-    assert "is no file" in refused(chat, f"/read {tmp_path}")
-    assert "is no file" in refused(chat, "/read /dev/zero")
-    assert "no text in UTF-8" in refused(chat, f"/read {tmp_path / 'binary'}")
+    assert "is not a file" in refused(chat, f"/read {tmp_path}")
+    assert "is not a file" in refused(chat, "/read /dev/zero")
+    assert "not UTF-8 text" in refused(chat, f"/read {tmp_path / 'binary'}")
     assert chat.attached == ""
 
 
@@ -276,7 +276,7 @@ def test_files_that_cannot_be_saved_or_loaded(chat: Chat, tmp_path: Path) -> Non
 
 
 def test_stats_tell_how_much_was_reused(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "nothing was generated yet" in refused(chat, "/stats")
+    assert "nothing has been generated yet" in refused(chat, "/stats")
     say(chat, ANA)
     first = chat.model.encode_prompt(ANA)
     say(chat, NAME)

@@ -104,7 +104,7 @@ def test_history_and_conversation_survive_a_crash(state: Path) -> None:
     before = messages(state)
     assert len(before) == 4
     with Talk(state, "--resume") as talk:
-        assert "going on after 2 turns" in talk.text
+        assert "continuing after 2 turns" in talk.text
         talk.type(UP + UP)
         talk.wait_for(lambda: talk.text.endswith(">>> Sort\n... 7 3 5"))
         talk.type(CTRL_C)
@@ -174,7 +174,7 @@ def test_ctrl_c_in_the_second_canvas_keeps_the_first(state: Path) -> None:
         talk.type("Count from 13 to 40.\r")
         talk.wait_for_text("canvas 2")
         rows = talk.say(CTRL_C, enter="")
-        assert rows[-1] == "cancelled; what is above was kept"
+        assert rows[-1] == "cancelled; the text above was kept"
         _, answer = messages(state)
         assert answer["role"] == "assistant" and answer["cancelled"] is True
         assert answer["content"].startswith("13 14 15")
@@ -372,7 +372,8 @@ def test_a_reader_that_goes_away_ends_the_chat_quietly(running: subprocess.Popen
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "there is no conversation to go on with"), ("{", "cannot read"), ("[]", "no saved")]
+    ("content", "message"),
+    [(None, "there is no conversation to continue"), ("{", "cannot read"), ("[]", "is not a saved conversation")],
 )
 def test_what_cannot_be_resumed_is_an_error(state: Path, content: str | None, message: str) -> None:
     if content is not None:

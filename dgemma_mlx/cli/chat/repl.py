@@ -1,4 +1,4 @@
-"""The loop: a line from the user, an answer from the model."""
+"""The loop of a conversation: a line from the user, an answer from the model."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def chat(
     session = _resumed(folder) if resume else Session(model=defaults["model"])
     for name, flag in flags.items():
         if flag is not None:
-            session.settings.pop(name, None)  # a flag goes before what /set once said
+            session.settings.pop(name, None)  # an option overrides what /set has chosen
     if system is not None or not resume:
         session.system = defaults["system"]
     name = settings.pick("model", session.model if model.model is None else model.model)
@@ -101,17 +101,17 @@ def chat(
     draw = defaults["live"] and not no_live and can_draw()
     with kept_prompt_cache(prompt_cache, loaded) as cache, quiet_when_closed():
         conversation = Chat(loaded, session, defaults, draw=draw, cache=cache)
-        conversation.generation()  # refuses settings that do not go together before anything is written
+        conversation.generation()  # refuse contradictory settings before anything is written
         if resume:
             turns = f"{session.turns} turn{'' if session.turns == 1 else 's'}"
-            print(f"going on after {turns}; /show shows them", file=sys.stderr)
+            print(f"continuing after {turns}; /show shows them", file=sys.stderr)
         _talk(conversation, folder, kept=resume)
 
 
 def _state_folder() -> Path | None:
-    """Where history and the last conversation are kept: the platform's folder, or ``DGEMMA_STATE``.
+    """Return the folder of the history and the last conversation: the platform's, or the one DGEMMA_STATE names.
 
-    For its owner alone. None, with a word about it, where it cannot be written.
+    Only its owner can read it. When it cannot be written, print a warning and return None.
     """
     if named := os.environ.get("DGEMMA_STATE"):
         folder = Path(os.path.expanduser(named))
@@ -129,28 +129,35 @@ def _state_folder() -> Path | None:
 
 
 def _history(folder: Path) -> Path:
+    """Return the file of the typed messages."""
     return folder / "history"
 
 
 def _last_session(folder: Path) -> Path:
+    """Return the file of the last conversation."""
     return folder / "last_session.json"
 
 
 def _resumed(folder: Path | None) -> Session:
+    """Load the last conversation. Raises `DgemmaError` when there is none."""
     from dgemma_mlx.cli.chat.session import Session
 
     if folder is None or not _last_session(folder).exists():
-        raise DgemmaError("there is no conversation to go on with", "`dgemma-mlx chat` begins one.")
+        raise DgemmaError("there is no conversation to continue", "`dgemma-mlx chat` begins one.")
     return Session.load(_last_session(folder))
 
 
 def _talk(chat: Chat, folder: Path | None, kept: bool) -> None:
-    """Takes messages until there are no more; ``kept`` says whether this conversation is the last one on disk."""
+    """Take messages until there are no more.
+
+    ``kept`` says whether this conversation is already the last one on disk.
+    """
     from dgemma_mlx.cli.chat.commands import at_terminal, can_edit, take
 
     person = at_terminal()
     if person:
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the terminal is put right first
+        # Exit in the normal way on SIGTERM, so that the terminal is restored.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         print("/help lists the commands, Ctrl-D leaves", file=sys.stderr)
     ask = _editor(folder) if can_edit() else _lines(">>> " if person else "")
     failed, start = False, ""
@@ -181,13 +188,14 @@ def _talk(chat: Chat, folder: Path | None, kept: bool) -> None:
 
 
 def _editor(folder: Path | None) -> Ask:
+    """Return a function that asks for a line on a terminal that can edit."""
     from dgemma_mlx.cli.chat.editor import editor
 
     return editor(None if folder is None else _history(folder))
 
 
 def _lines(prompt: str) -> Ask:
-    """Every line of stdin is a message."""
+    """Return a function that prints a prompt and reads the next line of stdin."""
     number = 0
 
     def ask(start: str) -> str | None:
@@ -199,13 +207,13 @@ def _lines(prompt: str) -> Ask:
             return line.decode("utf-8") if line else None
         except UnicodeDecodeError:
             message = f"standard input is not UTF-8 text (line {number})"
-            raise DgemmaError(message, "Convert it first, with iconv for example.", exit_code=2) from None
+            raise DgemmaError(message, "Convert it to UTF-8 first, for example with iconv.", exit_code=2) from None
 
     return ask
 
 
 def _keep(session: Session, folder: Path) -> None:
-    """Saves the conversation for ``--resume``."""
+    """Save the conversation for ``--resume``."""
     try:
         session.save(_last_session(folder))
     except DgemmaError as error:
@@ -213,6 +221,7 @@ def _keep(session: Session, folder: Path) -> None:
 
 
 def _complain(error: DgemmaError) -> None:
+    """Print an error and its hint to stderr."""
     from dgemma_mlx.cli.render.visible import visible
 
     print(visible(error.message), file=sys.stderr)
