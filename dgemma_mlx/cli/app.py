@@ -90,6 +90,7 @@ app.add_typer(models, name="models", rich_help_panel="Models")
 
 
 def _print_version(value: bool) -> None:
+    """Print the version and exit when --version is given."""
     if value:
         print(f"dgemma-mlx {__version__}")
         raise typer.Exit

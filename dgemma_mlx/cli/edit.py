@@ -32,10 +32,10 @@ Strength = Annotated[
 def edit(
     instruction: Instruction,
     file: File = None,
+    *,
     lines: Lines = None,
     match: Match = None,
     strength: Strength = None,
-    *,
     answer: AnswerOptions,
     model: ModelOptions,
     result: ResultOptions,

@@ -44,6 +44,7 @@ Raw = Annotated[
 
 def fill(
     file: File = None,
+    *,
     hole: Mark = "___",
     at: At = None,
     size: Size = None,
@@ -52,7 +53,6 @@ def fill(
     suffix_file: SuffixFile = None,
     prompt: Prompt = None,
     raw: Raw = False,
-    *,
     answer: AnswerOptions,
     model: ModelOptions,
     result: ResultOptions,

@@ -84,7 +84,7 @@ def page_of(command: Any, context: Any) -> Page:
     options: dict[str, list[Row]] = {}
     for parameter in parameters:
         default = "Arguments" if parameter.param_type_name == "argument" else "Options"
-        options.setdefault(parameter.rich_help_panel or default, []).append(_row(parameter))
+        options.setdefault(getattr(parameter, "rich_help_panel", None) or default, []).append(_row(parameter))
     order = sorted(options, key=lambda title: _COMMON.index(title) if title in _COMMON else -1)
     options = {title: options[title] for title in order}
     commands: dict[str, list[Row]] = {}
@@ -127,7 +127,8 @@ def _row(parameter: Any) -> Row:
         notes.append(f"default: {shown}")
     elif shown and not is_flag and default not in (None, ""):
         notes.append(f"default: {default}")
-    if (least := getattr(parameter, "min", None)) and least > 0:
+    limits = parameter if hasattr(parameter, "min") else getattr(parameter, "type", None)  # Typer below 0.29
+    if (least := getattr(limits, "min", None)) and least > 0:
         notes.append(f"at least {least:g}")
     return Row(term, f"{parameter.help} [{'; '.join(notes)}]" if notes else parameter.help)
 
@@ -169,6 +170,7 @@ def _reflowed(text: str, width: int) -> str:
 
 
 def _filled(text: str, width: int, first: str, others: str) -> str:
+    """Wrap a paragraph. ``first`` and ``others`` are the indents of its lines."""
     return textwrap.fill(
         " ".join(text.split()), width, initial_indent=first, subsequent_indent=others, break_on_hyphens=False,
         break_long_words=False,

@@ -33,7 +33,7 @@ def kept_prompt_cache(path: Path | None, model: Model) -> Iterator[PromptCache |
     """Yield the prompt cache of the file: an empty cache when there is no file yet, and None without a ``path``.
 
     The file is written when the block ends, also after Ctrl-C or an expected error, so the encoded prompt is not lost.
-    After an unexpected error, the file stays as it was. Raises `DgemmaError` at once when the file cannot be written.
+    After an unexpected error, the file does not change. Raises `DgemmaError` at once when the file cannot be written.
     """
     if path is None:
         yield None
