@@ -1,4 +1,4 @@
-"""docs/cli.md says what the help of the program says."""
+"""docs/cli.md is up to date with the help of the program."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_page_does_not_depend_on_the_user_or_the_terminal(tmp_path: Path) ->
 
 def test_a_stale_page_is_an_error_that_says_how_to_write_it(tmp_path: Path) -> None:
     page = tmp_path / "cli.md"
-    assert run("--check", page).returncode == 1  # there is none yet
+    assert run("--check", page).returncode == 1  # there is no page yet
     assert run(page).returncode == 0
     assert run("--check", page).returncode == 0
     page.write_text(page.read_text().replace("--max-tokens", "--longest-answer"))

@@ -1,4 +1,4 @@
-"""Conversations on disk: readable, whole or not at all, and damaged files refused."""
+"""Conversations on disk: readable files, written completely or not at all; damaged files are refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "talk.json"
     some_session().save(path)
     assert Session.load(path) == some_session()
-    some_session().save(path)  # over the first one
+    some_session().save(path)  # replaces the first file
     assert [file.name for file in path.parent.iterdir()] == ["talk.json"]
 
 
@@ -106,7 +106,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, content: bytes, messa
     assert caught.value.hint
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_a_path_without_a_file_is_refused(tmp_path: Path) -> None:
     for path, message in ((tmp_path / "nowhere", "there is no file"), (tmp_path, "cannot read")):
         with pytest.raises(DgemmaError, match=message):
             Session.load(path)

@@ -1,4 +1,4 @@
-"""Settings: flags over environment over config.toml over defaults, and bad values refused by name."""
+"""Settings: options override variables, which override config.toml, which overrides defaults. Bad values are named."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dgemma_mlx.generation.memory import DEQUANTIZE_CHOICES
 from dgemma_mlx.generation.runner import VERIFY
 from dgemma_mlx.kernels.dispatch import MODES, VARIABLE
 
-# One value of every setting that is not its default: as TOML has it, as the environment has it, as Python has it.
+# One value of every setting that differs from its default: in TOML, in the environment, in Python.
 OTHERS: dict[str, tuple[str, str, Any]] = {
     "model": ('"demo"', "demo", "demo"),
     "max_tokens": ("7", "7", 7),
@@ -82,7 +82,7 @@ def test_a_flag_goes_before_the_environment_and_that_before_the_file(tmp_path: P
 
 def test_the_environment_goes_before_the_file(tmp_path: Path) -> None:
     path = written(tmp_path, "seed = 1\nmax_tokens = 2\n")
-    settings = Settings({"DGEMMA_SEED": "3", "DGEMMA_MAX_TOKENS": ""}, path)  # an empty variable says nothing
+    settings = Settings({"DGEMMA_SEED": "3", "DGEMMA_MAX_TOKENS": ""}, path)  # an empty variable does not count
     assert (settings["seed"].value, settings["max_tokens"].value) == (3, 2)
 
 
