@@ -1,1 +1,1 @@
-"""The command line: arguments in, events drawn. Nothing here imports mlx before a command needs it."""
+"""The command line: arguments in, events drawn. No module here imports mlx before a command needs it."""

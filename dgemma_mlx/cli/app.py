@@ -1,10 +1,11 @@
-"""The ``dgemma-mlx`` program: commands, and errors as one line, a hint and an exit code."""
+"""The ``dgemma-mlx`` program: its commands, and its errors as one line, a hint and an exit code."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -19,43 +20,77 @@ from dgemma_mlx.cli.evaluate import evaluate
 from dgemma_mlx.cli.fill import fill
 from dgemma_mlx.cli.fuse import fuse
 from dgemma_mlx.cli.generate import generate
+from dgemma_mlx.cli.help import WIDEST, Command, Group
 from dgemma_mlx.cli.info import info
 from dgemma_mlx.cli.models import models
+from dgemma_mlx.cli.parameters import expand
 from dgemma_mlx.cli.pipe import quiet_when_closed, reopen_streams
 from dgemma_mlx.cli.train import train
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.version import __version__
 
 PROGRAM = "dgemma-mlx"
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+INTERRUPTED = 130  # 128 + SIGINT, as in a shell
 
+# The parent class of Typer's usage errors. Typer exports only this subclass of it.
 UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
-"""Typer's parent of all usage errors, of which it exports only this child."""
 
-HELP = """DiffusionGemma on Apple silicon: text that is denoised a canvas at a time.
+HELP = """Run the language model DiffusionGemma on Apple silicon.
 
-Without a model the built-in demo answers. It is a demonstration of the program, not a language model: 2 million
-parameters that solve 4x4 Sudoku, sort, reverse, add, count, fill in JSON and recall a name, not always rightly, and
-say "I do not know that." to most other things. The README has its score card.
+DiffusionGemma is a block-diffusion model and does not write word by word: it fills a canvas of tokens with noise and
+refines the whole canvas in a few denoising steps.
+
+Begin with `dgemma-mlx generate "Sort 7 3 5"`, which the built-in demo answers. The demo shows what the program does; it
+is not a language model. Its 2 million parameters solve 4x4 Sudoku, sort, reverse, add, count, fill in JSON and recall a
+name, not always correctly, and it replies "I do not know that." to most other prompts. Choose a real model with `-m` or
+DGEMMA_MODEL.
+
+Notes:
+    - `dgemma-mlx COMMAND --help` explains a command.
+    - A model is a folder, a Hub id `owner/name[@revision]`, or `demo`. A model from the Hub is downloaded once and used
+      offline from then on.
+    - `dgemma-mlx --install-completion` sets up completion for bash, zsh or fish.
+    - `dgemma-mlx config` shows the settings, which come from options, environment variables and `config.toml`.
+    - An error is one line and a hint. The exit code is 0 for success, 1 for a run-time error, 2 for wrong usage and 130
+      after Ctrl-C. `dgemma-mlx --debug COMMAND` also prints the traceback.
+
+Examples:
+    dgemma-mlx generate "Sort 7 3 5"
+    dgemma-mlx chat -m mlx-community/diffusiongemma-26B-A4B-it-4bit
+    dgemma-mlx doctor
 """
+
+COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Write": (chat, generate, fill, edit, choose),
+    "Models": (info, convert),
+    "Fine-tune": (train, evaluate, fuse),
+    "Machine": (doctor, bench, config),
+}
 
 
 class _Shown:
-    """What --debug adds."""
+    """What an error prints.
+
+    Attributes:
+        tracebacks: Whether the traceback is printed, as --debug asks for.
+    """
 
     tracebacks = False
 
 
 app = typer.Typer(
-    name=PROGRAM, help=HELP, rich_markup_mode=None, pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-for command in (chat, generate, fill, edit, choose, convert, train, fuse, evaluate, info, doctor, bench, config):
-    app.command("eval" if command is evaluate else None)(command)
-app.add_typer(models, name="models")
+    name=PROGRAM, cls=Group, help=HELP, rich_markup_mode=None, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDEST},
+)  # fmt: skip
+for title, commands in COMMANDS.items():
+    for command in commands:
+        name = "eval" if command is evaluate else None
+        app.command(name, cls=Command, rich_help_panel=title)(expand(command))
+app.add_typer(models, name="models", rich_help_panel="Models")
 
 
 def _print_version(value: bool) -> None:
+    """Print the version and exit when --version is given."""
     if value:
         print(f"dgemma-mlx {__version__}")
         raise typer.Exit
@@ -63,28 +98,30 @@ def _print_version(value: bool) -> None:
 
 @app.callback()
 def options(
-    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Show the version."),
-    debug: bool = typer.Option(False, "--debug", help="Show tracebacks of errors."),
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
 ) -> None:
-    """Options before the command."""
+    """Store the options that come before the command."""
     _Shown.tracebacks = debug
 
 
 def main() -> NoReturn:
-    """Runs the program and exits: 0 ok, 1 run-time error, 2 usage, 130 interrupted."""
+    """Run the program and exit with 0 (success), 1 (run-time error), 2 (wrong usage) or 130 (interrupted)."""
     sys.exit(run())
 
 
 def run() -> int:
-    """Runs the program; returns the exit code."""
+    """Run the program on ``sys.argv`` and return the exit code."""
     reopen_streams()
     warnings.showwarning = _show_warning
     try:
         with quiet_when_closed():
-            # Its own name also as `python -m dgemma_mlx`: completion and errors go by it.
+            # `python -m dgemma_mlx` has the same name, because completion and errors print it.
             result = app(args=sys.argv[1:] or ["--help"], prog_name=PROGRAM, standalone_mode=False)
             if result == INTERRUPTED:
-                raise KeyboardInterrupt  # Typer made an exit code of it
+                raise KeyboardInterrupt  # Typer has turned it into an exit code
             return result if isinstance(result, int) else 0
         return 0
     except DgemmaError as error:
@@ -100,18 +137,18 @@ def run() -> int:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """One line, without the place in the code."""
+    """Print a warning as one line, without the place in the code."""
     print(f"{PROGRAM}: {message}", file=sys.stderr)
 
 
 def _usage(error: Any) -> tuple[str, str]:
-    """Message and hint of one of Typer's usage errors."""
+    """Return the message and the hint of one of Typer's usage errors."""
     command = error.ctx.command_path if error.ctx else PROGRAM
     return error.format_message(), f"see {command} --help"
 
 
 def _fail(message: str, hint: str, exit_code: int) -> int:
-    """Prints the error, each of its parts on one line."""
+    """Print the message and the hint, each on one line, and return the exit code."""
     from dgemma_mlx.cli.render.visible import visible
 
     if _Shown.tracebacks:

@@ -1,4 +1,4 @@
-"""``generate --batch``: many prompts, one model load; a JSON object a line in, one out."""
+"""``generate --batch``: answer many prompts with one loaded model. Input and output have one JSON value per line."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ _HINT = 'A line is a JSON string, or an object like {"prompt": "...", "id": "a",
 
 
 def _is_message(value: Any) -> bool:
+    """Return whether the value is an object with the texts ``role`` and ``content`` and nothing else."""
     return isinstance(value, dict) and value.keys() == {"role", "content"} and all(map(is_text, value.values()))
 
 
 def _is_prompt(value: Any) -> bool:
-    """A text with something in it, or the messages of a conversation."""
+    """Return whether the value is a text that is not blank, or the messages of a conversation."""
     if isinstance(value, list):
         return bool(value) and all(map(_is_message, value))
     return is_text(value) and bool(value.strip())
@@ -41,11 +42,14 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
 
 
 def read_batch(path: Path) -> list[dict[str, Any]]:
-    """Every line checked before any is answered; a ``DgemmaError`` names the first bad one."""
+    """Read and check all lines of a batch file. Blank lines are skipped.
+
+    Raises `DgemmaError` that names the first bad line.
+    """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
-        raise DgemmaError(f"cannot read {path}: {error.strerror}", "--batch names a file of prompts.") from None
+        raise DgemmaError(f"cannot read {path}: {error.strerror}", "--batch names the file of the prompts.") from None
     except UnicodeDecodeError as error:
         raise DgemmaError(f"{path} is not UTF-8 text (byte {error.start})", exit_code=2) from None
     requests = [_request(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
@@ -55,6 +59,7 @@ def read_batch(path: Path) -> list[dict[str, Any]]:
 
 
 def _request(line: str, place: str) -> dict[str, Any]:
+    """Return the request of one line. ``place`` says in error messages which line it is."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -73,10 +78,10 @@ def _request(line: str, place: str) -> dict[str, Any]:
 def answer_batch(
     model: Model, requests: Sequence[Mapping[str, Any]], options: Mapping[str, Any], size: int = 1
 ) -> None:
-    """Prints one object for each request, in order: its number (from 0), its id where it has one, and the answer.
+    """Answer the requests, ``size`` at a time, and print one JSON object for each, in order.
 
-    ``size`` requests are answered at a time. One that fails gives an object with ``error``; the others go on. Then,
-    at the end, so does this.
+    An object has ``index`` (from 0), the request's ``id`` if there is one, and the answer. A request that fails gets an
+    object with ``error``, and the others are answered all the same. Raises `DgemmaError` at the end when any failed.
     """
     from dgemma_mlx.cli.render.visible import json_line
 
@@ -92,21 +97,22 @@ def answer_batch(
                 record |= {"model": model.name, **asdict(result)}
             print(json_line(record), flush=True)
     if failed:
-        raise DgemmaError(f"{failed} of {len(requests)} prompts could not be answered", 'Their lines say "error".')
+        message = f"{failed} of {len(requests)} prompts could not be answered"
+        raise DgemmaError(message, 'Their lines have the key "error".')
 
 
 def _answers(
     model: Model, requests: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
 ) -> list[Done | DgemmaError]:
-    """All together; one by one where that fails, so that only those at fault do."""
+    """Answer the requests together. When that fails, answer them one by one, so that only the faulty ones fail."""
     from dgemma_mlx.generation.api import generate_batch
 
     each = {"seeds": "seed", "max_tokens": "max_tokens", "system": "system"}
     common = {name: value for name, value in options.items() if name not in each.values()}
-    wishes = [{**options, **request} for request in requests]
-    own: dict[str, Any] = {name: [wish[key] for wish in wishes] for name, key in each.items()}
+    merged = [{**options, **request} for request in requests]
+    own: dict[str, Any] = {name: [request[key] for request in merged] for name, key in each.items()}
     try:
-        answers: list[Any] = generate_batch(model, [wish["prompt"] for wish in wishes], **own, **common)
+        answers: list[Any] = generate_batch(model, [request["prompt"] for request in merged], **own, **common)
         return answers
     except DgemmaError as error:
         if len(requests) == 1:

@@ -1,4 +1,4 @@
-"""``dgemma-mlx bench``: how fast a model is on this machine, and how much memory it takes."""
+"""``dgemma-mlx bench``: measure the speed and the memory of a model on this machine."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from dgemma_mlx.cli.doctor import examine
-from dgemma_mlx.cli.generate import Dequantize, ModelName, NoKernels, load_as_told
+from dgemma_mlx.cli.loading import load_model
+from dgemma_mlx.cli.parameters import AsJson, CpuDequantize, ModelName, ModelOptions, NoKernels, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.errors import DgemmaError
@@ -21,38 +20,50 @@ if TYPE_CHECKING:
     from dgemma_mlx.generation.model import Model
     from dgemma_mlx.text import Tokenizer
 
-_LENGTHS = (512, 4096)  # of prompts, where none are asked for and the model holds them
-_MAX_TOKENS = 512  # of the whole answer
+_LENGTHS = (512, 4096)  # default prompt lengths, as far as the model holds them
+_MAX_TOKENS = 512  # longest timed answer
 _DEMO_PROMPT = "Count from 13 to 40."
 _PROMPT = "Explain in about 300 words why the sky is blue."
 _MACHINE = ("chip", "machine", "memory", "os", "metal", "gpu_memory")
 _VERSIONS = ("dgemma_mlx", "mlx", "python")
 
+measure_option = section("Measurements")
+
 PromptTokens = Annotated[
     str | None,
-    typer.Option(help="Lengths of prompts, as 512,4096, which are the default.", show_default=False),
+    measure_option("--prompt-tokens", metavar="N,N", show_default="512,4096", help="Lengths of the prompts in tokens."),
 ]
-Steps = Annotated[int, typer.Option(min=1, help="Denoising steps timed after each prompt.")]
-Runs = Annotated[int, typer.Option(min=1, help="How often everything is measured.")]
-Prompt = Annotated[str | None, typer.Option(help="What the whole answer is asked for.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Steps = Annotated[int, measure_option("--steps", min=1, help="Denoising steps timed after each prompt.")]
+Runs = Annotated[int, measure_option("--runs", min=1, help="Number of times everything is measured.")]
+Prompt = Annotated[
+    str | None, measure_option("--prompt", show_default="a built-in one", help="The prompt of the timed answer.")
+]
 
 Progress = Callable[[str], None]
 
 
 def bench(
-    model: ModelName = None,
     prompt_tokens: PromptTokens = None,
     steps: Steps = 8,
     runs: Runs = 3,
     prompt: Prompt = None,
-    cpu_dequantize: Dequantize = None,
-    no_kernels: NoKernels = False,
+    model: ModelName = None,
     as_json: AsJson = False,
+    cpu_dequantize: CpuDequantize = None,
+    no_kernels: NoKernels = False,
 ) -> None:
-    """Time a model: encoding of prompts, denoising steps after them, a whole answer; and its peak memory."""
+    """Measure the speed and the peak memory of a model.
+
+    The command times the encoding of prompts of several lengths, the denoising steps after them, and a whole answer. It
+    prints medians and the smallest and largest values of `--runs` runs. docs/benchmarks.md explains how to compare with
+    other programs.
+
+    Examples:
+        dgemma-mlx bench -m demo
+        dgemma-mlx bench -m demo --prompt-tokens 64,512 --runs 5 --json
+    """
     asked = None if prompt_tokens is None else _parse_lengths(prompt_tokens)
-    loaded = load_as_told(Settings(), model, cpu_dequantize, no_kernels, quiet=as_json)
+    loaded = load_model(Settings(), ModelOptions(model, None, cpu_dequantize, no_kernels), quiet=as_json)
     lengths = _fitting(asked, loaded)
     question = prompt or (_DEMO_PROMPT if loaded.name == "demo" else _PROMPT)
     with _progress(runs * (len(lengths) + 1) + 1) as progress:
@@ -65,7 +76,10 @@ def bench(
 def measure(
     model: Model, lengths: Sequence[int], steps: int, runs: int, question: str, progress: Progress
 ) -> dict[str, Any]:
-    """Times in seconds, memory in bytes. ``progress`` hears before each measurement what comes next."""
+    """Return the measurements: times in seconds, memory in bytes.
+
+    ``progress`` is called before each measurement with a description of it.
+    """
     texts = [text_of(model.tokenizer, length) for length in lengths]
     progress("warming up")
     _timed_steps(model, texts[0], steps=1)
@@ -81,20 +95,23 @@ def measure(
 
 
 def text_of(tokenizer: Tokenizer, count: int, seed: int = 0) -> str:
-    """A text of random words that is ``count`` tokens long with its beginning-of-text id, or just below."""
+    """Return a text of random words that has ``count`` tokens with its beginning-of-text id, or one token less."""
     import random
     from bisect import bisect_right
 
     rng = random.Random(seed)
     words = ("".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 7))) for _ in range(count))
-    text = " ".join(words)  # no word is less than a token
+    text = " ".join(words)  # every word has at least one token
     room = count - (tokenizer.bos_id is not None)
     longest = bisect_right(range(len(text) + 1), room, key=lambda end: len(tokenizer.encode(text[:end]))) - 1
     return text[:longest]
 
 
 def _timed_steps(model: Model, text: str, steps: int) -> dict[str, Any]:
-    """Encodes a prompt and denoises a canvas. The first step, which has no self-conditioning, is not timed."""
+    """Encode a prompt, denoise one canvas and return the times.
+
+    The first step is left out because it has no self-conditioning.
+    """
     from dgemma_mlx.events import Done, Draft
     from dgemma_mlx.generation.api import stream
 
@@ -115,7 +132,7 @@ def _timed_steps(model: Model, text: str, steps: int) -> dict[str, Any]:
 
 
 def _timed_answer(model: Model, question: str) -> dict[str, Any]:
-    """An answer as a user would get it, with the checkpoint's own parameters."""
+    """Generate an answer with the checkpoint's own parameters and return its statistics."""
     from dataclasses import asdict
 
     from dgemma_mlx.generation.api import generate
@@ -125,7 +142,7 @@ def _timed_answer(model: Model, question: str) -> dict[str, Any]:
 
 
 def _prompt_row(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """What all runs after one prompt say together."""
+    """Return the measurements of one prompt length over all runs."""
     tokens = runs[0]["prompt_tokens"]
     return {
         "prompt_tokens": tokens,
@@ -137,7 +154,7 @@ def _prompt_row(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _answer_row(question: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The same seed gives the same answer in every run: only times differ."""
+    """Return the measurements of the answer over all runs. The seed is fixed, so only the times differ."""
     counts = ("prompt_tokens", "generated_tokens", "canvases", "denoising_steps", "tokens_per_forward", "finish_reason")
     return {
         "prompt": question,
@@ -149,41 +166,46 @@ def _answer_row(question: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _spread(values: list[float]) -> dict[str, float]:
+    """Return the median, the smallest and the largest value."""
     from statistics import median
 
     return {"median": median(values), "least": min(values), "most": max(values)}
 
 
 def _parse_lengths(text: str) -> list[int]:
-    """``512,4096`` -> [512, 4096]."""
+    """Return the numbers of a text such as ``512,4096``. Raises `DgemmaError` (exit code 2) for any other text."""
     try:
         lengths = [int(part) for part in text.split(",")]
     except ValueError:
         lengths = []
     if not lengths or min(lengths) < 2:
         raise DgemmaError(
-            f"--prompt-tokens must be whole numbers of at least 2, not {text!r}", "Write it like 512,4096.", exit_code=2
-        )
+            f"--prompt-tokens must be whole numbers of at least 2, not {text!r}",
+            "Write the lengths like 512,4096.", exit_code=2,
+        )  # fmt: skip
     return lengths
 
 
 def _fitting(asked: list[int] | None, model: Model) -> list[int]:
-    """The lengths to measure: those asked for, all of which must fit before a canvas, or the default ones that do."""
+    """Return the lengths to measure: those asked for, or the default ones that leave room for a canvas.
+
+    Raises `DgemmaError` (exit code 2) when a length that was asked for leaves no room.
+    """
     canvas, positions = model.config.canvas_length, model.config.text.max_position_embeddings
     most = positions - canvas
     if asked is None:
         return [length for length in _LENGTHS if length <= most] or [most]
     if max(asked) > most:
         raise DgemmaError(
-            f"a prompt of {max(asked):,} tokens does not fit: with a canvas of {canvas} "
-            f"the model's limit of {positions:,} positions is passed",
-            f"Ask for at most {most:,}.", exit_code=2,
+            f"a prompt of {max(asked):,} tokens does not fit: with a canvas of {canvas} tokens it exceeds "
+            f"the model's {positions:,} positions",
+            f"Ask for at most {most:,} tokens.", exit_code=2,
         )
     return asked
 
 
 def _circumstances(model: Model, steps: int, runs: int) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return what the measurements depend on: model, machine, versions, kernels and the numbers of steps and runs."""
     from dgemma_mlx.kernels.dispatch import mode
 
     facts = examine()
@@ -201,7 +223,7 @@ def _circumstances(model: Model, steps: int, runs: int) -> dict[str, Any]:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Progress]:
-    """A line on a terminal's stderr that says what is measured; nothing elsewhere."""
+    """Yield a function that shows on a terminal's stderr what is measured, and shows nothing elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
@@ -209,11 +231,12 @@ def _progress(total: int) -> Iterator[Progress]:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task("", total=total + 1)  # what is announced is not yet done
+        task = bars.add_task("", total=total + 1)  # an announced measurement is not yet done
         yield lambda what: bars.update(task, description=what, advance=1)
 
 
 def _as_text(facts: dict[str, Any]) -> str:
+    """Return the measurements as a table."""
     from dgemma_mlx.sizes import size
 
     machine, versions, answer = facts["machine"], facts["versions"], facts["answer"]
@@ -241,9 +264,10 @@ def _as_text(facts: dict[str, Any]) -> str:
 
 
 def _range(values: dict[str, float]) -> str:
+    """Return a spread as ``median (least - most)``."""
     return f"{_short(values['median'])} ({_short(values['least'])} - {_short(values['most'])})"
 
 
 def _short(value: float) -> str:
-    """Three digits or more: ``0.00123``, ``1.23``, ``1,234``."""
+    """Return a number with at least three significant digits: ``0.00123``, ``1.23``, ``1,234``."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -8,45 +8,50 @@ from typing import Annotated
 
 import typer
 
-from dgemma_mlx.cli.fill import System
-from dgemma_mlx.cli.generate import Adapter, Dequantize, MemoryLimit, ModelName, NoKernels, Prompt, Quiet, Raw, Seed
 from dgemma_mlx.cli.infill import prepared
+from dgemma_mlx.cli.parameters import AnswerOptions, AsJson, DenoisingOptions, ModelOptions, Raw, prompt_option
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.prompt import read_prompt
 from dgemma_mlx.cli.render.visible import json_line, visible
 
-From = Annotated[str, typer.Option("--from", metavar="A,B,C", help="The answers; one with a comma in double quotes.")]
-Listed = Annotated[bool, typer.Option("--list", help="Name the answers in the question.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Question = Annotated[
+    str | None, typer.Argument(help="The question. With `-` or without a question, it is read from standard input.")
+]
+From = Annotated[
+    str,
+    prompt_option(
+        "--from", metavar="A,B,C", help="The answers to choose from. Write an answer with a comma in double quotes."
+    ),
+]
+Listed = Annotated[bool, prompt_option("--list", help="Name the answers in the question.")]
 
 
 def choose(
     choices: From,
-    question: Prompt = None,
+    question: Question = None,
     listed: Listed = False,
-    as_json: AsJson = False,
-    model: ModelName = None,
-    adapter: Adapter = None,
-    seed: Seed = None,
-    system: System = None,
     raw: Raw = False,
-    memory_limit: MemoryLimit = None,
-    cpu_dequantize: Dequantize = None,
-    no_kernels: NoKernels = False,
-    quiet: Quiet = False,
+    as_json: AsJson = False,
+    *,
+    answer: AnswerOptions,
+    model: ModelOptions,
 ) -> None:
-    """Say how probable each of some answers is, by one pass over one canvas: a fast classifier."""
+    """Print how probable each of the given answers is.
+
+    The probabilities come from one pass over one canvas, which makes a fast classifier. Answers of one or two tokens
+    are judged best (docs/fill.md).
+
+    Examples:
+        dgemma-mlx choose -m demo "What is 27 + 45?" --from 71,72,82
+        cat mail.txt | dgemma-mlx choose "Which department?" --from sales,support,billing --list --json
+    """
     asked = read_prompt(question)
-    answers = [answer for row in csv.reader([choices], skipinitialspace=True) for answer in row]
+    answers = [text for row in csv.reader([choices], skipinitialspace=True) for text in row]
     with quiet_when_closed():
-        with prepared(
-            model=model, adapter=adapter, seed=seed, system=system, raw=raw, speed=None, temp=None,
-            max_denoising_steps=None, memory_limit=memory_limit, cpu_dequantize=cpu_dequantize,
-            no_kernels=no_kernels, quiet=quiet,
-        ) as (loaded, options):  # fmt: skip
+        with prepared(model, answer, DenoisingOptions(), raw) as (loaded, arguments):
             from dgemma_mlx.infill.choose import choose as choose_among
 
-            found = choose_among(loaded, asked, answers, listed=listed, raw=raw, **options)
+            found = choose_among(loaded, asked, answers, listed=listed, raw=raw, **arguments)
         if as_json:
             print(json_line({"model": loaded.name, "choices": [asdict(choice) for choice in found]}))
         else:

@@ -1,37 +1,63 @@
-"""The options of ``generate`` that say what an answer has to match."""
+"""The options of ``generate`` that constrain an answer, and the constraint they describe."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
+from dgemma_mlx.cli.parameters import section
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
     from dgemma_mlx.constrain.constraint import Constraint
 
+constraint_option = section("Constraints")
+
 Regex = Annotated[
-    str | None, typer.Option("--regex", help="The answer matches this regular expression from beginning to end.")
+    str | None,
+    constraint_option(
+        "--regex", metavar="REGEX", help="The answer matches this regular expression from beginning to end."
+    ),
 ]
-Choice = Annotated[str | None, typer.Option("--choice", help="The answer is one of these, as yes,no,maybe.")]
+Choice = Annotated[
+    str | None, constraint_option("--choice", metavar="A,B,C", help="The answer is one of these texts.")
+]
 JsonSchema = Annotated[
-    str | None, typer.Option("--json-schema", help="The answer is JSON that validates: a file, or a schema as it is.")
+    str | None,
+    constraint_option(
+        "--json-schema", metavar="SCHEMA", help="The answer is JSON that this schema allows: a file or the text."
+    ),
 ]
 Grammar = Annotated[
-    str | None, typer.Option("--grammar", help="The answer follows this EBNF without recursion: a file, or rules.")
+    str | None,
+    constraint_option(
+        "--grammar", metavar="EBNF", help="The answer follows this grammar without recursion: a file or the text."
+    ),
 ]
+
+
+@dataclass(frozen=True)
+class ConstraintOptions:
+    """The options that constrain an answer. At most one of them may be given."""
+
+    regex: Regex = None
+    choice: Choice = None
+    json_schema: JsonSchema = None
+    grammar: Grammar = None
 
 
 def constraint_of(
     regex: str | None, choice: str | None, json_schema: str | None, grammar: str | None
 ) -> Constraint | None:
-    """The one that is given; ``DgemmaError`` (exit code 2) where there are two, or where it is no good."""
+    """Return the constraint of the option that is given, or None.
+
+    Raises `DgemmaError` (exit code 2) when two options are given, or when the value is not a valid constraint.
+    """
     given = {"--regex": regex, "--choice": choice, "--json-schema": json_schema, "--grammar": grammar}
     names = [name for name, value in given.items() if value is not None]
     if len(names) > 1:
-        raise DgemmaError(f"{' and '.join(names)} exclude each other", "The answer matches one of them.", exit_code=2)
+        raise DgemmaError(f"{' and '.join(names)} exclude each other", "An answer can match only one constraint.", 2)
     if not names:
         return None
     from dgemma_mlx.constrain.constraint import Constraint
@@ -47,15 +73,15 @@ def constraint_of(
 
 
 def _texts(choice: str) -> list[str]:
-    """``a,b,c``; blanks around the commas do not count."""
+    """Split ``a,b,c`` at the commas and strip the spaces around each text."""
     texts = [text.strip() for text in choice.split(",")]
     if not all(texts):
-        raise DgemmaError("--choice has an empty text", "Like yes,no,maybe", exit_code=2)
+        raise DgemmaError("--choice has an empty text", "Write the texts like yes,no,maybe.", exit_code=2)
     return texts
 
 
 def _read(value: str, inline: bool) -> str:
-    """What an option says, or the file that it names."""
+    """Return the value itself when it is ``inline`` and not the name of a file; otherwise read the file it names."""
     path = Path(value)
     try:
         if inline and not (len(value) < 256 and path.is_file()):

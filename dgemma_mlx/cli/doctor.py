@@ -1,4 +1,4 @@
-"""``dgemma-mlx doctor``: is this machine fit, how fast is it, and what to change."""
+"""``dgemma-mlx doctor``: check whether this machine is suitable, how fast it is, and what to change."""
 
 from __future__ import annotations
 
@@ -11,21 +11,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
+from dgemma_mlx.cli.parameters import AsJson, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
 
-_PROBE_SECONDS = 5.0  # for each of the two probes
-_TOLERANCE = 0.01  # of the self-check: Macs may multiply float32 with ten bits
+_PROBE_SECONDS = 5.0  # duration of each of the two probes
+_TOLERANCE = 0.01  # relative error that passes the self-check: Macs may multiply float32 with ten bits
 _ENOUGH_MEMORY = 24e9  # the published 4-bit weights are 16.6 GB
 _ENOUGH_DISK = 20e9
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-NoProbe = Annotated[bool, typer.Option("--no-probe", help="Leave out the speed probe (10 seconds).")]
+NoProbe = Annotated[
+    bool, section("Measurements")("--no-probe", help="Leave out the speed probe, which takes ten seconds.")
+]
 
 
-def doctor(as_json: AsJson = False, no_probe: NoProbe = False) -> None:
-    """Look at this machine: chip, memory, versions, Metal, caches, speed; say what to change."""
+def doctor(no_probe: NoProbe = False, as_json: AsJson = False) -> None:
+    """Check this machine and say what to change.
+
+    The output has the chip, the memory, the versions, Metal and the caches, a self-check of MLX's arithmetic, the state
+    of this program's own Metal kernels, and a speed probe.
+
+    Examples:
+        dgemma-mlx doctor
+        dgemma-mlx doctor --no-probe --json
+    """
     facts = examine()
     facts["self_check"] = self_check()
     facts["kernels"] = kernels()
@@ -37,7 +45,7 @@ def doctor(as_json: AsJson = False, no_probe: NoProbe = False) -> None:
 
 
 def examine() -> dict[str, Any]:
-    """What can be seen without work."""
+    """Return the facts that need no computation: versions, chip, memory, Metal and the Hub's cache."""
     import platform
     import shutil
 
@@ -66,7 +74,10 @@ def examine() -> dict[str, Any]:
 
 
 def self_check() -> dict[str, float]:
-    """Errors of the operations that generating stands on, relative to the largest value of numpy's in float64."""
+    """Return the errors of the operations that generation uses.
+
+    An error is the largest difference from numpy's float64 result, divided by the largest value of that result.
+    """
     import mlx.core as mx
     import numpy as np
 
@@ -101,8 +112,10 @@ def self_check() -> dict[str, float]:
 
 
 def kernels() -> dict[str, Any]:
-    """The mode of our own Metal kernels, and what their self-check has found on this machine, for each dtype that
-    checkpoints have; nothing is checked where there is no Metal, or where they are switched off."""
+    """Return the mode of this program's Metal kernels and the verdict of their self-check for each checkpoint dtype.
+
+    Nothing is checked where there is no Metal or where the kernels are switched off.
+    """
     import mlx.core as mx
 
     from dgemma_mlx.cli.settings import Settings
@@ -121,7 +134,7 @@ def kernels() -> dict[str, Any]:
 
 
 def probe() -> dict[str, float]:
-    """Two short runs: a matrix product, and denoising steps of the built-in model."""
+    """Measure matrix products and denoising steps of the built-in model for a few seconds each."""
     import mlx.core as mx
 
     from dgemma_mlx.events import Draft
@@ -143,10 +156,10 @@ def probe() -> dict[str, float]:
 
 
 def advice(facts: dict[str, Any]) -> list[str]:
-    """What the user might change; empty where all is well."""
+    """Return what the user might change, one line each. The list is empty when everything is in order."""
     found = []
     if not facts["metal"]:
-        found.append("no Metal here: the program works, but slowly; it is made for Macs with Apple silicon")
+        found.append("no Metal: the program works, but slowly; it is made for Macs with Apple silicon")
     found += [
         f"the kernel {check['operation']} is not used for {check['dtype']}: {check['detail']}"
         for check in facts["kernels"]["checks"]
@@ -165,7 +178,7 @@ def advice(facts: dict[str, Any]) -> list[str]:
 
 
 def _repeat(action: Callable[[], None]) -> tuple[int, float]:
-    """How often in ``_PROBE_SECONDS``, and the seconds it really took."""
+    """Repeat an action for ``_PROBE_SECONDS`` and return the number of repetitions and the seconds they took."""
     action()
     count, began = 0, time.perf_counter()
     while time.perf_counter() - began < _PROBE_SECONDS:
@@ -175,11 +188,12 @@ def _repeat(action: Callable[[], None]) -> tuple[int, float]:
 
 
 def _kernel_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the rows of the table about the Metal kernels: their mode, then one row per kernel and dtype."""
     names, mode = facts["kernels"]["operations"], facts["kernels"]["mode"]
     if not facts["metal"] or mode == "off":
         why = "switched off" if mode == "off" else "no Metal"
-        return [("kernels", f"none of {len(names)}, {why}: plain MLX operations do their work")]
-    rows = [("kernels", f"mode {mode}; milliseconds of the kernel and of plain MLX, the faster one is used")]
+        return [("kernels", f"none of {len(names)}, {why}: plain MLX operations are used instead")]
+    rows = [("kernels", f"mode {mode}; milliseconds of the kernel and of plain MLX; the faster one is used")]
     for check in facts["kernels"]["checks"]:
         times = f"{1e3 * check['kernel']:8.3f} {1e3 * check['reference']:8.3f}" if check["kernel"] else check["detail"]
         rows.append(("", f"{check['operation']:22} {check['dtype']:9} {check['status']:8} {times}"))
@@ -187,6 +201,7 @@ def _kernel_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _chip() -> str:
+    """Return the name of the processor."""
     import platform
     import subprocess
 
@@ -202,6 +217,7 @@ def _chip() -> str:
 
 
 def _version(package: str) -> str | None:
+    """Return the version of an installed package, or None."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -211,6 +227,7 @@ def _version(package: str) -> str | None:
 
 
 def _as_text(facts: dict[str, Any]) -> str:
+    """Return the facts as rows, and the advice after them."""
     from dgemma_mlx.sizes import size
 
     metal = f"yes, {size(facts['gpu_memory'])} for the GPU" if facts["metal"] else "no"

@@ -1,4 +1,4 @@
-"""``dgemma-mlx eval``: how many answers of a model are right, and what they took."""
+"""``dgemma-mlx eval``: how many problems a model answers correctly, and how much work the answers take."""
 
 from __future__ import annotations
 
@@ -10,44 +10,63 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from dgemma_mlx.checks import LARGEST_SEED
-from dgemma_mlx.cli.generate import Adapter, Dequantize, ModelName, NoKernels, Quiet, load_as_told
+from dgemma_mlx.cli.loading import load_model
+from dgemma_mlx.cli.parameters import AsJson, ModelOptions, Quiet, decoding_option, output_option, section
 from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.errors import DgemmaError
 
-Task = Annotated[str, typer.Option("--task", help="sudoku, or a JSONL file of messages or prompt and completion.")]
-Size = Annotated[int, typer.Option("--size", help="Of a Sudoku: 4, 6 or 9 rows.")]
-Clues = Annotated[str | None, typer.Option("--clues", help="Of a Sudoku: how many cells are given, as 14-22.")]
-Count = Annotated[int | None, typer.Option("--count", min=1, help="How many problems; 100, or all of a file.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED // 2, help="Of puzzles and answers.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Answer so many at once.")]
-SpeedMode = Annotated[str, typer.Option("--speed", help="reference, balanced or fast.")]
-Answers = Annotated[Path | None, typer.Option("--answers", help="Write every answer to this file, as lines of JSON.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+problem_option = section("Problems")
+
+Task = Annotated[
+    str,
+    problem_option(
+        "--task", metavar="TASK",
+        help="`sudoku`, or a JSONL file whose lines have `messages`, or `prompt` and `completion`.",
+    ),
+]  # fmt: skip
+Size = Annotated[int, problem_option("--size", help="Number of rows of a Sudoku: 4, 6 or 9.")]
+Clues = Annotated[
+    str | None, problem_option("--clues", metavar="A-B", help="Number of given cells in a Sudoku, such as 18 or 14-22.")
+]
+Count = Annotated[
+    int | None, problem_option("--count", min=1, show_default="100, or all of a file", help="Number of problems.")
+]
+Seed = Annotated[
+    int, decoding_option("--seed", min=0, max=LARGEST_SEED // 2, help="Seed of the puzzles and of the answers.")
+]
+BatchSize = Annotated[int, decoding_option("--batch-size", min=1, help="Number of problems answered at a time.")]
+SpeedMode = Annotated[
+    str, decoding_option("--speed", metavar="MODE", help="When a canvas is final: reference, balanced or fast.")
+]
+Answers = Annotated[
+    Path | None, output_option("--answers", metavar="FILE", help="Write every answer to this file as a line of JSON.")
+]
 
 
 def evaluate(
     task: Task,
-    model: ModelName = None,
-    adapter: Adapter = None,
     size: Size = 6,
     clues: Clues = None,
     count: Count = None,
-    seed: Seed = 0,
-    batch_size: BatchSize = 1,
-    speed: SpeedMode = "reference",
+    *,
+    model: ModelOptions,
     answers: Answers = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
-    cpu_dequantize: Dequantize = None,
-    no_kernels: NoKernels = False,
+    seed: Seed = 0,
+    batch_size: BatchSize = 1,
+    speed: SpeedMode = "reference",
 ) -> None:
-    """Count right answers: exact match, denoising steps, tokens a forward pass, seconds.
+    """Count how many problems a model answers correctly.
 
-    A Sudoku is right when it keeps the clues and obeys the rules; the puzzles are none of those that
-    recipes/sudoku trains on.
+    The result also has the denoising steps per answer and per canvas, the tokens per step and the seconds. An answer
+    from a file must match exactly. A Sudoku is correct when it keeps the clues and obeys the rules; the puzzles
+    differ from those that recipes/sudoku trains on.
+
+    Examples:
+        dgemma-mlx eval -m demo --task sudoku --size 4 --count 20
+        dgemma-mlx eval -m MODEL --adapter FOLDER --task valid.jsonl --answers answers.jsonl
     """
     from dgemma_mlx.train.dataset import read_examples
     from dgemma_mlx.train.evaluate import evaluate, problems_of, sudoku_problems
@@ -56,7 +75,7 @@ def evaluate(
         problems = sudoku_problems(size, count or 100, parse_clues(clues), seed)
     else:
         problems = problems_of(read_examples(Path(task)))[:count]
-    loaded = load_as_told(Settings(), model, cpu_dequantize, no_kernels, quiet, adapter)
+    loaded = load_model(Settings(), model, quiet)
     records: list[Mapping[str, Any]] = []
 
     def progress(record: Mapping[str, Any]) -> None:
@@ -71,8 +90,9 @@ def evaluate(
     if answers is not None:
         _write(answers, "".join(json.dumps(record) + "\n" for record in records))
     if as_json:
-        print(json.dumps({"model": loaded.name, "adapter": None if adapter is None else str(adapter), "task": task,
-                          "speed": speed, **asdict(result)}))  # fmt: skip
+        adapter = None if model.adapter is None else str(model.adapter)
+        facts = {"model": loaded.name, "adapter": adapter, "task": task, "speed": speed, **asdict(result)}
+        print(json.dumps(facts))
         return
     print(
         f"{result.right} of {result.problems} right ({result.exact_match:.1%}), "
@@ -82,16 +102,17 @@ def evaluate(
 
 
 def parse_clues(text: str | None) -> tuple[int, int] | None:
-    """``14-22`` or ``18`` -> two numbers."""
+    """Return the two numbers of ``14-22`` or ``18``. Raises `DgemmaError` (exit code 2) for any other text."""
     if text is None:
         return None
     found = re.fullmatch(r"(\d{1,3})(?:-(\d{1,3}))?", text.strip())
     if found is None:
-        raise DgemmaError(f"{text!r} is no number of clues", "Say it as 18, or 14-22.", exit_code=2)
+        raise DgemmaError(f"{text!r} is not a number of clues", "Write it like 18 or 14-22.", exit_code=2)
     return int(found[1]), int(found[2] or found[1])
 
 
 def _write(path: Path, text: str) -> None:
+    """Write the file completely or not at all. Raises `DgemmaError` when it cannot be written."""
     from dgemma_mlx.files import write_whole
 
     try:

@@ -6,31 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from dgemma_mlx.cli.generate import (
-    Adapter,
-    Dequantize,
-    MemoryLimit,
-    ModelName,
-    NoKernels,
-    Quiet,
-    Seed,
-    SpeedMode,
-    Steps,
-    Temp,
-)
-from dgemma_mlx.cli.infill import (
-    AsDiff,
-    AsJson,
-    Candidates,
-    ShowAll,
-    Write,
-    check_output,
-    prepared,
-    print_filled,
-    report,
-)
+from dgemma_mlx.cli.infill import File, ResultOptions, prepared, print_filled, report
+from dgemma_mlx.cli.parameters import AnswerOptions, DenoisingOptions, ModelOptions, prompt_option, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.texts import is_stdin, read_text, save_text
 from dgemma_mlx.errors import DgemmaError
@@ -38,73 +15,83 @@ from dgemma_mlx.errors import DgemmaError
 if TYPE_CHECKING:
     from dgemma_mlx.infill.template import Part
 
-File = Annotated[Path | None, typer.Argument(help="The text; '-' or none reads it from stdin.", show_default=False)]
-Mark = Annotated[str, typer.Option("--hole", help="What marks a gap; MARK:20MARK is one of 20 tokens.")]
-Prompt = Annotated[
-    str | None, typer.Option(help="Ask the model this, instead of showing it the text with its gaps.")
+gap_option = section("Gaps")
+
+Mark = Annotated[str, gap_option("--hole", metavar="MARK", help="The text that marks a gap.")]
+At = Annotated[
+    str | None,
+    gap_option("--at", metavar="LINE:COL", help="Put the gap here in FILE, counted from 1. Marks are not read."),
 ]
-At = Annotated[str | None, typer.Option(metavar="LINE:COL", help="The gap is here in FILE, from 1; no marks are read.")]
-Size = Annotated[int | None, typer.Option(min=1, help="Tokens of the gap of --at or --prefix-file.")]
-Hint = Annotated[str, typer.Option(help="For the model: what belongs into that gap.")]
-PrefixFile = Annotated[Path | None, typer.Option(help="Instead of FILE: what is before the gap.")]
-SuffixFile = Annotated[Path | None, typer.Option(help="Instead of FILE: what is behind the gap.")]
-System = Annotated[str | None, typer.Option(help="System prompt.")]
-Raw = Annotated[bool, typer.Option("--raw", help="No prompt: the model sees what is before and behind, nothing else.")]
+Size = Annotated[
+    int | None, gap_option("--size", min=1, help="Number of tokens in the gap of --at or --prefix-file.")
+]
+Hint = Annotated[
+    str, gap_option("--hint", help="What belongs into the gap of --at or --prefix-file, for the model to read.")
+]
+PrefixFile = Annotated[
+    Path | None, gap_option("--prefix-file", metavar="FILE", help="The text before the gap, instead of FILE.")
+]
+SuffixFile = Annotated[
+    Path | None, gap_option("--suffix-file", metavar="FILE", help="The text after the gap, instead of FILE.")
+]
+Prompt = Annotated[
+    str | None, prompt_option("--prompt", help="Ask the model this instead of showing it the text with its gaps.")
+]
+Raw = Annotated[
+    bool, prompt_option("--raw", help="Send no prompt: the model sees only the text before and after the gaps.")
+]
 
 
 def fill(
     file: File = None,
+    *,
     hole: Mark = "___",
-    prompt: Prompt = None,
     at: At = None,
     size: Size = None,
     hint: Hint = "",
     prefix_file: PrefixFile = None,
     suffix_file: SuffixFile = None,
-    candidates: Candidates = None,
-    show_all: ShowAll = False,
-    diff: AsDiff = False,
-    as_json: AsJson = False,
-    write: Write = False,
-    model: ModelName = None,
-    adapter: Adapter = None,
-    seed: Seed = None,
-    system: System = None,
+    prompt: Prompt = None,
     raw: Raw = False,
-    speed: SpeedMode = None,
-    temp: Temp = None,
-    max_denoising_steps: Steps = None,
-    memory_limit: MemoryLimit = None,
-    cpu_dequantize: Dequantize = None,
-    no_kernels: NoKernels = False,
-    quiet: Quiet = False,
+    answer: AnswerOptions,
+    model: ModelOptions,
+    result: ResultOptions,
+    denoising: DenoisingOptions,
 ) -> None:
-    """Fill the gaps of a text; what stands around them stays as it is, byte for byte.
+    """Fill the gaps of a text and keep the rest byte for byte.
 
-    A gap is written ___, or ___:20___ where it has 20 tokens, or {{fill: what belongs there}}. How long a gap is is
-    searched, where that is not said. All gaps and what is between them must fit into one canvas.
+    A gap is written `___`. `___:20___` is a gap of 20 tokens, and `{{fill: a docstring}}` is a gap with a hint for the
+    model. The result goes to stdout.
+
+    Notes:
+        - `--at` puts a gap at a cursor, and `--prefix-file` and `--suffix-file` put one between two files.
+        - Gaps of unknown length are written at several lengths at a time (`--candidates`). The most probable candidate
+          wins, and `--show-all` lists the others.
+        - All gaps and the text between them must fit into one canvas.
+        - docs/fill.md explains what the model sees and how the candidates are compared.
+
+    Examples:
+        echo '{"name": "___", "age": ___, "city": "___"}' |
+            dgemma-mlx fill -m demo --prompt "Make a JSON object: Simon is 59 years old and lives in Rome."
+        dgemma-mlx fill letter.txt --diff
+        dgemma-mlx fill main.py --at 12:5 --hint "a docstring" --write
     """
     split = prefix_file is not None or suffix_file is not None
     _check(file, at, size, hint, split)
-    check_output(diff, as_json, write, not (is_stdin(file) or split))
+    result.check(has_file=not (is_stdin(file) or split))
     before, parts = _parts(file, hole, at, size, hint, prefix_file, suffix_file)
     with quiet_when_closed():
-        with prepared(
-            model=model, adapter=adapter, seed=seed, system=system, raw=raw, speed=speed, temp=temp,
-            memory_limit=memory_limit, max_denoising_steps=max_denoising_steps, cpu_dequantize=cpu_dequantize,
-            no_kernels=no_kernels, quiet=quiet,
-        ) as (loaded, options):  # fmt: skip
+        with prepared(model, answer, denoising, raw) as (loaded, arguments):
             from dgemma_mlx.infill.fill import DEFAULT_CANDIDATES
             from dgemma_mlx.infill.fill import fill as fill_text
 
-            filled = fill_text(
-                loaded, parts, prompt=prompt, raw=raw, candidates=candidates or DEFAULT_CANDIDATES, **options
-            )
-        report(filled, loaded, show_all, quiet)
-        if write and file is not None:
+            candidates = result.candidates or DEFAULT_CANDIDATES
+            filled = fill_text(loaded, parts, prompt=prompt, raw=raw, candidates=candidates, **arguments)
+        report(filled, result.show_all, answer.quiet)
+        if result.write and file is not None:
             save_text(file, filled.text, before)
-        form = "json" if as_json else "diff" if diff else "text"
-        if not write or form != "text":
+        form = "json" if result.as_json else "diff" if result.diff else "text"
+        if not result.write or form != "text":
             print_filled(filled, loaded, before, file, form)
 
 
@@ -112,7 +99,7 @@ def _parts(
     file: Path | None, mark: str, at: str | None, size: int | None, hint: str, prefix_file: Path | None,
     suffix_file: Path | None,
 ) -> tuple[str, Sequence[Part]]:
-    """The text before, and its parts."""
+    """Return the text as it is now, and its parts: strings and gaps."""
     from dgemma_mlx.infill.template import Gap, parse_gaps
 
     if prefix_file is not None or suffix_file is not None:
@@ -126,7 +113,10 @@ def _parts(
 
 
 def _place(text: str, at: str) -> int:
-    """``LINE:COL``, both from 1 -> the character's index."""
+    """Return the index of the character at ``LINE:COL``, both counted from 1.
+
+    Raises `DgemmaError` (exit code 2) when the text has no such place.
+    """
     from dgemma_mlx.infill.template import lines_of
 
     line, _, column = at.partition(":")
@@ -137,15 +127,22 @@ def _place(text: str, at: str) -> int:
         raise DgemmaError(f"--at must be LINE:COL, not {at!r}", "Both count from 1, as in --at 12:5.", exit_code=2)
     row = int(line)
     if not 1 <= row <= len(lines):
-        raise DgemmaError(f"there is no line {row}", f"The text has {len(lines)}.", exit_code=2)
+        raise DgemmaError(f"there is no line {row}", f"The text has {len(lines)} lines.", exit_code=2)
     content = lines[row - 1].rstrip("\r\n")
     if not 1 <= int(column) <= len(content) + 1:
-        raise DgemmaError(f"there is no column {column} in line {row}", f"It has {len(content)}.", exit_code=2)
+        hint = f"The line has {len(content)} characters."
+        raise DgemmaError(f"there is no column {column} in line {row}", hint, exit_code=2)
     return sum(map(len, lines[: row - 1])) + int(column) - 1
 
 
 def _check(file: Path | None, at: str | None, size: int | None, hint: str, split: bool) -> None:
+    """Raise `DgemmaError` (exit code 2) for options that exclude or need each other."""
     if split and (file is not None or at is not None):
-        raise DgemmaError("--prefix-file and --suffix-file go without FILE and --at", "Name the text once.", 2)
+        raise DgemmaError(
+            "--prefix-file and --suffix-file cannot be combined with FILE or --at", "Name the text once.", exit_code=2
+        )
     if (size is not None or hint) and not split and at is None:
-        raise DgemmaError("--size and --hint go with --at or --prefix-file", "Write ___:20___ in the text.", 2)
+        raise DgemmaError(
+            "--size and --hint need --at or --prefix-file",
+            "In a text with marks, write ___:20___ or {{fill: a hint}}.", exit_code=2,
+        )  # fmt: skip

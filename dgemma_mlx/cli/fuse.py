@@ -1,4 +1,4 @@
-"""``dgemma-mlx fuse``: a checkpoint and its adapter made one checkpoint."""
+"""``dgemma-mlx fuse``: a checkpoint and an adapter in, one checkpoint out."""
 
 from __future__ import annotations
 
@@ -6,21 +6,26 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from dgemma_mlx.cli.generate import ModelName
+from dgemma_mlx.cli.parameters import ModelName, model_option, output_option
 from dgemma_mlx.cli.settings import Settings
 
-Adapter = Annotated[Path, typer.Option("--adapter", help="The folder of the adapter.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="The new checkpoint's folder.")]
-Unpack = Annotated[bool, typer.Option("--dequantize", help="Leave nothing packed: bfloat16 instead.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Adapter = Annotated[Path, model_option("--adapter", metavar="FOLDER", help="The adapter to merge into the model.")]
+Output = Annotated[Path, output_option("--output", "-o", metavar="FOLDER", help="The folder of the new checkpoint.")]
+Unpack = Annotated[bool, output_option("--dequantize", help="Write bfloat16 weights instead of packed ones.")]
+Force = Annotated[bool, output_option("--force", help="Replace an existing output.")]
 
 
 def fuse(
     adapter: Adapter, output: Output, model: ModelName = None, dequantize: Unpack = False, force: Force = False
 ) -> None:
-    """Merge an adapter into its model and write the result, packed as the model is."""
+    """Merge an adapter into its model.
+
+    The new checkpoint is packed as the model is, unless `--dequantize` is given. Adapters are in PEFT's format.
+
+    Examples:
+        dgemma-mlx fuse -m demo --adapter runs/sudoku/adapter -o runs/sudoku/fused
+        dgemma-mlx generate -m runs/sudoku/fused "..."
+    """
     from dgemma_mlx.train.fuse import fuse as merge
 
     def progress(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""``dgemma-mlx generate``: one prompt, one answer; the answer on stdout, all else on stderr."""
+"""``dgemma-mlx generate``: one prompt, one answer. The answer goes to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -6,21 +6,36 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from dgemma_mlx.checks import LARGEST_SEED
 from dgemma_mlx.cli.batch import answer_batch, read_batch
-from dgemma_mlx.cli.constraint import Choice, Grammar, JsonSchema, Regex, constraint_of
+from dgemma_mlx.cli.constraint import ConstraintOptions, constraint_of
 from dgemma_mlx.cli.interrupt import interruptible, unless_cancelled
+from dgemma_mlx.cli.loading import answer_arguments, load_model
+from dgemma_mlx.cli.parameters import (
+    AnswerOptions,
+    AsJson,
+    DenoisingOptions,
+    MaxTokens,
+    ModelOptions,
+    NoLive,
+    Prompt,
+    Raw,
+    Thinking,
+    VerifyMode,
+    decoding_option,
+    output_option,
+    prompt_option,
+    resource_option,
+)
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.prompt import read_prompt
 from dgemma_mlx.cli.prompt_cache import PromptCacheFile, kept_prompt_cache
-from dgemma_mlx.cli.settings import Settings, checked
+from dgemma_mlx.cli.render.region import can_draw
+from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.sizes import parse_size
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -28,181 +43,180 @@ if TYPE_CHECKING:
     from dgemma_mlx.events import Done, Event
     from dgemma_mlx.generation.model import Model
 
-Prompt = Annotated[str | None, typer.Argument(help="The prompt; '-' or none reads it from stdin.", show_default=False)]
-ModelName = Annotated[
-    str | None,
-    typer.Option("--model", "-m", help="A folder, a Hub id owner/name[@revision], or 'demo'. Else $DGEMMA_MODEL."),
-]
-Adapter = Annotated[Path | None, typer.Option("--adapter", help="A folder that dgemma-mlx train has written.")]
-MaxTokens = Annotated[
-    int | None, typer.Option("--max-tokens", "-n", min=1, help="Longest answer, in tokens; 1024 if not set.")
-]
-Seed = Annotated[
-    int | None, typer.Option(min=0, max=LARGEST_SEED, help="One seed, one text (on one machine). Random by default.")
-]
-System = Annotated[str | None, typer.Option(help="System prompt.")]
-Raw = Annotated[bool, typer.Option("--raw", help="Take the prompt as plain text, without chat template.")]
-Thinking = Annotated[
-    bool | None, typer.Option("--thinking/--no-thinking", help="Let the model think first (shown on stderr).")
-]
-Dequantize = Annotated[
-    str | None,
-    typer.Option("--cpu-dequantize", help="auto, on or off: unpack 4- and 8-bit weights where there is no Metal."),
-]
-NoKernels = Annotated[bool, typer.Option("--no-kernels", help="Only plain MLX operations, none of our Metal kernels.")]
-NoLive = Annotated[bool, typer.Option("--no-live", help="On a terminal, print canvases only when they are final.")]
 ShowSteps = Annotated[
-    int | None, typer.Option("--show-steps", min=1, help="Print so many steps of each canvas on stderr.")
+    int | None, output_option("--show-steps", min=1, help="Print this many steps of each canvas to stderr.")
 ]
-Trace = Annotated[Path | None, typer.Option(help="Write each step to this file, as lines of JSON.")]
-AsJsonLines = Annotated[bool, typer.Option("--jsonl", help="Print every event as a line of JSON.")]
+Trace = Annotated[
+    Path | None, output_option("--trace", metavar="FILE", help="Write every event to this file as a line of JSON.")
+]
+AsJsonLines = Annotated[bool, output_option("--jsonl", help="Print every event as a line of JSON.")]
 Batch = Annotated[
-    Path | None, typer.Option(help="Answer the prompts of a JSONL file, one JSON object a line out.")
+    Path | None,
+    prompt_option("--batch", metavar="FILE", help="Answer every line of a JSONL file and print one JSON object each."),
 ]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Of the prompts of --batch, answer so many at once; 1.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
-Temp = Annotated[
-    float | None, typer.Option(min=0.0, help="A constant temperature; 0 takes the most probable tokens.")
+BatchSize = Annotated[
+    int | None,
+    prompt_option("--batch-size", min=1, show_default="1", help="Number of --batch prompts answered at a time."),
 ]
-Steps = Annotated[int | None, typer.Option("--max-denoising-steps", help="Steps a canvas may take at most.")]
-EntropyBound = Annotated[float | None, typer.Option(help="Higher accepts more tokens a step.")]
-TMin = Annotated[float | None, typer.Option("--t-min", help="Temperature towards the last step.")]
-TMax = Annotated[float | None, typer.Option("--t-max", help="Temperature of the first step.")]
+EntropyBound = Annotated[
+    float | None,
+    decoding_option("--entropy-bound", help="Bound on the entropy of the tokens accepted in a step. A higher bound "
+                    "accepts more tokens."),
+]  # fmt: skip
+TMin = Annotated[
+    float | None, decoding_option("--t-min", help="Temperature that the schedule approaches in the last step.")
+]
+TMax = Annotated[float | None, decoding_option("--t-max", help="Temperature of the first step.")]
 Confidence = Annotated[
-    float | None, typer.Option("--confidence-threshold", help="Stop when the mean entropy is below.")
+    float | None,
+    decoding_option("--confidence-threshold", help="Mean entropy, in nats, below which a stable canvas is final."),
 ]
 Stability = Annotated[
-    int | None, typer.Option("--stability-threshold", help="Stop when unchanged for so many steps.")
-]
-SpeedMode = Annotated[
-    str | None,
-    typer.Option("--speed", help="reference, balanced or fast: what it takes to commit a canvas. Else balanced."),
-]
-VerifyMode = Annotated[
-    str | None,
-    typer.Option("--verify", help="off, flag or repair: have the encoder check each canvas. For answers that follow "
-                 "from the prompt; of no use for open prose."),
+    int | None, decoding_option("--stability-threshold", help="Steps without a change after which a canvas is stable.")
 ]
 TrimCanvas = Annotated[
-    bool, typer.Option("--trim-canvas", help="Make the last canvas no longer than --max-tokens needs: less work.")
-]
+    bool,
+    decoding_option("--trim-canvas", help="Make the last canvas no longer than --max-tokens needs: less work, but "
+                    "another text."),
+]  # fmt: skip
 PrefillStep = Annotated[
-    int | None, typer.Option(min=1, help="Prompt tokens encoded at once; affects memory only. 512, or what fits.")
-]
-MemoryLimit = Annotated[
-    str | None, typer.Option(help="Work in smaller steps to stay within, as 20GB. By default what the device has.")
-]
+    int | None,
+    resource_option("--prefill-step-size", min=1, show_default="512, or fewer to stay within the memory limit",
+                    help="Prompt tokens encoded at a time. It affects memory only."),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """The parameters of the denoising loop that only ``generate`` sets by options."""
+
+    entropy_bound: EntropyBound = None
+    t_min: TMin = None
+    t_max: TMax = None
+    confidence_threshold: Confidence = None
+    stability_threshold: Stability = None
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """The options that say what is printed."""
+
+    no_live: NoLive = False
+    show_steps: ShowSteps = None
+    trace: Trace = None
+    as_json: AsJson = False
+    as_json_lines: AsJsonLines = False
+
+    def form(self, live: bool) -> str:
+        """Return the form of the output: json, jsonl, live or text. ``live`` says whether drawing is possible."""
+        if self.as_json or self.as_json_lines:
+            return "json" if self.as_json else "jsonl"
+        return "live" if live and not self.no_live and not self.show_steps else "text"
 
 
 def generate(
     prompt: Prompt = None,
-    model: ModelName = None,
-    adapter: Adapter = None,
-    max_tokens: MaxTokens = None,
-    seed: Seed = None,
-    system: System = None,
+    *,
+    model: ModelOptions,
+    answer: AnswerOptions,
     raw: Raw = False,
     thinking: Thinking = None,
-    no_live: NoLive = False,
-    show_steps: ShowSteps = None,
-    trace: Trace = None,
     batch: Batch = None,
     batch_size: BatchSize = None,
-    as_json: AsJson = False,
-    as_json_lines: AsJsonLines = False,
-    quiet: Quiet = False,
-    temp: Temp = None,
-    max_denoising_steps: Steps = None,
-    entropy_bound: EntropyBound = None,
-    t_min: TMin = None,
-    t_max: TMax = None,
-    confidence_threshold: Confidence = None,
-    stability_threshold: Stability = None,
-    speed: SpeedMode = None,
+    output: OutputOptions,
+    constraint: ConstraintOptions,
+    max_tokens: MaxTokens = None,
+    denoising: DenoisingOptions,
     verify: VerifyMode = None,
+    schedule: ScheduleOptions,
     trim_canvas: TrimCanvas = False,
     prefill_step_size: PrefillStep = None,
-    memory_limit: MemoryLimit = None,
     prompt_cache: PromptCacheFile = None,
-    regex: Regex = None,
-    choice: Choice = None,
-    json_schema: JsonSchema = None,
-    grammar: Grammar = None,
-    cpu_dequantize: Dequantize = None,
-    no_kernels: NoKernels = False,
 ) -> None:
-    """Answer one prompt. Text on stdin is added after the prompt.
+    """Answer one prompt, or every prompt of a file.
 
-    What is not given comes from the settings (dgemma-mlx config), then from the checkpoint. The built-in demo knows
-    its few tasks only; see dgemma-mlx --help.
+    Text on standard input follows the prompt; with `-` or without a prompt, it is the prompt. The answer goes to
+    stdout, each canvas as soon as it is final. Everything else goes to stderr. Options that are not given come from
+    the settings (`dgemma-mlx config`), then from the checkpoint's `generation_config.json`.
+
+    Notes:
+        - On a terminal, the canvas is drawn while it denoises: the less settled a token is, the dimmer it is. Finished
+          lines scroll up as plain text. Without a terminal, or with NO_COLOR or TERM=dumb, no escape codes are written.
+        - `--json` prints the text, thinking, tool calls, tokens, finish_reason, seed and statistics. `--jsonl` and
+          `--trace` write one object per denoising step and per canvas, and one for the whole answer.
+        - A line of a `--batch` file is a JSON string, or an object with `prompt` and optionally `id`, `system`, `seed`
+          and `max_tokens`. The model is loaded once. Every line is checked before the first one is answered. With
+          `--batch-size N`, N prompts are answered at a time, each as it would be alone.
+        - `--speed reference` follows the reference implementation's loop step by step. `balanced` also commits a canvas
+          as soon as every position is clear, and `fast` slightly before. On the demo model, `balanced` takes 1.4 times
+          fewer steps and answers 939 instead of 942 of 1,000 prompts correctly (docs/speed.md). Except with
+          `reference`, a canvas that is uncertain after all its steps is started again once. If it stays uncertain, a
+          line on stderr and `low_confidence` in the events say so.
+        - `--verify flag` lets the encoder read each canvas and reports the tokens it would have written differently
+          (`doubted` in the events). `--verify repair` denoises the canvas again from there. Both help where the answer
+          follows from the prompt, and are of no use for open prose.
+        - `--regex`, `--choice`, `--json-schema` and `--grammar` exclude each other. The canvas is projected onto the
+          constraint in every step, so the answer always matches (docs/constrained.md). A schema or grammar is a file,
+          or the text itself. Unsupported features are refused before anything is generated.
+        - The same seed gives the same text on one machine. `--temp 0` takes the most probable tokens as the denoiser's
+          canvas. Any other value replaces the temperature schedule by a constant.
+        - `--trim-canvas` makes the last canvas a multiple of 64 tokens long. The text changes because every canvas is
+          denoised as a whole.
+        - `--prompt-cache FILE` saves the encoded prompt, also after Ctrl-C. The next run that begins with the same text
+          encodes only what is new. A file fits one model computed in one way: other weights, another dtype, packed
+          instead of unpacked weights, another version of dgemma-mlx or MLX, and damage are refused with one line that
+          says so.
+        - `--memory-limit 20GB` works in smaller steps when the estimate of `dgemma-mlx info` exceeds the limit, and
+          refuses what does not fit even then. The default limit is the GPU's own and only makes the steps smaller.
+        - Without Metal, packed weights are unpacked at load when half of the free memory holds them, because MLX
+          multiplies by packed weights slowly there. Weights that stay packed are mostly multiplied in unpacked blocks.
+          Everything is computed in float32 there, because MLX's CPU back end is slow in bfloat16.
+        - Control tokens that are typed into a prompt are plain text. Thinking and tool calls are reported as such,
+          never as raw tokens.
+
+    Examples:
+        dgemma-mlx generate -m demo "Sort 7 3 5"
+        dgemma-mlx generate -m demo --choice yes,no,72 "What is 27 + 45?"
+        cat notes.txt | dgemma-mlx generate -m mlx-community/diffusiongemma-26B-A4B-it-4bit "Summarise:"
     """
-    if as_json and as_json_lines:
+    if output.as_json and output.as_json_lines:
         raise DgemmaError("--json and --jsonl exclude each other", "--json prints the answer, --jsonl all events.", 2)
-    _check_batch(batch, batch_size or 1, prompt, as_json_lines or trace is not None or show_steps is not None,
-                 prompt_cache, trim_canvas)  # fmt: skip
-    constraint = constraint_of(regex, choice, json_schema, grammar)
+    _check_batch(batch, batch_size or 1, prompt, output, prompt_cache, trim_canvas)
+    matched = constraint_of(**asdict(constraint))
     text = read_prompt(prompt) if batch is None else ""
     requests = [] if batch is None else read_batch(batch)
-    if quiet:
+    if answer.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     settings = Settings()
-    loop = {
-        "max_denoising_steps": max_denoising_steps, "entropy_bound": entropy_bound, "t_min": t_min, "t_max": t_max,
-        "confidence_threshold": confidence_threshold, "stability_threshold": stability_threshold,
+    arguments: dict[str, Any] = {
+        **answer_arguments(settings, answer, raw), "raw": raw, "trim_canvas": trim_canvas, "constraint": matched,
+        "max_tokens": settings.pick("max_tokens", max_tokens), "temp": settings.pick("temp", denoising.temp),
+        "thinking": settings.pick("thinking", thinking), "prefill_step_size": prefill_step_size,
+        "speed": settings.pick_checked("speed", denoising.speed), "verify": settings.pick_checked("verify", verify),
     }  # fmt: skip
-    options: dict[str, Any] = {
-        "max_tokens": settings.pick("max_tokens", max_tokens), "seed": settings.pick("seed", seed),
-        "temp": settings.pick("temp", temp), "thinking": settings.pick("thinking", thinking), "raw": raw,
-        # a system prompt from the settings is not meant for raw prompts
-        "system": system if raw else settings.pick("system", system), "prefill_step_size": prefill_step_size,
-        "speed": chosen(settings, "speed", speed), "verify": chosen(settings, "verify", verify),
-        "trim_canvas": trim_canvas, "memory_limit": in_bytes(settings.pick("memory_limit", memory_limit)),
-        "constraint": constraint,
-    }  # fmt: skip
-    live = settings.pick("live", False if no_live or quiet or show_steps else None) and draws()
-    form = "json" if as_json else "jsonl" if as_json_lines else "live" if live else "text"
-    with quiet_when_closed(), _open(trace) as file:
-        loaded = load_as_told(settings, model, cpu_dequantize, no_kernels, quiet, adapter)
-        options["generation"] = loaded.generation.override(**{n: settings.pick(n, flag) for n, flag in loop.items()})
+    loop = {"max_denoising_steps": denoising.max_denoising_steps, **asdict(schedule)}
+    form = output.form(live=not answer.quiet and can_draw() and settings["live"].value)
+    with quiet_when_closed(), _open(output.trace) as trace:
+        loaded = load_model(settings, model, answer.quiet)
+        in_force = {name: settings.pick(name, option) for name, option in loop.items()}
+        arguments["generation"] = loaded.generation.override(**in_force)
         if batch is not None:
-            answer_batch(loaded, requests, options, batch_size or 1)
+            answer_batch(loaded, requests, arguments, batch_size or 1)
         else:
-            with kept_prompt_cache(prompt_cache, loaded) as options["prompt_cache"]:
-                _answer(loaded, text, options, file, show_steps, form, quiet)
-
-
-def chosen(settings: Settings, name: str, flag: Any) -> Any:
-    """The flag, checked as the setting of its name is, or else that setting."""
-    return settings.pick(name, None if flag is None else checked(name, flag, f"--{name}"))
-
-
-def load_as_told(
-    settings: Settings, model: str | None, cpu_dequantize: str | None, no_kernels: bool, quiet: bool = False,
-    adapter: Path | None = None,
-) -> Model:
-    """The model of the flag or the settings, its weights and kernels as they say."""
-    from dgemma_mlx.generation.api import load
-    from dgemma_mlx.kernels.dispatch import set_mode
-
-    set_mode(settings.pick("kernels", "off" if no_kernels else None))
-    name = settings.pick("model", model)
-    loaded = load(name, cpu_dequantize=settings.pick("cpu_dequantize", cpu_dequantize), adapter=adapter)
-    if not quiet:
-        announce_demo(name)
-    return loaded
+            with kept_prompt_cache(prompt_cache, loaded) as arguments["prompt_cache"]:
+                _answer(loaded, text, arguments, trace, output.show_steps, form, answer.quiet)
 
 
 def _answer(
-    model: Model, prompt: str, options: dict[str, Any], trace: TextIO | None, show_steps: int | None, form: str,
+    model: Model, prompt: str, arguments: dict[str, Any], trace: TextIO | None, show_steps: int | None, form: str,
     quiet: bool,
 ) -> None:
-    """Generates one answer and prints it."""
-    from dgemma_mlx.cli.render.plain import traced, with_snapshots
+    """Generate one answer and print it."""
+    from dgemma_mlx.cli.render.plain import print_warnings, traced, with_snapshots
     from dgemma_mlx.generation.api import stream
 
     with interruptible() as cancelled:
-        events: Iterable[Event] = unless_cancelled(stream(model, prompt, **options, cancelled=cancelled))
+        events: Iterable[Event] = unless_cancelled(stream(model, prompt, **arguments, cancelled=cancelled))
         if trace is not None:
             events = traced(events, trace, model.name)
         if show_steps is not None:
@@ -210,21 +224,11 @@ def _answer(
         done = _print(events, model, form, quiet)
     if not quiet:
         print(_summary(done), file=sys.stderr)
-    warn_of_doubts(done)
-
-
-def warn_of_doubts(done: Done) -> None:
-    """What the user has to know of an answer that may be wrong, also when ``--quiet``."""
-    uncertain, doubted = done.statistics.low_confidence, done.statistics.doubted_tokens
-    if uncertain:
-        canvases = "a canvas was" if uncertain == 1 else f"{uncertain} canvases were"
-        print(f"dgemma-mlx: {canvases} still uncertain after all steps: low confidence", file=sys.stderr)
-    if doubted:
-        tokens = "a token" if doubted == 1 else f"{doubted} tokens"
-        print(f"dgemma-mlx: the encoder doubts {tokens} of the answer", file=sys.stderr)
+    print_warnings(done)
 
 
 def _print(events: Iterable[Event], model: Model, form: str, quiet: bool) -> Done:
+    """Print the events in one of the forms json, jsonl, live and text, and return the last one."""
     from dgemma_mlx.cli.render.plain import print_json, print_lines, print_text
 
     if form == "json":
@@ -239,37 +243,31 @@ def _print(events: Iterable[Event], model: Model, form: str, quiet: bool) -> Don
 
 
 def _check_batch(
-    batch: Path | None, size: int, prompt: str | None, steps: bool, prompt_cache: Path | None, trim_canvas: bool
+    batch: Path | None, size: int, prompt: str | None, output: OutputOptions, prompt_cache: Path | None,
+    trim_canvas: bool,
 ) -> None:
-    """``DgemmaError`` where options are named that do not go with --batch, or not without."""
+    """Raise `DgemmaError` for options that exclude --batch, and for --batch-size without --batch."""
     if batch is None:
         if size > 1:
-            raise DgemmaError("--batch-size goes with --batch", "It names the file of the prompts.", exit_code=2)
+            raise DgemmaError(
+                "--batch-size needs --batch", "`--batch FILE` names the file that holds the prompts.", exit_code=2
+            )
         return
-    for named, options, hint in (
+    steps = output.as_json_lines or output.trace is not None or output.show_steps is not None
+    for given, options, hint in (
         (prompt is not None, "a prompt", "Put the prompt into the file."),
-        (steps, "--jsonl, --trace and --show-steps", "It prints the answers."),
-        (prompt_cache is not None, "--prompt-cache", "The file holds one prompt."),
-        (trim_canvas and size > 1, "--trim-canvas where --batch-size is above 1", "The texts would be others."),
-    ):
-        if named:
-            raise DgemmaError(f"--batch goes without {options}", hint, exit_code=2)
-
-
-def in_bytes(size: str | None) -> int | None:
-    """``20GB`` as a number; ``DgemmaError`` (exit code 2) for what is no size."""
-    return None if size is None else parse_size(size)
-
-
-def draws() -> bool:
-    """Whether stdout and stderr are a terminal that can be drawn on."""
-    able = not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
-    return able and sys.stdout.isatty() and sys.stderr.isatty()
+        (steps, "--jsonl, --trace or --show-steps", "--batch prints one JSON object per answer."),
+        (prompt_cache is not None, "--prompt-cache", "A prompt cache holds one prompt."),
+        (trim_canvas and size > 1, "--trim-canvas and a --batch-size above 1",
+         "Prompts that are answered together would get other texts than alone."),
+    ):  # fmt: skip
+        if given:
+            raise DgemmaError(f"--batch cannot be combined with {options}", hint, exit_code=2)
 
 
 @contextmanager
 def _open(path: Path | None) -> Iterator[TextIO | None]:
-    """The file of --trace, opened before any work."""
+    """Open the file of --trace before any work is done; yield None without a path."""
     if path is None:
         yield None
         return
@@ -281,17 +279,8 @@ def _open(path: Path | None) -> Iterator[TextIO | None]:
         yield file
 
 
-def announce_demo(model: str | None) -> None:
-    """One line when no model was chosen, by option, environment or settings."""
-    if model is None:
-        print(
-            "dgemma-mlx: no model chosen, so the built-in demo answers; for the real one: "
-            "-m mlx-community/diffusiongemma-26B-A4B-it-4bit",
-            file=sys.stderr,
-        )
-
-
 def _summary(done: Done) -> str:
+    """Return the line about an answer: tokens, canvases, steps, seconds, tokens per second, memory and seed."""
     s = done.statistics
 
     def count(n: int, noun: str, nouns: str) -> str:

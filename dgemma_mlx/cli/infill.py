@@ -1,18 +1,27 @@
-"""What fill, edit and choose have in common on the command line."""
+"""What ``fill``, ``edit`` and ``choose`` have in common on the command line."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dgemma_mlx.cli.generate import chosen, draws, in_bytes, load_as_told
 from dgemma_mlx.cli.interrupt import interruptible
+from dgemma_mlx.cli.loading import answer_arguments, load_model
+from dgemma_mlx.cli.parameters import (
+    AnswerOptions,
+    AsJson,
+    DenoisingOptions,
+    ModelOptions,
+    decoding_option,
+    output_option,
+)
+from dgemma_mlx.cli.render.region import Region, can_draw
 from dgemma_mlx.cli.render.visible import json_line
 from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.cli.texts import print_diff, print_exact
@@ -22,52 +31,63 @@ if TYPE_CHECKING:
     from dgemma_mlx.generation.model import Model
     from dgemma_mlx.infill.fill import Filled
 
+File = Annotated[Path | None, typer.Argument(help="The text. With `-` or without a FILE, it is read from stdin.")]
 Candidates = Annotated[
     int | None,
-    typer.Option(min=1, help="Write it so many times at once, at several lengths where those are not given."),
-]
-ShowAll = Annotated[bool, typer.Option("--show-all", help="List all candidates on stderr, with their scores.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object with all candidates.")]
-AsDiff = Annotated[bool, typer.Option("--diff", help="Print a unified diff.")]
-Write = Annotated[bool, typer.Option("--write", "-w", help="Write the result into FILE.")]
+    decoding_option(
+        "--candidates", min=1, show_default="8 for fill, 5 for edit",
+        help="Number of candidates written at a time, of several lengths where no length is given.",
+    ),
+]  # fmt: skip
+ShowAll = Annotated[bool, output_option("--show-all", help="List all candidates and their scores on stderr.")]
+AsDiff = Annotated[bool, output_option("--diff", help="Print a unified diff.")]
+Write = Annotated[bool, output_option("--write", "-w", help="Write the result to FILE, whole or not at all.")]
 
 
-def check_output(diff: bool, as_json: bool, write: bool, has_file: bool) -> None:
-    """``DgemmaError`` where the forms of output exclude each other, or there is no file to write."""
-    if diff and as_json:
-        raise DgemmaError("--diff and --json exclude each other", "The JSON object has the whole text.", exit_code=2)
-    if write and not has_file:
-        raise DgemmaError("--write needs a FILE", "Without it the text goes to stdout.", exit_code=2)
+@dataclass(frozen=True)
+class ResultOptions:
+    """The options of ``fill`` and ``edit`` about candidates and the form of the result."""
+
+    candidates: Candidates = None
+    show_all: ShowAll = False
+    diff: AsDiff = False
+    as_json: AsJson = False
+    write: Write = False
+
+    def check(self, has_file: bool) -> None:
+        """Raise `DgemmaError` for options that exclude each other, and for --write without a file."""
+        if self.diff and self.as_json:
+            raise DgemmaError("--diff and --json exclude each other", "The JSON object has the whole text.", 2)
+        if self.write and not has_file:
+            raise DgemmaError("--write needs a FILE", "Without --write the text goes to stdout.", exit_code=2)
 
 
 @contextmanager
 def prepared(
-    *, model: str | None, adapter: Path | None, seed: int | None, system: str | None, raw: bool, speed: str | None,
-    temp: float | None, max_denoising_steps: int | None, memory_limit: str | None, cpu_dequantize: str | None,
-    no_kernels: bool, quiet: bool,
+    model: ModelOptions, answer: AnswerOptions, denoising: DenoisingOptions, raw: bool
 ) -> Iterator[tuple[Model, dict[str, Any]]]:
-    """The model, and what the Python functions take beside their own arguments; Ctrl-C stops between two steps."""
+    """Yield the model and the keyword arguments that fill, edit and choose share.
+
+    Within the block, Ctrl-C ends the work after the current denoising step.
+    """
     settings = Settings()
-    loaded = load_as_told(settings, model, cpu_dequantize, no_kernels, quiet, adapter)
-    steps = settings.pick("max_denoising_steps", max_denoising_steps)
-    options: dict[str, Any] = {
-        "seed": settings.pick("seed", seed), "system": system if raw else settings.pick("system", system),
-        "speed": chosen(settings, "speed", speed), "temp": settings.pick("temp", temp),
-        "memory_limit": in_bytes(settings.pick("memory_limit", memory_limit)),
+    loaded = load_model(settings, model, answer.quiet)
+    steps = settings.pick("max_denoising_steps", denoising.max_denoising_steps)
+    arguments = {
+        **answer_arguments(settings, answer, raw), "speed": settings.pick_checked("speed", denoising.speed),
+        "temp": settings.pick("temp", denoising.temp),
         "generation": loaded.generation.override(max_denoising_steps=steps),
     }  # fmt: skip
-    with interruptible() as cancelled, _status(quiet) as progress:
-        yield loaded, {**options, "cancelled": cancelled, "progress": progress}
+    with interruptible() as cancelled, _status(answer.quiet) as progress:
+        yield loaded, {**arguments, "cancelled": cancelled, "progress": progress}
 
 
 @contextmanager
 def _status(quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """Says on a terminal, while something is written, how many canvases and steps there have been."""
-    if quiet or not draws():
+    """Yield a function that draws the number of canvases and the current step on a terminal, and nothing elsewhere."""
+    if quiet or not can_draw():
         yield lambda canvases, steps: None
         return
-    from dgemma_mlx.cli.render.region import Region
-
     region = Region(sys.stderr)
     try:
         yield lambda canvases, steps: region.draw([[(f"{canvases} canvases, step {steps}", "2")]])
@@ -75,8 +95,8 @@ def _status(quiet: bool) -> Iterator[Callable[[int, int], None]]:
         region.close()
 
 
-def report(filled: Filled, model: Model, show_all: bool, quiet: bool) -> None:
-    """What belongs on stderr."""
+def report(filled: Filled, show_all: bool, quiet: bool) -> None:
+    """Print the candidates, the statistics and a warning about an uncertain result to stderr."""
     best, s = filled.candidates[0], filled.statistics
     if show_all:
         for candidate in filled.candidates:
@@ -93,10 +113,10 @@ def report(filled: Filled, model: Model, show_all: bool, quiet: bool) -> None:
 
 
 def print_filled(filled: Filled, model: Model, before: str, path: Path | None, form: str) -> None:
-    """The result on stdout: ``text``, ``diff`` or ``json``."""
+    """Print the result to stdout in one of the forms text, diff and json. ``before`` is the text of the file."""
     if form == "json":
         print(json_line({"model": model.name, **asdict(filled)}))
     elif form == "diff":
-        print_diff(before, filled.text, path.name if path else "text", draws())
+        print_diff(before, filled.text, path.name if path else "text", can_draw())
     else:
         print_exact(filled.text)

@@ -1,4 +1,4 @@
-"""``dgemma-mlx info``: what a checkpoint is and what it takes to run, from its headers alone."""
+"""``dgemma-mlx info``: describe a checkpoint and the memory it needs, from its headers alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dgemma_mlx.cli.generate import Dequantize
+from dgemma_mlx.cli.parameters import AsJson, CpuDequantize
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.errors import DgemmaError
 
@@ -17,12 +17,24 @@ if TYPE_CHECKING:
 
 _CONTEXTS = (1024, 8192, 32_768, 131_072)
 
-ModelName = Annotated[str | None, typer.Argument(help="A folder, a Hub id, or 'demo'. Else the model in force.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+ModelName = Annotated[
+    str | None,
+    typer.Argument(
+        show_default="the settings' model, else demo", help="A folder, a Hub id `owner/name[@revision]`, or `demo`."
+    ),
+]
 
 
-def info(model: ModelName = None, cpu_dequantize: Dequantize = None, as_json: AsJson = False) -> None:
-    """Show a checkpoint's architecture, size, and the memory it needs. Reads no weights."""
+def info(model: ModelName = None, as_json: AsJson = False, cpu_dequantize: CpuDequantize = None) -> None:
+    """Show a checkpoint's architecture, size and memory needs.
+
+    The output has the parameters, the bits per weight, the size on disk, and an estimate of the memory that several
+    lengths of context take. No weights are read, and those of a Hub model are not downloaded.
+
+    Examples:
+        dgemma-mlx info demo
+        dgemma-mlx info mlx-community/diffusiongemma-26B-A4B-it-4bit --json
+    """
     from dgemma_convert.source import open_source
     from dgemma_mlx.checkpoint.hub import resolve
     from dgemma_mlx.cli.settings import Settings
@@ -35,8 +47,11 @@ def info(model: ModelName = None, cpu_dequantize: Dequantize = None, as_json: As
 
 
 def describe(source: Source, cpu_dequantize: str = "auto") -> dict[str, Any]:
-    """The facts, sizes in bytes; memory is that of a prompt of so many tokens and its answer, on this machine, and
-    ``unpacked`` whether packed weights are unpacked in it, as ``load`` with this ``cpu_dequantize`` does."""
+    """Return the facts about a checkpoint, with sizes in bytes.
+
+    ``memory`` maps lengths of context to the memory that a prompt of this length and its answer take on this machine.
+    ``unpacked`` says whether packed weights are unpacked in it, as ``load`` does with this ``cpu_dequantize``.
+    """
     from dgemma_convert.recipes import EXPERTS, class_of
     from dgemma_mlx.generation.memory import cache_memory, run_memory
 
@@ -75,7 +90,7 @@ def describe(source: Source, cpu_dequantize: str = "auto") -> dict[str, Any]:
 
 
 def loaded_bytes(source: Source, cpu_dequantize: str = "auto") -> int:
-    """Of the text network's weights, once this machine has loaded them as ``load`` does."""
+    """Return the bytes that the text network's weights take on this machine after ``load``."""
     from dgemma_mlx.generation.memory import weight_memory
 
     weights, unpacked = source.text.values(), _unpacks(source, cpu_dequantize)
@@ -85,7 +100,7 @@ def loaded_bytes(source: Source, cpu_dequantize: str = "auto") -> int:
 
 
 def _unpacks(source: Source, cpu_dequantize: str) -> bool:
-    """Whether ``load`` would unpack packed weights here."""
+    """Return whether ``load`` would unpack packed weights on this machine."""
     from dgemma_mlx.generation.memory import should_dequantize
 
     plain = _plain_bytes(source)
@@ -93,12 +108,12 @@ def _unpacks(source: Source, cpu_dequantize: str) -> bool:
 
 
 def _plain_bytes(source: Source) -> int:
-    """Of the packed weights, once unpacked to float32."""
+    """Return the bytes of the packed weights after they are unpacked to float32."""
     return 4 * sum(weight.size for weight in source.text.values() if weight.format is not None)
 
 
 def _recipe(folder: Path) -> str | None:
-    """That of a conversion by this program."""
+    """Return the recipe of a checkpoint that this program has converted, or None."""
     from dgemma_mlx.checkpoint.config import read_json
 
     try:
@@ -109,15 +124,16 @@ def _recipe(folder: Path) -> str | None:
 
 
 def _as_text(facts: dict[str, Any]) -> str:
+    """Return the facts as rows of names and values."""
     from dgemma_mlx.sizes import size
 
     recipe = f", recipe {facts['recipe']}" if facts["recipe"] else ""
     full, window = facts["full_attention_layers"], facts["sliding_window"]
     rows = {
-        "parameters": f"{facts['parameters'] / 1e6:,.1f} M, {facts['active_parameters'] / 1e6:,.1f} M active a token",
-        "attention": f"full in {full} of {facts['layers']} layers, in the others a window of {window}",
+        "parameters": f"{facts['parameters'] / 1e6:,.1f} M, {facts['active_parameters'] / 1e6:,.1f} M active per token",
+        "attention": f"full in {full} of {facts['layers']} layers, a window of {window} tokens in the others",
         "experts": f"{facts['experts_per_token']} of {facts['experts']}",
-        "canvas": f"{facts['canvas_length']} tokens of a vocabulary of {facts['vocabulary']:,}",
+        "canvas": f"{facts['canvas_length']} tokens from a vocabulary of {facts['vocabulary']:,}",
         "positions": f"{facts['positions']:,}",
         "vision": "yes" if facts["vision"] else "no",
         "on disk": f"{size(facts['bytes'])}, {facts['bits_per_weight']} bits per weight",
@@ -125,10 +141,10 @@ def _as_text(facts: dict[str, Any]) -> str:
         "folder": facts["folder"],
     }
     lines = [f"{facts['model']}: {facts['architecture']}", *(f"  {name:11} {text}" for name, text in rows.items())]
-    unpacked = ", packed weights unpacked (--cpu-dequantize off: not)" if facts["unpacked"] else ""
-    lines.append(f"  memory to run it, estimated{unpacked}:")
+    unpacked = ", with packed weights unpacked (--cpu-dequantize off leaves them packed)" if facts["unpacked"] else ""
+    lines.append(f"  estimated memory to run it{unpacked}:")
     lines += [
-        f"    {int(context):>7,} tokens of context  {size(memory['total']):>9}, of it {size(memory['cache'])} cache"
+        f"    {int(context):>7,} tokens of context  {size(memory['total']):>9} (cache {size(memory['cache'])})"
         for context, memory in facts["memory"].items()
     ]
     return "\n".join(lines)

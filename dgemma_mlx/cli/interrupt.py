@@ -1,4 +1,4 @@
-"""Ctrl-C while the model writes: the work ends after the step under way, so that it is known what was done."""
+"""Ctrl-C while the model writes: the work ends after the current step, so that the state is well defined."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from dgemma_mlx.events import Done, Event
+if TYPE_CHECKING:
+    from dgemma_mlx.events import Event
 
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Says whether Ctrl-C was pressed; pressed again, it interrupts at once."""
+    """Yield a function that returns True after the first Ctrl-C.
+
+    A second Ctrl-C raises KeyboardInterrupt immediately.
+    """
     pressed = False
 
     def press(number: int, frame: FrameType | None) -> None:
@@ -29,7 +34,9 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def unless_cancelled(events: Iterable[Event]) -> Iterator[Event]:
-    """The events; in place of the ``Done`` of a cancelled answer a ``KeyboardInterrupt``."""
+    """Yield the events; raise KeyboardInterrupt in place of the ``Done`` event of a cancelled answer."""
+    from dgemma_mlx.events import Done
+
     for event in events:
         if isinstance(event, Done) and event.finish_reason == "cancelled":
             raise KeyboardInterrupt

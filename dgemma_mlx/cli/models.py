@@ -1,4 +1,4 @@
-"""``dgemma-mlx models``: checkpoints in the Hub's cache, listed and removed."""
+"""``dgemma-mlx models``: list and remove checkpoints in the Hub's cache."""
 
 from __future__ import annotations
 
@@ -9,22 +9,31 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dgemma_mlx.cli.help import Command, Group
+from dgemma_mlx.cli.parameters import output_option
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
     from huggingface_hub import HFCacheInfo
 
-models = typer.Typer(help="List and remove cached checkpoints.", invoke_without_command=True)
+models = typer.Typer(cls=Group, invoke_without_command=True, subcommand_metavar="[COMMAND] [ARGS]...")
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON array.")]
-Names = Annotated[list[str], typer.Argument(help="Hub ids, as the list shows them.")]
+AsJsonArray = Annotated[bool, output_option("--json", help="Print the list as one JSON array.")]
+Names = Annotated[list[str], typer.Argument(metavar="NAME", help="Hub id of a checkpoint, as the list shows it.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")]
 
 
 @models.callback()
-def show(context: typer.Context, as_json: AsJson = False) -> None:
-    """List the DiffusionGemma checkpoints in the Hub's cache."""
+def show(context: typer.Context, as_json: AsJsonArray = False) -> None:
+    """List and remove checkpoints in the Hub's cache.
+
+    Without a command, the DiffusionGemma checkpoints and their sizes are listed. HF_HOME names the folder of the cache.
+
+    Examples:
+        dgemma-mlx models
+        dgemma-mlx models rm mlx-community/diffusiongemma-26B-A4B-it-4bit
+    """
     if context.invoked_subcommand is not None:
         return
     from dgemma_mlx.sizes import size
@@ -40,18 +49,25 @@ def show(context: typer.Context, as_json: AsJson = False) -> None:
             print("no checkpoint is in the cache; the demo is built in", file=sys.stderr)
 
 
-@models.command("rm")
+@models.command("rm", cls=Command)
 def remove(names: Names, yes: Yes = False) -> None:
-    """Remove checkpoints from the cache, all their revisions."""
+    """Remove checkpoints from the cache.
+
+    All revisions of the named checkpoints are removed.
+
+    Examples:
+        dgemma-mlx models rm mlx-community/diffusiongemma-26B-A4B-it-4bit
+        dgemma-mlx models rm -y owner/one owner/two
+    """
     from dgemma_mlx.sizes import size
 
     cache = _scan()
     known = {model["name"] for model in _cached(cache)}
     missing = [name for name in names if name not in known]
     if missing or cache is None:
-        raise DgemmaError(f"{missing[0]} is not in the cache", "`dgemma-mlx models` lists what is.")
+        raise DgemmaError(f"{missing[0]} is not in the cache", "`dgemma-mlx models` lists what is in the cache.")
     plans = [
-        # One repository at a time: forks share commits, and the library would take the first that has one.
+        # One repository at a time: forks share commits, and the library removes the first repository that has one.
         replace(cache, repos=frozenset({repo})).delete_revisions(*(revision.commit_hash for revision in repo.revisions))
         for repo in cache.repos if repo.repo_type == "model" and repo.repo_id in names
     ]
@@ -67,7 +83,7 @@ def remove(names: Names, yes: Yes = False) -> None:
 
 
 def _scan() -> HFCacheInfo | None:
-    """The Hub's cache; None where there is none yet."""
+    """Return the contents of the Hub's cache, or None when there is no cache yet."""
     from huggingface_hub import CacheNotFound, scan_cache_dir
 
     try:
@@ -75,11 +91,11 @@ def _scan() -> HFCacheInfo | None:
     except CacheNotFound:
         return None
     except (OSError, ValueError) as error:
-        raise DgemmaError(f"cannot read the Hub's cache: {error}", "HF_HOME names the folder it is in.") from None
+        raise DgemmaError(f"cannot read the Hub's cache: {error}", "HF_HOME names the folder of the cache.") from None
 
 
 def _cached(cache: HFCacheInfo | None) -> list[dict[str, Any]]:
-    """Models whose configuration says that they are DiffusionGemma, by name."""
+    """Return the name, size and folder of each DiffusionGemma model in the cache, sorted by name."""
     found = [
         {"name": repo.repo_id, "bytes": repo.size_on_disk, "folder": str(repo.repo_path)}
         for repo in (cache.repos if cache else ())
@@ -89,6 +105,7 @@ def _cached(cache: HFCacheInfo | None) -> list[dict[str, Any]]:
 
 
 def _is_ours(snapshot: Any) -> bool:
+    """Return whether the configuration in the folder says that the model is DiffusionGemma."""
     from dgemma_mlx.checkpoint.config import read_json
 
     try:

@@ -1,4 +1,4 @@
-"""Standard streams that are closed, close early, or are full."""
+"""Standard streams that are closed at the start, closed early by their reader, or full."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dgemma_mlx.errors import DgemmaError
 
 
 def reopen_streams() -> None:
-    """Opens the null device for each standard stream that is closed, lest another file gets its number."""
+    """Open the null device for each closed standard stream, so that no other file gets its descriptor."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
@@ -20,9 +20,9 @@ def reopen_streams() -> None:
 
 @contextmanager
 def quiet_when_closed() -> Iterator[None]:
-    """Ends the block quietly when the reader of stdout has what it wanted (``| head``).
+    """End the block quietly when the reader of stdout closes it early, as ``| head`` does.
 
-    Inside a command, because Typer turns the error into exit code 1. A full disk is a ``DgemmaError``.
+    Commands use it themselves because Typer turns the error into exit code 1. Raises `DgemmaError` when a disk is full.
     """
     try:
         yield
@@ -37,5 +37,5 @@ def quiet_when_closed() -> Iterator[None]:
 
 
 def _drop_output() -> None:
-    """What is still buffered goes nowhere."""
+    """Redirect stdout to the null device, so that flushing the rest of the buffer does not fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

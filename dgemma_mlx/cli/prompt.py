@@ -1,4 +1,4 @@
-"""The prompt, from the command line and standard input."""
+"""The prompt, from the command line and from standard input."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import sys
 from dgemma_mlx.checks import is_text
 from dgemma_mlx.errors import DgemmaError
 
-_HINT = 'Write it after the command: dgemma-mlx generate "...", or pipe it in.'
+_HINT = 'Write the prompt after the command, as in dgemma-mlx generate "...", or pipe it in.'
 
 
 def read_prompt(argument: str | None) -> str:
-    """The argument, standard input, or both joined (argument first); ``-`` or None is standard input alone.
+    """Return the argument, standard input, or both joined with the argument first.
 
-    A terminal is read only where ``-`` asks for it.
+    With ``-`` or None, the prompt is standard input alone. A terminal is read only when the argument is ``-``. Raises
+    `DgemmaError` (exit code 2) when the prompt is empty or not UTF-8 text.
     """
     piped = "" if sys.stdin.isatty() and argument != "-" else _read_stdin()
     given = "" if argument is None or argument == "-" else argument
@@ -26,6 +27,7 @@ def read_prompt(argument: str | None) -> str:
 
 
 def _read_stdin() -> str:
+    """Return standard input as text. Raises `DgemmaError` (exit code 2) when it is not UTF-8."""
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:

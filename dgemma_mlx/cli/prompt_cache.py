@@ -1,4 +1,4 @@
-"""``--prompt-cache``: the encoded prompt, kept in a file from one run to the next."""
+"""The option ``--prompt-cache``, which keeps the encoded prompt in a file from one run to the next."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dgemma_mlx.cli.parameters import resource_option
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
@@ -18,18 +19,21 @@ if TYPE_CHECKING:
 
 PromptCacheFile = Annotated[
     Path | None,
-    typer.Option("--prompt-cache", help="Keep what was encoded in this file; the next run encodes only what is new."),
-]
+    resource_option(
+        "--prompt-cache", metavar="FILE",
+        help="Keep the encoded prompt in this file. The next run encodes only what is new.",
+    ),
+]  # fmt: skip
 
 _EXPECTED = (DgemmaError, OSError, KeyboardInterrupt, SystemExit, typer.Exit)
 
 
 @contextmanager
 def kept_prompt_cache(path: Path | None, model: Model) -> Iterator[PromptCache | None]:
-    """The cache that the file holds, an empty one where there is no file, None without ``path``.
+    """Yield the prompt cache of the file: an empty cache when there is no file yet, and None without a ``path``.
 
-    The file is written when the block ends, also when it is interrupted: what was encoded is not lost. Only after an
-    error that nobody foresaw it stays as it was. That it can be written is found out first.
+    The file is written when the block ends, also after Ctrl-C or an expected error, so the encoded prompt is not lost.
+    After an unexpected error, the file does not change. Raises `DgemmaError` at once when the file cannot be written.
     """
     if path is None:
         yield None
@@ -38,10 +42,10 @@ def kept_prompt_cache(path: Path | None, model: Model) -> Iterator[PromptCache |
     from dgemma_mlx.generation.prompt_cache_file import check_place
 
     check_place(path)
-    memory = PromptCache.load(path, model) if os.path.exists(path) else PromptCache()
+    cache = PromptCache.load(path, model) if os.path.exists(path) else PromptCache()
     try:
-        yield memory
+        yield cache
     except _EXPECTED:
-        memory.save(path, model)
+        cache.save(path, model)
         raise
-    memory.save(path, model)
+    cache.save(path, model)

@@ -1,4 +1,4 @@
-"""What the user has settled once: flags over environment over ``config.toml`` over the program's own defaults."""
+"""Settings: environment variables override ``config.toml``, which overrides the program's own defaults."""
 
 from __future__ import annotations
 
@@ -18,50 +18,68 @@ CONFIG_VARIABLE = "DGEMMA_CONFIG"
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A setting: the type it must have, the program's default, what it is for; its range, or the values it may have."""
+class SettingKind:
+    """What a setting means and which values it accepts.
+
+    Attributes:
+        type: Type of the value.
+        default: The program's default. None leaves the choice to the checkpoint or to the program.
+        meaning: What the setting is, for `dgemma-mlx config` and for hints.
+        minimum: Smallest number, or None.
+        maximum: Largest number, or None.
+        choices: The accepted texts, or None for any text.
+    """
 
     type: type
     default: Any
     meaning: str
-    least: int | None = None
-    most: int | None = None
+    minimum: int | None = None
+    maximum: int | None = None
     choices: tuple[str, ...] | None = None
 
 
-SETTINGS: dict[str, Kind] = {
-    "model": Kind(str, None, "folder, Hub id or 'demo'"),
-    "max_tokens": Kind(int, 1024, "longest answer, in tokens", least=1),
-    "seed": Kind(int, None, "one seed, one text; random without", least=0, most=LARGEST_SEED),
-    "system": Kind(str, None, "system prompt"),
-    "thinking": Kind(bool, False, "let the model think first"),
-    "live": Kind(bool, True, "draw the canvas on a terminal"),
-    "temp": Kind(float, None, "a constant temperature; 0 takes the most probable tokens", least=0),
-    "max_denoising_steps": Kind(int, None, "steps a canvas may take at most", least=1),
-    "entropy_bound": Kind(float, None, "higher accepts more tokens a step", least=0),
-    "t_min": Kind(float, None, "temperature towards the last step", least=0),
-    "t_max": Kind(float, None, "temperature of the first step", least=0),
-    "confidence_threshold": Kind(float, None, "stop when the mean entropy is below", least=0),
-    "stability_threshold": Kind(int, None, "stop when unchanged for so many steps", least=0),
-    "speed": Kind(str, "balanced", "when a canvas is settled", choices=("reference", "balanced", "fast")),
-    "verify": Kind(str, "off", "let the encoder check the answer", choices=("off", "flag", "repair")),
-    "memory_limit": Kind(str, None, "at most so much, as 20GB; else the device's"),
-    "cpu_dequantize": Kind(str, "auto", "unpack weights where there is no Metal", choices=("auto", "on", "off")),
-    "kernels": Kind(str, "auto", "this program's own Metal kernels", choices=("auto", "off", "reference", "force")),
+SETTINGS: dict[str, SettingKind] = {
+    "model": SettingKind(str, None, "folder, Hub id or 'demo'"),
+    "max_tokens": SettingKind(int, 1024, "maximum length of an answer in tokens", minimum=1),
+    "seed": SettingKind(int, None, "seed of the random numbers", minimum=0, maximum=LARGEST_SEED),
+    "system": SettingKind(str, None, "system prompt"),
+    "thinking": SettingKind(bool, False, "let the model think before it answers"),
+    "live": SettingKind(bool, True, "draw the canvas on a terminal"),
+    "temp": SettingKind(float, None, "constant temperature; 0 takes the most probable tokens", minimum=0),
+    "max_denoising_steps": SettingKind(int, None, "maximum denoising steps per canvas", minimum=1),
+    "entropy_bound": SettingKind(float, None, "bound on the entropy of the tokens accepted in a step", minimum=0),
+    "t_min": SettingKind(float, None, "temperature that the schedule approaches in the last step", minimum=0),
+    "t_max": SettingKind(float, None, "temperature of the first step", minimum=0),
+    "confidence_threshold": SettingKind(float, None, "mean entropy below which a stable canvas is final", minimum=0),
+    "stability_threshold": SettingKind(int, None, "steps without a change after which a canvas is stable", minimum=0),
+    "speed": SettingKind(str, "balanced", "when a canvas is final", choices=("reference", "balanced", "fast")),
+    "verify": SettingKind(str, "off", "let the encoder check each canvas", choices=("off", "flag", "repair")),
+    "memory_limit": SettingKind(str, None, "memory limit such as 20GB, instead of the device's"),
+    "cpu_dequantize": SettingKind(str, "auto", "unpack weights where there is no Metal", choices=("auto", "on", "off")),
+    "kernels": SettingKind(
+        str, "auto", "this program's own Metal kernels", choices=("auto", "off", "reference", "force")
+    ),
 }
-"""None as a default leaves the choice to the checkpoint or the program."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A value in force, and where it is from: a variable's name, a file, or "default"."""
+    """The value of a setting and its origin.
+
+    Attributes:
+        value: The value in force.
+        origin: The name of an environment variable, the path of a file, or "default".
+    """
 
     value: Any
     origin: str
 
 
 class Settings(Mapping[str, Setting]):
-    """Every setting of ``SETTINGS``. ``DgemmaError`` (exit code 2) names a bad value and its place."""
+    """The values of all settings in ``SETTINGS``, from the environment, the settings file and the defaults.
+
+    Raises `DgemmaError` (exit code 2) that names a bad value and where it comes from.
+    """
 
     def __init__(self, environment: Mapping[str, str] | None = None, file: Path | None = None) -> None:
         environment = os.environ if environment is None else environment
@@ -86,13 +104,17 @@ class Settings(Mapping[str, Setting]):
     def __len__(self) -> int:
         return len(self._values)
 
-    def pick(self, name: str, flag: Any) -> Any:
-        """The flag where one was given, else the setting."""
-        return self._values[name].value if flag is None else flag
+    def pick(self, name: str, option: Any) -> Any:
+        """Return the value of a command-line option, or the setting's value when the option is None."""
+        return self._values[name].value if option is None else option
+
+    def pick_checked(self, name: str, option: Any) -> Any:
+        """Return what ``pick`` returns. Raises `DgemmaError` when the option is not a valid value of the setting."""
+        return self.pick(name, None if option is None else checked(name, option, f"--{name}"))
 
 
 def config_file(environment: Mapping[str, str]) -> Path:
-    """``config.toml`` in the platform's folder for settings, or the file that ``DGEMMA_CONFIG`` names."""
+    """Return the path of ``config.toml`` in the platform's settings folder, or the file that DGEMMA_CONFIG names."""
     if named := environment.get(CONFIG_VARIABLE):
         return Path(os.path.expanduser(named))
     from platformdirs import user_config_path
@@ -101,6 +123,10 @@ def config_file(environment: Mapping[str, str]) -> Path:
 
 
 def _read_file(path: Path, must_exist: bool) -> dict[str, Any]:
+    """Read a TOML file. A missing file is empty unless it ``must_exist``.
+
+    Raises `DgemmaError` (exit code 2) when the file cannot be read.
+    """
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -110,18 +136,19 @@ def _read_file(path: Path, must_exist: bool) -> dict[str, Any]:
     except FileNotFoundError:
         if not must_exist:
             return {}
-        raise DgemmaError(f"there is no file {path}", f"{CONFIG_VARIABLE} names it.", exit_code=2) from None
+        raise DgemmaError(f"there is no file {path}", f"{CONFIG_VARIABLE} names this file.", exit_code=2) from None
     except OSError as error:
-        raise DgemmaError(f"cannot read {path}: {error.strerror}", "It holds the settings.", exit_code=2) from None
-    except (ValueError, RecursionError) as error:  # no UTF-8, no TOML
-        raise DgemmaError(f"cannot read {path}: {error}", 'A line is: name = value, as in model = "demo".', 2) from None
+        raise DgemmaError(f"cannot read {path}: {error.strerror}", "This file holds the settings.", 2) from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, or not TOML
+        hint = 'Write each line as name = value, such as model = "demo".'
+        raise DgemmaError(f"cannot read {path}: {error}", hint, exit_code=2) from None
     return values
 
 
 def checked(name: str, value: Any, place: str) -> Any:
-    """A value in the setting's type and range; a whole number will do for a float.
+    """Return a value that has the setting's type and is in its range. Integers become floats where needed.
 
-    ``DgemmaError`` (exit code 2) names the ``place`` of one that is not.
+    Raises `DgemmaError` (exit code 2) for any other value. ``place`` says in the message where the value comes from.
     """
     if SETTINGS[name].type is float and type(value) is int and abs(value) < LARGEST_SEED:
         value = float(value)
@@ -131,16 +158,20 @@ def checked(name: str, value: Any, place: str) -> Any:
 
 
 def fits(name: str, value: Any) -> bool:
-    """Whether the value has the setting's type and is in its range."""
+    """Return whether the value has the setting's type and is in its range."""
     kind = SETTINGS[name]
-    right = isinstance(value, kind.type) and (kind.type is bool or not isinstance(value, bool))
-    if not right or kind.type is str:
-        return right and is_text(value) and (kind.choices is None or value in kind.choices)
-    return kind.least is None or (kind.least <= value < math.inf and (kind.most is None or value <= kind.most))
+    has_type = isinstance(value, kind.type) and (kind.type is bool or not isinstance(value, bool))
+    if not has_type or kind.type is str:
+        return has_type and is_text(value) and (kind.choices is None or value in kind.choices)
+    largest = math.inf if kind.maximum is None else kind.maximum
+    return kind.minimum is None or (kind.minimum <= value < math.inf and value <= largest)
 
 
 def parse(name: str, text: str, place: str) -> Any:
-    """The value of a setting that was written as text, in the environment or in a chat; errors as ``checked``."""
+    """Return the value of a setting that was written as text, in a variable or in a chat.
+
+    Raises `DgemmaError` as ``checked`` does.
+    """
     try:
         value = _PARSERS[SETTINGS[name].type](text)
     except (KeyError, ValueError):
@@ -149,11 +180,12 @@ def parse(name: str, text: str, place: str) -> Any:
 
 
 def _bad(name: str, value: Any, place: str) -> DgemmaError:
+    """Return the error that says which values the setting accepts."""
     kind = SETTINGS[name]
     noun = f"one of {', '.join(kind.choices)}" if kind.choices else _NOUNS[kind.type]
-    bounds = "" if kind.least is None else f" of at least {kind.least}"
-    bounds += "" if kind.most is None else f" and at most {kind.most}"
-    return DgemmaError(f"{place} must be {noun}{bounds}, not {value!r}", f"It is the setting: {kind.meaning}.", 2)
+    bounds = "" if kind.minimum is None else f" of at least {kind.minimum}"
+    bounds += "" if kind.maximum is None else f" and at most {kind.maximum}"
+    return DgemmaError(f"{place} must be {noun}{bounds}, not {value!r}", f"The setting means: {kind.meaning}.", 2)
 
 
 _NOUNS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}

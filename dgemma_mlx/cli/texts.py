@@ -1,4 +1,4 @@
-"""Files of text as fill and edit read, compare and write them."""
+"""Read, compare and write the text files of ``fill`` and ``edit``."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ _COLOURS = {"+": "32", "-": "31", "@": "36"}
 
 
 def is_stdin(path: Path | None) -> bool:
+    """Return whether the path means standard input: None or ``-``."""
     return path is None or str(path) == "-"
 
 
 def read_text(path: Path | None) -> str:
-    """A file's text, line ends as they are; None or ``-`` is standard input. ``DgemmaError`` where it is no UTF-8."""
+    """Return the text of a file with its line ends unchanged. None or ``-`` reads standard input.
+
+    Raises `DgemmaError` (exit code 2) when the file cannot be read or is not UTF-8 text.
+    """
     name = "standard input" if is_stdin(path) else str(path)
     try:
         if path is None or is_stdin(path):
@@ -35,9 +39,12 @@ def read_text(path: Path | None) -> str:
 
 
 def save_text(path: Path, text: str, before: str) -> None:
-    """Replaces the file's text, whole or not at all; refuses where it is no longer what it was ``before``."""
+    """Replace the text of a file, completely or not at all.
+
+    Raises `DgemmaError` when the file no longer holds the text ``before``, or when it cannot be written.
+    """
     if read_text(path) != before:
-        raise DgemmaError(f"{path} has changed meanwhile", "Nothing was written; run it again.")
+        raise DgemmaError(f"{path} has changed in the meantime", "Nothing was written. Run the command again.")
     try:
         write_whole(path, text)
     except OSError as error:
@@ -45,7 +52,7 @@ def save_text(path: Path, text: str, before: str) -> None:
 
 
 def print_exact(text: str) -> None:
-    """The text as it is to a pipe or file; to a terminal made safe and ended with a line."""
+    """Print the text unchanged to a pipe or file. On a terminal, make it safe and end it with a line feed."""
     if sys.stdout.isatty():
         print(visible(text), end="" if text.endswith("\n") else "\n")
     else:
@@ -55,7 +62,7 @@ def print_exact(text: str) -> None:
 
 
 def print_diff(before: str, after: str, name: str, coloured: bool) -> None:
-    """A unified diff, as patch takes it."""
+    """Print a unified diff that ``patch`` accepts."""
     for line in unified(before, after, name):
         if coloured and (colour := _COLOURS.get(line[0])):
             body = visible(line.rstrip("\n"))
@@ -65,6 +72,6 @@ def print_diff(before: str, after: str, name: str, coloured: bool) -> None:
 
 
 def unified(before: str, after: str, name: str) -> Iterator[str]:
-    """Its lines, each with a line feed."""
+    """Yield the lines of a unified diff, each with a line feed."""
     for line in difflib.unified_diff(lines_of(before), lines_of(after), f"a/{name}", f"b/{name}"):
         yield line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n"

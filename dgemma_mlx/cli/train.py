@@ -1,4 +1,4 @@
-"""``dgemma-mlx train``: fine-tunes a checkpoint; a line of progress now and then on stderr."""
+"""``dgemma-mlx train``: fine-tune a checkpoint, with lines of progress on stderr."""
 
 from __future__ import annotations
 
@@ -7,11 +7,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from dgemma_mlx.checks import LARGEST_SEED
-from dgemma_mlx.cli.generate import Dequantize, ModelName, Quiet, load_as_told
 from dgemma_mlx.cli.interrupt import interruptible
+from dgemma_mlx.cli.loading import load_model
+from dgemma_mlx.cli.parameters import (
+    CpuDequantize,
+    ModelName,
+    ModelOptions,
+    Quiet,
+    model_option,
+    output_option,
+    resource_option,
+    section,
+)
 from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.sizes import size
@@ -19,91 +27,150 @@ from dgemma_mlx.sizes import size
 if TYPE_CHECKING:
     from dgemma_mlx.train.finetune import FinetuneRun
 
+data_option, adapter_option = section("Data"), section("Adapter")
+training_option, log_option = section("Training"), section("Progress and checkpoints")
+
 Data = Annotated[
     list[Path],
-    typer.Option("--data", help="A JSONL file, or a folder with train.jsonl and perhaps valid.jsonl; may be repeated."),
+    data_option(
+        "--data", help="A JSONL file, or a folder with `train.jsonl` and optionally `valid.jsonl`. May be repeated."
+    ),
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write: the adapter, logs, checkpoints.")]
+Valid = Annotated[Path | None, data_option("--valid", metavar="FILE", help="A JSONL file to validate with.")]
+MaxLength = Annotated[
+    int, data_option("--max-length", min=1, help="Maximum tokens of a prompt and its answer. The rest is cut off.")
+]
+CanvasLength = Annotated[
+    int | None,
+    data_option("--canvas-length", min=1, show_default="the checkpoint's", help="Tokens of a canvas during training."),
+]
+Output = Annotated[
+    Path,
+    output_option("--output", "-o", metavar="FOLDER", help="The folder for the adapter, the log and the checkpoints."),
+]
 Start = Annotated[
     Path | None,
-    typer.Option("--adapter", help="Train this adapter on, instead of a new one; its rank and targets stay."),
+    model_option("--adapter", metavar="FOLDER", help="Continue with this adapter. Its rank and targets stay the same."),
 ]
-Valid = Annotated[Path | None, typer.Option("--valid", help="A JSONL file to validate with.")]
-Steps = Annotated[int, typer.Option("--steps", min=1, help="Updates of the weights.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Examples worked on at a time.")]
-Accumulate = Annotated[int, typer.Option("--accumulate", min=1, help="Batches whose gradients make one step.")]
-MaxLength = Annotated[int, typer.Option("--max-length", min=1, help="Tokens of prompt and answer; the rest is cut.")]
-Rate = Annotated[float | None, typer.Option("--learning-rate", help="At its peak; 1e-4 for adamw, 1e-2 for muon.")]
-OptimizerName = Annotated[str, typer.Option("--optimizer", help="adamw or muon.")]
-ScheduleName = Annotated[str, typer.Option("--schedule", help="After the warm-up: cosine, linear or constant.")]
-Warmup = Annotated[int, typer.Option("--warmup", min=0, help="Steps over which the learning rate rises.")]
-Decay = Annotated[float, typer.Option("--weight-decay", min=0.0)]
-Rank = Annotated[int, typer.Option("--rank", min=1, help="Of the adapter's matrices.")]
-Alpha = Annotated[float | None, typer.Option("--alpha", help="The adapter adds alpha / rank times; twice the rank.")]
-Dropout = Annotated[float, typer.Option("--dropout", help="Of the adapter's inputs.")]
+Steps = Annotated[int, training_option("--steps", min=1, help="Number of updates of the weights.")]
+BatchSize = Annotated[int, training_option("--batch-size", min=1, help="Number of examples per batch.")]
+Accumulate = Annotated[
+    int, training_option("--accumulate", min=1, help="Number of batches whose gradients make one update.")
+]
+Rate = Annotated[
+    float | None,
+    training_option("--learning-rate", show_default="1e-4 for adamw, 1e-2 for muon", help="Peak learning rate."),
+]
+OptimizerName = Annotated[str, training_option("--optimizer", metavar="NAME", help="Optimizer: adamw or muon.")]
+ScheduleName = Annotated[
+    str,
+    training_option(
+        "--schedule", metavar="NAME", help="Learning rate after the warm-up: cosine, linear or constant."
+    ),
+]
+Warmup = Annotated[int, training_option("--warmup", min=0, help="Steps over which the learning rate rises.")]
+Decay = Annotated[float, training_option("--weight-decay", min=0.0, help="Weight decay of the optimizer.")]
+Causal = Annotated[
+    float,
+    training_option(
+        "--causal-weight", min=0.0, help="Weight of the encoder's next-token loss. 0 saves the time it takes."
+    ),
+]
+Seed = Annotated[
+    int, training_option("--seed", min=0, max=LARGEST_SEED, help="Seed of the examples' order and the noise.")
+]
+Full = Annotated[
+    bool, training_option("--full", help="Train all weights and write a checkpoint. For small, unpacked models.")
+]
+Rank = Annotated[int, adapter_option("--rank", min=1, help="Rank of the adapter's matrices.")]
+Alpha = Annotated[
+    float | None,
+    adapter_option("--alpha", show_default="twice the rank", help="The adapter's output is scaled by alpha / rank."),
+]
+Dropout = Annotated[float, adapter_option("--dropout", help="Dropout of the adapter's inputs.")]
 Targets = Annotated[
     str,
-    typer.Option("--targets", help="attention, mlp, experts, self_conditioning, or modules like q_proj; with commas."),
-]
-Dora = Annotated[bool, typer.Option("--dora", help="DoRA instead of LoRA; not for experts.")]
-Full = Annotated[bool, typer.Option("--full", help="Train all weights and write a checkpoint. For small models.")]
-CanvasLength = Annotated[int | None, typer.Option("--canvas-length", min=1, help="Instead of the checkpoint's.")]
-Causal = Annotated[
-    float, typer.Option("--causal-weight", min=0.0, help="Of the encoder's next-token loss; 0 saves its time.")
-]
+    adapter_option(
+        "--targets", metavar="A,B,C",
+        help="Modules to adapt: attention, mlp, experts, self_conditioning, or names such as q_proj.",
+    ),
+]  # fmt: skip
+Dora = Annotated[bool, adapter_option("--dora", help="Train DoRA instead of LoRA. Not for experts.")]
 Checkpointing = Annotated[
-    bool, typer.Option("--grad-checkpoint", help="Work out layers again for their gradients: less memory, more time.")
+    bool,
+    resource_option(
+        "--grad-checkpoint", help="Compute each layer again for its gradient: less memory, more time."
+    ),
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED)]
-LogEvery = Annotated[int, typer.Option("--log-every", min=1, help="Steps between lines of progress.")]
-SaveEvery = Annotated[int, typer.Option("--save-every", min=1, help="Steps between checkpoints.")]
-ValidEvery = Annotated[int, typer.Option("--valid-every", min=0, help="Steps between validations; 0: at the end only.")]
-ValidAnswers = Annotated[int, typer.Option("--valid-answers", min=0, help="Examples to answer for the exact match.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the data, estimate the memory, and stop.")]
-ReportTo = Annotated[str | None, typer.Option("--report-to", help="tensorboard or wandb, where it is installed.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print plan or result as one JSON object.")]
+LogEvery = Annotated[int, log_option("--log-every", min=1, help="Steps between two lines of progress.")]
+SaveEvery = Annotated[int, log_option("--save-every", min=1, help="Steps between two checkpoints.")]
+ValidEvery = Annotated[
+    int, log_option("--valid-every", min=0, help="Steps between two validations. 0 validates only at the end.")
+]
+ValidAnswers = Annotated[
+    int, log_option("--valid-answers", min=0, help="Number of validation examples to answer for the exact match.")
+]
+ReportTo = Annotated[
+    str | None, log_option("--report-to", metavar="NAME", help="Report to tensorboard or wandb, if it is installed.")
+]
+Resume = Annotated[bool, log_option("--resume", help="Continue the run in the output folder.")]
+DryRun = Annotated[bool, output_option("--dry-run", help="Check the data, estimate the memory and stop.")]
+AsJson = Annotated[bool, output_option("--json", help="Print the plan or the result as one JSON object.")]
 
 
 def train(
     data: Data,
     output: Output,
+    valid: Valid = None,
+    max_length: MaxLength = 2048,
+    canvas_length: CanvasLength = None,
     model: ModelName = None,
     adapter: Start = None,
-    valid: Valid = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
     steps: Steps = 1000,
     batch_size: BatchSize = 4,
     accumulate: Accumulate = 1,
-    max_length: MaxLength = 2048,
     learning_rate: Rate = None,
     optimizer: OptimizerName = "adamw",
     schedule: ScheduleName = "cosine",
     warmup: Warmup = 100,
     weight_decay: Decay = 0.0,
+    causal_weight: Causal = 1.0,
+    seed: Seed = 0,
+    full: Full = False,
     rank: Rank = 16,
     alpha: Alpha = None,
     dropout: Dropout = 0.0,
     targets: Targets = "attention,mlp",
     dora: Dora = False,
-    full: Full = False,
-    canvas_length: CanvasLength = None,
-    causal_weight: Causal = 1.0,
-    grad_checkpoint: Checkpointing = False,
-    seed: Seed = 0,
     log_every: LogEvery = 10,
     save_every: SaveEvery = 100,
     valid_every: ValidEvery = 200,
     valid_answers: ValidAnswers = 8,
-    resume: Resume = False,
-    dry_run: DryRun = False,
     report_to: ReportTo = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    cpu_dequantize: Dequantize = None,
+    resume: Resume = False,
+    grad_checkpoint: Checkpointing = False,
+    cpu_dequantize: CpuDequantize = None,
 ) -> None:
-    """Fine-tune a model on examples: an adapter that chat and generate take with --adapter.
+    """Fine-tune a model on examples.
 
-    Ctrl-C saves; the same command with --resume goes on, to the same end.
+    The result is a LoRA or DoRA adapter for `--adapter`, or with `--full` a checkpoint. Packed checkpoints are
+    trained as they are. docs/finetuning.md describes the objective, the data and the files.
+
+    Notes:
+        - A line of the data has `messages`, or `prompt` and `completion`, or `text`. Every line is checked before
+          anything is loaded, and an error names the file and the line.
+        - Ctrl-C saves the run. The same command with `--resume` continues it, on a CPU to the same bytes as without the
+          interruption.
+        - `--dry-run` prints the number of examples, epochs and trained parameters, and an estimate of the memory.
+        - `loss.jsonl` in the output folder has every line of progress. `loss.png` is drawn if matplotlib is installed.
+
+    Examples:
+        dgemma-mlx train -m demo --data train.jsonl -o runs/adapter --steps 200 --dry-run
+        dgemma-mlx train -m demo --data train.jsonl -o runs/adapter --steps 200 --resume
+        dgemma-mlx generate -m demo --adapter runs/adapter "..."
     """
     from dgemma_mlx.model.adapter import AdapterConfig
     from dgemma_mlx.model.adapter_file import read_adapter
@@ -121,11 +188,11 @@ def train(
         log_every=log_every, save_every=save_every, valid_every=valid_every, valid_answers=valid_answers,
     )  # fmt: skip
     examples, held_out = read_data(data, valid)
-    loaded = load_as_told(Settings(), model, cpu_dequantize, no_kernels=False, quiet=quiet, adapter=adapter)
+    loaded = load_model(Settings(), ModelOptions(model, adapter, cpu_dequantize), quiet)
     run = open_run(loaded, examples, held_out, config)
     if run.left_out:
         print(f"dgemma-mlx: {run.left_out} of {len(examples)} examples are longer than --max-length {max_length} "
-              "and left out", file=sys.stderr)  # fmt: skip
+              "and were left out", file=sys.stderr)  # fmt: skip
     plan = make_plan(run)
     if dry_run or not quiet:
         _show_plan(plan, as_json and dry_run, sys.stdout if dry_run else sys.stderr)
@@ -139,7 +206,7 @@ def train(
 
 
 def _carry_out(run: FinetuneRun, output: Path, resume: bool, report_to: str | None, quiet: bool) -> None:
-    """Trains to the end; a ``DgemmaError`` (exit code 130) says how to go on after Ctrl-C."""
+    """Train to the end. Raises `DgemmaError` (exit code 130) after Ctrl-C, when the run has been saved."""
     from dgemma_mlx.cli.train_log import open_log
     from dgemma_mlx.train.finetune import finetune
 
@@ -148,18 +215,19 @@ def _carry_out(run: FinetuneRun, output: Path, resume: bool, report_to: str | No
         done = finetune(run, output, log, resume=resume, stopped=stopped)
     if done < steps:
         raise DgemmaError(
-            f"interrupted after step {done} of {steps}; saved in {output}", "The same command with --resume goes on.",
+            f"interrupted after step {done} of {steps}; saved in {output}", "The same command with --resume continues.",
             exit_code=130,
         )
 
 
 def _show_plan(plan: dict[str, Any], as_json: bool, file: Any) -> None:
+    """Print the examples, steps, trained parameters and estimated memory of a run."""
     if as_json:
         print(json.dumps(plan), file=file)
         return
     memory = plan["estimated_memory"]
-    print(f"{plan['model']}: {plan['examples']:,} examples, the longest of {plan['longest']:,} tokens; "
-          f"canvases of {plan['canvas_length']}", file=file)  # fmt: skip
+    print(f"{plan['model']}: {plan['examples']:,} examples of at most {plan['longest']:,} tokens, "
+          f"canvases of {plan['canvas_length']} tokens", file=file)  # fmt: skip
     print(f"{plan['steps']:,} steps, {plan['epochs']:g} epochs; {plan['trained_parameters']:,} parameters trained",
           file=file)  # fmt: skip
     print(f"memory: about {size(memory['total'])} (estimated: weights {size(memory['weights'])}, gradients and "

@@ -1,4 +1,4 @@
-"""What ``dgemma-mlx train`` shows of a run: lines on stderr, a plot of the loss, a dashboard where one is asked for."""
+"""The log of ``dgemma-mlx train``: lines on stderr, a plot of the loss, and an optional dashboard."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 @contextmanager
 def open_log(output: Path, steps: int, report_to: str | None, quiet: bool) -> Iterator[Callable[[Record], None]]:
-    """Takes the records of a run; draws the plot when the block ends, where matplotlib is installed."""
+    """Yield a function that takes the records of a run. When the block ends, draw the plot of the loss.
+
+    Raises `DgemmaError` (exit code 2) when ``report_to`` is unknown or its package is not installed.
+    """
     report, close = _dashboard(report_to, output)
 
     def log(record: Record) -> None:
@@ -35,7 +38,7 @@ def open_log(output: Path, steps: int, report_to: str | None, quiet: bool) -> It
 
 
 def line(record: Record, steps: int) -> str:
-    """One record, for people."""
+    """Return one record as a line of text."""
     start = f"step {record['step']:>{len(str(steps))}}/{steps}"
     if "valid_loss" in record:
         match = f"  exact match {record['exact_match']:.0%}" if "exact_match" in record else ""
@@ -47,7 +50,7 @@ def line(record: Record, steps: int) -> str:
 
 
 def plot(output: Path) -> None:
-    """``loss.png`` out of ``loss.jsonl``: training and validation loss by step."""
+    """Draw training and validation loss by step from ``loss.jsonl`` to ``loss.png``, if matplotlib is installed."""
     if find_spec("matplotlib") is None:
         return
     from matplotlib.figure import Figure
@@ -63,25 +66,26 @@ def plot(output: Path) -> None:
         points = [(record["step"], record[name]) for record in records if name in record]
         if points:
             axes.plot(*zip(*points, strict=True), label=label)
-    axes.set(xlabel="step", ylabel="denoising loss (nats a token)", yscale="log")
+    axes.set(xlabel="step", ylabel="denoising loss (nats per token)", yscale="log")
     axes.legend()
     figure.savefig(output / PLOT, dpi=120)
 
 
 def _duration(seconds: int) -> str:
+    """Return a duration as ``2 h 1 min``, ``5 min`` or ``59 s``."""
     hours, minutes = seconds // 3600, seconds % 3600 // 60
     return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{seconds} s"
 
 
 def _dashboard(name: str | None, output: Path) -> tuple[Callable[[Record], None], Callable[[], Any]]:
-    """How a record is reported, and what ends it."""
+    """Return the function that reports a record to the dashboard, and the function that closes the dashboard."""
     if name is None:
         return lambda record: None, lambda: None
     if name not in _PACKAGES:
         raise DgemmaError(f"--report-to must be {' or '.join(_PACKAGES)}, not {name!r}", exit_code=2)
     package = _PACKAGES[name]
     if find_spec(package) is None:
-        raise DgemmaError(f"--report-to {name} needs {package}", f"pip install {package}", exit_code=2)
+        raise DgemmaError(f"--report-to {name} needs {package}", f"Run pip install {package} first.", exit_code=2)
     if name == "wandb":
         import wandb
 

@@ -1,4 +1,4 @@
-"""A tokenizer of Gemma's kind, to write any text with, and one token that is huge."""
+"""A tokenizer like Gemma's that can encode any text, with one huge token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from dgemma_mlx.text import Tokenizer, load_tokenizer
 from tests.text.gemma_like import write_tokenizer_json
 
-HUGE = "<" + "huge" * 480 + ">"  # as much as a screen holds
+HUGE = "<" + "huge" * 480 + ">"  # as long as a full screen
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What the engine would tell of an answer, without an engine: random drafts that become the answer."""
+"""Events of a generation without an engine: random drafts that become a given answer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def answer(
     tokenizer: Tokenizer, ids: Iterable[int], seed: int = 0, *, canvas_length: int = 32, steps: int = 4,
     noise: int = 450,
 ) -> Events:
-    """The events of an answer of these ids. In between, a position holds any token below ``noise``."""
+    """Yield the events of an answer with these ids. Unsettled positions hold random ids below ``noise``."""
     rng = random.Random(seed)
     todo = [*ids, EOS]
     parser, parts, canvas = PartsParser(tokenizer), Parts(), 0

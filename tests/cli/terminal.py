@@ -1,4 +1,4 @@
-"""A terminal to test in: an emulated screen that reflows, a stream that writes to it, a program that runs in it."""
+"""A terminal for tests: an emulated screen that reflows, a stream that writes to it, and a program that runs in it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Line = list[Char]  # a wide character is followed by a cell without data
 
 
 class Screen(pyte.Screen):
-    """A screen that does, when it is resized, what the terminals of a Mac do: it breaks lines anew.
+    """A screen that breaks its lines again when it is resized, as the terminals of a Mac do.
 
     Rows that the terminal itself had broken are joined before; rows that ended with a line feed are not. Rows come
     back from the scrollback where there is room for them.
@@ -31,7 +31,7 @@ class Screen(pyte.Screen):
 
     def __init__(self, columns: int, lines: int) -> None:
         self.scrollback: list[tuple[Line, bool]] = []
-        self._ends: list[int | None] = [None] * lines  # of each row: where it was broken
+        self._ends: list[int | None] = [None] * lines  # for each row, the column at which it was broken
         super().__init__(columns, lines)
 
     def draw(self, data: str) -> None:
@@ -102,7 +102,7 @@ class Screen(pyte.Screen):
         self.cursor.y, self.cursor.x = max(cursor[0] - top, 0), cursor[1]
 
     def _row(self, y: int) -> tuple[Line, bool]:
-        """The cells of a row on the screen, and whether the terminal has broken it."""
+        """Return the cells of a row on the screen and whether the terminal has broken the row."""
         end = self._ends[y]
         row = [self.buffer[y][x] for x in range(self.columns if end is None else end)]
         while end is None and row and row[-1].data == " ":
@@ -114,22 +114,22 @@ class Screen(pyte.Screen):
 
     @property
     def rows(self) -> list[str]:
-        """The text of the rows on the screen, without spaces at their ends and without empty rows at the end."""
+        """The text of the rows on the screen, without trailing spaces and without empty rows at the end."""
         return _texts([self._row(y)[0] for y in range(self.lines)])
 
     @property
     def all_rows(self) -> list[str]:
-        """The same, after the rows that have scrolled away."""
+        """The text of the rows that have scrolled away and of those on the screen."""
         return _texts([row for row, _ in self._all_rows()])
 
     @property
     def text(self) -> str:
-        """Scrollback and screen as they would be copied: broken lines are joined."""
+        """The text of scrollback and screen as a user would copy it, with broken lines joined."""
         return "".join(_text(row) + ("" if broken else "\n") for row, broken in self._all_rows()).rstrip("\n")
 
     @property
     def is_sane(self) -> bool:
-        """Whether the cursor is visible, at the start of an empty row, and the modes and colours are those at first."""
+        """Whether the cursor is visible at the start of an empty row and modes and colours are as at first."""
         fresh = pyte.Screen(self.columns, self.lines)
         return (
             self.mode == fresh.mode and self.margins is None and self.title == self.icon_name == ""
@@ -151,7 +151,7 @@ def _texts(rows: list[Line]) -> list[str]:
 
 
 def _break(line: Line, columns: int) -> list[Line]:
-    """Rows of a line, at least one; a wide character goes to the next row as a whole."""
+    """Return the rows of a line, at least one. A wide character is never split between two rows."""
     rows: list[Line] = [[]]
     for x, cell in enumerate(line):
         wide = x + 1 < len(line) and not line[x + 1].data
@@ -162,7 +162,7 @@ def _break(line: Line, columns: int) -> list[Line]:
 
 
 def _find(rows: list[Line], cells: int, columns: int) -> tuple[int, int]:
-    """Row and column of the cell with that number; behind the end, the last row goes on."""
+    """Return the row and column of a cell by its number. After the end of the line, the last row continues."""
     for y, row in enumerate(rows):
         if cells < len(row) or y == len(rows) - 1:
             return y, min(cells, columns - 1)
@@ -171,7 +171,7 @@ def _find(rows: list[Line], cells: int, columns: int) -> tuple[int, int]:
 
 
 class ScreenStream(io.TextIOBase):
-    """A text stream to a screen whose size the writer asks a pseudo-terminal for; a context manager."""
+    """A text stream to a screen. A writer learns the size of the screen from a pseudo-terminal."""
 
     def __init__(self, columns: int = 80, lines: int = 24) -> None:
         self.screen = Screen(columns, lines)
@@ -207,7 +207,7 @@ class ScreenStream(io.TextIOBase):
 
 
 class Terminal:
-    """A program running on a pseudo-terminal; a context manager. By default the program is dgemma-mlx."""
+    """A context manager that runs a program, by default dgemma-mlx, on a pseudo-terminal."""
 
     def __init__(
         self, arguments: Sequence[str], columns: int = 80, lines: int = 24, env: Mapping[str, str] | None = None,
@@ -220,7 +220,7 @@ class Terminal:
         environment |= {"TERM": "xterm-256color", "HF_HUB_OFFLINE": "1", **(env or {})}
         command, *rest = [*program, *arguments]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside threads, as of Python 3.12
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of a fork in a process with threads
             self.process = pexpect.spawn(
                 command, rest, dimensions=(lines, columns), env=environment,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
@@ -236,7 +236,7 @@ class Terminal:
         self.process.close(force=True)
 
     def resize(self, columns: int, lines: int) -> None:
-        """Resizes the window between two writes of the program, which is stopped for that."""
+        """Stop the program between two writes, resize the window and let the program continue."""
         self.process.kill(signal.SIGSTOP)
         self._drain()
         self.screen.resize(lines, columns)
@@ -247,7 +247,7 @@ class Terminal:
         self.process.send(text)
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = 60) -> None:
-        """Reads until the condition holds; fails when the program ends before, or takes too long."""
+        """Read until the condition holds. Fail when the program ends first or takes too long."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert self.read(), f"the program has ended:\n{self.text}"
@@ -257,7 +257,7 @@ class Terminal:
         self.wait_for(lambda: text in self.text)
 
     def finish(self, seconds: float = 60) -> int:
-        """Reads until the program ends; returns its exit code."""
+        """Read until the program ends and return its exit code."""
         deadline = time.monotonic() + seconds
         while self.read():
             assert time.monotonic() < deadline, self.text
@@ -267,7 +267,7 @@ class Terminal:
         return code
 
     def read(self, seconds: float = 0.1) -> bool:
-        """Feeds what comes within the time to the screen; False when the program has closed the terminal."""
+        """Feed the output of the next moments to the screen. Return False when the program has closed the terminal."""
         try:
             data = self.process.read_nonblocking(65536, seconds)
         except pexpect.TIMEOUT:
@@ -279,7 +279,7 @@ class Terminal:
         return True
 
     def _drain(self) -> None:
-        """Reads what has been written, of a program that is stopped."""
+        """Read everything that the stopped program has written."""
         before = -1
         while len(self.output) > before:
             before = len(self.output)
@@ -287,12 +287,12 @@ class Terminal:
 
     @property
     def text(self) -> str:
-        """All that was written and not erased, as it would be copied."""
+        """All text that was written and not erased, as a user would copy it."""
         return self.screen.text
 
 
 def laid_out(text: str, columns: int, lines: int) -> Screen:
-    """A fresh screen with the text on it."""
+    """Return a new screen that shows the text."""
     screen = Screen(columns, lines)
     pyte.Stream(screen).feed(text.replace("\n", "\r\n"))
     return screen

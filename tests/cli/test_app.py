@@ -62,7 +62,7 @@ def test_completion_imports_nothing_slow() -> None:
         _TYPER_COMPLETE_ARGS="dgemma-mlx gen",
     )  # fmt: skip
     assert "generate" in done.stdout
-    assert set(done.stderr.splitlines()[-1].split()).isdisjoint(SLOW - {"rich"})  # Typer's own, for the meanings
+    assert set(done.stderr.splitlines()[-1].split()).isdisjoint(SLOW - {"rich"})  # Typer prints help texts with it
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -81,8 +81,8 @@ def test_a_completion_script_is_made_for_each_shell(shell: str) -> None:
         ("bash", "dgemma-mlx mod", "models"),
         ("bash", "dgemma-mlx models r", "rm"),
         ("bash", "dgemma-mlx generate --max-d", "--max-denoising-steps"),
-        ("zsh", "dgemma-mlx chat --res", '"--resume":"Go on with the last conversation."'),
-        ("fish", "dgemma-mlx --deb", "--debug\tShow tracebacks of errors."),
+        ("zsh", "dgemma-mlx chat --res", '"--resume":"Continue the last conversation."'),
+        ("fish", "dgemma-mlx --deb", "--debug\tPrint the traceback of an error."),
     ],
 )
 def test_words_are_completed(shell: str, typed: str, expected: str) -> None:
@@ -114,7 +114,7 @@ def test_bash_completes_with_the_script_it_is_shown(tmp_path: Path) -> None:
 
 @pytest.fixture
 def broken_library(tmp_path: Path) -> dict[str, str]:
-    """An environment in which a library of the program fails, as after a half installation."""
+    """An environment in which a library of the program fails, as after an incomplete installation."""
     (tmp_path / "jinja2.py").write_text('raise RuntimeError("half\\n\\x1b[2Jinstalled")\n')
     return {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
 

@@ -1,4 +1,4 @@
-"""What bench measures, on the built-in model, and what it refuses."""
+"""``bench`` on the built-in model: its measurements and the arguments it refuses."""
 
 from __future__ import annotations
 

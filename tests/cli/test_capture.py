@@ -27,4 +27,4 @@ def test_the_capture_shows_the_canvas_and_is_the_same_each_time(tmp_path: Path) 
     assert steps == sorted(set(steps)) and 1 < len(steps) <= 4
     assert len(re.findall(r"\d+% accepted", shown)) == len(steps)
     assert len(re.findall(r"(?:[1-4] ){3}[1-4]", shown)) >= 4
-    assert not re.search(r'(url\(["\']?|href="|src=")http', one)  # nothing is fetched when it is looked at
+    assert not re.search(r'(url\(["\']?|href="|src=")http', one)  # the picture fetches nothing

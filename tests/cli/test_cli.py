@@ -95,7 +95,7 @@ def test_bad_input_is_one_line_a_hint_and_an_exit_code(arguments: list[str], exi
     assert lines[1].startswith("hint: ")
 
 
-def test_stdin_that_is_no_text_is_refused() -> None:
+def test_stdin_that_is_not_text_is_refused() -> None:
     done = run("generate", stdin=b"caf\xe9")
     assert done.returncode == 2
     assert b"not UTF-8" in done.stderr
@@ -116,7 +116,7 @@ def test_interrupting_a_generation_exits_with_130() -> None:
     with subprocess.Popen(
         [*PROGRAM, "generate", "hi", *ENDLESS], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, env=ENVIRONMENT,
-        # A job in the background ignores SIGINT, and so would its children.
+        # The children of a background job inherit that SIGINT is ignored.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     ) as process:
         try:
@@ -132,7 +132,7 @@ def test_interrupting_a_generation_exits_with_130() -> None:
 
 
 def imported_by(*arguments: str) -> set[str]:
-    """The top-level modules that a run of the program imports."""
+    """Return the top-level modules that a run of the program imports."""
     code = (
         "import sys\nfrom dgemma_mlx.cli.app import run\nassert run() == 0\n"
         "print(*sorted({name.split('.')[0] for name in sys.modules}), file=sys.stderr)"
@@ -144,7 +144,7 @@ def imported_by(*arguments: str) -> set[str]:
     return set(done.stderr.decode().splitlines()[-1].split())
 
 
-def test_help_needs_no_mlx() -> None:
+def test_help_does_not_import_mlx() -> None:
     assert imported_by("--help").isdisjoint({"mlx", "numpy", "tokenizers", "jinja2", "huggingface_hub"})
 
 

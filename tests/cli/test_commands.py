@@ -1,4 +1,4 @@
-"""Every slash command, on the built-in model; none of this needs a terminal."""
+"""Every slash command on the built-in model, without a terminal."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def chat(model: Model) -> Chat:
 
 
 def new_chat(model: Model) -> Chat:
-    """With few denoising steps: the model needs two for what it can do, and uses all for what it cannot."""
+    """Return a chat with few denoising steps: the model needs two for a known task and uses all for an unknown one."""
     defaults = {name: kind.default for name, kind in SETTINGS.items()}
     return Chat(model, Session(), {**defaults, "max_denoising_steps": 4, "max_tokens": 32}, draw=False)
 
 
 def say(chat: Chat, line: str) -> Outcome:
-    """What the loop does with a line."""
+    """Take a line and answer it, as the loop does."""
     outcome = take(chat, line)
     if outcome.ask:
         assert chat.answer(again=outcome.again)
@@ -51,7 +51,7 @@ def contents(chat: Chat) -> list[str]:
 
 
 def refused(chat: Chat, line: str) -> str:
-    """Message and hint of a line that changes nothing."""
+    """Return the message and the hint for a line that is refused, and check that it changes nothing."""
     before = replace(chat.session, messages=list(chat.session.messages), settings=dict(chat.session.settings))
     with pytest.raises(DgemmaError) as caught:
         take(chat, line)
@@ -158,7 +158,7 @@ def test_a_bad_setting_is_refused_and_the_old_one_stays(chat: Chat, line: str, m
     assert message in refused(chat, line)
 
 
-def test_settings_that_go_together_one_by_one_only_are_refused(chat: Chat) -> None:
+def test_settings_that_contradict_each_other_are_refused(chat: Chat) -> None:
     take(chat, "/set t_max 2")
     take(chat, "/set t_min 1.5")
     assert "not below t_min (1.5)" in refused(chat, "/set t_max default")
@@ -237,13 +237,13 @@ def test_files_that_cannot_be_read(chat: Chat, tmp_path: Path) -> None:
     assert "which file?" in refused(chat, "/read a\0b")
     assert "nowhere: No such file" in refused(chat, "/read nowhere")
     assert "~nosuchuser/x: No such file" in refused(chat, "/read ~nosuchuser/x")
-    assert "is no file" in refused(chat, f"/read {tmp_path}")
-    assert "is no file" in refused(chat, "/read /dev/zero")
-    assert "no text in UTF-8" in refused(chat, f"/read {tmp_path / 'binary'}")
+    assert "is not a file" in refused(chat, f"/read {tmp_path}")
+    assert "is not a file" in refused(chat, "/read /dev/zero")
+    assert "not UTF-8 text" in refused(chat, f"/read {tmp_path / 'binary'}")
     assert chat.attached == ""
 
 
-def test_a_conversation_is_saved_and_gone_on_with(chat: Chat, tmp_path: Path) -> None:
+def test_a_conversation_is_saved_and_continued(chat: Chat, tmp_path: Path) -> None:
     path = tmp_path / "my talk.json"
     take(chat, "/set seed 1")
     take(chat, "/system Be brief.")
@@ -276,7 +276,7 @@ def test_files_that_cannot_be_saved_or_loaded(chat: Chat, tmp_path: Path) -> Non
 
 
 def test_stats_tell_how_much_was_reused(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "nothing was generated yet" in refused(chat, "/stats")
+    assert "nothing has been generated yet" in refused(chat, "/stats")
     say(chat, ANA)
     first = chat.model.encode_prompt(ANA)
     say(chat, NAME)
@@ -318,7 +318,7 @@ def test_a_conversation_that_no_longer_fits_loses_its_oldest_turns(
         say(chat, questions[-1])
         assert len(short.encode_prompt(chat.session.prompt()[:-1])) <= 160 - 32
     kept = contents(chat)[0::2]
-    assert len(kept) > 1 and kept == questions[-len(kept) :]  # nothing but the oldest is missing
+    assert len(kept) > 1 and kept == questions[-len(kept) :]  # only the oldest turns are missing
     assert chat.session.system == "Be brief."
     notes = [line for line in capsys.readouterr().err.splitlines() if "no longer fits" in line]
     assert len(notes) == 1 and re.search("its oldest (turn is|[2-9] turns are) forgotten", notes[0])
@@ -336,7 +336,7 @@ def test_a_message_too_long_by_itself_leaves_the_conversation_as_it_was(short: M
 
 
 def test_a_single_message_may_use_all_the_room(short: Model) -> None:
-    """Up to one canvas, though an answer could then be longer than that."""
+    """A single message may leave room for only one canvas."""
     chat = new_chat(short)
     message = "Sort 7 3 5"
     while len(short.encode_prompt(message + " 1")) <= 160 - 32:

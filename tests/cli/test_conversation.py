@@ -20,7 +20,7 @@ import pytest
 from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
 from tests.cli.terminal import Terminal
 
-# The model needs two steps for what it can do, and would use all there are for what it cannot.
+# The model needs two steps for a known task and would use all steps for an unknown one.
 FEW = {"DGEMMA_MAX_DENOISING_STEPS": "4", "DGEMMA_MAX_TOKENS": "32"}
 ENDLESS = {
     "DGEMMA_MAX_DENOISING_STEPS": "100000", "DGEMMA_STABILITY_THRESHOLD": "99999", "DGEMMA_SPEED": "reference",
@@ -29,7 +29,7 @@ UP, SEARCH, ALT_ENTER, CTRL_C, CTRL_D = "\x1b[A", "\x12", "\x1b\r", "\x03", "\x0
 
 
 class Talk(Terminal):
-    """A chat on a terminal, at its first prompt."""
+    """A chat on a terminal that has reached its first prompt."""
 
     def __init__(self, state: Path, *arguments: str, **environment: str) -> None:
         super().__init__(
@@ -42,7 +42,7 @@ class Talk(Terminal):
         return sum(line.startswith(">>>") for line in self.text.splitlines())
 
     def say(self, text: str, enter: str = "\r") -> list[str]:
-        """Types a message and waits for the next prompt; returns the rows between."""
+        """Type a message, wait for the next prompt and return the rows between."""
         before = self.prompts()
         self.type(text + enter)
         self.wait_for(lambda: self.prompts() > before and self.text.endswith("\n>>>"))
@@ -61,7 +61,7 @@ def state(tmp_path: Path) -> Path:
 
 
 def messages(state: Path) -> list[dict[str, Any]]:
-    """Those of the conversation that was saved."""
+    """Return the messages of the saved conversation."""
     found: list[dict[str, Any]] = json.loads((state / "last_session.json").read_text())["messages"]
     return found
 
@@ -104,14 +104,14 @@ def test_history_and_conversation_survive_a_crash(state: Path) -> None:
     before = messages(state)
     assert len(before) == 4
     with Talk(state, "--resume") as talk:
-        assert "going on after 2 turns" in talk.text
+        assert "continuing after 2 turns" in talk.text
         talk.type(UP + UP)
         talk.wait_for(lambda: talk.text.endswith(">>> Sort\n... 7 3 5"))
         talk.type(CTRL_C)
         talk.wait_for(lambda: talk.text.endswith("\n>>>"))
         talk.type(SEARCH + "Ana")
         talk.wait_for_text("I-search backward: Ana")
-        talk.type("\r")  # takes what was found to the prompt, and does not send it
+        talk.type("\r")  # moves the found message to the prompt without sending it
         talk.wait_for(lambda: talk.text.endswith(">>> My name is Ana."))
         assert messages(state) == before
         talk.type(CTRL_C)
@@ -120,7 +120,7 @@ def test_history_and_conversation_survive_a_crash(state: Path) -> None:
         assert any(re.fullmatch("max_tokens +50", row) for row in talk.say("/show"))
         talk.leave()
     assert messages(state)[:4] == before
-    assert (state.stat().st_mode & 0o077) == 0  # nobody else's business
+    assert (state.stat().st_mode & 0o077) == 0  # only the owner can read it
 
 
 def test_a_new_conversation_replaces_the_last_one_only_when_it_has_begun(state: Path) -> None:
@@ -144,7 +144,7 @@ def test_ctrl_c_at_the_prompt_clears_the_line_and_twice_leaves(state: Path) -> N
         talk.type(CTRL_C)
         talk.wait_for_text("Ctrl-C again or Ctrl-D leaves")
         talk.wait_for(lambda: talk.text.endswith("\n>>>"))
-        assert talk.say("/system") == ["system prompt: (none)"]  # something between: it counts anew
+        assert talk.say("/system") == ["system prompt: (none)"]  # another line in between restarts the count
         talk.type(CTRL_C)
         talk.wait_for(lambda: talk.text.count("Ctrl-C again") == 2 and talk.text.endswith("\n>>>"))
         talk.type(CTRL_C)
@@ -174,7 +174,7 @@ def test_ctrl_c_in_the_second_canvas_keeps_the_first(state: Path) -> None:
         talk.type("Count from 13 to 40.\r")
         talk.wait_for_text("canvas 2")
         rows = talk.say(CTRL_C, enter="")
-        assert rows[-1] == "cancelled; what is above was kept"
+        assert rows[-1] == "cancelled; the text above was kept"
         _, answer = messages(state)
         assert answer["role"] == "assistant" and answer["cancelled"] is True
         assert answer["content"].startswith("13 14 15")
@@ -182,7 +182,7 @@ def test_ctrl_c_in_the_second_canvas_keeps_the_first(state: Path) -> None:
         assert "[assistant (cancelled)]" in talk.say("/show")
         assert any(re.fullmatch("finish reason +cancelled", row) for row in talk.say("/stats"))
         talk.say("/set steps 2")
-        talk.say("Sort 7 3 5")  # and on it goes
+        talk.say("Sort 7 3 5")  # the conversation continues
         assert len(messages(state)) == 4 and "cancelled" not in messages(state)[3]
 
 
@@ -210,7 +210,7 @@ def test_ended_by_a_signal_it_leaves_the_terminal_as_it_was(state: Path, answeri
 
 
 def demo_with(folder: Path, positions: int) -> Path:
-    """The demo with another number of positions."""
+    """Copy the demo with another number of positions."""
     shutil.copytree(DEMO_FOLDER, folder)
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["max_position_embeddings"] = positions
@@ -228,7 +228,7 @@ def test_ctrl_c_while_the_prompt_is_read_keeps_nothing(state: Path, tmp_path: Pa
         assert talk.say(CTRL_C, enter="") == ["cancelled; nothing was kept"]
         assert any(re.fullmatch("denoising steps +0", row) for row in talk.say("/stats"))
         talk.say("/set steps 2")
-        assert talk.say("Sort 7 3 5")  # and on it goes
+        assert talk.say("Sort 7 3 5")  # the conversation continues
         assert len(messages(state)) == 2
 
 
@@ -239,7 +239,7 @@ def test_ctrl_c_while_the_model_loads_ends_the_program(state: Path, tmp_path: Pa
     os.mkfifo(pipe)
     with Terminal(["chat", "-m", str(model)], env={"DGEMMA_STATE": str(state)}) as terminal:
         writer = opened(pipe)
-        time.sleep(0.5)  # now the program waits for what is in it
+        time.sleep(0.5)  # now the program is reading the pipe
         terminal.type(CTRL_C)
         assert terminal.finish() == 130
         os.close(writer)
@@ -247,7 +247,7 @@ def test_ctrl_c_while_the_model_loads_ends_the_program(state: Path, tmp_path: Pa
 
 
 def opened(pipe: Path) -> int:
-    """The writing end of a named pipe, as soon as somebody reads it."""
+    """Open the writing end of a named pipe as soon as a program reads it."""
     deadline = time.monotonic() + 60
     while True:
         try:
@@ -314,7 +314,7 @@ def test_without_a_terminal_one_line_is_one_turn(state: Path) -> None:
     assert len(messages(state)) == 8
 
 
-def test_an_error_in_a_pipe_is_told_and_the_rest_is_answered(state: Path) -> None:
+def test_an_error_in_a_pipe_is_reported_and_the_rest_is_answered(state: Path) -> None:
     done = piped(state, b"/bogus\nSort 7 3 5\n/edit\n/bye\nSort 2 1\n")
     assert (done.returncode, done.stdout) == (1, b"3 5 7\n")
     errors = done.stderr.decode().splitlines()
@@ -322,14 +322,14 @@ def test_an_error_in_a_pipe_is_told_and_the_rest_is_answered(state: Path) -> Non
     assert errors[2] == "/edit needs a terminal that can edit"
 
 
-def test_bytes_that_are_no_text_are_refused(state: Path) -> None:
+def test_bytes_that_are_not_text_are_refused(state: Path) -> None:
     done = piped(state, b"Sort 7 3 5\ncaf\xe9\nSort 2 1\n")
     assert (done.returncode, done.stdout) == (2, b"3 5 7\n")
     error, hint = done.stderr.decode().splitlines()
     assert error == "dgemma-mlx: standard input is not UTF-8 text (line 2)" and hint.startswith("hint: ")
 
 
-def test_nothing_to_say_is_no_error(state: Path) -> None:
+def test_empty_input_is_not_an_error(state: Path) -> None:
     for stdin in (b"", b"\n \n"):
         done = piped(state, stdin)
         assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
@@ -372,7 +372,8 @@ def test_a_reader_that_goes_away_ends_the_chat_quietly(running: subprocess.Popen
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "there is no conversation to go on with"), ("{", "cannot read"), ("[]", "no saved")]
+    ("content", "message"),
+    [(None, "there is no conversation to continue"), ("{", "cannot read"), ("[]", "is not a saved conversation")],
 )
 def test_what_cannot_be_resumed_is_an_error(state: Path, content: str | None, message: str) -> None:
     if content is not None:

@@ -1,4 +1,4 @@
-"""What doctor sees, measures and advises."""
+"""``doctor``: its facts, measurements and advice."""
 
 from __future__ import annotations
 

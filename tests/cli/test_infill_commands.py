@@ -77,10 +77,10 @@ def test_a_gap_at_a_cursor_and_between_two_files(tmp_path: Path) -> None:
     text.write_text('{"name": "Simon",\n"age": , "city": "Rome"}')
     done = run(*FILL, "-q", "--at", "2:8", "--size", "2", str(text))
     assert done.stdout == b'{"name": "Simon",\n"age": 59, "city": "Rome"}'
-    before, behind = tmp_path / "before", tmp_path / "behind"
+    before, after = tmp_path / "before", tmp_path / "after"
     before.write_text('{"name": "Simon", "age": ')
-    behind.write_text(', "city": "Rome"}')
-    done = run(*FILL, "-q", "--size", "2", "--prefix-file", str(before), "--suffix-file", str(behind))
+    after.write_text(', "city": "Rome"}')
+    done = run(*FILL, "-q", "--size", "2", "--prefix-file", str(before), "--suffix-file", str(after))
     assert done.stdout == b'{"name": "Simon", "age": 59, "city": "Rome"}'
 
 
@@ -119,7 +119,7 @@ def test_choose_prints_probabilities() -> None:
         (["fill", "--at", "x"], b"a", "LINE:COL"),
         (["fill", "--size", "3"], b"___", "--size"),
         (["fill", "--diff", "--json"], b"___", "exclude"),
-        (["fill", "--prefix-file", "a", "b"], b"", "go without FILE"),
+        (["fill", "--prefix-file", "a", "b"], b"", "cannot be combined with FILE"),
         (["fill", "-m", "demo"], b"___ " + b"word " * 60 + b"___", "a canvas holds 32"),
         (["edit", "x", "--lines", "3-a"], b"a", "A-B"),
         (["edit", "x", "-m", "demo", "--lines", "3"], b"a", "no lines 3 to 3"),
@@ -129,7 +129,7 @@ def test_choose_prints_probabilities() -> None:
         (["choose", "--from", "a,b"], b"", "prompt is empty"),
     ],
 )
-def test_mistakes_are_told_in_a_line(arguments: list[str], stdin: bytes, message: str) -> None:
+def test_mistakes_are_one_line(arguments: list[str], stdin: bytes, message: str) -> None:
     done = run(*arguments, stdin=stdin)
     assert done.returncode == 2
     assert message in done.stderr.decode()
@@ -144,7 +144,7 @@ def test_ctrl_c_writes_nothing(file: Path) -> None:
         time.sleep(1.5)
         process.send_signal(signal.SIGINT)
         error = process.communicate(timeout=60)[1]
-    if process.returncode != 0:  # else it was quicker
+    if process.returncode != 0:  # otherwise it finished before the signal
         assert process.returncode in (130, -signal.SIGINT)
         assert file.read_text() == "___ ___ ___ ___"
         assert b"Traceback" not in error
@@ -154,7 +154,7 @@ def test_ctrl_c_writes_nothing(file: Path) -> None:
 def test_a_terminal_shows_the_result_and_keeps_nothing_of_the_progress(file: Path, option: str) -> None:
     with Terminal([*FILL, option, str(file)], 100, 24) as terminal:
         assert terminal.finish() == 0
-    shown = FILLED.replace("\r", "\u240d").splitlines()  # a carriage return steers the terminal
+    shown = FILLED.replace("\r", "\u240d").splitlines()  # a carriage return would control the terminal
     assert [line for line in shown if line in terminal.text] == shown
     assert b"canvases, step 1" in terminal.output
     assert "canvases, step" not in terminal.text

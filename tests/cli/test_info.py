@@ -1,4 +1,4 @@
-"""What info says of a checkpoint, from its headers alone."""
+"""``info``: the facts about a checkpoint, from its headers alone."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ words = model.tokenizer.decode(list(range(300, 400)) * 41)
 ids = model.encode_prompt(words, raw=True)[: int(sys.argv[3])]
 prompt = model.tokenizer.decode(ids[1:])
 few_steps = model.generation.override(max_denoising_steps=2)
-for _ in range(2):  # in the first, weights come in layer by layer, behind the work of the layers before
+for _ in range(2):  # in the first run, the weights of a layer are loaded after the work of the layers before it
     statistics = generate(model, prompt, raw=True, seed=1, max_tokens=1, generation=few_steps).statistics
 print(statistics.prompt_tokens, statistics.peak_memory)
 """
@@ -139,14 +139,14 @@ def test_a_converted_checkpoint(tmp_path: Path) -> None:
     assert facts["active_parameters"] == source["active_parameters"]
     assert facts["bytes"] < source["bytes"]
     assert facts["bits_per_weight"] == pytest.approx(report.plan.bits_per_weight, abs=0.01)
-    assert len(facts["formats"]) == 3  # 4 bits, 8 bits, and what is not packed
+    assert len(facts["formats"]) == 3  # 4 bits, 8 bits, and unpacked tensors
     for broken in ("{", "[]", '{"recipe": 4}', "[" * 100_000):
         (output / "conversion_report.json").write_text(broken)
         assert describe(open_source(resolve(str(output))))["recipe"] is None
 
 
 def huge_checkpoint(folder: Path) -> int:
-    """The demo's tensors, 4096 times as many experts, in a sparse file of which no weight was ever written."""
+    """Write the demo with 4096 times as many experts, in a sparse file without any weights. Return its size."""
     experts = 8 * 4096
     shutil.copytree(DEMO_FOLDER, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -167,7 +167,7 @@ def huge_checkpoint(folder: Path) -> int:
 
 
 def test_no_weight_is_read(tmp_path: Path) -> None:
-    """Of this file of 10 GB nothing but the header is on the disk, and nobody has memory to read it all."""
+    """Only the header of this 10 GB file is on the disk. Reading it all would take more memory than the test allows."""
     folder = tmp_path / "huge"
     size = huge_checkpoint(folder)
     file = (folder / "model.safetensors").stat()
@@ -199,7 +199,7 @@ def test_no_weight_is_read(tmp_path: Path) -> None:
         ("other sizes", "config.json requires"),
     ],
 )
-def test_a_folder_that_is_no_checkpoint(tmp_path: Path, broken: str, message: str) -> None:
+def test_a_folder_that_is_not_a_checkpoint(tmp_path: Path, broken: str, message: str) -> None:
     folder = tmp_path / "model"
     shutil.copytree(DEMO_FOLDER, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -236,11 +236,11 @@ def test_a_model_on_the_hub_is_described_without_downloading_it(tmp_path: Path) 
     assert {name: facts[name] for name in facts.keys() - elsewhere} == {
         name: demo[name] for name in demo.keys() - elsewhere
     }
-    assert weights and None not in weights  # parts of the file alone, with its header
+    assert weights and None not in weights  # only parts of the file that hold its header
     assert not list(tmp_path.rglob("model.safetensors"))
 
 
-def test_names_that_are_no_model() -> None:
+def test_names_that_are_not_models() -> None:
     for name, exit_code in (("./nowhere", 1), ("", 2)):
         done = run(name)
         assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (exit_code, b"", 2)

@@ -1,4 +1,4 @@
-"""The canvas in flight: what is on the screen while it is drawn, and after."""
+"""The live canvas: the screen while it is drawn, and afterwards."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ ALLOWED = re.compile(r"\x1b\[(?:2|90|2;90|0)m|\x1b\[\d+A|\x1b\[J|\r|\n|\t|[^\x00
 
 
 class Clock:
-    """A clock that the test turns."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -60,7 +60,7 @@ class Clock:
 def show(
     stream: ScreenStream, tokenizer: Tokenizer, events: Iterable[Event], clock: Clock | None = None
 ) -> Iterator[Event]:
-    """Shows the events; yields each one when it is drawn, which is a frame time after the one before."""
+    """Draw the events, more than a frame time apart, and yield each of them after it is drawn."""
     clock = clock or Clock()
     with LiveView(stream, tokenizer, EOS_IDS, clock) as view:  # type: ignore[arg-type]
         for event in events:
@@ -70,14 +70,14 @@ def show(
 
 
 def run(stream: ScreenStream, tokenizer: Tokenizer, ids: Iterable[int], seed: int = 0) -> str:
-    """Shows an answer, with any token in its drafts; returns its text."""
+    """Draw an answer whose drafts hold any tokens, and return its text."""
     *_, done = show(stream, tokenizer, answer(tokenizer, ids, seed, noise=tokenizer.vocab_size))
     assert isinstance(done, Done)
     return done.text
 
 
 def assert_shows(stream: ScreenStream, text: str) -> None:
-    """The terminal shows this text, as if nothing but it had been printed, and a new line."""
+    """Check that the terminal shows this text and a new line, as if nothing else had been printed."""
     wanted = laid_out(text if not text or text.endswith("\n") else text + "\n", stream.screen.columns, 24)
     assert stream.screen.text == wanted.text
     assert stream.screen.all_rows == wanted.all_rows
@@ -145,7 +145,7 @@ def test_whoever_stops_it_keeps_the_committed_text(tokenizer: Tokenizer) -> None
 
 
 def hostile(rng: random.Random, tokenizer: Tokenizer) -> list[int]:
-    """Tokens of an answer that a terminal should not get as it is."""
+    """Return the tokens of an answer that must not reach a terminal unchanged."""
     huge = tokenizer.encode(HUGE)
     ids: list[int] = []
     for _ in range(rng.randint(1, 25)):
@@ -176,7 +176,7 @@ def test_hostile_answers_leave_the_terminal_sane(tokenizer: Tokenizer, seed: int
 
 
 def assert_answer_and_thought(stream: ScreenStream, text: str, shown: str) -> None:
-    """Random control tokens make thinking too; a line of it is among the lines of the answer."""
+    """Check the answer without the lines about thinking, which random control tokens begin."""
     assert stream.screen.is_sane
     kept = re.sub(r"thought, [\d,]+ words?\n", "", shown)
     assert kept.rstrip("\n") == laid_out(text, stream.screen.columns, 24).text
@@ -226,11 +226,11 @@ def test_tokens_are_dimmer_the_less_they_are_settled(tokenizer: Tokenizer) -> No
     changed = [*tokens[:4], tokenizer.encode("f")[0]]
     list(show(stream, tokenizer, [draft(tokens, entropy), draft(changed, entropy, step=2)]))
     first, second = stream.output.split("\x1b[J")[1:3]
-    assert first.startswith("\x1b[2mab\x1b[0m")  # in the first step nothing is known to be stable
+    assert first.startswith("\x1b[2mab\x1b[0m")  # nothing is stable in the first step
     assert second.startswith("a\x1b[2mb\x1b[0m\x1b[90mc\x1b[0m\x1b[2;90md\x1b[0m\x1b[2mf\x1b[0m")
 
 
-def test_what_is_behind_the_end_of_the_text_is_not_drawn(tokenizer: Tokenizer) -> None:
+def test_tokens_after_the_end_of_the_text_are_not_drawn(tokenizer: Tokenizer) -> None:
     stream = ScreenStream()
     tokens = [*tokenizer.encode("word"), EOS, *tokenizer.encode("noise")]
     sure = [0.01] * len(tokens)
@@ -271,7 +271,7 @@ def test_thinking_is_dim_while_it_lasts_and_one_line_after(tokenizer: Tokenizer)
             dim_drawn += 1
             assert not re.search(r"(^|\x1b\[0m)[^\x1b]*More of it", frame)
     assert dim_drawn > 3
-    words = len(thought.split()) - 1  # the channel's name is none of them
+    words = len(thought.split()) - 1  # the name of the channel does not count
     assert f"\x1b[2mthought, {words} words\x1b[0m\n" in stream.output
     assert_shows(stream, f"thought, {words} words\nBecause.\nYes")
 

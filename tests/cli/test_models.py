@@ -1,4 +1,4 @@
-"""Checkpoints in the Hub's cache: listed, and removed only when that was asked for."""
+"""Checkpoints in the Hub's cache are listed, and removed only when the user asks for it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(cache: Path, *arguments: str, variable: str = "HF_HUB_CACHE") -> subproc
 
 
 def put(cache: Path, repo_id: str, config: str, size: int, kind: str = "models") -> Path:
-    """A repository as the Hub's library lays it out: blobs, and a snapshot that links to them.
+    """Write a repository as the Hub's library does: blobs, and a snapshot that links to them.
 
     All have the same commit, as forks do.
     """
@@ -110,7 +110,7 @@ def test_what_is_refused_removes_nothing(cache: Path, arguments: list[str], exit
     assert sorted(cache.rglob("*")) == before
 
 
-def test_a_cache_that_is_no_folder(tmp_path: Path) -> None:
+def test_a_cache_that_is_not_a_folder(tmp_path: Path) -> None:
     (tmp_path / "hub").write_text("")
     done = run(tmp_path / "hub")
     assert done.returncode == 1

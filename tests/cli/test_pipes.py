@@ -32,7 +32,7 @@ ESCAPE = b"\x1b"
 
 
 def slowly(steps: int) -> list[str]:
-    """Options with which every canvas takes so many steps."""
+    """Return options with which every canvas takes this many steps."""
     return ["--speed", "reference", "--max-denoising-steps", str(steps), "--stability-threshold", str(steps)]
 
 
@@ -46,7 +46,7 @@ def is_at_step(terminal: Terminal, step: int) -> bool:
 
 
 def assert_shows(terminal: Terminal, text: str) -> None:
-    """The answer, and behind it the summary on stderr."""
+    """Check that the terminal shows the answer and, after it, the summary on stderr."""
     shown, _, summary = terminal.text.rpartition("\n")
     assert shown == text.rstrip("\n")
     assert re.fullmatch(r"\d+ tokens in .* seed 1", summary)
@@ -89,7 +89,7 @@ def test_no_escape_codes_where_none_are_wanted(options: list[str], variables: di
 
 
 @pytest.mark.parametrize("rest", ["| cat", "> {file}", "| head -1", "2> {file}"])
-def test_no_escape_codes_where_a_stream_is_no_terminal(rest: str, tmp_path: Path) -> None:
+def test_no_escape_codes_where_a_stream_is_not_a_terminal(rest: str, tmp_path: Path) -> None:
     file = tmp_path / "file"
     line = f"{shlex.join([*PROGRAM, *GENERATE, SUDOKU])} {rest.format(file=shlex.quote(str(file)))}"
     with Terminal([], program=("/bin/sh", "-c", line)) as terminal:
@@ -104,7 +104,7 @@ def test_no_escape_codes_where_a_stream_is_no_terminal(rest: str, tmp_path: Path
 
 
 def shell(rest: str) -> subprocess.CompletedProcess[bytes]:
-    """A quiet run of the program in a line of the shell."""
+    """Run the program with --quiet in a line of the shell."""
     line = f"{shlex.join([*PROGRAM, *GENERATE, '-q', 'Sort 7 3 5'])} {rest}"
     null = subprocess.DEVNULL
     return subprocess.run(["/bin/sh", "-c", line], stdin=null, capture_output=True, timeout=60, check=False)
@@ -133,7 +133,7 @@ def test_stdin_of_a_terminal_is_read_where_it_is_asked_for() -> None:
 
 
 def interrupt(terminal: Terminal) -> None:
-    """Ctrl-C, after which the program has to end with 130 and a sane terminal."""
+    """Press Ctrl-C and check that the program ends with 130 and a sane terminal."""
     terminal.type("\x03")
     assert terminal.finish() == 130
     assert terminal.screen.is_sane
@@ -153,8 +153,8 @@ def test_ctrl_c_while_it_loads(tmp_path: Path) -> None:
             except OSError as error:
                 assert error.errno == errno.ENXIO
                 time.sleep(0.01)
-        # It is about to read. Python looks for signals before a read and after it: one that comes in between is
-        # only noticed when there is something to read.
+        # The program is about to read. Python checks for signals before and after a read, so a signal in between is
+        # noticed only when there is something to read.
         time.sleep(1)
         interrupt(terminal)
         os.close(writer)
@@ -225,15 +225,15 @@ def test_snapshots_are_of_each_canvas_and_on_stderr() -> None:
     ("arguments", "exit_code", "message"),
     [
         (["--json", "--jsonl", "hi"], 2, "exclude each other"),
-        (["--batch-size", "2", "hi"], 2, "--batch-size goes with --batch"),
-        (["--batch", "x", "--batch-size", "2", "--trim-canvas"], 2, "--batch goes without --trim-canvas"),
+        (["--batch-size", "2", "hi"], 2, "--batch-size needs --batch"),
+        (["--batch", "x", "--batch-size", "2", "--trim-canvas"], 2, "--batch cannot be combined with --trim-canvas"),
         (["--trace", "/nowhere/file", "hi"], 1, "/nowhere/file"),
         (["--show-steps", "0", "hi"], 2, "--show-steps"),
         (["--seed", str(2**64), "hi"], 2, "--seed"),
         ([os.fsdecode(b"caf\xe9")], 2, "not UTF-8"),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_is_loaded(arguments: list[str], exit_code: int, message: str) -> None:
+def test_bad_options_are_refused_before_anything_is_loaded(arguments: list[str], exit_code: int, message: str) -> None:
     done = run("generate", "-m", "./nowhere", *arguments)
     assert done.returncode == exit_code
     assert done.stdout == b""
@@ -242,7 +242,7 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(arguments: list[str], 
 
 
 class Pipe:
-    """Standard output that buffers, as it does into a pipe, and what has arrived at its other end."""
+    """A buffered standard output into a pipe, and the text that has arrived at the other end."""
 
     def __init__(self) -> None:
         reader, writer = os.pipe()

@@ -1,4 +1,4 @@
-"""``--prompt-cache`` in real processes: what one run has encoded, the next one does not encode again."""
+"""``--prompt-cache`` in real processes: a prompt that one run has encoded is not encoded again by the next."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ENDLESS = settling_after(100_000)
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    return tmp_path / "kept" / "prompt.cache"  # in a folder that is yet to be made
+    return tmp_path / "kept" / "prompt.cache"  # in a folder that does not exist yet
 
 
 def start(tmp_path: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
@@ -41,7 +41,7 @@ def start(tmp_path: Path, *arguments: str, **variables: str) -> subprocess.Popen
 
 
 def run(tmp_path: Path, *arguments: str, stdin: str = "") -> tuple[int, str, str]:
-    """Exit code, stdout, stderr."""
+    """Run the program and return its exit code, stdout and stderr."""
     with start(tmp_path, *arguments) as process:
         out, err = process.communicate(stdin, timeout=180)
         return process.returncode, out, err
@@ -84,7 +84,7 @@ def test_a_chat_goes_on_where_generate_ended(tmp_path: Path, file: Path) -> None
 
 
 def interrupt(process: subprocess.Popen[str], message: str = "") -> None:
-    """Presses Ctrl-C as soon as the program has written something."""
+    """Press Ctrl-C as soon as the program has written something."""
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
     process.stdin.write(message)
     process.stdin.close()
@@ -103,14 +103,14 @@ def test_an_interrupted_answer_leaves_the_prompt_encoded(tmp_path: Path, file: P
 
 
 def test_an_interrupted_chat_leaves_the_prompt_encoded(tmp_path: Path, file: Path) -> None:
-    prompt = "Count from 13 to 40."  # two canvases, the second of which comes too late
+    prompt = "Count from 13 to 40."  # two canvases; the interrupt comes before the second
     with start(tmp_path, *CHAT, "--prompt-cache", str(file), **SLOW) as process:
         interrupt(process, f"{prompt}\n")
     assert 0 < cached(answer(tmp_path, "--prompt-cache", str(file), prompt))
 
 
 def refused(tmp_path: Path, *arguments: str, code: int = 1) -> str:
-    """The one line that says what is wrong."""
+    """Run a command that is refused and return the line that says why."""
     found, out, err = run(tmp_path, *arguments, stdin="Sort 7 3 5\n")
     message, hint = err.splitlines()
     assert (found, out) == (code, "")

@@ -1,4 +1,4 @@
-"""Rows drawn again and again at the bottom of a terminal whose size changes."""
+"""Rows that are redrawn at the bottom of a terminal whose size changes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_nothing_else_is_erased_and_nothing_is_left_when_the_size_changes(seed: 
 def test_rows_of_wide_characters_may_take_more_rows_than_their_cells(stream: ScreenStream, region: Region) -> None:
     stream.write("kept\n")
     region.draw([[("你" * 20, "")], [("status", "")]])
-    stream.resize(7, 24)  # three of them in a row of seven
+    stream.resize(7, 24)  # three of the characters fit in a row of seven cells
     region.draw([[("done", "")]])
     assert stream.screen.all_rows == ["kept", "done"]
 

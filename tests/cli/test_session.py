@@ -1,4 +1,4 @@
-"""Conversations on disk: readable, whole or not at all, and damaged files refused."""
+"""Conversations on disk: readable files, written completely or not at all; damaged files are refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "talk.json"
     some_session().save(path)
     assert Session.load(path) == some_session()
-    some_session().save(path)  # over the first one
+    some_session().save(path)  # replaces the first file
     assert [file.name for file in path.parent.iterdir()] == ["talk.json"]
 
 
@@ -76,9 +76,9 @@ def test_what_may_be_missing(tmp_path: Path) -> None:
         (b'{"format": "caf\xe9"}', "cannot read"),
         (b"[" * 100_000, "cannot read"),
         (record(messages=[TURN[0], {**TURN[1], "content": "\ud800"}]).encode(), "cannot read"),
-        (b"[1, 2]", "no saved conversation"),
-        (b'{"messages": []}', "no saved conversation"),
-        (record(format="dgemma-mlx session 99").encode(), "no saved conversation"),
+        (b"[1, 2]", "is not a saved conversation"),
+        (b'{"messages": []}', "is not a saved conversation"),
+        (record(format="dgemma-mlx session 99").encode(), "is not a saved conversation"),
         (record(messages=None).encode(), "do not make a conversation"),
         (record(messages=TURN[:1]).encode(), "do not make a conversation"),
         (record(messages=TURN[::-1]).encode(), "do not make a conversation"),
@@ -106,7 +106,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, content: bytes, messa
     assert caught.value.hint
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_a_path_without_a_file_is_refused(tmp_path: Path) -> None:
     for path, message in ((tmp_path / "nowhere", "there is no file"), (tmp_path, "cannot read")):
         with pytest.raises(DgemmaError, match=message):
             Session.load(path)

@@ -1,4 +1,4 @@
-"""Settings: flags over environment over config.toml over defaults, and bad values refused by name."""
+"""Settings: options override variables, which override config.toml, which overrides defaults. Bad values are named."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import pytest
 from dgemma_mlx.cli.settings import SETTINGS, Settings, config_file
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED, SPEEDS
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.generation.memory import DEQUANTIZE_CHOICES
 from dgemma_mlx.generation.options import VERIFY
 from dgemma_mlx.kernels.dispatch import MODES, VARIABLE
-from dgemma_mlx.model.dequantize import CHOICES
 
-# One value of every setting that is not its default: as TOML has it, as the environment has it, as Python has it.
+# One value of every setting that differs from its default: in TOML, in the environment, in Python.
 OTHERS: dict[str, tuple[str, str, Any]] = {
     "model": ('"demo"', "demo", "demo"),
     "max_tokens": ("7", "7", 7),
@@ -43,7 +43,7 @@ OTHERS: dict[str, tuple[str, str, Any]] = {
 
 def test_choices_are_those_of_the_modules_that_make_them() -> None:
     assert SETTINGS["kernels"].choices == MODES
-    assert SETTINGS["cpu_dequantize"].choices == CHOICES
+    assert SETTINGS["cpu_dequantize"].choices == DEQUANTIZE_CHOICES
     assert SETTINGS["speed"].choices == tuple(SPEEDS)
     assert SETTINGS["speed"].default == DEFAULT_SPEED
     assert SETTINGS["verify"].choices == VERIFY
@@ -82,7 +82,7 @@ def test_a_flag_goes_before_the_environment_and_that_before_the_file(tmp_path: P
 
 def test_the_environment_goes_before_the_file(tmp_path: Path) -> None:
     path = written(tmp_path, "seed = 1\nmax_tokens = 2\n")
-    settings = Settings({"DGEMMA_SEED": "3", "DGEMMA_MAX_TOKENS": ""}, path)  # an empty variable says nothing
+    settings = Settings({"DGEMMA_SEED": "3", "DGEMMA_MAX_TOKENS": ""}, path)  # an empty variable does not count
     assert (settings["seed"].value, settings["max_tokens"].value) == (3, 2)
 
 

@@ -1,4 +1,4 @@
-"""The emulated screen itself: it breaks lines anew as the terminals of a Mac do."""
+"""The emulated screen breaks lines again after a change of size, as the terminals of a Mac do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``train``, ``fuse`` and ``eval`` as processes, from a file of examples to a model that answers as it has learned."""
+"""``train``, ``fuse`` and ``eval`` as processes: from a file of examples to a model that answers as trained."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a run that was interrupted once and gone on with."""
+    """The adapter of a run that was interrupted once and continued."""
     out = tmp_path_factory.mktemp("run") / "adapter"
     arguments = ("train", "-m", "demo", "--data", data, "-o", out, "--steps", "40", *FAST, "--rank", "8",
                  "--targets", "attention,mlp,experts", "--log-every", "1", "--valid-every", "0")  # fmt: skip
@@ -53,7 +53,7 @@ def adapter(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 break
         left = process.stderr.read()
         assert process.wait(timeout=60) == 130
-    assert "saved in" in left and "--resume goes on" in left
+    assert "saved in" in left and "--resume continues" in left
     done = run(*arguments, "--resume")
     assert done.returncode == 0, done.stderr
     assert "step 40/40  validation: denoising loss" in done.stderr and "exact match" in done.stderr
@@ -123,7 +123,7 @@ def test_sudoku_is_evaluated(tmp_path: Path) -> None:
     result = json.loads(done.stdout)
     records = [json.loads(line) for line in answers.read_text().splitlines()]
     assert result["problems"] == len(records) == 4
-    assert result["right"] == sum(record["right"] for record in records) >= 2  # it knows 4x4
+    assert result["right"] == sum(record["right"] for record in records) >= 2  # the demo knows 4x4 Sudokus
     assert result["denoising_steps"] == pytest.approx(sum(r["denoising_steps"] for r in records) / 4)
 
 
@@ -135,7 +135,7 @@ def test_sudoku_is_evaluated(tmp_path: Path) -> None:
         (("train", "--data", "DATA", "-o", "OUT", "--report-to", "paper"), "--report-to must be"),
         (("train", "--data", "DATA", "-o", "OUT", "--resume"), "holds no run"),
         (("eval", "--task", "sudoku", "--size", "5"), "Sudoku of 5x5 cells is not supported"),
-        (("eval", "--task", "sudoku", "--clues", "few"), "no number of clues"),
+        (("eval", "--task", "sudoku", "--clues", "few"), "not a number of clues"),
         (("fuse", "--adapter", "absent", "-o", "OUT"), "no adapter folder absent"),
         (("generate", "--adapter", "absent", "Hello"), "no adapter folder absent"),
     ],

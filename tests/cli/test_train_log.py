@@ -1,4 +1,4 @@
-"""What is shown of a run: lines, a plot, a dashboard's files."""
+"""The log of a training run: lines, a plot, and the files of a dashboard."""
 
 from __future__ import annotations
 

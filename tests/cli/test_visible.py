@@ -1,4 +1,4 @@
-"""Model text on a terminal: nothing of it steers the terminal, and rows break where terminals break them."""
+"""Model text on a terminal: it cannot control the terminal, and rows break where terminals break them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHOWN = visible(ALL)
 BIDI = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
 
-def test_no_character_of_unicode_can_steer_a_terminal() -> None:
+def test_no_character_of_unicode_can_control_a_terminal() -> None:
     shown = set(SHOWN)
     assert {c for c in shown if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")} == {"\n", "\t"}
     assert not {c for c in shown if unicodedata.bidirectional(c) in BIDI}
@@ -33,8 +33,8 @@ def test_every_character_leaves_something_to_see_and_harmless_ones_are_unchanged
     assert visible(kept) == kept
 
 
-def test_json_can_not_either_and_says_the_same() -> None:
-    text = "".join(c for c in ALL if unicodedata.category(c) != "Cs") + "\ud800"  # two surrogates may become one
+def test_json_cannot_either_and_keeps_its_value() -> None:
+    text = "".join(c for c in ALL if unicodedata.category(c) != "Cs") + "\ud800"  # two would be one character
     line = json_line({"text": text})
     assert json.loads(line) == {"text": text}
     assert visible(line) == line and "\n" not in line and "\t" not in line
@@ -77,6 +77,6 @@ def test_rows_hold_all_the_text_and_no_more_cells_than_they_may() -> None:
             assert got.replace(" ", "") == "".join(wanted.split())
 
 
-def test_json_has_null_for_what_is_no_number() -> None:
+def test_json_has_null_for_nan_and_infinity() -> None:
     value = {"a": [float("nan"), (float("inf"), 1.5)], "b": "NaN"}
     assert json.loads(json_line(value), parse_constant=pytest.fail) == {"a": [None, [None, 1.5]], "b": "NaN"}

@@ -212,7 +212,7 @@ def test_interrupted_and_resumed(talking: Path, tmp_path: Path) -> None:
             process.kill()
     assert process.returncode == 130, error
     assert printed == b"" and b"Traceback" not in error
-    last = ["dgemma-mlx: interrupted", "hint: The same command with --resume goes on."]
+    last = ["dgemma-mlx: interrupted", "hint: The same command with --resume continues."]
     assert error.decode().splitlines()[-2:] == last
     assert not output.exists() and (tmp_path / ".out.partial").exists()
     done = program(*command, "--resume")

@@ -1,4 +1,4 @@
-"""One turn of the conversation: from the session to the model, and back on the screen."""
+"""One turn of a conversation: send the session to the model and show the answer."""
 
 from __future__ import annotations
 
@@ -9,73 +9,85 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dgemma_mlx.cli.chat.session import Session
-from dgemma_mlx.cli.generate import in_bytes, warn_of_doubts
 from dgemma_mlx.cli.interrupt import interruptible
+from dgemma_mlx.cli.loading import in_bytes
+from dgemma_mlx.cli.render.plain import print_warnings
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Done
-from dgemma_mlx.generation.prompt_cache import PromptCache
 
 if TYPE_CHECKING:
     from dgemma_mlx.checkpoint.config import GenerationConfig
     from dgemma_mlx.generation.model import Model
+    from dgemma_mlx.generation.prompt_cache import PromptCache
 
+# The settings that are parameters of the denoising loop.
 _LOOP = (
     "max_denoising_steps", "entropy_bound", "t_min", "t_max", "confidence_threshold", "stability_threshold",
 )  # fmt: skip
 
 
 class Chat:
-    """A session, the model that answers, and the prefix that both share from turn to turn.
+    """A conversation with a model.
 
-    ``defaults`` are the settings that ``/set`` has not changed. With ``draw``, the canvas is drawn on the terminal.
-    ``cache`` is that prefix, where some of it is encoded already.
+    Attributes:
+        model: The model that answers.
+        session: Messages, system prompt and changed settings.
+        draw: Whether the canvas is drawn on the terminal.
+        attached: Text of files, which goes before the next message.
+        last: The last answer, or None.
     """
 
     def __init__(
         self, model: Model, session: Session, defaults: dict[str, Any], *, draw: bool, cache: PromptCache | None = None
     ) -> None:
+        """``defaults`` are the settings that ``/set`` has not changed. ``cache`` holds the prompt encoded so far."""
+        from dgemma_mlx.generation.prompt_cache import PromptCache
+
         self.model, self.session, self.draw = model, session, draw
-        self.attached = ""  # goes before the next message
+        self.attached = ""
         self.last: Done | None = None
         self._defaults = defaults
         self._cache = cache or PromptCache()
 
     def setting(self, name: str) -> Any:
+        """Return the value of a setting: what ``/set`` has chosen, or the default."""
         return self.session.settings.get(name, self._defaults[name])
 
     def generation(self) -> GenerationConfig:
-        """The denoising loop's parameters in force; a ``DgemmaError`` where they do not go together."""
+        """Return the parameters of the denoising loop. Raises `DgemmaError` when they contradict each other."""
         return self.model.generation.override(**{name: self.setting(name) for name in _LOOP})
 
     def answer(self, *, again: bool = False) -> bool:
-        """Answers the session's last message; the answer becomes its next one. False where there is none.
+        """Answer the session's last message and add the answer to the session. Return False when no answer was kept.
 
-        Ctrl-C stops after the step under way: committed canvases stay as an answer that is marked cancelled. Pressed
-        again, it interrupts at once (``KeyboardInterrupt``). With a fixed seed, answering ``again`` takes the next one.
+        Ctrl-C stops after the current step: committed canvases stay as an answer that is marked as cancelled. A second
+        Ctrl-C raises KeyboardInterrupt immediately. With a fixed seed, answering ``again`` uses the next seed.
         """
         with interruptible() as cancelled, _keys_unseen():
             self._make_room()
             done = self._run(self._seed(again), cancelled)
         self.last = done
-        warn_of_doubts(done)
+        print_warnings(done)
         stopped = done.finish_reason == "cancelled"
         if stopped and not done.text.strip():
             print("cancelled; nothing was kept", file=sys.stderr)
             return False
         self.session.add("assistant", done.text, thinking=done.thinking, cancelled=stopped)
         if stopped:
-            print("cancelled; what is above was kept", file=sys.stderr)
+            print("cancelled; the text above was kept", file=sys.stderr)
         elif done.finish_reason == "length":
-            print("the answer was cut: it reached max_tokens, or the model's positions", file=sys.stderr)
+            print("the answer was cut off: it reached max_tokens or the model's last position", file=sys.stderr)
         return True
 
     def _seed(self, again: bool) -> int | None:
+        """Return the seed of the next answer, or None for a random one."""
         seed: int | None = self.setting("seed")
         if seed is None or not again:
             return seed
         return (seed if self.last is None else self.last.seed) + 1
 
     def _run(self, seed: int | None, cancelled: Callable[[], bool]) -> Done:
+        """Generate an answer and show it."""
         from dgemma_mlx.cli.render.live import draw
         from dgemma_mlx.cli.render.plain import print_text
         from dgemma_mlx.generation.api import stream
@@ -91,13 +103,16 @@ class Chat:
         return draw(events, self.model.tokenizer, self.model.generation.eos_token_ids)
 
     def _make_room(self) -> None:
-        """Drops the oldest turns where the conversation and an answer no longer fit the model's positions."""
+        """Drop the oldest turns when the conversation and an answer no longer fit into the model's positions.
+
+        Raises `DgemmaError` when the last message alone does not fit.
+        """
         positions, canvas = self.model.config.text.max_position_embeddings, self.model.config.canvas_length
         answer = max(canvas, min(self.setting("max_tokens"), positions // 4))
         starts = self.session.questions
 
         def length(turn: int) -> int:
-            """Tokens of the conversation from this turn on."""
+            """Return the number of tokens of the conversation from this turn on."""
             return len(self.model.encode_prompt(self.session.prompt(starts[turn]), thinking=self.setting("thinking")))
 
         if length(0) <= positions - answer:
@@ -105,8 +120,8 @@ class Chat:
         last = len(starts) - 1
         if (alone := length(last)) > positions - canvas:
             raise DgemmaError(
-                f"the message is too long: {alone:,} tokens; with a canvas of {canvas} the model's limit of "
-                f"{positions:,} positions is passed", "Send less of it; the conversation is as it was.",
+                f"the message is too long: its {alone:,} tokens and a canvas of {canvas} exceed the model's limit of "
+                f"{positions:,} positions", "Send less of it. The conversation has not changed.",
             )  # fmt: skip
         dropped = bisect_left(range(last), True, key=lambda turn: length(turn) <= positions - answer)
         del self.session.messages[: starts[dropped]]
@@ -117,7 +132,7 @@ class Chat:
 
 @contextmanager
 def _keys_unseen() -> Iterator[None]:
-    """What is typed while the model writes is not echoed into its text; the next prompt gets it."""
+    """Do not echo the keys that are typed within the block. The next prompt receives them."""
     if not sys.stdin.isatty():
         yield
         return

@@ -1,4 +1,4 @@
-"""The slash commands, as a table."""
+"""The slash commands of a conversation."""
 
 from __future__ import annotations
 
@@ -21,11 +21,18 @@ from dgemma_mlx.sizes import size
 QUOTES = '"""'
 _COMMAND = re.compile(r"/(\S*)\s*(.*)", re.DOTALL)
 _SHORT = {"steps": "max_denoising_steps"}
-_UNSET = {"seed": "random", "temp": "falls from t_max to t_min"}
+_UNSET = {"seed": "random", "temp": "falls from t_max to t_min"}  # how a setting without a value is shown
 
 
 class Outcome(NamedTuple):
-    """What a line leaves to the loop: ``ask`` to answer the last message, ``text`` to start the next one with."""
+    """What the loop has to do after a line.
+
+    Attributes:
+        ask: Answer the last message.
+        again: The message has been answered before.
+        leave: End the conversation.
+        text: Start the next line with this text.
+    """
 
     ask: bool = False
     again: bool = False
@@ -34,30 +41,30 @@ class Outcome(NamedTuple):
 
 
 def at_terminal() -> bool:
-    """Whether a person writes and reads."""
+    """Return whether a person writes and reads: stdin and stdout are terminals."""
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def can_edit() -> bool:
-    """Whether that person's terminal can move its cursor."""
+    """Return whether a person writes on a terminal that can move its cursor."""
     return at_terminal() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
 
 
 def is_quoted(text: str) -> bool:
-    """Whether the text begins and ends with three quotation marks."""
+    """Return whether the text begins and ends with three quotation marks."""
     return len(text) >= 2 * len(QUOTES) and text.startswith(QUOTES) and text.endswith(QUOTES)
 
 
 def take(chat: Chat, line: str) -> Outcome:
-    """Runs a command, or adds a message to the session; what is in three quotation marks is always a message.
+    """Run a command, or add a message to the session. Text within three quotation marks is always a message.
 
-    Raises ``DgemmaError`` where there is no such command, or it is used wrongly.
+    Raises `DgemmaError` for an unknown command and for a command that is used wrongly.
     """
     text = line.strip()
     if command := _COMMAND.fullmatch(text):
         name, rest = command.groups()
         if name not in COMMANDS:
-            raise DgemmaError(f"there is no command /{name}", "/help lists them; nothing was sent to the model.")
+            raise DgemmaError(f"there is no command /{name}", "/help lists the commands. Nothing was sent.")
         return COMMANDS[name].run(chat, rest) or Outcome()
     message = text[len(QUOTES) : -len(QUOTES)].strip() if is_quoted(text) else text
     if not message:
@@ -68,7 +75,7 @@ def take(chat: Chat, line: str) -> Outcome:
 
 
 def _say(text: str) -> None:
-    """To the terminal; in a pipe stdout is for answers alone."""
+    """Print to the terminal, or to stderr when stdout is a pipe, which receives only answers."""
     print(visible(text), file=sys.stdout if sys.stdout.isatty() else sys.stderr)
 
 
@@ -76,7 +83,7 @@ def _help(chat: Chat, rest: str) -> None:
     width = max(len(f"/{name} {command.usage}") for name, command in COMMANDS.items())
     for name, command in COMMANDS.items():
         _say(f"{f'/{name} {command.usage}':{width}}  {command.meaning}")
-    _say('Alt-Enter breaks a line; """ begins and ends a message of many lines; Ctrl-C stops an answer.')
+    _say('Alt-Enter starts a new line; """ begins and ends a message of several lines; Ctrl-C stops an answer.')
 
 
 def _system(chat: Chat, rest: str) -> None:
@@ -105,7 +112,7 @@ def _set(chat: Chat, rest: str) -> None:
 
 
 def _value(chat: Chat, name: str) -> str:
-    """A setting as it is in force, the checkpoint's own where nothing else was chosen."""
+    """Return the value of a setting as JSON: the checkpoint's own value when nothing else was chosen."""
     value = chat.setting(name)
     value = getattr(chat.model.generation, name, None) if value is None else value
     return _UNSET[name] if value is None else json.dumps(value)
@@ -119,7 +126,7 @@ def _show(chat: Chat, rest: str) -> None:
         mark = " (cancelled)" if message.get("cancelled") else ""
         _say(f"\n[{message['role']}{mark}]\n{message['content']}")
     if chat.attached:
-        _say(f"\n{len(chat.attached):,} characters of files go with the next message")
+        _say(f"\n{len(chat.attached):,} characters of files will be sent with the next message")
 
 
 def _clear(chat: Chat, rest: str) -> None:
@@ -139,11 +146,12 @@ def _undo(chat: Chat, rest: str) -> None:
 
 def _edit(chat: Chat, rest: str) -> Outcome:
     if not can_edit():
-        raise DgemmaError("/edit needs a terminal that can edit", "/undo takes the last turn back.")
+        raise DgemmaError("/edit needs a terminal that can edit", "/undo removes the last turn.")
     return Outcome(text=_last_question(chat))
 
 
 def _last_question(chat: Chat) -> str:
+    """Remove the last turn and return its question. Raises `DgemmaError` when there is no turn."""
     question = chat.session.pop_turn()
     if question is None:
         raise DgemmaError("there is no turn yet", "Write a message first.")
@@ -154,14 +162,14 @@ def _read(chat: Chat, rest: str) -> None:
     path = _path(rest, "/read FILE")
     try:
         if path.exists() and not path.is_file():
-            raise DgemmaError(f"{path} is no file", "Only text files can be read.")
+            raise DgemmaError(f"{path} is not a file", "Only text files can be read.")
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise DgemmaError(f"cannot read {path}: {error.strerror}", "Check its name.") from None
+        raise DgemmaError(f"cannot read {path}: {error.strerror}", "Check the name of the file.") from None
     except UnicodeDecodeError:
-        raise DgemmaError(f"{path} is no text in UTF-8", "Only text can be read.") from None
+        raise DgemmaError(f"{path} is not UTF-8 text", "Only text can be read.") from None
     chat.attached += text.strip() + "\n\n"
-    _say(f"{path}: {len(text):,} characters, sent with your next message")
+    _say(f"{path}: {len(text):,} characters, which will be sent with your next message")
 
 
 def _save(chat: Chat, rest: str) -> None:
@@ -183,6 +191,7 @@ def _load(chat: Chat, rest: str) -> None:
 
 
 def _path(text: str, usage: str) -> Path:
+    """Return the path that follows a command. Raises `DgemmaError` when there is none."""
     path = Path(os.path.expanduser(text))
     if not path.name or "\0" in text:
         raise DgemmaError("which file?", f"Write {usage}.")
@@ -191,7 +200,7 @@ def _path(text: str, usage: str) -> Path:
 
 def _stats(chat: Chat, rest: str) -> None:
     if chat.last is None:
-        raise DgemmaError("nothing was generated yet", "Write a message first.")
+        raise DgemmaError("nothing has been generated yet", "Write a message first.")
     for name, value in asdict(chat.last.statistics).items():
         shown = size(value) if name == "peak_memory" else f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"
         _say(f"{name.replace('_', ' '):20} {shown}")
@@ -204,7 +213,13 @@ def _bye(chat: Chat, rest: str) -> Outcome:
 
 
 class Command(NamedTuple):
-    """What follows the name, what it does, and the function."""
+    """A slash command.
+
+    Attributes:
+        usage: What follows the name.
+        meaning: What the command does.
+        run: The function that runs it.
+    """
 
     usage: str
     meaning: str
@@ -212,17 +227,17 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "help": Command("", "this list", _help),
+    "help": Command("", "show this list", _help),
     "system": Command("[TEXT|none]", "set, remove or show the system prompt", _system),
-    "set": Command("NAME [VALUE]", "change a setting; without value, back to its default", _set),
-    "show": Command("", "settings and conversation", _show),
+    "set": Command("NAME [VALUE]", "change a setting; without VALUE, restore its default", _set),
+    "show": Command("", "show settings and conversation", _show),
     "clear": Command("", "begin a new conversation", _clear),
     "regen": Command("", "answer the last message again", _regen),
     "undo": Command("", "forget the last turn", _undo),
     "edit": Command("", "change the last message and send it again", _edit),
     "read": Command("FILE", "send a text file with the next message", _read),
     "save": Command("FILE", "save the conversation", _save),
-    "load": Command("FILE", "go on with a saved conversation", _load),
-    "stats": Command("", "what the last answer took", _stats),
+    "load": Command("FILE", "continue a saved conversation", _load),
+    "stats": Command("", "show the statistics of the last answer", _stats),
     "bye": Command("", "leave (so does Ctrl-D)", _bye),
 }

@@ -1,4 +1,4 @@
-"""Line editing on a terminal: history on disk, messages of many lines, completion of commands."""
+"""Line editing on a terminal: history on disk, messages of several lines, completion of commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from dgemma_mlx.cli.chat.session import CHANGEABLE
 
 
 def editor(history: Path | None) -> Callable[[str], str | None]:
-    """Asks for a message, with a text to start from; None when the user leaves. Without ``history`` none is kept."""
+    """Return a function that asks for a message, starting with a text, and returns None when the user leaves.
+
+    The history is kept in the file ``history``, or only in memory when it is None.
+    """
     session: PromptSession[str] = PromptSession(
         ">>> ", history=InMemoryHistory() if history is None else FileHistory(str(history)), multiline=True,
         key_bindings=_keys(), completer=_Commands(), complete_while_typing=False, prompt_continuation="... ",
@@ -40,15 +43,15 @@ def editor(history: Path | None) -> Callable[[str], str | None]:
                     print("Ctrl-C again or Ctrl-D leaves", file=sys.stderr)
                 warned, start = empty, ""
             else:
-                return text.encode("utf-8", "replace").decode()  # typed bytes may be no UTF-8
+                return text.encode("utf-8", "replace").decode()  # typed bytes may not be UTF-8
 
     return ask
 
 
 def _keys() -> KeyBindings:
-    """Enter sends, unless quotation marks are open; Alt-Enter breaks the line."""
+    """Return the key bindings: Enter sends unless quotation marks are open, and Alt-Enter starts a new line."""
     keys = KeyBindings()
-    writing = has_focus(DEFAULT_BUFFER)  # and not searching in the history
+    writing = has_focus(DEFAULT_BUFFER)  # not while the user searches the history
 
     @keys.add("escape", "enter", filter=writing)
     def _(event: KeyPressEvent) -> None:
@@ -67,9 +70,10 @@ def _keys() -> KeyBindings:
 
 
 class _Commands(Completer):
-    """Completes slash commands, the names of settings, and files."""
+    """A completer for slash commands, the names of settings, and files."""
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        """Yield the words that complete the text before the cursor."""
         text = document.text_before_cursor
         if not text.startswith("/"):
             return

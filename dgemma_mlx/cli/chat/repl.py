@@ -1,4 +1,4 @@
-"""The loop: a line from the user, an answer from the model."""
+"""The loop of a conversation: a line from the user, an answer from the model."""
 
 from __future__ import annotations
 
@@ -6,59 +6,75 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dgemma_mlx.cli.generate import (
-    Adapter,
-    Dequantize,
+from dgemma_mlx.cli.loading import load_model
+from dgemma_mlx.cli.parameters import (
     MaxTokens,
-    ModelName,
-    NoKernels,
+    ModelOptions,
     NoLive,
     Seed,
     SpeedMode,
     System,
+    Thinking,
     VerifyMode,
-    chosen,
-    draws,
-    load_as_told,
+    prompt_option,
 )
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.prompt_cache import PromptCacheFile, kept_prompt_cache
+from dgemma_mlx.cli.render.region import can_draw
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
     from dgemma_mlx.cli.chat.answer import Chat
     from dgemma_mlx.cli.chat.session import Session
 
+# Asks for a line, starting with the given text. Returns None when the user leaves.
 Ask = Callable[[str], str | None]
-"""Asks for a line, with a text to start from; None when the user leaves."""
 
-Thinking = Annotated[bool | None, typer.Option("--thinking/--no-thinking", help="Let the model think first.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the last conversation.")]
+Resume = Annotated[bool, prompt_option("--resume", help="Continue the last conversation.")]
 
 
 def chat(
-    model: ModelName = None,
-    adapter: Adapter = None,
-    max_tokens: MaxTokens = None,
-    seed: Seed = None,
     system: System = None,
     thinking: Thinking = None,
-    no_live: NoLive = False,
     resume: Resume = False,
+    *,
+    model: ModelOptions,
+    no_live: NoLive = False,
+    max_tokens: MaxTokens = None,
+    seed: Seed = None,
     speed: SpeedMode = None,
     verify: VerifyMode = None,
     prompt_cache: PromptCacheFile = None,
-    cpu_dequantize: Dequantize = None,
-    no_kernels: NoKernels = False,
 ) -> None:
-    """Talk with the model; /help lists the commands. The conversation is saved after every turn.
+    """Talk with the model in the terminal.
 
-    Without a terminal every line of stdin is a message, and the answers go to stdout.
+    `/help` lists the commands of the conversation, and Ctrl-D leaves. The conversation is saved after every turn.
+    Without a terminal, every line of standard input is a message and the answers go to stdout.
+
+    Notes:
+        - Alt-Enter starts a new line, and `\"\"\"` begins and ends a message of several lines. The arrow keys bring
+          back earlier messages.
+        - The commands are `/help`, `/system`, `/set`, `/show`, `/clear`, `/regen`, `/undo`, `/edit`, `/read FILE`,
+          `/save FILE`, `/load FILE`, `/stats` and `/bye`. A line that begins with a slash never reaches the model,
+          except within `\"\"\"`. `/system none` removes the system prompt.
+        - Ctrl-C stops an answer after the current step. Committed canvases stay, marked as cancelled. Ctrl-C twice at
+          an empty prompt leaves.
+        - A new turn encodes only what is new; `/stats` shows the number of cached tokens. A conversation that no longer
+          fits loses its oldest turns, and a line on stderr says so.
+        - `--resume` continues with the model and the settings of the last conversation, unless options override them.
+        - The history and the last conversation are kept in the platform's folder for state, or in the folder that
+          DGEMMA_STATE names.
+
+    Examples:
+        dgemma-mlx chat -m demo
+        dgemma-mlx chat -m mlx-community/diffusiongemma-26B-A4B-it-4bit --system "Be brief."
+        dgemma-mlx chat --resume
     """
     from dgemma_mlx.checkpoint.hub import DEMO
     from dgemma_mlx.cli.chat.answer import Chat
@@ -70,32 +86,32 @@ def chat(
         "max_tokens": max_tokens, "seed": seed, "system": system, "thinking": thinking, "speed": speed,
         "verify": verify,
     }  # fmt: skip
-    defaults = {name: chosen(settings, name, flags.get(name)) for name in SETTINGS}
+    defaults = {name: settings.pick_checked(name, flags.get(name)) for name in SETTINGS}
     folder = _state_folder()
     session = _resumed(folder) if resume else Session(model=defaults["model"])
     for name, flag in flags.items():
         if flag is not None:
-            session.settings.pop(name, None)  # a flag goes before what /set once said
+            session.settings.pop(name, None)  # an option overrides what /set has chosen
     if system is not None or not resume:
         session.system = defaults["system"]
-    name = settings.pick("model", session.model if model is None else model)
-    loaded = load_as_told(settings, name, cpu_dequantize, no_kernels, adapter=adapter)
-    # the next one may begin in another folder
+    name = settings.pick("model", session.model if model.model is None else model.model)
+    loaded = load_model(settings, replace(model, model=name))
+    # A full path, because --resume may run in another folder.
     session.model = os.path.abspath(name) if name not in (None, DEMO) and os.path.isdir(name) else name
-    draw = defaults["live"] and not no_live and draws()
+    draw = defaults["live"] and not no_live and can_draw()
     with kept_prompt_cache(prompt_cache, loaded) as cache, quiet_when_closed():
         conversation = Chat(loaded, session, defaults, draw=draw, cache=cache)
-        conversation.generation()  # refuses settings that do not go together before anything is written
+        conversation.generation()  # refuse contradictory settings before anything is written
         if resume:
             turns = f"{session.turns} turn{'' if session.turns == 1 else 's'}"
-            print(f"going on after {turns}; /show shows them", file=sys.stderr)
+            print(f"continuing after {turns}; /show shows them", file=sys.stderr)
         _talk(conversation, folder, kept=resume)
 
 
 def _state_folder() -> Path | None:
-    """Where history and the last conversation are kept: the platform's folder, or ``DGEMMA_STATE``.
+    """Return the folder of the history and the last conversation: the platform's, or the one DGEMMA_STATE names.
 
-    For its owner alone. None, with a word about it, where it cannot be written.
+    Only its owner can read it. When it cannot be written, print a warning and return None.
     """
     if named := os.environ.get("DGEMMA_STATE"):
         folder = Path(os.path.expanduser(named))
@@ -113,28 +129,35 @@ def _state_folder() -> Path | None:
 
 
 def _history(folder: Path) -> Path:
+    """Return the file of the typed messages."""
     return folder / "history"
 
 
 def _last_session(folder: Path) -> Path:
+    """Return the file of the last conversation."""
     return folder / "last_session.json"
 
 
 def _resumed(folder: Path | None) -> Session:
+    """Load the last conversation. Raises `DgemmaError` when there is none."""
     from dgemma_mlx.cli.chat.session import Session
 
     if folder is None or not _last_session(folder).exists():
-        raise DgemmaError("there is no conversation to go on with", "`dgemma-mlx chat` begins one.")
+        raise DgemmaError("there is no conversation to continue", "`dgemma-mlx chat` begins one.")
     return Session.load(_last_session(folder))
 
 
 def _talk(chat: Chat, folder: Path | None, kept: bool) -> None:
-    """Takes messages until there are no more; ``kept`` says whether this conversation is the last one on disk."""
+    """Take messages until there are no more.
+
+    ``kept`` says whether this conversation is already the last one on disk.
+    """
     from dgemma_mlx.cli.chat.commands import at_terminal, can_edit, take
 
     person = at_terminal()
     if person:
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the terminal is put right first
+        # Exit in the normal way on SIGTERM, so that the terminal is restored.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         print("/help lists the commands, Ctrl-D leaves", file=sys.stderr)
     ask = _editor(folder) if can_edit() else _lines(">>> " if person else "")
     failed, start = False, ""
@@ -165,13 +188,14 @@ def _talk(chat: Chat, folder: Path | None, kept: bool) -> None:
 
 
 def _editor(folder: Path | None) -> Ask:
+    """Return a function that asks for a line on a terminal that can edit."""
     from dgemma_mlx.cli.chat.editor import editor
 
     return editor(None if folder is None else _history(folder))
 
 
 def _lines(prompt: str) -> Ask:
-    """Every line of stdin is a message."""
+    """Return a function that prints a prompt and reads the next line of stdin."""
     number = 0
 
     def ask(start: str) -> str | None:
@@ -183,13 +207,13 @@ def _lines(prompt: str) -> Ask:
             return line.decode("utf-8") if line else None
         except UnicodeDecodeError:
             message = f"standard input is not UTF-8 text (line {number})"
-            raise DgemmaError(message, "Convert it first, with iconv for example.", exit_code=2) from None
+            raise DgemmaError(message, "Convert it to UTF-8 first, for example with iconv.", exit_code=2) from None
 
     return ask
 
 
 def _keep(session: Session, folder: Path) -> None:
-    """Saves the conversation for ``--resume``."""
+    """Save the conversation for ``--resume``."""
     try:
         session.save(_last_session(folder))
     except DgemmaError as error:
@@ -197,6 +221,7 @@ def _keep(session: Session, folder: Path) -> None:
 
 
 def _complain(error: DgemmaError) -> None:
+    """Print an error and its hint to stderr."""
     from dgemma_mlx.cli.render.visible import visible
 
     print(visible(error.message), file=sys.stderr)

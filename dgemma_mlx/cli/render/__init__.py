@@ -1,1 +1,1 @@
-"""What draws: events in, text out. Nothing here imports mlx."""
+"""Draw events as text, as JSON, or as a live canvas. No module here imports mlx."""

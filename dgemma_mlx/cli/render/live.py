@@ -1,4 +1,4 @@
-"""The canvas in flight on a terminal: drawn in place a step at a time, dimmer where it is less settled."""
+"""Draw the canvas on a terminal while it denoises: in place, step by step, dimmer where it is less settled."""
 
 from __future__ import annotations
 
@@ -20,43 +20,48 @@ if TYPE_CHECKING:
 
 FRAME_SECONDS = 0.05
 DIM = "2"
-_STABLE = 0.1  # nats: below, a token that has not changed is settled
-# Entropy in nats up to which a token gets each style: theme-aware attributes, right on dark and on light.
+_STABLE = 0.1  # nats; an unchanged token with a lower entropy is settled
+# Entropy limits in nats and the style below each of them. The attributes fit dark and light themes.
 _STYLES = ((_STABLE, ""), (0.7, DIM), (2.0, "90"))
-_NOISE = "2;90"  # above all of them
-_SHOWN = 20_000  # characters: more than a screen has room for
+_NOISE = "2;90"  # style of a token above all limits
+_SHOWN = 20_000  # characters, more than fit on a screen
 _NO_BREAK = "\xa0"  # a space at which a row does not break
-_ENDS = 0.5  # nats: an end-of-text token below this ends what is shown
+_ENDS = 0.5  # nats; an end-of-text token with a lower entropy ends the drawn text
 
 
 class LiveView:
-    """Shows events on a terminal; a context manager. ``eos_ids`` end the text of a canvas.
+    """A context manager that draws events on a terminal. Call it with each event.
 
-    Finished lines go above the drawn rows as plain text, unbroken, to be copied; the last, unfinished line stays among
-    them until it is complete. Thinking is drawn dim while it lasts; one line that counts its words remains of it.
+    Finished lines scroll up above the drawn rows as plain, unbroken text that can be copied. The last, unfinished line
+    is among the drawn rows until it is complete. Thinking is drawn dim; when it is over, one line with the number of
+    its words takes its place.
     """
 
     def __init__(
         self, stream: TextIO, tokenizer: Tokenizer, eos_ids: Collection[int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``clock`` gives seconds. While it says those of now, no times are shown."""
+        """Begin with empty rows.
+
+        ``eos_ids`` are the tokens that end the text of a canvas. ``clock`` returns seconds; until it advances, the
+        status line shows no times.
+        """
         self._region, self._tokenizer, self._eos_ids, self._clock = Region(stream), tokenizer, eos_ids, clock
         self._open_channel = tokenizer.special_ids.get("<|channel>")
         self._close_channel = tokenizer.special_ids.get("<channel|>")
-        self._tail = ""  # of the committed text, behind its last line feed
-        self._thinking = False  # where the committed tokens end
-        self._thought = ""  # committed thinking that is not over
+        self._tail = ""  # committed text after its last line feed
+        self._thinking = False  # whether the committed tokens end within thinking
+        self._thought = ""  # committed thinking that is not complete
         self._previous: tuple[int, ...] = ()
         self._status = "reading the prompt"
         self._began = clock()
         self._drawn = float("-inf")
-        self._kept = 0  # tokens committed
+        self._kept = 0  # number of committed tokens
 
     def __enter__(self) -> LiveView:
         try:
             self._region.draw(self._rows(self._region.size[0]))
-        except BaseException:  # a Ctrl-C that comes before the block has begun
+        except BaseException:  # such as Ctrl-C before the block begins
             self._region.close()
             raise
         return self
@@ -64,11 +69,12 @@ class LiveView:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leaves the committed text, and the cursor at the start of a line."""
+        """Erase the drawn rows, keep the committed text and leave the cursor at the start of a line."""
         self._region.close(self._fold() + (self._tail + "\n" if self._tail else ""))
         self._tail = ""
 
     def __call__(self, event: Event) -> None:
+        """Draw an event."""
         if isinstance(event, Draft):
             self._draft(event)
         elif isinstance(event, Committed):
@@ -77,7 +83,7 @@ class LiveView:
             assert isinstance(event, Done)
 
     def frame(self, draft: Draft, columns: int) -> list[Row]:
-        """What is drawn for a draft: the unfinished line with the draft behind it, and the status line."""
+        """Return the rows for a draft: the unfinished line followed by the draft, and the status line."""
         levels = self._levels(draft)
         self._previous = draft.tokens
         seconds = self._clock() - self._began
@@ -93,6 +99,7 @@ class LiveView:
         return self._rows(columns, self._pieces(draft, levels))
 
     def _draft(self, draft: Draft) -> None:
+        """Draw a draft, unless the last frame is too recent and more steps follow."""
         now = self._clock()
         if draft.finished or now - self._drawn >= FRAME_SECONDS:
             self._drawn = now
@@ -100,6 +107,7 @@ class LiveView:
         self._previous = draft.tokens
 
     def _committed(self, event: Committed) -> None:
+        """Move the finished lines of a canvas above the drawn rows and keep the unfinished one."""
         self._kept += len(event.tokens)
         self._previous = ()
         for token in event.tokens:
@@ -110,13 +118,16 @@ class LiveView:
         self._region.draw(self._rows(self._region.size[0]), above=fold + lines + feed)
 
     def _fold(self) -> str:
-        """Thinking that is over, as one line."""
+        """Forget the thinking, which is complete, and return the line that takes its place."""
         words = len(self._thought.split())
         self._thought = ""
         return f"\x1b[{DIM}mthought, {words:,} {'word' if words == 1 else 'words'}\x1b[0m\n" if words else ""
 
     def _rows(self, columns: int, pieces: Iterable[Piece] = ()) -> list[Row]:
-        """What is not finished, the status below; in rows that leave the last column free, where terminals differ."""
+        """Return the unfinished text and the pieces, with the status line below.
+
+        The rows leave the last column free, because terminals differ in what they do after it.
+        """
         width = max(columns - 1, 1)
         before = [(self._thought[-_SHOWN:], DIM), (self._tail[-_SHOWN:], "")]
         lines = textwrap.wrap(self._status, width)
@@ -125,7 +136,10 @@ class LiveView:
         return status if rows == [[]] else rows + status
 
     def _levels(self, draft: Draft) -> list[float]:
-        """Of each token up to the end of the text: its entropy in nats, or that of an unsettled one if it changed."""
+        """Return a level in nats for each token up to the end of the text.
+
+        The level of a token is its entropy, and at least ``_STABLE`` when the token has changed since the last step.
+        """
         levels: list[float] = []
         previous = self._previous or (None,) * len(draft.tokens)
         for token, entropy, before in zip(draft.tokens, draft.entropy, previous, strict=True):
@@ -135,7 +149,7 @@ class LiveView:
         return levels
 
     def _pieces(self, draft: Draft, levels: list[float]) -> Iterator[Piece]:
-        """The draft's text, token by token, each in the style of how settled it is."""
+        """Yield the text of each token in the style of its level."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         thinking = self._thinking
         for token, level in zip(draft.tokens, levels, strict=False):
@@ -145,14 +159,14 @@ class LiveView:
             yield visible(text), style or (DIM if thinking else "")
 
     def _thinks(self, token: int, before: bool) -> bool:
-        """Whether what follows the token is thinking."""
+        """Return whether the text after the token is thinking. ``before`` says whether the text before it is."""
         if token == self._open_channel:
             return True
         return before and token != self._close_channel
 
 
 def draw(events: Iterable[Event], tokenizer: Tokenizer, eos_ids: Collection[int]) -> Done:
-    """Shows a generation on stdout, a terminal; tool calls on stderr when it is over."""
+    """Draw a generation on stdout, which must be a terminal, and print its tool calls to stderr at the end."""
     with LiveView(sys.stdout, tokenizer, eos_ids) as view:
         for event in events:
             view(event)

@@ -1,4 +1,4 @@
-"""Events as text or JSON, for pipes and for people who want no drawing."""
+"""Print events as text or JSON, for pipes and for terminals without drawing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dgemma_mlx.events import Committed, Done, Draft, Event
 
 
 class _Writer:
-    """Writes text at once, made safe where it goes to a terminal; a pipe gets it as it is."""
+    """A stream that text is written to immediately: unchanged to a pipe, made safe on a terminal."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -20,18 +20,23 @@ class _Writer:
         self._in_line = False
 
     def write(self, text: str) -> None:
+        """Write a text and flush the stream."""
         if text:
             self._stream.write(self._safe(text))
             self._stream.flush()
             self._in_line = not text.endswith("\n")
 
     def end_line(self) -> None:
+        """Write a line feed unless the last text ended with one."""
         if self._in_line:
             self.write("\n")
 
 
 def print_text(events: Iterable[Event], quiet: bool) -> Done:
-    """Writes each committed canvas to stdout when it is final; thinking and tool calls go to stderr."""
+    """Print each canvas to stdout as soon as it is final, and thinking and tool calls to stderr.
+
+    Return the last event. With ``quiet``, thinking is not printed.
+    """
     answer, thinking = _Writer(sys.stdout), _Writer(sys.stderr)
     try:
         for event in events:
@@ -53,19 +58,31 @@ def print_text(events: Iterable[Event], quiet: bool) -> Done:
 
 
 def print_tool_calls(answer: Done) -> None:
+    """Print the tool calls of an answer to stderr, one per line."""
     for call in answer.tool_calls:
         print(f"tool call: {visible(call.name)} {json_line(call.arguments)}", file=sys.stderr)
 
 
+def print_warnings(answer: Done) -> None:
+    """Warn on stderr about an answer that may be wrong: uncertain canvases and tokens that the encoder doubts."""
+    uncertain, doubted = answer.statistics.low_confidence, answer.statistics.doubted_tokens
+    if uncertain:
+        canvases = "a canvas was" if uncertain == 1 else f"{uncertain} canvases were"
+        print(f"dgemma-mlx: {canvases} still uncertain after all steps: low confidence", file=sys.stderr)
+    if doubted:
+        tokens = "a token" if doubted == 1 else f"{doubted} tokens"
+        print(f"dgemma-mlx: the encoder doubts {tokens} of the answer", file=sys.stderr)
+
+
 def print_json(events: Iterable[Event], model: str) -> Done:
-    """Writes the whole answer as one JSON object."""
+    """Print the whole answer as one JSON object and return the last event."""
     done = next(event for event in events if isinstance(event, Done))
     print(json_line({"model": model, **asdict(done)}))
     return done
 
 
 def print_lines(events: Iterable[Event], model: str) -> Done:
-    """Writes every event as a line of JSON."""
+    """Print every event as a line of JSON and return the last one."""
     for event in events:
         print(json_line(record(event, model)), flush=True)
         if isinstance(event, Done):
@@ -74,13 +91,19 @@ def print_lines(events: Iterable[Event], model: str) -> Done:
 
 
 def record(event: Event, model: str) -> dict[str, Any]:
-    """An event as plain data; ``event`` says which: draft, committed or done."""
-    name = {"event": type(event).__name__.lower()}
-    return {**name, "model": model, **asdict(event)} if isinstance(event, Done) else {**name, **asdict(event)}
+    """Return an event as plain data. Its ``event`` is draft, committed or done."""
+    fields: dict[str, Any] = {"event": type(event).__name__.lower()}
+    if isinstance(event, Done):
+        fields["model"] = model
+    fields |= asdict(event)
+    if isinstance(event, Committed):
+        doubted = fields.pop("doubted")  # low_confidence may be a property, which asdict leaves out
+        fields |= {"low_confidence": event.low_confidence, "doubted": doubted}
+    return fields
 
 
 def traced(events: Iterable[Event], file: TextIO, model: str) -> Iterator[Event]:
-    """The same events; each is written to the file as a line of JSON."""
+    """Yield the events and write each of them to the file as a line of JSON."""
     for event in events:
         file.write(json_line(record(event, model)) + "\n")
         yield event
@@ -89,7 +112,7 @@ def traced(events: Iterable[Event], file: TextIO, model: str) -> Iterator[Event]
 def with_snapshots(
     events: Iterable[Event], count: int, decode: Callable[[Iterable[int]], str]
 ) -> Iterator[Event]:
-    """The same events; before a canvas is committed, ``count`` of its steps are printed to stderr."""
+    """Yield the events. Before each committed canvas, print ``count`` of its steps to stderr."""
     drafts: list[Draft] = []
     for event in events:
         if isinstance(event, Draft):
@@ -104,7 +127,7 @@ def with_snapshots(
 
 
 def _spread(drafts: list[Draft], count: int) -> list[Draft]:
-    """At most ``count`` of them, evenly spaced; the last one always, the first if there are two."""
+    """Return at most ``count`` drafts, evenly spaced: always the last one, and the first one if there are two."""
     if count >= len(drafts):
         return drafts
     if count == 1:

@@ -1,12 +1,13 @@
-"""Rows at the bottom of the terminal that are drawn again and again, while finished text scrolls up above them.
+"""Rows at the bottom of a terminal that are redrawn in place while finished text scrolls up above them.
 
-No alternate screen, and the cursor is never hidden, so that nothing has to be restored. Rich's ``Live`` is not used:
-when the window becomes narrower, terminals break the rows drawn before anew, and it erases too few of them.
+The program uses no alternate screen and never hides the cursor, so nothing has to be restored. It does not use Rich's
+``Live``: when the window becomes narrower, terminals break the drawn rows again, and ``Live`` erases too few of them.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import TextIO
 
@@ -15,26 +16,32 @@ from dgemma_mlx.cli.render.visible import Row, wrap
 _ERASE_BELOW = "\x1b[J"
 
 
-class Region:
-    """Draws to a terminal, of which it knows the size anew for each frame.
+def can_draw() -> bool:
+    """Return whether stdout and stderr are a terminal that understands escape codes and NO_COLOR is not set."""
+    allowed = not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+    return allowed and sys.stdout.isatty() and sys.stderr.isatty()
 
-    Between frames the cursor stands at the start of the last row: there the terminal echoes what is typed (``^C``).
+
+class Region:
+    """The redrawn rows of a terminal, whose size is read again for each frame.
+
+    Between frames, the cursor stands at the start of the last row, where the terminal echoes typed keys (``^C``).
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._rows: list[Row] = []  # on the screen
+        self._rows: list[Row] = []  # the rows on the screen
 
     @property
     def size(self) -> tuple[int, int]:
-        """Columns and rows."""
+        """Return the number of columns and of rows."""
         columns, rows = os.get_terminal_size(self._stream.fileno())
-        return columns or 80, rows or 24  # a terminal that does not know says 0
+        return columns or 80, rows or 24  # a terminal that does not know its size reports 0
 
     def draw(self, rows: Sequence[Row], above: str = "") -> None:
-        """Replaces what was drawn: first ``above``, whole lines that stay, then the rows (each within the width).
+        """Replace the drawn rows. ``above`` holds whole lines that stay on the screen, above the new rows.
 
-        Of more rows than the screen has, the last ones are shown.
+        Each row must fit into the width. When there are more rows than the screen has, the last ones are shown.
         """
         columns, height = self.size
         shown = [_stripped(row) for row in rows[-max(height - 1, 1) :]]
@@ -44,16 +51,16 @@ class Region:
         self._stream.flush()
 
     def close(self, last: str = "") -> None:
-        """Erases the rows and writes what stays."""
+        """Erase the rows and write ``last``, which stays on the screen."""
         columns, _ = self.size
         self._stream.write(self._back(columns) + last)
         self._stream.flush()
         self._rows = []
 
     def _back(self, columns: int) -> str:
-        """Moves to the first cell of what was drawn, or of the screen if that is lower, and erases from there.
+        """Return the codes that move to the first drawn cell, or to the top of the screen, and erase from there.
 
-        Where the window has become narrower since, a row of many cells now takes several.
+        If the window has become narrower since, a drawn row now takes several rows of the screen.
         """
         if not self._rows:
             return ""
@@ -62,12 +69,12 @@ class Region:
 
 
 def styled(row: Row) -> str:
-    """The row with its styles as escape sequences."""
+    """Return the text of the row with its styles as escape sequences."""
     return "".join(f"\x1b[{style}m{text}\x1b[0m" if style else text for text, style in row)
 
 
 def _stripped(row: Row) -> Row:
-    """The row without spaces at its end: on narrowing, some terminals count them and some do not."""
+    """Return the row without trailing spaces, which only some terminals count when the window becomes narrower."""
     row = list(row)
     while row:
         text, style = row.pop()

@@ -1,4 +1,4 @@
-"""Model text made safe for a terminal, and broken into rows as a terminal breaks it."""
+"""Make model text safe for a terminal and break it into rows as a terminal does."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
-_PICTURES = 0x2400  # U+2400 SYMBOL FOR NULL and so on: one for each C0 control
+_PICTURES = 0x2400  # U+2400 SYMBOL FOR NULL is the first of the pictures of the C0 controls
 _KEPT = "\n\t"
 _ISOLATES = range(0x2066, 0x206A)
 _EMBEDDINGS = range(0x202A, 0x202F)
-_SEPARATORS = (0x2028, 0x2029)  # of lines and of paragraphs
-_SURROGATES = range(0xD800, 0xE000)  # no text to encode
-_EMOJI_STYLE = "\ufe0f"  # draws what is before it two cells wide, in some terminals
+_SEPARATORS = (0x2028, 0x2029)  # the line separator and the paragraph separator
+_SURROGATES = range(0xD800, 0xE000)  # UTF-8 cannot encode them
+_EMOJI_STYLE = "\ufe0f"  # in some terminals, draws the character before it two cells wide
 
 
 def _replacement(code: int) -> str:
+    """Return what is shown in place of a character: its picture if it has one, else U+FFFD."""
     if code < 0x20:
         return chr(_PICTURES + code)
     return "\u2421" if code == 0x7F else "\ufffd"
@@ -32,17 +33,17 @@ _ESCAPES = {code: f"\\u{code:04x}" for code in _UNSAFE}
 
 
 def visible(text: str) -> str:
-    """The text with every character that could steer a terminal, or reorder what is around it, made visible.
+    """Replace every character that could control a terminal or reorder the text around it by a visible one.
 
-    Line feeds and tabs stay, and so do letters of all scripts, joiners and combining marks.
+    Line feeds, tabs, letters of all scripts, joiners and combining marks stay the same.
     """
     return text.translate(_UNSAFE)
 
 
 def json_line(value: Any) -> str:
-    """A value as JSON on one line that steers no terminal either: what ``visible`` replaces is escaped.
+    """Return a value as one line of JSON that is safe for a terminal: characters that ``visible`` replaces are escaped.
 
-    JSON has no NaN and no infinities; they become null.
+    NaN and infinities become null, because JSON has neither.
     """
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
@@ -52,6 +53,7 @@ def json_line(value: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
+    """Return the value with None in place of each NaN and infinity."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -61,20 +63,21 @@ def _finite(value: Any) -> Any:
 
 @lru_cache(maxsize=4096)
 def cells(character: str) -> int:
-    """Columns that a character takes by itself: with those around it, an emoji may take fewer."""
+    """Return the columns that a character takes by itself. Within a sequence, an emoji may take fewer."""
     from wcwidth import wcwidth
 
     return 1 if character == _EMOJI_STYLE else max(wcwidth(character), 0)
 
 
+# A text and its style: an SGR parameter string such as "2" (dim) or "" (normal).
 Piece = tuple[str, str]
-"""Text and its style, an SGR parameter string such as "2" (dim) or "" (normal)."""
 
+# The pieces of one row on the screen, from left to right.
 Row = list[Piece]
 
 
 def wrap(pieces: Iterable[Piece], width: int) -> list[Row]:
-    """Rows of at most ``width`` cells, broken where a terminal breaks them; tabs become spaces."""
+    """Break the pieces into rows of at most ``width`` cells, where a terminal would. Tabs become spaces."""
     rows: list[Row] = [[]]
     column = 0
     for character, style in _characters(pieces):
@@ -97,4 +100,5 @@ def wrap(pieces: Iterable[Piece], width: int) -> list[Row]:
 
 
 def _characters(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Yield each character with the style of its piece."""
     return ((character, style) for text, style in pieces for character in text)

@@ -1,0 +1,51 @@
+"""From options and settings to a loaded model and the keyword arguments of the Python functions."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from dgemma_mlx.cli.parameters import AnswerOptions, ModelOptions
+from dgemma_mlx.cli.settings import Settings
+from dgemma_mlx.sizes import parse_size
+
+if TYPE_CHECKING:
+    from dgemma_mlx.generation.model import Model
+
+
+def load_model(settings: Settings, options: ModelOptions, quiet: bool = False) -> Model:
+    """Load the model that the options or the settings name, and set the mode of the Metal kernels.
+
+    Unless ``quiet``, a line on stderr says when the built-in demo answers because no model was chosen.
+    """
+    from dgemma_mlx.generation.api import load
+    from dgemma_mlx.kernels.dispatch import set_mode
+
+    set_mode(settings.pick("kernels", "off" if options.no_kernels else None))
+    name = settings.pick("model", options.model)
+    cpu_dequantize = settings.pick("cpu_dequantize", options.cpu_dequantize)
+    loaded = load(name, cpu_dequantize=cpu_dequantize, adapter=options.adapter)
+    if name is None and not quiet:
+        print(
+            "dgemma-mlx: no model chosen, so the built-in demo answers; for the real one: "
+            "-m mlx-community/diffusiongemma-26B-A4B-it-4bit",
+            file=sys.stderr,
+        )
+    return loaded
+
+
+def answer_arguments(settings: Settings, options: AnswerOptions, raw: bool) -> dict[str, Any]:
+    """Return ``seed``, ``system`` and ``memory_limit`` (bytes) from the options, or else from the settings.
+
+    A system prompt from the settings does not apply to ``raw`` prompts, which have no chat template.
+    """
+    return {
+        "seed": settings.pick("seed", options.seed),
+        "system": options.system if raw else settings.pick("system", options.system),
+        "memory_limit": in_bytes(settings.pick("memory_limit", options.memory_limit)),
+    }
+
+
+def in_bytes(size: str | None) -> int | None:
+    """Return a size such as ``20GB`` in bytes. Raises `DgemmaError` (exit code 2) when the text is not a size."""
+    return None if size is None else parse_size(size)
