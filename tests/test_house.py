@@ -92,7 +92,9 @@ def test_a_source_file_is_small_and_its_fields_are_described_in_docstrings(path:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
-            assert node.end_lineno - node.body[0].lineno < 60, f"{node.name} is long"
+            # A command's parameters and its docstring, which is its help, do not count.
+            body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
+            assert node.end_lineno - body[0].lineno < 60, f"{node.name} is long"
     # help() and IDEs do not find a string under a field or a constant.
     assert list(stray_strings(tree)) == []
 
