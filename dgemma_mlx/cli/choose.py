@@ -8,11 +8,13 @@ from typing import Annotated
 
 import typer
 
-from dgemma_mlx.cli.infill import prepared
-from dgemma_mlx.cli.parameters import AnswerOptions, AsJson, DenoisingOptions, ModelOptions, Raw, prompt_option
+from dgemma_mlx.cli.interrupt import interruptible
+from dgemma_mlx.cli.loading import answer_arguments, load_model
+from dgemma_mlx.cli.parameters import AnswerOptions, AsJson, ModelOptions, Raw, prompt_option
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.prompt import read_prompt
 from dgemma_mlx.cli.render.visible import json_line, visible
+from dgemma_mlx.cli.settings import Settings
 
 Question = Annotated[
     str | None, typer.Argument(help="The question. With `-` or without a question, it is read from standard input.")
@@ -48,10 +50,15 @@ def choose(
     asked = read_prompt(question)
     answers = [text for row in csv.reader([choices], skipinitialspace=True) for text in row]
     with quiet_when_closed():
-        with prepared(model, answer, DenoisingOptions(), raw) as (loaded, arguments):
-            from dgemma_mlx.infill.choose import choose as choose_among
+        from dgemma_mlx.infill.choose import choose as choose_among
 
-            found = choose_among(loaded, asked, answers, listed=listed, raw=raw, **arguments)
+        settings = Settings()
+        loaded = load_model(settings, model, answer.quiet)
+        with interruptible() as cancelled:
+            found = choose_among(
+                loaded, asked, answers, listed=listed, raw=raw, cancelled=cancelled,
+                **answer_arguments(settings, answer, raw),
+            )
         if as_json:
             print(json_line({"model": loaded.name, "choices": [asdict(choice) for choice in found]}))
         else:

@@ -1,4 +1,4 @@
-"""What ``fill``, ``edit`` and ``choose`` have in common on the command line."""
+"""What ``fill`` and ``edit`` have in common on the command line."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class ResultOptions:
 def prepared(
     model: ModelOptions, answer: AnswerOptions, denoising: DenoisingOptions, raw: bool
 ) -> Iterator[tuple[Model, dict[str, Any]]]:
-    """Yield the model and the keyword arguments that fill, edit and choose share.
+    """Yield the model and the keyword arguments that fill and edit share.
 
     Within the block, Ctrl-C ends the work after the current denoising step.
     """

@@ -125,7 +125,7 @@ def test_choose_prints_probabilities() -> None:
         (["edit", "x", "-m", "demo", "--lines", "3"], b"a", "no lines 3 to 3"),
         (["edit", "x", "-m", "demo"], b"", "empty"),
         (["edit", "x", "-m", "demo"], b"word " * 60, "a canvas holds 31"),
-        (["choose", "x", "-m", "demo", "--from", "a"], b"", "no choices"),
+        (["choose", "x", "-m", "demo", "--from", "a"], b"", "not choices"),
         (["choose", "--from", "a,b"], b"", "prompt is empty"),
     ],
 )

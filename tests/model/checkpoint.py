@@ -15,6 +15,7 @@ from dgemma_mlx.checkpoint.config import ModelConfig
 from dgemma_mlx.checkpoint.names import Weights
 from dgemma_mlx.model.load import load_model
 from dgemma_mlx.model.text import DiffusionGemma
+from dgemma_mlx.train.demo import CONFIG
 
 Tensors = dict[str, mx.array]
 LAYER_TYPES = ["sliding_attention", "sliding_attention", "full_attention"]
@@ -22,6 +23,7 @@ NORMS = (
     "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "pre_feedforward_layernorm_2",
     "post_feedforward_layernorm", "post_feedforward_layernorm_1", "post_feedforward_layernorm_2",
 )
+# The demo model's configuration, in small.
 _CONFIG: dict[str, Any] = {
     "architectures": ["DiffusionGemmaForBlockDiffusion"],
     "model_type": "diffusion_gemma",
@@ -31,37 +33,12 @@ _CONFIG: dict[str, Any] = {
     "image_token_id": 90,
     "eos_token_id": [1, 50],
     "text_config": {
-        "model_type": "diffusion_gemma_text",
+        **CONFIG["text_config"],
         "vocab_size": 96,
-        "hidden_size": 128,
-        "intermediate_size": 128,
         "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_global_key_value_heads": 1,
-        "head_dim": 32,
-        "global_head_dim": 64,
         "sliding_window": 8,
         "layer_types": LAYER_TYPES,
         "num_experts": 4,
-        "top_k_experts": 2,
-        "moe_intermediate_size": 64,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-6,
-        "final_logit_softcapping": 30.0,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "attention_bias": False,
-        "use_bidirectional_attention": "vision",
-        "rope_parameters": {
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-            "full_attention": {
-                "rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0
-            },
-        },
-        "tie_word_embeddings": True,
-        "pad_token_id": 0,
-        "bos_token_id": 2,
-        "eos_token_id": 1,
     },
 }
 

@@ -16,25 +16,10 @@ CORPUS = [
 ] * 3
 
 SPECIAL = {
-    "<pad>": 0,
-    "<eos>": 1,
-    "<bos>": 2,
-    "<unk>": 3,
-    "<mask>": 4,
-    "<|tool>": 46,
-    "<tool|>": 47,
-    "<|tool_call>": 48,
-    "<tool_call|>": 49,
-    "<|tool_response>": 50,
-    "<tool_response|>": 51,
-    '<|"|>': 52,
-    "<|think|>": 98,
-    "<|channel>": 100,
-    "<channel|>": 101,
-    "<|turn>": 105,
-    "<turn|>": 106,
-    "<|image|>": 110,
-}
+    "<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<mask>": 4, "<|tool>": 46, "<tool|>": 47, "<|tool_call>": 48,
+    "<tool_call|>": 49, "<|tool_response>": 50, "<tool_response|>": 51, '<|"|>': 52, "<|think|>": 98,
+    "<|channel>": 100, "<channel|>": 101, "<|turn>": 105, "<turn|>": 106, "<|image|>": 110,
+}  # fmt: skip
 UNMARKED = {"<|turn>", '<|"|>', "<|channel>", "<mask>"}  # control tokens that the file marks "special": false
 ORDINARY = ["\n", "\n\n", "\n\n\n", "▁▁", "▁▁▁▁", "<table>", "<b>", "</b>"]  # added tokens that are ordinary text
 

@@ -18,28 +18,13 @@ from tokenizers import Tokenizer
 import dgemma_mlx
 from dgemma_mlx.train import demo_tokenizer
 from dgemma_mlx.train.tasks import TASKS
+from tests.text.gemma_like import SPECIAL
 
 SHIPPED = Path(dgemma_mlx.__file__).parent / "demo"
 Render = Callable[..., str]
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-GEMMA_IDS = {
-    "<pad>": 0,
-    "<eos>": 1,
-    "<bos>": 2,
-    "<unk>": 3,
-    "<|tool>": 46,
-    "<tool|>": 47,
-    "<|tool_call>": 48,
-    "<tool_call|>": 49,
-    "<|tool_response>": 50,
-    "<tool_response|>": 51,
-    '<|"|>': 52,
-    "<|think|>": 98,
-    "<|channel>": 100,
-    "<channel|>": 101,
-    "<|turn>": 105,
-    "<turn|>": 106,
-}
+# The control tokens of Gemma 4 at their ids.
+GEMMA_IDS = {token: id for token, id in SPECIAL.items() if token not in ("<mask>", "<|image|>")}
 
 
 @pytest.fixture(scope="module")
