@@ -100,7 +100,7 @@ def train(
         if not math.isfinite(losses["loss"]):
             raise DgemmaError(
                 f"the loss is {losses['loss']} at step {step}",
-                f"Lower the learning rate; checkpoints from before this step are in {folder}.",
+                f"Lower the learning rate; {folder} keeps the last checkpoint before this step, if there is one.",
             )
         step += 1
         meter.add({**losses, "gradient_norm": norm.item()}, sum(b.ids.size + b.canvas.size for b, _ in parts))
