@@ -43,7 +43,7 @@ TargetBpw = Annotated[float | None, recipe_option("--target-bpw", help="Bits per
 Calibration = Annotated[
     Path | None,
     recipe_option(
-        "--calibration", metavar="FILE", help="Texts that `mixed` measures errors with, one per line."
+        "--calibration", metavar="FILE", help="Texts for the error measurements of `mixed`, one per line."
     ),
 ]
 ListRecipes = Annotated[bool, recipe_option("--list-recipes", help="Print the recipes and stop.")]
