@@ -43,7 +43,7 @@ TargetBpw = Annotated[float | None, recipe_option("--target-bpw", help="Bits per
 Calibration = Annotated[
     Path | None,
     recipe_option(
-        "--calibration", metavar="FILE", help="Texts that `mixed` measures errors with, one per line."
+        "--calibration", metavar="FILE", help="Texts for the error measurements of `mixed`, one per line."
     ),
 ]
 ListRecipes = Annotated[bool, recipe_option("--list-recipes", help="Print the recipes and stop.")]
@@ -90,8 +90,8 @@ def convert(
         - `mxfp4` and `nvfp4` have experts and self-conditioning in that format and the rest in 8 bits. `mxfp8` has
           mxfp8 everywhere. `bf16` packs nothing.
         - `mixed` chooses 3, 4, 5, 6 or 8 bits for each part of each layer by measured error, to reach `--target-size`
-          or `--target-bpw`. It measures errors on the weights alone, or with `--calibration` on what flows through
-          them.
+          or `--target-bpw`. It measures the errors of the weights. With `--calibration`, the activations of those
+          texts say how much an error counts.
         - "Everywhere" means embeddings, attention, router, dense MLP, experts and self-conditioning. Norms, scalars and
           the vision tower stay bf16. `--list-recipes` prints the rules.
         - Tensors are read and packed 64 MB at a time. A source of 3 GB with the real layout took at most 445 MB of

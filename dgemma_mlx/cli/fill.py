@@ -26,7 +26,7 @@ Size = Annotated[
     int | None, gap_option("--size", min=1, help="Number of tokens in the gap of --at or --prefix-file.")
 ]
 Hint = Annotated[
-    str, gap_option("--hint", help="What belongs into the gap of --at or --prefix-file, for the model to read.")
+    str, gap_option("--hint", help="A hint for the model: what belongs in the gap of --at or --prefix-file.")
 ]
 PrefixFile = Annotated[
     Path | None, gap_option("--prefix-file", metavar="FILE", help="The text before the gap, instead of FILE.")

@@ -36,7 +36,7 @@ Data = Annotated[
         "--data", help="A JSONL file, or a folder with `train.jsonl` and optionally `valid.jsonl`. May be repeated."
     ),
 ]
-Valid = Annotated[Path | None, data_option("--valid", metavar="FILE", help="A JSONL file to validate with.")]
+Valid = Annotated[Path | None, data_option("--valid", metavar="FILE", help="A JSONL file of validation examples.")]
 MaxLength = Annotated[
     int, data_option("--max-length", min=1, help="Maximum tokens of a prompt and its answer. The rest is cut off.")
 ]

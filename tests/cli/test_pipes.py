@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
-from dgemma_mlx.cli.render.plain import print_text
+from dgemma_mlx.cli.render.plain import print_text, record
 from dgemma_mlx.events import Committed, Event
 from dgemma_mlx.text import Tokenizer
 from tests.cli.synthetic import answer
@@ -207,6 +207,14 @@ def test_jsonl_and_the_trace_tell_every_event(tmp_path: Path) -> None:
     assert "".join(event["text"] for event in committed) == last["text"]
     for draft in drafts:
         assert len(draft["tokens"]) == len(draft["accepted_mask"]) == len(draft["entropy"]) == 32
+
+
+def test_the_keys_of_a_committed_event() -> None:
+    event = Committed(0, (5, 1), "text", "", (), steps=3, settled_by=None, doubted=(0,))
+    keys = ["event", "canvas", "tokens", "text", "thinking", "tool_calls", "steps", "settled_by", "low_confidence",
+            "doubted"]  # fmt: skip
+    assert list(record(event, "demo")) == keys
+    assert record(event, "demo")["low_confidence"] is event.low_confidence
 
 
 def test_snapshots_are_of_each_canvas_and_on_stderr() -> None:
