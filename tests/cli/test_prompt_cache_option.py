@@ -124,11 +124,11 @@ def test_a_file_that_cannot_be_used_is_one_line_before_any_answer(
 ) -> None:
     file.parent.mkdir()
     file.write_text("text")
-    assert "is no prompt cache" in refused(tmp_path, *command, "--prompt-cache", str(file))
+    assert "is not a prompt cache" in refused(tmp_path, *command, "--prompt-cache", str(file))
     assert file.read_text() == "text"
     assert "cannot write" in refused(tmp_path, *command, "--prompt-cache", str(file / "below"))
-    assert "is no file" in refused(tmp_path, *command, "--prompt-cache", str(tmp_path))
-    assert "is no file" in refused(tmp_path, *command, "--prompt-cache", os.devnull)
+    assert "is not a file" in refused(tmp_path, *command, "--prompt-cache", str(tmp_path))
+    assert "is not a file" in refused(tmp_path, *command, "--prompt-cache", os.devnull)
 
 
 def test_options_that_exclude_it_are_refused(tmp_path: Path, file: Path) -> None:

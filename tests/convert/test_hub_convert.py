@@ -151,7 +151,7 @@ def test_after_a_failed_download_only_what_is_missing_is_fetched(
     hub.repositories["owner/name"].troubles[broken] = [CHUNK + 1_000_000, HTTPStatus.SERVICE_UNAVAILABLE]
     error, hint = shell.failure("owner/name@big", "-o", "out")
     assert "owner/name@big could not be downloaded: " in error and "503" in error
-    assert "next try" in hint
+    assert "next attempt" in hint
     assert names_in(shell.folder) == {"cache"}
 
     hub.downloads.clear()
@@ -196,7 +196,7 @@ def test_a_refused_upload_leaves_the_conversion(
     hub.on_write[path] = (403, "")
     error, hint = shell.failure(sources["main"], "-o", "out", "--upload-repo", "owner/new", "-y")
     assert error.startswith("dgemma-mlx: uploading out to owner/new failed: 403 Forbidden")
-    assert "conversion itself is whole" in hint and "hf upload owner/new out" in hint
+    assert "conversion is complete" in hint and "hf upload owner/new out" in hint
     assert load(shell.folder / "out")
 
 
