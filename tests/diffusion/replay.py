@@ -1,4 +1,4 @@
-"""Random numbers that are handed out, so that two programs can be given the same."""
+"""Random numbers that are replayed, so that two programs can be given the same ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dgemma_mlx.diffusion.sampler import Noise
 
 
 class Replay(Noise):
-    """Gives canvases (n, B, C) and uniform numbers (n, B, C) one after the other."""
+    """Noise that returns given canvases (n, B, C) and uniform numbers (n, B, C), one after the other."""
 
     def __init__(self, canvases: NDArray[Any], uniforms: NDArray[Any]) -> None:
         self._canvases, self._uniforms = iter(canvases), iter(uniforms)
@@ -35,7 +35,7 @@ class Replay(Noise):
 def draw(
     seed: int, draws: int, batch: int, length: int, vocab_size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Canvases and uniform numbers for that many draws of each."""
+    """Return canvases and uniform numbers for ``draws`` draws of each."""
     rng = np.random.default_rng(seed)
     canvases = rng.integers(0, vocab_size, (draws, batch, length))
     return canvases, rng.random((draws, batch, length), np.float32)

@@ -18,7 +18,7 @@ Step = tuple[list[int], list[float], list[float]]  # argmax, entropies, gaps of 
 
 
 def sampled(argmax: Any, entropy: Any, gap: Any = 0.0) -> CanvasSample:
-    """A sample of which only these matter; ``gap`` is laid between the two largest weights of the lists."""
+    """Return a sample in which only these values matter; its two largest weights are ``gap`` apart."""
     argmax = mx.array(argmax, mx.int32)
     gap = mx.broadcast_to(mx.array(gap, mx.float32), argmax.shape)
     weights = mx.stack([mx.zeros(gap.shape), (1 - gap) / 2, (1 + gap) / 2, mx.zeros(gap.shape)], axis=-1)
@@ -27,7 +27,7 @@ def sampled(argmax: Any, entropy: Any, gap: Any = 0.0) -> CanvasSample:
 
 
 def decide(steps: list[Step], config: GenerationConfig, speed: Speed, free: list[bool]) -> str | None:
-    """Which test the last step of a row passes, given all of its steps."""
+    """Return which test the last step of a row passes, given all of its steps."""
     argmax, entropy, gaps = steps[-1]
     counting = [place for place in range(C) if free[place]]
     ends = [place for place in range(C) if argmax[place] == END]
@@ -101,7 +101,7 @@ def test_a_canvas_is_uncertain_above_a_mean_entropy(speed: str) -> None:
     canvases = [[5, 5], [5, 5], [END, 5]]
     entropy = [[UNCERTAIN, UNCERTAIN + 0.01], [UNCERTAIN, UNCERTAIN - 0.01], [0.01, 3.0]]
     _, uncertain = rule(sampled(canvases, entropy))
-    assert uncertain.tolist() == [True, False, speed == "reference"]  # what is behind the end is dropped
+    assert uncertain.tolist() == [True, False, speed == "reference"]  # text after the end is dropped
 
 
 def test_a_list_that_is_cut_off_says_nothing_about_the_gap() -> None:
@@ -128,7 +128,7 @@ def test_where_the_reference_stops_so_do_the_other_modes() -> None:
 
 
 @pytest.mark.parametrize("speed", SPEEDS.values(), ids=SPEEDS)
-def test_what_is_no_number_is_uncertain_and_passes_no_test(speed: Speed) -> None:
+def test_nan_is_uncertain_and_passes_no_test(speed: Speed) -> None:
     stopping = Stopping(GenerationConfig(), speed)
     for _ in range(15):
         test, uncertain = stopping(sampled([[1, 2, 3]], [[float("nan")] * C], float("nan")))

@@ -76,19 +76,19 @@ def test_a_limit_too_low_is_shown_as_it_was_given() -> None:
 
 
 @pytest.mark.parametrize("limit", [0, -1])
-def test_a_limit_that_is_no_size(limit: int) -> None:
+def test_a_limit_that_is_not_positive(limit: int) -> None:
     with pytest.raises(DgemmaError, match=f"more than 0 bytes, not {limit}") as caught:
         fitting_budget(PUBLISHED, WEIGHTS, 100, limit)
     assert caught.value.exit_code == 2 and caught.value.hint
 
 
-def test_the_devices_own_limit_is_no_error() -> None:
+def test_the_devices_own_limit_is_not_an_error() -> None:
     weights = 2 * device_limit()
     assert fitting_budget(PUBLISHED, weights, 1000).prefill_step_size < Budget().prefill_step_size
 
 
 def prefill_peak(config: ModelConfig, positions: int, budget: Budget) -> int:
-    """Bytes above those of the weights."""
+    """Return the peak bytes of a prefill, without the weights."""
     model = DiffusionGemma(config.text)
     model.eval()
     budget.apply(model)
@@ -144,7 +144,7 @@ def test_a_step_with_flat_predictions_takes_what_was_estimated(bits: int | None)
 
 
 def test_a_smaller_budget_takes_less() -> None:
-    """How many of the small blocks are there at a time is a matter of luck, but there is a bound."""
+    """The number of small blocks alive at a time varies from run to run, but has a bound."""
     config, budget = ModelConfig(TextConfig.from_dict(SMALL), canvas_length=32), Budget(128, 1 << 18)
     peak = prefill_peak(config, 2048, budget)
     assert peak < 1.15 * run_memory(config, 0, 2048, budget) < 0.6 * run_memory(config, 0, 2048, Budget())

@@ -34,7 +34,7 @@ def test_a_conversation_goes_on_from_where_the_models_turn_began(model: Model) -
     assert reused.tokens == fresh.tokens
 
 
-def test_one_document_and_one_question_after_the_other(model: Model) -> None:
+def test_one_document_and_several_questions(model: Model) -> None:
     """The second prompt shows where the prompts part: from the third on, only the question is encoded."""
     prompt_cache = PromptCache()
     document = "My name is Ana. " + "Hello there. " * 60  # far longer than the sliding window
@@ -113,7 +113,7 @@ def test_every_turn_of_a_long_chat_sees_what_it_would_see_afresh(model: Model) -
         np.testing.assert_allclose(logits, decoded(model, PromptCache(), ids)[1], atol=1e-4)
         turns += [done.text, f"{number} " * 80]
     known, logits = decoded(model, prompt_cache, ids_of(model, turns[0]))
-    assert known == 0  # both marks are behind it
+    assert known == 0  # both marks come after it
     np.testing.assert_allclose(logits, decoded(model, PromptCache(), ids_of(model, turns[0]))[1], atol=1e-4)
 
 

@@ -37,7 +37,7 @@ def model() -> Model:
 
 
 def encoded(model: Model, *points: int, marks: tuple[str, ...] = ("turn", "canvas")) -> PromptCache:
-    """A cache of ``IDS`` up to the last point, with a mark at each of those before it."""
+    """Return a cache of ``IDS`` up to the last point, with a mark at each point before it."""
     prompt_cache = PromptCache()
     cache, start = prompt_cache.reuse(model.network, IDS), 0
     for i, point in enumerate(points):
@@ -62,7 +62,7 @@ def reloaded(prompt_cache: PromptCache, path: Path, model: Model) -> PromptCache
 def test_what_was_saved_goes_on_and_goes_back_as_if_it_had_stayed(
     model: Model, tmp_path: Path, points: tuple[int, ...]
 ) -> None:
-    """Bit by bit as the cache in memory; and nearly what is encoded afresh, where only chunks are others."""
+    """It equals the cache in memory bit for bit, and nearly a fresh one, which is encoded in other chunks."""
     stayed = encoded(model, *points)
     loaded = reloaded(stayed, tmp_path / "cache", model)
     other = (IDS[0] - 200 + 1) % 500 + 200
@@ -88,7 +88,7 @@ def test_saved_after_going_back_and_on_again_it_holds_the_new_text(model: Model,
 
 
 def test_a_prompt_that_goes_on_encodes_only_what_is_new(model: Model, tmp_path: Path) -> None:
-    """Conversations longer than the sliding window, each turn in a new process, so to say."""
+    """Conversations longer than the sliding window, each turn with a freshly loaded cache."""
     path = tmp_path / "cache"
     messages = [{"role": "user", "content": "Hello " * 70 + "My name is Ana."}]
     stayed, cached = PromptCache(), 0
@@ -138,12 +138,12 @@ def test_other_programs_can_read_it(model: Model, tmp_path: Path) -> None:
     assert tensors["ids"].tolist() == IDS[:140]
     assert metadata["model"] == "demo"
     assert tensors["layers.5.keys"].shape == (1, 1, 140, 64)
-    assert tensors["layers.0.keys"].shape == (1, 2, 63 + 20 + 20, 32)  # what the windows have in common is there once
+    assert tensors["layers.0.keys"].shape == (1, 2, 63 + 20 + 20, 32)  # positions in several windows are stored once
 
 
 @contextmanager
 def interrupted_after(calls: int) -> Iterator[None]:
-    """Ctrl-C when so many Python functions have been called."""
+    """Raise KeyboardInterrupt after a number of Python function calls."""
     left = calls
 
     def count(frame: FrameType, event: str, argument: object) -> None:
@@ -184,7 +184,7 @@ def test_interrupted_anywhere_what_is_saved_is_exact(model: Model, tmp_path: Pat
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """The demo model's folder, to be changed."""
+    """A copy of the demo model's folder that a test may change."""
     return Path(shutil.copytree(DEMO_FOLDER, tmp_path / "copy"))
 
 
@@ -204,7 +204,7 @@ def rewritten(folder: Path, tensors: dict[str, mx.array], **options: Any) -> Mod
 
 
 def refused(path: Path, model: Model) -> str:
-    """The message; and the file stays."""
+    """Return the error message; the file must stay as it was."""
     before = path.read_bytes()
     with pytest.raises(DgemmaError) as caught:
         PromptCache.load(path, model)
@@ -286,7 +286,7 @@ def test_no_flipped_bit_goes_unseen(saved: Path, model: Model, seed: int) -> Non
 
 
 def forge(path: Path, change: Callable[[dict[str, Any], bytearray], object]) -> None:
-    """Changes header and data, and makes the digest right again."""
+    """Change header and data, and correct the digest."""
     whole = path.read_bytes()
     start = 8 + struct.unpack("<Q", whole[:8])[0]
     header, data = json.loads(whole[8:start]), bytearray(whole[start:-32])
@@ -320,7 +320,7 @@ FORGERIES: dict[str, Callable[[dict[str, Any], bytearray], object]] = {
     "more than the model's positions": set_entry("ids", shape=[4097]),
     "ids of two dimensions": set_entry("ids", shape=[80, 1]),
     "ids that are floats": set_entry("ids", dtype="F32"),
-    "a mark behind the end": set_marks({"turn": 81}),
+    "a mark after the end": set_marks({"turn": 81}),
     "a mark at 0": set_marks({"turn": 0}),
     "a mark below 0": set_marks({"turn": -3}),
     "a mark too few": set_marks({"canvas": 72}),
@@ -328,9 +328,9 @@ FORGERIES: dict[str, Callable[[dict[str, Any], bytearray], object]] = {
     "a mark that is a float": set_marks({"turn": 40.0, "canvas": 72}),
     "marks that are a list": set_marks([40, 72]),
     "marks that are a number": set_marks(3),
-    "marks that are no JSON": lambda header, data: header["__metadata__"].update(marks="{"),
+    "marks that are not JSON": lambda header, data: header["__metadata__"].update(marks="{"),
     "deep marks": lambda header, data: header["__metadata__"].update(marks="[" * 100_000),
-    "marks that are no text": lambda header, data: header["__metadata__"].update(marks={"turn": 40}),
+    "marks that are not a string": lambda header, data: header["__metadata__"].update(marks={"turn": 40}),
     "no marks": lambda header, data: header["__metadata__"].pop("marks"),
     "no metadata": lambda header, data: header.pop("__metadata__"),
     "metadata of another kind": lambda header, data: header.update(__metadata__=[1]),
@@ -367,7 +367,7 @@ def test_a_forged_file_is_refused(saved: Path, model: Model, name: str) -> None:
 def test_forging_alone_changes_nothing(saved: Path, model: Model) -> None:
     forge(saved, lambda header, data: None)
     assert decoded(model, PromptCache.load(saved, model), IDS[:80])[0] == 80
-    forge(saved, set_id(IDS[0]))  # a change that no check could see but the digest, which is made right
+    forge(saved, set_id(IDS[0]))  # only the digest could detect this change, and it is corrected
     assert decoded(model, PromptCache.load(saved, model), IDS[:80])[0] == 5  # the mark before it
 
 
@@ -377,17 +377,17 @@ def test_a_newer_format_asks_for_a_newer_program(saved: Path, model: Model) -> N
 
 
 @pytest.mark.parametrize("content", [b"", b"text\n", b"\xff" * 50, b"\2" + b"\0" * 7 + b"[]", b"\1" + b"\0" * 7 + b"7"])
-def test_other_files_are_no_prompt_caches(tmp_path: Path, model: Model, content: bytes) -> None:
+def test_other_files_are_not_prompt_caches(tmp_path: Path, model: Model, content: bytes) -> None:
     path = tmp_path / "cache"
     path.write_bytes(content)
     assert "is not a prompt cache" in refused(path, model)
 
 
-def test_a_model_is_no_prompt_cache(copy: Path, model: Model) -> None:
+def test_a_model_is_not_a_prompt_cache(copy: Path, model: Model) -> None:
     assert "is not a prompt cache" in refused(copy / "model.safetensors", model)
 
 
-def test_what_is_no_file_is_neither_read_nor_replaced(model: Model, tmp_path: Path) -> None:
+def test_what_is_not_a_file_is_neither_read_nor_replaced(model: Model, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     prompt_cache = encoded(model, 10)
     for path in (tmp_path, tmp_path / "pipe"):

@@ -215,13 +215,13 @@ def test_bad_options_are_one_clear_error(demo: Model, options: dict[str, Any], s
 
 
 @pytest.mark.parametrize("prompt", [None, 5, b"Sort 5 2 9"])
-def test_what_is_no_prompt(demo: Model, prompt: Any) -> None:
+def test_what_is_not_a_prompt(demo: Model, prompt: Any) -> None:
     with pytest.raises(DgemmaError, match=r"prompt|message") as error:
         generate(demo, prompt)
     assert error.value.exit_code == 2
 
 
-def test_one_prompt_is_no_batch(demo: Model) -> None:
+def test_one_prompt_is_not_a_batch(demo: Model) -> None:
     with pytest.raises(DgemmaError, match="prompts must be a list of prompts"):
         generate_batch(demo, "Sort 5 2 9")
 

@@ -43,7 +43,7 @@ def test_gaps_of_unknown_length_are_filled(demo: Model) -> None:
 
 
 def sudoku_gaps(prompt: str) -> str:
-    """The grid of a prompt, a gap of one token for each empty cell."""
+    """Return the grid of a prompt with a gap of one token for each empty cell."""
     lines = [line for line in prompt.splitlines() if parse_grid("\n".join([line] * 4)) is not None]
     givens = parse_grid("\n".join(lines))
     assert givens is not None
@@ -51,7 +51,7 @@ def sudoku_gaps(prompt: str) -> str:
 
 
 def solve_both_ways(demo: Model, count: int, seed: int) -> tuple[int, int]:
-    """How many held-out Sudoku are solved freely, and as pinned grids."""
+    """Return how many held-out Sudoku are solved freely, and how many as pinned grids."""
     rng, task = random.Random(f"pinned/{seed}"), TASKS["sudoku"]
     free = pinned = 0
     for number in range(count):
@@ -64,7 +64,7 @@ def solve_both_ways(demo: Model, count: int, seed: int) -> tuple[int, int]:
 
 def test_pinned_sudoku_is_solved_as_often_as_freely(demo: Model) -> None:
     free, pinned = solve_both_ways(demo, 12, seed=0)
-    assert pinned >= max(free - 1, 9)  # of so few, one is chance
+    assert pinned >= max(free - 1, 9)  # among so few, a difference of one is chance
 
 
 @pytest.mark.slow
@@ -261,7 +261,7 @@ def test_choices_do_not_depend_on_their_order_but_on_their_length_fairly(demo: M
 
 
 @pytest.mark.parametrize("choices", [[], ["a"], ["a", "a"], ["a", " a "], ["a", ""], ["a", "word " * 40]])
-def test_choices_that_are_none(demo: Model, choices: list[str]) -> None:
+def test_choices_that_are_refused(demo: Model, choices: list[str]) -> None:
     with pytest.raises(DgemmaError) as caught:
         choose(demo, "x", choices)
     assert caught.value.exit_code == 2

@@ -11,7 +11,7 @@ from dgemma_mlx.infill.search import Candidate, around, ladder, search
 
 
 class Judge:
-    """Likes some lengths most, and others the less the further they are from them."""
+    """Judge that prefers some lengths, and others the less the further they are from these."""
 
     def __init__(self, best: Lengths) -> None:
         self.best, self.batches = best, list[int]()
@@ -69,7 +69,7 @@ def test_no_combination_passes_the_room() -> None:
 
 def test_known_lengths_are_written_several_times() -> None:
     judge = Judge((3, 5))
-    assert [candidate.lengths for candidate in search([[3], [5]], 20, 4, judge)] == [(3, 5)]  # one text, told once
+    assert [candidate.lengths for candidate in search([[3], [5]], 20, 4, judge)] == [(3, 5)]  # one text, listed once
     assert judge.batches == [4]
 
 
