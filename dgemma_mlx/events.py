@@ -1,4 +1,4 @@
-"""Events: what the engine tells its callers. All are plain, frozen values without arrays of the GPU."""
+"""Events: what generation reports to its callers. All are plain, frozen values that hold no MLX arrays."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Draft:
         settled_by: The stopping test that the canvas passed, one of ``dgemma_mlx.diffusion.stopping.TESTS``, or
             "steps" when all steps are used and the canvas is not uncertain. None before the last step, and in the last
             step when the canvas is still uncertain.
-        attempt: Number of times that this canvas was begun again, from other noise or to repair it.
+        attempt: 0 for the first attempt at this canvas, 1 for a second one from other noise, 2 and above for repairs.
     """
 
     canvas: int
@@ -99,7 +99,7 @@ class Statistics:
         tokens_per_second: generated_tokens divided by the seconds after the prefill.
         peak_memory: Largest number of bytes that MLX held.
         low_confidence: Number of canvases that were committed while still uncertain.
-        doubted_tokens: Number of tokens that the encoder would have written otherwise, where ``verify`` asks it.
+        doubted_tokens: Number of tokens that the encoder would have written differently; 0 unless ``verify`` asks it.
     """
 
     prompt_tokens: int

@@ -14,7 +14,7 @@ from dgemma_mlx.constrain.vocabulary import TokenAutomaton
 from dgemma_mlx.diffusion.stopping import gap
 from dgemma_mlx.kernels import CanvasSample
 
-CANDIDATES = 64  # probable tokens considered at each position, beside those that the constraint needs
+CANDIDATES = 64  # probable tokens considered at each position, in addition to those that the constraint needs
 
 
 @dataclass
@@ -30,7 +30,7 @@ class ConstraintState:
     state: int = 0
 
     def advance(self, tokens: Iterable[int]) -> None:
-        """Move on by committed tokens."""
+        """Advance the state by committed tokens."""
         self.state = self.automaton.advance(self.state, tokens)
 
     @property
@@ -65,10 +65,11 @@ class CanvasProjection:
     def __call__(
         self, sample: CanvasSample, raw: mx.array, uniforms: mx.array, softcap: float | None, temperature: float
     ) -> CanvasSample:
-        """Return the sample (B, C) of canvases that match, which is no more certain of any position than ``sample``.
+        """Return the sample (B, C) of canvases that match.
 
-        ``raw`` are logits (B, C, V) before the softcap, ``uniforms`` (B, C) numbers in [0, 1). The result's lists of
-        probable tokens hold two probabilities that are the gap apart, without their tokens. Evaluates its arguments.
+        ``raw`` are logits (B, C, V) before the softcap, and ``uniforms`` (B, C) are numbers in [0, 1). The entropy of a
+        position is at least that of ``sample``. ``kept_weights`` holds (gap, 0), so that ``diffusion.stopping.gap``
+        finds the gap; ``kept_ids`` is unused. The arguments are evaluated.
         """
         automaton = self.rows[0].constraint.automaton
         ids = top_ids(raw, CANDIDATES)

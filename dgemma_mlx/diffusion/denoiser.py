@@ -75,7 +75,7 @@ class Denoiser:
             if all(draft.finished for draft in drafts):
                 return
             last, canvas, prediction = step, step.current_canvas, network.predict(raw, own, T)
-            del raw  # these logits must not stay alive beside those of the next step
+            del raw  # free these logits before the next step computes its own
 
     def _sample(self, raw: mx.array, uniforms: mx.array, T: float, edits: Edits) -> CanvasSample:
         """Sample every position from the logits (B, C, V), which are not softcapped yet, under pins and barred ids."""
@@ -88,14 +88,23 @@ class Denoiser:
 
 @dataclass
 class _Step:
-    """Arrays of one step over the batch, before they become events."""
+    """Arrays of one step over the batch, before they become events.
 
-    current_canvas: mx.array  # (B, C), the next step's input
-    argmax_canvas: mx.array  # (B, C)
-    accepted_mask: mx.array  # (B, C) bool
-    entropy: mx.array  # (B, C) float32
-    test: mx.array  # (B,) int32: the stopping test that was passed, an index into TESTS, or len(TESTS) for none
-    uncertain: mx.array  # (B,) bool
+    Attributes:
+        current_canvas: The next step's input, (B, C) int32.
+        argmax_canvas: The most probable token at each position, (B, C) int32.
+        accepted_mask: The accepted positions, (B, C) bool.
+        entropy: Entropy of the processed logits in nats, (B, C) float32.
+        test: The stopping test that each row has passed, (B,) int32: an index into ``TESTS``, or their number for none.
+        uncertain: Whether each row's mean entropy is above ``UNCERTAIN``, (B,) bool.
+    """
+
+    current_canvas: mx.array
+    argmax_canvas: mx.array
+    accepted_mask: mx.array
+    entropy: mx.array
+    test: mx.array
+    uncertain: mx.array
 
     def arrays(self) -> tuple[mx.array, ...]:
         return (
@@ -103,7 +112,7 @@ class _Step:
         )  # fmt: skip
 
     def keep_finished(self, last: _Step) -> _Step:
-        """Return this step with the rows that had finished in the ``last`` step as they were there."""
+        """Return this step, in which the rows that had finished by the ``last`` step keep its values."""
         finished = last.test < len(TESTS)
         pairs = zip(last.arrays(), self.arrays(), strict=True)
         return _Step(*(mx.where(finished if new.ndim == 1 else finished[:, None], old, new) for old, new in pairs))

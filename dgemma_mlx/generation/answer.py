@@ -31,7 +31,7 @@ class Answer:
         finish_reason: Why the answer has ended; None while it is written.
         canvases: Number of committed canvases.
         steps: Number of denoising steps.
-        canvas_steps: Number of denoising steps of the canvas in work.
+        canvas_steps: Number of denoising steps of the current canvas.
         low_confidence: Number of canvases that were committed while still uncertain.
         doubted: Number of committed tokens that the encoder doubts.
     """
@@ -85,7 +85,7 @@ class Answer:
         self.canvas_steps += 1
 
     def commit(self, draft: Draft, doubted: Sequence[int], is_cancelled: bool) -> Committed:
-        """Take over a finished canvas, cut after its first end-of-text id and at ``max_tokens``.
+        """Append a finished canvas to the answer, cut after its first end-of-text id and at ``max_tokens``.
 
         ``doubted`` are canvas positions that the encoder doubts. An answer that has not ended otherwise ends here when
         it is cancelled.
@@ -108,11 +108,11 @@ class Answer:
             new += self.parser.finish()
         self.parts += new
         steps, self.canvas_steps = self.canvas_steps, 0
-        places = tuple(place for place in doubted if place < len(kept))
+        kept_doubts = tuple(position for position in doubted if position < len(kept))
         self.low_confidence += draft.low_confidence
-        self.doubted += len(places)
+        self.doubted += len(kept_doubts)
         return Committed(
-            draft.canvas, tuple(kept), new.text, new.thinking, new.tool_calls, steps, draft.settled_by, places
+            draft.canvas, tuple(kept), new.text, new.thinking, new.tool_calls, steps, draft.settled_by, kept_doubts
         )
 
     def done(self, cached_tokens: int, prefill_seconds: float, seconds: float) -> Done:
@@ -138,5 +138,5 @@ class Answer:
 
 def text_ids(canvas: Sequence[int], eos_ids: Sequence[int]) -> Sequence[int]:
     """Return the canvas up to and including its first end-of-text id."""
-    end = next((place for place, token in enumerate(canvas) if token in eos_ids), len(canvas))
+    end = next((position for position, token in enumerate(canvas) if token in eos_ids), len(canvas))
     return canvas[: end + 1]

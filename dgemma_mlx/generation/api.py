@@ -123,14 +123,15 @@ def stream(
     """Generate an answer step by step.
 
     Yield a ``Draft`` for each denoising step, a ``Committed`` for each canvas, and a ``Done`` at the end. To cancel,
-    stop iterating, because the work is done as it is asked for; or let ``cancelled`` return True, and the ``Done`` of
-    the committed canvases comes next.
+    stop iterating, because each step is computed when it is requested; or let ``cancelled`` return True, and the
+    ``Done`` of the committed canvases comes next.
 
     Args:
         model: What ``load`` returned.
         prompt: A text, or the messages of a conversation, ``{"role": ..., "content": ...}``.
         max_tokens: Largest number of tokens to write.
-        seed: Seed of the random numbers: one seed gives one text on one machine. None draws one, which ``Done`` tells.
+        seed: Seed of the random numbers: one seed gives one text on one machine. None draws one at random;
+            ``Done.seed`` reports it.
         system: A system prompt.
         thinking: Whether the model thinks before it answers.
         raw: Whether the prompt is plain text, without the chat template.
@@ -140,16 +141,18 @@ def stream(
             "repair" (the canvas is denoised again from the first doubt).
         temp: A constant temperature. 0 takes the most probable tokens. None keeps the checkpoint's schedule.
         generation: Parameters of the denoising loop, in place of the checkpoint's.
-        trim_canvas: Whether the last canvas is only as long as ``max_tokens`` needs: less work, another text.
-        prefill_step_size: Number of prompt positions encoded at once. None takes as many as memory allows.
+        trim_canvas: Whether the last canvas is only as long as ``max_tokens`` needs. This saves work and
+            changes the text.
+        prefill_step_size: Number of prompt positions encoded at once. None takes 512, or fewer to stay within the
+            memory limit.
         memory_limit: Bytes that the work may take. None is the device's own limit.
-        cancelled: A function that is asked between any two steps. Once it returns True, the answer ends.
+        cancelled: A function that is called between any two steps. Once it returns True, the answer ends.
         constraint: What the answer must match.
         response_format: A constraint in the form of OpenAI's clients; see ``Constraint.response_format``.
 
     Raises:
-        DgemmaError: For an option out of range, options that exclude each other, a prompt that is empty or too long,
-            and a memory limit that is too low. All are raised before anything is encoded.
+        DgemmaError: For an option out of range, options that exclude each other, a conversation without messages, a
+            prompt that is too long, and a memory limit that is too low. All are raised before anything is encoded.
     """
     options = GenerationOptions(
         speed=speed, verify=verify, temp=temp, generation=generation, trim_canvas=trim_canvas,
@@ -209,7 +212,7 @@ def _stream(
     model: Model, prompt: str | Sequence[Message], options: GenerationOptions, max_tokens: int, seed: int | None,
     system: str | None, thinking: bool, raw: bool, prompt_cache: PromptCache | None,
 ) -> Iterator[Event]:
-    """Check everything, then return the events, which are computed as they are asked for."""
+    """Check everything, then return the events, which are computed when they are requested."""
     options.check_thinking(thinking)
     ids = model.encode_prompt(prompt, system=system, thinking=thinking, raw=raw)
     runner = _runner(model, [ids], [seed], [max_tokens], options, prompt_cache or PromptCache())

@@ -14,10 +14,10 @@ class Cancelled(KeyboardInterrupt):
 
 
 class Cancellation:
-    """A caller's request to stop, latched: once it was made, it stands."""
+    """A caller's request to stop. It is latched: it cannot be withdrawn."""
 
     def __init__(self, cancelled: Callable[[], bool] | None = None) -> None:
-        """``cancelled`` is asked between any two steps; None never cancels."""
+        """``cancelled`` is called between any two steps, and says whether to stop; None never stops."""
         self._cancelled = cancelled
         self._latched = False
 

@@ -27,16 +27,17 @@ class GenerationOptions:
 
     Attributes:
         speed: "reference", "balanced" or "fast"; see ``dgemma_mlx.diffusion.speed``.
-        verify: "flag" reports the tokens that the encoder would have written otherwise, as ``Committed.doubted``;
+        verify: "flag" reports the tokens that the encoder would have written differently, as ``Committed.doubted``;
             "repair" denoises the canvas again from the first of them, with the encoder's own token there.
         temp: A constant temperature. 0 takes the most probable tokens as the denoiser canvas. None keeps the
             checkpoint's schedule.
         generation: Parameters of the denoising loop, in place of the checkpoint's.
-        trim_canvas: Whether the last canvas is only as long as ``max_tokens`` needs, as a multiple of 64. That is less
-            work, and gives another text.
-        prefill_step_size: Number of prompt positions encoded at once. None takes as many as ``memory_limit`` allows.
+        trim_canvas: Whether the last canvas is only as long as ``max_tokens`` needs, as a multiple of 64. This saves
+            work and changes the text.
+        prefill_step_size: Number of prompt positions encoded at once. None takes 512, or fewer to stay within the
+            memory limit.
         memory_limit: Bytes that the work may take. None is the device's own limit.
-        cancelled: A function that is asked between any two steps; once it returns True, the answer ends. None never
+        cancelled: A function that is called between any two steps; once it returns True, the answer ends. None never
             cancels.
         constraint: What the answer must match.
         response_format: A constraint in the form of OpenAI's clients; see ``Constraint.response_format``.

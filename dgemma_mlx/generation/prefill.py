@@ -15,7 +15,7 @@ def prefill(
     network: DiffusionGemma, ids: mx.array, cache: PrefixCache, step_size: int,
     cancellation: Cancellation | None = None,
 ) -> Iterator[tuple[int, mx.array]]:
-    """Encode prompts (B, P) int32 into the cache, ``step_size`` positions at a time, as they are asked for.
+    """Encode prompts (B, P) int32 into the cache, ``step_size`` positions at a time, as the caller iterates.
 
     After each chunk, yield its number of positions and the hidden state (B, 1, M) of its last position, which is not
     evaluated. What a chunk needed on the way is freed before the next one. Raises ``Cancelled`` between two chunks.

@@ -14,13 +14,13 @@ from dgemma_mlx.model.text import DiffusionGemma
 
 
 class PromptCache:
-    """Lets a new turn encode only what is new: it keeps the longest reusable prefix of the ids encoded before.
+    """The encoded prefix of a conversation. A new prompt reuses the longest prefix that it shares with it.
 
-    A prefix is reusable where the cache ends, and at a mark. Sliding-window layers forget what lies before their
-    window, so going back needs the state that they had; a mark holds it, as keys and values of the sliding layers.
-    There are three marks: ``turn``, at the start of the last model turn; ``canvas``, after the last canvas that was
-    encoded whole; and ``shared``, where a prompt parted from the one before it (one long document, one question after
-    another).
+    A prefix is reusable up to where the cache ends, and up to a mark. Sliding-window layers forget what lies before
+    their window, so going back needs the state that they had. A mark holds this state: keys and values of the sliding
+    layers. There are three marks: ``turn``, at the start of the last model turn; ``canvas``, after the last canvas that
+    was encoded; and ``shared``, where a prompt first differed from the previous one (one long document, several
+    questions).
 
     Attributes:
         shared: Number of positions that the last prompt had in common with what was encoded before it.
@@ -65,14 +65,14 @@ class PromptCache:
             )
             self._stored = Path(path)
 
-    def reuse(self, network: DiffusionGemma, ids: Sequence[int], leave: bool = False) -> PrefixCache:
-        """Return the cache at the end of the longest reusable prefix of ``ids``; its ``offset`` is that prefix' length.
+    def reuse(self, network: DiffusionGemma, ids: Sequence[int], leave_last: bool = False) -> PrefixCache:
+        """Return the cache at the end of the longest reusable prefix of ``ids``; ``offset`` is its length.
 
-        With ``leave``, at least the last id is left to encode.
+        With ``leave_last``, at least the last id is left to encode.
         """
         if self._cache is None or self._network is not network:
             self._network, self._cache, self._ids, self._marks = network, network.new_cache(), [], {}
-        common = _common_prefix(self._ids, ids[:-1] if leave else ids)
+        common = _common_prefix(self._ids, ids[:-1] if leave_last else ids)
         self.shared = common
         if self._cache.offset > common or not self._is_exact():
             self._go_back(common)
@@ -90,10 +90,10 @@ class PromptCache:
         """Return whether the cache holds exactly the recorded ids. It does not when encoding was interrupted."""
         return self._cache is not None and self._cache.is_whole and self._cache.offset == len(self._ids)
 
-    def _go_back(self, most: int) -> None:
-        """Go back to the last mark with at most ``most`` positions, or to the beginning."""
+    def _go_back(self, limit: int) -> None:
+        """Go back to the last mark with at most ``limit`` positions, or to the beginning."""
         assert self._network is not None and self._cache is not None
-        self._marks = {name: mark for name, mark in self._marks.items() if mark.offset <= most}
+        self._marks = {name: mark for name, mark in self._marks.items() if mark.offset <= limit}
         best = max(self._marks.values(), key=lambda mark: mark.offset, default=None)
         if best is None:
             self._cache = self._network.new_cache()

@@ -118,14 +118,13 @@ def _check_identity(path: Path, found: Mapping[str, str], here: ModelIdentity) -
     """Raise ``DgemmaError`` when the file was made by another model, or computed in another way."""
     if found.get("weights") != here.weights:
         raise DgemmaError(
-            f"{path} belongs to another model: {shortened(found.get('model'))}, or weights that are no longer the same",
-            "Take that model, or choose another file.",
+            f"{path} belongs to another model, or to other weights of {shortened(found.get('model'))}",
+            "Use the model and the adapter that wrote it, or choose another file.",
         )
     if found.get("made_with") != here.made_with:
         raise DgemmaError(
-            f"{path} was made in another way, which gives slightly different numbers: "
-            f"{str(found.get('made_with'))[:200]}; here it is: {here.made_with}",
-            "Take the same options (--cpu-dequantize, --no-kernels), or choose another file.",
+            f"{path} was computed with {str(found.get('made_with'))[:200]}; this run uses {here.made_with}",
+            "The numbers differ slightly. Use the same options (--cpu-dequantize, --no-kernels), or another file.",
         )
 
 
@@ -142,8 +141,10 @@ def _layout(like: PrefixCache, points: Sequence[int], window: int) -> dict[str, 
 
 
 def _windows(points: Sequence[int], window: int) -> Iterator[tuple[int, int]]:
-    """Yield, for each point in ascending order, how many positions a sliding layer holds there, and how many of them
-    are not among those of the point before."""
+    """Yield, for each point in ascending order, how many positions a sliding layer holds and how many of them are new.
+
+    New positions are those that the window of the previous point does not hold.
+    """
     for before, point in zip((0, *points[:-1]), points, strict=True):
         held = min(point, window - 1)
         yield held, min(held, point - before)

@@ -30,8 +30,8 @@ Canvases = Generator[tuple[int, Event], None, dict[int, Draft]]  # returns the f
 class Runner:
     """A batch of prompts, often one, that are answered together, canvas by canvas.
 
-    An answer keeps its number. ``_live`` lists the numbers of answers that are still written, in the order of the
-    rows of the prefix cache.
+    Answers are numbered in the order of the prompts, and the number never changes. ``_live`` lists the numbers of the
+    answers that are still being written, in the order of the rows of the prefix cache.
     """
 
     def __init__(
@@ -84,10 +84,10 @@ class Runner:
         return cache
 
     def _prefill_one(self, prompt_cache: PromptCache) -> PrefixCache:
-        """Encode what the prompt cache does not hold yet, and set the marks to which a later prompt can go back."""
+        """Encode what the prompt cache does not hold yet, and set the marks to which a later prompt may return."""
         ids = self._answers[0].prompt_ids
         # The encoder is asked for the token after the prompt, so the prompt's last position must be encoded here.
-        cache = prompt_cache.reuse(self._network, ids, leave=self._verifier is not None)
+        cache = prompt_cache.reuse(self._network, ids, leave_last=self._verifier is not None)
         known = self._cached_tokens = cache.offset
         cache.reserve(len(ids) - known)  # once: a later, larger buffer would copy what is encoded before
         turn = max(known, self._model_turn(ids))
@@ -112,7 +112,7 @@ class Runner:
             self._verifier.start_after(hidden)
 
     def _model_turn(self, ids: Sequence[int]) -> int:
-        """Return where the last turn begins, which the model is to write: the next prompt may differ from there."""
+        """Return the index at which the model's turn begins. A later prompt may render this turn differently."""
         start = self._model.tokenizer.special_ids.get("<|turn>")
         return next((i for i in range(len(ids) - 1, -1, -1) if ids[i] == start), len(ids))
 
@@ -125,7 +125,7 @@ class Runner:
         uncertain = [row for row, draft in drafts.items() if draft.low_confidence]
         if uncertain and self._denoiser.speed.reroll:
             again = yield from self._attempt(cache, attempts.fork(), uncertain, attempt=1)
-            drafts |= {row: min(drafts[row], draft, key=_doubt) for row, draft in again.items()}
+            drafts |= {row: min(drafts[row], draft, key=_uncertainty) for row, draft in again.items()}
         readings = None
         if self._verifier is not None:
             readings = yield from self._verify(self._verifier, cache, attempts, drafts)
@@ -174,7 +174,7 @@ class Runner:
         return readings
 
     def _commit(self, drafts: Sequence[Draft], readings: Sequence[Reading] | None) -> Events:
-        """Commit the finished canvases, and tell which answers are done."""
+        """Commit the finished canvases, and yield ``Done`` for the answers that have ended."""
         is_cancelled = self._cancellation.requested()
         for row, (number, draft) in enumerate(zip(self._live, drafts, strict=True)):
             doubted = () if readings is None else readings[row].doubted
@@ -182,7 +182,7 @@ class Runner:
         yield from self._done(number for number in self._live if self._answers[number].finish_reason is not None)
 
     def _done(self, numbers: Iterator[int] | Sequence[int]) -> Events:
-        """Tell that these answers are done."""
+        """Yield the ``Done`` of these answers."""
         seconds = time.perf_counter() - self._prefilled
         for number in numbers:
             yield number, self._answers[number].done(self._cached_tokens, self._prefilled - self._began, seconds)
@@ -217,7 +217,7 @@ class Runner:
         return min(whole, -(-remaining // _BLOCK) * _BLOCK)
 
 
-def _doubt(draft: Draft) -> tuple[bool, float]:
-    """Return a sort key by which a canvas that is less doubtful comes first."""
+def _uncertainty(draft: Draft) -> tuple[bool, float]:
+    """Return a sort key that puts the more certain draft first."""
     entropy = draft.mean_entropy
     return draft.low_confidence, math.inf if math.isnan(entropy) else entropy

@@ -18,7 +18,7 @@ from dgemma_mlx.generation.answer import text_ids
 from dgemma_mlx.model.cache import PrefixCache
 from dgemma_mlx.model.text import DiffusionGemma
 
-MAX_REPAIRS = 8  # repairs of one canvas; each fixes at least one token more than the last
+MAX_REPAIRS = 8  # repairs of one canvas; each extends the agreed text by at least one token
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Verifier:
         self._before: mx.array | None = None  # (B, 1, M): hidden state of the last encoded position
 
     def start_after(self, hidden: mx.array) -> None:
-        """Note the hidden state (B, 1, M) of the last position before the next canvas."""
+        """Store the hidden state (B, 1, M) of the last position before the next canvas."""
         mx.eval(hidden)
         self._before = hidden
 
@@ -63,7 +63,7 @@ class Verifier:
         readings = []
         for draft, expected in zip(drafts, rows, strict=True):
             written = enumerate(text_ids(draft.tokens, self._eos_ids))
-            readings.append(Reading(expected, [place for place, token in written if token != expected[place]]))
+            readings.append(Reading(expected, [position for position, token in written if token != expected[position]]))
         return readings, hidden[:, -1:]
 
 
@@ -78,5 +78,5 @@ def repair_pins(drafts: Collection[Draft], readings: Sequence[Reading]) -> Pins:
         first = reading.doubted[0] if reading.doubted else len(tokens)
         tokens[first : first + 1] = reading.expected[first : first + 1]
         ids.append(tokens)
-        free.append([place > first for place in range(len(tokens))])
+        free.append([position > first for position in range(len(tokens))])
     return Pins(mx.array(ids, mx.int32), mx.array(free))

@@ -50,9 +50,10 @@ def choose(
         system: A system prompt.
         raw: Whether the question is plain text, without the chat template.
         seed: Seed of the canvas of noise. None draws one.
-        prefill_step_size: Number of prompt positions encoded at once. None takes as many as memory allows.
+        prefill_step_size: Number of prompt positions encoded at once. None takes 512, or fewer to stay within the
+            memory limit.
         memory_limit: Bytes that the work may take. None is the device's own limit.
-        cancelled: A function that is asked while the prompt is encoded.
+        cancelled: A function that is called while the prompt is encoded. Once it returns True, the work ends.
 
     Raises:
         DgemmaError: For fewer than two choices, equal or empty ones, and one that a canvas does not hold.
@@ -61,13 +62,16 @@ def choose(
     texts = [choice.strip() for choice in choices]
     if len(set(texts)) < 2 or len(set(texts)) < len(texts) or not all(texts):
         raise DgemmaError(
-            f"not choices: {', '.join(map(repr, choices))}", "Give two or more different texts.", exit_code=2
+            f"at least two different answers are needed, not {', '.join(map(repr, choices)) or 'none'}",
+            "Write each answer once; none may be empty.", exit_code=2,
         )
     ids = [[*model.tokenizer.encode(text), end_id(model)] for text in texts]
     longest = max(map(len, ids))
     if longest > model.config.canvas_length:
-        raise DgemmaError(f"a choice has {longest - 1:,} tokens, a canvas holds {model.config.canvas_length - 1}",
-                          exit_code=2)  # fmt: skip
+        raise DgemmaError(
+            f"a choice has {longest - 1:,} tokens, but a canvas holds only {model.config.canvas_length - 1}",
+            "Use shorter answers.", exit_code=2,
+        )  # fmt: skip
     asked = f"{question}\n\nAnswer with one of: {', '.join(texts)}." if listed else question
     options = GenerationOptions(
         prefill_step_size=prefill_step_size, memory_limit=memory_limit, cancelled=cancelled

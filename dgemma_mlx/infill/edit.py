@@ -13,7 +13,7 @@ from dgemma_mlx.diffusion.speed import DEFAULT_SPEED
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.generation.options import GenerationOptions
-from dgemma_mlx.infill.fill import Filled, check_candidates, end_id, lay_out, noised, write_gaps
+from dgemma_mlx.infill.fill import Filled, check_candidates, end_id, lay_out, noised_start, write_gaps
 from dgemma_mlx.infill.layout import bias_against, not_text
 from dgemma_mlx.infill.search import Candidate, around
 from dgemma_mlx.infill.template import Gap, Part, lines_of
@@ -44,7 +44,7 @@ def edit(
         match: A regular expression for the parts to change, within ``lines`` where both are given.
         strength: Share of the text that starts as noise, above 0 and at most 1. None is 0.6 for the whole text, and 1
             for a part.
-        candidates: Number of lengths to try for each part.
+        candidates: Number of lengths to try for each part. It has no effect on a whole text.
 
     The remaining arguments are those of ``fill``.
 
@@ -94,7 +94,8 @@ def selected(text: str, lines: Lines | None, match: str | None) -> list[Part]:
         parts += [text[done:start], Gap(original=text[start:stop])]
         done = stop
     if not any(isinstance(part, Gap) and part.original for part in parts):
-        raise DgemmaError("there is nothing to change there", "The lines are empty, or nothing matches.", exit_code=2)
+        what = "the lines are empty" if match is None else f"nothing matches {match!r}"
+        raise DgemmaError(f"there is nothing to change: {what}", "Choose other lines or another --match.", exit_code=2)
     return [*parts, text[done:]]
 
 
@@ -103,7 +104,7 @@ def _line_span(text: str, lines: Lines) -> tuple[int, int]:
     rows = lines_of(text)
     first, last = lines
     if not 1 <= first <= last <= len(rows):
-        raise DgemmaError(f"there are no lines {first} to {last}", f"The text has {len(rows)} lines.", exit_code=2)
+        raise DgemmaError(f"there are no lines {first} to {last}", f"The text ends with line {len(rows)}.", exit_code=2)
     begin = sum(map(len, rows[: first - 1]))
     return begin, begin + len("".join(rows[first - 1 : last]).rstrip("\r\n"))
 
@@ -113,7 +114,7 @@ def _canvas_ids(model: Model, text: str) -> list[int]:
     ids = [*model.tokenizer.encode(text.rstrip()), end_id(model)]
     if len(ids) > model.config.canvas_length:
         raise DgemmaError(
-            f"the text has {len(ids) - 1:,} tokens, a canvas holds {model.config.canvas_length - 1}",
+            f"the text has {len(ids) - 1:,} tokens, but a canvas holds only {model.config.canvas_length - 1}",
             "Edit a part of it: --lines A-B or --match REGEX.", exit_code=2,
         )
     return ids
@@ -126,7 +127,7 @@ def _edit_all(model: Model, writer: Writer, text: str, ids: list[int], strength:
     barred = [id for id in not_text(model.tokenizer, writer.vocab_size) if id not in ends]
     canvas = mx.array([ids + [pad] * (length - len(ids))], mx.int32)
     edits = Edits(
-        barred=BarredIds(bias_against(barred, writer.vocab_size)), start=noised(writer, canvas, strength)
+        barred=BarredIds(bias_against(barred, writer.vocab_size)), start=noised_start(writer, canvas, strength)
     )
     [draft] = writer.write(length, 1, edits)
     size = next((place for place, id in enumerate(draft.tokens) if id in ends), length)

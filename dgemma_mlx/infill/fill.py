@@ -70,9 +70,10 @@ def fill(
         speed: What it takes to commit a canvas, as in ``stream``.
         temp: A constant temperature, as in ``stream``.
         generation: Parameters of the denoising loop, in place of the checkpoint's.
-        prefill_step_size: Number of prompt positions encoded at once. None takes as many as memory allows.
+        prefill_step_size: Number of prompt positions encoded at once. None takes 512, or fewer to stay within the
+            memory limit.
         memory_limit: Bytes that the work may take. None is the device's own limit.
-        cancelled: A function that is asked between any two steps.
+        cancelled: A function that is called between any two steps. Once it returns True, the work ends.
         progress: A function that is called after each step with the number of canvases and of steps so far.
 
     Raises:
@@ -124,7 +125,7 @@ def lay_out(model: Model, parts: Sequence[Part]) -> Layout:
 
 
 def end_id(model: Model) -> int:
-    """Return the id that ends an answer: the end of a turn where the checkpoint has it, else the end of the text."""
+    """Return the id that ends an answer: the end-of-turn id where the checkpoint has it, else an end-of-text id."""
     ends = model.generation.eos_token_ids
     turn = model.tokenizer.special_ids.get("<turn|>")
     return turn if turn is not None and turn in ends else ends[0]
@@ -146,7 +147,7 @@ def _evaluate(writer: Writer, layout: Layout, strength: float | None, wanted: li
     """Denoise a canvas for each of the combinations of lengths, and score the results."""
     length = layout.length(wanted)
     pins = layout.pins(wanted, length)
-    start = None if strength is None else noised(writer, pins.ids, strength)
+    start = None if strength is None else noised_start(writer, pins.ids, strength)
     edits = Edits(pins, layout.barred(wanted, length, writer.vocab_size), start)
     drafts = writer.write(length, len(wanted), edits)
     scores = writer.scores([draft.tokens for draft in drafts], [layout.used(lengths, length) for lengths in wanted])
@@ -156,10 +157,10 @@ def _evaluate(writer: Writer, layout: Layout, strength: float | None, wanted: li
     ]
 
 
-def noised(writer: Writer, ids: mx.array, strength: float) -> StartCanvas:
-    """Return a start from the canvases (B, C) in which a share of ``strength`` of the ids is random.
+def noised_start(writer: Writer, ids: mx.array, strength: float) -> StartCanvas:
+    """Return the canvases (B, C) with a share of ``strength`` random ids, and the step to start from.
 
-    It leaves the same share of the denoising steps to run.
+    The same share of the denoising steps remains to be run.
     """
     noise = writer.noise(ids.shape[0]).fork()
     replaced = noise.uniform(ids.shape[1]) < strength

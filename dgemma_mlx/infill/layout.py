@@ -71,7 +71,7 @@ class Layout:
         if least > self.room:
             raise DgemmaError(
                 f"the gaps and the text between them take {self._fixed + least:,} tokens, "
-                f"a canvas holds {canvas_length}",
+                f"but a canvas holds only {canvas_length}",
                 f"Fill fewer gaps at a time: from the first gap to the last, {canvas_length} tokens fit.", exit_code=2,
             )
 
@@ -107,8 +107,11 @@ class Layout:
         return Pins(mx.array(ids, mx.int32), mx.array(free))
 
     def barred(self, candidates: Sequence[Lengths], length: int, vocab_size: int) -> BarredIds:
-        """Return the ids that are barred: control tokens everywhere, and at the start of a gap that must carry a space
-        all tokens that do not begin with one."""
+        """Return the ids that are barred from the gaps.
+
+        Control tokens are barred everywhere. At the start of a gap that must carry a space, all tokens that do not
+        begin with a space are barred as well.
+        """
         positions = [
             row * length + start
             for row, lengths in enumerate(candidates)

@@ -47,7 +47,9 @@ def parse_gaps(text: str, mark: str = MARK) -> list[Part]:
     for found in re.finditer(pattern, text):
         size, hint = found["size"], found["hint"]
         if size is not None and int(size) == 0:
-            raise DgemmaError(f"a gap of no tokens: {found[0]}", "Give it at least one, or leave it out.", exit_code=2)
+            raise DgemmaError(
+                f"the gap {found[0]} has no tokens", f"Give a length of at least 1, or write {mark}.", exit_code=2
+            )
         parts += [text[done : found.start()], Gap(None if size is None else int(size), (hint or "").strip())]
         done = found.end()
     if not parts:

@@ -23,8 +23,8 @@ from dgemma_mlx.generation.prefill import prefill
 # Called after each step with the number of canvases and of steps so far.
 Progress = Callable[[int, int], None]
 
-# Steps that a canvas gets beyond twice those of the first settled one. The right length settles soon; a wrong one may
-# never settle.
+# When a canvas has settled in n steps, the others are given up after 2 n + _PATIENCE steps: the right length settles
+# soon, and a wrong one may never settle.
 _PATIENCE = 4
 
 
@@ -77,12 +77,12 @@ class Writer:
         step_size = options.prefill_step_size or budget.prefill_step_size
         ids = mx.array([prefix], mx.int32)
         for _, hidden in prefill(model.network, ids, self._cache, step_size, self._cancellation):
-            self._hidden = hidden  # (1, 1, M): after the loop, the hidden state of the prefix' last position
+            self._hidden = hidden  # (1, 1, M): after the loop, that of the prefix's last position
         self._cancellation.check()
         mx.eval(self._hidden)
 
     def noise(self, rows: int) -> Noise:
-        """Return random numbers: those of the seed in the first row, and of the seeds after it in the others."""
+        """Return the random numbers of ``rows`` rows; row i uses seed + i."""
         return Noise(*((self.seed + row) % 2**64 for row in range(rows)))
 
     @property
@@ -98,8 +98,8 @@ class Writer:
     def write(self, length: int, rows: int, edits: Edits) -> list[Draft]:
         """Denoise canvases (rows, length), and return the last draft of each.
 
-        Denoising ends early for canvases without hope, after another one has settled in less than half of the steps;
-        their last draft is not ``finished``. Raises ``Cancelled`` between two steps.
+        Canvases that have not settled long after another one did (``_PATIENCE``) are given up; their last draft is not
+        ``finished``. Raises ``Cancelled`` between two steps.
         """
         drafts: tuple[Draft, ...] = ()
         settled_at = 0
@@ -116,7 +116,7 @@ class Writer:
         return list(drafts)
 
     def first_step(self, length: int) -> mx.array:
-        """Return the log-probabilities (C, V) float32 of a canvas' first step, from noise, at temperature 1."""
+        """Return the log-probabilities (C, V) float32 of the first step, from noise, at temperature 1."""
         network = self._model.network
         canvas = self.noise(1).canvas(length, self.vocab_size)
         self._canvases, self._steps = self._canvases + 1, self._steps + 1

@@ -232,7 +232,7 @@ def test_the_same_weights_elsewhere_are_the_same_model(saved: Path, copy: Path) 
 def test_a_trained_twin_is_another_model(saved: Path, copy: Path, name: str) -> None:
     tensors = weights(copy)
     tensors[f"model.decoder.{name}"] *= 1.01
-    assert "belongs to another model: 'demo'" in refused(saved, rewritten(copy, tensors))
+    assert "to other weights of 'demo'" in refused(saved, rewritten(copy, tensors))
 
 
 def test_a_changed_architecture_is_another_model(saved: Path, copy: Path) -> None:
@@ -249,10 +249,10 @@ def test_packed_weights_are_another_model_and_unpacking_them_another_way(saved: 
     path = saved.with_name("packed.cache")
     encoded(unpacked, 20, 30).save(path, unpacked)
     if mx.default_device() == mx.Device(mx.cpu):
-        assert "made in another way" in refused(path, as_it_is)
+        assert "was computed with" in refused(path, as_it_is)
     assert decoded(unpacked, PromptCache.load(path, unpacked), IDS[:40])[0] == 30
     half = dgemma_mlx.load(copy, cpu_dequantize="on", dtype=mx.bfloat16)
-    assert "made in another way" in refused(path, half)
+    assert "was computed with" in refused(path, half)
     assert decoded(half, reloaded(encoded(half, 30), path, half), IDS[:40])[0] == 30
 
 

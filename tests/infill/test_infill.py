@@ -139,7 +139,7 @@ def test_a_score_is_the_mean_log_probability_of_the_encoder(demo: Model) -> None
         ("no gap", {}, "no gap"),
         ("a ___", {"candidates": 0}, "candidates"),
         ("a ___", {"raw": True, "prompt": "x"}, "raw"),
-        ("a ___:40___", {}, "canvas holds 32"),
+        ("a ___:40___", {}, "canvas holds only 32"),
         ("a ___", {"speed": "warp"}, "speed"),
     ],
 )
@@ -227,7 +227,7 @@ def test_bad_edits(demo: Model, options: dict[str, object], message: str) -> Non
 
 
 def test_a_part_too_long_for_a_canvas_says_so(demo: Model) -> None:
-    with pytest.raises(DgemmaError, match="a canvas holds 32"):
+    with pytest.raises(DgemmaError, match="a canvas holds only 32"):
         edit(demo, "x", "one\n" + "word " * 60 + "\nend", lines=(2, 2))
 
 

@@ -101,7 +101,7 @@ def test_a_long_end_is_cut_and_nothing_ends_it(tokenizer: Tokenizer) -> None:
 
 
 def test_gaps_that_do_not_fit_say_what_does(tokenizer: Tokenizer) -> None:
-    with pytest.raises(DgemmaError, match="a canvas holds 32") as caught:
+    with pytest.raises(DgemmaError, match="a canvas holds only 32") as caught:
         Layout(tokenizer, ["a", Gap(), " word" * 50, Gap(), "b"], 32, END, PAD)
     assert "32 tokens fit" in caught.value.hint
     assert caught.value.exit_code == 2
