@@ -1,17 +1,17 @@
-"""Output under constraints: does all of it match, is it as right as without, and what does it cost.
+"""Constrained output: whether all of it matches, whether as many answers are right, and what it costs.
 
     python benchmarks/constrain.py [json] [--prompts 500] [--speed MODE]
     python benchmarks/constrain.py random [--outputs 200] [--each]
     python benchmarks/constrain.py cost [--steps 8]
 
-``json``: the demo model fills in JSON, with a schema and without, for the same held-out prompts with the same
-seeds. ``random``: a model with random weights, a made-up vocabulary of 262,144 tokens and a canvas of 32 writes under
-ten schemas and 20 regular expressions, as many outputs for the schemas together and for the regular expressions
-together, or with ``--each`` for each of them; they are checked by ``jsonschema`` and ``re``. ``cost``: the time of
-steps with and without a constraint on the checkpoint small-262k (canvas 256), and of the projection within them.
+``json``: the demo model writes JSON with and without a schema, for the same held-out prompts and seeds. ``random``: a
+model with random weights, a generated vocabulary of 262,144 tokens and a canvas of 32 writes under ten schemas and 20
+regular expressions. ``--outputs`` counts the outputs of all schemas together and of all regular expressions together,
+or with ``--each`` those of each one. ``jsonschema`` and ``re`` check them. ``cost``: the time of steps with and without
+a constraint on the checkpoint small-262k (canvas 256), and of the projection within them.
 
-The exit code is 1 where anything does not match, where constrained answers are less often right, or where the
-projection takes 15 % of a step or more for the typical schema.
+The exit code is 1 when an output does not match, when fewer constrained answers are right, or when the projection takes
+15 % of a step or more for the typical schema.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def is_match(matches: Callable[[str], Any], text: str) -> bool:
 
 
 def answers(model: Model, constraint: Constraint, first: int, count: int) -> list[Any]:
-    """Up to ten, of up to three canvases, two steps each: what matters is that a flat model may write anything."""
+    """Return up to ten answers of up to three canvases with two steps each. A random model may write anything."""
     seeds = list(range(first, min(first + 10, count)))
     config = model.generation.override(max_denoising_steps=2)
     most = [48 + seed % 48 for seed in seeds]
@@ -144,7 +144,7 @@ def answers(model: Model, constraint: Constraint, first: int, count: int) -> lis
 
 
 class checkpoint:  # noqa: N801
-    """A random model with a made-up vocabulary, for as long as it is needed."""
+    """A random model with a generated vocabulary, as a context manager that removes its folder."""
 
     def __init__(self, case: str) -> None:
         self._case, self._folder = case, tempfile.TemporaryDirectory()
@@ -160,8 +160,10 @@ class checkpoint:  # noqa: N801
 
 
 def cost(steps: int) -> bool:
-    """Wall time of whole steps and of projections; CPU time of a projection's dynamic programming, one thread's, which
-    says more where the machine is busy."""
+    """Print the wall time of whole steps and of projections, and return whether the projection is cheap enough.
+
+    The dynamic programming is measured in CPU time of its one thread, which depends less on other load.
+    """
     share = 0.0
     with checkpoint("small-262k") as model:
         plain = median(step_times(model, None, steps))
@@ -199,7 +201,7 @@ def timed(owner: Any, name: str, clock: Callable[[], float]) -> Iterator[list[fl
 
 
 def step_times(model: Model, constraint: Constraint | None, steps: int) -> Iterator[float]:
-    """Seconds of each step of a canvas but the first."""
+    """Yield the seconds of each step of a canvas except the first."""
     config = model.generation.override(max_denoising_steps=steps + 1)
     before = None
     for event in stream(model, "Write.", seed=1, generation=config, speed="reference", constraint=constraint):

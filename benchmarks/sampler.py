@@ -1,13 +1,13 @@
-"""Time and memory of sampling a canvas from its logits on the CPU, beside mlx-vlm's entropy-bound path if it is there.
+"""Time and memory of sampling a canvas from its logits on the CPU, compared with mlx-vlm where it is installed.
 
     python benchmarks/sampler.py [--rows 256] [--vocabulary 262144] [--runs 5]
 
-Softcapped float32 logits in; temperature, entropy, acceptance, argmax, sample, the next canvas and the stopping test
-out, of a step in the middle of a canvas (its argmax is not yet stable). Both take turns on the same logits; ours also
-lists the likely tokens, for sparse self-conditioning.
+The measured step takes softcapped float32 logits. It applies the temperature, and computes entropy, acceptance,
+argmax, sample, the next canvas and the stopping test, as in the middle of a canvas whose argmax is not stable yet. Both
+programs take turns on the same logits. This program also lists the probable tokens, for sparse self-conditioning.
 
-Prints one JSON object: medians of wall and CPU seconds, peaks of MLX's memory with the logits. The exit code is 1
-where mlx-vlm is there and we are less than 2.5 times as fast.
+The script prints one JSON object: medians of wall and CPU seconds, and peaks of MLX's memory including the logits. The
+exit code is 1 when mlx-vlm is installed and this program is less than 2.5 times as fast.
 """
 
 from __future__ import annotations

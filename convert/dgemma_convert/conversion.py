@@ -57,7 +57,7 @@ def convert(
 
     Args:
         source: The checkpoint: a folder, a Hub id ``owner/name[@revision]``, or ``demo``. It may be packed already.
-        output: The folder to write. None takes ``<source name>-<recipe>`` beside the source, or in the current folder
+        output: The folder to write. None takes ``<source name>-<recipe>`` next to the source, or in the current folder
             if the source comes from the Hub.
         recipe: A name in ``RECIPES``.
         group_size: Number of values that share a scale in affine formats: 32, 64 or 128. None takes the recipe's.
@@ -218,7 +218,7 @@ def _recipe(name: str, group_size: int | None) -> Recipe:
 def _default_output(checkpoint: Checkpoint, recipe: str) -> Path:
     """Return the output folder ``<source name>-<recipe>``.
 
-    It lies beside a source folder, or in the current folder for the demo and for checkpoints from the Hub.
+    It lies next to a source folder, or in the current folder for the demo and for checkpoints from the Hub.
     """
     if checkpoint.is_demo or checkpoint.repo_id:
         name = (checkpoint.repo_id or checkpoint.name).rpartition("/")[2]

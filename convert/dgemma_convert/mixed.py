@@ -24,6 +24,7 @@ from dgemma_convert.source import Source, Weight
 from dgemma_convert.walk import Walk, as_float, make_samples
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.model.text import Layer
+from dgemma_mlx.sizes import size
 
 BITS = (3, 4, 5, 6, 8)
 _SAMPLE_VALUES = 8 << 20  # number of values of a tensor that are measured, in slabs spread over its rows
@@ -107,7 +108,7 @@ def solve(groups: Sequence[Group], budget: int, *, by_size: bool) -> dict[str, i
     left = budget - sum(group.size[BITS[0]] for group in groups)
     if left < 0:
         raise DgemmaError(
-            f"the target is {-left / 1e9:.2f} GB too small, even with {BITS[0]} bits for every packed weight",
+            f"the target is {size(-left)} too small, even with {BITS[0]} bits for every packed weight",
             "Choose a larger --target-size or --target-bpw.", exit_code=2,
         )
 
@@ -234,8 +235,10 @@ def read_calibration(path: Path) -> list[tuple[str, str]]:
     hint = "A calibration file has one text on each line, in UTF-8."
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DgemmaError(f"cannot read {path}: {error}", hint) from None
+    except OSError as error:
+        raise DgemmaError(f"cannot read {path}: {error.strerror}", hint) from None
+    except UnicodeDecodeError as error:
+        raise DgemmaError(f"{path} is not UTF-8 text (byte {error.start})", hint) from None
     words = [line.split() for line in lines if line.strip()]
     if not words:
         raise DgemmaError(f"{path} contains no text", hint)

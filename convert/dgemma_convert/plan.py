@@ -113,7 +113,7 @@ class Plan:
 
     @property
     def partial(self) -> Path:
-        """The hidden folder beside the output, in which the output is written until it is complete."""
+        """The hidden folder next to the output, in which the output is written until it is complete."""
         return self.output.with_name(f".{self.output.name}.partial")
 
     @property

@@ -139,8 +139,8 @@ def _fetch(name: str, repo_id: str, revision: str | None, weights: bool) -> Chec
 def _is_complete(folder: Path) -> bool:
     """Return whether a snapshot holds all files that loading needs.
 
-    ``huggingface_hub`` cannot tell: it takes an incomplete snapshot that an older version of it has left for a complete
-    one, because such a version did not store the list of files.
+    ``huggingface_hub`` cannot tell. It accepts an incomplete snapshot as complete if an older version, which stored no
+    list of files, left it.
     """
     if not (folder / "config.json").exists():
         return False

@@ -40,10 +40,10 @@ HELP = """Run the language model DiffusionGemma on Apple silicon.
 DiffusionGemma is a block-diffusion model and does not write word by word: it fills a canvas of tokens with noise and
 refines the whole canvas in a few denoising steps.
 
-Begin with `dgemma-mlx generate "Sort 7 3 5"`, which the built-in demo answers. The demo shows what the program does; it
-is not a language model. Its 2 million parameters solve 4x4 Sudoku, sort, reverse, add, count, fill in JSON and recall a
-name, not always correctly, and it replies "I do not know that." to most other prompts. Choose a real model with `-m` or
-DGEMMA_MODEL.
+Begin with `dgemma-mlx generate "Sort 7 3 5"`, which the built-in demo answers. The demo shows what the program does;
+it is not a useful language model. Its 2 million parameters solve 4x4 Sudoku, sort, reverse, add, count, write JSON from
+a sentence and recall a name, not always correctly, and it replies "I do not know that." to most other prompts. Choose a
+real model with `-m` or DGEMMA_MODEL.
 
 Notes:
     - `dgemma-mlx COMMAND --help` explains a command.
@@ -51,8 +51,8 @@ Notes:
       offline from then on.
     - `dgemma-mlx --install-completion` sets up completion for bash, zsh or fish.
     - `dgemma-mlx config` shows the settings, which come from options, environment variables and `config.toml`.
-    - An error is one line and a hint. The exit code is 0 for success, 1 for a run-time error, 2 for wrong usage and 130
-      after Ctrl-C. `dgemma-mlx --debug COMMAND` also prints the traceback.
+    - An error is one line, usually followed by a hint. The exit code is 0 for success, 1 for a run-time error, 2 for
+      wrong usage and 130 after Ctrl-C. `dgemma-mlx --debug COMMAND` also prints the traceback.
 
 Examples:
     dgemma-mlx generate "Sort 7 3 5"
@@ -68,7 +68,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
 }
 
 
-class _Shown:
+class _ErrorOutput:
     """What an error prints.
 
     Attributes:
@@ -104,7 +104,7 @@ def options(
     debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
 ) -> None:
     """Store the options that come before the command."""
-    _Shown.tracebacks = debug
+    _ErrorOutput.tracebacks = debug
 
 
 def main() -> NoReturn:
@@ -144,14 +144,14 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 def _usage(error: Any) -> tuple[str, str]:
     """Return the message and the hint of one of Typer's usage errors."""
     command = error.ctx.command_path if error.ctx else PROGRAM
-    return error.format_message(), f"see {command} --help"
+    return error.format_message(), f"`{command} --help` lists the options."
 
 
 def _fail(message: str, hint: str, exit_code: int) -> int:
     """Print the message and the hint, each on one line, and return the exit code."""
     from dgemma_mlx.cli.render.visible import visible
 
-    if _Shown.tracebacks:
+    if _ErrorOutput.tracebacks:
         import traceback
 
         traceback.print_exc()

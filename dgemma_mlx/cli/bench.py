@@ -246,8 +246,8 @@ def _as_text(facts: dict[str, Any]) -> str:
         f"{machine['chip']} ({machine['machine']}), {size(machine['memory'])}, {machine['os']}, {metal}",
         f"dgemma-mlx {versions['dgemma_mlx']}, mlx {versions['mlx']}, Python {versions['python']}",
         "",
-        f"medians (least - most) of {facts['runs']} runs, {facts['steps']} steps in each",
-        f"{'prompt':>7}  {'prefill tokens/s':>27}  {'seconds a step':>27}  {'peak':>9}",
+        f"medians (smallest - largest) of {facts['runs']} runs, {facts['steps']} steps in each",
+        f"{'prompt':>7}  {'prefill tokens/s':>27}  {'seconds per step':>27}  {'peak':>9}",
     ]
     lines += [
         f"{row['prompt_tokens']:>7,}  {_range(row['prefill_tokens_per_second']):>27}  "
@@ -258,13 +258,13 @@ def _as_text(facts: dict[str, Any]) -> str:
     lines += [
         "",
         f"an answer of {answer['generated_tokens']} tokens in {answer['denoising_steps']} steps:",
-        f"{tokens_per_second} tokens/s, {tokens_a_step} tokens a step, peak {size(answer['peak_memory'])}",
+        f"{tokens_per_second} tokens/s, {tokens_a_step} tokens per step, peak {size(answer['peak_memory'])}",
     ]
     return "\n".join(lines)
 
 
 def _range(values: dict[str, float]) -> str:
-    """Return a spread as ``median (least - most)``."""
+    """Return a spread as ``median (smallest - largest)``."""
     return f"{_short(values['median'])} ({_short(values['least'])} - {_short(values['most'])})"
 
 

@@ -24,10 +24,10 @@ _STAGES = {"convert": "converting", "verify": "comparing", "measure": "measuring
 
 recipe_option, work_option, upload_option = section("Recipe"), section("Work"), section("Upload")
 
-SourceName = Annotated[str | None, typer.Argument(help="A folder, or a Hub id `owner/name[@revision]`.")]
+SourceName = Annotated[str | None, typer.Argument(help="A folder, a Hub id `owner/name[@revision]`, or `demo`.")]
 Output = Annotated[
     Path | None,
-    output_option("--output", "-o", metavar="FOLDER", show_default="SOURCE-RECIPE, next to the source",
+    output_option("--output", "-o", metavar="FOLDER", show_default="SOURCE-RECIPE, next to a source folder, else here",
                   help="The new folder."),
 ]  # fmt: skip
 RecipeName = Annotated[str, recipe_option("--recipe", metavar="NAME", help="The recipe, as in --list-recipes.")]
@@ -267,7 +267,9 @@ def _check_upload(repo_id: str, yes: bool) -> None:
     except HFValidationError:
         raise DgemmaError(f"{repo_id!r} is not the name of a repository", "Write it as owner/name.", 2) from None
     if not yes and not sys.stdin.isatty():
-        raise DgemmaError("nobody is there to confirm the upload", "Add -y to upload without asking.", exit_code=2)
+        raise DgemmaError(
+            "cannot ask for confirmation, because stdin is not a terminal", "Add -y to upload without asking.", 2
+        )
 
 
 def _upload(folder: Path, repo_id: str) -> None:

@@ -96,8 +96,8 @@ def evaluate(
         return
     print(
         f"{result.right} of {result.problems} right ({result.exact_match:.1%}), "
-        f"{result.denoising_steps:.2f} denoising steps an answer ({result.steps_per_canvas:.2f} a canvas), "
-        f"{result.tokens_per_forward:.2f} tokens a step, {result.seconds:.1f} s"
+        f"{result.denoising_steps:.2f} denoising steps per answer ({result.steps_per_canvas:.2f} per canvas), "
+        f"{result.tokens_per_forward:.2f} tokens per step, {result.seconds:.1f} s"
     )
 
 

@@ -20,7 +20,10 @@ gap_option = section("Gaps")
 Mark = Annotated[str, gap_option("--hole", metavar="MARK", help="The text that marks a gap.")]
 At = Annotated[
     str | None,
-    gap_option("--at", metavar="LINE:COL", help="Put the gap here in FILE, counted from 1. Marks are not read."),
+    gap_option(
+        "--at", metavar="LINE:COL",
+        help="Put the gap here in FILE, counted from 1. Gap marks in FILE are kept as plain text.",
+    ),
 ]
 Size = Annotated[
     int | None, gap_option("--size", min=1, help="Number of tokens in the gap of --at or --prefix-file.")

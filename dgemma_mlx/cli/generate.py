@@ -148,10 +148,10 @@ def generate(
           and `max_tokens`. The model is loaded once. Every line is checked before the first one is answered. With
           `--batch-size N`, N prompts are answered at a time, each as it would be alone.
         - `--speed reference` follows the reference implementation's loop step by step. `balanced` also commits a canvas
-          as soon as every position is clear, and `fast` slightly before. On the demo model, `balanced` takes 1.4 times
-          fewer steps and answers 939 instead of 942 of 1,000 prompts correctly (docs/speed.md). Except with
-          `reference`, a canvas that is uncertain after all its steps is started again once. If it stays uncertain, a
-          line on stderr and `low_confidence` in the events say so.
+          as soon as every position is nearly certain; `fast` accepts less certainty. On the demo model, `balanced`
+          takes 1.4 times fewer steps and answers 939 instead of 942 of 1,000 prompts correctly (docs/speed.md). Except
+          with `reference`, a canvas that is uncertain after all its steps is started again once. If it stays
+          uncertain, a line on stderr and `low_confidence` in the events say so.
         - `--verify flag` lets the encoder read each canvas and reports the tokens it would have written differently
           (`doubted` in the events). `--verify repair` denoises the canvas again from there. Both help where the answer
           follows from the prompt, and are of no use for open prose.
@@ -163,9 +163,9 @@ def generate(
         - `--trim-canvas` makes the last canvas a multiple of 64 tokens long. The text changes because every canvas is
           denoised as a whole.
         - `--prompt-cache FILE` saves the encoded prompt, also after Ctrl-C. The next run that begins with the same text
-          encodes only what is new. A file fits one model computed in one way: other weights, another dtype, packed
-          instead of unpacked weights, another version of dgemma-mlx or MLX, and damage are refused with one line that
-          says so.
+          encodes only what is new. A file fits one model computed in one way: other weights, another adapter, dtype or
+          device, packed instead of unpacked weights, Metal kernels switched on or off, another version of dgemma-mlx
+          or MLX, and damage are refused with one line that says so.
         - `--memory-limit 20GB` works in smaller steps when the estimate of `dgemma-mlx info` exceeds the limit, and
           refuses what does not fit even then. The default limit is the GPU's own and only makes the steps smaller.
         - Without Metal, packed weights are unpacked at load when half of the free memory holds them, because MLX
@@ -288,7 +288,7 @@ def _summary(done: Done) -> str:
 
     return (
         f"{count(s.generated_tokens, 'token', 'tokens')} in {count(s.canvases, 'canvas', 'canvases')}, "
-        f"{count(s.denoising_steps, 'step', 'steps')} ({s.tokens_per_forward:.1f} tokens a step), "
+        f"{count(s.denoising_steps, 'step', 'steps')} ({s.tokens_per_forward:.1f} tokens per step), "
         f"{s.seconds:.2f} s, {s.tokens_per_second:.0f} tokens/s, peak {s.peak_memory / 2**20:,.0f} MB, "
         f"seed {done.seed}"
     )

@@ -36,7 +36,8 @@ Candidates = Annotated[
     int | None,
     decoding_option(
         "--candidates", min=1, show_default="8 for fill, 5 for edit",
-        help="Number of candidates written at a time, of several lengths where no length is given.",
+        help="Number of candidates written at a time: of several lengths, or attempts where the length is given. "
+             "It has no effect on a whole text in edit.",
     ),
 ]  # fmt: skip
 ShowAll = Annotated[bool, output_option("--show-all", help="List all candidates and their scores on stderr.")]

@@ -74,7 +74,9 @@ def remove(names: Names, yes: Yes = False) -> None:
     freed = size(sum(plan.expected_freed_size for plan in plans))
     if not yes:
         if not sys.stdin.isatty():
-            raise DgemmaError("nobody is there to confirm", "Add -y to remove without asking.", exit_code=2)
+            raise DgemmaError(
+                "cannot ask for confirmation, because stdin is not a terminal", "Add -y to remove without asking.", 2
+            )
         if not typer.confirm(f"Remove {', '.join(names)} ({freed})?", err=True):
             return
     for plan in plans:

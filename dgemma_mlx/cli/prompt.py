@@ -7,7 +7,7 @@ import sys
 from dgemma_mlx.checks import is_text
 from dgemma_mlx.errors import DgemmaError
 
-_HINT = 'Write the prompt after the command, as in dgemma-mlx generate "...", or pipe it in.'
+_HINT = 'Write it in quotes after the command, or pipe it in.'
 
 
 def read_prompt(argument: str | None) -> str:

@@ -38,7 +38,8 @@ Data = Annotated[
 ]
 Valid = Annotated[Path | None, data_option("--valid", metavar="FILE", help="A JSONL file of validation examples.")]
 MaxLength = Annotated[
-    int, data_option("--max-length", min=1, help="Maximum tokens of a prompt and its answer. The rest is cut off.")
+    int, data_option("--max-length", min=1, help="Maximum tokens of a prompt and its answer. "
+                     "Longer answers are cut after a whole canvas.")
 ]
 CanvasLength = Annotated[
     int | None,
@@ -95,7 +96,7 @@ Targets = Annotated[
         help="Modules to adapt: attention, mlp, experts, self_conditioning, or names such as q_proj.",
     ),
 ]  # fmt: skip
-Dora = Annotated[bool, adapter_option("--dora", help="Train DoRA instead of LoRA. Not for experts.")]
+Dora = Annotated[bool, adapter_option("--dora", help="Train DoRA instead of LoRA. Experts always get LoRA.")]
 Checkpointing = Annotated[
     bool,
     resource_option(
@@ -191,8 +192,8 @@ def train(
     loaded = load_model(Settings(), ModelOptions(model, adapter, cpu_dequantize), quiet)
     run = open_run(loaded, examples, held_out, config)
     if run.left_out:
-        print(f"dgemma-mlx: {run.left_out} of {len(examples)} examples are longer than --max-length {max_length} "
-              "and were left out", file=sys.stderr)  # fmt: skip
+        print(f"dgemma-mlx: {run.left_out} of {len(examples)} examples leave no room for a canvas within "
+              f"--max-length {max_length} and were left out", file=sys.stderr)  # fmt: skip
     plan = make_plan(run)
     if dry_run or not quiet:
         _show_plan(plan, as_json and dry_run, sys.stdout if dry_run else sys.stderr)

@@ -1,7 +1,7 @@
 """Projection of a canvas onto a constraint, by dynamic programming over the positions of the canvas.
 
 A canvas is a path through the token automaton, with one token per position. The weight of a path is the product of the
-probabilities of its tokens. The normalizer of a position is the same for all paths, so unnormalized logits serve as
+probabilities of its tokens. The normaliser of a position is the same for all paths, so unnormalised logits serve as
 scores. From these weights the module computes:
 
 * the most probable path, which is the argmax canvas (DINGO, arXiv 2505.23061);
@@ -10,7 +10,7 @@ scores. From these weights the module computes:
 
 The distributions q alone are overconfident. The model predicts each position without knowing what the other positions
 will be. Where the predictions do not fit together (the model is uncertain where a name ends, for example), the product
-over all positions soon favors one alternative, and the entropy of q is near 0 before the model has seen that decision.
+over all positions soon favours one alternative, and the entropy of q is near 0 before the model has seen that decision.
 Acceptance and stopping therefore use the larger of two quantities: the cross entropy -sum q log r and the entropy of r.
 Here r is the model's own distribution, restricted at each position to the tokens that any matching canvas may have
 there. Both quantities are 0 where the model is certain of a token that q selects as well. Elsewhere the position stays

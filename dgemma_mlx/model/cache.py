@@ -51,9 +51,9 @@ class _LayerCache:
         return self._first(self.size)
 
     def with_canvas(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        """Return the keys and values of [prefix | canvas], each (B, Hk, size + C, D), for a canvas' (B, Hk, C, D).
+        """Return the keys and values of [prefix | canvas], each (B, Hk, size + C, D).
 
-        The canvas does not become part of the prefix: ``size`` stays as it is.
+        ``k`` and ``v`` (B, Hk, C, D) belong to the canvas. The canvas does not become part of the prefix: ``size`` stays as it is.
         """
         end = self.size + k.shape[2]
         self._write(k, v, end)
@@ -114,7 +114,7 @@ class SlidingLayerCache(_LayerCache):
     """The keys and values of a sliding-window layer, for the last ``window - 1`` prefix positions, oldest first.
 
     A query sees itself and the ``window - 1`` positions before it, so older positions are never needed. An update
-    copies the positions that remain. It runs once per canvas, while the canvas' many denoising steps copy nothing.
+    copies the positions that remain. It runs once per canvas, while the many denoising steps copy nothing.
     """
 
     def __init__(self, window: int) -> None:
@@ -176,8 +176,8 @@ class PrefixCache:
 
     Life of a cache: ``encode`` gets the masks from ``encode_masks``, calls ``update`` in each layer to append the new
     keys and values, and calls ``advance`` at the end. ``decode`` gets the masks from ``canvas_masks`` and calls
-    ``with_canvas`` in each layer, which places the canvas' keys and values after the prefix for this step only. The
-    cache grows only when the prompt or a committed canvas is encoded.
+    ``with_canvas`` in each layer, which places the keys and values of the canvas after the prefix for this step only.
+    The cache grows only when the prompt or a committed canvas is encoded.
 
     To go back to an earlier state, take a ``snapshot`` and ``restore`` it later. A full-attention layer only forgets
     the later positions. A sliding-window layer needs its earlier window again, which the snapshot holds.

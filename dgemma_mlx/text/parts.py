@@ -1,7 +1,7 @@
 """Separation of an answer into visible text, thinking and tool calls.
 
 Gemma 4 encloses its thinking in ``<|channel>thought\\n...<channel|>`` and writes a tool call as
-``<|tool_call>call:name{key:<|"|>text<|"|>,n:3}<tool_call|>``. The parser recognizes this markup by token ids, not by
+``<|tool_call>call:name{key:<|"|>text<|"|>,n:3}<tool_call|>``. The parser recognises this markup by token ids, not by
 text. Text that only looks like markup therefore stays text, and no control token ever reaches the reader.
 """
 

@@ -269,7 +269,7 @@ def _open_folder(out: Path, run: FinetuneRun, resume: bool) -> None:
             )
         if different := [name for name in record if before.get(name) != record[name]]:
             raise DgemmaError(
-                f"the run in {out} was started with a different {', '.join(different)}",
+                f"the run in {out} was started with other values of {', '.join(different)}",
                 "Give the same options as before, or name another folder with -o.", 2,
             )
         _drop_log_after(out / LOG, last_step(out))

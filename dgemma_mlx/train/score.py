@@ -53,8 +53,8 @@ def score_card(model: Model, prompts: int, tasks: Iterable[str] = tuple(TASKS)) 
 
 
 def as_markdown(scores: Iterable[Score]) -> str:
-    """Return a score card as a Markdown table, as the README shows it."""
-    lines = ["| task | correct | steps a canvas | tokens per forward |", "| --- | --- | --- | --- |"]
+    """Return a score card as a Markdown table, as docs/demo-model.md shows it."""
+    lines = ["| task | correct | steps per canvas | tokens per forward |", "| --- | --- | --- | --- |"]
     lines += [
         f"| {s.task} | {100 * s.correct:.1f} % | {s.steps_per_canvas:.2f} | {s.tokens_per_forward:.2f} |"
         for s in scores

@@ -155,7 +155,7 @@ def test_wrong_usage_is_explained_by_the_programs_own_name(arguments: list[str])
     assert (done.returncode, done.stdout) == (2, "")
     error, hint = done.stderr.splitlines()[-2:]
     assert error.startswith("dgemma-mlx: ")
-    assert hint.startswith("hint: see dgemma-mlx ") and hint.endswith("--help")
+    assert hint.startswith("hint: `dgemma-mlx ") and hint.endswith("--help` lists the options.")
 
 
 @pytest.mark.parametrize("arguments", [["generate", "-q", "Sort 7 3 5"], ["chat"], ["info"]])

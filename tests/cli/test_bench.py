@@ -66,7 +66,7 @@ def test_a_table_for_people() -> None:
     heading = next(i for i, line in enumerate(lines) if line.split()[:1] == ["prompt"])
     assert [line.split()[0] for line in lines[heading + 1 : heading + 3]] == ["16", "40"]
     assert max(map(len, lines)) <= 100
-    assert "tokens a step" in lines[-1]
+    assert "tokens per step" in lines[-1]
 
 
 def test_a_terminal_shows_what_is_measured_and_keeps_only_the_table() -> None:

@@ -94,7 +94,7 @@ def test_removing_takes_the_named_ones_alone(cache: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "message"),
     [
-        (["rm", "owner/one"], 2, "nobody is there to confirm"),
+        (["rm", "owner/one"], 2, "cannot ask for confirmation"),
         (["rm", "-y", "owner/one", "owner/three"], 1, "owner/three is not in the cache"),
         (["rm", "-y", "owner/other"], 1, "owner/other is not in the cache"),
         (["rm"], 2, "Missing argument"),

@@ -220,5 +220,5 @@ def test_a_user_confirms_the_upload(sources: dict[str, Path], hub: HubServer, sh
 
 def test_an_upload_without_a_terminal_needs_yes(sources: dict[str, Path], hub: HubServer, shell: Shell) -> None:
     done = shell.convert(sources["main"], "-o", "out", "--upload-repo", "owner/new", exit_code=2)
-    assert "nobody is there to confirm the upload" in done.stderr
+    assert "cannot ask for confirmation, because stdin is not a terminal" in done.stderr
     assert hub.requests == [] and names_in(shell.folder) == set()

@@ -120,7 +120,7 @@ def test_a_folder_holds_one_run(tmp_path: Path) -> None:
     run(tmp_path / "one", replace(CONFIG, steps=1))
     with pytest.raises(DgemmaError, match="already holds a run"):
         run(tmp_path / "one", replace(CONFIG, steps=1))
-    with pytest.raises(DgemmaError, match="started with a different steps, seed"):
+    with pytest.raises(DgemmaError, match="started with other values of steps, seed"):
         run(tmp_path / "one", replace(CONFIG, steps=2, seed=1), resume=True)
 
 
