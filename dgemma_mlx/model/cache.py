@@ -53,7 +53,8 @@ class _LayerCache:
     def with_canvas(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         """Return the keys and values of [prefix | canvas], each (B, Hk, size + C, D).
 
-        ``k`` and ``v`` (B, Hk, C, D) belong to the canvas. The canvas does not become part of the prefix: ``size`` stays as it is.
+        ``k`` and ``v`` (B, Hk, C, D) belong to the canvas, which does not become part of the prefix: ``size`` stays
+        as it is.
         """
         end = self.size + k.shape[2]
         self._write(k, v, end)

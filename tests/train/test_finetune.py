@@ -89,7 +89,7 @@ def test_training_continues_from_an_adapter(tmp_path: Path) -> None:
     again, _ = read_adapter(tmp_path / "same")
     assert replace(again, targets=()) == replace(ADAPTER, targets=())
     fresh = FinetuneRun(prepare(load("demo"), config), config, CONVERSATIONS)
-    with pytest.raises(DgemmaError, match="started with a different start"):
+    with pytest.raises(DgemmaError, match="started with other values of start"):
         finetune(fresh, tmp_path / "same", lambda record: None, resume=True)
 
 
