@@ -7,7 +7,7 @@ REQUIREMENTS := pyproject.toml constraints.txt scripts/setup.sh
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help setup demo demo-model test test-kernels soak lint type oracle bench capture wheel clean
+.PHONY: help reference setup demo demo-model test test-kernels soak lint type oracle bench capture wheel clean
 .NOTPARALLEL:
 
 help:
@@ -33,7 +33,7 @@ test-kernels: $(VENV)/.installed-kernels ## run the Metal kernels, in a simulato
 soak: $(VENV)/.installed-test ## run the tests that take minutes
 	@$(PYTHON_BIN) -m pytest -m slow $(ARGS)
 
-lint: $(VENV)/.installed-test ## ruff, and the contracts of imports
+lint: $(VENV)/.installed-test ## run ruff, and check the import contracts
 	@$(PYTHON_BIN) -m ruff check .
 	@$(VENV)/bin/lint-imports --no-cache --no-logo
 
@@ -50,6 +50,9 @@ bench: $(VENV)/.installed-test ## run the benchmarks; BENCH=long_prompt ARGS="--
 
 capture: $(VENV)/.installed ## draw docs/canvas.svg with the program's own renderer
 	@$(PYTHON_BIN) scripts/capture.py docs/canvas.svg $(ARGS)
+
+reference: $(VENV)/.installed ## write docs/cli.md from the help of the program
+	@$(PYTHON_BIN) scripts/cli_reference.py $(ARGS)
 
 wheel: $(VENV)/.installed-test ## build the wheel and the source archive in dist/
 	@rm -rf dist

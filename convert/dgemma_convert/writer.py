@@ -22,11 +22,11 @@ from dgemma_convert.formats import PLAIN
 from dgemma_convert.plan import MANIFEST, Plan, Target
 from dgemma_convert.source import Rows
 from dgemma_mlx.checkpoint.config import read_json
+from dgemma_mlx.checkpoint.shards import INDEX
 from dgemma_mlx.errors import DgemmaError
 
 ByteProgress = Callable[[int], None]  # called with the number of source bytes that have just been converted
 
-INDEX = "model.safetensors.index.json"
 _UNFINISHED = ".unfinished"
 _HASH_BLOCK = 1 << 20
 

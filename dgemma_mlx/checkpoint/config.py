@@ -14,6 +14,7 @@ from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any
 
+from dgemma_mlx.checks import is_whole
 from dgemma_mlx.errors import DgemmaError
 
 FULL = "full_attention"
@@ -343,7 +344,7 @@ def _first(*values: Any) -> Any:
 
 def _id(value: Any, name: str) -> int:
     """Return the value if it is a token id. Raises ``DgemmaError`` otherwise."""
-    good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST["int"]
+    good = is_whole(value) and 0 <= value <= _LARGEST["int"]
     _require(good, f"{name} must be a token id, not {shortened(value)}")
     return int(value)
 

@@ -14,6 +14,7 @@ import mlx.core as mx
 from dgemma_mlx.checkpoint.config import read_json
 from dgemma_mlx.errors import DgemmaError
 
+INDEX = "model.safetensors.index.json"
 _FETCH_AGAIN = "The download may be incomplete. Fetch the checkpoint again."
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 _LFS_POINTER = b"version "  # start of a Git LFS pointer file; https://git-lfs.github.com/spec/v1 follows
@@ -49,7 +50,7 @@ def shard_files(folder: Path) -> list[Path]:
     These are the files that ``model.safetensors.index.json`` names, or ``model.safetensors`` without an index. Raises
     ``DgemmaError`` when a file is missing or the index is damaged or names a file outside the folder.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if not index.exists():
         single = folder / "model.safetensors"
         if not single.exists():

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dgemma_mlx.checks import LARGEST_SEED, is_text
+from dgemma_mlx.checks import LARGEST_SEED, is_text, is_whole
 from dgemma_mlx.cli.settings import fits
 from dgemma_mlx.errors import DgemmaError
 
@@ -34,7 +34,7 @@ def _is_prompt(value: Any) -> bool:
 
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "prompt": _is_prompt,
-    "id": lambda value: is_text(value) or (isinstance(value, int) and not isinstance(value, bool)),
+    "id": lambda value: is_text(value) or is_whole(value),
     "system": partial(fits, "system"),
     "seed": partial(fits, "seed"),
     "max_tokens": lambda value: fits("max_tokens", value) and value <= LARGEST_SEED,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dgemma_mlx.cli.parameters import output_option, section
+from dgemma_mlx.cli.parameters import PlanAsJson, output_option, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.sizes import parse_size, size
@@ -48,7 +48,6 @@ Calibration = Annotated[
 ]
 ListRecipes = Annotated[bool, recipe_option("--list-recipes", help="Print the recipes and stop.")]
 DryRun = Annotated[bool, output_option("--dry-run", help="Print the plan and stop.")]
-AsJson = Annotated[bool, output_option("--json", help="Print the plan or the result as one JSON object.")]
 Resume = Annotated[bool, work_option("--resume", help="Continue an interrupted conversion.")]
 Force = Annotated[bool, work_option("--force", help="Replace an existing output or an interrupted conversion.")]
 Verify = Annotated[bool, work_option("--verify", help="Compare the output with the source on built-in prompts.")]
@@ -69,7 +68,7 @@ def convert(
     list_recipes: ListRecipes = False,
     output: Output = None,
     dry_run: DryRun = False,
-    as_json: AsJson = False,
+    as_json: PlanAsJson = False,
     resume: Resume = False,
     force: Force = False,
     verify: Verify = False,

@@ -49,10 +49,11 @@ class Page(NamedTuple):
     examples: str
 
 
-class Command(TyperCommand):
-    """A command that prints its help as this module describes."""
+class _PlainHelp:
+    """Prints the help of a command or a group as this module describes."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the whole help text."""
         formatter.write(as_text(page_of(self, ctx), formatter.width))
 
     def get_short_help_str(self, limit: int = 0) -> str:
@@ -60,15 +61,12 @@ class Command(TyperCommand):
         return summary(self)
 
 
-class Group(TyperGroup):
-    """A group of commands that prints its help as this module describes."""
+class Command(_PlainHelp, TyperCommand):
+    """A command with plain help."""
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        formatter.write(as_text(page_of(self, ctx), formatter.width))
 
-    def get_short_help_str(self, limit: int = 0) -> str:
-        """Return the whole summary, for completion as well."""
-        return summary(self)
+class Group(_PlainHelp, TyperGroup):
+    """A group of commands with plain help."""
 
 
 def summary(command: Any) -> str:

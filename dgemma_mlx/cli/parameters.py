@@ -63,6 +63,7 @@ Thinking = Annotated[
 
 # The output
 AsJson = Annotated[bool, output_option("--json", help="Print the result as one JSON object.")]
+PlanAsJson = Annotated[bool, output_option("--json", help="Print the plan or the result as one JSON object.")]
 NoLive = Annotated[
     bool, output_option("--no-live", help="On a terminal, print each canvas when it is final instead of drawing it.")
 ]

@@ -14,6 +14,7 @@ from dgemma_mlx.cli.parameters import (
     CpuDequantize,
     ModelName,
     ModelOptions,
+    PlanAsJson,
     Quiet,
     model_option,
     output_option,
@@ -116,7 +117,6 @@ ReportTo = Annotated[
 ]
 Resume = Annotated[bool, log_option("--resume", help="Continue the run in the output folder.")]
 DryRun = Annotated[bool, output_option("--dry-run", help="Check the data, estimate the memory and stop.")]
-AsJson = Annotated[bool, output_option("--json", help="Print the plan or the result as one JSON object.")]
 
 
 def train(
@@ -128,7 +128,7 @@ def train(
     model: ModelName = None,
     adapter: Start = None,
     dry_run: DryRun = False,
-    as_json: AsJson = False,
+    as_json: PlanAsJson = False,
     quiet: Quiet = False,
     steps: Steps = 1000,
     batch_size: BatchSize = 4,
@@ -170,7 +170,7 @@ def train(
 
     Examples:
         dgemma-mlx train -m demo --data train.jsonl -o runs/adapter --steps 200 --dry-run
-        dgemma-mlx train -m demo --data train.jsonl -o runs/adapter --steps 200 --resume
+        dgemma-mlx train -m demo --data train.jsonl -o runs/adapter --steps 200
         dgemma-mlx generate -m demo --adapter runs/adapter "..."
     """
     from dgemma_mlx.model.adapter import AdapterConfig

@@ -20,13 +20,14 @@ from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Done, Event
 from dgemma_mlx.generation.answer import Answer
 from dgemma_mlx.generation.memory import fit_to_memory, should_dequantize
-from dgemma_mlx.generation.model import Message, Model
+from dgemma_mlx.generation.model import Model
 from dgemma_mlx.generation.options import GenerationOptions, Verify
 from dgemma_mlx.generation.prompt_cache import PromptCache
 from dgemma_mlx.generation.runner import Runner
 from dgemma_mlx.model.adapter_file import load_adapter
 from dgemma_mlx.model.dequantize import dequantize, dequantized_bytes
 from dgemma_mlx.model.load import load_model
+from dgemma_mlx.text.chat import Message
 from dgemma_mlx.text.parts import PartsParser
 from dgemma_mlx.text.tokenizer import load_tokenizer
 
@@ -88,12 +89,12 @@ def generate(
         >>> generate(load("demo"), "Sort 7 3 5", seed=1).text
         '3 5 7'
     """
-    options = GenerationOptions(
-        speed=speed, verify=verify, temp=temp, generation=generation, trim_canvas=trim_canvas,
-        prefill_step_size=prefill_step_size, memory_limit=memory_limit, cancelled=cancelled, constraint=constraint,
-        response_format=response_format,
-    )  # fmt: skip
-    for event in _stream(model, prompt, options, max_tokens, seed, system, thinking, raw, prompt_cache):
+    for event in stream(
+        model, prompt, max_tokens=max_tokens, seed=seed, system=system, thinking=thinking, raw=raw,
+        prompt_cache=prompt_cache, speed=speed, verify=verify, temp=temp, generation=generation,
+        trim_canvas=trim_canvas, prefill_step_size=prefill_step_size, memory_limit=memory_limit, cancelled=cancelled,
+        constraint=constraint, response_format=response_format,
+    ):  # fmt: skip
         if isinstance(event, Done):
             return event
     raise AssertionError("the last event is Done")
@@ -159,7 +160,10 @@ def stream(
         prefill_step_size=prefill_step_size, memory_limit=memory_limit, cancelled=cancelled, constraint=constraint,
         response_format=response_format,
     )  # fmt: skip
-    return _stream(model, prompt, options, max_tokens, seed, system, thinking, raw, prompt_cache)
+    options.check_thinking(thinking)
+    ids = model.encode_prompt(prompt, system=system, thinking=thinking, raw=raw)
+    runner = _runner(model, [ids], [seed], [max_tokens], options, prompt_cache or PromptCache())
+    return (event for _, event in runner.events())  # computed when they are requested
 
 
 def generate_batch(
@@ -208,17 +212,6 @@ def generate_batch(
     return [done[number] for number in range(count)]
 
 
-def _stream(
-    model: Model, prompt: str | Sequence[Message], options: GenerationOptions, max_tokens: int, seed: int | None,
-    system: str | None, thinking: bool, raw: bool, prompt_cache: PromptCache | None,
-) -> Iterator[Event]:
-    """Check everything, then return the events, which are computed when they are requested."""
-    options.check_thinking(thinking)
-    ids = model.encode_prompt(prompt, system=system, thinking=thinking, raw=raw)
-    runner = _runner(model, [ids], [seed], [max_tokens], options, prompt_cache or PromptCache())
-    return (event for _, event in runner.events())
-
-
 def _runner(
     model: Model, prompts: Sequence[list[int]], seeds: Sequence[int | None], max_tokens: Sequence[int],
     options: GenerationOptions, prompt_cache: PromptCache | None = None,
@@ -231,7 +224,7 @@ def _runner(
     for ids in prompts:
         model.check_prompt(ids)
     budget = fit_to_memory(model, len(prompts) * max(map(len, prompts)), options.memory_limit)
-    automaton = options.automaton(model)
+    automaton = options.token_automaton(model)
     answers = [
         Answer(
             ids, secrets.randbits(32) if seed is None else seed, limit, model.config.text.max_position_embeddings,

@@ -14,11 +14,10 @@ from mlx.utils import tree_flatten
 from dgemma_mlx.checkpoint.config import GenerationConfig, ModelConfig
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.model.text import DiffusionGemma
-from dgemma_mlx.text.chat import ChatTemplate, encode_chat
+from dgemma_mlx.text.chat import ChatTemplate, Message, encode_chat
 from dgemma_mlx.text.tokenizer import Tokenizer
 
-# A message of a conversation: {"role": "user" | "assistant" | "system" | "tool", "content": ...}.
-Message = Mapping[str, Any]
+_BLOCK = 64  # with fewer positions, rarely chosen experts leave MLX's fast path
 
 
 @dataclass(frozen=True)
@@ -87,3 +86,8 @@ class Model:
         """Return the bytes of memory that the network's weights take."""
         parameters: Any = tree_flatten(self.network.parameters())  # type: ignore[no-untyped-call]
         return sum(array.nbytes for _, array in parameters)
+
+
+def block_length(needed: int, canvas_length: int) -> int:
+    """Return the length of a canvas that holds ``needed`` positions: whole blocks of 64, at most ``canvas_length``."""
+    return min(canvas_length, -(-needed // _BLOCK) * _BLOCK)

@@ -85,7 +85,7 @@ class GenerationOptions:
                 "The thoughts would have to match the constraint as well. Use thinking=False, or --no-thinking.", 2,
             )
 
-    def automaton(self, model: Model) -> TokenAutomaton | None:
+    def token_automaton(self, model: Model) -> TokenAutomaton | None:
         """Return what every answer must match, over the model's tokens; None without a constraint."""
         constraint = self.constraint
         if self.response_format is not None:

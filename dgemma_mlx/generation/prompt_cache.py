@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dgemma_mlx.errors import DgemmaError
@@ -27,10 +28,7 @@ class PromptCache:
     """
 
     def __init__(self) -> None:
-        self._network: DiffusionGemma | None = None
-        self._cache: PrefixCache | None = None
-        self._ids: list[int] = []
-        self._marks: dict[str, Snapshot] = {}
+        self._encoded: _Encoded | None = None
         self.shared = 0
         self._stored: Path | None = None  # the file that holds the same as this cache
 
@@ -41,10 +39,9 @@ class PromptCache:
         Raises ``DgemmaError`` for any other file, and for a file of another model.
         """
         loaded = cls()
-        loaded._network, loaded._stored = model.network, Path(path)
-        loaded._ids, loaded._cache, loaded._marks = prompt_cache_file.read(
-            Path(path), model.network, ModelIdentity.of(model)
-        )
+        loaded._stored = Path(path)
+        ids, cache, marks = prompt_cache_file.read(Path(path), model.network, ModelIdentity.of(model))
+        loaded._encoded = _Encoded(model.network, cache, ids, marks)
         return loaded
 
     def save(self, path: str | Path, model: Model) -> None:
@@ -53,16 +50,16 @@ class PromptCache:
         Nothing is written when nothing is encoded, or when the file holds it already. ``model`` must be the one that
         filled the cache. Raises ``DgemmaError`` when it is not, and when the file cannot be written.
         """
-        if self._cache is None:
+        encoded = self._encoded
+        if encoded is None:
             return
-        if self._network is not model.network:
+        if encoded.network is not model.network:
             raise DgemmaError("the prompt cache was filled by another model", "Save it with that model.")
-        if not self._is_exact():
-            self._go_back(len(self._ids))
-        if self._ids and self._stored != Path(path):
-            prompt_cache_file.write(
-                Path(path), model.network, ModelIdentity.of(model), self._ids, self._cache, self._marks
-            )
+        if not encoded.is_exact():
+            encoded.go_back(len(encoded.ids))
+        if encoded.ids and self._stored != Path(path):
+            identity = ModelIdentity.of(model)
+            prompt_cache_file.write(Path(path), model.network, identity, encoded.ids, encoded.cache, encoded.marks)
             self._stored = Path(path)
 
     def reuse(self, network: DiffusionGemma, ids: Sequence[int], leave_last: bool = False) -> PrefixCache:
@@ -70,36 +67,52 @@ class PromptCache:
 
         With ``leave_last``, at least the last id is left to encode.
         """
-        if self._cache is None or self._network is not network:
-            self._network, self._cache, self._ids, self._marks = network, network.new_cache(), [], {}
-        common = _common_prefix(self._ids, ids[:-1] if leave_last else ids)
-        self.shared = common
-        if self._cache.offset > common or not self._is_exact():
-            self._go_back(common)
-        return self._cache
+        if self._encoded is None or self._encoded.network is not network:
+            self._encoded = _Encoded(network, network.new_cache())
+        encoded = self._encoded
+        self.shared = _common_prefix(encoded.ids, ids[:-1] if leave_last else ids)
+        if encoded.cache.offset > self.shared or not encoded.is_exact():
+            encoded.go_back(self.shared)
+        return encoded.cache
 
     def append(self, ids: Sequence[int], mark: str | None = None) -> None:
         """Record that ``ids`` have been encoded, and set the mark of that name after them."""
-        assert self._cache is not None
+        assert self._encoded is not None, "reuse() comes first"
         self._stored = None
-        self._ids += ids
+        self._encoded.ids += ids
         if mark is not None:
-            self._marks[mark] = self._cache.snapshot()
+            self._encoded.marks[mark] = self._encoded.cache.snapshot()
 
-    def _is_exact(self) -> bool:
+
+@dataclass
+class _Encoded:
+    """What one network has encoded.
+
+    Attributes:
+        network: The network.
+        cache: Keys and values of the encoded ids.
+        ids: The encoded ids.
+        marks: States to go back to, by name.
+    """
+
+    network: DiffusionGemma
+    cache: PrefixCache
+    ids: list[int] = field(default_factory=list)
+    marks: dict[str, Snapshot] = field(default_factory=dict)
+
+    def is_exact(self) -> bool:
         """Return whether the cache holds exactly the recorded ids. It does not when encoding was interrupted."""
-        return self._cache is not None and self._cache.is_whole and self._cache.offset == len(self._ids)
+        return self.cache.is_whole and self.cache.offset == len(self.ids)
 
-    def _go_back(self, limit: int) -> None:
+    def go_back(self, limit: int) -> None:
         """Go back to the last mark with at most ``limit`` positions, or to the beginning."""
-        assert self._network is not None and self._cache is not None
-        self._marks = {name: mark for name, mark in self._marks.items() if mark.offset <= limit}
-        best = max(self._marks.values(), key=lambda mark: mark.offset, default=None)
+        self.marks = {name: mark for name, mark in self.marks.items() if mark.offset <= limit}
+        best = max(self.marks.values(), key=lambda mark: mark.offset, default=None)
         if best is None:
-            self._cache = self._network.new_cache()
+            self.cache = self.network.new_cache()
         else:
-            self._cache.restore(best)
-        del self._ids[self._cache.offset :]
+            self.cache.restore(best)
+        del self.ids[self.cache.offset :]
 
 
 def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from dgemma_mlx.checks import is_whole
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import check_writable, whole_file
 from dgemma_mlx.generation.identity import ModelIdentity
@@ -217,8 +218,8 @@ def _read_data(
     """Read the data. Raises one of ``_MALFORMED`` when it does not fit the header, or not the network's shapes."""
     text = network.config
     (count,) = entries["ids"]["shape"]
-    _require(_is_whole_number(count) and 0 < count <= text.max_position_embeddings)
-    _require(all(_is_whole_number(mark) and 0 < mark <= count for mark in marks.values()))
+    _require(is_whole(count) and 0 < count <= text.max_position_embeddings)
+    _require(all(is_whole(mark) and 0 < mark <= count for mark in marks.values()))
     points = sorted({*marks.values(), count})
     like = network.new_cache()
     network.encode(mx.zeros((1, 1), mx.int32), like)  # for its shapes; never evaluated
@@ -251,10 +252,6 @@ def _read_data(
     _require(file.read() == digest.digest())
     cache.restore(snapshots[count])
     return ids, cache, {name: snapshots[mark] for name, mark in marks.items()}
-
-
-def _is_whole_number(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _require(condition: bool) -> None:

@@ -14,14 +14,12 @@ from dgemma_mlx.diffusion.sampler import Noise
 from dgemma_mlx.events import Draft, Event
 from dgemma_mlx.generation.answer import Answer
 from dgemma_mlx.generation.cancellation import Cancellation, Cancelled
-from dgemma_mlx.generation.model import Model
+from dgemma_mlx.generation.model import Model, block_length
 from dgemma_mlx.generation.options import GenerationOptions
 from dgemma_mlx.generation.prefill import prefill
 from dgemma_mlx.generation.prompt_cache import PromptCache
 from dgemma_mlx.generation.verify import MAX_REPAIRS, Reading, Verifier, repair_pins
 from dgemma_mlx.model.cache import PrefixCache
-
-_BLOCK = 64  # a trimmed canvas has whole blocks: with fewer positions, rarely chosen experts leave MLX's fast path
 
 Events = Generator[tuple[int, Event], None, None]
 Canvases = Generator[tuple[int, Event], None, dict[int, Draft]]  # returns the finished draft of each row
@@ -175,6 +173,7 @@ class Runner:
 
     def _commit(self, drafts: Sequence[Draft], readings: Sequence[Reading] | None) -> Events:
         """Commit the finished canvases, and yield ``Done`` for the answers that have ended."""
+        # Asked here as well, so that an answer that is cancelled now ends with this event and flushes its parser.
         is_cancelled = self._cancellation.requested()
         for row, (number, draft) in enumerate(zip(self._live, drafts, strict=True)):
             doubted = () if readings is None else readings[row].doubted
@@ -214,7 +213,7 @@ class Runner:
         if not self._options.trim_canvas:
             return whole
         remaining = max(self._answers[number].remaining for number in self._live)
-        return min(whole, -(-remaining // _BLOCK) * _BLOCK)
+        return block_length(remaining, whole)
 
 
 def _uncertainty(draft: Draft) -> tuple[bool, float]:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.generation.model import Model
+from dgemma_mlx.generation.model import Model, block_length
 from dgemma_mlx.generation.options import GenerationOptions
 from dgemma_mlx.infill.fill import end_id
-from dgemma_mlx.infill.layout import block_length
 from dgemma_mlx.infill.writer import Writer
 
 

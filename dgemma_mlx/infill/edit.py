@@ -34,7 +34,8 @@ def edit(
     """Change a text as the instruction says: all of it, or a part.
 
     The canvas starts as the text with a share of random tokens, and takes the same share of the denoising steps. What
-    is outside the part to change is pinned, byte for byte. For each part, several lengths near its own are tried.
+    is outside the part to change is pinned, byte for byte. For each part, several lengths near its own are tried. The
+    arguments that are not listed are those of ``fill``.
 
     Args:
         model: What ``load`` returned.
@@ -45,8 +46,6 @@ def edit(
         strength: Share of the text that starts as noise, above 0 and at most 1. None is 0.6 for the whole text, and 1
             for a part.
         candidates: Number of lengths to try for each part. It has no effect on a whole text.
-
-    The remaining arguments are those of ``fill``.
 
     Raises:
         DgemmaError: When there is nothing to change, or one canvas does not hold it.

@@ -11,12 +11,12 @@ import numpy as np
 
 from dgemma_mlx.diffusion.edits import BarredIds, Pins, PositionBias
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.generation.model import block_length
 from dgemma_mlx.infill.template import Gap, Part
 from dgemma_mlx.text.tokenizer import Tokenizer
 
 Lengths = tuple[int, ...]  # number of tokens of each gap
 
-_BLOCK = 64  # with fewer positions, rarely chosen experts leave MLX's fast path
 
 
 @dataclass(frozen=True)
@@ -149,11 +149,6 @@ class Layout:
         """Return the whole text with these texts in its gaps."""
         gaps = iter(texts)
         return "".join(part if isinstance(part, str) else next(gaps) for part in self._parts)
-
-
-def block_length(needed: int, canvas_length: int) -> int:
-    """Return the length of a canvas that holds ``needed`` positions: whole blocks of 64, at most ``canvas_length``."""
-    return min(canvas_length, -(-needed // _BLOCK) * _BLOCK)
 
 
 def not_text(tokenizer: Tokenizer, vocab_size: int) -> list[int]:

@@ -35,8 +35,7 @@ class _LayerCache:
     _spare = 0  # extra positions that a new buffer gets beyond the requested capacity
 
     def __init__(self) -> None:
-        self._keys: mx.array | None = None
-        self._values: mx.array | None = None
+        self._buffers: tuple[mx.array, mx.array] | None = None  # of keys and of values
         self.size = 0
 
     def set_state(self, keys: mx.array, values: mx.array) -> None:
@@ -44,7 +43,7 @@ class _LayerCache:
 
         The arrays themselves are not changed: they have no spare room, so the next canvas is written to new buffers.
         """
-        self._keys, self._values, self.size = keys, values, keys.shape[2]
+        self._buffers, self.size = (keys, values), keys.shape[2]
 
     def state(self) -> tuple[mx.array, mx.array]:
         """Return the keys and values of the prefix, each (B, Hk, size, D). The layer must not be empty."""
@@ -62,8 +61,9 @@ class _LayerCache:
 
     def _first(self, count: int) -> tuple[mx.array, mx.array]:
         """Return the first ``count`` positions of both buffers."""
-        assert self._keys is not None and self._values is not None
-        return self._keys[:, :, :count], self._values[:, :, :count]
+        assert self._buffers is not None
+        keys, values = self._buffers
+        return keys[:, :, :count], values[:, :, :count]
 
     def _write(self, k: mx.array, v: mx.array, capacity: int) -> None:
         """Write keys and values (B, Hk, L, D) after the prefix.
@@ -71,10 +71,12 @@ class _LayerCache:
         If the buffers are too small, they are first replaced by buffers for ``capacity`` positions and the spare room.
         """
         end = self.size + k.shape[2]
-        if self._keys is None or self._values is None or self._keys.shape[2] < end:
-            self._keys, self._values = self._grown(self._keys, k, capacity), self._grown(self._values, v, capacity)
-        self._keys[:, :, self.size : end] = k
-        self._values[:, :, self.size : end] = v
+        if self._buffers is None or self._buffers[0].shape[2] < end:
+            old_keys, old_values = self._buffers or (None, None)
+            self._buffers = self._grown(old_keys, k, capacity), self._grown(old_values, v, capacity)
+        keys, values = self._buffers
+        keys[:, :, self.size : end] = k
+        values[:, :, self.size : end] = v
 
     def _grown(self, old: mx.array | None, like: mx.array, capacity: int) -> mx.array:
         """Return a buffer for ``capacity`` positions and the spare room, which begins with the prefix in ``old``."""
@@ -85,7 +87,7 @@ class _LayerCache:
     @property
     def nbytes(self) -> int:
         """Size of both buffers in bytes, with the spare room."""
-        return 0 if self._keys is None or self._values is None else self._keys.nbytes + self._values.nbytes
+        return sum(buffer.nbytes for buffer in self._buffers or ())
 
 
 class FullLayerCache(_LayerCache):
@@ -128,7 +130,7 @@ class SlidingLayerCache(_LayerCache):
         These are the stored window followed by the new positions. Afterwards the last ``window - 1`` of them are kept.
         ``capacity`` is ignored, because the window has a fixed size.
         """
-        if self._keys is not None:
+        if self._buffers is not None:
             keys, values = self.state()
             k, v = mx.concatenate([keys, k], axis=2), mx.concatenate([values, v], axis=2)
         start = max(0, k.shape[2] - self._kept)

@@ -11,7 +11,8 @@ from typing import Any
 
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.api import generate_batch
-from dgemma_mlx.generation.model import Message, Model
+from dgemma_mlx.generation.model import Model
+from dgemma_mlx.text.chat import Message
 from dgemma_mlx.train import sudoku
 from dgemma_mlx.train.dataset import Example
 

@@ -19,14 +19,13 @@ from mlx.utils import tree_flatten
 from dgemma_mlx.checkpoint.config import ModelConfig, read_json
 from dgemma_mlx.checkpoint.hub import resolve
 from dgemma_mlx.checkpoint.names import module_quantization, parameter_names, some_of
-from dgemma_mlx.checkpoint.shards import open_tensors, read_header, shard_files
+from dgemma_mlx.checkpoint.shards import INDEX, open_tensors, read_header, shard_files
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import write_whole
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.model.adapter import AdapterConfig, merged
 from dgemma_mlx.model.adapter_file import read_adapter
 
-INDEX = "model.safetensors.index.json"
 _SMALL_FILES = (
     "generation_config.json", "tokenizer*", "chat_template*", "*.jinja", "processor_config.json",
     "preprocessor_config.json",

@@ -11,7 +11,8 @@ import pytest
 
 from dgemma_mlx import DgemmaError, Gap
 from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
-from dgemma_mlx.infill.layout import Layout, block_length
+from dgemma_mlx.generation.model import block_length
+from dgemma_mlx.infill.layout import Layout
 from dgemma_mlx.infill.template import Part, parse_gaps
 from dgemma_mlx.text import Tokenizer, load_tokenizer
 from tests.text.gemma_like import random_text, write_tokenizer_json, write_tokenizer_model

@@ -97,7 +97,7 @@ def record(event: Event, model: str) -> dict[str, Any]:
         fields["model"] = model
     fields |= asdict(event)
     if isinstance(event, Committed):
-        doubted = fields.pop("doubted")  # low_confidence may be a property, which asdict leaves out
+        doubted = fields.pop("doubted")  # low_confidence is a property, which asdict leaves out
         fields |= {"low_confidence": event.low_confidence, "doubted": doubted}
     return fields
 

@@ -7,9 +7,10 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
-Split = Literal["train", "heldout"]
+from dgemma_mlx.train.sudoku import Split as Split
+
 IMPERATIVE_OPENINGS = ("Please ", "Please ", "Can you ", "Could you ", "I want you to ", "Now ")
 
 

@@ -76,6 +76,20 @@ def test_a_planted_import_breaks_its_contract(copied: Path, file: str, planted: 
         path.write_text(before)
 
 
+# Where else the programs to compare with may be imported; the packages never do.
+COMPARISONS = (
+    "tests/oracle/", "tests/metalsim/", "tests/model/test_adapter.py", "tests/train/test_demo_tokenizer.py", "benchmarks/",
+)
+FOREIGN = re.compile(r"^\s*(?:from|import) (?:torch|transformers|mlx_lm|mlx_vlm|peft)\b", re.MULTILINE)
+
+
+def test_other_programs_are_imported_only_where_they_are_compared_with() -> None:
+    folders = ("benchmarks", "recipes", "scripts", "tests")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py") if FOREIGN.search(path.read_text())]
+    assert files
+    assert [name for path in files if not (name := path.relative_to(ROOT).as_posix()).startswith(COMPARISONS)] == []
+
+
 def test_every_package_has_a_layer() -> None:
     layers = {name.strip() for layer in CONTRACTS[0]["layers"] for name in layer.split("|")}
     found = {f"dgemma_mlx.{path.stem}" for path in PACKAGES[0].glob("*.py") if not path.stem.startswith("__")}
