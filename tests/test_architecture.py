@@ -78,7 +78,8 @@ def test_a_planted_import_breaks_its_contract(copied: Path, file: str, planted: 
 
 # Where else the programs to compare with may be imported; the packages never do.
 COMPARISONS = (
-    "benchmarks/", "tests/metalsim/", "tests/model/test_adapter.py", "tests/oracle/", "tests/train/test_demo_tokenizer.py",
+    "benchmarks/", "tests/metalsim/", "tests/model/test_adapter.py", "tests/oracle/",
+    "tests/train/test_demo_tokenizer.py",
 )
 FOREIGN = re.compile(r"^\s*(?:from|import) (?:torch|transformers|mlx_lm|mlx_vlm|peft)\b", re.MULTILINE)
 
