@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import mlx.core as mx
 
@@ -14,18 +14,21 @@ from dgemma_mlx.model.text import DiffusionGemma
 def prefill(
     network: DiffusionGemma, ids: mx.array, cache: PrefixCache, step_size: int,
     cancellation: Cancellation | None = None,
-) -> Iterator[tuple[int, mx.array]]:
+) -> Generator[int, None, mx.array | None]:
     """Encode prompts (B, P) int32 into the cache, ``step_size`` positions at a time, as the caller iterates.
 
-    After each chunk, yield its number of positions and the hidden state (B, 1, M) of its last position, which is not
-    evaluated. What a chunk needed on the way is freed before the next one. Raises ``Cancelled`` between two chunks.
+    Yield the number of positions after each chunk, and return the hidden state (B, 1, M) of the last position, not
+    evaluated, or None for an empty prompt. Raises ``Cancelled`` between two chunks.
     """
     cache.reserve(ids.shape[1])
+    hidden = None
     for start in range(0, ids.shape[1], step_size):
         if cancellation is not None:
             cancellation.check()
         chunk = ids[:, start : start + step_size]
+        # Replaced before the evaluation: its graph refers to the buffers, which MLX could not update in place then.
         hidden = network.encode(chunk, cache)[:, -1:]
         mx.eval(cache.state())
         mx.clear_cache()
-        yield chunk.shape[1], hidden
+        yield chunk.shape[1]
+    return hidden

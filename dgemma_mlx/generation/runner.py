@@ -99,13 +99,10 @@ class Runner:
                 prompt_cache.append(part, mark if encoded == end else None)
         return cache
 
-    def _encode(self, ids: mx.array, cache: PrefixCache) -> Iterator[int]:
+    def _encode(self, ids: mx.array, cache: PrefixCache) -> Generator[int, None, None]:
         """Encode ids (B, P) chunk by chunk. Yield the number of positions of each chunk."""
         step_size = max(1, self._prefill_step_size // ids.shape[0])
-        hidden: mx.array | None = None
-        for count, last in prefill(self._network, ids, cache, step_size, self._cancellation):
-            hidden = last
-            yield count
+        hidden = yield from prefill(self._network, ids, cache, step_size, self._cancellation)
         if self._verifier is not None and hidden is not None:
             self._verifier.start_after(hidden)
 

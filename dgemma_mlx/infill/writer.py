@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,8 +76,8 @@ class Writer:
         self._cache = model.network.new_cache()
         step_size = options.prefill_step_size or budget.prefill_step_size
         ids = mx.array([prefix], mx.int32)
-        for _, hidden in prefill(model.network, ids, self._cache, step_size, self._cancellation):
-            self._hidden = hidden  # (1, 1, M): after the loop, that of the prefix's last position
+        chunks = prefill(model.network, ids, self._cache, step_size, self._cancellation)
+        self._hidden = _last_hidden(chunks)
         self._cancellation.check()
         mx.eval(self._hidden)
 
@@ -144,3 +144,13 @@ class Writer:
         return InfillStatistics(
             self._prompt_tokens, self._canvases, self._steps, time.perf_counter() - self._began, mx.get_peak_memory()
         )
+
+
+def _last_hidden(chunks: Generator[int, None, mx.array | None]) -> mx.array:
+    """Run a prefill to its end, and return the hidden state (1, 1, M) of the last position."""
+    while True:
+        try:
+            next(chunks)
+        except StopIteration as end:
+            hidden: mx.array = end.value
+            return hidden

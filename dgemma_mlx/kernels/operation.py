@@ -41,7 +41,7 @@ def _array_close(found: mx.array, expected: mx.array) -> bool:
     return bool((mx.abs(found - wide) <= bound).all().item())  # False for a NaN
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Operation(Generic[P, R]):
     """A Metal kernel and its reference, two functions that take the same arguments and compute the same result.
 
