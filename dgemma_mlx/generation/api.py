@@ -125,7 +125,7 @@ def stream(
 
     Yield a ``Draft`` for each denoising step, a ``Committed`` for each canvas, and a ``Done`` at the end. To cancel,
     stop iterating, because each step is computed when it is requested; or let ``cancelled`` return True, and the
-    ``Done`` of the committed canvases comes next.
+    answer ends with the ``Done`` of the committed canvases.
 
     Args:
         model: What ``load`` returned.
