@@ -79,8 +79,9 @@ class Walk:
         self._folder, self._config = folder, config
         embedding, _ = load_model(folder, config, strict=False)
         self.encoder_states = [embedding.embed(sample.prompt) for sample in samples]
+        block = embedding.self_conditioning
         embedded = [embedding.embed(sample.canvas) for sample in samples]
-        self.decoder_states = [embedding.self_conditioning.condition(x, mx.zeros_like(x)) for x in embedded]
+        self.decoder_states = [block.condition(x, block.signal(mx.zeros_like(x))) for x in embedded]
         mx.eval(self.encoder_states, self.decoder_states)
         # The layers are taken from a second model, so that the first one and its embedding table are freed.
         self._model, _ = load_model(folder, config, strict=False)

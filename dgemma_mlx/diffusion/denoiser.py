@@ -5,14 +5,14 @@ Reference: transformers ``DiffusionGemmaGenerationMixin._denoising_step``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import GenerationConfig
-from dgemma_mlx.diffusion.edits import NO_EDITS, Edits
+from dgemma_mlx.diffusion.edits import NO_EDITS, Edits, Projection
 from dgemma_mlx.diffusion.sampler import Noise
 from dgemma_mlx.diffusion.schedule import temperature
 from dgemma_mlx.diffusion.speed import REFERENCE, Speed
@@ -20,7 +20,6 @@ from dgemma_mlx.diffusion.stopping import TESTS, Stopping
 from dgemma_mlx.events import Draft
 from dgemma_mlx.kernels import CanvasSample, canvas_sampler
 from dgemma_mlx.model.cache import PrefixCache
-from dgemma_mlx.model.prediction import Prediction
 from dgemma_mlx.model.text import DiffusionGemma
 
 
@@ -43,39 +42,77 @@ class Denoiser:
     def denoise(
         self, cache: PrefixCache, noise: Noise, canvas_length: int, edits: Edits = NO_EDITS, *,
         canvas_index: int = 0, attempt: int = 0,
-    ) -> Iterator[tuple[Draft, ...]]:
+    ) -> Generator[tuple[Draft, ...], None, None]:
         """Denoise one canvas of ``canvas_length`` C positions after the cached prefix.
 
-        Yield one ``Draft`` per row of the batch for each step; in the last step every draft is ``finished``. Each step
-        is evaluated once, before it is yielded, so a caller may stop between any two steps. C may differ from the
-        checkpoint's ``canvas_length``. ``canvas_index`` and ``attempt`` only label the drafts.
+        Yield one ``Draft`` per row of the batch for each step; in the last step every draft is ``finished``. While the
+        caller looks at a step's drafts, the device already computes the next step, but no more than that one. A caller
+        may stop between any two steps. It then closes the generator, which waits for that one step; nothing runs on
+        afterwards. C may differ from the checkpoint's ``canvas_length``. ``canvas_index`` and ``attempt`` only label
+        the drafts.
         """
-        network, max_steps = self.network, self.config.max_denoising_steps
-        vocab_size = network.config.vocab_size
+        max_steps = self.config.max_denoising_steps
         stopping = Stopping(self.config, self.speed, edits.free)
-        canvas = edits.first_canvas(noise, canvas_length, vocab_size)
+        canvas = edits.first_canvas(noise, canvas_length, self.network.config.vocab_size)
+        signal = self.network.conditioning_signal(None, canvas.shape)
         last: _Step | None = None
-        prediction: Prediction | None = None
-        for number in range(edits.first_step, max_steps + 1):
-            raw = network.project(network.decode_hidden(canvas, cache, prediction))
-            uniforms = mx.zeros(canvas.shape) if self.greedy else noise.uniform(canvas_length)
-            T = temperature(max_steps + 1 - number, self.config)
-            own = sample = self._sample(raw, uniforms, T, edits)
-            if edits.projection is not None:
-                sample = edits.projection(own, raw, uniforms, network.config.final_logit_softcapping, T)
-            accepted_mask = edits.accept(sample.entropy, self.config.entropy_bound * self.speed.entropy_bound_factor)
-            denoiser_canvas = sample.argmax if self.greedy else sample.sample
-            renoised = mx.where(accepted_mask, denoiser_canvas, noise.canvas(canvas_length, vocab_size))
-            step = _Step(edits.pinned(renoised), sample.argmax, accepted_mask, sample.entropy, *stopping(sample))
-            if last is not None:
-                step = step.keep_finished(last)
-            mx.eval(*step.arrays(), *own)
-            drafts = step.drafts(canvas_index, attempt, number, max_steps)
-            yield drafts
-            if all(draft.finished for draft in drafts):
-                return
-            last, canvas, prediction = step, step.current_canvas, network.predict(raw, own, T)
-            del raw  # free these logits before the next step computes its own
+        try:
+            decoded = self._decode(canvas, signal, cache, noise, edits, edits.first_step)
+            for number in range(edits.first_step, max_steps + 1):
+                sample = decoded.sample
+                if edits.projection is not None:
+                    signal = self._next_signal(decoded)  # the device computes it while the CPU projects
+                    sample = self._project(decoded, edits.projection)
+                step = self._accept(sample, noise, edits, stopping)
+                if last is not None:
+                    step = step.keep_finished(last)
+                mx.eval(*step.arrays(), *decoded.sample)
+                has_ended = number == max_steps or step.all_finished()
+                if not has_ended:
+                    if edits.projection is None:
+                        signal = self._next_signal(decoded)
+                    del decoded  # free these logits before the next step computes its own
+                    decoded = self._decode(step.current_canvas, signal, cache, noise, edits, number + 1)
+                yield step.drafts(canvas_index, attempt, number, max_steps)
+                if has_ended:
+                    return
+                last = step
+        finally:
+            mx.synchronize()
+
+    def _decode(
+        self, canvas: mx.array, signal: mx.array, cache: PrefixCache, noise: Noise, edits: Edits, number: int
+    ) -> _Decoded:
+        """Start the decoder's pass over a canvas (B, C) in step ``number``, and return its results, not yet awaited."""
+        x = self.network.decoder_input(canvas, signal)
+        mx.async_eval(x)  # the device starts while Python builds the graph of the layers
+        raw = self.network.project(self.network.decode_layers(x, cache))
+        uniforms = mx.zeros(canvas.shape) if self.greedy else noise.uniform(canvas.shape[1])
+        T = temperature(self.config.max_denoising_steps + 1 - number, self.config)
+        sample = self._sample(raw, uniforms, T, edits)
+        mx.async_eval(*sample)
+        return _Decoded(raw, uniforms, T, sample)
+
+    def _next_signal(self, decoded: _Decoded) -> mx.array:
+        """Start what conditions the next step on this one, and return it, (B, C, M)."""
+        mx.eval(*decoded.sample)
+        prediction = self.network.predict(decoded.raw, decoded.sample, decoded.temperature)
+        signal = self.network.conditioning_signal(prediction, decoded.uniforms.shape)
+        mx.async_eval(signal)
+        return signal
+
+    def _project(self, decoded: _Decoded, projection: Projection) -> CanvasSample:
+        """Return the sample (B, C) of an allowed canvas."""
+        softcap = self.network.config.final_logit_softcapping
+        return projection(decoded.sample, decoded.raw, decoded.uniforms, softcap, decoded.temperature)
+
+    def _accept(self, sample: CanvasSample, noise: Noise, edits: Edits, stopping: Stopping) -> _Step:
+        """Accept the certain positions of a sample (B, C), renoise the others, and test whether to stop."""
+        accepted_mask = edits.accept(sample.entropy, self.config.entropy_bound * self.speed.entropy_bound_factor)
+        denoiser_canvas = sample.argmax if self.greedy else sample.sample
+        fresh = noise.canvas(sample.entropy.shape[1], self.network.config.vocab_size)
+        renoised = mx.where(accepted_mask, denoiser_canvas, fresh)
+        return _Step(edits.pinned(renoised), sample.argmax, accepted_mask, sample.entropy, *stopping(sample))
 
     def _sample(self, raw: mx.array, uniforms: mx.array, T: float, edits: Edits) -> CanvasSample:
         """Sample every position from the logits (B, C, V), which are not softcapped yet, under pins and barred ids."""
@@ -84,6 +121,23 @@ class Denoiser:
         else:
             sample = canvas_sampler(edits.barred.apply(self.network.capped(raw)), uniforms, None, T)
         return sample if edits.pins is None else edits.pins.certain(sample)
+
+
+@dataclass
+class _Decoded:
+    """The decoder's pass of one step over a canvas, which the device may still be computing.
+
+    Attributes:
+        raw: Logits before the softcap, (B, C, V).
+        uniforms: The random numbers of the sample, (B, C).
+        temperature: The step's temperature.
+        sample: The sample of the logits under pins and barred ids, (B, C).
+    """
+
+    raw: mx.array
+    uniforms: mx.array
+    temperature: float
+    sample: CanvasSample
 
 
 @dataclass
@@ -110,6 +164,11 @@ class _Step:
         return (
             self.current_canvas, self.argmax_canvas, self.accepted_mask, self.entropy, self.test, self.uncertain,
         )  # fmt: skip
+
+    def all_finished(self) -> bool:
+        """Return whether every row has passed a stopping test. The step must be evaluated."""
+        tests: Any = self.test.tolist()
+        return all(test < len(TESTS) for test in tests)
 
     def keep_finished(self, last: _Step) -> _Step:
         """Return this step, in which the rows that had finished by the ``last`` step keep its values."""

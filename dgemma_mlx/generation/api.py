@@ -27,6 +27,7 @@ from dgemma_mlx.generation.runner import Runner
 from dgemma_mlx.model.adapter_file import load_adapter
 from dgemma_mlx.model.dequantize import dequantize, dequantized_bytes
 from dgemma_mlx.model.load import load_model
+from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.text.chat import Message
 from dgemma_mlx.text.parts import PartsParser
 from dgemma_mlx.text.tokenizer import load_tokenizer
@@ -38,7 +39,7 @@ def load(
     model: str | Path | None = None, *, dtype: mx.Dtype | None = None, cpu_dequantize: str = "auto",
     adapter: str | Path | None = None,
 ) -> Model:
-    """Open a checkpoint. Its weights are read when they are first used.
+    """Open a checkpoint and read its weights. Any thread may use the model afterwards, one at a time.
 
     Args:
         model: A folder, a Hub id ``owner/name[@revision]``, or "demo". None is the environment variable
@@ -56,13 +57,14 @@ def load(
         raise DgemmaError(f"dtype must be a floating dtype, not {dtype}", "For example mlx.core.bfloat16.", exit_code=2)
     checkpoint = resolve(None if model is None else str(model))
     config = ModelConfig.load(checkpoint.folder)
-    network, weights = load_model(checkpoint.folder, config, dtype)
+    network, _ = load_model(checkpoint.folder, config, dtype)
     if should_dequantize(dequantized_bytes(network), cpu_dequantize):
         dequantize(network)
     folder = None if adapter is None else Path(adapter).expanduser()
     if folder is not None:
         canvas_length = load_adapter(network, folder).canvas_length
         config = config if canvas_length is None else replace(config, canvas_length=canvas_length)
+    _evaluate(network)
     return Model(
         name=checkpoint.name,
         folder=checkpoint.folder,
@@ -70,9 +72,21 @@ def load(
         generation=GenerationConfig.load(checkpoint.folder, config),
         network=network,
         tokenizer=load_tokenizer(checkpoint.folder),
-        vision=weights.vision,
         adapter=folder,
     )
+
+
+def _evaluate(network: DiffusionGemma) -> None:
+    """Read and compute all weights, a layer at a time: what is lazy belongs to the thread that made it.
+
+    Raises ``DgemmaError`` when a file cannot be read.
+    """
+    try:
+        for layer in network.layers:
+            mx.eval(layer.parameters())
+        mx.eval(network.parameters())
+    except RuntimeError as error:  # MLX reports a failed read like this
+        raise DgemmaError(f"the weights cannot be read: {error}", "Fetch the checkpoint again.") from None
 
 
 def generate(
@@ -162,7 +176,7 @@ def stream(
     )  # fmt: skip
     options.check_thinking(thinking)
     ids = model.encode_prompt(prompt, system=system, thinking=thinking, raw=raw)
-    runner = _runner(model, [ids], [seed], [max_tokens], options, prompt_cache or PromptCache())
+    runner = _runner(model, [ids], [seed], [max_tokens], options, prompt_cache)
     return (event for _, event in runner.events())  # computed when they are requested
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from dgemma_mlx.checkpoint.config import GenerationConfig, ModelConfig
@@ -31,7 +30,6 @@ class Model:
         generation: What ``generation_config.json`` says: the parameters of the denoising loop.
         network: The text network.
         tokenizer: The checkpoint's tokenizer.
-        vision: The vision tower's tensors under their published names. They are not used yet.
         adapter: The folder of the adapter that the network has, or None.
     """
 
@@ -41,7 +39,6 @@ class Model:
     generation: GenerationConfig
     network: DiffusionGemma
     tokenizer: Tokenizer
-    vision: Mapping[str, mx.array]
     adapter: Path | None = None
 
     def encode_prompt(
@@ -84,7 +81,7 @@ class Model:
 
     def weight_bytes(self) -> int:
         """Return the bytes of memory that the network's weights take."""
-        parameters: Any = tree_flatten(self.network.parameters())  # type: ignore[no-untyped-call]
+        parameters: Any = tree_flatten(self.network.parameters())
         return sum(array.nbytes for _, array in parameters)
 
 

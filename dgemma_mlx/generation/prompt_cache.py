@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import mlx.core as mx
 
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation import prompt_cache_file
@@ -23,6 +27,9 @@ class PromptCache:
     was encoded; and ``shared``, where a prompt first differed from the previous one (one long document, several
     questions).
 
+    One answer at a time uses a cache (see ``lease``). Between two uses nothing in it is lazy, so that the next use may
+    be in another thread.
+
     Attributes:
         shared: Number of positions that the last prompt had in common with what was encoded before it.
     """
@@ -31,6 +38,7 @@ class PromptCache:
         self._encoded: _Encoded | None = None
         self.shared = 0
         self._stored: Path | None = None  # the file that holds the same as this cache
+        self._in_use = threading.Lock()
 
     @classmethod
     def load(cls, path: str | Path, model: Model) -> PromptCache:
@@ -44,12 +52,41 @@ class PromptCache:
         loaded._encoded = _Encoded(model.network, cache, ids, marks)
         return loaded
 
+    @contextmanager
+    def lease(self) -> Iterator[None]:
+        """Use the cache alone. What was encoded is evaluated at the end, however the use ends.
+
+        Raises ``DgemmaError`` when the cache is in use: a second answer would overwrite the first one's prefix.
+        """
+        if not self._in_use.acquire(blocking=False):
+            raise DgemmaError(
+                "the prompt cache is in use by another answer",
+                "Finish or close that stream first, or give each stream a PromptCache of its own.",
+            )
+        try:
+            yield
+        finally:
+            try:
+                if self._encoded is not None:
+                    self._encoded.evaluate()
+            except BaseException:
+                self._encoded = None  # it cannot be computed, so nothing can be reused
+                raise
+            finally:
+                self._in_use.release()
+
     def save(self, path: str | Path, model: Model) -> None:
         """Write a safetensors file, whole or not at all.
 
         Nothing is written when nothing is encoded, or when the file holds it already. ``model`` must be the one that
-        filled the cache. Raises ``DgemmaError`` when it is not, and when the file cannot be written.
+        filled the cache. Raises ``DgemmaError`` when it is not, when the cache is in use, and when the file cannot be
+        written.
         """
+        with self.lease():
+            self._save(Path(path), model)
+
+    def _save(self, path: Path, model: Model) -> None:
+        """Write the file. The caller holds the lease."""
         encoded = self._encoded
         if encoded is None:
             return
@@ -57,10 +94,10 @@ class PromptCache:
             raise DgemmaError("the prompt cache was filled by another model", "Save it with that model.")
         if not encoded.is_exact():
             encoded.go_back(len(encoded.ids))
-        if encoded.ids and self._stored != Path(path):
+        if encoded.ids and self._stored != path:
             identity = ModelIdentity.of(model)
-            prompt_cache_file.write(Path(path), model.network, identity, encoded.ids, encoded.cache, encoded.marks)
-            self._stored = Path(path)
+            prompt_cache_file.write(path, model.network, identity, encoded.ids, encoded.cache, encoded.marks)
+            self._stored = path
 
     def reuse(self, network: DiffusionGemma, ids: Sequence[int], leave_last: bool = False) -> PrefixCache:
         """Return the cache at the end of the longest reusable prefix of ``ids``; ``offset`` is its length.
@@ -69,6 +106,7 @@ class PromptCache:
         """
         if self._encoded is None or self._encoded.network is not network:
             self._encoded = _Encoded(network, network.new_cache())
+            self._stored = None
         encoded = self._encoded
         self.shared = _common_prefix(encoded.ids, ids[:-1] if leave_last else ids)
         if encoded.cache.offset > self.shared or not encoded.is_exact():
@@ -103,6 +141,10 @@ class _Encoded:
     def is_exact(self) -> bool:
         """Return whether the cache holds exactly the recorded ids. It does not when encoding was interrupted."""
         return self.cache.is_whole and self.cache.offset == len(self.ids)
+
+    def evaluate(self) -> None:
+        """Evaluate everything that is kept: a lazy array can only be computed by the thread that made it."""
+        mx.eval(self.cache.buffers(), [list(mark.sliding.values()) for mark in self.marks.values()])
 
     def go_back(self, limit: int) -> None:
         """Go back to the last mark with at most ``limit`` positions, or to the beginning."""

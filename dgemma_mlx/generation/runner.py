@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing, nullcontext
 
 import mlx.core as mx
 
@@ -19,6 +20,7 @@ from dgemma_mlx.generation.options import GenerationOptions
 from dgemma_mlx.generation.prefill import prefill
 from dgemma_mlx.generation.prompt_cache import PromptCache
 from dgemma_mlx.generation.verify import MAX_REPAIRS, Reading, Verifier, repair_pins
+from dgemma_mlx.generation.wired import wired_memory
 from dgemma_mlx.model.cache import PrefixCache
 
 Events = Generator[tuple[int, Event], None, None]
@@ -54,15 +56,18 @@ class Runner:
         """Yield an answer's number with each of its events. The last event of an answer is its ``Done``."""
         mx.reset_peak_memory()
         self._began = self._prefilled = time.perf_counter()
-        try:
-            cache = self._prefill()
-            while self._live:
-                self._cancellation.check()
-                drafts, readings = yield from self._canvas(cache)
-                yield from self._commit(drafts, readings)
-                self._continue(cache, drafts)
-        except Cancelled:
-            yield from self._done(self._live)
+        lease = nullcontext() if self._prompt_cache is None else self._prompt_cache.lease()
+        with wired_memory(), lease:
+            try:
+                cache = self._prefill()
+                while any(self._answers[number].finish_reason is None for number in self._live):
+                    self._cancellation.check()
+                    drafts, readings = yield from self._canvas(cache)
+                    yield from self._commit(drafts, readings)
+                    cache = yield from self._continue(cache, drafts)
+            except Cancelled:
+                pass
+        yield from self._done(self._live)  # after the lease, so that the caller may use the prompt cache at once
 
     def _prefill(self) -> PrefixCache:
         """Encode the prompts, and return the cache that holds them."""
@@ -116,7 +121,7 @@ class Runner:
     ) -> Generator[tuple[int, Event], None, tuple[list[Draft], list[Reading] | None]]:
         """Write the next canvas of every live answer. Return its finished drafts, and what the encoder says of them."""
         attempts = self._noise.fork()
-        drafts = yield from self._attempt(cache, attempts.fork(), range(len(self._live)))
+        drafts = yield from self._attempt(cache, attempts.fork(), list(range(len(self._live))))
         uncertain = [row for row, draft in drafts.items() if draft.low_confidence]
         if uncertain and self._denoiser.speed.reroll:
             again = yield from self._attempt(cache, attempts.fork(), uncertain, attempt=1)
@@ -127,24 +132,28 @@ class Runner:
         return list(drafts.values()), readings
 
     def _attempt(
-        self, cache: PrefixCache, noise: Noise, rows: Sequence[int], attempt: int = 0, pins: Pins | None = None
+        self, cache: PrefixCache, noise: Noise, rows: list[int], attempt: int = 0, pins: Pins | None = None
     ) -> Canvases:
         """Denoise a canvas for these rows of the batch."""
         finished: dict[int, Draft] = {}
         index = self._answers[self._live[0]].canvases
-        edits = Edits(pins=pins, projection=self._projection())
-        for drafts in self._denoiser.denoise(
+        edits = Edits(pins=pins, projection=self._projection(rows))
+        if len(rows) < len(self._live):
+            cache = cache.rows(rows)
+            noise.keep(rows)
+        steps = self._denoiser.denoise(
             cache, noise, self._canvas_length(), edits, canvas_index=index, attempt=attempt
-        ):
-            for row in rows:
-                if row not in finished:
-                    self._answers[self._live[row]].count_step()
-                    yield self._live[row], drafts[row]
-                    if drafts[row].finished:
-                        finished[row] = drafts[row]
-            if len(finished) == len(rows):
-                break
-            self._cancellation.check()
+        )
+        with closing(steps):
+            for drafts in steps:
+                for row, draft in zip(rows, drafts, strict=True):
+                    if row not in finished:
+                        self._answers[self._live[row]].count_step()
+                        yield self._live[row], draft
+                        if draft.finished:
+                            finished[row] = draft
+                if len(finished) < len(rows):
+                    self._cancellation.check()
         return {row: finished[row] for row in rows}
 
     def _verify(
@@ -163,44 +172,52 @@ class Runner:
             if self._options.verify == "flag" or not doubtful or repair == MAX_REPAIRS:
                 break
             cache.restore(before)
-            pins = repair_pins(drafts.values(), readings)
+            pins = repair_pins([drafts[row] for row in doubtful], [readings[row] for row in doubtful])
             drafts |= yield from self._attempt(cache, attempts.fork(), doubtful, 2 + repair, pins)
         verifier.start_after(hidden)
         return readings
 
     def _commit(self, drafts: Sequence[Draft], readings: Sequence[Reading] | None) -> Events:
-        """Commit the finished canvases, and yield ``Done`` for the answers that have ended."""
+        """Commit the finished canvases."""
         # Asked here as well, so that an answer that is cancelled now ends with this event and flushes its parser.
         is_cancelled = self._cancellation.requested()
         for row, (number, draft) in enumerate(zip(self._live, drafts, strict=True)):
             doubted = () if readings is None else readings[row].doubted
             yield number, self._answers[number].commit(draft, doubted, is_cancelled)
-        yield from self._done(number for number in self._live if self._answers[number].finish_reason is not None)
 
-    def _done(self, numbers: Iterator[int] | Sequence[int]) -> Events:
+    def _done(self, numbers: Sequence[int]) -> Events:
         """Yield the ``Done`` of these answers."""
         seconds = time.perf_counter() - self._prefilled
         for number in numbers:
             yield number, self._answers[number].done(self._cached_tokens, self._prefilled - self._began, seconds)
 
-    def _continue(self, cache: PrefixCache, drafts: Sequence[Draft]) -> None:
-        """Leave out the answers that have ended, and encode the canvases of the others."""
+    def _continue(
+        self, cache: PrefixCache, drafts: Sequence[Draft]
+    ) -> Generator[tuple[int, Event], None, PrefixCache]:
+        """Leave out the answers that have ended, unless all have. Encode the canvases of the others into their cache.
+
+        Yield the ``Done`` of the answers that are left out, and return the cache of the others.
+        """
         rows = [row for row, number in enumerate(self._live) if self._answers[number].finish_reason is None]
         if rows and len(rows) < len(self._live):
-            cache.keep(rows)
+            others = [self._live[row] for row in rows]
+            yield from self._done([number for number in self._live if number not in others])
+            self._live = others
+            cache = cache.rows(rows)
             self._noise.keep(rows)
             if self._verifier is not None:
                 self._verifier.keep(rows)
         is_encoded = self._verifier is not None
         if rows and not is_encoded:
             self._network.encode(mx.array([drafts[row].tokens for row in rows], mx.int32), cache)
+            mx.async_eval(cache.state())
         if self._prompt_cache is not None and (rows or is_encoded):
             self._prompt_cache.append(drafts[0].tokens, mark="canvas")
-        self._live = [self._live[row] for row in rows]
+        return cache
 
-    def _projection(self) -> CanvasProjection | None:
-        """Return the projection of the next canvas of all live answers; None without a constraint."""
-        starts = [self._answers[number].row_start(self._canvas_length()) for number in self._live]
+    def _projection(self, rows: Sequence[int]) -> CanvasProjection | None:
+        """Return the projection of the next canvas of these rows of the batch; None without a constraint."""
+        starts = [self._answers[self._live[row]].row_start(self._canvas_length()) for row in rows]
         constrained = [start for start in starts if start is not None]
         return CanvasProjection(constrained) if constrained else None
 

@@ -70,13 +70,13 @@ class Verifier:
 def repair_pins(drafts: Collection[Draft], readings: Sequence[Reading]) -> Pins:
     """Return pins that keep each canvas up to its first doubt, with the encoder's token there.
 
-    The positions after the doubt are free. A canvas without a doubt is pinned as a whole.
+    Every reading must have a doubt. The positions after it are free.
     """
     ids, free = [], []
     for draft, reading in zip(drafts, readings, strict=True):
         tokens = list(draft.tokens)
-        first = reading.doubted[0] if reading.doubted else len(tokens)
-        tokens[first : first + 1] = reading.expected[first : first + 1]
+        first = reading.doubted[0]
+        tokens[first] = reading.expected[first]
         ids.append(tokens)
         free.append([position > first for position in range(len(tokens))])
     return Pins(mx.array(ids, mx.int32), mx.array(free))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from dgemma_mlx.generation.memory import fit_to_memory
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.generation.options import GenerationOptions
 from dgemma_mlx.generation.prefill import prefill
+from dgemma_mlx.model.cache import PrefixCache
 
 # Called after each step with the number of canvases and of steps so far.
 Progress = Callable[[int, int], None]
@@ -80,6 +82,7 @@ class Writer:
         self._hidden = _last_hidden(chunks)
         self._cancellation.check()
         mx.eval(self._hidden)
+        self._copies: tuple[int, PrefixCache] | None = None  # of the prefix, and how many
 
     def noise(self, rows: int) -> Noise:
         """Return the random numbers of ``rows`` rows; row i uses seed + i."""
@@ -104,15 +107,16 @@ class Writer:
         drafts: tuple[Draft, ...] = ()
         settled_at = 0
         self._canvases += rows
-        for drafts in self._denoiser.denoise(self._cache.repeated(rows), self.noise(rows), length, edits):
-            self._steps += 1
-            if self._progress is not None:
-                self._progress(self._canvases, self._steps)
-            self._cancellation.check()
-            if not settled_at and any(draft.settled_by for draft in drafts):
-                settled_at = drafts[0].step
-            if settled_at and drafts[0].step > 2 * settled_at + _PATIENCE:
-                break
+        with closing(self._denoiser.denoise(self._repeated(rows), self.noise(rows), length, edits)) as steps:
+            for drafts in steps:
+                self._steps += 1
+                if self._progress is not None:
+                    self._progress(self._canvases, self._steps)
+                self._cancellation.check()
+                if not settled_at and any(draft.settled_by for draft in drafts):
+                    settled_at = drafts[0].step
+                if settled_at and drafts[0].step > 2 * settled_at + _PATIENCE:
+                    break
         return list(drafts)
 
     def first_step(self, length: int) -> mx.array:
@@ -130,14 +134,24 @@ class Writer:
         """
         network, ids = self._model.network, mx.array(list(canvases), mx.int32)
         rows = len(canvases)
-        hidden = network.encode(ids, self._cache.repeated(rows))
+        cache = self._repeated(rows)
+        before = cache.snapshot()
+        hidden = network.encode(ids, cache)
         shifted = mx.concatenate([mx.repeat(self._hidden, rows, axis=0), hidden[:, :-1]], axis=1)
         scores: list[Any] = []
         for row, end in enumerate(ends):  # the logits of one canvas at a time
             logits = network.logits(shifted[row, :end])
             chosen = mx.take_along_axis(logits, ids[row, :end, None], axis=-1)
             scores.append((chosen[:, 0] - mx.logsumexp(logits, axis=-1)).mean().item())
+        cache.restore(before)
         return scores
+
+    def _repeated(self, rows: int) -> PrefixCache:
+        """Return a cache with ``rows`` copies of the prefix, the same one while their number stays the same."""
+        if self._copies is None or self._copies[0] != rows:
+            self._copies = None  # frees the other copies first
+            self._copies = rows, self._cache.rows([0] * rows)
+        return self._copies[1]
 
     def statistics(self) -> InfillStatistics:
         """Return the counts and times so far."""

@@ -85,9 +85,9 @@ class _LayerCache:
         return room if old is None else mx.concatenate([old[:, :, : self.size], room], axis=2)
 
     @property
-    def nbytes(self) -> int:
-        """Size of both buffers in bytes, with the spare room."""
-        return sum(buffer.nbytes for buffer in self._buffers or ())
+    def buffers(self) -> tuple[mx.array, ...]:
+        """Both buffers, with the spare room; none before the first use."""
+        return self._buffers or ()
 
 
 class FullLayerCache(_LayerCache):
@@ -269,20 +269,15 @@ class PrefixCache:
                 layer.set_state(*snapshot.sliding[i])
         self._ends = [snapshot.offset] * len(self.layers)
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Keep only these rows of the batch. Earlier snapshots become invalid."""
+    def rows(self, rows: Sequence[int]) -> PrefixCache:
+        """Return a new cache that holds copies of these rows of this one, in this order. A row may be repeated."""
         chosen = mx.array(list(rows), mx.int32)
-        if self._left_padding is not None:
-            self._left_padding = self._left_padding[chosen]
-        for layer in self.layers:
-            layer.set_state(*(array[chosen] for array in layer.state()))
-
-    def repeated(self, rows: int) -> PrefixCache:
-        """Return a new cache whose ``rows`` rows are all copies of the single row of this cache."""
         other = copy(self)
+        if self._left_padding is not None:
+            other._left_padding = self._left_padding[chosen]
         other.layers, other._ends = [copy(layer) for layer in self.layers], list(self._ends)
-        for layer in other.layers:
-            layer.set_state(*(mx.repeat(array, rows, axis=0) for array in layer.state()))
+        for layer in other.layers if self.offset else ():
+            layer.set_state(*(array[chosen] for array in layer.state()))
         return other
 
     def encode_masks(self, length: int) -> dict[str, Mask]:
@@ -328,7 +323,11 @@ class PrefixCache:
         """Return the prefix's arrays of all layers, for ``mx.eval``; an empty list for an empty cache."""
         return [array for layer in self.layers for array in layer.state()] if self.offset else []
 
+    def buffers(self) -> list[mx.array]:
+        """Return the buffers of all layers, with the spare room. Once they are evaluated, nothing here is lazy."""
+        return [buffer for layer in self.layers for buffer in layer.buffers]
+
     @property
     def nbytes(self) -> int:
         """Size of all buffers in bytes, with the spare room."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(buffer.nbytes for buffer in self.buffers())

@@ -63,10 +63,17 @@ class SelfConditioning(MLP):
         self.pre_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self._eps = config.rms_norm_eps
 
-    def condition(self, embeddings: mx.array, signal: mx.array) -> mx.array:
-        """Return rms_norm(embeddings + mlp(pre_norm(signal))), (B, C, M); the outer norm has no weight.
+    def signal(self, expected: mx.array) -> mx.array:
+        """Return mlp(pre_norm(expected)), (B, C, M): what the block adds to the embeddings of a canvas.
 
-        ``embeddings`` (B, C, M) are those of the canvas. ``signal`` (B, C, M) holds the expected embeddings under the
-        previous step's prediction, or zeros in the first step.
+        ``expected`` (B, C, M) holds the expected embeddings under the previous step's prediction, or zeros in the first
+        step. The signal does not depend on the canvas, so it can be computed before the canvas is known.
         """
-        return mx.fast.rms_norm(embeddings + self(self.pre_norm(signal)), None, self._eps)
+        return self(self.pre_norm(expected))
+
+    def condition(self, embeddings: mx.array, signal: mx.array) -> mx.array:
+        """Return rms_norm(embeddings + signal), all (B, C, M); the norm has no weight.
+
+        ``embeddings`` are those of the canvas, and ``signal`` is the result of ``signal``.
+        """
+        return mx.fast.rms_norm(embeddings + signal, None, self._eps)

@@ -25,4 +25,5 @@ def rope_periods(parameters: Mapping[str, Any], head_dim: int) -> mx.array:
     if parameters.get("rope_type") == "proportional":
         rotated = int(parameters.get("partial_rotary_factor", 1.0) * head_dim // 2)
         periods = mx.where(mx.arange(pairs) < rotated, periods, mx.inf)
+    mx.eval(periods)  # a lazy array could only be computed by the thread that made it
     return periods

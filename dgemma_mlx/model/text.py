@@ -203,9 +203,26 @@ class DiffusionGemma(nn.Module):
         softcap and temperature; None in the first step. The cached prefix is not changed. If ``router_log`` is given,
         each layer appends its router's result to it.
         """
-        x = self.embed(canvas)
-        x = self.self_conditioning.condition(x, self._soft_embeddings(self_conditioning, x))
-        masks, scalars = cache.canvas_masks(canvas.shape[1]), [layer.layer_scalar for layer in self.layers]
+        signal = self.conditioning_signal(self_conditioning, canvas.shape)
+        return self.decode_layers(self.decoder_input(canvas, signal), cache, router_log)
+
+    def conditioning_signal(
+        self, self_conditioning: mx.array | Prediction | None, shape: tuple[int, ...]
+    ) -> mx.array:
+        """Return the ``SelfConditioning.signal`` (B, C, M) for a canvas of ``shape`` (B, C).
+
+        ``self_conditioning`` is that of ``decode_hidden``.
+        """
+        like = mx.zeros((*shape, self.config.hidden_size), self.dtype)
+        return self.self_conditioning.signal(self._soft_embeddings(self_conditioning, like))
+
+    def decoder_input(self, canvas: mx.array, signal: mx.array) -> mx.array:
+        """Return the input (B, C, M) of the first layer for canvas ids (B, C) and a signal (B, C, M)."""
+        return self.self_conditioning.condition(self.embed(canvas), signal)
+
+    def decode_layers(self, x: mx.array, cache: PrefixCache, router_log: RouterLog | None = None) -> mx.array:
+        """Return the hidden states (B, C, M), after the final norm, for the result (B, C, M) of ``decoder_input``."""
+        masks, scalars = cache.canvas_masks(x.shape[1]), [layer.layer_scalar for layer in self.layers]
         return self._run_layers(x, cache.rope_offset, masks, cache.with_canvas, scalars, router_log)
 
     def _run_layers(

@@ -83,15 +83,19 @@ def test_the_next_canvas_is_sampled_where_accepted_and_random_elsewhere(monkeypa
     canvases, uniforms = draw(0, 17, 1, C, V)
     decoded: list[mx.array] = []
     logits: list[mx.array] = []
-    decode = DiffusionGemma.decode_hidden
+    embed, decode = DiffusionGemma.decoder_input, DiffusionGemma.decode_layers
 
-    def spy(self: DiffusionGemma, canvas: mx.array, *rest: Any) -> mx.array:
-        hidden = decode(self, canvas, *rest)
+    def spy_on_canvas(self: DiffusionGemma, canvas: mx.array, *rest: Any) -> mx.array:
         decoded.append(canvas)
+        return embed(self, canvas, *rest)
+
+    def spy_on_logits(self: DiffusionGemma, *arguments: Any) -> mx.array:
+        hidden = decode(self, *arguments)
         logits.append(self.logits(hidden))
         return hidden
 
-    monkeypatch.setattr(DiffusionGemma, "decode_hidden", spy)
+    monkeypatch.setattr(DiffusionGemma, "decoder_input", spy_on_canvas)
+    monkeypatch.setattr(DiffusionGemma, "decode_layers", spy_on_logits)
     config = SETTLES.override(t_min=0.5, t_max=0.5)
     drafts = run(Replay(canvases, uniforms), config)
     np.testing.assert_array_equal(decoded[0], canvases[0])
@@ -107,7 +111,7 @@ def test_pinned_positions_hold_their_ids_and_do_not_count(monkeypatch: pytest.Mo
     ids, free = rng.integers(0, V, (2, C)), rng.random((2, C)) < 0.5
     decoded: list[Any] = []
     entropies: list[Any] = []
-    decode, sampler = DiffusionGemma.decode_hidden, denoiser_module.canvas_sampler
+    decode, sampler = DiffusionGemma.decoder_input, denoiser_module.canvas_sampler
 
     def spy(self: DiffusionGemma, canvas: mx.array, *rest: Any) -> mx.array:
         decoded.append(np.array(canvas))
@@ -118,7 +122,7 @@ def test_pinned_positions_hold_their_ids_and_do_not_count(monkeypatch: pytest.Mo
         entropies.append(sample.entropy)
         return sample
 
-    monkeypatch.setattr(DiffusionGemma, "decode_hidden", spy)
+    monkeypatch.setattr(DiffusionGemma, "decoder_input", spy)
     monkeypatch.setattr(denoiser_module, "canvas_sampler", sampled)
     pins = Pins(mx.array(ids, mx.int32), mx.array(free))
     steps = list(Denoiser(golden_model(), SETTLES).denoise(prefix(2), Noise(1, 2), C, Edits(pins=pins)))
@@ -225,17 +229,18 @@ def test_barring_nothing_changes_nothing() -> None:
 
 def test_a_start_takes_the_place_of_noise_and_of_the_first_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[Any] = []
-    decode = DiffusionGemma.decode_hidden
+    decode = DiffusionGemma.decoder_input
 
-    def spy(self: DiffusionGemma, canvas: mx.array, *rest: Any) -> mx.array:
-        decoded.append((np.array(canvas), rest[1]))
-        return decode(self, canvas, *rest)
+    def spy(self: DiffusionGemma, canvas: mx.array, signal: mx.array) -> mx.array:
+        decoded.append((np.array(canvas), np.array(signal)))
+        return decode(self, canvas, signal)
 
-    monkeypatch.setattr(DiffusionGemma, "decode_hidden", spy)
+    monkeypatch.setattr(DiffusionGemma, "decoder_input", spy)
     canvas, last = np.random.default_rng(2).integers(0, V, (1, C)), SETTLES.max_denoising_steps
     edits = Edits(start=StartCanvas(mx.array(canvas, mx.int32), last - 1))
     config = SETTLES.override(confidence_threshold=0.0)
     drafts = [draft for (draft,) in Denoiser(golden_model(), config).denoise(prefix(), Noise(1), C, edits)]
     assert [draft.step for draft in drafts] == [last - 1, last]
     np.testing.assert_array_equal(decoded[0][0], canvas)
-    assert decoded[0][1] is None  # nothing was predicted before
+    assert not decoded[0][1].any()  # nothing was predicted before
+    assert decoded[1][1].any()

@@ -121,7 +121,7 @@ def test_a_denoising_step_copies_nothing_of_the_prefix() -> None:
 def test_a_repeated_cache_is_independent() -> None:
     history = History(3)
     history.encode(5)
-    one = PrefixCache.repeated(rows_of(history.cache, [0]), 3)
+    one = history.cache.rows([0, 0, 0])
     before = [np.array(array) for array in history.cache.state()]
     for layer in range(2):
         new = np.random.default_rng(layer).normal(size=(2, 3, HK, 4, D)).astype(np.float32)
@@ -131,9 +131,3 @@ def test_a_repeated_cache_is_independent() -> None:
     assert one.offset == history.cache.offset
     for array, expected in zip(history.cache.state(), before, strict=True):
         np.testing.assert_array_equal(array, expected)
-
-
-def rows_of(cache: PrefixCache, rows: list[int]) -> PrefixCache:
-    chosen = cache.repeated(1)
-    chosen.keep(rows)
-    return chosen
