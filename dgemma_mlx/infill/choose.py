@@ -11,6 +11,7 @@ import numpy as np
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model, block_length
 from dgemma_mlx.generation.options import GenerationOptions
+from dgemma_mlx.generation.wired import wired_memory
 from dgemma_mlx.infill.fill import end_id
 from dgemma_mlx.infill.writer import Writer
 
@@ -30,6 +31,7 @@ class Choice:
     log_probability: float
 
 
+@wired_memory()
 def choose(
     model: Model, question: str, choices: Sequence[str], *, listed: bool = False, system: str | None = None,
     raw: bool = False, seed: int | None = None, prefill_step_size: int | None = None,

@@ -13,6 +13,7 @@ from dgemma_mlx.diffusion.speed import DEFAULT_SPEED
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.generation.options import GenerationOptions
+from dgemma_mlx.generation.wired import wired_memory
 from dgemma_mlx.infill.fill import Filled, check_candidates, end_id, lay_out, noised_start, write_gaps
 from dgemma_mlx.infill.layout import bias_against, not_text
 from dgemma_mlx.infill.search import Candidate, around
@@ -24,6 +25,7 @@ DEFAULT_CANDIDATES = 5
 Lines = tuple[int, int]  # first and last line, from 1
 
 
+@wired_memory()
 def edit(
     model: Model, instruction: str, text: str, *, lines: Lines | None = None, match: str | None = None,
     strength: float | None = None, candidates: int = DEFAULT_CANDIDATES, system: str | None = None,

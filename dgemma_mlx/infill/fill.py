@@ -14,6 +14,7 @@ from dgemma_mlx.diffusion.speed import DEFAULT_SPEED
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.generation.options import GenerationOptions
+from dgemma_mlx.generation.wired import wired_memory
 from dgemma_mlx.infill.layout import Layout, Lengths
 from dgemma_mlx.infill.search import Candidate, ladder, search
 from dgemma_mlx.infill.template import MARK, Gap, Part, parse_gaps, shown
@@ -45,6 +46,7 @@ class Filled:
     statistics: InfillStatistics
 
 
+@wired_memory()
 def fill(
     model: Model, text: str | Sequence[Part], *, mark: str = MARK, prompt: str | None = None,
     system: str | None = None, raw: bool = False, candidates: int = DEFAULT_CANDIDATES, seed: int | None = None,

@@ -244,3 +244,23 @@ def test_a_start_takes_the_place_of_noise_and_of_the_first_steps(monkeypatch: py
     np.testing.assert_array_equal(decoded[0][0], canvas)
     assert not decoded[0][1].any()  # nothing was predicted before
     assert decoded[1][1].any()
+
+
+def test_the_next_step_is_started_before_a_step_is_handed_out_and_none_after_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[int] = []
+    decode = DiffusionGemma.decode_layers
+
+    def spy(self: DiffusionGemma, *arguments: Any) -> mx.array:
+        started.append(len(started) + 1)
+        return decode(self, *arguments)
+
+    monkeypatch.setattr(DiffusionGemma, "decode_layers", spy)
+    for draft, in Denoiser(golden_model(), SETTLES).denoise(prefix(), Noise(1), C):
+        assert len(started) == (draft.step if draft.finished else draft.step + 1)
+    started.clear()
+    steps = Denoiser(golden_model(), SETTLES).denoise(prefix(), Noise(1), C)
+    next(steps)
+    steps.close()
+    assert len(started) == 2

@@ -12,6 +12,7 @@ import pytest
 import dgemma_mlx
 from dgemma_mlx import Committed, DgemmaError, Done, Draft, Model, PromptCache, generate, generate_batch, stream
 from dgemma_mlx.diffusion.speed import SPEEDS
+from dgemma_mlx.model.text import DiffusionGemma
 
 COUNT = "Count from 13 to 40."  # takes more than one canvas
 PROMPTS = (
@@ -233,3 +234,54 @@ def test_weights_are_floating() -> None:
 
 def test_no_prompts_no_answers(demo: Model) -> None:
     assert generate_batch(demo, []) == []
+
+
+def test_only_the_rows_that_are_uncertain_are_denoised_again(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    embed = DiffusionGemma.decoder_input
+
+    def spy(self: DiffusionGemma, canvas: mx.array, signal: mx.array) -> mx.array:
+        rows.append(canvas.shape[0])
+        return embed(self, canvas, signal)
+
+    two_steps = demo.generation.override(max_denoising_steps=2)
+    prompts = ["Sort 7 3 5", "Make a sentence.", "What is 27 + 45?"]
+    options: dict[str, Any] = {"generation": two_steps, "max_tokens": 20}
+    alone = [generate(demo, prompt, seed=seed, **options) for seed, prompt in enumerate(prompts)]
+    again = [done.statistics.denoising_steps > 2 for done in alone]
+    assert 0 < sum(again) < 3
+    monkeypatch.setattr(DiffusionGemma, "decoder_input", spy)
+    together = generate_batch(demo, prompts, seeds=[0, 1, 2], **options)
+    assert [done.text for done in together] == [done.text for done in alone]
+    assert rows == [3, 3, *[sum(again)] * 2]
+
+
+def test_only_the_rows_that_the_encoder_doubts_are_repaired(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    embed = DiffusionGemma.decoder_input
+
+    def spy(self: DiffusionGemma, canvas: mx.array, signal: mx.array) -> mx.array:
+        rows.append(canvas.shape[0])
+        return embed(self, canvas, signal)
+
+    one_step = demo.generation.override(max_denoising_steps=1)
+    prompts = ["Sort 7 3 5", "Make a sentence.", "What is 27 + 45?"]
+    options: dict[str, Any] = {"generation": one_step, "max_tokens": 20, "verify": "repair", "speed": "reference"}
+    alone = [generate(demo, prompt, seed=seed, **options) for seed, prompt in enumerate(prompts)]
+    monkeypatch.setattr(DiffusionGemma, "decoder_input", spy)
+    together = generate_batch(demo, prompts, seeds=[0, 1, 2], **options)
+    assert [done.text for done in together] == [done.text for done in alone]
+    assert sum(rows) == sum(done.statistics.denoising_steps for done in alone)
+
+
+def test_a_prompt_without_a_cache_is_encoded_in_one_call(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[Any] = []
+    encode = DiffusionGemma.encode
+
+    def spy(self: DiffusionGemma, ids: mx.array, *rest: Any) -> mx.array:
+        shapes.append(ids.shape)
+        return encode(self, ids, *rest)
+
+    monkeypatch.setattr(DiffusionGemma, "encode", spy)
+    done = generate(demo, "Sort 7 3 5", seed=1)
+    assert shapes == [(1, done.statistics.prompt_tokens)]

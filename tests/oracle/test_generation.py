@@ -47,7 +47,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     layer_types = [SLIDING, SLIDING, FULL]
     write_checkpoint(folder, seed=1, branch=0.3, vocab_size=256, num_hidden_layers=3, layer_types=layer_types)
     config = ModelConfig.load(folder)
-    network, weights = load_model(folder, config)
+    network, _ = load_model(folder, config)
     generation = GenerationConfig.load(folder, config)
     return Reference(folder), Model("random", folder, config, generation, network, load_tokenizer(DEMO))
 
