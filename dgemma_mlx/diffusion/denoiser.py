@@ -46,19 +46,22 @@ class Denoiser:
         """Denoise one canvas of ``canvas_length`` C positions after the cached prefix.
 
         Yield one ``Draft`` per row of the batch for each step; in the last step every draft is ``finished``. While the
-        caller looks at a step's drafts, the device already computes the next step, but no more than that one. A caller
-        may stop between any two steps. It then closes the generator, which waits for that one step; nothing runs on
-        afterwards. C may differ from the checkpoint's ``canvas_length``. ``canvas_index`` and ``attempt`` only label
-        the drafts.
+        caller looks at a step's drafts, the device already computes the next step, but no more than that one, and none
+        after the last step. A caller may stop between any two steps. It then closes the generator, which waits for the
+        step that is computed. C may differ from the checkpoint's ``canvas_length``. ``canvas_index`` and ``attempt``
+        only label the drafts.
         """
         max_steps = self.config.max_denoising_steps
         stopping = Stopping(self.config, self.speed, edits.free)
         canvas = edits.first_canvas(noise, canvas_length, self.network.config.vocab_size)
         signal = self.network.conditioning_signal(None, canvas.shape)
+        is_lazy = self.network.is_lazy
+        decoded: _Decoded | None = None
         last: _Step | None = None
         try:
-            decoded = self._decode(canvas, signal, cache, noise, edits, edits.first_step)
             for number in range(edits.first_step, max_steps + 1):
+                if decoded is None:
+                    decoded = self._decode(canvas, signal, cache, noise, edits, number)
                 sample = decoded.sample
                 if edits.projection is not None:
                     signal = self._next_signal(decoded)  # the device computes it while the CPU projects
@@ -67,16 +70,16 @@ class Denoiser:
                 if last is not None:
                     step = step.keep_finished(last)
                 mx.eval(*step.arrays(), *decoded.sample)
-                has_ended = number == max_steps or step.all_finished()
+                last, has_ended = step, number == max_steps or step.all_finished()
                 if not has_ended:
                     if edits.projection is None:
                         signal = self._next_signal(decoded)
-                    del decoded  # free these logits before the next step computes its own
-                    decoded = self._decode(step.current_canvas, signal, cache, noise, edits, number + 1)
+                    canvas, decoded = step.current_canvas, None  # frees the logits first
+                    if is_lazy:
+                        decoded = self._decode(canvas, signal, cache, noise, edits, number + 1)
                 yield step.drafts(canvas_index, attempt, number, max_steps)
                 if has_ended:
                     return
-                last = step
         finally:
             mx.synchronize()
 

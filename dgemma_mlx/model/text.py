@@ -159,6 +159,12 @@ class DiffusionGemma(nn.Module):
         """The dtype of the activations. Packed weights have other dtypes."""
         return self.norm.weight.dtype
 
+    @property
+    def is_lazy(self) -> bool:
+        """Whether a call only builds a graph. A CPU computes during the call when it multiplies packed weights."""
+        on_cpu = mx.default_device() == mx.Device(mx.cpu)
+        return not (on_cpu and any("scales" in module for module in self.modules()))
+
     def new_cache(self, left_padding: mx.array | None = None) -> PrefixCache:
         """Return an empty cache for this network.
 

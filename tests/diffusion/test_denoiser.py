@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -264,3 +265,8 @@ def test_the_next_step_is_started_before_a_step_is_handed_out_and_none_after_the
     next(steps)
     steps.close()
     assert len(started) == 2
+    started.clear()
+    packed = golden_model()
+    nn.quantize(packed, 32, 4, class_predicate=lambda path, _: path.endswith("q_proj"))
+    for draft, in Denoiser(packed, SETTLES).denoise(prefix(), Noise(1), C):
+        assert len(started) == draft.step  # computed during the call: a draft would come a step late
