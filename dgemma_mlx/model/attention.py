@@ -12,14 +12,12 @@ import mlx.nn as nn
 
 from dgemma_mlx.checkpoint.config import FULL, TextConfig
 from dgemma_mlx.kernels import qk_norm_rope
-from dgemma_mlx.model.cache import Mask
+from dgemma_mlx.model.cache import SCORE_BYTES, Mask
 from dgemma_mlx.model.packed import Linear
 from dgemma_mlx.model.rope import rope_periods
 
 # Takes the keys and values (B, Hk, L, D) of a call; returns the keys and values (B, Hk, S, D) to attend over.
 AppendKV = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
-
-SCORE_BYTES = 32 << 20  # default bound on the attention scores (B, H, L, S) in memory at once, counted as float32
 
 _ROWS = 8  # a block has a multiple of this number of queries, the height of a GPU's matrix tile
 _LEAST_ROWS = 64  # with fewer queries per block than this, the keys are split as well
@@ -32,8 +30,9 @@ def attend(q: mx.array, k: mx.array, v: mx.array, mask: Mask, score_bytes: int =
     ``q`` is (B, H, L, D), ``k`` and ``v`` are (B, Hk, S, D), and ``mask`` says which keys each query sees. The queries
     are the last L of the S positions.
 
-    When the scores of all queries would take more than ``score_bytes`` as float32, they are computed in blocks, so that
-    memory grows linearly with S. A block holds some queries with all their keys as long as at least ``_LEAST_ROWS``
+    When the scores of all queries of a row would take more than ``score_bytes`` as float32, they are computed in blocks,
+    so that memory grows linearly with S. The bound is per row, so that a row is computed in the same blocks in any batch.
+    A block holds some queries with all their keys as long as at least ``_LEAST_ROWS``
     queries fit. Below that, a block holds ``_MOST_ROWS`` queries with some of their keys.
 
     Blocks of queries alone would be slow for a long prefix, because each block reads all keys and values. In the
@@ -45,7 +44,7 @@ def attend(q: mx.array, k: mx.array, v: mx.array, mask: Mask, score_bytes: int =
     """
     B, H, L, _ = q.shape
     S = k.shape[2]
-    fitting = score_bytes // (4 * B * H * S)
+    fitting = score_bytes // (4 * H * S)
     by_keys = fitting < min(L, _LEAST_ROWS)
     rows = _MOST_ROWS if by_keys else fitting // _ROWS * _ROWS or fitting
     blocks: list[mx.array] = []
@@ -57,7 +56,7 @@ def attend(q: mx.array, k: mx.array, v: mx.array, mask: Mask, score_bytes: int =
         if blocks:  # otherwise MLX might compute the scores of all blocks first
             [queries] = mx.depends([queries], blocks[-1:])
         if by_keys:
-            step = max(_LEAST_ROWS, score_bytes // (4 * B * H * (end - start)))
+            step = max(_LEAST_ROWS, score_bytes // (4 * H * (end - start)))
             blocks.append(_running_softmax(queries, keys, values, part, step))
         else:
             blocks.append(mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=part))
@@ -116,7 +115,6 @@ class Attention(nn.Module):
     Full-attention layers have no ``v_proj``: their values are the unrotated key projection after a norm of its own.
 
     Attributes:
-        score_bytes: Bound on the attention scores in memory at once, in bytes (see ``attend``).
         q_proj: Query projection, from M values to H * D.
         k_proj: Key projection, from M values to Hk * D.
         v_proj: Value projection, from M values to Hk * D; absent in full-attention layers.
@@ -130,7 +128,6 @@ class Attention(nn.Module):
         D, H, Hk = config.layer_head_dim(kind), config.num_attention_heads, config.kv_heads(kind)
         M = config.hidden_size
         self._eps = config.rms_norm_eps
-        self.score_bytes = SCORE_BYTES
         self.q_proj = Linear(M, H * D)
         self.k_proj = Linear(M, Hk * D)
         if kind != FULL:
@@ -141,12 +138,14 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(D, config.rms_norm_eps)
         self._periods = rope_periods(config.rope_parameters[kind], D)
 
-    def __call__(self, x: mx.array, positions: mx.array, mask: Mask, append: AppendKV) -> mx.array:
+    def __call__(
+        self, x: mx.array, positions: mx.array, mask: Mask, append: AppendKV, score_bytes: int = SCORE_BYTES
+    ) -> mx.array:
         """Return the attention's output (B, L, M), in x's dtype.
 
         ``x`` (B, L, M) is the residual stream after the layer's input norm, ``positions`` (B, L) int32 the positions
         for the rotary embedding. ``append`` takes the new keys and values and returns those to attend over, for which
-        ``mask`` says what each query sees.
+        ``mask`` says what each query sees. ``score_bytes`` bounds the scores in memory at once (see ``attend``).
         """
         B, L, _ = x.shape
         v = self.v_proj(x) if "v_proj" in self else None
@@ -155,4 +154,4 @@ class Attention(nn.Module):
             self._eps,
         )  # fmt: skip
         k, v = append(k, v)
-        return self.o_proj(attend(q, k, v, mask, self.score_bytes).swapaxes(1, 2).reshape(B, L, -1))
+        return self.o_proj(attend(q, k, v, mask, score_bytes).swapaxes(1, 2).reshape(B, L, -1))

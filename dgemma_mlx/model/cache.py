@@ -19,6 +19,7 @@ from dgemma_mlx.checkpoint.config import FULL, SLIDING, TextConfig
 Mask = mx.array | str | None
 
 SPARE = 1024  # extra positions of a full-attention buffer: room for a few canvases, so that it seldom grows
+SCORE_BYTES = 32 << 20  # default bound on the attention scores (H, L, S) of a row in memory at once, as float32
 
 
 class _LayerCache:
@@ -196,6 +197,7 @@ class PrefixCache:
     Attributes:
         offset: Number of positions encoded so far, the same for all rows, padding included.
         layers: The cache of each layer, first to last.
+        score_bytes: Bound on the attention scores of a row that exist at once, in bytes (see ``attend``).
     """
 
     def __init__(self, config: TextConfig, left_padding: mx.array | None = None) -> None:
@@ -208,6 +210,7 @@ class PrefixCache:
             for kind in config.layer_types
         ]
         self._ends = [0] * len(self.layers)
+        self.score_bytes = SCORE_BYTES
 
     @property
     def is_whole(self) -> bool:

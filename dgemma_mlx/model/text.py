@@ -20,7 +20,7 @@ import mlx.nn as nn
 from dgemma_mlx.checkpoint.config import TextConfig
 from dgemma_mlx.kernels import CanvasSample, attention_residual, norm_residual, references, sparse_soft_embedding
 from dgemma_mlx.model.attention import AppendKV, Attention
-from dgemma_mlx.model.cache import Mask, PrefixCache, row_positions
+from dgemma_mlx.model.cache import SCORE_BYTES, Mask, PrefixCache, row_positions
 from dgemma_mlx.model.experts import Experts, Router, RouterLog
 from dgemma_mlx.model.mlp import MLP, SelfConditioning
 from dgemma_mlx.model.packed import times_table, weighted_rows
@@ -97,6 +97,7 @@ class Layer(nn.Module):
         scalar: mx.array,
         next_norm: nn.RMSNorm,
         router_log: RouterLog | None = None,
+        score_bytes: int = SCORE_BYTES,
     ) -> tuple[mx.array, mx.array]:
         """Return the residual stream after this layer and its norm by ``next_norm``, both (B, L, M).
 
@@ -109,8 +110,9 @@ class Layer(nn.Module):
             scalar: Factor on the layer's output, (1,): ``layer_scalar`` or ``encoder_layer_scalar``.
             next_norm: Norm to apply to the output: the next layer's input norm, or the network's final norm.
             router_log: List to which the router's probabilities and choices are appended.
+            score_bytes: Bound on the attention scores of a row that exist at once, in bytes (see ``attend``).
         """
-        attended = self.self_attn(normed, positions, mask, append)
+        attended = self.self_attn(normed, positions, mask, append, score_bytes)
         after = attention_residual(
             x, attended, self.post_attention_layernorm.weight, self.pre_feedforward_layernorm.weight,
             self.pre_feedforward_layernorm_2.weight, self.router.scale, self._eps,
@@ -184,7 +186,7 @@ class DiffusionGemma(nn.Module):
         layer's output. If ``router_log`` is given, each layer appends its router's result to it.
         """
         masks, scalars = cache.encode_masks(ids.shape[1]), [layer.encoder_layer_scalar for layer in self.layers]
-        hidden = self._run_layers(self.embed(ids), cache.rope_offset, masks, cache.update, scalars, router_log)
+        hidden = self._run_layers(self.embed(ids), cache, masks, cache.update, scalars, router_log)
         cache.advance(ids.shape[1])
         return hidden
 
@@ -229,29 +231,30 @@ class DiffusionGemma(nn.Module):
     def decode_layers(self, x: mx.array, cache: PrefixCache, router_log: RouterLog | None = None) -> mx.array:
         """Return the hidden states (B, C, M), after the final norm, for the result (B, C, M) of ``decoder_input``."""
         masks, scalars = cache.canvas_masks(x.shape[1]), [layer.layer_scalar for layer in self.layers]
-        return self._run_layers(x, cache.rope_offset, masks, cache.with_canvas, scalars, router_log)
+        return self._run_layers(x, cache, masks, cache.with_canvas, scalars, router_log)
 
     def _run_layers(
-        self, x: mx.array, rope_offset: int | mx.array, masks: dict[str, Mask],
+        self, x: mx.array, cache: PrefixCache, masks: dict[str, Mask],
         append: Callable[[int, mx.array, mx.array], tuple[mx.array, mx.array]], scalars: list[mx.array],
         router_log: RouterLog | None,
     ) -> mx.array:
         """Run x (B, L, M) through all layers and the final norm and return (B, L, M).
 
-        ``masks`` gives the mask of each kind of layer, ``append`` takes a layer's index and its new keys and values,
-        and ``scalars`` holds each layer's output factor. In training mode only reference operations run, because the
+        ``masks`` gives the mask of each kind of layer, ``append`` is the method of ``cache`` that takes a layer's index
+        and its new keys and values, and ``scalars`` holds each layer's output factor. In training mode only reference operations run, because the
         kernels have no gradients.
         """
         norms = [*(layer.input_layernorm for layer in self.layers), self.norm]
         wrapper = self._wrapper if self.training else None
         with references(only=self.training):
-            positions = row_positions(rope_offset, *x.shape[:2])
+            positions = row_positions(cache.rope_offset, *x.shape[:2])
             normed = norms[0](x)
             for i, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
                 run = layer if wrapper is None else wrapper(layer, i, append)
                 x, normed = run(
-                    x, normed, positions, masks[kind], partial(append, i), scalars[i], norms[i + 1], router_log
-                )
+                    x, normed, positions, masks[kind], partial(append, i), scalars[i], norms[i + 1], router_log,
+                    cache.score_bytes,
+                )  # fmt: skip
         return normed
 
     def project(self, hidden: mx.array) -> mx.array:

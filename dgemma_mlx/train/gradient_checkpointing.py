@@ -32,7 +32,7 @@ def checkpointed(layer: Layer, number: int, append: Callable[..., Any]) -> Calla
 
     def call(
         x: mx.array, normed: mx.array, positions: mx.array, mask: Any, append_kv: Any, scalar: mx.array,
-        next_norm: nn.RMSNorm, router_log: Any,
+        next_norm: nn.RMSNorm, router_log: Any, score_bytes: int,
     ) -> tuple[mx.array, mx.array]:
         encoding = append == cache.update
 
@@ -52,7 +52,7 @@ def checkpointed(layer: Layer, number: int, append: Callable[..., Any]) -> Calla
             norm = nn.RMSNorm(norm_weight.shape[0], next_norm.eps)
             norm.weight = norm_weight
             log = None if router_log is None else routes
-            out = layer(x, normed, positions, mask, append_inner, scalar, norm, log)
+            out = layer(x, normed, positions, mask, append_inner, scalar, norm, log, score_bytes)
             return [*out, *written, *(array for route in routes for array in route)]
 
         prefix = () if encoding else cache.prefix(number)

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from dgemma_mlx.checkpoint.config import FULL, SLIDING
-from dgemma_mlx.model.cache import Mask
+from dgemma_mlx.model.cache import SCORE_BYTES, Mask
 from dgemma_mlx.model.experts import RouterLog
 from dgemma_mlx.model.text import DiffusionGemma
 
@@ -66,6 +66,7 @@ class TeacherCache:
 
     Attributes:
         rope_offset: Position of the next token for rotary embeddings: 0 while encoding, then ``starts`` (B,) int32.
+        score_bytes: Bound on the attention scores of a row that exist at once, in bytes (see ``attend``).
     """
 
     def __init__(self, window: int, starts: mx.array) -> None:
@@ -73,6 +74,7 @@ class TeacherCache:
         self._layers: list[tuple[mx.array, mx.array]] = []
         self._length = 0
         self.rope_offset: int | mx.array = 0
+        self.score_bytes = SCORE_BYTES
 
     def encode_masks(self, length: int) -> dict[str, Mask]:
         """Return the causal masks of each layer kind for sequences of ``length`` positions."""
