@@ -19,7 +19,7 @@ from dgemma_mlx.diffusion.speed import DEFAULT_SPEED
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Done, Event
 from dgemma_mlx.generation.answer import Answer
-from dgemma_mlx.generation.memory import fit_to_memory, should_dequantize
+from dgemma_mlx.generation.memory import Work, fit_to_memory, should_dequantize
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.generation.options import GenerationOptions, Verify
 from dgemma_mlx.generation.prompt_cache import PromptCache
@@ -237,7 +237,8 @@ def _runner(
     config = options.config(model)
     for ids in prompts:
         model.check_prompt(ids)
-    budget = fit_to_memory(model, len(prompts) * max(map(len, prompts)), options.memory_limit)
+    work = Work(len(prompts), verifies=options.verify != "off")
+    budget = fit_to_memory(model, max(map(len, prompts)), work, options.memory_limit, options.prefill_step_size)
     automaton = options.token_automaton(model)
     answers = [
         Answer(
@@ -248,4 +249,4 @@ def _runner(
     ]  # fmt: skip
     for answer in answers:
         answer.check_room(model.config.canvas_length)
-    return Runner(model, options, answers, options.prefill_step_size or budget.prefill_step_size, prompt_cache)
+    return Runner(model, options, answers, budget, prompt_cache)

@@ -15,17 +15,15 @@ from dgemma_mlx.checkpoint.shards import StoredTensor
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.kernels import MAX_KEPT
-from dgemma_mlx.model.attention import SCORE_BYTES
-from dgemma_mlx.model.cache import SPARE
-from dgemma_mlx.model.text import DENSE_BYTES, DiffusionGemma, dense_value_bytes
+from dgemma_mlx.model.cache import SCORE_BYTES, SPARE
+from dgemma_mlx.model.text import DENSE_BYTES, dense_value_bytes
 from dgemma_mlx.sizes import size
 
 DEQUANTIZE_CHOICES = ("auto", "on", "off")
-PREFILL_STEP_SIZE = 512
-_LEAST_STEP_SIZE = 64
-_LEAST_SCORE_BYTES = 4 << 20
+PREFILL_STEP_SIZE = 2048
 _AHEAD = 8  # blocks of scores alive at a time (measured): MLX starts operations before earlier ones have ended
 _MARKS = 2  # copies of the sliding layers' keys and values that a ``PromptCache`` holds
+_MASKS = 3  # boolean arrays alive while the masks of a batch of padded prompts are computed
 _SAMPLER_BYTES, _SAMPLER_ARRAYS = 4 << 20, 5  # without Metal: bytes of a block of the sampler, and blocks alive
 _SPARSE_ROWS = 72  # without Metal: float32 rows of the embedding table alive for each list of probable tokens
 _SHARE_OF_FREE = 0.9  # of the free memory, without Metal
@@ -36,17 +34,40 @@ class Budget:
     """The working set: how much is worked on at a time.
 
     Attributes:
-        prefill_step_size: Number of prompt positions encoded at once.
-        score_bytes: Bytes of attention scores computed at once.
+        prefill_step_size: Number of prompt positions encoded at once, over all rows of a batch. MLX's fast product of
+            packed experts takes at most 32,768 rows, which are 4,096 positions with 8 experts each.
+        score_bytes: Bytes of attention scores computed at once, for each row of a batch.
+        idle_bytes: Bytes of freed memory that MLX may keep between two chunks of a prompt.
     """
 
     prefill_step_size: int = PREFILL_STEP_SIZE
     score_bytes: int = SCORE_BYTES
+    idle_bytes: int = 0
 
-    def apply(self, network: DiffusionGemma) -> None:
-        """Bound the attention scores of a network's layers. The step size is an argument of ``prefill``."""
-        for layer in network.layers:
-            layer.self_attn.score_bytes = self.score_bytes
+
+# Budgets to try, the largest first. Fewer positions at a time cost a prompt little, small blocks of scores cost more.
+_BUDGETS = (
+    Budget(), Budget(1024), Budget(512), Budget(256, SCORE_BYTES // 2), Budget(128, SCORE_BYTES // 4),
+    Budget(64, SCORE_BYTES // 8),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a request runs, as far as its memory depends on it.
+
+    Attributes:
+        rows: Number of canvases that are denoised at a time.
+        shares_prefix: Whether all rows follow one prefix, which is encoded once and then copied for each row.
+        verifies: Whether the encoder reads each canvas.
+    """
+
+    rows: int = 1
+    shares_prefix: bool = False
+    verifies: bool = False
+
+
+ONE_ANSWER = Work()
 
 
 def weight_memory(tensors: Iterable[StoredTensor]) -> int:
@@ -60,64 +81,70 @@ def cache_memory(config: ModelConfig, positions: int) -> int:
     return _kept_memory(config, FULL, positions + SPARE) + _kept_memory(config, SLIDING, sliding)
 
 
-def run_memory(config: ModelConfig, weight_bytes: int, positions: int, budget: Budget | None = None) -> int:
-    """Return the peak bytes for a prompt of ``positions``, once the weights are loaded.
+def run_memory(
+    config: ModelConfig, weight_bytes: int, positions: int, budget: Budget | None = None, work: Work = ONE_ANSWER
+) -> int:
+    """Return the peak bytes for prompts of up to ``positions``, once the weights are loaded.
 
     The peak is the sum of the weights, the cache, and the larger one of the working sets of prefill and denoising. The
     first answer may stay below it, because the weights of a layer are read when they are first used.
     """
-    budget = budget or Budget()
-    rows = min(budget.prefill_step_size, positions)
-    kinds = config.text.layer_types
-    # Encoding needs the last layer's keys and values, not what it would attend to.
-    prefill = _layer_memory(config, kinds[:-1], rows, positions, budget, encoding=True)
-    marks = _MARKS * _kept_memory(config, SLIDING, _window(config, positions))
-    canvas = config.canvas_length
-    layers = _layer_memory(config, kinds, canvas, positions + canvas, budget, encoding=False)
-    denoising = marks + max(layers, _prediction_memory(config))
-    return weight_bytes + cache_memory(config, positions) + max(prefill, denoising)
+    budget, rows = budget or Budget(), work.rows
+    cache = cache_memory(config, positions)
+    windows = _kept_memory(config, SLIDING, _window(config, positions))
+    encoded = 1 if work.shares_prefix else rows
+    prefill = encoded * cache + _prefill_memory(config, encoded, positions, budget)
+    snapshot = rows * windows if work.verifies or work.shares_prefix else 0
+    denoising = rows * cache + snapshot + _denoising_memory(config, rows, positions, budget)
+    if work.shares_prefix:
+        denoising += cache
+    elif rows == 1:
+        denoising += _MARKS * windows
+    else:  # once an answer has ended or only some are denoised again, the others have a cache of their own
+        others = rows - 1
+        fewer = (rows + others) * cache + snapshot + _denoising_memory(config, others, positions, budget)
+        denoising = max(denoising, fewer)
+    return weight_bytes + max(prefill, denoising)
 
 
-def fitting_budget(config: ModelConfig, weight_bytes: int, positions: int, limit: int | None = None) -> Budget:
-    """Return the largest budget with which a prompt of ``positions`` stays within ``limit`` bytes.
+def fitting_budget(
+    config: ModelConfig, weight_bytes: int, positions: int, limit: int | None = None, work: Work = ONE_ANSWER,
+    prefill_step_size: int | None = None,
+) -> Budget:
+    """Return the largest budget with which prompts of up to ``positions`` stay within ``limit`` bytes.
 
-    Raises ``DgemmaError`` when not even the smallest budget does, or the limit is not positive. Without a limit, the
-    device's own one applies. It may be stretched, so the smallest budget is returned where none stays within it.
+    ``prefill_step_size`` is the caller's choice, or None. Raises ``DgemmaError`` when not even the smallest budget fits,
+    or the limit is not positive. Without a limit, the device's own one applies. It may be stretched, so the smallest
+    budget is returned where none stays within it.
     """
     if limit is not None and limit <= 0:
         raise DgemmaError(
             f"the memory limit must be more than 0 bytes, not {limit}", "Write it as 8GB or 7.5GiB.", exit_code=2
         )
     bound = device_limit() if limit is None else limit
-    budget = Budget()
-    while run_memory(config, weight_bytes, positions, budget) > bound:
-        smaller = replace(
-            budget,
-            prefill_step_size=max(_LEAST_STEP_SIZE, budget.prefill_step_size // 2),
-            score_bytes=max(_LEAST_SCORE_BYTES, budget.score_bytes // 2),
-        )
-        if smaller != budget:
-            budget = smaller
-        elif limit is None:
-            return budget
-        else:
-            needed = run_memory(config, weight_bytes, positions, budget)
-            raise DgemmaError(
-                f"{positions:,} tokens of context take about {size(needed)}, "
-                f"more than the memory limit of {size(limit)}",
-                "Shorten the prompt, raise --memory-limit, or take a checkpoint with fewer bits per weight.",
-            )
-    return budget
+    budgets = [replace(budget, prefill_step_size=prefill_step_size or budget.prefill_step_size) for budget in _BUDGETS]
+    needed = 0
+    for budget in budgets:
+        needed = run_memory(config, weight_bytes, positions, budget, work)
+        if needed <= bound:
+            # More than a chunk's working set would be of no use to the next chunk.
+            useful = _prefill_memory(config, 1 if work.shares_prefix else work.rows, positions, budget)
+            return replace(budget, idle_bytes=min(bound - needed, useful))
+    if limit is None:
+        return budgets[-1]
+    context = f"{positions:,} tokens of context" if work.rows == 1 else f"{work.rows} canvases after {positions:,} tokens"
+    fewer = "" if work.rows == 1 else "Take fewer prompts or candidates at a time. Or s"
+    raise DgemmaError(
+        f"{context} take about {size(needed)}, more than the memory limit of {size(limit)}",
+        f"{fewer or 'S'}horten the prompt, raise --memory-limit, or take a checkpoint with fewer bits per weight.",
+    )
 
 
-def fit_to_memory(model: Model, positions: int, limit: int | None) -> Budget:
-    """Compute the working-set budget for ``positions`` prompt positions and apply it to the network.
-
-    Raises ``DgemmaError`` when the limit is too low for any budget.
-    """
-    budget = fitting_budget(model.config, model.weight_bytes(), positions, limit)
-    budget.apply(model.network)
-    return budget
+def fit_to_memory(
+    model: Model, positions: int, work: Work, limit: int | None, prefill_step_size: int | None
+) -> Budget:
+    """Return the ``fitting_budget`` of a loaded model."""
+    return fitting_budget(model.config, model.weight_bytes(), positions, limit, work, prefill_step_size)
 
 
 def device_limit() -> int:
@@ -173,10 +200,26 @@ def _kept_memory(config: ModelConfig, kind: str, positions: int) -> int:
     return 2 * layers * positions * width * _element()
 
 
+def _prefill_memory(config: ModelConfig, rows: int, positions: int, budget: Budget) -> int:
+    """Return the peak bytes of intermediate results of a chunk of ``rows`` prompts."""
+    length = min(max(1, budget.prefill_step_size // rows), positions)
+    # Encoding needs the last layer's keys and values, not what it would attend to.
+    kinds = config.text.layer_types[:-1]
+    masks = _MASKS * rows * length * positions if rows > 1 else 0
+    return masks + _layer_memory(config, kinds, rows, length, positions, budget, encoding=True)
+
+
+def _denoising_memory(config: ModelConfig, rows: int, positions: int, budget: Budget) -> int:
+    """Return the peak bytes of intermediate results of a denoising step over ``rows`` canvases."""
+    canvas, kinds = config.canvas_length, config.text.layer_types
+    layers = _layer_memory(config, kinds, rows, canvas, positions + canvas, budget, encoding=False)
+    return max(layers, _prediction_memory(config, rows))
+
+
 def _layer_memory(
-    config: ModelConfig, kinds: Sequence[str], rows: int, keys: int, budget: Budget, encoding: bool
+    config: ModelConfig, kinds: Sequence[str], rows: int, length: int, keys: int, budget: Budget, encoding: bool
 ) -> int:
-    """Return the peak bytes of intermediate results for ``rows`` positions in layers of these kinds.
+    """Return the peak bytes of intermediate results for ``rows`` times ``length`` positions in layers of these kinds.
 
     The factors are the number of arrays of each width that MLX holds at once, because it starts operations before
     earlier ones have ended. They are slopes of measured peaks over each width (float32, MLX 0.32 on Linux).
@@ -184,28 +227,28 @@ def _layer_memory(
     text = config.text
     M, K, element = text.hidden_size, text.top_k_experts, _element()
     feed_forward = 10 * M + K * (5 * M // 2 + 3 * text.moe_intermediate_size) + 3 * text.intermediate_size
-    most = rows * feed_forward * element
+    most = length * feed_forward * element
     for kind in set(kinds):
-        seen = keys if kind == FULL else min(keys, text.sliding_window - 1 + rows)
+        seen = keys if kind == FULL else min(keys, text.sliding_window - 1 + length)
         heads, kv_heads = (n * text.layer_head_dim(kind) for n in (text.num_attention_heads, text.kv_heads(kind)))
-        attention = rows * (4 * M + 6 * heads + 6 * kv_heads) * element
+        attention = length * (4 * M + 6 * heads + 6 * kv_heads) * element
         if encoding and kind == SLIDING:  # the window followed by the new positions, and the next window
             attention += 4 * seen * kv_heads * element
-        scores = 4 * text.num_attention_heads * rows * seen
+        scores = 4 * text.num_attention_heads * length * seen
         most = max(most, attention + min(scores, _AHEAD * budget.score_bytes))
-    return most
+    return rows * most
 
 
-def _prediction_memory(config: ModelConfig) -> int:
-    """Return the peak bytes between a step's logits and the next step's self-conditioning.
+def _prediction_memory(config: ModelConfig, rows: int) -> int:
+    """Return the peak bytes between a step's logits and the next step's self-conditioning, for ``rows`` canvases.
 
     That is the logits with the sampler's working set, or with the working set of the expected embeddings, which come
     from a position's list of probable tokens or from all its logits.
     """
-    canvas, element, on_gpu = config.canvas_length, _element(), mx.metal.is_available()
-    values = canvas * config.text.vocab_size
-    lists = 3 * 8 * canvas * MAX_KEPT  # ids and weights: this step's, the last one's, and in parts
+    positions, element, on_gpu = rows * config.canvas_length, _element(), mx.metal.is_available()
+    values = positions * config.text.vocab_size
+    lists = 3 * 8 * positions * MAX_KEPT  # ids and weights: this step's, the last one's, and in parts
     sampler = 0 if on_gpu else _SAMPLER_ARRAYS * min(4 * values, _SAMPLER_BYTES)
     dense = min(values * dense_value_bytes(_dtype()), DENSE_BYTES)
-    sparse = 0 if on_gpu else _SPARSE_ROWS * canvas * config.text.hidden_size * 4
+    sparse = 0 if on_gpu else _SPARSE_ROWS * positions * config.text.hidden_size * 4
     return lists + max(values * element + max(sampler, dense), sparse)

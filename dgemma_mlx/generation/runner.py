@@ -15,6 +15,7 @@ from dgemma_mlx.diffusion.sampler import Noise
 from dgemma_mlx.events import Draft, Event
 from dgemma_mlx.generation.answer import Answer
 from dgemma_mlx.generation.cancellation import Cancellation, Cancelled
+from dgemma_mlx.generation.memory import Budget
 from dgemma_mlx.generation.model import Model, block_length
 from dgemma_mlx.generation.options import GenerationOptions
 from dgemma_mlx.generation.prefill import prefill
@@ -26,6 +27,8 @@ from dgemma_mlx.model.cache import PrefixCache
 Events = Generator[tuple[int, Event], None, None]
 Canvases = Generator[tuple[int, Event], None, dict[int, Draft]]  # returns the finished draft of each row
 
+_LEAST_SHARED = 512  # positions that two prompts must share for a mark of its own
+
 
 class Runner:
     """A batch of prompts, often one, that are answered together, canvas by canvas.
@@ -35,14 +38,14 @@ class Runner:
     """
 
     def __init__(
-        self, model: Model, options: GenerationOptions, answers: Sequence[Answer], prefill_step_size: int,
+        self, model: Model, options: GenerationOptions, answers: Sequence[Answer], budget: Budget,
         prompt_cache: PromptCache | None = None,
     ) -> None:
-        """``prefill_step_size`` counts positions over all prompts. ``prompt_cache`` is for a single prompt only."""
+        """``budget`` bounds the work on all prompts together. ``prompt_cache`` is for a single prompt only."""
         self._model, self._network, self._options = model, model.network, options
         self._answers, self._prompt_cache = answers, prompt_cache
         self._denoiser = options.denoiser(model)
-        self._prefill_step_size = prefill_step_size
+        self._budget = budget
         self._cancellation = Cancellation(options.cancelled)
         self._live = list(range(len(answers)))
         self._noise = Noise(*(answer.seed for answer in answers))
@@ -95,7 +98,7 @@ class Runner:
         cache.reserve(len(ids) - known)  # once: a later, larger buffer would copy what is encoded before
         turn = max(known, self._model_turn(ids))
         shared = min(prompt_cache.shared, turn)
-        if shared - known < self._prefill_step_size:  # such a mark would save the next prompt little
+        if shared - known < min(_LEAST_SHARED, self._budget.prefill_step_size):  # such a mark would save the next prompt little
             shared = known
         for start, end, mark in ((known, shared, "shared"), (shared, turn, "turn"), (turn, len(ids), None)):
             encoded = start
@@ -106,8 +109,7 @@ class Runner:
 
     def _encode(self, ids: mx.array, cache: PrefixCache) -> Generator[int, None, None]:
         """Encode ids (B, P) chunk by chunk. Yield the number of positions of each chunk."""
-        step_size = max(1, self._prefill_step_size // ids.shape[0])
-        hidden = yield from prefill(self._network, ids, cache, step_size, self._cancellation)
+        hidden = yield from prefill(self._network, ids, cache, self._budget, self._cancellation)
         if self._verifier is not None and hidden is not None:
             self._verifier.start_after(hidden)
 

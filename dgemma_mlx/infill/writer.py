@@ -16,7 +16,7 @@ from dgemma_mlx.diffusion.edits import Edits
 from dgemma_mlx.diffusion.sampler import Noise
 from dgemma_mlx.events import Draft
 from dgemma_mlx.generation.cancellation import Cancellation
-from dgemma_mlx.generation.memory import fit_to_memory
+from dgemma_mlx.generation.memory import Work, fit_to_memory
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.generation.options import GenerationOptions
 from dgemma_mlx.generation.prefill import prefill
@@ -72,13 +72,13 @@ class Writer:
         self._prompt_tokens, self._canvases, self._steps = len(prefix), 0, 0
         model.check_prompt(prefix)
         mx.reset_peak_memory()
-        budget = fit_to_memory(model, rows * len(prefix), options.memory_limit)
+        work = Work(rows, shares_prefix=True)
+        budget = fit_to_memory(model, len(prefix), work, options.memory_limit, options.prefill_step_size)
         self._denoiser = options.denoiser(model)
         self._cancellation = Cancellation(options.cancelled)
         self._cache = model.network.new_cache()
-        step_size = options.prefill_step_size or budget.prefill_step_size
         ids = mx.array([prefix], mx.int32)
-        chunks = prefill(model.network, ids, self._cache, step_size, self._cancellation)
+        chunks = prefill(model.network, ids, self._cache, budget, self._cancellation)
         self._hidden = _last_hidden(chunks)
         self._cancellation.check()
         mx.eval(self._hidden)
