@@ -1,6 +1,6 @@
 """Measure peak memory and time of encoding a long prompt, on a small random model.
 
-    python benchmarks/long_prompt.py [--tokens 100000]
+    python benchmarks/long_prompt.py [--tokens 100000] [--step-size 512]
 
 The model has the layout of the real one (sliding and full layers, two head sizes, K = V) and random float32 weights.
 The script prints one JSON object with sizes in MB and times in seconds. An excess is the peak minus weights and cache.
@@ -20,7 +20,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from dgemma_mlx.checkpoint.config import ModelConfig, TextConfig
-from dgemma_mlx.generation.memory import PREFILL_STEP_SIZE, run_memory
+from dgemma_mlx.generation.memory import Budget, run_memory
 from dgemma_mlx.generation.prefill import prefill
 from dgemma_mlx.model.text import DiffusionGemma
 
@@ -38,7 +38,7 @@ def _resident_peak() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def measure(tokens: int) -> dict[str, float]:
+def measure(tokens: int, budget: Budget) -> dict[str, float]:
     """Encode a random prompt, decode one canvas after it, and return sizes in MB and times in seconds."""
     mx.random.seed(0)
     config = ModelConfig(TextConfig.from_dict(MODEL))
@@ -50,7 +50,7 @@ def measure(tokens: int) -> dict[str, float]:
     mx.reset_peak_memory()
     before = _resident_peak()
     began = time.perf_counter()
-    for _ in prefill(model, ids, cache, step_size=PREFILL_STEP_SIZE):
+    for _ in prefill(model, ids, cache, budget):
         pass
     prefilled = time.perf_counter()
     mx.eval(model.decode(mx.zeros((1, config.canvas_length), mx.int32), cache))
@@ -62,7 +62,7 @@ def measure(tokens: int) -> dict[str, float]:
         "weights_mb": weights / mb,
         "cache_mb": cache.nbytes / mb,
         "mlx_peak_mb": mx.get_peak_memory() / mb,
-        "mlx_estimate_mb": run_memory(config, weights, tokens) / mb,
+        "mlx_estimate_mb": run_memory(config, weights, tokens, budget) / mb,
         "mlx_excess_mb": (mx.get_peak_memory() - weights - cache.nbytes) / mb,
         "resident_growth_mb": (_resident_peak() - before) / mb,
         "resident_excess_mb": (_resident_peak() - before - cache.nbytes) / mb,
@@ -74,4 +74,9 @@ def measure(tokens: int) -> dict[str, float]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=100_000, help="length of the prompt (default: %(default)s)")
-    print(json.dumps({k: round(v, 2) for k, v in measure(parser.parse_args().tokens).items()}))
+    parser.add_argument(
+        "--step-size", type=int, default=Budget().prefill_step_size, help="positions at a time (default: %(default)s)"
+    )
+    arguments = parser.parse_args()
+    figures = measure(arguments.tokens, Budget(arguments.step_size))
+    print(json.dumps({name: round(value, 2) for name, value in figures.items()}))

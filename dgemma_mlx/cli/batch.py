@@ -104,7 +104,11 @@ def answer_batch(
 def _answers(
     model: Model, requests: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
 ) -> list[Done | DgemmaError]:
-    """Answer the requests together. When that fails, answer them one by one, so that only the faulty ones fail."""
+    """Answer the requests together. When that fails, answer each half by itself.
+
+    So only the faulty requests fail, and a batch that exceeds the memory limit is answered in parts that fit. A failure
+    costs little, because ``generate_batch`` checks everything before it begins.
+    """
     from dgemma_mlx.generation.api import generate_batch
 
     each = {"seeds": "seed", "max_tokens": "max_tokens", "system": "system"}
@@ -117,4 +121,5 @@ def _answers(
     except DgemmaError as error:
         if len(requests) == 1:
             return [error]
-        return [answer for request in requests for answer in _answers(model, [request], options)]
+        half = len(requests) // 2
+        return [*_answers(model, requests[:half], options), *_answers(model, requests[half:], options)]

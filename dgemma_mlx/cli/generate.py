@@ -81,8 +81,8 @@ TrimCanvas = Annotated[
 ]  # fmt: skip
 PrefillStep = Annotated[
     int | None,
-    resource_option("--prefill-step-size", min=1, show_default="512, or fewer to stay within the memory limit",
-                    help="Prompt tokens encoded at a time. It affects memory only."),
+    resource_option("--prefill-step-size", min=1, show_default="2048, without Metal 512; fewer to stay within the memory limit",
+                    help="Prompt tokens encoded at a time. It affects memory and speed only."),
 ]  # fmt: skip
 
 
@@ -146,7 +146,8 @@ def generate(
           `--trace` write one object per denoising step and per canvas, and one for the whole answer.
         - A line of a `--batch` file is a JSON string, or an object with `prompt` and optionally `id`, `system`, `seed`
           and `max_tokens`. The model is loaded once. Every line is checked before the first one is answered. With
-          `--batch-size N`, N prompts are answered at a time, each as it would be alone.
+          `--batch-size N`, N prompts are answered at a time, each as it would be alone, or fewer when N exceed the
+          memory limit.
         - `--speed reference` follows the reference implementation's loop step by step. `balanced` also commits a canvas
           as soon as every position is nearly certain; `fast` accepts less certainty. On the demo model, `balanced`
           takes 1.4 times fewer steps and answers 939 instead of 942 of 1,000 prompts correctly (docs/speed.md). Except

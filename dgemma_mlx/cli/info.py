@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dgemma_mlx.cli.parameters import AsJson, CpuDequantize
+from dgemma_mlx.cli.parameters import AsJson, CpuDequantize, resource_option
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.errors import DgemmaError
 
@@ -24,8 +24,14 @@ ModelName = Annotated[
     ),
 ]
 
+BatchSize = Annotated[
+    int, resource_option("--batch-size", min=1, help="Number of prompts at a time, for the estimate of the memory.")
+]
 
-def info(model: ModelName = None, as_json: AsJson = False, cpu_dequantize: CpuDequantize = None) -> None:
+
+def info(
+    model: ModelName = None, as_json: AsJson = False, batch_size: BatchSize = 1, cpu_dequantize: CpuDequantize = None
+) -> None:
     """Show a checkpoint's architecture, size and memory needs.
 
     The output has the parameters, the bits per weight, the size on disk, and an estimate of the memory that several
@@ -41,19 +47,20 @@ def info(model: ModelName = None, as_json: AsJson = False, cpu_dequantize: CpuDe
 
     settings = Settings()
     source = open_source(resolve(settings.pick("model", model), weights=False))
-    facts = describe(source, settings.pick("cpu_dequantize", cpu_dequantize))
+    facts = describe(source, settings.pick("cpu_dequantize", cpu_dequantize), batch_size)
     with quiet_when_closed():
         print(json.dumps(facts) if as_json else _as_text(facts))
 
 
-def describe(source: Source, cpu_dequantize: str = "auto") -> dict[str, Any]:
+def describe(source: Source, cpu_dequantize: str = "auto", batch_size: int = 1) -> dict[str, Any]:
     """Return the facts about a checkpoint, with sizes in bytes.
 
-    ``memory`` maps lengths of context to the memory that a prompt of this length and its answer take on this machine.
+    ``memory`` maps lengths of context to the memory that ``batch_size`` prompts of this length and their answers take
+    on this machine.
     ``unpacked`` says whether packed weights are unpacked in it, as ``load`` does with this ``cpu_dequantize``.
     """
     from dgemma_convert.recipes import EXPERTS, class_of
-    from dgemma_mlx.generation.memory import cache_memory, run_memory
+    from dgemma_mlx.generation.memory import Work, cache_memory, run_memory
 
     config, text = source.config, source.config.text
     weights = [*source.text.values(), *source.vision]
@@ -83,8 +90,13 @@ def describe(source: Source, cpu_dequantize: str = "auto") -> dict[str, Any]:
         "formats": sorted({str(weight.format) if weight.format else weight.stored[0].dtype for weight in weights}),
         "recipe": _recipe(source.folder),
         "unpacked": _unpacks(source, cpu_dequantize),
+        "batch_size": batch_size,
         "memory": {
-            str(n): {"cache": cache_memory(config, n), "total": run_memory(config, loaded, n)} for n in contexts
+            str(n): {
+                "cache": batch_size * cache_memory(config, n),
+                "total": run_memory(config, loaded, n, work=Work(batch_size)),
+            }
+            for n in contexts
         },
     }
 
@@ -142,7 +154,8 @@ def _as_text(facts: dict[str, Any]) -> str:
     }
     lines = [f"{facts['model']}: {facts['architecture']}", *(f"  {name:11} {text}" for name, text in rows.items())]
     unpacked = ", with packed weights unpacked (--cpu-dequantize off leaves them packed)" if facts["unpacked"] else ""
-    lines.append(f"  estimated memory to run it{unpacked}:")
+    batch = f" with {facts['batch_size']} prompts at a time" if facts["batch_size"] > 1 else ""
+    lines.append(f"  estimated memory to run it{batch}{unpacked}:")
     lines += [
         f"    {int(context):>7,} tokens of context  {size(memory['total']):>9} (cache {size(memory['cache'])})"
         for context, memory in facts["memory"].items()

@@ -13,6 +13,8 @@ import pytest
 
 from dgemma_mlx.cli.batch import read_batch
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.generation.api import load
+from dgemma_mlx.generation.memory import Work, run_memory
 
 
 def write(folder: Path, *lines: Any) -> Path:
@@ -65,6 +67,18 @@ def test_answers_are_the_same_however_many_are_answered_at_once(tmp_path: Path) 
         records = [json.loads(line) for line in done.stdout.splitlines()]
         answers.append([(record.get("text"), record.get("tokens"), record.get("seed")) for record in records])
     assert answers[0] == answers[1] == answers[2]
+
+
+def test_a_batch_beyond_the_memory_limit_is_answered_in_parts(tmp_path: Path) -> None:
+    wishes = [{"prompt": f"Sort {n} 3 5", "seed": 1} for n in range(4)]
+    path = write(tmp_path, *wishes)
+    limit = f"{run_memory(load('demo').config, load('demo').weight_bytes(), 32, work=Work(2)) + 200_000}B"
+    whole, parts = (run("--batch", path, "--batch-size", "4", *more) for more in ((), ("--memory-limit", limit)))
+    assert (whole.returncode, parts.returncode) == (0, 0), parts.stderr
+    texts = [[json.loads(line)["text"] for line in done.stdout.splitlines()] for done in (whole, parts)]
+    assert texts[0] == texts[1]
+    alone = run("--batch", path, "--batch-size", "4", "--memory-limit", "5MB")
+    assert alone.returncode == 1 and "4 of 4 prompts" in alone.stderr
 
 
 def test_a_prompt_that_cannot_be_answered_does_not_stop_the_others(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from dgemma_convert.source import open_source
 from dgemma_mlx.checkpoint.hub import DEMO_FOLDER, resolve
 from dgemma_mlx.checkpoint.shards import read_header
 from dgemma_mlx.cli.info import describe, loaded_bytes
-from dgemma_mlx.generation.memory import run_memory
+from dgemma_mlx.generation.memory import Work, run_memory
 from tests.hub_server import HubServer, Repository
 from tests.model.checkpoint import flat_config
 
@@ -102,6 +102,17 @@ def test_the_estimate_is_what_running_takes(
     source = open_source(resolve(model))
     estimate = run_memory(source.config, loaded_bytes(source, cpu_dequantize), found)
     assert estimate == pytest.approx(peak, rel=0.15)
+
+
+def test_the_estimate_counts_the_prompts_of_a_batch() -> None:
+    one, four = facts_of("demo"), json.loads(run("--json", "--batch-size", "4", "demo").stdout)
+    assert (one["batch_size"], four["batch_size"]) == (1, 4)
+    demo = open_source(resolve("demo"))
+    for context, memory in four["memory"].items():
+        assert memory["cache"] == 4 * one["memory"][context]["cache"]
+        assert memory["total"] == run_memory(demo.config, loaded_bytes(demo), int(context), work=Work(4))
+    assert b"with 4 prompts at a time" in run("--batch-size", "4", "demo").stdout
+    assert run("--batch-size", "0", "demo").returncode == 2
 
 
 def test_it_says_whether_weights_are_unpacked(packed_demo: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +11,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 from dgemma_mlx.checkpoint.config import ModelConfig, TextConfig
+from dgemma_mlx.constrain.constraint import Constraint
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.generation.memory import Budget, cache_memory, device_limit, fitting_budget, run_memory
+from dgemma_mlx.generation.api import generate_batch, load
+from dgemma_mlx.generation.memory import Budget, Work, cache_memory, device_limit, fitting_budget, run_memory
+from dgemma_mlx.generation.model import Model
+from dgemma_mlx.generation.options import Verify
 from dgemma_mlx.generation.prefill import prefill
 from dgemma_mlx.kernels import canvas_sampler
 from dgemma_mlx.model.text import DiffusionGemma
@@ -47,7 +52,7 @@ def test_memory_grows_linearly_and_less_than_a_gigabyte_is_work() -> None:
 def test_in_half_precision_too(monkeypatch: pytest.MonkeyPatch, positions: int) -> None:
     """Counted as on a GPU: weights, cache and less than 1 GB."""
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    work = run_memory(PUBLISHED, WEIGHTS, positions) - WEIGHTS - cache_memory(PUBLISHED, positions)
+    work = run_memory(PUBLISHED, WEIGHTS, positions, Budget(2048)) - WEIGHTS - cache_memory(PUBLISHED, positions)
     assert work < 1e9
 
 
@@ -91,12 +96,11 @@ def prefill_peak(config: ModelConfig, positions: int, budget: Budget) -> int:
     """Return the peak bytes of a prefill, without the weights."""
     model = DiffusionGemma(config.text)
     model.eval()
-    budget.apply(model)
     mx.eval(dict(tree_flatten(model)))
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    for _ in prefill(model, mx.array([[1] * positions]), model.new_cache(), budget.prefill_step_size):
+    for _ in prefill(model, mx.array([[1] * positions]), model.new_cache(), budget):
         pass
     return mx.get_peak_memory() - before
 
@@ -110,11 +114,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("positions", [1024, 2048])
-def test_what_prefill_takes_is_what_was_estimated(shape: str, positions: int) -> None:
-    config = ModelConfig(TextConfig.from_dict({**SMALL, **SHAPES[shape]}), canvas_length=32)
-    peak = prefill_peak(config, positions, Budget())
-    assert run_memory(config, 0, positions, Budget()) == pytest.approx(peak, rel=0.15)
+@pytest.mark.parametrize(("positions", "step_size"), [(1024, 512), (2048, 512), (1024, 2048)])
+def test_what_prefill_takes_is_what_was_estimated(shape: str, positions: int, step_size: int) -> None:
+    config, budget = ModelConfig(TextConfig.from_dict({**SMALL, **SHAPES[shape]}), canvas_length=32), Budget(step_size)
+    peak = prefill_peak(config, positions, budget)
+    assert run_memory(config, 0, positions, budget) == pytest.approx(peak, rel=0.15)
 
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
@@ -128,7 +132,7 @@ def test_a_step_with_flat_predictions_takes_what_was_estimated(bits: int | None)
     mx.eval(model.parameters())
     mx.clear_cache()
     cache = model.new_cache()
-    for _ in prefill(model, mx.array([[1] * 16]), cache, 16):
+    for _ in prefill(model, mx.array([[1] * 16]), cache, Budget()):
         pass
     before = mx.get_active_memory() - cache.nbytes
     mx.reset_peak_memory()
@@ -148,3 +152,96 @@ def test_a_smaller_budget_takes_less() -> None:
     config, budget = ModelConfig(TextConfig.from_dict(SMALL), canvas_length=32), Budget(128, 1 << 18)
     peak = prefill_peak(config, 2048, budget)
     assert peak < 1.15 * run_memory(config, 0, 2048, budget) < 0.6 * run_memory(config, 0, 2048, Budget())
+
+
+def test_a_long_prefill_never_copies_what_is_encoded() -> None:
+    """A hidden state that outlives its chunk would refer to the last layer's buffers, and MLX would copy them."""
+    wide = {"num_hidden_layers": 2, "num_global_key_value_heads": 4, "global_head_dim": 128}
+    config = ModelConfig(TextConfig.from_dict({**SMALL, **wide, "layer_types": ["sliding_attention", "full_attention"]}))
+    peak, held = prefill_peak(config, 2048, Budget(64, 1 << 18)), cache_memory(config, 2048)
+    assert held > 10e6
+    assert peak < 1.4 * held
+
+
+def test_requests_with_different_budgets_do_not_change_each_other() -> None:
+    """The blocks in which scores are computed decide how they are rounded."""
+    model = DiffusionGemma(TextConfig.from_dict(SMALL)).eval()
+    ids, canvas = mx.arange(200)[None], mx.arange(32)[None]
+    budgets = [Budget(64), Budget(64, 1 << 12)]
+
+    def encoded(budget: Budget) -> tuple[Any, Any]:
+        cache = model.new_cache()
+        return cache, prefill(model, ids, cache, budget)
+
+    alone = []
+    for budget in budgets:
+        cache, chunks = encoded(budget)
+        list(chunks)
+        alone.append(model.decode(canvas, cache))
+    (one, first), (two, second) = map(encoded, budgets)
+    list(zip(first, second, strict=True))  # a chunk of each in turn
+    together = [model.decode(canvas, one), model.decode(canvas, two)]
+    assert not mx.array_equal(*alone)
+    assert all(map(mx.array_equal, alone, together))
+
+
+@pytest.fixture(scope="module")
+def large_vocabulary() -> Model:
+    """A model with random weights and a vocabulary of the published size, whose canvases are short."""
+    demo = load("demo")
+    config = ModelConfig(TextConfig.from_dict({**SMALL, "vocab_size": 262_144}), canvas_length=8)
+    mx.random.seed(0)
+    network = DiffusionGemma(config.text).eval()
+    mx.eval(network.parameters())
+    return replace(demo, config=config, network=network, generation=demo.generation.override(max_denoising_steps=2))
+
+
+def request_peak(run: Callable[[], object]) -> int:
+    """Return the peak bytes of a request, without what was there before."""
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    run()
+    return mx.get_peak_memory() - before
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "verify", "constraint"),
+    [
+        (1, 3, "off", None),
+        (2, 3, "off", None),
+        (4, 400, "flag", None),
+        (8, 3, "flag", None),
+        (8, 400, "off", None),
+        (4, 3, "off", Constraint.regex("[a-z]{2,6}")),
+    ],
+)
+def test_a_batch_takes_what_was_estimated(
+    large_vocabulary: Model, rows: int, words: int, verify: Verify, constraint: Constraint | None
+) -> None:
+    model, prompts = large_vocabulary, ["a cat " * words for _ in range(rows)]
+    prompts[0] += "sat"  # the others are padded
+    longest = max(len(model.encode_prompt(prompt, raw=True)) for prompt in prompts)
+    peak = request_peak(lambda: generate_batch(
+        model, prompts, seeds=range(rows), max_tokens=8, raw=True, verify=verify, speed="reference",
+        constraint=constraint,
+    ))  # fmt: skip
+    estimate = run_memory(model.config, 0, longest, work=Work(rows, verifies=verify != "off"))
+    assert estimate == pytest.approx(peak, rel=0.15)
+
+
+def test_a_batch_that_does_not_fit_is_refused_and_its_prompts_fit_alone(large_vocabulary: Model) -> None:
+    model, prompts = large_vocabulary, ["a cat"] * 4
+    limit = run_memory(model.config, model.weight_bytes(), 32) + 1_000_000
+    with pytest.raises(DgemmaError, match=r"^4 canvases after \d+ tokens take about .* the memory limit of") as caught:
+        generate_batch(model, prompts, memory_limit=limit, raw=True)
+    assert "fewer prompts or candidates at a time" in (caught.value.hint or "")
+    [done] = generate_batch(model, prompts[:1], memory_limit=limit, raw=True, max_tokens=8)
+    assert done.tokens
+
+
+def test_a_step_size_of_the_callers_is_counted() -> None:
+    least = run_memory(PUBLISHED, WEIGHTS, 100_000, Budget(64, 4 << 20))
+    assert fitting_budget(PUBLISHED, WEIGHTS, 100_000, least).prefill_step_size <= 512
+    with pytest.raises(DgemmaError, match="100,000 tokens of context take about"):
+        fitting_budget(PUBLISHED, WEIGHTS, 100_000, least, prefill_step_size=8192)

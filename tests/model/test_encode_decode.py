@@ -69,8 +69,22 @@ def test_attention_does_not_depend_on_its_blocks(kind: str, L: int, S: int, rows
         "keys": (mx.array(keys), keys),
     }
     mask, expected = masks[kind]
-    found = np.array(attend(q, k, v, mask, rows * 4 * B * H * S))
+    found = np.array(attend(q, k, v, mask, rows * 4 * H * S))
     np.testing.assert_allclose(found, attention_in_float64(q, k, v, expected), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("score_bytes", [1, 1 << 14, 1 << 16, 1 << 30])
+def test_a_row_is_computed_in_the_same_blocks_in_any_batch(score_bytes: int) -> None:
+    H, Hk, L, S, D = 4, 2, 74, 200, 8
+    keys = mx.random.split(mx.random.key(0), 3)
+    q, k, v = (
+        mx.random.normal((5, heads, length, D), key=key)
+        for heads, length, key in zip((H, Hk, Hk), (L, S, S), keys, strict=True)
+    )
+    batch = attend(q, k, v, "causal", score_bytes)
+    for row in range(5):
+        alone = attend(q[row : row + 1], k[row : row + 1], v[row : row + 1], "causal", score_bytes)
+        assert mx.array_equal(batch[row], alone[0])
 
 
 def test_blocks_of_keys_lose_nothing_in_half_precision() -> None:
