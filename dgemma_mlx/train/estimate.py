@@ -52,13 +52,19 @@ def training_memory(run: FinetuneRun) -> TrainingMemory:
     if not config.causal_weight:
         prefix = max(len(prompt) + (len(answer) - 1) // canvas * canvas for prompt, answer in conversations)
     tokens = rows * (prefix + canvas)
-    layer = tokens * _layer_values(text, model.network) * element * (_FULL_TRAINING_FACTOR if config.full else 1)
-    scores = rows * text.num_attention_heads * (prefix**2 + canvas * (prefix + canvas)) * element
+    position = _layer_values(text, model.network) * element * (_FULL_TRAINING_FACTOR if config.full else 1)
+    encoder_scores = rows * text.num_attention_heads * prefix**2 * element
+    decoder_scores = rows * text.num_attention_heads * canvas * (prefix + canvas) * element
     if config.checkpoint_layers:
         hidden = text.num_hidden_layers * tokens * text.hidden_size * element
-        activations = int(layer + _RECOMPUTED_SCORE_ARRAYS * scores) + _HIDDEN_ARRAYS * hidden
+        scores = _RECOMPUTED_SCORE_ARRAYS * (encoder_scores + decoder_scores)
+        activations = int(tokens * position + scores) + _HIDDEN_ARRAYS * hidden
     else:
-        activations = int(text.num_hidden_layers * (layer + _SCORE_ARRAYS * scores))
+        encoder = rows * prefix * position + _SCORE_ARRAYS * encoder_scores
+        decoder = rows * canvas * position + _SCORE_ARRAYS * decoder_scores
+        # Without the causal loss, only keys and values of the encoder's last layer are needed.
+        encoder_layers = text.num_hidden_layers - (0 if config.causal_weight else 1)
+        activations = int(encoder_layers * encoder + text.num_hidden_layers * decoder)
     logits = rows * canvas * (2 if config.causal_weight else 1) * text.vocab_size * 4 * _LOGIT_ARRAYS
     trained = _bytes(model.network.trainable_parameters())
     return TrainingMemory(
