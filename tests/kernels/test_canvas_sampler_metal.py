@@ -96,10 +96,10 @@ def test_kernel_and_reference_draw_the_same(metal: UseMetal, vocabulary: int) ->
 
 
 def test_kernel_agrees_with_the_reference_on_the_example(metal: UseMetal) -> None:
-    """The example is a whole canvas with the published model's vocabulary."""
+    """The example has the published model's vocabulary."""
     metal(module, check=False, timeout=300)
     example = canvas_sampler.examples[0](mx.bfloat16)
-    assert example[0].shape == (256, 262_144)
+    assert example[0].shape[-1] == 262_144
     assert canvas_sampler.agree(canvas_sampler.kernel(*example), canvas_sampler.reference(*example))
 
 
