@@ -117,12 +117,11 @@ def self_check() -> dict[str, float]:
 
 
 def kernels(recheck: bool) -> dict[str, Any]:
-    """Return the mode of this program's Metal kernels and the verdict of their self-check for each checkpoint dtype.
+    """Return the mode of this program's Metal kernels and the verdicts of their self-check.
 
     Nothing is checked where there is no Metal or where the kernels are switched off. ``recheck`` forgets the stored
     verdicts first, and raises ``DgemmaError`` where nothing can be checked.
     """
-    import mlx.core as mx
 
     from dgemma_mlx.cli.settings import Settings
     from dgemma_mlx.kernels import OPERATIONS
@@ -135,7 +134,7 @@ def kernels(recheck: bool) -> dict[str, Any]:
     checks = [
         {"operation": operation.name, "dtype": str(dtype).removeprefix("mlx.core."), **asdict(operation.verdict(dtype))}
         for operation in OPERATIONS
-        for dtype in (mx.bfloat16, mx.float16)
+        for dtype in operation.dtypes
         if has_metal() and mode != "off"
     ]
     return {"mode": mode, "operations": [operation.name for operation in OPERATIONS], "checks": checks}
