@@ -22,6 +22,7 @@ from dgemma_mlx.cli.fuse import fuse
 from dgemma_mlx.cli.generate import generate
 from dgemma_mlx.cli.help import WIDEST, Command, Group
 from dgemma_mlx.cli.info import info
+from dgemma_mlx.cli.interrupt import exit_on_signals
 from dgemma_mlx.cli.models import models
 from dgemma_mlx.cli.parameters import expand
 from dgemma_mlx.cli.pipe import quiet_when_closed, reopen_streams
@@ -108,7 +109,11 @@ def options(
 
 
 def main() -> NoReturn:
-    """Run the program and exit with 0 (success), 1 (run-time error), 2 (wrong usage) or 130 (interrupted)."""
+    """Run the program and exit with 0 (success), 1 (run-time error), 2 (wrong usage) or 130 (interrupted).
+
+    Another signal that ends the program exits with 128 + its number, as in a shell.
+    """
+    exit_on_signals()
     sys.exit(run())
 
 

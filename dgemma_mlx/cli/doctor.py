@@ -22,9 +22,13 @@ _ENOUGH_DISK = 20e9
 NoProbe = Annotated[
     bool, section("Measurements")("--no-probe", help="Leave out the speed probe, which takes ten seconds.")
 ]
+Recheck = Annotated[
+    bool,
+    section("Measurements")("--recheck", help="Forget the stored verdicts on the Metal kernels, and check them again."),
+]
 
 
-def doctor(no_probe: NoProbe = False, as_json: AsJson = False) -> None:
+def doctor(no_probe: NoProbe = False, recheck: Recheck = False, as_json: AsJson = False) -> None:
     """Check this machine and say what to change.
 
     The output has the chip, the memory, the versions, Metal and the caches, a self-check of MLX's arithmetic, the state
@@ -33,10 +37,11 @@ def doctor(no_probe: NoProbe = False, as_json: AsJson = False) -> None:
     Examples:
         dgemma-mlx doctor
         dgemma-mlx doctor --no-probe --json
+        dgemma-mlx doctor --recheck
     """
     facts = examine()
+    facts["kernels"] = kernels(recheck)
     facts["self_check"] = self_check()
-    facts["kernels"] = kernels()
     if not no_probe:
         facts["probe"] = probe()
     facts["advice"] = advice(facts)
@@ -111,23 +116,25 @@ def self_check() -> dict[str, float]:
     return {name: float(abs(wide(ours) - right).max() / abs(right).max()) for name, (ours, right) in pairs.items()}
 
 
-def kernels() -> dict[str, Any]:
-    """Return the mode of this program's Metal kernels and the verdict of their self-check for each checkpoint dtype.
+def kernels(recheck: bool) -> dict[str, Any]:
+    """Return the mode of this program's Metal kernels and the verdicts of their self-check.
 
-    Nothing is checked where there is no Metal or where the kernels are switched off.
+    Nothing is checked where there is no Metal or where the kernels are switched off. ``recheck`` forgets the stored
+    verdicts first, and raises ``DgemmaError`` where nothing can be checked.
     """
-    import mlx.core as mx
 
     from dgemma_mlx.cli.settings import Settings
     from dgemma_mlx.kernels import OPERATIONS
-    from dgemma_mlx.kernels.dispatch import has_metal, set_mode
+    from dgemma_mlx.kernels.dispatch import forget_verdicts, has_metal, set_mode
 
     mode = Settings()["kernels"].value
     set_mode(mode)
+    if recheck:
+        forget_verdicts()
     checks = [
         {"operation": operation.name, "dtype": str(dtype).removeprefix("mlx.core."), **asdict(operation.verdict(dtype))}
         for operation in OPERATIONS
-        for dtype in (mx.bfloat16, mx.float16)
+        for dtype in operation.dtypes
         if has_metal() and mode != "off"
     ]
     return {"mode": mode, "operations": [operation.name for operation in OPERATIONS], "checks": checks}
@@ -161,7 +168,7 @@ def advice(facts: dict[str, Any]) -> list[str]:
     if not facts["metal"]:
         found.append("no Metal: the program works, but slowly; it is made for Macs with Apple silicon")
     found += [
-        f"the kernel {check['operation']} is not used for {check['dtype']}: {check['detail']}"
+        f"the kernel {check['operation']} is not used for {check['dtype']}: {check['detail']}; --recheck checks again"
         for check in facts["kernels"]["checks"]
         if check["status"] in ("wrong", "failed")
     ]

@@ -1,8 +1,13 @@
-"""Ctrl-C while the model writes: the work ends after the current step, so that the state is well defined."""
+"""Signals that end the program.
+
+Ctrl-C while the model writes ends the work after the current step, so that the state is well defined. Other signals
+end the program in the normal way, so that what is unfinished is cleaned up.
+"""
 
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -31,6 +36,22 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def exit_on_signals() -> None:
+    """Make SIGTERM and SIGHUP raise SystemExit with 128 + their number, unless they are handled or ignored already.
+
+    By default they end the process at once, which leaves temporary files, the terminal's state and a kernel's
+    unfinished self-check behind. A second signal does that.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, leave)
 
 
 def unless_cancelled(events: Iterable[Event]) -> Iterator[Event]:

@@ -119,10 +119,7 @@ class Denoiser:
 
     def _sample(self, raw: mx.array, uniforms: mx.array, T: float, edits: Edits) -> CanvasSample:
         """Sample every position from the logits (B, C, V), which are not softcapped yet, under pins and barred ids."""
-        if edits.barred is None:
-            sample = canvas_sampler(raw, uniforms, self.network.config.final_logit_softcapping, T)
-        else:
-            sample = canvas_sampler(edits.barred.apply(self.network.capped(raw)), uniforms, None, T)
+        sample = canvas_sampler(raw, uniforms, self.network.config.final_logit_softcapping, T, edits.barred)
         return sample if edits.pins is None else edits.pins.certain(sample)
 
 

@@ -8,7 +8,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from dgemma_mlx.diffusion.sampler import Noise, accept
-from dgemma_mlx.kernels import CanvasSample
+from dgemma_mlx.kernels import CanvasSample, LogitBias
 
 
 @dataclass(frozen=True)
@@ -38,42 +38,6 @@ class Pins:
             kept_weights=mx.where(free, sample.kept_weights, first.astype(mx.float32)),
             kept_mass=mx.where(self.free, sample.kept_mass, 1),
         )
-
-
-@dataclass(frozen=True)
-class PositionBias:
-    """A bias on the logits of single positions.
-
-    Attributes:
-        bias: The bias, (V,) float32.
-        positions: The positions, (n,) int32, counted through the flattened batch (row * C + position).
-    """
-
-    bias: mx.array
-    positions: mx.array
-
-
-@dataclass(frozen=True)
-class BarredIds:
-    """Ids that are never written, as a bias on the logits: -inf for a barred id, 0 for every other id.
-
-    Attributes:
-        everywhere: The bias on every position, (V,) float32.
-        at_positions: A further bias on some positions, or None.
-    """
-
-    everywhere: mx.array
-    at_positions: PositionBias | None = None
-
-    def apply(self, logits: mx.array) -> mx.array:
-        """Return softcapped logits (B, C, V) float32 with the bias added."""
-        logits = logits + self.everywhere
-        if self.at_positions is None:
-            return logits
-        rows = logits.reshape(-1, logits.shape[-1])
-        positions = self.at_positions.positions
-        rows[positions] = rows[positions] + self.at_positions.bias
-        return rows.reshape(logits.shape)
 
 
 @dataclass(frozen=True)
@@ -107,14 +71,14 @@ class Edits:
 
     Attributes:
         pins: Positions that hold given ids.
-        barred: Ids that are never written.
+        barred: A bias on the logits that bars ids, which are then never written.
         start: A canvas to start from instead of noise.
         projection: A projection of every step onto the allowed canvases. Acceptance and stopping use its result;
             self-conditioning uses the model's own prediction.
     """
 
     pins: Pins | None = None
-    barred: BarredIds | None = None
+    barred: LogitBias | None = None
     start: StartCanvas | None = None
     projection: Projection | None = None
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import GenerationConfig
-from dgemma_mlx.diffusion.edits import BarredIds, Edits
+from dgemma_mlx.diffusion.edits import Edits
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model
@@ -19,6 +19,7 @@ from dgemma_mlx.infill.layout import bias_against, not_text
 from dgemma_mlx.infill.search import Candidate, around
 from dgemma_mlx.infill.template import Gap, Part, lines_of
 from dgemma_mlx.infill.writer import Progress, Writer
+from dgemma_mlx.kernels import LogitBias
 
 DEFAULT_STRENGTH = 0.6
 DEFAULT_CANDIDATES = 5
@@ -127,9 +128,8 @@ def _edit_all(model: Model, writer: Writer, text: str, ids: list[int], strength:
     ends = {pad, *model.generation.eos_token_ids}
     barred = [id for id in not_text(model.tokenizer, writer.vocab_size) if id not in ends]
     canvas = mx.array([ids + [pad] * (length - len(ids))], mx.int32)
-    edits = Edits(
-        barred=BarredIds(bias_against(barred, writer.vocab_size)), start=noised_start(writer, canvas, strength)
-    )
+    bias = LogitBias(bias_against([barred], writer.vocab_size), mx.zeros_like(canvas))
+    edits = Edits(barred=bias, start=noised_start(writer, canvas, strength))
     [draft] = writer.write(length, 1, edits)
     size = next((place for place, id in enumerate(draft.tokens) if id in ends), length)
     [score] = writer.scores([draft.tokens], [min(size + 1, length)])

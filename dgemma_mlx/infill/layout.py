@@ -9,10 +9,11 @@ from functools import cached_property
 import mlx.core as mx
 import numpy as np
 
-from dgemma_mlx.diffusion.edits import BarredIds, Pins, PositionBias
+from dgemma_mlx.diffusion.edits import Pins
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import block_length
 from dgemma_mlx.infill.template import Gap, Part
+from dgemma_mlx.kernels import LogitBias
 from dgemma_mlx.text.tokenizer import Tokenizer
 
 Lengths = tuple[int, ...]  # number of tokens of each gap
@@ -106,24 +107,19 @@ class Layout:
         ids, free = zip(*self.rows(candidates, length), strict=True)
         return Pins(mx.array(ids, mx.int32), mx.array(free))
 
-    def barred(self, candidates: Sequence[Lengths], length: int, vocab_size: int) -> BarredIds:
-        """Return the ids that are barred from the gaps.
+    def barred(self, candidates: Sequence[Lengths], length: int, vocab_size: int) -> LogitBias:
+        """Return the bias on the logits of a batch of canvases (B, length) that bars ids from the gaps.
 
         Control tokens are barred everywhere. At the start of a gap that must carry a space, all tokens that do not
         begin with a space are barred as well.
         """
-        positions = [
-            row * length + start
-            for row, lengths in enumerate(candidates)
-            for slot, (start, _) in zip(self.slots, self.spans(lengths), strict=True)
-            if slot.spaced
-        ]
-        everywhere = bias_against(not_text(self._tokenizer, vocab_size), vocab_size)
-        if not positions:
-            return BarredIds(everywhere)
+        control = not_text(self._tokenizer, vocab_size)
         unspaced = [id for id in self._unspaced if id < vocab_size]
-        bias = PositionBias(bias_against(unspaced, vocab_size), mx.array(positions, mx.int32))
-        return BarredIds(everywhere, bias)
+        rows = np.zeros((len(candidates), length), np.int32)
+        for row, lengths in zip(rows, candidates, strict=True):
+            for slot, (start, _) in zip(self.slots, self.spans(lengths), strict=True):
+                row[start] |= slot.spaced
+        return LogitBias(bias_against([control, [*control, *unspaced]], vocab_size), mx.array(rows))
 
     @cached_property
     def _unspaced(self) -> list[int]:
@@ -157,8 +153,9 @@ def not_text(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     return [*control, *range(tokenizer.vocab_size, vocab_size)]
 
 
-def bias_against(ids: Sequence[int], vocab_size: int) -> mx.array:
-    """Return a bias on logits, (V,) float32: -inf for each of the ids, 0 for the others."""
-    values = np.zeros(vocab_size, np.float32)
-    values[list(ids)] = -np.inf
+def bias_against(barred: Sequence[Sequence[int]], vocab_size: int) -> mx.array:
+    """Return biases on logits, (R, V) float32, for R lists of ids: -inf for each id of the list, 0 for the others."""
+    values = np.zeros((len(barred), vocab_size), np.float32)
+    for row, ids in zip(values, barred, strict=True):
+        row[list(ids)] = -np.inf
     return mx.array(values)

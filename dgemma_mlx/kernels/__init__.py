@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from dgemma_mlx.kernels.attention_residual import AttentionResidual, attention_residual
-from dgemma_mlx.kernels.canvas_sampler import MAX_KEPT, CanvasSample, canvas_sampler
+from dgemma_mlx.kernels.canvas_sampler import MAX_KEPT, CanvasSample, LogitBias, canvas_sampler
 from dgemma_mlx.kernels.dispatch import DispatchedOperation, references
 from dgemma_mlx.kernels.moe_combine import moe_combine
 from dgemma_mlx.kernels.moe_route import Route, moe_route
@@ -34,6 +34,7 @@ __all__ = [
     "AttentionResidual",
     "CanvasSample",
     "DispatchedOperation",
+    "LogitBias",
     "Route",
     "attention_residual",
     "canvas_sampler",

@@ -1,8 +1,8 @@
 """The statistics and the sample that a denoising step needs from its vocabulary logits.
 
-For a row of V logits x, let z = softcap * tanh(x / softcap) / temperature and p = softmax(z). The operation computes
-the entropy of p, the argmax, a categorical sample, and the list of tokens that carry nearly all of p, which serves
-sparse self-conditioning.
+For a row of V logits x, let z = (softcap * tanh(x / softcap) + bias) / temperature and p = softmax(z). The operation
+computes the entropy of p, the argmax, a categorical sample, and the list of tokens that carry nearly all of p, which
+serves sparse self-conditioning.
 
 The sample is drawn by inverting the CDF: it is the first index whose cumulative probability exceeds a uniform random
 number. The alternative, argmax(z + Gumbel noise), is slower. For each of the V values of a row, the noise takes half of
@@ -15,6 +15,7 @@ four times 32 values (reference) again.
 from __future__ import annotations
 
 import math
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -54,28 +55,48 @@ class CanvasSample(NamedTuple):
     kept_mass: mx.array
 
 
+class LogitBias(NamedTuple):
+    """A bias on logits (..., V), added after the softcap and before the temperature; -inf bars an id.
+
+    Attributes:
+        table: The different biases, (R, V) float32.
+        rows: The row of ``table`` that each row of logits gets, (...) int32.
+    """
+
+    table: mx.array
+    rows: mx.array
+
+
 _CHUNK = 1024  # values that one SIMD group processes
 _GROUPS = 8  # most SIMD groups in a threadgroup
 _HEADER = f"constant constexpr float KEPT_NATS = {KEPT_NATS}f;\n" + HEADER
 
 _chunks_kernel: Any = mx.fast.metal_kernel(
     name="canvas_sampler_chunks",
-    input_names=["logits", "softcap", "inverse_temperature"],
+    input_names=["logits", "bias", "bias_rows", "softcap", "inverse_temperature"],
     output_names=["tops", "firsts", "sums", "dots"],
     source=CHUNKS,
     header=_HEADER,
 )
 _merge_kernel: Any = mx.fast.metal_kernel(
     name="canvas_sampler_merge",
-    input_names=["logits", "uniforms", "softcap", "inverse_temperature", "tops", "firsts", "sums", "dots"],
+    input_names=[
+        "logits", "bias", "bias_rows", "softcap", "inverse_temperature", "uniforms", "tops", "firsts", "sums", "dots",
+    ],
     output_names=list(CanvasSample._fields),
     source=MERGE,
     header=_HEADER,
 )
 
 
+@cache
+def _no_bias() -> LogitBias:
+    """Return the arrays that a kernel without a bias receives and does not read."""
+    return LogitBias(mx.array([0.0]), mx.array([0]))
+
+
 def canvas_sampler_kernel(
-    logits: mx.array, uniforms: mx.array, softcap: float | None, temperature: float
+    logits: mx.array, uniforms: mx.array, softcap: float | None, temperature: float, bias: LogitBias | None = None
 ) -> CanvasSample:
     """Compute ``canvas_sampler_reference`` in two launches, with the same shapes and dtypes.
 
@@ -85,10 +106,13 @@ def canvas_sampler_kernel(
     shape, V = logits.shape[:-1], logits.shape[-1]
     N, K = uniforms.size, -(-V // _CHUNK)
     threads = SIMD * min(_GROUPS, K)
-    constants = [scalar(1.0 if softcap is None else softcap), scalar(1 / temperature)]
-    template = [("T", logits.dtype), ("V", V), ("K", K), ("CHUNK", _CHUNK), ("CAPPED", softcap is not None)]
+    inputs = [logits, *(bias or _no_bias()), scalar(1.0 if softcap is None else softcap), scalar(1 / temperature)]
+    template = [
+        ("T", logits.dtype), ("V", V), ("K", K), ("CHUNK", _CHUNK), ("CAPPED", softcap is not None),
+        ("BIASED", bias is not None),
+    ]  # fmt: skip
     chunks = _chunks_kernel(
-        inputs=[logits, *constants],
+        inputs=inputs,
         template=[*template, ("READS", 16 // logits.itemsize)],
         grid=(SIMD * K, N, 1),
         threadgroup=(threads, 1, 1),
@@ -96,7 +120,7 @@ def canvas_sampler_kernel(
         output_dtypes=[mx.float32, mx.int32, mx.float32, mx.float32],
     )
     return CanvasSample(*_merge_kernel(
-        inputs=[logits, uniforms, *constants, *chunks],
+        inputs=[*inputs, uniforms, *chunks],
         template=[*template, ("MAX_KEPT", MAX_KEPT), ("THREADS", threads)],
         grid=(threads, N, 1),
         threadgroup=(threads, 1, 1),
@@ -111,7 +135,7 @@ _FAN = 32  # values that are summed into one value of the next coarser level of 
 
 
 def canvas_sampler_reference(
-    logits: mx.array, uniforms: mx.array, softcap: float | None, temperature: float
+    logits: mx.array, uniforms: mx.array, softcap: float | None, temperature: float, bias: LogitBias | None = None
 ) -> CanvasSample:
     """Compute the statistics, a sample and the probable tokens of each row of logits, as a ``CanvasSample``.
 
@@ -122,10 +146,12 @@ def canvas_sampler_reference(
         logits: Raw logits in any floating-point dtype, (..., V).
         uniforms: A random number from 0 to 1 for each row, (...) float32.
         softcap: Bound c of the softcap c * tanh(x / c); None leaves the logits as they are.
-        temperature: Divisor of the logits after the softcap; above 0.
+        temperature: Divisor of the logits after the softcap and with the bias; above 0.
+        bias: Bias on the logits, or None.
     """
     shape, V = logits.shape[:-1], logits.shape[-1]
     rows, targets = logits.reshape(-1, V), uniforms.reshape(-1, 1)
+    bias_rows = None if bias is None else bias.rows.flatten()
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
     step = max(1, (_CPU_BLOCK if on_cpu else _GPU_BLOCK) // V)
     blocks: list[CanvasSample] = []
@@ -133,16 +159,21 @@ def canvas_sampler_reference(
         block = rows[i : i + step]
         if blocks:  # otherwise MLX might run one operation for all blocks before the next operation
             [block] = mx.depends([block], list(blocks[-1]))
-        blocks.append(_sample(block, targets[i : i + step], softcap, temperature))
+        some = None if bias is None or bias_rows is None else bias.table[bias_rows[i : i + step]]
+        blocks.append(_sample(block, targets[i : i + step], softcap, temperature, some))
     parts = (mx.concatenate(list(part)) for part in zip(*blocks, strict=True))
     return CanvasSample(*(part.reshape(*shape, *part.shape[1:]) for part in parts))
 
 
-def _sample(logits: mx.array, uniforms: mx.array, softcap: float | None, temperature: float) -> CanvasSample:
-    """Compute the ``CanvasSample`` of logits (N, V) with uniforms (N, 1)."""
+def _sample(
+    logits: mx.array, uniforms: mx.array, softcap: float | None, temperature: float, bias: mx.array | None
+) -> CanvasSample:
+    """Compute the ``CanvasSample`` of logits (N, V) with uniforms (N, 1) and a bias (N, V) or None."""
     y = logits.astype(mx.float32)
     if softcap is not None:
         y = softcap * mx.tanh(y * (1 / softcap))
+    if bias is not None:
+        y = y + bias
     argmax = mx.argmax(y, axis=-1, keepdims=True)
     z = (y - mx.take_along_axis(y, argmax, axis=-1)) * (1 / temperature)
     # e^-87 is about the smallest normal float32. Below it e becomes 0, which avoids slow denormals and 0 * -inf.
@@ -224,16 +255,23 @@ def _first_of(marked: mx.array) -> mx.array:
     return mx.pad(index, [(0, 0), (0, MAX_KEPT - index.shape[1])], constant_values=V)
 
 
-def _example(dtype: mx.Dtype) -> tuple[mx.array, mx.array, float, float]:
-    """Return arguments for a canvas of the published model.
+_EXAMPLE_ROWS = 10  # of 256 in a canvas: the reference has float32 arrays of 1 MB per row, and one row may differ
 
-    The rows range from a flat distribution, with too many tokens to list, to a certain token.
+
+def _example(dtype: mx.Dtype, biased: bool) -> tuple[Any, ...]:
+    """Return arguments with the vocabulary of the published model.
+
+    The rows range from a flat distribution, with too many tokens to list, to a certain token. ``biased`` bars half of
+    the tokens in every second row.
     """
+    N, V = _EXAMPLE_ROWS, 262_144
     keys = mx.random.split(mx.random.key(0), 3)
-    peaks = mx.random.randint(0, 262_144, (256, 1), key=keys[0])
-    logits = 3 * mx.random.normal((256, 262_144), key=keys[1])
-    logits = mx.put_along_axis(logits, peaks, mx.linspace(0, 40, 256)[:, None], axis=-1)
-    return logits.astype(dtype), mx.random.uniform(shape=(256,), key=keys[2]), 30.0, 0.6
+    peaks = mx.random.randint(0, V, (N, 1), key=keys[0])
+    logits = 3 * mx.random.normal((N, V), key=keys[1])
+    logits = mx.put_along_axis(logits, peaks, mx.linspace(0, 40, N)[:, None], axis=-1)
+    barred = mx.array([0, -mx.inf])[mx.arange(V) % 2]
+    bias = LogitBias(mx.stack([mx.zeros(V), barred]), mx.arange(N) % 2) if biased else None
+    return logits.astype(dtype), mx.random.uniform(shape=(N,), key=keys[2]), 30.0, 0.6, bias
 
 
 def _agree(found: CanvasSample, expected: CanvasSample) -> bool:
@@ -254,5 +292,6 @@ def _agree(found: CanvasSample, expected: CanvasSample) -> bool:
 
 canvas_sampler = DispatchedOperation(
     "canvas_sampler", canvas_sampler_kernel, canvas_sampler_reference,
-    examples=[_example], source=_HEADER + CHUNKS + MERGE, agree=_agree,
+    examples=[partial(_example, biased=False), partial(_example, biased=True)], source=_HEADER + CHUNKS + MERGE,
+    agree=_agree,
 )

@@ -9,11 +9,12 @@ Template constants:
 * K: number of chunks in a row
 * CHUNK: number of values in a chunk
 * CAPPED: whether there is a softcap
+* BIASED: whether there is a bias
 * READS: number of consecutive values that a lane of the first pass reads at once
 * THREADS: number of threads in a threadgroup of the second pass
 * MAX_KEPT: length of a row's token list
 
-In the comments, y is a logit after the softcap, and z = y / temperature.
+In the comments, y is a logit after the softcap and with its bias, and z = y / temperature.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ CHUNKS = """
     int lane = thread_index_in_simdgroup;
     size_t row = thread_position_in_grid.y;
     auto x = logits + row * V;
+    auto b = bias + (BIASED ? size_t(bias_rows[row]) * V : 0);
 
     float y[PER_LANE];  // READS consecutive values, then those 32 * READS further, and so on
     float top = -INFINITY;
@@ -67,6 +69,7 @@ CHUNKS = """
     for (int i = 0; i < PER_LANE; i++) {
         int index = begin + i / READS * 32 * READS + i % READS;
         y[i] = V % CHUNK == 0 || index < V ? capped<CAPPED>(static_cast<float>(x[index]), softcap) : -INFINITY;
+        y[i] += BIASED && index < V ? b[index] : 0.0f;
         top = metal::max(top, y[i]);
     }
     top = simd_max(top);
@@ -109,6 +112,7 @@ _TOTALS = """
     uint group = simdgroup_index_in_threadgroup;
     size_t row = threadgroup_position_in_grid.y;
     auto x = logits + row * V;
+    auto b = bias + (BIASED ? size_t(bias_rows[row]) * V : 0);
     int begin = t * R;
     int end = metal::min(begin + R, K);
 
@@ -175,6 +179,7 @@ _DRAW = """
         float sum = 0.0f;
         for (int i = 0; i < PER_LANE; i++) {
             float y = index + i < V ? capped<CAPPED>(static_cast<float>(x[index + i]), softcap) : -INFINITY;
+            y += BIASED && index + i < V ? b[index + i] : 0.0f;
             e[i] = metal::precise::exp((y - highest) * inverse_temperature);
             sum += e[i];
         }
@@ -219,6 +224,7 @@ _LIST = """
             index = candidates[c + group] * CHUNK + lane * PER_LANE;
             for (int i = 0; i < PER_LANE; i++) {
                 float y = index + i < V ? capped<CAPPED>(static_cast<float>(x[index + i]), softcap) : -INFINITY;
+                y += BIASED && index + i < V ? b[index + i] : 0.0f;
                 bits |= uint((y - highest) * inverse_temperature >= -KEPT_NATS) << i;
             }
         }
@@ -226,7 +232,7 @@ _LIST = """
         int position = found + block_scan<THREADS>(int(metal::popcount(bits)), ints[3], lane, group, more);
         for (; bits != 0 && position < MAX_KEPT; bits &= bits - 1) {
             int id = index + int(metal::ctz(bits));
-            float y = capped<CAPPED>(static_cast<float>(x[id]), softcap);
+            float y = capped<CAPPED>(static_cast<float>(x[id]), softcap) + (BIASED ? b[id] : 0.0f);
             float p = metal::precise::exp((y - highest) * inverse_temperature) / total;
             kept_ids[out + position] = id;
             kept_weights[out + position] = p;

@@ -15,7 +15,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any, Literal, get_args
 
 import mlx.core as mx
@@ -48,11 +48,15 @@ class DispatchedOperation(Operation[P, R]):
     def verdict(self, dtype: mx.Dtype) -> Verdict:
         """Return the verdict on the kernel for a dtype on this machine.
 
-        The kernel is checked if no verdict is stored. Warns with ``RuntimeWarning`` if this check finds it broken.
+        The kernel is checked if no verdict is stored. Warns with ``RuntimeWarning`` if it is found to be broken then.
+        While another thread or process runs a check, the status is "checking"; a later call looks again.
         """
-        if dtype not in self._verdicts:
-            self._verdicts[dtype] = self._look_up(dtype)
-        return self._verdicts[dtype]
+        if verdict := self._verdicts.get(dtype):
+            return verdict
+        verdict = self._look_up(dtype)
+        if verdict.status != "checking":
+            self._verdicts[dtype] = verdict
+        return verdict
 
     def _use_kernel(self, args: tuple[Any, ...]) -> bool:
         """Return whether a call with these arguments runs the kernel."""
@@ -66,11 +70,9 @@ class DispatchedOperation(Operation[P, R]):
         """Return the stored verdict for a dtype, or check the kernel and store the verdict."""
         store = _store()
         key = store.key(self, dtype)
-        if known := store.get(key):
+        if (known := store.get(key)) and known.status != "checking":
             return known
-        store.put(key, Verdict("checking", pid=os.getpid()))
-        verdict = examine(self, dtype)
-        store.put(key, verdict)
+        verdict = store.settle(key, partial(examine, self, dtype))
         if verdict.broken:
             warnings.warn(
                 f"the kernel {self.name} does not work here; plain operations replace it ({dtype}: {verdict.detail})",
@@ -120,6 +122,21 @@ def references(only: bool = True) -> Iterator[None]:
 def has_metal() -> bool:
     """Return whether kernels can run: the machine has Metal, and the GPU is MLX's default device."""
     return mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu)
+
+
+def forget_verdicts() -> None:
+    """Remove the stored verdicts, so that every kernel is checked again when a process first uses it.
+
+    Raises ``DgemmaError`` if the kernels cannot be checked here (exit code 2), or if the file cannot be removed.
+    """
+    if _State.mode == "off":
+        raise DgemmaError("the Metal kernels are switched off and cannot be checked", f"Set {VARIABLE}=auto.", 2)
+    if not has_metal():
+        raise DgemmaError("without Metal, the kernels cannot be checked", "The references run here.", 2)
+    try:
+        _store().clear()
+    except OSError as error:
+        raise DgemmaError(f"cannot remove {error.filename}: {error.strerror}", "Check its permissions.") from None
 
 
 def _must_have_metal() -> bool:

@@ -12,6 +12,8 @@ from mlx.utils import tree_flatten
 P = ParamSpec("P")
 R = TypeVar("R")
 
+DTYPES = (mx.bfloat16, mx.float16)  # of the weights of checkpoints on Macs
+
 # Largest error of a kernel, relative to the reference's largest absolute value: a few rounding errors of the dtype.
 _TOLERANCE = {mx.float32: 1e-4, mx.float16: 4e-3, mx.bfloat16: 3e-2}
 
@@ -52,6 +54,7 @@ class Operation(Generic[P, R]):
         examples: One function for each variant of the kernel. It takes a dtype and returns positional arguments with
             the published model's sizes, with which the kernel is checked and timed.
         source: The kernel's complete Metal source. The self-check is repeated when it changes.
+        dtypes: The dtypes that an answer can need a verdict for, that is, of the first array of floats in a call.
         agree: ``agree(found, expected)`` returns whether a kernel's result is close enough to the reference's.
     """
 
@@ -60,4 +63,5 @@ class Operation(Generic[P, R]):
     reference: Callable[P, R]
     examples: Sequence[Callable[[mx.Dtype], tuple[Any, ...]]]
     source: str
+    dtypes: Sequence[mx.Dtype] = DTYPES
     agree: Callable[[R, R], bool] = close

@@ -5,12 +5,13 @@ Each kernel is checked and timed once per machine and dtype, and the verdict is 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -38,14 +39,12 @@ class Verdict:
         detail: What is wrong with a broken kernel, in one line.
         kernel: Best time of a call of the kernel in seconds, summed over the operation's examples.
         reference: The same for the reference.
-        pid: Id of the process that runs the check, while the status is "checking".
     """
 
     status: Status
     detail: str = ""
     kernel: float = 0.0
     reference: float = 0.0
-    pid: int = 0
 
     @property
     def broken(self) -> bool:
@@ -90,6 +89,10 @@ class Store:
 
     The keys contain the MLX version and the GPU, so that a change of either repeats the checks. A file that cannot be
     read counts as empty, and a file that cannot be written is ignored.
+
+    A check holds a lock on a file beside the JSON file, and the operating system releases the lock when the process
+    ends. So an entry "checking" that nobody holds the lock for belongs to a process that died in the check, whatever
+    program has its process id now. One check runs at a time, because another one would disturb the times.
     """
 
     def __init__(self, path: Path) -> None:
@@ -103,25 +106,66 @@ class Store:
         return f"{self._machine}: {operation.name} {dtype} {digest}"
 
     def get(self, key: str) -> Verdict | None:
-        """Return the verdict stored under a key, or None.
-
-        If the process that was checking the kernel no longer runs, the kernel has crashed it: the verdict is "failed".
-        """
+        """Return the verdict stored under a key, or None."""
         try:
             verdict = Verdict(**self._read()[key])
         except (KeyError, TypeError):
             return None
-        numbers = (verdict.kernel, verdict.reference, verdict.pid)
+        numbers = (verdict.kernel, verdict.reference)
         if verdict.status not in get_args(Status) or not all(isinstance(n, int | float) for n in numbers):
             return None
-        if verdict.status == "checking" and not _runs(verdict.pid):
-            return Verdict("failed", "the program crashed during the self-check")
         return verdict
 
     def put(self, key: str, verdict: Verdict) -> None:
         """Store a verdict under a key."""
-        with suppress(OSError):
-            write_whole(self._path, json.dumps({**self._read(), key: asdict(verdict)}, indent=1))
+        self._write({**self._read(), key: asdict(verdict)})
+
+    def settle(self, key: str, check: Callable[[], Verdict]) -> Verdict:
+        """Return the verdict of ``check`` and store it under a key, unless a verdict is stored there already.
+
+        The entry is "checking" until the check ends. An exception of the check, Ctrl-C for example, removes the entry,
+        so that the kernel is checked again. An entry that a dead process has left means that the kernel crashed it: the
+        verdict is "failed". While another thread or process runs a check, the result is "checking".
+        """
+        with self._alone() as alone:
+            if not alone:
+                return Verdict("checking")
+            verdict = self.get(key)
+            if verdict is None:
+                self.put(key, Verdict("checking"))
+                try:
+                    verdict = check()
+                except BaseException:
+                    self._write({other: entry for other, entry in self._read().items() if other != key})
+                    raise
+                self.put(key, verdict)
+            elif verdict.status == "checking":
+                verdict = Verdict("failed", "the program crashed during the self-check")
+                self.put(key, verdict)
+            return verdict
+
+    def clear(self) -> None:
+        """Remove all verdicts. Raises ``OSError``."""
+        self._path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _alone(self) -> Iterator[bool]:
+        """Yield whether no other thread or process runs a check, and keep them from it during the block."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self._path.with_suffix(".lock"), os.O_RDONLY | os.O_CREAT, 0o644)
+        except OSError:  # the verdicts cannot be stored either
+            yield True
+            return
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = True
+        except OSError as error:  # a file system without locks does not prevent a check
+            alone = not isinstance(error, BlockingIOError)
+        try:
+            yield alone
+        finally:
+            os.close(descriptor)
 
     def _read(self) -> dict[str, Any]:
         """Return the content of the file; an empty dict if it cannot be read or is not a JSON object."""
@@ -131,13 +175,7 @@ class Store:
             return {}
         return entries if isinstance(entries, dict) else {}
 
-
-def _runs(pid: int) -> bool:
-    """Return whether a process with this id is running."""
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        return True
-    except (OSError, TypeError, OverflowError):
-        return False
-    return True
+    def _write(self, entries: dict[str, Any]) -> None:
+        """Replace the content of the file."""
+        with suppress(OSError):
+            write_whole(self._path, json.dumps(entries, indent=1))

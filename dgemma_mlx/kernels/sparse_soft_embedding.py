@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from dgemma_mlx.kernels.dispatch import DispatchedOperation
+from dgemma_mlx.kernels.operation import DTYPES
 
 # One thread per word, that is, per WORD values of a row of the table. A list with more tokens than its S places is
 # incomplete, and its sum is 0.
@@ -40,29 +41,63 @@ _DENSE = """
     }
 """
 
-# A value is scale * q + bias, with one scale and one bias per GROUP_SIZE values. The first is in the lowest bits.
+# A value is scale * q + bias with one scale and one bias per GROUP_SIZE values, or scale * q where q and the scale are
+# small floats. The values of a row form one string of bits, the first in the lowest bits of the first word. A thread
+# reads the WORDS words that hold VALUES whole values.
+_PACKED_HEADER = """
+constant constexpr int AFFINE = 0;  // q is an integer; scale and bias have the dtype of the model
+constant constexpr int MX = 1;      // q is a small float, and the scale a power of two (E8M0)
+constant constexpr int NV = 2;      // q is a small float, and the scale is E4M3
+
+// A float with a sign, then 2 bits of exponent and 1 of mantissa (E2M1, 4 bits), or 4 and 3 (E4M3, 8 bits).
+template <int BITS>
+inline float small_float(uint q) {
+    constexpr int SHIFT = BITS == 8 ? 7 : 9;  // moves exponent and mantissa to those of a half
+    constexpr float BIAS = BITS == 8 ? 256.0f : 16384.0f;  // 2^(15 - 7) and 2^(15 - 1)
+    constexpr uint SIGN = 1u << (BITS - 1);
+    float value = static_cast<float>(as_type<half>(ushort((q & (SIGN - 1)) << SHIFT))) * BIAS;
+    return q & SIGN ? -value : value;
+}
+
+inline float power_of_two(uint e) {
+    return as_type<float>(e == 0 ? 0x00400000u : e << 23);  // 2^(e - 127)
+}
+""" + _HEADER
+
 _PACKED = """
-    constexpr int WORD = 32 / BITS;
-    constexpr int WORDS = M / WORD;
+    constexpr int WORDS = BITS % 2 == 1 ? BITS : BITS == 6 ? 3 : 1;
+    constexpr int VALUES = 32 * WORDS / BITS;
+    constexpr int ROW = M / VALUES * WORDS;
     constexpr int GROUPS = M / GROUP_SIZE;
-    int word = thread_position_in_grid.x;
+    int part = thread_position_in_grid.x;
     size_t row = thread_position_in_grid.y;
-    int group = word * WORD / GROUP_SIZE;
+    int group = part * VALUES / GROUP_SIZE;
     int n = complete(counts[row], S);
-    float sum[WORD] = {0.0f};
+    float sum[VALUES] = {0.0f};
     float offset = 0.0f;
     for (int i = 0; i < n; i++) {
         float p = weights[row * S + i];
         size_t id = ids[row * S + i];
-        uint q = packed[id * WORDS + word];
-        float scale = p * static_cast<float>(scales[id * GROUPS + group]);
-        offset += p * static_cast<float>(biases[id * GROUPS + group]);
-        for (int j = 0; j < WORD; j++) {
-            sum[j] += scale * static_cast<float>((q >> (BITS * j)) & ((1u << BITS) - 1));
+        uint words[WORDS];
+        for (int w = 0; w < WORDS; w++) {
+            words[w] = packed[id * ROW + part * WORDS + w];
+        }
+        float s = static_cast<float>(scales[id * GROUPS + group]);
+        float scale = p * (KIND == AFFINE ? s : KIND == MX ? power_of_two(uint(s)) : small_float<8>(uint(s)));
+        offset += KIND == AFFINE ? p * static_cast<float>(biases[id * GROUPS + group]) : 0.0f;
+        for (int j = 0; j < VALUES; j++) {
+            int w = BITS * j / 32;
+            int shift = BITS * j % 32;
+            uint q = words[w] >> shift;
+            if (shift + BITS > 32) {
+                q |= words[metal::min(w + 1, WORDS - 1)] << (32 - shift);  // the rest of it is in the next word
+            }
+            q &= (1u << BITS) - 1;
+            sum[j] += scale * (KIND == AFFINE ? static_cast<float>(q) : small_float<BITS>(q));
         }
     }
-    for (int j = 0; j < WORD; j++) {
-        soft[row * M + word * WORD + j] = sum[j] + offset;
+    for (int j = 0; j < VALUES; j++) {
+        soft[row * M + part * VALUES + j] = sum[j] + offset;
     }
 """
 
@@ -78,8 +113,9 @@ _packed_kernel: Any = mx.fast.metal_kernel(
     input_names=["packed", "scales", "biases", "ids", "weights", "counts"],
     output_names=["soft"],
     source=_PACKED,
-    header=_HEADER,
+    header=_PACKED_HEADER,
 )
+_KINDS = {"affine": 0, "mxfp4": 1, "mxfp8": 1, "nvfp4": 2}  # the constant KIND of each quantization mode
 _WORD = 4  # values per thread for a plain table
 _THREADS = 128  # most threads in a threadgroup
 
@@ -111,20 +147,21 @@ def dense_soft_embedding_reference(table: mx.array, ids: mx.array, weights: mx.a
 
 
 def packed_soft_embedding_kernel(
-    packed: mx.array, scales: mx.array, biases: mx.array, ids: mx.array, weights: mx.array, counts: mx.array,
-    group_size: int, bits: int,
+    packed: mx.array, scales: mx.array, biases: mx.array | None, ids: mx.array, weights: mx.array, counts: mx.array,
+    group_size: int, bits: int, mode: str = "affine",
 ) -> mx.array:
-    """Compute ``packed_soft_embedding_reference`` for affine mode in one launch, with the same shapes and dtypes.
+    """Compute ``packed_soft_embedding_reference`` in one launch, with the same shapes and dtypes.
 
-    ``bits`` must be 2, 4 or 8, so that a word of 32 bits holds a whole number of values.
+    The packing must be one of those of ``packed_soft_embedding``.
     """
     (N, S), words = ids.shape, packed.shape[1]
     M = words * 32 // bits
+    threads = words // (bits if bits % 2 else 3 if bits == 6 else 1)  # a thread reads words that hold whole values
     soft: mx.array = _packed_kernel(
-        inputs=[packed, scales, biases, ids, weights, counts],
-        template=[("M", M), ("S", S), ("BITS", bits), ("GROUP_SIZE", group_size)],
-        grid=(words, N, 1),
-        threadgroup=(min(_THREADS, words), 1, 1),
+        inputs=[packed, scales, scales if biases is None else biases, ids, weights, counts],
+        template=[("M", M), ("S", S), ("BITS", bits), ("GROUP_SIZE", group_size), ("KIND", _KINDS[mode])],
+        grid=(threads, N, 1),
+        threadgroup=(min(_THREADS, threads), 1, 1),
         output_shapes=[(N, M)],
         output_dtypes=[mx.float32],
     )[0]
@@ -181,42 +218,59 @@ def _sum_of_rows(
     return soft
 
 
-def _lists(vocab_size: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Return ids, weights and counts of 256 random lists with up to 64 tokens in 512 places."""
+# Sizes in the examples, which keep their memory small: the published model has V = 262,144 and a canvas 256 lists. The
+# time depends on the number of rows that are read.
+_EXAMPLE_VOCAB_SIZE = 1024
+_EXAMPLE_LISTS = 24
+
+
+def _example_lists() -> tuple[mx.array, mx.array, mx.array]:
+    """Return ids, weights and counts of random lists with up to 64 tokens in 512 places."""
     keys = mx.random.split(mx.random.key(0), 3)
-    counts = mx.random.randint(0, 65, (256,), key=keys[0])
-    weights = mx.random.uniform(0, 1 / 32, (256, 512), key=keys[1])
-    return mx.random.randint(0, vocab_size, (256, 512), key=keys[2]), weights, counts
+    shape = (_EXAMPLE_LISTS, 512)
+    counts = mx.random.randint(0, 65, shape[:1], key=keys[0])
+    weights = mx.random.uniform(0, 1 / 32, shape, key=keys[1])
+    return mx.random.randint(0, _EXAMPLE_VOCAB_SIZE, shape, key=keys[2]), weights, counts
 
 
-# Vocabulary size in the examples. It is smaller than the published 262,144, because the time depends only on the number
-# of rows that are read.
-_EXAMPLE_VOCAB_SIZE = 32_768
+def _example_table(dtype: mx.Dtype) -> mx.array:
+    """Return a plain table of the published model's hidden size."""
+    return mx.random.normal((_EXAMPLE_VOCAB_SIZE, 2816), dtype, key=mx.random.key(1))
 
 
 def _dense_example(dtype: mx.Dtype) -> tuple[mx.array, ...]:
-    """Return arguments with a plain table of the published model's hidden size."""
-    table = mx.random.normal((_EXAMPLE_VOCAB_SIZE, 2816), dtype, key=mx.random.key(1))
-    return (table, *_lists(_EXAMPLE_VOCAB_SIZE))
+    """Return arguments with a plain table."""
+    return (_example_table(dtype), *_example_lists())
 
 
-def _packed_example(dtype: mx.Dtype, bits: int) -> tuple[Any, ...]:
-    """Return arguments with a table of the published model's hidden size, packed to ``bits`` bits in affine mode."""
-    table = mx.random.normal((_EXAMPLE_VOCAB_SIZE, 2816), dtype, key=mx.random.key(1))
-    return (*mx.quantize(table, 64, bits), *_lists(_EXAMPLE_VOCAB_SIZE), 64, bits)
+def _packed_example(dtype: mx.Dtype, group_size: int, bits: int, mode: str) -> tuple[Any, ...]:
+    """Return arguments with a packed table. Its rows are repeated, because packing takes memory."""
+    table = _example_table(dtype)[: _EXAMPLE_VOCAB_SIZE // 16]
+    packed, scales, *biases = (mx.tile(part, (16, 1)) for part in mx.quantize(table, group_size, bits, mode))
+    return packed, scales, *(biases or [None]), *_example_lists(), group_size, bits, mode
+
+
+def _packed_operation(group_size: int, bits: int, mode: str) -> DispatchedOperation[..., mx.array]:
+    """Return the operation for tables of one packing. ``group_size`` is that of the example."""
+    return DispatchedOperation(
+        f"sparse_soft_embedding_{f'{bits}bit' if mode == 'affine' else mode}",
+        packed_soft_embedding_kernel, packed_soft_embedding_reference,
+        examples=[partial(_packed_example, group_size=group_size, bits=bits, mode=mode)],
+        source=_PACKED_HEADER + _PACKED,
+        dtypes=DTYPES if mode == "affine" else (mx.float32,),  # the other modes have scales of one byte
+    )  # fmt: skip
 
 
 dense_soft_embedding = DispatchedOperation(
     "sparse_soft_embedding", dense_soft_embedding_kernel, dense_soft_embedding_reference,
     examples=[_dense_example], source=_HEADER + _DENSE,
 )
-packed_soft_embedding = {  # by the bits per value, for affine mode
-    bits: DispatchedOperation(
-        f"sparse_soft_embedding_{bits}bit", packed_soft_embedding_kernel, packed_soft_embedding_reference,
-        examples=[partial(_packed_example, bits=bits)], source=_HEADER + _PACKED,
-    )
-    for bits in (4, 8)
-}  # fmt: skip
+packed_soft_embedding = {  # by mode and bits per value
+    **{("affine", bits): _packed_operation(64, bits, "affine") for bits in (1, 2, 3, 4, 5, 6, 8)},
+    ("mxfp4", 4): _packed_operation(32, 4, "mxfp4"),
+    ("mxfp8", 8): _packed_operation(32, 8, "mxfp8"),
+    ("nvfp4", 4): _packed_operation(16, 4, "nvfp4"),
+}
 
 
 def sparse_soft_embedding(
@@ -225,7 +279,7 @@ def sparse_soft_embedding(
     """Return the sum of weights[..., i] * table[ids[..., i]] over i < counts[...], (..., M) float32.
 
     A list whose count is larger than S is incomplete, and its result is 0. There are kernels for plain tables and for
-    tables packed to 4 or 8 bits in affine mode; other tables use the reference.
+    every packing of MLX 0.32; other packings would use the reference.
 
     Args:
         table: Embedding table with V rows of M values.
@@ -236,11 +290,7 @@ def sparse_soft_embedding(
     lists = (ids.reshape(-1, ids.shape[-1]), weights.reshape(-1, ids.shape[-1]), counts.reshape(-1))
     if not isinstance(table, nn.QuantizedEmbedding):
         soft = dense_soft_embedding(table.weight, *lists)
-    elif table.mode == "affine" and table.bits in packed_soft_embedding:
-        run = packed_soft_embedding[table.bits]
-        soft = run(table.weight, table.scales, table.biases, *lists, table.group_size, table.bits)
     else:
-        soft = packed_soft_embedding_reference(
-            table.weight, table.scales, table.get("biases"), *lists, table.group_size, table.bits, table.mode
-        )
+        run = packed_soft_embedding.get((table.mode, table.bits), packed_soft_embedding_reference)
+        soft = run(table.weight, table.scales, table.get("biases"), *lists, table.group_size, table.bits, table.mode)
     return soft.reshape(*counts.shape, soft.shape[-1])

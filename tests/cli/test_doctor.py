@@ -14,6 +14,8 @@ import pytest
 
 import dgemma_mlx
 from dgemma_mlx.cli import doctor
+from dgemma_mlx.kernels import DispatchedOperation, dispatch
+from dgemma_mlx.kernels.selfcheck import Store, Verdict
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
@@ -56,7 +58,6 @@ def test_it_says_the_same_to_people() -> None:
 
 FINE = {
     "operation": "moe_route", "dtype": "float16", "status": "faster", "detail": "", "kernel": 1e-3, "reference": 2e-3,
-    "pid": 0,
 }  # fmt: skip
 WRONG = {**FINE, "status": "wrong", "detail": "its results differ", "kernel": 0.0}
 
@@ -96,6 +97,36 @@ def test_a_row_for_every_kernel_and_dtype() -> None:
         ["moe_route", "float16", "faster", "1.000", "2.000"],
         ["moe_route", "float16", "wrong", "its", "results", "differ"],
     ]
+
+
+def test_recheck_forgets_the_verdicts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without Metal every kernel fails, so a verdict "faster" can only be a stored one."""
+    store = Store(tmp_path / "kernels.json")
+    monkeypatch.setattr(dispatch, "has_metal", lambda: True)
+    monkeypatch.setattr(dispatch, "_store", lambda: store)
+    monkeypatch.setattr(dispatch._State, "mode", "auto")
+    kernel = DispatchedOperation(
+        "broken", mx.fft.fft, mx.abs, examples=[lambda dtype: (mx.ones(8, dtype),)], source=""
+    )
+    monkeypatch.setattr("dgemma_mlx.kernels.OPERATIONS", (kernel,))
+    for dtype in (mx.bfloat16, mx.float16):
+        store.put(store.key(kernel, dtype), Verdict("faster", "", 1.0, 2.0))
+    store.put("left by another version", Verdict("failed"))
+    assert [check["status"] for check in doctor.kernels(recheck=False)["checks"]] == ["faster", "faster"]
+    kernel._verdicts.clear()  # as a new process
+    with pytest.warns(RuntimeWarning, match="the kernel broken does not work here"):
+        assert [check["status"] for check in doctor.kernels(recheck=True)["checks"]] == ["wrong", "wrong"]
+    assert store.get("left by another version") is None
+
+
+@pytest.mark.parametrize("mode", ["off", "auto"])
+def test_recheck_is_refused_where_nothing_can_be_checked(mode: str) -> None:
+    if mode == "auto" and mx.metal.is_available():
+        pytest.skip("needs a machine without Metal")
+    done = run("--recheck", DGEMMA_KERNELS=mode)
+    line, hint = done.stderr.decode().splitlines()
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert ("switched off" if mode == "off" else "without Metal") in line and hint.startswith("hint: ")
 
 
 def test_the_probe_measures(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from dgemma_mlx.kernels.canvas_sampler import (
     KEPT_NATS,
     MAX_KEPT,
     CanvasSample,
+    LogitBias,
     canvas_sampler,
     canvas_sampler_reference,
 )
@@ -56,28 +57,40 @@ def some_uniforms(rows: int) -> mx.array:
     return mx.array(u)
 
 
-def probabilities(logits: mx.array, softcap: float | None) -> Array:
+def some_bias(rows: int, vocabulary: int) -> LogitBias:
+    """Return a bias that leaves some rows, bars half of the ids in others, and only moves ids in the rest."""
+    rng = np.random.default_rng(vocabulary)
+    table = np.zeros((3, vocabulary), np.float32)
+    table[1, rng.permutation(vocabulary)[: vocabulary // 2]] = -math.inf
+    table[2] = rng.normal(size=vocabulary)
+    return LogitBias(mx.array(table), mx.array(rng.integers(3, size=rows), mx.int32))
+
+
+def probabilities(logits: mx.array, softcap: float | None, bias: LogitBias | None = None) -> Array:
     """Return the probabilities in float64, and NaN for a row without a softmax."""
     x = np.array(logits.astype(mx.float32), np.float64).reshape(-1, logits.shape[-1])
     with np.errstate(invalid="ignore"):
-        z = (x if softcap is None else softcap * np.tanh(x / softcap)) / TEMPERATURE
+        y = x if softcap is None else softcap * np.tanh(x / softcap)
+        z = (y if bias is None else y + np.array(bias.table)[np.array(bias.rows).flatten()]) / TEMPERATURE
         e = np.exp(z - z.max(axis=-1, keepdims=True))
         return np.asarray(e / e.sum(axis=-1, keepdims=True))
 
 
-def assert_sampled(found: CanvasSample, logits: mx.array, uniforms: mx.array, softcap: float | None) -> None:
+def assert_sampled(
+    found: CanvasSample, logits: mx.array, uniforms: mx.array, softcap: float | None, bias: LogitBias | None = None
+) -> None:
     """Assert that every field of every row equals the float64 result up to rounding errors."""
     rows = logits.shape[:-1]
     assert [part.shape for part in found] == [rows] * 4 + [(*rows, MAX_KEPT)] * 2 + [rows]
     assert [part.dtype for part in found] == [mx.float32, *[mx.int32] * 4, *[mx.float32] * 2]
-    x = np.array(logits.astype(mx.float32)).reshape(-1, logits.shape[-1])
     columns = [np.array(part).reshape(uniforms.size, -1) for part in found]
-    for i, p in enumerate(probabilities(logits, softcap)):
+    x = np.array(logits.astype(mx.float32)).reshape(-1, logits.shape[-1])
+    for i, p in enumerate(probabilities(logits, softcap, bias)):
         row = [column[i] for column in columns]
         if np.isnan(p).any():
             assert_without_softmax(row, p.size)
         else:
-            assert row[1] == x[i].argmax()
+            assert row[1] == (x[i] if bias is None else p).argmax()
             assert_row(row, p, float(uniforms.reshape(-1)[i]))
 
 
@@ -140,6 +153,27 @@ def test_reference_with_half_precision_logits(dtype: mx.Dtype) -> None:
 def test_reference_with_special_logits(kind: str, vocabulary: int, softcap: float | None) -> None:
     logits, uniforms = logits_of(kind, 3, vocabulary, mx.float32), some_uniforms(3)
     assert_sampled(canvas_sampler_reference(logits, uniforms, softcap, TEMPERATURE), logits, uniforms, softcap)
+
+
+@pytest.mark.parametrize("softcap", CAPS)
+@pytest.mark.parametrize(("rows", "vocabulary"), [*SIZES, (68, 32_768)])
+def test_reference_with_a_bias(rows: int, vocabulary: int, softcap: float | None) -> None:
+    logits, uniforms = logits_of("normal", rows, vocabulary, mx.float32), some_uniforms(rows)
+    bias = some_bias(rows, vocabulary)
+    found = canvas_sampler_reference(logits, uniforms, softcap, TEMPERATURE, bias)
+    assert_sampled(found, logits, uniforms, softcap, bias)
+
+
+def test_a_bias_takes_little_memory() -> None:
+    """The biased logits of a canvas would take 268 MB in float32."""
+    logits, uniforms = mx.zeros((256, 262_144), mx.bfloat16), mx.zeros(256)
+    bias = LogitBias(mx.zeros((2, 262_144)), mx.zeros(256, mx.int32))
+    mx.eval(logits, uniforms, bias)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(canvas_sampler_reference(logits, uniforms, 30.0, TEMPERATURE, bias))
+    assert mx.get_peak_memory() - before < 100e6
 
 
 def test_rows_are_processed_in_blocks() -> None:

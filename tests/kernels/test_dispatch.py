@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import mlx.core as mx
@@ -154,20 +157,136 @@ def test_a_folder_that_cannot_be_written_is_ignored(tmp_path: Path) -> None:
     assert store.get("key") is None
 
 
+# A process with a slow kernel. It prints "begun" in the self-check, which ends when stdin does, and then the verdict.
+PROGRAM = """
+import sys
+from pathlib import Path
+import mlx.core as mx
+from dgemma_mlx.cli.interrupt import exit_on_signals
+from dgemma_mlx.kernels import dispatch
+from dgemma_mlx.kernels.selfcheck import Store
+
+def twice(x):
+    return x * 2
+
+def slow(x):
+    print("begun", flush=True)
+    sys.stdin.read()
+    return x * 2
+
+dispatch.has_metal = lambda: True
+store = Store(Path(sys.argv[1]))
+dispatch._store = lambda: store
+exit_on_signals()  # as the command line does
+double = dispatch.DispatchedOperation(
+    "double", slow, twice, examples=[lambda dtype: (mx.ones(4, dtype),)], source="y = 2 * x;"
+)
+verdict = double.verdict(mx.float32)
+print(verdict.status, verdict.detail)
+"""
+
+
+@contextmanager
+def checking(store: Store) -> Iterator[subprocess.Popen[str]]:
+    """Yield a process that is in the self-check of ``operation``'s kernel."""
+    command = [sys.executable, "-c", PROGRAM, str(store._path)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "DGEMMA_KERNELS": "auto"},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_check_is_repeated_by_the_next_process(store: Store, number: signal.Signals) -> None:
+    with checking(store) as process:
+        assert store.get(store.key(operation(twice), mx.float32)) == Verdict("checking")
+        process.send_signal(number)
+        assert process.wait(30) in (-number, 128 + number)
+        assert json.loads(store._path.read_text()) == {}
+    with checking(store) as process:
+        output, _ = process.communicate(timeout=30)
+        assert output.splitlines()[-1].split()[0] in ("faster", "slower")
+
+
+def test_an_interrupted_check_keeps_other_verdicts(store: Store) -> None:
+    def interrupted(x: mx.array) -> mx.array:
+        raise KeyboardInterrupt
+
+    store.put("another", Verdict("slower"))
+    double = operation(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        double(mx.array([1.0]))
+    assert list(json.loads(store._path.read_text())) == ["another"]
+    with pytest.raises(KeyboardInterrupt):  # this process, too, checks again
+        double(mx.array([1.0]))
+
+
 def test_a_kernel_that_killed_the_program_is_not_tried_again(store: Store) -> None:
-    """The stored verdict is "checking", and the process with the stored id does not exist."""
+    with checking(store) as process:
+        process.kill()
+        process.wait(30)
     double = operation(twice)
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    store.put(store.key(double, mx.float32), Verdict("checking", pid=gone.pid))
-    assert double.verdict(mx.float32).status == "failed"
+    with pytest.warns(RuntimeWarning, match="double.*crashed during the self-check"):
+        assert double.verdict(mx.float32).status == "failed"
     assert double(mx.array([1.0])).item() == 2.0
+    assert operation(twice).verdict(mx.float32).status == "failed"  # without another warning
+
+    dispatch.forget_verdicts()
+    assert operation(twice).verdict(mx.float32).status in ("faster", "slower")
+
+
+def test_an_entry_of_an_earlier_version_is_checked_again(store: Store) -> None:
+    """It holds a process id, which another program may have by now."""
+    double = operation(twice)
+    store._write({store.key(double, mx.float32): {"status": "checking", "pid": os.getppid()}})
+    assert double.verdict(mx.float32).status in ("faster", "slower")
 
 
 def test_a_check_in_another_process_is_not_waited_for(store: Store) -> None:
-    double = operation(twice)
-    store.put(store.key(double, mx.float32), Verdict("checking", pid=os.getppid()))
-    assert double.verdict(mx.float32).status == "checking"
+    def unexpected(x: mx.array) -> mx.array:
+        raise AssertionError
+
+    double, other = operation(unexpected), operation(unexpected, source="y = x + x;")
+    with checking(store) as process:
+        assert double.verdict(mx.float32).status == "checking"
+        assert double(mx.array([1.0])).item() == 2.0
+        assert other.verdict(mx.float32).status == "checking"  # two checks at once would disturb the times
+        output, _ = process.communicate(timeout=30)
+    assert double.verdict(mx.float32).status == output.split()[-1]
+
+
+def test_a_check_in_another_thread_is_not_waited_for(store: Store) -> None:
+    found = []
+
+    def kernel(x: mx.array) -> mx.array:
+        if not found:
+            thread = Thread(target=lambda: found.append(double.verdict(mx.float32).status))
+            thread.start()
+            thread.join()
+        return x * 2
+
+    double = operation(kernel)
+    assert double.verdict(mx.float32).status in ("faster", "slower")
+    assert found == ["checking"]
+
+
+def test_verdicts_are_not_forgotten_where_nothing_can_be_checked(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put("key", Verdict("failed"))
+    set_mode("off")
+    with pytest.raises(DgemmaError, match="switched off") as off:
+        dispatch.forget_verdicts()
+    set_mode("auto")
+    monkeypatch.setattr(dispatch, "has_metal", lambda: False)
+    with pytest.raises(DgemmaError, match="without Metal") as without:
+        dispatch.forget_verdicts()
+    assert off.value.exit_code == without.value.exit_code == 2
+    assert store.get("key") is not None
 
 
 @pytest.mark.parametrize("mode", ["off", "reference"])

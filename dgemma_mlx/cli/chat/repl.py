@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -156,8 +155,6 @@ def _talk(chat: Chat, folder: Path | None, kept: bool) -> None:
 
     person = at_terminal()
     if person:
-        # Exit in the normal way on SIGTERM, so that the terminal is restored.
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         print("/help lists the commands, Ctrl-D leaves", file=sys.stderr)
     ask = _editor(folder) if can_edit() else _lines(">>> " if person else "")
     failed, start = False, ""
