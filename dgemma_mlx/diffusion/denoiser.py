@@ -20,6 +20,7 @@ from dgemma_mlx.diffusion.stopping import TESTS, Stopping
 from dgemma_mlx.events import Draft
 from dgemma_mlx.kernels import CanvasSample, canvas_sampler
 from dgemma_mlx.model.cache import PrefixCache
+from dgemma_mlx.model.half_precision import refuse_overflow
 from dgemma_mlx.model.text import DiffusionGemma
 
 
@@ -49,7 +50,7 @@ class Denoiser:
         caller looks at a step's drafts, the device already computes the next step, but no more than that one. A caller
         may stop between any two steps. It then closes the generator, which waits for that one step; nothing runs on
         afterwards. C may differ from the checkpoint's ``canvas_length``. ``canvas_index`` and ``attempt`` only label
-        the drafts.
+        the drafts. Raises ``DgemmaError`` when the activations of a float16 network overflow.
         """
         max_steps = self.config.max_denoising_steps
         stopping = Stopping(self.config, self.speed, edits.free)
@@ -73,7 +74,10 @@ class Denoiser:
                         signal = self._next_signal(decoded)
                     del decoded  # free these logits before the next step computes its own
                     decoded = self._decode(step.current_canvas, signal, cache, noise, edits, number + 1)
-                yield step.drafts(canvas_index, attempt, number, max_steps)
+                drafts = step.drafts(canvas_index, attempt, number, max_steps)
+                for draft in drafts:
+                    refuse_overflow(self.network, draft.mean_entropy)
+                yield drafts
                 if has_ended:
                     return
                 last = step
