@@ -151,7 +151,8 @@ def _full_layer_values(per_layer: Any, values: Mapping[str, Any], layer_types: l
 
     ``per_layer`` maps layer indices, as strings, to the keys whose values differ from the flat keys in ``values``. An
     empty object therefore means that all layers have the same sizes. All full-attention layers must have the same
-    values, and sliding-window layers must have the flat values. Raises ``DgemmaError`` otherwise.
+    values, and sliding-window layers must have the flat values. Raises ``DgemmaError`` otherwise. transformers 5.24 and
+    later pad the indices with zeros to equal width ("05"), transformers 5.23 does not ("5").
 
     The result holds ``global_head_dim`` and ``num_global_key_value_heads``. It is empty if ``per_layer`` is None.
     """
@@ -159,13 +160,18 @@ def _full_layer_values(per_layer: Any, values: Mapping[str, Any], layer_types: l
         return {}
     good = isinstance(per_layer, Mapping) and all(isinstance(layer, Mapping) for layer in per_layer.values())
     _require(good, "per_layer_config must be an object of objects")
-    _require(set(per_layer) <= {str(i) for i in range(len(layer_types))}, "per_layer_config has unknown layers")
+    indices, changes = {str(i): i for i in range(len(layer_types))}, {}
+    for key, layer in per_layer.items():
+        i = indices.get(key.lstrip("0") or key[-1:])  # "05" is "5", and "00" is "0"
+        _require(i is not None, "per_layer_config has unknown layers")
+        _require(i not in changes, f"per_layer_config names layer {i} twice")
+        changes[i] = layer
     flat = {name: values.get(name, getattr(TextConfig, name)) for name in ("head_dim", "num_key_value_heads")}
-    full = {**flat, **per_layer.get(str(len(layer_types) - 1), {})}  # the last layer is always a full one
+    full = {**flat, **changes.get(len(layer_types) - 1, {})}  # the last layer is always a full one
     _require(full.keys() == flat.keys(), f"per_layer_config changes more than {', '.join(flat)}")
     for i, kind in enumerate(layer_types):
         expected = full if kind == FULL else flat
-        _require({**flat, **per_layer.get(str(i), {})} == expected,
+        _require({**flat, **changes.get(i, {})} == expected,
                  f"per_layer_config: layer {i} differs from the others with {kind}")
     return {"global_head_dim": full["head_dim"], "num_global_key_value_heads": full["num_key_value_heads"]}
 

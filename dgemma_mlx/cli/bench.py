@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from dgemma_mlx.cli.doctor import examine
 from dgemma_mlx.cli.loading import load_model
-from dgemma_mlx.cli.parameters import AsJson, CpuDequantize, ModelName, ModelOptions, NoKernels, section
+from dgemma_mlx.cli.parameters import AsJson, CpuDequantize, Dtype, ModelName, ModelOptions, NoKernels, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.errors import DgemmaError
@@ -49,6 +49,7 @@ def bench(
     prompt: Prompt = None,
     model: ModelName = None,
     as_json: AsJson = False,
+    dtype: Dtype = None,
     cpu_dequantize: CpuDequantize = None,
     no_kernels: NoKernels = False,
 ) -> None:
@@ -63,7 +64,7 @@ def bench(
         dgemma-mlx bench -m demo --prompt-tokens 64,512 --runs 5 --json
     """
     asked = None if prompt_tokens is None else _parse_lengths(prompt_tokens)
-    loaded = load_model(Settings(), ModelOptions(model, None, cpu_dequantize, no_kernels), quiet=as_json)
+    loaded = load_model(Settings(), ModelOptions(model, None, dtype, cpu_dequantize, no_kernels), quiet=as_json)
     lengths = _fitting(asked, loaded)
     question = prompt or (_DEMO_PROMPT if loaded.name == "demo" else _PROMPT)
     with _progress(runs * (len(lengths) + 1) + 1) as progress:

@@ -13,18 +13,23 @@ if TYPE_CHECKING:
     from dgemma_mlx.generation.model import Model
 
 
-def load_model(settings: Settings, options: ModelOptions, quiet: bool = False) -> Model:
+def load_model(settings: Settings, options: ModelOptions, quiet: bool = False, training: bool = False) -> Model:
     """Load the model that the options or the settings name, and set the mode of the Metal kernels.
 
-    Unless ``quiet``, a line on stderr says when the built-in demo answers because no model was chosen.
+    Unless ``quiet``, a line on stderr says when the built-in demo answers because no model was chosen. For
+    ``training`` the weights keep the dtype in which they are stored, because gradients leave the range of float16.
     """
+    import mlx.core as mx
+
     from dgemma_mlx.generation.api import load
     from dgemma_mlx.kernels.dispatch import set_mode
 
     set_mode(settings.pick("kernels", "off" if options.no_kernels else None))
     name = settings.pick("model", options.model)
     cpu_dequantize = settings.pick("cpu_dequantize", options.cpu_dequantize)
-    loaded = load(name, cpu_dequantize=cpu_dequantize, adapter=options.adapter)
+    chosen = settings.pick_checked("dtype", options.dtype)
+    dtype: Any = None if training else "auto" if chosen == "auto" else getattr(mx, chosen)
+    loaded = load(name, dtype=dtype, cpu_dequantize=cpu_dequantize, adapter=options.adapter)
     if name is None and not quiet:
         print(
             "dgemma-mlx: no model chosen, so the built-in demo answers; for the real one: "

@@ -40,6 +40,13 @@ ModelName = Annotated[
 Adapter = Annotated[
     Path | None, model_option("--adapter", metavar="FOLDER", help="An adapter that `dgemma-mlx train` has written.")
 ]
+Dtype = Annotated[
+    str | None,
+    resource_option(
+        "--dtype", metavar="TYPE", show_default="auto",
+        help="Number format of the computation: auto, bfloat16, float16 or float32.",
+    ),
+]  # fmt: skip
 CpuDequantize = Annotated[
     str | None,
     resource_option(
@@ -121,6 +128,7 @@ class ModelOptions:
 
     model: ModelName = None
     adapter: Adapter = None
+    dtype: Dtype = None
     cpu_dequantize: CpuDequantize = None
     no_kernels: NoKernels = False
 

@@ -55,6 +55,9 @@ SETTINGS: dict[str, SettingKind] = {
     "speed": SettingKind(str, "balanced", "when a canvas is final", choices=("reference", "balanced", "fast")),
     "verify": SettingKind(str, "off", "let the encoder check each canvas", choices=("off", "flag", "repair")),
     "memory_limit": SettingKind(str, None, "memory limit such as 20GB, instead of the device's"),
+    "dtype": SettingKind(
+        str, "auto", "number format of the computation", choices=("auto", "bfloat16", "float16", "float32")
+    ),
     "cpu_dequantize": SettingKind(str, "auto", "unpack weights where there is no Metal", choices=("auto", "on", "off")),
     "kernels": SettingKind(
         str, "auto", "this program's own Metal kernels", choices=("auto", "off", "reference", "force")

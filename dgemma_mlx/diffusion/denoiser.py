@@ -20,6 +20,7 @@ from dgemma_mlx.diffusion.stopping import TESTS, Stopping
 from dgemma_mlx.events import Draft
 from dgemma_mlx.kernels import CanvasSample, canvas_sampler
 from dgemma_mlx.model.cache import PrefixCache
+from dgemma_mlx.model.half_precision import refuse_overflow
 from dgemma_mlx.model.text import DiffusionGemma
 
 
@@ -49,7 +50,7 @@ class Denoiser:
         caller looks at a step's drafts, the device already computes the next step, but no more than that one, and none
         after the last step. A caller may stop between any two steps. It then closes the generator, which waits for the
         step that is computed. C may differ from the checkpoint's ``canvas_length``. ``canvas_index`` and ``attempt``
-        only label the drafts.
+        only label the drafts. Raises ``DgemmaError`` when the activations of a float16 network overflow.
         """
         max_steps = self.config.max_denoising_steps
         stopping = Stopping(self.config, self.speed, edits.free)
@@ -77,7 +78,10 @@ class Denoiser:
                     canvas, decoded = step.current_canvas, None  # frees the logits first
                     if is_lazy:
                         decoded = self._decode(canvas, signal, cache, noise, edits, number + 1)
-                yield step.drafts(canvas_index, attempt, number, max_steps)
+                drafts = step.drafts(canvas_index, attempt, number, max_steps)
+                for draft in drafts:
+                    refuse_overflow(self.network, draft.mean_entropy)
+                yield drafts
                 if has_ended:
                     return
         finally:

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 
@@ -24,8 +24,9 @@ from dgemma_mlx.generation.model import Model
 from dgemma_mlx.generation.options import GenerationOptions, Verify
 from dgemma_mlx.generation.prompt_cache import PromptCache
 from dgemma_mlx.generation.runner import Runner
-from dgemma_mlx.model.adapter_file import load_adapter
+from dgemma_mlx.model.adapter_file import load_adapter, read_adapter
 from dgemma_mlx.model.dequantize import dequantize, dequantized_bytes
+from dgemma_mlx.model.half_precision import fastest, require_float16
 from dgemma_mlx.model.load import load_model
 from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.text.chat import Message
@@ -36,8 +37,8 @@ DEFAULT_MAX_TOKENS = 1024
 
 
 def load(
-    model: str | Path | None = None, *, dtype: mx.Dtype | None = None, cpu_dequantize: str = "auto",
-    adapter: str | Path | None = None,
+    model: str | Path | None = None, *, dtype: mx.Dtype | Literal["auto"] | None = "auto",
+    cpu_dequantize: str = "auto", adapter: str | Path | None = None,
 ) -> Model:
     """Open a checkpoint and read its weights. Any thread may use the model afterwards, one at a time.
 
@@ -45,25 +46,38 @@ def load(
         model: A folder, a Hub id ``owner/name[@revision]``, or "demo". None is the environment variable
             ``DGEMMA_MODEL``, else the demo.
         dtype: A floating dtype to convert all weights to. None keeps them as stored, except on a machine without
-            Metal, where they become float32.
+            Metal, where they become float32. "auto" is None, except that weights stored in bfloat16 become float16
+            where the GPU has no bfloat16 (M1 and M2) and the model stays within the range of float16.
         cpu_dequantize: Whether packed weights are unpacked where there is no Metal: "on", "off", or "auto", which
             unpacks them when that takes no more than half of the free memory.
         adapter: A folder that ``dgemma-mlx train``, PEFT or mlx_lm has written.
 
     Raises:
-        DgemmaError: When there is no such model or adapter, or its files are incomplete or damaged.
+        DgemmaError: When there is no such model or adapter, when its files are incomplete or damaged, or when ``dtype``
+            is float16 and the model exceeds its range.
     """
-    if dtype is not None and not mx.issubdtype(dtype, mx.floating):
+    if dtype is not None and dtype != "auto" and not mx.issubdtype(dtype, mx.floating):
         raise DgemmaError(f"dtype must be a floating dtype, not {dtype}", "For example mlx.core.bfloat16.", exit_code=2)
     checkpoint = resolve(None if model is None else str(model))
     config = ModelConfig.load(checkpoint.folder)
-    network, _ = load_model(checkpoint.folder, config, dtype)
-    if should_dequantize(dequantized_bytes(network), cpu_dequantize):
-        dequantize(network)
     folder = None if adapter is None else Path(adapter).expanduser()
-    if folder is not None:
-        canvas_length = load_adapter(network, folder).canvas_length
-        config = config if canvas_length is None else replace(config, canvas_length=canvas_length)
+
+    def open_network(dtype: mx.Dtype | None) -> DiffusionGemma:
+        network, _ = load_model(checkpoint.folder, config, dtype)
+        if should_dequantize(dequantized_bytes(network), cpu_dequantize):
+            dequantize(network)
+        if folder is not None:
+            load_adapter(network, folder)
+        return network
+
+    if dtype == "auto":
+        network = fastest(open_network, str(mx.device_info()["architecture"]), config.bos_token_id)
+    else:
+        network = open_network(dtype)
+    if dtype == mx.float16:
+        require_float16(network, config.bos_token_id)
+    canvas_length = None if folder is None else read_adapter(folder)[0].canvas_length
+    config = config if canvas_length is None else replace(config, canvas_length=canvas_length)
     _evaluate(network)
     return Model(
         name=checkpoint.name,

@@ -21,6 +21,7 @@ from dgemma_mlx.generation.model import Model
 from dgemma_mlx.generation.options import GenerationOptions
 from dgemma_mlx.generation.prefill import prefill
 from dgemma_mlx.model.cache import PrefixCache
+from dgemma_mlx.model.half_precision import refuse_overflow
 
 # Called after each step with the number of canvases and of steps so far.
 Progress = Callable[[int, int], None]
@@ -125,7 +126,10 @@ class Writer:
         canvas = self.noise(1).canvas(length, self.vocab_size)
         self._canvases, self._steps = self._canvases + 1, self._steps + 1
         logits = network.decode(canvas, self._cache)[0]
-        return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        log_probabilities = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        total: Any = log_probabilities.sum().item()
+        refuse_overflow(network, total)
+        return log_probabilities
 
     def scores(self, canvases: Sequence[Sequence[int]], ends: Sequence[int]) -> list[float]:
         """Return how probable the causal encoder finds each canvas (C) up to its end, in nats per token on average.
@@ -143,6 +147,7 @@ class Writer:
             logits = network.logits(shifted[row, :end])
             chosen = mx.take_along_axis(logits, ids[row, :end, None], axis=-1)
             scores.append((chosen[:, 0] - mx.logsumexp(logits, axis=-1)).mean().item())
+            refuse_overflow(network, scores[-1])
         cache.restore(before)
         return scores
 

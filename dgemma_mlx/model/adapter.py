@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import is_not
 from typing import Any
 
 import mlx.core as mx
@@ -108,6 +109,10 @@ class DoRALinear(LoRALinear):
     The row of the adapted weight matrix that belongs to an output is rescaled to the length ``m`` of that output. In
     training, the row's length before rescaling counts as a constant, which the paper proposes to save memory.
 
+    In evaluation mode the factors of the rows are computed once, because that unpacks and merges the whole matrix. They
+    are computed again when any array they depend on has been replaced by another one; an array that is changed in place
+    (``layer.m *= 2``) is not noticed.
+
     Attributes:
         m: Learned length of each output's row, (O,) float32. It begins with the length of the unadapted row.
     """
@@ -115,12 +120,40 @@ class DoRALinear(LoRALinear):
     def __init__(self, linear: nn.Linear | nn.QuantizedLinear, config: AdapterConfig, rank: int) -> None:
         super().__init__(linear, config, rank)
         self.m = mx.linalg.norm(plain_weight(linear).astype(mx.float32), axis=1)
+        self._kept: _RowFactors | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
         """Apply the layer to x (..., I) and return (..., O)."""
+        factors = self._row_factors() if self.training else self.kept_row_factors(x.dtype)
+        return factors.astype(x.dtype) * super().__call__(x)
+
+    def kept_row_factors(self, dtype: mx.Dtype) -> mx.array:
+        """Return the factors (O,) in this dtype, computed and evaluated only if none are kept for the present weights.
+
+        ``load_adapter`` calls this, so that the first step of an answer does not pay for it.
+        """
+        sources = [self.m, self.lora_a, self.lora_b, *(self.linear.get(name) for name in _WEIGHTS)]
+        kept = self._kept
+        if kept is None or kept.factors.dtype != dtype or any(map(is_not, kept.sources, sources)):
+            kept = self._kept = _RowFactors(sources, self._row_factors().astype(dtype))
+            mx.eval(kept.factors)
+        return kept.factors
+
+    def _row_factors(self) -> mx.array:
+        """Return m divided by the length of each row of the merged weights, (O,) float32."""
         whole = merged(plain_weight(self.linear), self.lora_a, self.lora_b, self._scale)
-        lengths = mx.stop_gradient(mx.linalg.norm(whole, axis=1))
-        return (self.m / lengths).astype(x.dtype) * super().__call__(x)
+        return self.m / mx.stop_gradient(mx.linalg.norm(whole, axis=1))
+
+
+_WEIGHTS = ("weight", "scales", "biases")  # of a linear layer; plain ones have only the first
+
+
+@dataclass(frozen=True)
+class _RowFactors:
+    """Factors of a DoRA layer's rows, evaluated, and the arrays from which they were computed."""
+
+    sources: list[mx.array | None]
+    factors: mx.array
 
 
 class LoRAExpertLinear(nn.Module):

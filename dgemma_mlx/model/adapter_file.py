@@ -30,7 +30,7 @@ from dgemma_mlx.checkpoint.names import parameter_names, some_of, source_name
 from dgemma_mlx.checkpoint.shards import read_header
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import write_whole
-from dgemma_mlx.model.adapter import AdapterConfig, adapted_modules, attach
+from dgemma_mlx.model.adapter import AdapterConfig, DoRALinear, adapted_modules, attach
 from dgemma_mlx.model.text import DiffusionGemma
 
 CONFIG, WEIGHTS, MLX_LM_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors"
@@ -96,6 +96,9 @@ def load_adapter(network: DiffusionGemma, folder: Path) -> AdapterConfig:
             raise DgemmaError(f"{folder} lacks parts of {path}", _MADE_FOR)
     network.freeze()
     network.eval()
+    for module in adapted.values():
+        if isinstance(module, DoRALinear):
+            module.kept_row_factors(network.dtype)
     return config
 
 

@@ -58,6 +58,16 @@ def test_an_empty_per_layer_config_makes_all_layers_alike() -> None:
     assert (text.layer_head_dim(FULL), text.kv_heads(FULL)) == (32, 2)
 
 
+@pytest.mark.parametrize("width", [1, 2, 4])  # transformers 5.23 writes "5", transformers 5.24 writes "05"
+def test_layer_numbers_of_per_layer_config_may_have_leading_zeros(width: int) -> None:
+    types = [FULL if i in (5, 11) else SLIDING for i in range(12)]
+    changes = {f"{i:0{width}d}": {"head_dim": 64, "num_key_value_heads": 1} for i in (5, 11)}
+    raw = flat_config(num_hidden_layers=12, layer_types=types, per_layer_config=changes)
+    text = ModelConfig.from_dict(raw).text
+    assert (text.layer_head_dim(FULL), text.kv_heads(FULL)) == (64, 1)
+    assert (text.layer_head_dim(SLIDING), text.kv_heads(SLIDING)) == (32, 2)
+
+
 def test_the_last_layer_is_always_a_full_one() -> None:
     config = TextConfig.from_dict(flat_config(layer_types=[FULL, SLIDING, SLIDING])["text_config"])
     assert config.layer_types == (FULL, SLIDING, FULL)
@@ -106,6 +116,11 @@ def test_quantization_under_either_name(name: str) -> None:
         ({"per_layer_config": {"2": 64}}, "per_layer_config must be an object of objects"),
         ({"per_layer_config": {"3": {"head_dim": 64}}}, "per_layer_config has unknown layers"),
         ({"per_layer_config": {"²": {"head_dim": 64}}}, "per_layer_config has unknown layers"),
+        ({"per_layer_config": {"-1": {"head_dim": 64}}}, "per_layer_config has unknown layers"),
+        ({"per_layer_config": {"1000000000002": {"head_dim": 64}}}, "per_layer_config has unknown layers"),
+        ({"per_layer_config": {"9" * 5000: {"head_dim": 64}}}, "per_layer_config has unknown layers"),
+        ({"per_layer_config": {"": {"head_dim": 64}}}, "per_layer_config has unknown layers"),
+        ({"per_layer_config": {"2": {"head_dim": 64}, "02": {}}}, "per_layer_config names layer 2 twice"),
         ({"per_layer_config": {"2": {"sliding_window": 4}}}, "per_layer_config changes more than head_dim, num_key"),
         ({"per_layer_config": {"1": {"head_dim": 64}}}, "per_layer_config: layer 1 differs"),
         ({"per_layer_config": {"2": {"head_dim": "64"}}}, "global_head_dim must be a positive integer, not '64'"),
@@ -218,7 +233,7 @@ def test_generation_config_as_published(tmp_path: Path) -> None:
     read = generation(tmp_path, {
         "eos_token_id": [1, 106, 50], "pad_token_id": 3, "max_denoising_steps": 24, "t_min": 0.3, "t_max": 0.9,
         "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 0.2},
-        "stability_threshold": 2, "confidence_threshold": 0.01, "transformers_version": "5.23.0",
+        "stability_threshold": 2, "confidence_threshold": 0.01, "transformers_version": "5.24.0",
     })  # fmt: skip
     assert read == GenerationConfig(24, 0.2, 0.3, 0.9, 2, 0.01, (1, 106, 50), 3)
 

@@ -36,6 +36,7 @@ OTHERS: dict[str, tuple[str, str, Any]] = {
     "speed": ('"fast"', "fast", "fast"),
     "verify": ('"flag"', "flag", "flag"),
     "memory_limit": ('"8GB"', "8GB", "8GB"),
+    "dtype": ('"float16"', "float16", "float16"),
     "cpu_dequantize": ('"on"', "on", "on"),
     "kernels": ('"off"', "off", "off"),
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.optimizers import SGD
 from mlx.utils import tree_flatten
 
 from dgemma_mlx.errors import DgemmaError
@@ -103,6 +106,67 @@ def test_a_merged_weight_gives_the_same_results(dora: bool) -> None:
         m = layer.m = layer.m * mx.random.uniform(0.5, 2, layer.m.shape)
     weight = merged(layer.linear.weight, layer.lora_a, layer.lora_b, ALL.scale, m)
     np.testing.assert_allclose(layer(x), x @ weight.T, atol=1e-4)
+
+
+def dora_layer(packed: bool) -> DoRALinear:
+    """Return a DoRA layer with random factors and lengths."""
+    mx.random.seed(4)
+    base: Any = nn.Linear(64, 32, bias=False)
+    layer = DoRALinear(nn.QuantizedLinear.from_linear(base, **FOUR) if packed else base, ALL, 4)
+    layer.lora_b = mx.random.normal(layer.lora_b.shape)
+    layer.m = layer.m * mx.random.uniform(0.5, 2, layer.m.shape)
+    return layer
+
+
+def primitives(y: mx.array) -> str:
+    """Return the graph from which an array will be computed, as text."""
+    graph = io.StringIO()
+    mx.export_to_dot(graph, y)
+    return graph.getvalue()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_dora_computes_the_lengths_of_rows_once_for_evaluation(packed: bool) -> None:
+    layer, x = dora_layer(packed), mx.random.normal((5, 64))
+    trained = layer(x)
+    assert "Sqrt" in primitives(trained)
+    layer.eval()
+    assert np.array_equal(layer(x), trained)
+    later = layer(x)
+    assert not any(name in primitives(later) for name in ("Sqrt", "Dequantize"))
+    assert np.array_equal(later, trained)
+
+
+CHANGES: dict[str, Callable[[DoRALinear], Any]] = {
+    "second factor": lambda layer: setattr(layer, "lora_b", 2 * layer.lora_b),
+    "length": lambda layer: layer.update({"m": 2 * layer.m}),
+    "base weight": lambda layer: layer.load_weights([("linear.weight", layer.linear.weight + 1)], strict=False),
+    "base layer": lambda layer: setattr(layer, "linear", nn.Linear(64, 32, bias=False)),
+    "optimizer": lambda layer: SGD(1.0).update(layer, {"lora_a": mx.ones(layer.lora_a.shape)}),
+    "in training": lambda layer: layer.train().update({"lora_b": layer.lora_b + 1}).eval(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_length_of_earlier_weights_is_never_used(change: str) -> None:
+    layer, x = dora_layer(packed=False).eval(), mx.random.normal((5, 64))
+    before = layer(x)
+    CHANGES[change](layer)
+    after, expected = layer(x), layer.train()(x)
+    assert np.array_equal(after, expected)
+    assert not np.array_equal(after, before)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
+def test_a_loaded_dora_adapter_unpacks_nothing_in_a_step(packed_folder: Path, tmp_path: Path, dtype: mx.Dtype) -> None:
+    model = load(packed_folder)[0]
+    attach(model, replace(ALL, dora=True))
+    learned(model)
+    save_adapter(model, replace(ALL, dora=True), tmp_path, "some/model")
+    again = load(packed_folder, dtype)[0]
+    load_adapter(again, tmp_path)
+    attention = again.layers[0].self_attn
+    assert "Sqrt" not in primitives(attention.q_proj(mx.zeros((1, 4, again.config.hidden_size), dtype)))
 
 
 @pytest.mark.kernels

@@ -145,11 +145,11 @@ class Reference:
                 config=self.model.config,
                 inputs_embeds=torch.empty(*ids.shape, 0),
                 attention_mask=self._attention_mask(end),
-                past_key_values=self._cache,
+                cache=self._cache,
                 position_ids=positions,
             )
             out = encoder(
-                input_ids=torch.tensor(ids), attention_mask=masks, past_key_values=self._cache, position_ids=positions
+                input_ids=torch.tensor(ids), attention_mask=masks, cache=self._cache, position_ids=positions
             )
         hidden: Array = out.last_hidden_state.numpy()
         return hidden
@@ -161,13 +161,13 @@ class Reference:
             masks = self.model.model.decoder.create_diffusion_decoder_attention_mask(
                 config=self.model.config,
                 inputs_embeds=torch.tensor(canvas)[..., None],
-                past_key_values=self._cache,
+                cache=self._cache,
                 decoder_attention_mask=self._attention_mask(end),
             )
             out = self.model(
                 decoder_input_ids=torch.tensor(canvas),
                 decoder_attention_mask=masks,
-                past_key_values=self._cache,
+                cache=self._cache,
                 self_conditioning_logits=None if self_conditioning is None else torch.tensor(self_conditioning),
             )
         logits: Array = out.logits.numpy()

@@ -11,7 +11,7 @@ from dgemma_mlx.cli.settings import SETTINGS, checked
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import write_whole
 
-_FIXED = ("model", "system", "live", "memory_limit", "cpu_dequantize", "kernels")
+_FIXED = ("model", "system", "live", "memory_limit", "dtype", "cpu_dequantize", "kernels")
 # The settings that a conversation can change.
 CHANGEABLE = tuple(name for name in SETTINGS if name not in _FIXED)
 
