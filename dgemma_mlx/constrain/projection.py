@@ -19,6 +19,7 @@ uncertain, and a later step decides it, in which the model sees more of the canv
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -185,15 +186,17 @@ class _Paths:
         """
         number, source, target = automaton.transitions(candidates.classes)
         (C, m), states = candidates.sums.shape, len(allowed)
-        used = (candidates.sums > 0).take(number, axis=1)  # (C, E): whether a transition is an edge at each position
+        present = candidates.sums > 0  # (C, m)
         reached = np.zeros((C + 1, states), np.bool_)
         reached[0, state] = True
+        used: list[Indices] = []  # the transitions that are edges of each layer
         for i in range(C):
-            used[i] &= reached[i].take(source)
-            reached[i + 1, target[used[i]]] = True
+            used.append((reached[i].take(source) & present[i].take(number)).nonzero()[0])
+            reached[i + 1, target.take(used[i])] = True
             if i + 1 == limit:
                 reached[limit] &= allowed
-        position, transition = used.nonzero()
+        transition, counts = np.concatenate(used), np.array([len(layer) for layer in used])
+        position = np.arange(C).repeat(counts)
         self._shape = C, m
         self._cell = position * m + number.take(transition)  # (F,): index of position and class in a flat (C, m) array
         # Numbers of the source and the target within their layers, (F,). An edge to a state that is not allowed leads
@@ -207,7 +210,7 @@ class _Paths:
         first = np.concatenate([[0], changes.nonzero()[0] + 1])  # (Nodes,): first edge of each node
         self._first = [*first.tolist(), len(position)]
         self._nodes = _slices(reached[:-1].sum(axis=1))
-        self._edges = _slices(used.sum(axis=1))
+        self._edges = _slices(counts)
         self._best = np.where(barred, -np.inf, candidates.largest.take(self._cell))
         self._probability = self._weigh(first, candidates.sums.take(self._cell))
 
@@ -218,12 +221,14 @@ class _Paths:
         to the last layer. ``sums`` (F,) are the weights of the classes, relative to the largest score. Return the
         probability (F,) of each edge, given its source and that the rest of the canvas matches.
         """
-        begins = [first[nodes] - edges.start for nodes, edges in zip(self._nodes, self._edges, strict=True)]
-        targets = [self._target[edges] for edges in self._edges]
-        last = np.zeros(int(targets[-1].max()) + 1)
+        layers = [
+            (nodes, edges, first[nodes] - edges.start, self._target[edges])
+            for nodes, edges in zip(reversed(self._nodes), reversed(self._edges), strict=True)
+        ]
+        last = np.zeros(int(self._target[self._edges[-1]].max()) + 1)
         potential = np.zeros(len(first))  # best score of a path from each node to the last layer
         ahead = last
-        for nodes, edges, begin, target in reversed(list(zip(self._nodes, self._edges, begins, targets, strict=True))):
+        for nodes, edges, begin, target in layers:
             scores = self._best[edges]
             scores += ahead.take(target)
             potential[nodes] = ahead = np.maximum.reduceat(scores, begin)
@@ -232,9 +237,7 @@ class _Paths:
         weights = np.exp(self._best - np.maximum(potential, -_FAR).repeat(degrees)) * sums
         totals = np.zeros(len(first))  # sum over all paths from each node to the last layer, relative to the best one
         ahead = last + 1
-        for i, (nodes, edges, begin, target) in enumerate(
-            reversed(list(zip(self._nodes, self._edges, begins, targets, strict=True)))
-        ):
+        for i, (nodes, edges, begin, target) in enumerate(layers):
             scores = weights[edges]
             scores *= ahead.take(target)
             totals[nodes] = ahead = np.add.reduceat(scores, begin)
@@ -266,7 +269,7 @@ class _Paths:
             first, last = self._first[nodes.start + node : nodes.start + node + 2]
             path.append(first + int(self._best[first:last].argmax()))
             node = int(self._target[path[-1]])
-        cells: Indices = self._cell[path]
+        cells: Indices = self._cell.take(path)
         return cells
 
     def draw(self, uniforms: Floats) -> tuple[Indices, Floats]:
@@ -281,7 +284,7 @@ class _Paths:
             path.append(first + offset)
             rest.append(left)
             node = int(self._target[path[-1]])
-        return self._cell[path], np.array(rest)
+        return self._cell.take(path), np.array(rest)
 
 
 def _slices(counts: Indices) -> list[slice]:
@@ -295,8 +298,9 @@ def _pick(weights: Floats, uniform: float) -> tuple[int, float]:
 
     Return the index, and a number in [0, 1) that is uniform again, for one more draw.
     """
-    cumulative = weights.cumsum()
+    cumulative: list[float] = weights.cumsum().tolist()
     target = uniform * cumulative[-1]
-    index = min(cumulative.searchsorted(target, side="right"), cumulative.searchsorted(cumulative[-1]))
-    rest = (target - cumulative[index] + weights[index]) / weights[index]
-    return int(index), float(min(max(rest, 0.0), _BELOW_ONE))
+    index = min(bisect_right(cumulative, target), bisect_left(cumulative, cumulative[-1]))
+    weight = float(weights[index])
+    rest = (target - cumulative[index] + weight) / weight
+    return index, min(max(rest, 0.0), _BELOW_ONE)
