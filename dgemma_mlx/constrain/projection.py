@@ -131,7 +131,8 @@ class _Candidates:
         with np.errstate(invalid="ignore"):
             self.weights = np.where(usable, np.exp(z - largest.take(self.cell)), 0)
         self.largest = largest.reshape(C, m)
-        self.sums = np.bincount(self.cell.ravel(), self.weights.ravel(), C * m).reshape(C, m)
+        sums = np.bincount(self.cell.ravel(), self.weights.ravel(), C * m)
+        self.sums: Floats = sums.astype(np.float64, copy=False).reshape(C, m)
 
     def probabilities(self, class_probabilities: Floats) -> Floats:
         """Distribute the probabilities of classes over their candidates: (C, m) -> (C, N)."""
@@ -243,7 +244,8 @@ class _Paths:
             totals[nodes] = ahead = np.add.reduceat(scores, begin)
             if i % 16 == 15:
                 ahead = np.maximum(ahead / ahead.max(), _TINY)
-        return weights / np.maximum(totals, _TINY).repeat(degrees)
+        probability: Floats = weights / np.maximum(totals, _TINY).repeat(degrees)
+        return probability
 
     def marginals(self) -> tuple[Floats, NDArray[np.bool_]]:
         """Compute the distribution over classes at each position, forwards from the first state.
@@ -256,11 +258,12 @@ class _Paths:
         for edges in self._edges:
             target, layer = self._target[edges], taken[edges]
             layer *= occupancy.take(self._source[edges])
-            occupancy = np.bincount(target, layer)
+            occupancy = np.bincount(target, layer).astype(np.float64, copy=False)
         size = self._shape[0] * self._shape[1]
         possible = np.zeros(size, np.bool_)
         possible[self._cell[self._best > -np.inf]] = True
-        return np.bincount(self._cell, taken, size).reshape(self._shape), possible.reshape(self._shape)
+        marginals: Floats = np.bincount(self._cell, taken, size).astype(np.float64, copy=False).reshape(self._shape)
+        return marginals, possible.reshape(self._shape)
 
     def best(self) -> Indices:
         """Return the most probable path (Viterbi's algorithm), as indices (C,) into a flat (C, m) array."""

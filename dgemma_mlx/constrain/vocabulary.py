@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from threading import Lock
+from weakref import proxy
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +49,9 @@ class TokenAutomaton:
         model's vocabulary size; it may be smaller than the tokenizer's. Raises ``DgemmaError`` (exit code 2) when the
         vocabulary lacks the tokens to end a text from some state.
         """
-        self._automaton, self._tokenizer, self._vocab_size = automaton, tokenizer, vocab_size
+        # A weak reference: what is kept for a tokenizer must not keep the tokenizer.
+        self._automaton, self._tokenizer, self._vocab_size = automaton, proxy(tokenizer), vocab_size
+        self._lock = Lock()  # threads share automata, and classes are added to them
         self.end = automaton.size
         self._eos_ids = frozenset(eos_ids)
         self._class_of_id = np.full(vocab_size, -1, np.int32)  # -1: not computed yet
@@ -78,7 +82,8 @@ class TokenAutomaton:
         """Return the class of each token id, as an int32 array of the same shape as ``ids``."""
         found = self._class_of_id[ids]
         if (found < 0).any():
-            self._compute_classes(np.unique(ids[found < 0]))
+            with self._lock:
+                self._compute_classes(np.unique(ids[found < 0]))
             found = self._class_of_id[ids]
         return found
 
