@@ -30,10 +30,15 @@ class Automaton:
     Attributes:
         table: (Q, 256) int32. The next state for each state and byte, or ``DEAD``.
         accepting: (Q,) bool. Whether a text may end in the state.
+
+    Equal constraints share one automaton, so the arrays are read-only.
     """
 
     table: NDArray[np.int32]
     accepting: NDArray[np.bool_]
+
+    def __post_init__(self) -> None:
+        self.table.flags.writeable = self.accepting.flags.writeable = False
 
     @property
     def size(self) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.constrain.automaton import automaton_of
@@ -27,8 +29,8 @@ class Constraint:
         model = load("demo")
         answer = generate(model, "Is 17 a prime number?", constraint=Constraint.choice(["yes", "no"]))
 
-    The answer then always matches, whatever the model would prefer to write. A constraint is compiled once, when it is
-    created, and may be used for many answers and several models.
+    The answer then always matches, whatever the model would prefer to write. A constraint is compiled when it is
+    created, and may be used for many answers and several models. Equal constraints are compiled once.
 
     All class methods raise ``DgemmaError`` (exit code 2) when the description is malformed, uses a feature that is not
     supported, compiles to too many states, or matches no text at all. docs/constrained.md lists what is supported.
@@ -46,7 +48,6 @@ class Constraint:
         """
         self.pattern = pattern
         self.automaton = automaton_of(pattern, kind)
-        self._last_over: tuple[tuple[Any, ...], TokenAutomaton] | None = None  # arguments and result of ``over``
 
     @classmethod
     def regex(cls, pattern: str) -> Constraint:
@@ -133,19 +134,28 @@ class Constraint:
         """Return the constraint as an automaton over a model's tokens.
 
         ``vocab_size`` is the model's vocabulary size. The end-of-text ids of ``config`` end a text, except
-        ``<|tool_response>``, which ends a tool call. The last result is cached, so repeated calls with the same
-        arguments return the same object. Raises ``DgemmaError`` (exit code 2) when the tokenizer lacks tokens for bytes
-        that the constraint needs.
+        ``<|tool_response>``, which ends a tool call. Constraints with the same ``pattern`` share the result: the last
+        ``_MAX_KEPT`` results are kept for each tokenizer, as long as the tokenizer exists. Threads may share it too.
+        Raises ``DgemmaError`` (exit code 2) when the tokenizer lacks tokens for bytes that the constraint needs.
         """
         tool_response_id = tokenizer.special_ids.get("<|tool_response>")
-        eos_ids = [id for id in config.eos_token_ids if id != tool_response_id]
-        key = (tokenizer, eos_ids, config.pad_token_id, vocab_size)
-        if self._last_over is None or self._last_over[0] != key:
-            token_automaton = TokenAutomaton(self.automaton, tokenizer, eos_ids, config.pad_token_id, vocab_size)
-            self._last_over = key, token_automaton
-        return self._last_over[1]
+        eos_ids = tuple(id for id in config.eos_token_ids if id != tool_response_id)
+        key = (self.pattern, eos_ids, config.pad_token_id, vocab_size)
+        with _lock:  # two threads with the same constraint compile it once
+            kept = _token_automata.setdefault(tokenizer, {})
+            if key not in kept:
+                kept[key] = TokenAutomaton(self.automaton, tokenizer, *key[1:])
+            kept[key] = kept.pop(key)  # to the end; the first entry was then not used for the longest time
+            if len(kept) > _MAX_KEPT:
+                del kept[next(iter(kept))]
+            return kept[key]
 
 
+_MAX_KEPT = 8
+_lock = Lock()
+_token_automata: WeakKeyDictionary[Tokenizer, dict[tuple[str, tuple[int, ...], int, int], TokenAutomaton]] = (
+    WeakKeyDictionary()
+)
 _FORMAT_HINT = 'Give {"type": "json_schema", "json_schema": {"schema": {...}}}, or the type json_object or text.'
 
 

@@ -19,12 +19,14 @@ uncertain, and a later step decides it, in which the model sees more of the canv
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dgemma_mlx.constrain.vocabulary import Ids, TokenAutomaton
+from dgemma_mlx.constrain.vocabulary import Ids, Indices, TokenAutomaton
 
 Floats = NDArray[np.float64]
 _MAX_SCORE = 1e6  # scores are clipped to +-1e6, so that sums over a canvas stay finite and above -_FAR
@@ -73,22 +75,23 @@ def project(
     candidates = _Candidates(automaton, skeleton_scores, ids, scores)
     limit = min(len(ids), room)
     paths = _Paths(automaton, candidates, state, limit, automaton.shortest <= room - limit)
-    with np.errstate(divide="ignore"):  # log(0) = -inf is intended
-        transitions, alive = paths.transitions()
-    marginals, possible = paths.marginals(transitions, alive)
+    marginals, possible = paths.marginals()
     q, r = candidates.probabilities(marginals), candidates.restricted_probabilities(possible)  # (C, N)
     surprise = -np.log(np.maximum(r, _TINY))
     entropy = np.maximum((q * surprise).sum(axis=1), (r * surprise).sum(axis=1))
-    best = q.argmax(axis=1)[:, None]
+    best = q.argmax(axis=1)
     gap = np.minimum(_lead(q, best), _lead(r, best))
-    return Projected(paths.best(), paths.draw(transitions, uniforms), np.maximum(entropy, 0), np.maximum(gap, 0))
+    sample = candidates.draw(*paths.draw(uniforms))
+    return Projected(
+        candidates.most_probable(paths.best()), sample, np.maximum(entropy, 0), np.maximum(gap, 0)
+    )
 
 
-def _lead(probability: Floats, best: NDArray[np.int64]) -> Floats:
-    """Return the probability of the candidate ``best`` (C, 1) minus the largest of all others: (C, N) -> (C,)."""
-    others = probability.copy()
-    np.put_along_axis(others, best, 0, axis=1)
-    lead: Floats = np.take_along_axis(probability, best, axis=1)[:, 0] - others.max(axis=1)
+def _lead(probability: Floats, best: Indices) -> Floats:
+    """Return the probability of the candidate ``best`` (C,) minus the largest of all others: (C, N) -> (C,)."""
+    others, rows = probability.copy(), np.arange(len(best))
+    others[rows, best] = 0
+    lead: Floats = probability[rows, best] - others.max(axis=1)
     return lead
 
 
@@ -96,12 +99,14 @@ class _Candidates:
     """The candidate tokens of all positions: N candidates per position, which belong to m classes altogether.
 
     The candidates of a position are the skeleton and the probable tokens. A candidate is unusable if it repeats a token
-    of the skeleton or has no transitions. Classes are numbered from 0 to m - 1 here.
+    of the skeleton or has no transitions. Classes are numbered from 0 to m - 1 here: first those of the skeleton, then
+    the others in the order of their smallest ids, so that no number depends on what the automaton was used for before.
 
     Attributes:
         ids: (C, N) int32. Token ids.
         classes: (m,) int32. The class in the token automaton for each class number.
-        number: (C, N) int64. Class number of each candidate; 0 for an unusable candidate.
+        cell: (C, N) int64. Index of each candidate's position and class number in a flat (C, m) array; class number 0
+            for an unusable candidate.
         weights: (C, N) float64. Probability of each candidate relative to the most probable candidate of its class at
             the position; 0 for an unusable candidate.
         largest: (C, m) float64. Largest score in each class, or -inf when the class has no candidate at the position.
@@ -113,28 +118,26 @@ class _Candidates:
         skeleton = np.broadcast_to(automaton.skeleton, (C, S))
         self.ids = np.concatenate([skeleton, ids], axis=1)
         classes = automaton.classes(self.ids)
-        in_skeleton = np.zeros(int(self.ids.max()) + 1, np.bool_)
-        in_skeleton[automaton.skeleton] = True
-        usable = np.concatenate([np.ones((C, S), np.bool_), ~in_skeleton[ids] & (classes[:, S:] > 0)], axis=1)
-        z = np.nan_to_num(np.concatenate([skeleton_scores, scores], axis=1), nan=-_MAX_SCORE)
-        z = np.where(usable, np.clip(z, -_MAX_SCORE, _MAX_SCORE), -np.inf)
-        self.classes = np.unique(classes[usable])
-        numbers = np.zeros(int(self.classes[-1]) + 1, np.int64)
-        numbers[self.classes] = np.arange(len(self.classes))
-        self.number = np.where(usable, numbers[np.where(usable, classes, 0)], 0)
+        usable = np.concatenate([np.ones((C, S), np.bool_), (classes[:, S:] > 0) & ~automaton.in_skeleton(ids)], axis=1)
+        z = np.concatenate([skeleton_scores, scores], axis=1)
+        z = np.where(usable, np.minimum(np.fmax(z, -_MAX_SCORE), _MAX_SCORE), -np.inf)  # NaN becomes -_MAX_SCORE
+        self.classes = automaton.ordered_classes(ids, classes[:, S:])
         m = len(self.classes)
-        cell = (self.number + m * np.arange(C)[:, None]).ravel()  # index into a flat (C, m) array
+        numbers = np.zeros(int(classes.max()) + 1, np.int64)
+        numbers[self.classes] = np.arange(m)
+        self.cell = np.where(usable, numbers[classes], 0) + m * np.arange(C)[:, None]
         largest = np.full(C * m, -np.inf)
-        np.maximum.at(largest, cell, z.ravel())
+        np.maximum.at(largest, self.cell.ravel(), z.ravel())
         with np.errstate(invalid="ignore"):
-            self.weights = np.where(usable, np.exp(z - largest[cell].reshape(z.shape)), 0)
+            self.weights = np.where(usable, np.exp(z - largest.take(self.cell)), 0)
         self.largest = largest.reshape(C, m)
-        self.sums = np.bincount(cell, self.weights.ravel(), C * m).reshape(C, m)
+        sums = np.bincount(self.cell.ravel(), self.weights.ravel(), C * m)
+        self.sums: Floats = sums.astype(np.float64, copy=False).reshape(C, m)
 
     def probabilities(self, class_probabilities: Floats) -> Floats:
         """Distribute the probabilities of classes over their candidates: (C, m) -> (C, N)."""
         share = np.divide(class_probabilities, self.sums, out=np.zeros_like(class_probabilities), where=self.sums > 0)
-        probabilities: Floats = np.take_along_axis(share, self.number, axis=1) * self.weights
+        probabilities: Floats = share.take(self.cell) * self.weights
         return probabilities
 
     def restricted_probabilities(self, possible: NDArray[np.bool_]) -> Floats:
@@ -142,120 +145,155 @@ class _Candidates:
         scores = np.where(possible, self.largest, -np.inf)
         shares = np.exp(scores - scores.max(axis=1, keepdims=True))
         shares /= (shares * self.sums).sum(axis=1, keepdims=True)
-        probabilities: Floats = np.take_along_axis(shares, self.number, axis=1) * self.weights
+        probabilities: Floats = shares.take(self.cell) * self.weights
         return probabilities
 
-    def most_probable(self, numbers: NDArray[np.int64]) -> Ids:
-        """Return the most probable token of one class per position: (C,) class numbers -> (C,) token ids."""
-        columns = np.where(self.number == numbers[:, None], self.weights, 0).argmax(axis=1)
-        ids: Ids = np.take_along_axis(self.ids, columns[:, None], axis=1)[:, 0]
+    def most_probable(self, cells: Indices) -> Ids:
+        """Return the most probable token of one class per position: (C,) indices like ``cell`` -> (C,) token ids."""
+        columns = np.where(self.cell == cells[:, None], self.weights, 0).argmax(axis=1)
+        ids: Ids = self.ids[np.arange(len(columns)), columns]
         return ids
 
-    def pick(self, position: int, number: int, uniform: float) -> int:
-        """Draw a token of the class with this number at a position, by inverse CDF."""
-        weights = np.where(self.number[position] == number, self.weights[position], 0)
-        return int(self.ids[position, _pick(weights, uniform)[0]])
+    def draw(self, cells: Indices, uniforms: Floats) -> Ids:
+        """Draw a token of one class per position: (C,) indices like ``cell`` and (C,) in [0, 1) -> (C,) token ids."""
+        cumulative = np.where(self.cell == cells[:, None], self.weights, 0).cumsum(axis=1)
+        total = cumulative[:, -1:]
+        # The inverse CDF, as in ``_pick``.
+        columns = np.minimum(
+            (cumulative <= uniforms[:, None] * total).sum(axis=1), (cumulative < total).sum(axis=1)
+        )
+        ids: Ids = self.ids[np.arange(len(columns)), columns]
+        return ids
 
 
 class _Paths:
-    """All paths of a canvas through the automaton.
+    """All paths of a canvas through the automaton, as a graph with C + 1 layers.
 
-    The automaton has the same E transitions at each position, of one class each. They are sorted by source state, so
-    the transitions that leave a state are consecutive.
+    The nodes of layer i are the states that a path may be in before position i. An edge leads from a node of layer i to
+    a node of layer i + 1, by one class that has candidates at position i. States that no path reaches have no nodes: at
+    most positions that is most of the automaton. Every node before the last layer has an edge, because the skeleton has
+    a token for every state.
+
+    Nodes are numbered by layer and state, and edges by layer, source and class number, so the nodes and edges of a
+    layer and the edges of a node are consecutive. Below, Nodes is the number of all nodes and F that of all edges.
     """
 
     def __init__(
         self, automaton: TokenAutomaton, candidates: _Candidates, state: int, limit: int, allowed: NDArray[np.bool_]
     ) -> None:
-        """Prepare the paths that begin in ``state`` and are in an allowed state after ``limit`` positions.
+        """Build the graph of the paths that begin in ``state`` and are in an allowed state after ``limit`` positions.
 
         ``allowed`` (Q + 1,) bool says which states are allowed there.
         """
         number, source, target = automaton.transitions(candidates.classes)
-        order = np.argsort(source, kind="stable")
-        self._candidates, self._state = candidates, state
-        self._number, self._source, self._target = number[order], source[order], target[order]  # (E,)
-        # The states with transitions, the index of the first transition of each, and how many each has.
-        self._left, self._first, counts = np.unique(self._source, return_index=True, return_counts=True)
-        self._segment = np.repeat(np.arange(len(self._left)), counts)  # (E,): index of the source state in _left
-        self._bounds = np.zeros(automaton.end + 2, np.int64)  # transitions of state s: _bounds[s] to _bounds[s + 1]
-        self._bounds[self._left + 1] = counts
-        self._bounds = np.cumsum(self._bounds)
-        self._final = np.where(allowed, 0.0, -np.inf)
-        self._limit = limit
+        (C, m), states = candidates.sums.shape, len(allowed)
+        present = candidates.sums > 0  # (C, m)
+        reached = np.zeros((C + 1, states), np.bool_)
+        reached[0, state] = True
+        used: list[Indices] = []  # the transitions that are edges of each layer
+        for i in range(C):
+            used.append((reached[i].take(source) & present[i].take(number)).nonzero()[0])
+            reached[i + 1, target.take(used[i])] = True
+            if i + 1 == limit:
+                reached[limit] &= allowed
+        transition, counts = np.concatenate(used), np.array([len(layer) for layer in used])
+        position = np.arange(C).repeat(counts)
+        self._shape = C, m
+        self._cell = position * m + number.take(transition)  # (F,): index of position and class in a flat (C, m) array
+        # Numbers of the source and the target within their layers, (F,). An edge to a state that is not allowed leads
+        # to node 0, and has no weight.
+        node = (reached.cumsum(axis=1) - 1).ravel()
+        self._source = node.take(position * states + source.take(transition))
+        ends = (position + 1) * states + target.take(transition)
+        barred = ~reached.take(ends)
+        self._target = np.where(barred, 0, node.take(ends))
+        changes = (self._source[1:] != self._source[:-1]) | (position[1:] != position[:-1])
+        first = np.concatenate([[0], changes.nonzero()[0] + 1])  # (Nodes,): first edge of each node
+        self._first = [*first.tolist(), len(position)]
+        self._nodes = _slices(reached[:-1].sum(axis=1))
+        self._edges = _slices(counts)
+        self._best = np.where(barred, -np.inf, candidates.largest.take(self._cell))
+        self._probability = self._weigh(first, candidates.sums.take(self._cell))
 
-    def best(self) -> Ids:
-        """Return the tokens (C,) of the most probable path (Viterbi's algorithm)."""
-        candidates, scores = self._candidates, self._candidates.largest[:, self._number]
-        ahead: Floats = np.zeros(len(self._final))  # best score of a path from each state to the end of the canvas
-        for i in range(len(scores) - 1, -1, -1):
-            scores[i] += self._continuation(i, ahead)
-            ahead = np.full(len(ahead), -np.inf)
-            ahead[self._left] = np.maximum.reduceat(scores[i], self._first)
-        path: NDArray[np.int64] = np.zeros(len(scores), np.int64)
-        state = self._state
-        for i in range(len(scores)):
-            edge = self._bounds[state] + scores[i, self._bounds[state] : self._bounds[state + 1]].argmax()
-            path[i], state = self._number[edge], int(self._target[edge])
-        return candidates.most_probable(path)
+    def _weigh(self, first: Indices, sums: Floats) -> Floats:
+        """Follow all paths from the last layer back to the first.
 
-    def transitions(self) -> tuple[Floats, NDArray[np.bool_]]:
-        """Compute the probability of each transition by summing over all paths backwards.
-
-        Return (C, E) float64, the probability of the transition given its source state and that the rest of the canvas
-        matches, and (C, E) bool, whether a matching canvas may take the transition from its source state.
+        ``_best`` (F,) are the largest scores in the edges' classes. Add the best score of a path from the edge's target
+        to the last layer. ``sums`` (F,) are the weights of the classes, relative to the largest score. Return the
+        probability (F,) of each edge, given its source and that the rest of the canvas matches.
         """
-        result: Floats = (self._candidates.largest + np.log(self._candidates.sums))[:, self._number]
-        alive = np.zeros(result.shape, np.bool_)
-        ahead: Floats = np.zeros(len(self._final))  # log of the sum over all paths from each state to the end
-        for i in range(len(result) - 1, -1, -1):
-            scores = result[i] + self._continuation(i, ahead)
-            largest = np.maximum(np.maximum.reduceat(scores, self._first), -_FAR)
-            weights = np.exp(scores - largest[self._segment])
-            sums = np.add.reduceat(weights, self._first)
-            ahead = np.full(len(ahead), -np.inf)
-            ahead[self._left] = largest + np.log(sums)
-            result[i] = weights / np.maximum(sums, _TINY)[self._segment]
-            alive[i] = scores > -np.inf
-        return result, alive
+        layers = [
+            (nodes, edges, first[nodes] - edges.start, self._target[edges])
+            for nodes, edges in zip(reversed(self._nodes), reversed(self._edges), strict=True)
+        ]
+        last = np.zeros(int(self._target[self._edges[-1]].max()) + 1)
+        potential = np.zeros(len(first))  # best score of a path from each node to the last layer
+        ahead = last
+        for nodes, edges, begin, target in layers:
+            scores = self._best[edges]
+            scores += ahead.take(target)
+            potential[nodes] = ahead = np.maximum.reduceat(scores, begin)
+        degrees = np.diff(self._first)
+        # Weights relative to the best path from the source: the largest of a node is at least 1.
+        weights = np.exp(self._best - np.maximum(potential, -_FAR).repeat(degrees)) * sums
+        totals = np.zeros(len(first))  # sum over all paths from each node to the last layer, relative to the best one
+        ahead = last + 1
+        for i, (nodes, edges, begin, target) in enumerate(layers):
+            scores = weights[edges]
+            scores *= ahead.take(target)
+            totals[nodes] = ahead = np.add.reduceat(scores, begin)
+            if i % 16 == 15:
+                ahead = np.maximum(ahead / ahead.max(), _TINY)
+        probability: Floats = weights / np.maximum(totals, _TINY).repeat(degrees)
+        return probability
 
-    def marginals(self, transitions: Floats, alive: NDArray[np.bool_]) -> tuple[Floats, NDArray[np.bool_]]:
+    def marginals(self) -> tuple[Floats, NDArray[np.bool_]]:
         """Compute the distribution over classes at each position, forwards from the first state.
 
-        The arguments are the results of ``transitions``. Return (C, m) float64, the probability of each class, and
-        (C, m) bool, whether any matching canvas has the class at the position.
+        Return (C, m) float64, the probability of each class, and (C, m) bool, whether any matching canvas has the class
+        at the position.
         """
-        C, m = self._candidates.sums.shape
-        result, possible = np.zeros((C, m)), np.zeros((C, m), np.bool_)
-        occupancy: Floats = np.zeros(len(self._final))  # (Q + 1,): probability of each state before the position
-        occupancy[self._state] = 1
-        reached = occupancy > 0
-        for i in range(C):
-            taken = occupancy[self._source] * transitions[i]
-            result[i] = np.bincount(self._number, taken, m)
-            occupancy = np.bincount(self._target, taken, len(occupancy)).astype(np.float64)
-            live = alive[i] & reached[self._source]
-            possible[i, self._number[live]] = True
-            reached = np.zeros(len(occupancy), np.bool_)
-            reached[self._target[live]] = True
-        return result, possible
+        taken = self._probability.copy()
+        occupancy: Floats = np.ones(1)  # probability of each node of a layer
+        for edges in self._edges:
+            target, layer = self._target[edges], taken[edges]
+            layer *= occupancy.take(self._source[edges])
+            occupancy = np.bincount(target, layer).astype(np.float64, copy=False)
+        size = self._shape[0] * self._shape[1]
+        possible = np.zeros(size, np.bool_)
+        possible[self._cell[self._best > -np.inf]] = True
+        marginals: Floats = np.bincount(self._cell, taken, size).astype(np.float64, copy=False).reshape(self._shape)
+        return marginals, possible.reshape(self._shape)
 
-    def draw(self, transitions: Floats, uniforms: Floats) -> Ids:
-        """Draw a path in proportion to its weight and return its tokens (C,). ``uniforms`` (C,) are in [0, 1)."""
-        state, ids = self._state, np.zeros(len(uniforms), np.int32)
-        for i, uniform in enumerate(uniforms.tolist()):
-            first, last = self._bounds[state], self._bounds[state + 1]
-            offset, rest = _pick(transitions[i, first:last], uniform)
-            ids[i] = self._candidates.pick(i, int(self._number[first + offset]), rest)
-            state = int(self._target[first + offset])
-        return ids
+    def best(self) -> Indices:
+        """Return the most probable path (Viterbi's algorithm), as indices (C,) into a flat (C, m) array."""
+        node, path = 0, []
+        for nodes in self._nodes:
+            first, last = self._first[nodes.start + node : nodes.start + node + 2]
+            path.append(first + int(self._best[first:last].argmax()))
+            node = int(self._target[path[-1]])
+        cells: Indices = self._cell.take(path)
+        return cells
 
-    def _continuation(self, i: int, ahead: Floats) -> Floats:
-        """Return what each transition at position i adds to a score: ``ahead`` (Q + 1,) of its target state, (E,).
+    def draw(self, uniforms: Floats) -> tuple[Indices, Floats]:
+        """Draw a path in proportion to its weight. ``uniforms`` (C,) are in [0, 1).
 
-        It is -inf where the target state is not allowed after ``limit`` positions.
+        Return its indices (C,) into a flat (C, m) array, and numbers (C,) in [0, 1) that are uniform again.
         """
-        return (ahead + self._final if i + 1 == self._limit else ahead)[self._target]
+        node, path, rest = 0, [], []
+        for nodes, uniform in zip(self._nodes, uniforms.tolist(), strict=True):
+            first, last = self._first[nodes.start + node : nodes.start + node + 2]
+            offset, left = _pick(self._probability[first:last], uniform)
+            path.append(first + offset)
+            rest.append(left)
+            node = int(self._target[path[-1]])
+        return self._cell.take(path), np.array(rest)
+
+
+def _slices(counts: Indices) -> list[slice]:
+    """Return the consecutive slices of these lengths (n,)."""
+    ends = [0, *counts.cumsum().tolist()]
+    return [slice(*pair) for pair in pairwise(ends)]
 
 
 def _pick(weights: Floats, uniform: float) -> tuple[int, float]:
@@ -263,8 +301,9 @@ def _pick(weights: Floats, uniform: float) -> tuple[int, float]:
 
     Return the index, and a number in [0, 1) that is uniform again, for one more draw.
     """
-    cumulative = weights.cumsum()
+    cumulative: list[float] = weights.cumsum().tolist()
     target = uniform * cumulative[-1]
-    index = min(np.searchsorted(cumulative, target, side="right"), np.searchsorted(cumulative, cumulative[-1]))
-    rest = (target - cumulative[index] + weights[index]) / weights[index]
-    return int(index), float(min(max(rest, 0.0), _BELOW_ONE))
+    index = min(bisect_right(cumulative, target), bisect_left(cumulative, cumulative[-1]))
+    weight = float(weights[index])
+    rest = (target - cumulative[index] + weight) / weight
+    return index, min(max(rest, 0.0), _BELOW_ONE)

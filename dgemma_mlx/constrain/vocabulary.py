@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from threading import Lock
+from weakref import proxy
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,7 @@ _MAX_TOKEN_BYTES = 32  # longest skeleton token in bytes
 _UNREACHABLE = 1 << 40  # larger than any number of tokens
 
 Ids = NDArray[np.int32]
+Indices = NDArray[np.intp]  # numpy indexes with 64 bits much faster than with 32
 
 
 class TokenAutomaton:
@@ -46,7 +49,9 @@ class TokenAutomaton:
         model's vocabulary size; it may be smaller than the tokenizer's. Raises ``DgemmaError`` (exit code 2) when the
         vocabulary lacks the tokens to end a text from some state.
         """
-        self._automaton, self._tokenizer, self._vocab_size = automaton, tokenizer, vocab_size
+        # A weak reference: what is kept for a tokenizer must not keep the tokenizer.
+        self._automaton, self._tokenizer, self._vocab_size = automaton, proxy(tokenizer), vocab_size
+        self._lock = Lock()  # threads share automata, and classes are added to them
         self.end = automaton.size
         self._eos_ids = frozenset(eos_ids)
         self._class_of_id = np.full(vocab_size, -1, np.int32)  # -1: not computed yet
@@ -62,7 +67,10 @@ class TokenAutomaton:
         ]
         self._add_end_tokens(pad_id)
         self.skeleton: Ids = np.array(sorted({*self._spelling_ids(), *self._eos_ids, pad_id}), np.int32)
+        self._in_skeleton = np.zeros(vocab_size, np.bool_)
+        self._in_skeleton[self.skeleton] = True
         _, source, target = self.transitions(np.unique(self.classes(self.skeleton)))
+        self._skeleton_classes = len(self._transitions)  # the skeleton's tokens have the classes 1 to this number - 1
         self.shortest = self._distances(source, target)
         if (self.shortest >= _UNREACHABLE).any():
             raise DgemmaError(
@@ -74,19 +82,39 @@ class TokenAutomaton:
         """Return the class of each token id, as an int32 array of the same shape as ``ids``."""
         found = self._class_of_id[ids]
         if (found < 0).any():
-            self._compute_classes(np.unique(ids[found < 0]))
+            with self._lock:
+                self._compute_classes(np.unique(ids[found < 0]))
             found = self._class_of_id[ids]
         return found
 
-    def transitions(self, classes: Ids) -> tuple[Ids, Ids, Ids]:
-        """Return all transitions of the classes (m,), as three arrays (E,).
+    def in_skeleton(self, ids: Ids) -> NDArray[np.bool_]:
+        """Return whether each token belongs to the skeleton, as an array of the same shape as ``ids``."""
+        found: NDArray[np.bool_] = self._in_skeleton[ids]
+        return found
+
+    def ordered_classes(self, ids: Ids, classes: Ids) -> Indices:
+        """Return the classes (m,) that have transitions, of the skeleton's tokens and of the tokens ``ids`` (...).
+
+        ``classes`` (...) are the classes of ``ids``. Classes of the skeleton come first, then the others in the order
+        of their smallest ids. Class numbers would be no such order: they depend on the tokens that the automaton was
+        asked for before.
+        """
+        further = classes >= self._skeleton_classes
+        smallest = np.full(len(self._transitions), self._vocab_size)  # id of each class
+        np.minimum.at(smallest, classes[further].astype(np.intp), ids[further].astype(np.intp))  # the dtypes are fast
+        others = (smallest < self._vocab_size).nonzero()[0]
+        return np.concatenate([np.arange(1, self._skeleton_classes), others[smallest[others].argsort()]])
+
+    def transitions(self, classes: NDArray[np.integer]) -> tuple[Indices, Indices, Indices]:
+        """Return all transitions of the classes (m,), as three arrays (E,), sorted by source state and then by index.
 
         The arrays are the index of the transition's class in ``classes``, its source state and its target state.
         """
         each = [self._transitions[number] for number in classes.tolist()]
-        index = np.repeat(np.arange(len(each), dtype=np.int32), [len(pairs) for pairs in each])
-        pairs = np.concatenate(each)
-        return index, pairs[:, 0], pairs[:, 1]
+        index = np.repeat(np.arange(len(each)), [len(pairs) for pairs in each])
+        source, target = np.concatenate(each).T
+        order = source.argsort(kind="stable")
+        return index[order], source[order].astype(np.intp), target[order].astype(np.intp)
 
     def advance(self, state: int, ids: Iterable[int]) -> int:
         """Return the state that the tokens lead to from ``state``, or ``DEAD``.
@@ -174,7 +202,7 @@ class TokenAutomaton:
         found = (self._tokenizer.id_of_bytes(text) for text in prefixes)
         return {id for id in found if id is not None and id < self._vocab_size and id not in self._eos_ids}
 
-    def _distances(self, source: Ids, target: Ids) -> NDArray[np.int64]:
+    def _distances(self, source: Indices, target: Indices) -> NDArray[np.int64]:
         """Return the number of transitions (Q + 1,) from each state to ``end``, or ``_UNREACHABLE``.
 
         Only the given transitions (E,) are used.

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from dgemma_mlx import Constraint
+from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
 from dgemma_mlx.constrain.automaton import automaton_of
 from dgemma_mlx.constrain.projection import Projected, project
 from dgemma_mlx.constrain.vocabulary import TokenAutomaton
+from dgemma_mlx.text import load_tokenizer
 from dgemma_mlx.text.tokenizer import Tokenizer
+from tests.constrain import plain
 from tests.constrain.small import EOS, PAD, TURN, canvases, shares, tokenizer_of
 
 REGEXES = ("a*", "(ab|ba)*", "a?b{0,2}", "b+a", "aab|bba?", "(a|bb)*b", "[ab]{2,4}", "(aaa)*", "", "ab*|ba*")
@@ -69,6 +75,52 @@ def test_projection_equals_all_canvases(data: st.DataObject) -> None:
     first = marginals.argmax(axis=1)
     lead = [min(p[best] - np.delete(p, best).max() for p in (marginals[i], own[i])) for i, best in enumerate(first)]
     np.testing.assert_allclose(found.gap, np.maximum(lead, 0), atol=1e-9)
+
+
+TEXT = {"type": "string"}
+PROPERTIES: tuple[dict[str, Any], ...] = (
+    {"name": TEXT, "age": {"type": "integer"}, "tags": {"type": "array", "items": TEXT}},
+    {"a": {"type": "string", "maxLength": 9}, "b": {"type": "number"}},
+)
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_projection_equals_its_plain_form(data: st.DataObject) -> None:
+    """On automata and vocabularies that are too large to enumerate, with a part of the vocabulary as candidates."""
+    tokenizer, vocab_size = load_tokenizer(DEMO_FOLDER), 768
+    schema = {"type": "object", "properties": data.draw(st.sampled_from(PROPERTIES))}
+    automaton = Constraint.json_schema(schema).automaton
+    token_automaton = TokenAutomaton(automaton, tokenizer, (1, 106), 0, vocab_size)
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    state = data.draw(st.integers(0, automaton.size))
+    C = data.draw(st.integers(1, 40))
+    room = int(token_automaton.shortest[state]) + data.draw(st.integers(0, 60))
+    logits = data.draw(st.sampled_from((0.0, 1.0, 10.0, 60.0, 2000.0))) * rng.normal(size=(C, vocab_size))
+    k = data.draw(st.integers(1, 40))
+    ids = np.stack([rng.permutation(vocab_size)[:k] for _ in range(C)]).astype(np.int32)
+    arguments = (
+        token_automaton, state, room, logits[:, token_automaton.skeleton], ids,
+        np.take_along_axis(logits, ids, axis=1), rng.random(C),
+    )  # fmt: skip
+    found, expected = project(*arguments), plain.project(*arguments)
+    np.testing.assert_array_equal(found.argmax, expected.argmax)
+    np.testing.assert_array_equal(found.sample, expected.sample)
+    np.testing.assert_allclose(found.entropy, expected.entropy, atol=1e-9)
+    np.testing.assert_allclose(found.gap, expected.gap, atol=1e-9)
+
+
+def test_a_sample_does_not_depend_on_earlier_answers() -> None:
+    """The classes of an automaton that was used before have other numbers."""
+    tokenizer = tokenizer_of("a", "b", "aba", "abab", "babab")
+    fresh, used = (token_automaton_of("[ab]{2,20}", tokenizer) for _ in range(2))
+    rng = np.random.default_rng(0)
+    for id in reversed(range(tokenizer.vocab_size)):
+        used.classes(np.array([id], np.int32))
+    for _ in range(50):
+        logits, uniforms = rng.normal(size=(4, tokenizer.vocab_size)), rng.random(4)
+        one, other = (projected(each, 0, 9, logits, uniforms) for each in (fresh, used))
+        np.testing.assert_array_equal(one.sample, other.sample)
 
 
 def test_samples_are_drawn_in_proportion() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -81,12 +85,58 @@ def test_a_model_may_have_fewer_tokens_than_its_tokenizer(demo: Tokenizer) -> No
     assert token_automaton.skeleton.max() < 500
 
 
-def test_one_constraint_serves_several_models(demo: Tokenizer) -> None:
+def test_equal_constraints_are_compiled_once(demo: Tokenizer) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "boolean"}}}
+    asked = Constraint.response_format({"type": "json_schema", "json_schema": {"schema": schema}})
+    assert asked is not None
+    constraints = [Constraint.json_schema(schema), Constraint.json_schema(dict(schema)), asked]
+    assert len({id(constraint.automaton) for constraint in constraints}) == 1
+    assert len({id(over(constraint, demo)) for constraint in constraints}) == 1
+    turned = {**schema, "properties": dict(reversed(schema["properties"].items()))}  # other texts match this one
+    assert over(Constraint.json_schema(turned), demo) is not over(constraints[0], demo)
+
+
+def test_a_kept_automaton_belongs_to_one_model(demo: Tokenizer) -> None:
     constraint = Constraint.regex("[a-z]{4}")
     first = over(constraint, demo)
     assert over(constraint, demo) is first
     assert over(constraint, demo, 700) is not first
     assert over(constraint, load_tokenizer(DEMO)) is not first
+
+
+def test_few_automata_are_kept_and_none_without_its_tokenizer() -> None:
+    tokenizer = load_tokenizer(DEMO)
+    first = weakref.ref(over(Constraint.regex("a{30}"), tokenizer))
+    for length in range(8):
+        over(Constraint.regex(f"a{{{length}}}"), tokenizer)
+    gc.collect()
+    assert first() is None
+    last = weakref.ref(over(Constraint.regex("a{7}"), tokenizer))
+    assert last() is not None
+    del tokenizer
+    gc.collect()
+    assert last() is None
+
+
+def test_threads_share_an_automaton(demo: Tokenizer) -> None:
+    """All threads compile the same constraint and ask for all classes at the same time."""
+    pattern = "([a-z]{1,3} ?){1,9}!"
+    ids, begin = np.arange(768, dtype=np.int32), threading.Barrier(4)
+
+    def ask(shift: int) -> tuple[TokenAutomaton, list[str]]:
+        begin.wait()
+        automaton = over(Constraint.regex(pattern), demo)
+        automaton.classes(np.roll(ids, shift))
+        return automaton, transitions(automaton)
+
+    def transitions(automaton: TokenAutomaton) -> list[str]:
+        return [str(automaton.transitions(automaton.classes(ids[id : id + 1]))[1:]) for id in range(768)]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(ask, (0, 100, 300, 500)))
+    alone = TokenAutomaton(Constraint.regex(pattern).automaton, demo, (1, 106), 0, 768)
+    for automaton, each in found:
+        assert automaton is found[0][0] and each == transitions(alone)
 
 
 @pytest.mark.parametrize("size", [5, 64, 700, 5000, 70_001])
