@@ -23,6 +23,11 @@ from dgemma_mlx.model.cache import PrefixCache
 from dgemma_mlx.model.half_precision import refuse_overflow
 from dgemma_mlx.model.text import DiffusionGemma
 
+# Layers of the next step that the device computes while the caller looks at a step's drafts: long enough for drawing
+# them, and few enough that starting them does not block. With more than ten tasks in flight, ``mx.async_eval`` waits
+# (MLX 0.32); for a whole step it returned after nine tenths of the step's time, and every draft came a step late.
+_STARTED = 2
+
 
 @dataclass(frozen=True)
 class Denoiser:
@@ -47,10 +52,9 @@ class Denoiser:
         """Denoise one canvas of ``canvas_length`` C positions after the cached prefix.
 
         Yield one ``Draft`` per row of the batch for each step; in the last step every draft is ``finished``. While the
-        caller looks at a step's drafts, the device already computes the next step, but no more than that one, and none
-        after the last step. A caller may stop between any two steps. It then closes the generator, which waits for the
-        step that is computed. C may differ from the checkpoint's ``canvas_length``. ``canvas_index`` and ``attempt``
-        only label the drafts. Raises ``DgemmaError`` when the activations of a float16 network overflow.
+        caller looks at a step's drafts, the device already computes the first layers of the next step, if there is one.
+        A caller may stop between any two steps. It then closes the generator, which waits for these layers. C may
+        differ from the checkpoint's ``canvas_length``. ``canvas_index`` and ``attempt`` only label the drafts. Raises ``DgemmaError`` when the activations of a float16 network overflow.
         """
         max_steps = self.config.max_denoising_steps
         stopping = Stopping(self.config, self.speed, edits.free)
@@ -90,15 +94,13 @@ class Denoiser:
     def _decode(
         self, canvas: mx.array, signal: mx.array, cache: PrefixCache, noise: Noise, edits: Edits, number: int
     ) -> _Decoded:
-        """Start the decoder's pass over a canvas (B, C) in step ``number``, and return its results, not yet awaited."""
+        """Start the decoder's pass over a canvas (B, C) in step ``number``, and return its lazy results."""
         x = self.network.decoder_input(canvas, signal)
         mx.async_eval(x)  # the device starts while Python builds the graph of the layers
-        raw = self.network.project(self.network.decode_layers(x, cache))
+        raw = self.network.project(self.network.decode_layers(x, cache, started=_STARTED))
         uniforms = mx.zeros(canvas.shape) if self.greedy else noise.uniform(canvas.shape[1])
         T = temperature(self.config.max_denoising_steps + 1 - number, self.config)
-        sample = self._sample(raw, uniforms, T, edits)
-        mx.async_eval(*sample)
-        return _Decoded(raw, uniforms, T, sample)
+        return _Decoded(raw, uniforms, T, self._sample(raw, uniforms, T, edits))
 
     def _next_signal(self, decoded: _Decoded) -> mx.array:
         """Start what conditions the next step on this one, and return it, (B, C, M)."""
@@ -129,7 +131,7 @@ class Denoiser:
 
 @dataclass
 class _Decoded:
-    """The decoder's pass of one step over a canvas, which the device may still be computing.
+    """The decoder's pass of one step over a canvas, lazy until the step is evaluated.
 
     Attributes:
         raw: Logits before the softcap, (B, C, V).

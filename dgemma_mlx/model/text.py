@@ -228,21 +228,26 @@ class DiffusionGemma(nn.Module):
         """Return the input (B, C, M) of the first layer for canvas ids (B, C) and a signal (B, C, M)."""
         return self.self_conditioning.condition(self.embed(canvas), signal)
 
-    def decode_layers(self, x: mx.array, cache: PrefixCache, router_log: RouterLog | None = None) -> mx.array:
-        """Return the hidden states (B, C, M), after the final norm, for the result (B, C, M) of ``decoder_input``."""
+    def decode_layers(
+        self, x: mx.array, cache: PrefixCache, router_log: RouterLog | None = None, started: int = 0
+    ) -> mx.array:
+        """Return the hidden states (B, C, M), after the final norm, for the result (B, C, M) of ``decoder_input``.
+
+        The device starts to compute the first ``started`` layers at once, and the rest when it is evaluated.
+        """
         masks, scalars = cache.canvas_masks(x.shape[1]), [layer.layer_scalar for layer in self.layers]
-        return self._run_layers(x, cache, masks, cache.with_canvas, scalars, router_log)
+        return self._run_layers(x, cache, masks, cache.with_canvas, scalars, router_log, started)
 
     def _run_layers(
         self, x: mx.array, cache: PrefixCache, masks: dict[str, Mask],
         append: Callable[[int, mx.array, mx.array], tuple[mx.array, mx.array]], scalars: list[mx.array],
-        router_log: RouterLog | None,
+        router_log: RouterLog | None, started: int = 0,
     ) -> mx.array:
         """Run x (B, L, M) through all layers and the final norm and return (B, L, M).
 
         ``masks`` gives the mask of each kind of layer, ``append`` is the method of ``cache`` that takes a layer's index
-        and its new keys and values, and ``scalars`` holds each layer's output factor. In training mode only reference operations run, because the
-        kernels have no gradients.
+        and its new keys and values, and ``scalars`` holds each layer's output factor. ``started`` is that of
+        ``decode_layers``. In training mode only reference operations run, because the kernels have no gradients.
         """
         norms = [*(layer.input_layernorm for layer in self.layers), self.norm]
         wrapper = self._wrapper if self.training else None
@@ -255,6 +260,8 @@ class DiffusionGemma(nn.Module):
                     x, normed, positions, masks[kind], partial(append, i), scalars[i], norms[i + 1], router_log,
                     cache.score_bytes,
                 )  # fmt: skip
+                if i + 1 == started:
+                    mx.async_eval(x, normed)
         return normed
 
     def project(self, hidden: mx.array) -> mx.array:

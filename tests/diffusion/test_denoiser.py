@@ -90,8 +90,8 @@ def test_the_next_canvas_is_sampled_where_accepted_and_random_elsewhere(monkeypa
         decoded.append(canvas)
         return embed(self, canvas, *rest)
 
-    def spy_on_logits(self: DiffusionGemma, *arguments: Any) -> mx.array:
-        hidden = decode(self, *arguments)
+    def spy_on_logits(self: DiffusionGemma, *arguments: Any, **options: Any) -> mx.array:
+        hidden = decode(self, *arguments, **options)
         logits.append(self.logits(hidden))
         return hidden
 
@@ -250,9 +250,9 @@ def test_the_next_step_is_started_before_a_step_is_handed_out_and_none_after_the
     started: list[int] = []
     decode = DiffusionGemma.decode_layers
 
-    def spy(self: DiffusionGemma, *arguments: Any) -> mx.array:
+    def spy(self: DiffusionGemma, *arguments: Any, **options: Any) -> mx.array:
         started.append(len(started) + 1)
-        return decode(self, *arguments)
+        return decode(self, *arguments, **options)
 
     monkeypatch.setattr(DiffusionGemma, "decode_layers", spy)
     for draft, in Denoiser(golden_model(), SETTLES).denoise(prefix(), Noise(1), C):
