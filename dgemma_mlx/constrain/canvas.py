@@ -62,24 +62,30 @@ class CanvasProjection:
 
     rows: Sequence[RowStart]
 
+    def gather(self, raw: mx.array, softcap: float | None) -> tuple[mx.array, mx.array]:
+        """Return the ids (B, C, k) and logits (B, C, S + k) that the projection reads, lazily.
+
+        ``raw`` are logits (B, C, V) before the softcap. The ids are those of the k probable tokens at each position.
+        The logits are float32, of the S tokens of the automaton's skeleton and then of the probable tokens.
+        """
+        ids = top_ids(raw, CANDIDATES)
+        skeleton = mx.array(self.rows[0].constraint.automaton.skeleton)
+        logits = mx.concatenate([raw[..., skeleton], mx.take_along_axis(raw, ids, axis=-1)], axis=-1)
+        logits = logits.astype(mx.float32)
+        return ids, logits if softcap is None else softcap * mx.tanh(logits / softcap)
+
     def __call__(
-        self, sample: CanvasSample, raw: mx.array, uniforms: mx.array, softcap: float | None, temperature: float
+        self, sample: CanvasSample, gathered: tuple[mx.array, ...], uniforms: mx.array, temperature: float
     ) -> CanvasSample:
         """Return the sample (B, C) of canvases that match.
 
-        ``raw`` are logits (B, C, V) before the softcap, and ``uniforms`` (B, C) are numbers in [0, 1). The entropy of a
+        ``gathered`` is the result of ``gather``, and ``uniforms`` (B, C) are numbers in [0, 1). The entropy of a
         position is at least that of ``sample``. ``kept_weights`` holds (gap, 0), so that ``diffusion.stopping.gap``
         finds the gap; ``kept_ids`` is unused. The arguments are evaluated.
         """
+        ids, logits = gathered
         automaton = self.rows[0].constraint.automaton
-        ids = top_ids(raw, CANDIDATES)
-        skeleton = mx.array(automaton.skeleton)
-        logits = mx.concatenate([raw[..., skeleton], mx.take_along_axis(raw, ids, axis=-1)], axis=-1)
-        logits = logits.astype(mx.float32)
-        if softcap is not None:
-            logits = softcap * mx.tanh(logits / softcap)
-        mx.eval(ids, logits)
-        scores, S = np.array(logits, np.float64) / temperature, skeleton.size
+        scores, S = np.array(logits, np.float64) / temperature, automaton.skeleton.size
         candidates, draws = np.array(ids), np.array(uniforms, np.float64)
         projected = [
             project(automaton, start.constraint.state, start.room, scores[row, :, :S], candidates[row],

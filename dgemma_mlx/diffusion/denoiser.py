@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import GenerationConfig
-from dgemma_mlx.diffusion.edits import NO_EDITS, Edits, Projection
+from dgemma_mlx.diffusion.edits import NO_EDITS, Edits
 from dgemma_mlx.diffusion.sampler import Noise
 from dgemma_mlx.diffusion.schedule import temperature
 from dgemma_mlx.diffusion.speed import REFERENCE, Speed
@@ -54,7 +54,8 @@ class Denoiser:
         Yield one ``Draft`` per row of the batch for each step; in the last step every draft is ``finished``. While the
         caller looks at a step's drafts, the device already computes the first layers of the next step, if there is one.
         A caller may stop between any two steps. It then closes the generator, which waits for these layers. C may
-        differ from the checkpoint's ``canvas_length``. ``canvas_index`` and ``attempt`` only label the drafts. Raises ``DgemmaError`` when the activations of a float16 network overflow.
+        differ from the checkpoint's ``canvas_length``. ``canvas_index`` and ``attempt`` only label the drafts. Raises
+        ``DgemmaError`` when the activations of a float16 network overflow.
         """
         max_steps = self.config.max_denoising_steps
         stopping = Stopping(self.config, self.speed, edits.free)
@@ -69,8 +70,10 @@ class Denoiser:
                     decoded = self._decode(canvas, signal, cache, noise, edits, number)
                 sample = decoded.sample
                 if edits.projection is not None:
+                    gathered = edits.projection.gather(decoded.raw, self.network.config.final_logit_softcapping)
+                    mx.eval(*decoded.sample, *gathered)
                     signal = self._next_signal(decoded)  # the device computes it while the CPU projects
-                    sample = self._project(decoded, edits.projection)
+                    sample = edits.projection(decoded.sample, gathered, decoded.uniforms, decoded.temperature)
                 step = self._accept(sample, noise, edits, stopping)
                 if last is not None:
                     step = step.keep_finished(last)
@@ -103,17 +106,11 @@ class Denoiser:
         return _Decoded(raw, uniforms, T, self._sample(raw, uniforms, T, edits))
 
     def _next_signal(self, decoded: _Decoded) -> mx.array:
-        """Start what conditions the next step on this one, and return it, (B, C, M)."""
-        mx.eval(*decoded.sample)
+        """Start what conditions the next step on this one, whose sample is evaluated, and return it, (B, C, M)."""
         prediction = self.network.predict(decoded.raw, decoded.sample, decoded.temperature)
         signal = self.network.conditioning_signal(prediction, decoded.uniforms.shape)
         mx.async_eval(signal)
         return signal
-
-    def _project(self, decoded: _Decoded, projection: Projection) -> CanvasSample:
-        """Return the sample (B, C) of an allowed canvas."""
-        softcap = self.network.config.final_logit_softcapping
-        return projection(decoded.sample, decoded.raw, decoded.uniforms, softcap, decoded.temperature)
 
     def _accept(self, sample: CanvasSample, noise: Noise, edits: Edits, stopping: Stopping) -> _Step:
         """Accept the certain positions of a sample (B, C), renoise the others, and test whether to stop."""

@@ -54,14 +54,18 @@ class StartCanvas:
 
 
 class Projection(Protocol):
-    """Moves a step's sample onto the canvases that a constraint allows."""
+    """Moves a step's sample onto the canvases that a constraint allows, on the CPU."""
+
+    def gather(self, raw: mx.array, softcap: float | None) -> tuple[mx.array, ...]:
+        """Return what the projection reads of raw logits (B, C, V), lazily."""
 
     def __call__(
-        self, sample: CanvasSample, raw: mx.array, uniforms: mx.array, softcap: float | None, temperature: float
+        self, sample: CanvasSample, gathered: tuple[mx.array, ...], uniforms: mx.array, temperature: float
     ) -> CanvasSample:
         """Return the sample (B, C) of an allowed canvas.
 
-        ``sample`` is the unconstrained sample; the other arguments are those that ``canvas_sampler`` made it from.
+        ``sample`` is the unconstrained sample, made with ``uniforms`` at ``temperature``. ``gathered`` is the result of
+        ``gather`` for its logits. Both are evaluated.
         """
 
 
