@@ -241,8 +241,8 @@ class DiffusionGemma(nn.Module):
         """Run x (B, L, M) through all layers and the final norm and return (B, L, M).
 
         ``masks`` gives the mask of each kind of layer, ``append`` is the method of ``cache`` that takes a layer's index
-        and its new keys and values, and ``scalars`` holds each layer's output factor. In training mode only reference operations run, because the
-        kernels have no gradients.
+        and its new keys and values, and ``scalars`` holds each layer's output factor. In training mode only reference
+        operations run, because the kernels have no gradients.
         """
         norms = [*(layer.input_layernorm for layer in self.layers), self.norm]
         wrapper = self._wrapper if self.training else None
