@@ -81,7 +81,8 @@ TrimCanvas = Annotated[
 ]  # fmt: skip
 PrefillStep = Annotated[
     int | None,
-    resource_option("--prefill-step-size", min=1, show_default="2048, without Metal 512; fewer to stay within the memory limit",
+    resource_option("--prefill-step-size", min=1,
+                    show_default="2048, or 512 without Metal; fewer to stay within the memory limit",
                     help="Prompt tokens encoded at a time. It affects memory and speed only."),
 ]  # fmt: skip
 

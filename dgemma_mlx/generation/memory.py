@@ -115,9 +115,9 @@ def fitting_budget(
 ) -> Budget:
     """Return the largest budget with which prompts of up to ``positions`` stay within ``limit`` bytes.
 
-    ``prefill_step_size`` is the caller's choice, or None. Raises ``DgemmaError`` when not even the smallest budget fits,
-    or the limit is not positive. Without a limit, the device's own one applies. It may be stretched, so the smallest
-    budget is returned where none stays within it.
+    ``prefill_step_size`` is the caller's choice, or None. Raises ``DgemmaError`` when not even the smallest budget
+    fits, or the limit is not positive. Without a limit, the device's own one applies. It may be stretched, so the
+    smallest budget is returned where none stays within it.
     """
     if limit is not None and limit <= 0:
         raise DgemmaError(
@@ -134,11 +134,13 @@ def fitting_budget(
             return replace(budget, idle_bytes=min(bound - needed, useful))
     if limit is None:
         return budgets[-1]
-    context = f"{positions:,} tokens of context" if work.rows == 1 else f"{work.rows} canvases after {positions:,} tokens"
-    fewer = "" if work.rows == 1 else "Take fewer prompts or candidates at a time. Or s"
+    canvases, fewer = "", ""
+    if work.rows > 1:
+        canvases, fewer = f"{work.rows} canvases after ", "Take fewer prompts or candidates at a time. "
     raise DgemmaError(
-        f"{context} take about {size(needed)}, more than the memory limit of {size(limit)}",
-        f"{fewer or 'S'}horten the prompt, raise --memory-limit, or take a checkpoint with fewer bits per weight.",
+        f"{canvases}{positions:,} tokens of context take about {size(needed)}, "
+        f"more than the memory limit of {size(limit)}",
+        f"{fewer}Shorten the prompt, raise --memory-limit, or take a checkpoint with fewer bits per weight.",
     )
 
 

@@ -98,8 +98,8 @@ class Runner:
         cache.reserve(len(ids) - known)  # once: a later, larger buffer would copy what is encoded before
         turn = max(known, self._model_turn(ids))
         shared = min(prompt_cache.shared, turn)
-        if shared - known < min(_LEAST_SHARED, self._budget.prefill_step_size):  # such a mark would save the next prompt little
-            shared = known
+        if shared - known < min(_LEAST_SHARED, self._budget.prefill_step_size):
+            shared = known  # such a mark would save the next prompt little
         for start, end, mark in ((known, shared, "shared"), (shared, turn, "turn"), (turn, len(ids), None)):
             encoded = start
             for count in self._encode(mx.array([ids[start:end]], mx.int32), cache):

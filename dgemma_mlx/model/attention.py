@@ -30,10 +30,10 @@ def attend(q: mx.array, k: mx.array, v: mx.array, mask: Mask, score_bytes: int =
     ``q`` is (B, H, L, D), ``k`` and ``v`` are (B, Hk, S, D), and ``mask`` says which keys each query sees. The queries
     are the last L of the S positions.
 
-    When the scores of all queries of a row would take more than ``score_bytes`` as float32, they are computed in blocks,
-    so that memory grows linearly with S. The bound is per row, so that a row is computed in the same blocks in any batch.
-    A block holds some queries with all their keys as long as at least ``_LEAST_ROWS``
-    queries fit. Below that, a block holds ``_MOST_ROWS`` queries with some of their keys.
+    When the scores (H, L, S) of a row of the batch would take more than ``score_bytes`` as float32, they are computed
+    in blocks, so that memory grows linearly with S. The bound is per row, so that a row is computed in the same blocks
+    in any batch. A block holds some queries with all their keys as long as at least ``_LEAST_ROWS`` queries fit. Below
+    that, a block holds ``_MOST_ROWS`` queries with some of their keys.
 
     Blocks of queries alone would be slow for a long prefix, because each block reads all keys and values. In the
     published model's full-attention layers (16 query heads, 2 key/value heads of 512 values) at S = 262,144 these are
@@ -42,7 +42,7 @@ def attend(q: mx.array, k: mx.array, v: mx.array, mask: Mask, score_bytes: int =
     2,048 keys, the keys and values are read once, in products of 2,048 rows. The additional launches (128 blocks of
     about eight) are cheap compared with the 2.2 TFLOP of the products.
     """
-    B, H, L, _ = q.shape
+    H, L = q.shape[1:3]
     S = k.shape[2]
     fitting = score_bytes // (4 * H * S)
     by_keys = fitting < min(L, _LEAST_ROWS)

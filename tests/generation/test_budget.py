@@ -18,6 +18,8 @@ from dgemma_mlx.generation.memory import Budget, Work, cache_memory, device_limi
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.generation.options import Verify
 from dgemma_mlx.generation.prefill import prefill
+from dgemma_mlx.infill.fill import fill
+from dgemma_mlx.infill.template import Gap
 from dgemma_mlx.kernels import canvas_sampler
 from dgemma_mlx.model.text import DiffusionGemma
 
@@ -157,7 +159,8 @@ def test_a_smaller_budget_takes_less() -> None:
 def test_a_long_prefill_never_copies_what_is_encoded() -> None:
     """A hidden state that outlives its chunk would refer to the last layer's buffers, and MLX would copy them."""
     wide = {"num_hidden_layers": 2, "num_global_key_value_heads": 4, "global_head_dim": 128}
-    config = ModelConfig(TextConfig.from_dict({**SMALL, **wide, "layer_types": ["sliding_attention", "full_attention"]}))
+    layers = {"layer_types": ["sliding_attention", "full_attention"]}
+    config = ModelConfig(TextConfig.from_dict({**SMALL, **wide, **layers}))
     peak, held = prefill_peak(config, 2048, Budget(64, 1 << 18)), cache_memory(config, 2048)
     assert held > 10e6
     assert peak < 1.4 * held
@@ -233,11 +236,22 @@ def test_a_batch_takes_what_was_estimated(
 def test_a_batch_that_does_not_fit_is_refused_and_its_prompts_fit_alone(large_vocabulary: Model) -> None:
     model, prompts = large_vocabulary, ["a cat"] * 4
     limit = run_memory(model.config, model.weight_bytes(), 32) + 1_000_000
-    with pytest.raises(DgemmaError, match=r"^4 canvases after \d+ tokens take about .* the memory limit of") as caught:
+    with pytest.raises(DgemmaError, match=r"^4 canvases after \d+ tokens of context take .* limit of") as caught:
         generate_batch(model, prompts, memory_limit=limit, raw=True)
     assert "fewer prompts or candidates at a time" in (caught.value.hint or "")
     [done] = generate_batch(model, prompts[:1], memory_limit=limit, raw=True, max_tokens=8)
     assert done.tokens
+
+
+@pytest.mark.parametrize(("candidates", "words"), [(1, 3), (8, 3), (8, 600)])
+def test_filling_takes_what_was_estimated(large_vocabulary: Model, candidates: int, words: int) -> None:
+    """All candidates follow one prefix, which is encoded once and copied."""
+    model, text = large_vocabulary, "a cat " * words
+    positions = len(model.encode_prompt(text, raw=True))
+    parts = [text, Gap(size=7)]  # fills the canvas; all candidates of a known length are written at a time
+    peak = request_peak(lambda: fill(model, parts, raw=True, candidates=candidates, seed=1, speed="reference"))
+    estimate = run_memory(model.config, 0, positions, work=Work(candidates, shares_prefix=True))
+    assert estimate == pytest.approx(peak, rel=0.15)
 
 
 def test_a_step_size_of_the_callers_is_counted() -> None:
