@@ -12,6 +12,7 @@ from typing import Any
 from dgemma_mlx.kernels.attention_residual import AttentionResidual, attention_residual
 from dgemma_mlx.kernels.canvas_sampler import MAX_KEPT, CanvasSample, LogitBias, canvas_sampler
 from dgemma_mlx.kernels.dispatch import DispatchedOperation, references
+from dgemma_mlx.kernels.fused_attention import can_fuse, fused_attention
 from dgemma_mlx.kernels.moe_combine import moe_combine
 from dgemma_mlx.kernels.moe_route import Route, moe_route
 from dgemma_mlx.kernels.norm_residual import norm_residual
@@ -24,8 +25,8 @@ from dgemma_mlx.kernels.sparse_soft_embedding import (
 
 # Every operation that has a kernel, for the self-check of all of them by `dgemma-mlx doctor`.
 OPERATIONS: tuple[DispatchedOperation[..., Any], ...] = (
-    canvas_sampler, dense_soft_embedding, *packed_soft_embedding.values(), qk_norm_rope, attention_residual, moe_route,
-    moe_combine, norm_residual,
+    canvas_sampler, dense_soft_embedding, *packed_soft_embedding.values(), qk_norm_rope, fused_attention,
+    attention_residual, moe_route, moe_combine, norm_residual,
 )  # fmt: skip
 
 __all__ = [
@@ -37,7 +38,9 @@ __all__ = [
     "LogitBias",
     "Route",
     "attention_residual",
+    "can_fuse",
     "canvas_sampler",
+    "fused_attention",
     "moe_combine",
     "moe_route",
     "norm_residual",

@@ -247,7 +247,7 @@ def _packed_example(dtype: mx.Dtype, group_size: int, bits: int, mode: str) -> t
     """Return arguments with a packed table. Its rows are repeated, because packing takes memory."""
     table = _example_table(dtype)[: _EXAMPLE_VOCAB_SIZE // 16]
     packed, scales, *biases = (mx.tile(part, (16, 1)) for part in mx.quantize(table, group_size, bits, mode))
-    return packed, scales, *(biases or [None]), *_example_lists(), group_size, bits, mode
+    return packed, scales, biases[0] if biases else None, *_example_lists(), group_size, bits, mode
 
 
 def _packed_operation(group_size: int, bits: int, mode: str) -> DispatchedOperation[..., mx.array]:

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from dgemma_mlx.checkpoint.config import FULL, TextConfig
-from dgemma_mlx.kernels import qk_norm_rope
+from dgemma_mlx.kernels import can_fuse, fused_attention, qk_norm_rope
 from dgemma_mlx.model.cache import SCORE_BYTES, Mask
 from dgemma_mlx.model.packed import Linear
 from dgemma_mlx.model.rope import rope_periods
@@ -58,6 +58,8 @@ def attend(q: mx.array, k: mx.array, v: mx.array, mask: Mask, score_bytes: int =
         if by_keys:
             step = max(_LEAST_ROWS, score_bytes // (4 * H * (end - start)))
             blocks.append(_running_softmax(queries, keys, values, part, step))
+        elif part is None and can_fuse(queries):
+            blocks.append(fused_attention(queries, keys, values))
         else:
             blocks.append(mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=part))
     return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=2)
