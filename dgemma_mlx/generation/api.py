@@ -56,7 +56,8 @@ def load(
         DgemmaError: When there is no such model or adapter, when its files are incomplete or damaged, or when ``dtype``
             is float16 and the model exceeds its range.
     """
-    if dtype is not None and dtype != "auto" and not mx.issubdtype(dtype, mx.floating):
+    is_floating = isinstance(dtype, mx.Dtype) and mx.issubdtype(dtype, mx.floating)
+    if dtype is not None and dtype != "auto" and not is_floating:
         raise DgemmaError(f"dtype must be a floating dtype, not {dtype}", "For example mlx.core.bfloat16.", exit_code=2)
     checkpoint = resolve(None if model is None else str(model))
     config = ModelConfig.load(checkpoint.folder)

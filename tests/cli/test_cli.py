@@ -170,3 +170,11 @@ def test_generating_imports_only_the_parts_that_it_uses() -> None:
         "constrain", "model.adapter", "generation.prompt_cache_file", "generation.identity", "train", "infill.fill",
     )  # fmt: skip
     assert not [name for name in imported if name.startswith(tuple(f"dgemma_mlx.{part}" for part in unused))]
+
+
+def test_the_number_format_can_be_chosen() -> None:
+    for dtype in ("auto", "float32", "float16"):
+        assert answer("--dtype", dtype, "Sort 7 3 5") == "3 5 7\n"
+    done = run("generate", "-m", "demo", "Sort 7 3 5", DGEMMA_DTYPE="float8")
+    assert done.returncode == 2
+    assert b"DGEMMA_DTYPE must be one of auto, bfloat16, float16, float32" in done.stderr
