@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -178,7 +179,7 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ours = ours_by_prompt[row["case"], row["prompt_tokens"]]
         if row is not ours:
             shared = [quantity for quantity in QUANTITIES if quantity in row and quantity in ours]
-            times = {quantity: row[quantity]["median"] / ours[quantity]["median"] for quantity in shared}
+            times = {quantity: row[quantity]["median"] / (ours[quantity]["median"] or math.inf) for quantity in shared}
             found.append({**{name: row[name] for name in ("case", "prompt_tokens", "program")}, **times})
     return found
 

@@ -1,4 +1,4 @@
-"""Formatting and parsing of human-readable byte counts."""
+"""Formatting and parsing of human-readable byte counts, and rates."""
 
 from __future__ import annotations
 
@@ -32,3 +32,8 @@ def parse_size(text: str) -> int:
     if not 1 <= value < float("inf"):
         raise DgemmaError(f"not a size: {text!r}", "Write a number and a unit: 8GB, 7.5GiB or 900MB.", exit_code=2)
     return int(value)
+
+
+def rate(count: float, amount: float) -> float:
+    """Return count / amount, or 0.0 when ``amount`` is 0: nothing was counted, or the clock has not moved."""
+    return count / amount if amount else 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.sizes import parse_size
+from dgemma_mlx.sizes import parse_size, rate
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,8 @@ def test_invalid_sizes_are_refused(text: str) -> None:
     with pytest.raises(DgemmaError, match="not a size") as caught:
         parse_size(text)
     assert caught.value.exit_code == 2
+
+
+def test_a_rate_is_0_where_the_clock_has_not_moved() -> None:
+    assert rate(3, 2.0) == 1.5
+    assert rate(3, 0.0) == rate(0, 0) == 0.0

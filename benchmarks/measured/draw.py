@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class Plot:
 PLOTS = (
     Plot("step", "seconds per denoising step", "step_seconds", lambda row: row["step_seconds"]["median"]),
     Plot("prefill", "prefill, tokens per second", "prefill_seconds",
-         lambda row: row["prompt_tokens"] / row["prefill_seconds"]["median"]),
+         lambda row: row["prompt_tokens"] / (row["prefill_seconds"]["median"] or math.inf)),
     Plot("memory", "peak resident memory, MB", "resident_peak", lambda row: row["resident_peak"]["median"] / 1e6),
     Plot("start", "seconds from start to first step", "start_seconds", lambda row: row["start_seconds"]["median"]),
 )  # fmt: skip

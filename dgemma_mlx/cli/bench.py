@@ -15,6 +15,7 @@ from dgemma_mlx.cli.parameters import AsJson, CpuDequantize, Dtype, ModelName, M
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.sizes import rate
 
 if TYPE_CHECKING:
     from dgemma_mlx.generation.model import Model
@@ -148,7 +149,7 @@ def _prompt_row(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "prompt_tokens": tokens,
         "prefill_seconds": _spread([run["prefill_seconds"] for run in runs]),
-        "prefill_tokens_per_second": _spread([tokens / run["prefill_seconds"] for run in runs]),
+        "prefill_tokens_per_second": _spread([rate(tokens, run["prefill_seconds"]) for run in runs]),
         "step_seconds": _spread([seconds for run in runs for seconds in run["step_seconds"]]),
         "peak_memory": max(run["peak_memory"] for run in runs),
     }

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import GenerationConfig
-from dgemma_mlx.constrain.canvas import ConstraintState, RowStart
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Committed, Done, Draft, FinishReason, Statistics
+from dgemma_mlx.sizes import rate
 from dgemma_mlx.text.parts import Parts, PartsParser
+
+if TYPE_CHECKING:
+    from dgemma_mlx.constrain.canvas import ConstraintState, RowStart
 
 
 @dataclass
@@ -65,6 +69,8 @@ class Answer:
         """
         if self.constraint is None:
             return None
+        from dgemma_mlx.constrain.canvas import RowStart
+
         written = len(self.prompt_ids) + len(self.tokens)
         canvases = max(1, (self.max_positions - written) // canvas_length)
         return RowStart(self.constraint, min(self.remaining, canvases * canvas_length))
@@ -124,10 +130,10 @@ class Answer:
             generated_tokens=count,
             canvases=self.canvases,
             denoising_steps=self.steps,
-            tokens_per_forward=count / self.steps if self.steps else 0.0,
+            tokens_per_forward=rate(count, self.steps),
             prefill_seconds=prefill_seconds,
             seconds=prefill_seconds + seconds,
-            tokens_per_second=count / seconds if seconds else 0.0,
+            tokens_per_second=rate(count, seconds),
             peak_memory=mx.get_peak_memory(),
             low_confidence=self.low_confidence,
             doubted_tokens=self.doubted,

@@ -6,15 +6,13 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import GenerationConfig, ModelConfig
 from dgemma_mlx.checkpoint.hub import resolve
 from dgemma_mlx.checks import check_count, check_seed
-from dgemma_mlx.constrain.canvas import ConstraintState
-from dgemma_mlx.constrain.constraint import Constraint
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Done, Event
@@ -24,7 +22,6 @@ from dgemma_mlx.generation.model import Model
 from dgemma_mlx.generation.options import GenerationOptions, Verify
 from dgemma_mlx.generation.prompt_cache import PromptCache
 from dgemma_mlx.generation.runner import Runner
-from dgemma_mlx.model.adapter_file import load_adapter, read_adapter
 from dgemma_mlx.model.dequantize import dequantize, dequantized_bytes
 from dgemma_mlx.model.half_precision import fastest, require_float16
 from dgemma_mlx.model.load import load_model
@@ -32,6 +29,9 @@ from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.text.chat import Message
 from dgemma_mlx.text.parts import PartsParser
 from dgemma_mlx.text.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from dgemma_mlx.constrain.constraint import Constraint
 
 DEFAULT_MAX_TOKENS = 1024
 
@@ -56,7 +56,8 @@ def load(
         DgemmaError: When there is no such model or adapter, when its files are incomplete or damaged, or when ``dtype``
             is float16 and the model exceeds its range.
     """
-    if dtype is not None and dtype != "auto" and not mx.issubdtype(dtype, mx.floating):
+    is_floating = isinstance(dtype, mx.Dtype) and mx.issubdtype(dtype, mx.floating)
+    if dtype is not None and dtype != "auto" and not is_floating:
         raise DgemmaError(f"dtype must be a floating dtype, not {dtype}", "For example mlx.core.bfloat16.", exit_code=2)
     checkpoint = resolve(None if model is None else str(model))
     config = ModelConfig.load(checkpoint.folder)
@@ -67,6 +68,8 @@ def load(
         if should_dequantize(dequantized_bytes(network), cpu_dequantize):
             dequantize(network)
         if folder is not None:
+            from dgemma_mlx.model.adapter_file import load_adapter
+
             load_adapter(network, folder)
         return network
 
@@ -76,8 +79,11 @@ def load(
         network = open_network(dtype)
     if dtype == mx.float16:
         require_float16(network, config.bos_token_id)
-    canvas_length = None if folder is None else read_adapter(folder)[0].canvas_length
-    config = config if canvas_length is None else replace(config, canvas_length=canvas_length)
+    if folder is not None:
+        from dgemma_mlx.model.adapter_file import read_adapter
+
+        canvas_length = read_adapter(folder)[0].canvas_length
+        config = config if canvas_length is None else replace(config, canvas_length=canvas_length)
     _evaluate(network)
     return Model(
         name=checkpoint.name,
@@ -254,6 +260,8 @@ def _runner(
     work = Work(len(prompts), verifies=options.verify != "off")
     budget = fit_to_memory(model, max(map(len, prompts)), work, options.memory_limit, options.prefill_step_size)
     automaton = options.token_automaton(model)
+    if automaton is not None:
+        from dgemma_mlx.constrain.canvas import ConstraintState
     answers = [
         Answer(
             ids, secrets.randbits(32) if seed is None else seed, limit, model.config.text.max_position_embeddings,

@@ -11,8 +11,6 @@ from pathlib import Path
 import mlx.core as mx
 
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.generation import prompt_cache_file
-from dgemma_mlx.generation.identity import ModelIdentity
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.model.cache import PrefixCache, Snapshot
 from dgemma_mlx.model.text import DiffusionGemma
@@ -46,6 +44,9 @@ class PromptCache:
 
         Raises ``DgemmaError`` for any other file, and for a file of another model.
         """
+        from dgemma_mlx.generation import prompt_cache_file
+        from dgemma_mlx.generation.identity import ModelIdentity
+
         loaded = cls()
         loaded._stored = Path(path)
         ids, cache, marks = prompt_cache_file.read(Path(path), model.network, ModelIdentity.of(model))
@@ -95,6 +96,9 @@ class PromptCache:
         if not encoded.is_exact():
             encoded.go_back(len(encoded.ids))
         if encoded.ids and self._stored != path:
+            from dgemma_mlx.generation import prompt_cache_file
+            from dgemma_mlx.generation.identity import ModelIdentity
+
             identity = ModelIdentity.of(model)
             prompt_cache_file.write(path, model.network, identity, encoded.ids, encoded.cache, encoded.marks)
             self._stored = path

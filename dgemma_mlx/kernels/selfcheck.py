@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -97,6 +96,8 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         """Use the JSON file ``path``, which does not need to exist."""
+        from importlib.metadata import version
+
         self._path = path
         self._machine = f"mlx {version('mlx')} on {mx.device_info().get('device_name', 'CPU')}"
 

@@ -22,7 +22,6 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.model.adapter import Adapted
 from dgemma_mlx.model.experts import ExpertLinear, QuantizedExpertLinear
 from dgemma_mlx.model.text import DiffusionGemma, Layer
 
@@ -32,7 +31,7 @@ MARGIN = 4.0  # the activations of the check must stay below LARGEST / MARGIN, b
 _FIRST_NATIVE = 15  # generation of Apple GPUs that introduced bfloat16: M3. M1 is 13 and M2 is 14.
 _PREFIX, _CANVAS = 48, 64  # positions of the text with which the activations are checked
 _ADVICE = "Use bfloat16: --dtype bfloat16, or dtype=mlx.core.bfloat16 in Python."
-_PROJECTIONS = (nn.Linear, nn.QuantizedLinear, ExpertLinear, QuantizedExpertLinear, *Adapted)
+_PROJECTIONS = (nn.Linear, nn.QuantizedLinear, ExpertLinear, QuantizedExpertLinear)
 
 
 def lacks_bfloat16(architecture: str) -> bool:
@@ -107,10 +106,12 @@ def float16_problem(network: DiffusionGemma, first_id: int) -> str | None:
 
 def _largest_activation(network: DiffusionGemma, first_id: int) -> float:
     """Return the largest absolute value among the activations of a short text; NaN or infinity after an overflow."""
+    from dgemma_mlx.model.adapter import Adapted
+
     peaks: list[mx.array] = []
     layers, projections = network.layers, [
         (parent, name, child) for parent in network.modules() if not isinstance(parent, Adapted)
-        for name, child in parent.children().items() if isinstance(child, _PROJECTIONS)
+        for name, child in parent.children().items() if isinstance(child, (*_PROJECTIONS, *Adapted))
     ]  # fmt: skip
     try:
         for parent, name, child in projections:

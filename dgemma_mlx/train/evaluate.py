@@ -12,6 +12,7 @@ from typing import Any
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.api import generate_batch
 from dgemma_mlx.generation.model import Model
+from dgemma_mlx.sizes import rate
 from dgemma_mlx.text.chat import Message
 from dgemma_mlx.train import sudoku
 from dgemma_mlx.train.dataset import Example
@@ -144,8 +145,8 @@ def evaluate(
                       "denoising_steps": done.statistics.denoising_steps})  # fmt: skip
             number += 1
     return Result(
-        len(problems), right, right / len(problems), round(steps / len(problems), 2), round(steps / canvases, 2),
-        round(tokens / steps, 2), round(time.perf_counter() - began, 2),
+        len(problems), right, right / len(problems), round(steps / len(problems), 2), round(rate(steps, canvases), 2),
+        round(rate(tokens, steps), 2), round(time.perf_counter() - began, 2),
     )
 
 

@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.model.text import DiffusionGemma
+from dgemma_mlx.sizes import rate
 from dgemma_mlx.train.batches import Part
 from dgemma_mlx.train.objective import ObjectiveConfig, block_diffusion_loss
 
@@ -143,7 +144,7 @@ class _Meter:
         passed, seconds = step - self._step, time.perf_counter() - self._began
         return {
             "step": step, **{name: round(total / passed, 4) for name, total in self._sums.items()},
-            "seconds_per_step": round(seconds / passed, 3), "tokens_per_second": round(self._tokens / seconds),
+            "seconds_per_step": round(seconds / passed, 3), "tokens_per_second": round(rate(self._tokens, seconds)),
             "seconds_left": round((steps - step) * seconds / passed), "peak_memory": mx.get_peak_memory(),
         }  # fmt: skip
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from dgemma_mlx.generation.api import generate
 from dgemma_mlx.generation.model import Model
+from dgemma_mlx.sizes import rate
 from dgemma_mlx.train.tasks import TASKS
 
 
@@ -44,7 +45,7 @@ def score_task(model: Model, task: str, prompts: int, seed: int = 0) -> Score:
         tokens += done.statistics.generated_tokens
         steps += done.statistics.denoising_steps
         canvases += done.statistics.canvases
-    return Score(task, prompts, correct / prompts, round(steps / canvases, 2), round(tokens / steps, 2))
+    return Score(task, prompts, correct / prompts, round(rate(steps, canvases), 2), round(rate(tokens, steps), 2))
 
 
 def score_card(model: Model, prompts: int, tasks: Iterable[str] = tuple(TASKS)) -> list[Score]:

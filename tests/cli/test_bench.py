@@ -118,3 +118,8 @@ def test_every_run_counts(model: Model) -> None:
     assert len(announced) == 1 + 3 * 3
     assert [row["prompt_tokens"] for row in found["prompts"]] == [8, 24]
     assert found["answer"]["generated_tokens"] > 0
+
+
+def test_a_clock_that_does_not_move_is_no_error() -> None:
+    still = {"prompt_tokens": 5, "prefill_seconds": 0.0, "step_seconds": [0.0], "peak_memory": 1}
+    assert bench._prompt_row([still])["prefill_tokens_per_second"] == {"median": 0.0, "least": 0.0, "most": 0.0}

@@ -132,10 +132,10 @@ def test_interrupting_a_generation_exits_with_130() -> None:
 
 
 def imported_by(*arguments: str) -> set[str]:
-    """Return the top-level modules that a run of the program imports."""
+    """Return the names of the modules that a run of the program imports."""
     code = (
         "import sys\nfrom dgemma_mlx.cli.app import run\nassert run() == 0\n"
-        "print(*sorted({name.split('.')[0] for name in sys.modules}), file=sys.stderr)"
+        "print(*sorted(sys.modules), file=sys.stderr)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], stdin=subprocess.DEVNULL, capture_output=True, check=True,
@@ -144,13 +144,37 @@ def imported_by(*arguments: str) -> set[str]:
     return set(done.stderr.decode().splitlines()[-1].split())
 
 
+def top_level(modules: set[str]) -> set[str]:
+    """Return the packages to which these modules belong."""
+    return {name.partition(".")[0] for name in modules}
+
+
 def test_help_does_not_import_mlx() -> None:
     assert imported_by("--help").isdisjoint({"mlx", "numpy", "tokenizers", "jinja2", "huggingface_hub"})
 
 
 def test_generating_imports_nothing_slow() -> None:
     imported = imported_by("generate", "-m", "demo", "-q", "Sort 7 3 5")
-    assert "mlx" in imported
-    assert imported.isdisjoint(
-        {"mlx_lm", "transformers", "torch", "sentencepiece", "huggingface_hub", "rich", "outlines_core"}
-    )
+    packages = top_level(imported)
+    assert "mlx" in packages
+    assert packages.isdisjoint({
+        "mlx_lm", "transformers", "torch", "sentencepiece", "huggingface_hub", "rich", "outlines_core", "jsonschema",
+        "pydantic", "safetensors", "prompt_toolkit", "dgemma_convert",
+    })  # fmt: skip
+
+
+def test_generating_imports_only_the_parts_that_it_uses() -> None:
+    """Constraints, adapters, prompt caches in files and infilling are imported when they are asked for."""
+    imported = imported_by("generate", "-m", "demo", "-q", "Sort 7 3 5")
+    unused = (
+        "constrain", "model.adapter", "generation.prompt_cache_file", "generation.identity", "train", "infill.fill",
+    )  # fmt: skip
+    assert not [name for name in imported if name.startswith(tuple(f"dgemma_mlx.{part}" for part in unused))]
+
+
+def test_the_number_format_can_be_chosen() -> None:
+    for dtype in ("auto", "float32", "float16"):
+        assert answer("--dtype", dtype, "Sort 7 3 5") == "3 5 7\n"
+    done = run("generate", "-m", "demo", "Sort 7 3 5", DGEMMA_DTYPE="float8")
+    assert done.returncode == 2
+    assert b"DGEMMA_DTYPE must be one of auto, bfloat16, float16, float32" in done.stderr

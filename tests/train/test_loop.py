@@ -16,7 +16,7 @@ from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.train.batches import Conversation, Part, batch_pair_at
 from dgemma_mlx.train.demo import CONFIG, GENERATION
 from dgemma_mlx.train.export import export
-from dgemma_mlx.train.loop import TrainConfig, mean_weights, train
+from dgemma_mlx.train.loop import TrainConfig, _Meter, mean_weights, train
 from dgemma_mlx.train.optimizer import Muon, make_optimizer, rate_schedule
 from tests.train.test_objective import PAD, small_model
 
@@ -129,3 +129,11 @@ def test_an_exported_model_loads_as_a_checkpoint(tmp_path: Path) -> None:
     for (name, one), (_, two) in zip(tree_flatten(model.parameters()), tree_flatten(again.parameters()), strict=True):
         assert mx.array_equal(one, two).item(), name
     assert not weights.vision
+
+
+def test_a_clock_that_does_not_move_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.perf_counter", lambda: 1.0)
+    meter = _Meter(0)
+    meter.add({"loss": 2.0}, tokens=30)
+    record = meter.record(1, 3)
+    assert (record["tokens_per_second"], record["seconds_per_step"], record["seconds_left"]) == (0, 0.0, 0)
