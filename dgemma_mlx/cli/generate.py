@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -217,8 +217,8 @@ def _answer(
     from dgemma_mlx.cli.render.plain import print_warnings, traced, with_snapshots
     from dgemma_mlx.generation.api import stream
 
-    with interruptible() as cancelled:
-        events: Iterable[Event] = unless_cancelled(stream(model, prompt, **arguments, cancelled=cancelled))
+    with interruptible() as cancelled, closing(stream(model, prompt, **arguments, cancelled=cancelled)) as answering:
+        events: Iterable[Event] = unless_cancelled(answering)
         if trace is not None:
             events = traced(events, trace, model.name)
         if show_steps is not None:

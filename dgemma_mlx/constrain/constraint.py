@@ -1,4 +1,8 @@
-"""Constraints on an answer: regular expressions, choices, JSON schemas and grammars."""
+"""Constraints on an answer: regular expressions, choices, JSON schemas and grammars.
+
+The compilers of schemas and grammars are imported where they are used, because every program that generates an answer
+imports this module.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,7 @@ from weakref import WeakKeyDictionary
 
 from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.constrain.automaton import automaton_of
-from dgemma_mlx.constrain.grammar import regex_of_grammar
 from dgemma_mlx.constrain.regex import any_of, checked_text, quoted, without_anchors
-from dgemma_mlx.constrain.schema import regex_of_any_object, regex_of_schema
 from dgemma_mlx.constrain.vocabulary import TokenAutomaton
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.text.tokenizer import Tokenizer
@@ -89,6 +91,8 @@ class Constraint:
         properties appear in the order of the schema, and no others are added. Raises ``DgemmaError``, which gives the
         path within the schema, for a keyword that is not supported.
         """
+        from dgemma_mlx.constrain.schema import regex_of_schema
+
         return cls(regex_of_schema(_json_value(schema, "the JSON schema")), "the JSON schema")
 
     @classmethod
@@ -100,6 +104,8 @@ class Constraint:
         ``dgemma_mlx.constrain.grammar`` describes the syntax. Raises ``DgemmaError``, which gives the line, when the
         grammar is malformed or recursive.
         """
+        from dgemma_mlx.constrain.grammar import regex_of_grammar
+
         return cls(regex_of_grammar(grammar), "the grammar")
 
     @classmethod
@@ -120,6 +126,8 @@ class Constraint:
         if kind == "text":
             return None
         if kind == "json_object":
+            from dgemma_mlx.constrain.schema import regex_of_any_object
+
             return cls(regex_of_any_object(), "the JSON object")
         if kind == "json_schema":
             outer = response_format.get("json_schema")

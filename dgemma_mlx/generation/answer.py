@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import GenerationConfig
+from dgemma_mlx.constrain.canvas import ConstraintState, RowStart
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Committed, Done, Draft, FinishReason, Statistics
 from dgemma_mlx.sizes import rate
 from dgemma_mlx.text.parts import Parts, PartsParser
-
-if TYPE_CHECKING:
-    from dgemma_mlx.constrain.canvas import ConstraintState, RowStart
 
 
 @dataclass

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import GenerationConfig, ModelConfig
 from dgemma_mlx.checkpoint.hub import resolve
 from dgemma_mlx.checks import check_count, check_seed
+from dgemma_mlx.constrain.canvas import ConstraintState
+from dgemma_mlx.constrain.constraint import Constraint
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Done, Event
@@ -29,9 +32,6 @@ from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.text.chat import Message
 from dgemma_mlx.text.parts import PartsParser
 from dgemma_mlx.text.tokenizer import load_tokenizer
-
-if TYPE_CHECKING:
-    from dgemma_mlx.constrain.constraint import Constraint
 
 DEFAULT_MAX_TOKENS = 1024
 
@@ -154,12 +154,12 @@ def stream(
     cancelled: Callable[[], bool] | None = None,
     constraint: Constraint | None = None,
     response_format: Mapping[str, Any] | None = None,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Generate an answer step by step.
 
     Yield a ``Draft`` for each denoising step, a ``Committed`` for each canvas, and a ``Done`` at the end. To cancel,
-    stop iterating, because each step is computed when it is requested; or let ``cancelled`` return True, and the
-    answer ends with the ``Done`` of the committed canvases.
+    close the generator; or let ``cancelled`` return True, and the answer ends with the ``Done`` of the committed
+    canvases.
 
     Args:
         model: What ``load`` returned.
@@ -197,7 +197,14 @@ def stream(
     options.check_thinking(thinking)
     ids = model.encode_prompt(prompt, system=system, thinking=thinking, raw=raw)
     runner = _runner(model, [ids], [seed], [max_tokens], options, prompt_cache)
-    return (event for _, event in runner.events())  # computed when they are requested
+    return _events(runner)
+
+
+def _events(runner: Runner) -> Generator[Event, None, None]:
+    """Yield the events of a runner with a single answer, computed when they are requested."""
+    with closing(runner.events()) as events:
+        for _, event in events:
+            yield event
 
 
 def generate_batch(
@@ -260,8 +267,6 @@ def _runner(
     work = Work(len(prompts), verifies=options.verify != "off")
     budget = fit_to_memory(model, max(map(len, prompts)), work, options.memory_limit, options.prefill_step_size)
     automaton = options.token_automaton(model)
-    if automaton is not None:
-        from dgemma_mlx.constrain.canvas import ConstraintState
     answers = [
         Answer(
             ids, secrets.randbits(32) if seed is None else seed, limit, model.config.text.max_position_embeddings,

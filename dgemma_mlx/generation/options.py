@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.checks import check_count, check_temperature
+from dgemma_mlx.constrain.constraint import Constraint
+from dgemma_mlx.constrain.vocabulary import TokenAutomaton
 from dgemma_mlx.diffusion.denoiser import Denoiser
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED, SPEEDS
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model
-
-if TYPE_CHECKING:
-    from dgemma_mlx.constrain.constraint import Constraint
-    from dgemma_mlx.constrain.vocabulary import TokenAutomaton
 
 Verify = Literal["off", "flag", "repair"]
 VERIFY: tuple[Verify, ...] = get_args(Verify)
@@ -91,8 +89,6 @@ class GenerationOptions:
         """Return what every answer must match, over the model's tokens; None without a constraint."""
         constraint = self.constraint
         if self.response_format is not None:
-            from dgemma_mlx.constrain.constraint import Constraint
-
             constraint = Constraint.response_format(self.response_format)
         if constraint is None:
             return None

@@ -6,10 +6,10 @@ import math
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing, nullcontext
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+from dgemma_mlx.constrain.canvas import CanvasProjection
 from dgemma_mlx.diffusion.edits import Edits, Pins
 from dgemma_mlx.diffusion.sampler import Noise
 from dgemma_mlx.events import Draft, Event
@@ -23,9 +23,6 @@ from dgemma_mlx.generation.prompt_cache import PromptCache
 from dgemma_mlx.generation.verify import MAX_REPAIRS, Reading, Verifier, repair_pins
 from dgemma_mlx.generation.wired import wired_memory
 from dgemma_mlx.model.cache import PrefixCache
-
-if TYPE_CHECKING:
-    from dgemma_mlx.constrain.canvas import CanvasProjection
 
 Events = Generator[tuple[int, Event], None, None]
 Canvases = Generator[tuple[int, Event], None, dict[int, Draft]]  # returns the finished draft of each row
@@ -224,11 +221,7 @@ class Runner:
         """Return the projection of the next canvas of these rows of the batch; None without a constraint."""
         starts = [self._answers[self._live[row]].row_start(self._canvas_length()) for row in rows]
         constrained = [start for start in starts if start is not None]
-        if not constrained:
-            return None
-        from dgemma_mlx.constrain.canvas import CanvasProjection
-
-        return CanvasProjection(constrained)
+        return CanvasProjection(constrained) if constrained else None
 
     def _canvas_length(self) -> int:
         """Return the length of the next canvas."""

@@ -167,7 +167,8 @@ def test_generating_imports_only_the_parts_that_it_uses() -> None:
     """Constraints, adapters, prompt caches in files and infilling are imported when they are asked for."""
     imported = imported_by("generate", "-m", "demo", "-q", "Sort 7 3 5")
     unused = (
-        "constrain", "model.adapter", "generation.prompt_cache_file", "generation.identity", "train", "infill.fill",
+        "constrain.grammar", "constrain.schema", "model.adapter_file", "generation.prompt_cache_file",
+        "generation.identity", "train", "infill.fill",
     )  # fmt: skip
     assert not [name for name in imported if name.startswith(tuple(f"dgemma_mlx.{part}" for part in unused))]
 

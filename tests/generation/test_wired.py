@@ -27,7 +27,8 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return found[-2]
 
     monkeypatch.setattr(mx, "set_wired_limit", set_wired_limit)
-    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": RECOMMENDED})
+    machine = {"max_recommended_working_set_size": RECOMMENDED, "architecture": "x86_64"}
+    monkeypatch.setattr(mx, "device_info", lambda: machine)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dgemma_mlx.cli.chat.session import Session
@@ -98,9 +98,10 @@ class Chat:
             speed=self.setting("speed"), verify=self.setting("verify"),
             memory_limit=in_bytes(self.setting("memory_limit")), prompt_cache=self._cache, cancelled=cancelled,
         )  # fmt: skip
-        if not self.draw:
-            return print_text(events, quiet=False)
-        return draw(events, self.model.tokenizer, self.model.generation.eos_token_ids)
+        with closing(events):
+            if not self.draw:
+                return print_text(events, quiet=False)
+            return draw(events, self.model.tokenizer, self.model.generation.eos_token_ids)
 
     def _make_room(self) -> None:
         """Drop the oldest turns when the conversation and an answer no longer fit into the model's positions.
