@@ -16,7 +16,7 @@ from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.kernels import MAX_KEPT
 from dgemma_mlx.model.cache import SCORE_BYTES, SPARE
-from dgemma_mlx.model.text import DENSE_BYTES, dense_value_bytes
+from dgemma_mlx.model.text import dense_rows, dense_value_bytes
 from dgemma_mlx.sizes import size
 
 DEQUANTIZE_CHOICES = ("auto", "on", "off")
@@ -253,6 +253,7 @@ def _prediction_memory(config: ModelConfig, rows: int) -> int:
     values = positions * config.text.vocab_size
     lists = 3 * 8 * positions * MAX_KEPT  # ids and weights: this step's, the last one's, and in parts
     sampler = 0 if on_gpu else _SAMPLER_ARRAYS * min(4 * values, _SAMPLER_BYTES)
-    dense = min(values * dense_value_bytes(_dtype()), DENSE_BYTES)
+    dense = min(values, dense_rows(config.text.vocab_size, _dtype()) * config.text.vocab_size)
+    dense *= dense_value_bytes(_dtype())
     sparse = 0 if on_gpu else _SPARSE_ROWS * positions * config.text.hidden_size * 4
     return lists + max(values * element + max(sampler, dense), sparse)
