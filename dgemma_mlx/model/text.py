@@ -305,7 +305,8 @@ class DiffusionGemma(nn.Module):
         step = dense_rows(raw.shape[-1], self.dtype)
         blocks: list[mx.array] = []
         for start in range(0, positions.size, step):
-            mx.eval(blocks[-1:])
+            if blocks:
+                mx.eval(blocks[-1])
             blocks.append(self._expected_embedding(self.capped(raw[positions[start : start + step]]) / temperature))
         return mx.concatenate(blocks)
 
