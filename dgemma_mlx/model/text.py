@@ -287,7 +287,8 @@ class DiffusionGemma(nn.Module):
 
         ``raw`` (B, C, V) holds the step's raw logits from ``project``. ``sample`` is the ``CanvasSample`` of these
         logits at ``temperature``, and must be evaluated. For the positions whose token lists are incomplete, the
-        expected embeddings are computed and evaluated here, so that the logits can be discarded.
+        expected embeddings are computed from the logits; all but the last block of them is evaluated here. The logits
+        can be discarded once the embeddings are evaluated.
         """
         positions = incomplete(sample, self.dtype)
         if positions is None:
