@@ -36,7 +36,8 @@ from measured import checkpoints
 from measured.vocabulary import write_tokenizer
 
 from dgemma_mlx import Constraint, Draft, Model, generate, generate_batch, load, stream
-from dgemma_mlx.constrain import canvas
+from dgemma_mlx.constrain.canvas import CanvasProjection
+from dgemma_mlx.constrain.projection import Projector
 from dgemma_mlx.kernels import CanvasSample
 from dgemma_mlx.train.tasks import TASKS
 
@@ -171,7 +172,7 @@ def cost(steps: int) -> bool:
         for name, schema in (("record", RECORD), ("typical", TYPICAL), ("lengths", LENGTHS)):
             constraint = Constraint.json_schema(schema)
             wall, one_thread = time.perf_counter, time.thread_time
-            with timed(canvas.CanvasProjection, "__call__", wall) as times, timed(canvas, "project", one_thread) as cpu:
+            with timed(CanvasProjection, "__call__", wall) as times, timed(Projector, "__call__", one_thread) as cpu:
                 whole = median(step_times(model, constraint, steps))
             first, rest = times[0], median(times[1:])
             spread = f"{1e3 * min(times[1:]):.0f} to {1e3 * max(times[1:]):.0f}, the first {1e3 * first:.0f}"

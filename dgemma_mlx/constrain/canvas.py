@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from dgemma_mlx.constrain.candidates import top_ids
-from dgemma_mlx.constrain.projection import project
+from dgemma_mlx.constrain.projection import Projector
 from dgemma_mlx.constrain.vocabulary import TokenAutomaton
 from dgemma_mlx.diffusion.stopping import gap
 from dgemma_mlx.kernels import CanvasSample
@@ -52,15 +52,15 @@ class RowStart:
     room: int
 
 
-@dataclass(frozen=True)
 class CanvasProjection:
-    """Projects a step onto the canvases that a constraint allows. It is a ``diffusion.edits.Projection``.
+    """Projects a step onto the canvases that a constraint allows. It is a ``diffusion.edits.Projection``."""
 
-    Attributes:
-        rows: Where each row's canvas begins.
-    """
-
-    rows: Sequence[RowStart]
+    def __init__(self, rows: Sequence[RowStart]) -> None:
+        """Prepare the projection of a batch of canvases that begin as ``rows`` say, with one automaton."""
+        self._automaton = rows[0].constraint.automaton
+        starts = [(start.constraint.state, start.room) for start in rows]
+        projectors = {start: Projector(self._automaton, *start) for start in starts}
+        self._projectors = [projectors[start] for start in starts]  # for each row; equal starts share their graph
 
     def gather(self, raw: mx.array, softcap: float | None) -> tuple[mx.array, mx.array]:
         """Return the ids (B, C, k) and logits (B, C, S + k) that the projection reads, lazily.
@@ -69,7 +69,7 @@ class CanvasProjection:
         The logits are float32, of the S tokens of the automaton's skeleton and then of the probable tokens.
         """
         ids = top_ids(raw, CANDIDATES)
-        skeleton = mx.array(self.rows[0].constraint.automaton.skeleton)
+        skeleton = mx.array(self._automaton.skeleton)
         logits = mx.concatenate([raw[..., skeleton], mx.take_along_axis(raw, ids, axis=-1)], axis=-1)
         logits = logits.astype(mx.float32)
         return ids, logits if softcap is None else softcap * mx.tanh(logits / softcap)
@@ -84,14 +84,12 @@ class CanvasProjection:
         finds the gap; ``kept_ids`` is unused. The arguments are evaluated.
         """
         ids, logits = gathered
-        automaton = self.rows[0].constraint.automaton
-        scores, S = np.array(logits, np.float64) / temperature, automaton.skeleton.size
+        scores, S = np.array(logits, np.float64) / temperature, self._automaton.skeleton.size
         candidates, draws = np.array(ids), np.array(uniforms, np.float64)
         projected = [
-            project(automaton, start.constraint.state, start.room, scores[row, :, :S], candidates[row],
-                    scores[row, :, S:], draws[row])
-            for row, start in enumerate(self.rows)
-        ]  # fmt: skip
+            projector(scores[row, :, :S], candidates[row], scores[row, :, S:], draws[row])
+            for row, projector in enumerate(self._projectors)
+        ]
         argmax, sampled, entropy, ahead = (np.stack(parts) for parts in zip(*projected, strict=True))
         lead = mx.minimum(mx.array(ahead.astype(np.float32)), gap(sample))
         weights = mx.stack([lead, mx.zeros_like(lead)], axis=-1)

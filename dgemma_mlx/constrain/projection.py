@@ -20,18 +20,20 @@ uncertain, and a later step decides it, in which the model sees more of the canv
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from itertools import pairwise
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dgemma_mlx.constrain.vocabulary import Ids, Indices, TokenAutomaton
+from dgemma_mlx.constrain.graph import CanvasGraph, Ids, Indices
+from dgemma_mlx.constrain.vocabulary import TokenAutomaton
 
 Floats = NDArray[np.float64]
 _MAX_SCORE = 1e6  # scores are clipped to +-1e6, so that sums over a canvas stay finite and above -_FAR
 _FAR = 1e12
 _TINY = 1e-300
+_LEAST = 1e-30  # floor of the probability of an edge that a path may take
 _BELOW_ONE = 1 - 2.0**-53
 
 
@@ -53,38 +55,52 @@ class Projected(NamedTuple):
     gap: Floats
 
 
-def project(
-    automaton: TokenAutomaton,
-    state: int,
-    room: int,
-    skeleton_scores: Floats,
-    ids: Ids,
-    scores: Floats,
-    uniforms: Floats,
-) -> Projected:
-    """Project one canvas of C positions onto a constraint.
+class Projector:
+    """Projects all steps of one canvas onto a constraint.
 
-    The result covers all canvases that begin in ``state`` of the automaton and leave enough room to end the text. At
-    most ``room`` tokens may be written from the first position of the canvas on, including the end-of-text token.
-    ``room`` must be at least ``automaton.shortest[state]``.
-
-    ``skeleton_scores`` (C, S) float64 are logits of the tokens ``automaton.skeleton``. ``scores`` (C, k) float64 are
-    logits of further candidates ``ids`` (C, k) int32, which may repeat tokens of the skeleton. ``uniforms`` (C,)
-    float64 are random numbers in [0, 1) that determine the sample.
+    The results cover all canvases that begin in one state of the automaton and leave enough room to end the text. What
+    does not depend on the scores is computed in the first step, and again after steps with tokens of new classes.
     """
-    candidates = _Candidates(automaton, skeleton_scores, ids, scores)
-    limit = min(len(ids), room)
-    paths = _Paths(automaton, candidates, state, limit, automaton.shortest <= room - limit)
-    marginals, possible = paths.marginals()
-    q, r = candidates.probabilities(marginals), candidates.restricted_probabilities(possible)  # (C, N)
-    surprise = -np.log(np.maximum(r, _TINY))
-    entropy = np.maximum((q * surprise).sum(axis=1), (r * surprise).sum(axis=1))
-    best = q.argmax(axis=1)
-    gap = np.minimum(_lead(q, best), _lead(r, best))
-    sample = candidates.draw(*paths.draw(uniforms))
-    return Projected(
-        candidates.most_probable(paths.best()), sample, np.maximum(entropy, 0), np.maximum(gap, 0)
-    )
+
+    def __init__(self, automaton: TokenAutomaton, state: int, room: int) -> None:
+        """Prepare the projection of canvases that begin in ``state``.
+
+        At most ``room`` tokens may be written from the first position of the canvas on, including the end-of-text
+        token. ``room`` must be at least ``automaton.shortest[state]``.
+        """
+        self._automaton, self._state, self._room = automaton, state, room
+        self._graph: CanvasGraph | None = None
+
+    def __call__(self, skeleton_scores: Floats, ids: Ids, scores: Floats, uniforms: Floats) -> Projected:
+        """Project one canvas of C positions.
+
+        ``skeleton_scores`` (C, S) float64 are logits of the tokens ``automaton.skeleton``. ``scores`` (C, k) float64
+        are logits of further candidates ``ids`` (C, k) int32, which may repeat tokens of the skeleton. ``uniforms``
+        (C,) float64 are random numbers in [0, 1) that determine the sample. C must be the same in all steps.
+        """
+        classes = self._automaton.classes(ids)
+        graph = self._current_graph(len(ids))
+        candidates = _Candidates(self._automaton, graph.edges.classes, classes, skeleton_scores, ids, scores)
+        paths = _Paths(graph, candidates, self._state)
+        marginals, possible = paths.marginals()
+        q, r = candidates.probabilities(marginals), candidates.restricted_probabilities(possible)  # (C, N)
+        surprise = -np.log(np.maximum(r, _TINY))
+        entropy = np.maximum((q * surprise).sum(axis=1), (r * surprise).sum(axis=1))
+        best = q.argmax(axis=1)
+        gap = np.minimum(_lead(q, best), _lead(r, best))
+        sample = candidates.draw(*paths.draw(uniforms))
+        return Projected(
+            candidates.most_probable(paths.best()), sample, np.maximum(entropy, 0), np.maximum(gap, 0)
+        )
+
+    def _current_graph(self, length: int) -> CanvasGraph:
+        """Return the graph of the canvas, of ``length`` positions, with all classes that the automaton knows."""
+        edges = self._automaton.edges()
+        if self._graph is None or self._graph.edges is not edges:
+            limit = min(length, self._room)
+            allowed = self._automaton.shortest <= self._room - limit
+            self._graph = CanvasGraph(edges, self._state, length, limit, allowed)
+        return self._graph
 
 
 def _lead(probability: Floats, best: Indices) -> Floats:
@@ -99,45 +115,49 @@ class _Candidates:
     """The candidate tokens of all positions: N candidates per position, which belong to m classes altogether.
 
     The candidates of a position are the skeleton and the probable tokens. A candidate is unusable if it repeats a token
-    of the skeleton or has no transitions. Classes are numbered from 0 to m - 1 here: first those of the skeleton, then
-    the others in the order of their smallest ids, so that no number depends on what the automaton was used for before.
+    of the skeleton or has no transitions. Classes are counted from 0 here, without that of tokens without transitions.
 
     Attributes:
         ids: (C, N) int32. Token ids.
-        classes: (m,) int32. The class in the token automaton for each class number.
-        cell: (C, N) int64. Index of each candidate's position and class number in a flat (C, m) array; class number 0
-            for an unusable candidate.
+        cell: (C, N) int64. Index of each candidate's position and class in a flat (C, m) array; class 0 for an unusable
+            candidate.
         weights: (C, N) float64. Probability of each candidate relative to the most probable candidate of its class at
             the position; 0 for an unusable candidate.
         largest: (C, m) float64. Largest score in each class, or -inf when the class has no candidate at the position.
         sums: (C, m) float64. Sum of the weights in each class.
+        rank: (m,) int64. Numbers that bring the classes into the order in which a sample goes through them, which does
+            not depend on what the automaton was used for before.
     """
 
-    def __init__(self, automaton: TokenAutomaton, skeleton_scores: Floats, ids: Ids, scores: Floats) -> None:
+    def __init__(
+        self, automaton: TokenAutomaton, m: int, classes: Ids, skeleton_scores: Floats, ids: Ids, scores: Floats
+    ) -> None:
+        """Collect the candidates. ``classes`` (C, k) are the automaton's classes of ``ids``, ``m`` at most."""
         C, S = skeleton_scores.shape
-        skeleton = np.broadcast_to(automaton.skeleton, (C, S))
-        self.ids = np.concatenate([skeleton, ids], axis=1)
-        classes = automaton.classes(self.ids)
-        usable = np.concatenate([np.ones((C, S), np.bool_), (classes[:, S:] > 0) & ~automaton.in_skeleton(ids)], axis=1)
-        z = np.concatenate([skeleton_scores, scores], axis=1)
-        z = np.where(usable, np.minimum(np.fmax(z, -_MAX_SCORE), _MAX_SCORE), -np.inf)  # NaN becomes -_MAX_SCORE
-        self.classes = automaton.ordered_classes(ids, classes[:, S:])
-        m = len(self.classes)
-        numbers = np.zeros(int(classes.max()) + 1, np.int64)
-        numbers[self.classes] = np.arange(m)
-        self.cell = np.where(usable, numbers[classes], 0) + m * np.arange(C)[:, None]
+        self.ids = np.empty((C, S + ids.shape[1]), np.int32)
+        self.ids[:, :S], self.ids[:, S:] = automaton.skeleton, ids
+        unusable = (classes == 0) | automaton.in_skeleton(ids)
+        self.cell = np.empty(self.ids.shape, np.intp)
+        self.cell[:, :S], self.cell[:, S:] = automaton.skeleton_classes - 1, np.where(unusable, 0, classes - 1)
+        self.rank = automaton.class_ranks(m, ids, self.cell[:, S:])
+        self.cell += m * np.arange(C)[:, None]
+        z = np.empty(self.ids.shape)
+        z[:, :S], z[:, S:] = skeleton_scores, scores
+        np.minimum(np.fmax(z, -_MAX_SCORE, out=z), _MAX_SCORE, out=z)  # NaN becomes -_MAX_SCORE
+        z[:, S:][unusable] = -np.inf
+        cell = self.cell.ravel()
         largest = np.full(C * m, -np.inf)
-        np.maximum.at(largest, self.cell.ravel(), z.ravel())
-        with np.errstate(invalid="ignore"):
-            self.weights = np.where(usable, np.exp(z - largest.take(self.cell)), 0)
+        np.maximum.at(largest, cell, z.ravel())
+        z -= np.maximum(largest, -_MAX_SCORE).take(self.cell)
+        self.weights = np.exp(z, out=z)
         self.largest = largest.reshape(C, m)
-        sums = np.bincount(self.cell.ravel(), self.weights.ravel(), C * m)
-        self.sums: Floats = sums.astype(np.float64, copy=False).reshape(C, m)
+        self.sums = _weighted(cell, z.ravel(), C * m).reshape(C, m)
 
     def probabilities(self, class_probabilities: Floats) -> Floats:
         """Distribute the probabilities of classes over their candidates: (C, m) -> (C, N)."""
-        share = np.divide(class_probabilities, self.sums, out=np.zeros_like(class_probabilities), where=self.sums > 0)
-        probabilities: Floats = share.take(self.cell) * self.weights
+        share = class_probabilities / np.maximum(self.sums, _TINY)
+        probabilities: Floats = share.take(self.cell)
+        probabilities *= self.weights
         return probabilities
 
     def restricted_probabilities(self, possible: NDArray[np.bool_]) -> Floats:
@@ -145,7 +165,8 @@ class _Candidates:
         scores = np.where(possible, self.largest, -np.inf)
         shares = np.exp(scores - scores.max(axis=1, keepdims=True))
         shares /= (shares * self.sums).sum(axis=1, keepdims=True)
-        probabilities: Floats = shares.take(self.cell) * self.weights
+        probabilities: Floats = shares.take(self.cell)
+        probabilities *= self.weights
         return probabilities
 
     def most_probable(self, cells: Indices) -> Ids:
@@ -167,85 +188,60 @@ class _Candidates:
 
 
 class _Paths:
-    """All paths of a canvas through the automaton, as a graph with C + 1 layers.
+    """The paths of a canvas's graph, weighed by the scores of the candidates. F is the number of the graph's edges."""
 
-    The nodes of layer i are the states that a path may be in before position i. An edge leads from a node of layer i to
-    a node of layer i + 1, by one class that has candidates at position i. States that no path reaches have no nodes: at
-    most positions that is most of the automaton. Every node before the last layer has an edge, because the skeleton has
-    a token for every state.
+    def __init__(self, graph: CanvasGraph, candidates: _Candidates, state: int) -> None:
+        """Follow all paths, which begin in ``state``, from the last layer back to the first."""
+        self._graph, self._candidates, self._state = graph, candidates, state
+        # The transitions of each state in the order of the classes, (E,).
+        rank = candidates.rank
+        order = (graph.edges.begin * (int(rank.max()) + 1) + rank.take(graph.edges.number)).argsort()
+        self._number, self._target = graph.edges.number.take(order), graph.edges.target.take(order)
+        # A kind of edge at a position: its best class, and its weight and its classes' weights relative to that.
+        scores = candidates.largest.take(graph.cell)
+        best = np.maximum.reduceat(scores, graph.kind_first)
+        scores -= np.maximum(best, -_FAR).take(graph.cell_kind)
+        self._weights = np.exp(scores) * candidates.sums.take(graph.cell)
+        self._sums = np.add.reduceat(self._weights, graph.kind_first)
+        self._alive, self._probability = self._weigh(np.append(best, -np.inf), np.append(self._sums, 0))
 
-    Nodes are numbered by layer and state, and edges by layer, source and class number, so the nodes and edges of a
-    layer and the edges of a node are consecutive. Below, Nodes is the number of all nodes and F that of all edges.
-    """
-
-    def __init__(
-        self, automaton: TokenAutomaton, candidates: _Candidates, state: int, limit: int, allowed: NDArray[np.bool_]
-    ) -> None:
-        """Build the graph of the paths that begin in ``state`` and are in an allowed state after ``limit`` positions.
-
-        ``allowed`` (Q + 1,) bool says which states are allowed there.
-        """
-        number, source, target = automaton.transitions(candidates.classes)
-        (C, m), states = candidates.sums.shape, len(allowed)
-        present = candidates.sums > 0  # (C, m)
-        reached = np.zeros((C + 1, states), np.bool_)
-        reached[0, state] = True
-        used: list[Indices] = []  # the transitions that are edges of each layer
-        for i in range(C):
-            used.append((reached[i].take(source) & present[i].take(number)).nonzero()[0])
-            reached[i + 1, target.take(used[i])] = True
-            if i + 1 == limit:
-                reached[limit] &= allowed
-        transition, counts = np.concatenate(used), np.array([len(layer) for layer in used])
-        position = np.arange(C).repeat(counts)
-        self._shape = C, m
-        self._cell = position * m + number.take(transition)  # (F,): index of position and class in a flat (C, m) array
-        # Numbers of the source and the target within their layers, (F,). An edge to a state that is not allowed leads
-        # to node 0, and has no weight.
-        node = (reached.cumsum(axis=1) - 1).ravel()
-        self._source = node.take(position * states + source.take(transition))
-        ends = (position + 1) * states + target.take(transition)
-        barred = ~reached.take(ends)
-        self._target = np.where(barred, 0, node.take(ends))
-        changes = (self._source[1:] != self._source[:-1]) | (position[1:] != position[:-1])
-        first = np.concatenate([[0], changes.nonzero()[0] + 1])  # (Nodes,): first edge of each node
-        self._first = [*first.tolist(), len(position)]
-        self._nodes = _slices(reached[:-1].sum(axis=1))
-        self._edges = _slices(counts)
-        self._best = np.where(barred, -np.inf, candidates.largest.take(self._cell))
-        self._probability = self._weigh(first, candidates.sums.take(self._cell))
-
-    def _weigh(self, first: Indices, sums: Floats) -> Floats:
+    def _weigh(self, best: Floats, sums: Floats) -> tuple[NDArray[np.bool_], Floats]:
         """Follow all paths from the last layer back to the first.
 
-        ``_best`` (F,) are the largest scores in the edges' classes. Add the best score of a path from the edge's target
-        to the last layer. ``sums`` (F,) are the weights of the classes, relative to the largest score. Return the
-        probability (F,) of each edge, given its source and that the rest of the canvas matches.
+        ``best`` and ``sums`` (C * G + 1,) are the best score and the relative weight of each position and kind of edge.
+        Return for each edge (F,) whether a path to the last layer begins with it, and its probability, given its source
+        and that the rest of the canvas matches.
         """
-        layers = [
-            (nodes, edges, first[nodes] - edges.start, self._target[edges])
-            for nodes, edges in zip(reversed(self._nodes), reversed(self._edges), strict=True)
-        ]
-        last = np.zeros(int(self._target[self._edges[-1]].max()) + 1)
-        potential = np.zeros(len(first))  # best score of a path from each node to the last layer
-        ahead = last
-        for nodes, edges, begin, target in layers:
-            scores = self._best[edges]
-            scores += ahead.take(target)
-            potential[nodes] = ahead = np.maximum.reduceat(scores, begin)
-        degrees = np.diff(self._first)
+        graph = self._graph
+        scores = best.take(graph.kind)  # (F,): best score of a path from the edge's source by the edge
+        ahead = np.zeros(graph.ends)
+        bests = [ahead]  # best score of a path from each node to the last layer, layer by layer
+        for edges, first, _, target in reversed(graph.layers):
+            part = scores[edges]
+            part += ahead.take(target)
+            ahead = np.maximum.reduceat(part, first)
+            bests.append(ahead)
+        potential = np.concatenate(bests[::-1])
+        alive = scores > -np.inf
         # Weights relative to the best path from the source: the largest of a node is at least 1.
-        weights = np.exp(self._best - np.maximum(potential, -_FAR).repeat(degrees)) * sums
-        totals = np.zeros(len(first))  # sum over all paths from each node to the last layer, relative to the best one
-        ahead = last + 1
-        for i, (nodes, edges, begin, target) in enumerate(layers):
-            scores = weights[edges]
-            scores *= ahead.take(target)
-            totals[nodes] = ahead = np.add.reduceat(scores, begin)
+        scores -= np.maximum(potential[: -graph.ends], -_FAR).repeat(graph.degrees)
+        weights = np.exp(scores, out=scores)
+        weights *= sums.take(graph.kind)
+        ahead = np.ones(graph.ends)
+        sums_ahead = [ahead]  # sum over all paths from each node to the last layer, relative to the best one
+        for i, (edges, first, _, target) in enumerate(reversed(graph.layers)):
+            part = weights[edges]
+            part *= ahead.take(target)
+            ahead = np.add.reduceat(part, first)
+            sums_ahead.append(ahead)
             if i % 16 == 15:
                 ahead = np.maximum(ahead / ahead.max(), _TINY)
-        probability: Floats = weights / np.maximum(totals, _TINY).repeat(degrees)
-        return probability
+        totals = np.maximum(np.concatenate(sums_ahead[::-1]), _TINY)
+        weights /= totals[: -graph.ends].repeat(graph.degrees)
+        logarithms = np.append(potential + np.log(totals), -np.inf)  # the last is that of states without a node
+        self._best: Floats = np.append(potential, -np.inf).take(graph.node)  # (C + 1, Q + 1)
+        self._logarithm: Floats = logarithms.take(graph.node)  # (C + 1, Q + 1)
+        return alive, weights
 
     def marginals(self) -> tuple[Floats, NDArray[np.bool_]]:
         """Compute the distribution over classes at each position, forwards from the first state.
@@ -253,47 +249,63 @@ class _Paths:
         Return (C, m) float64, the probability of each class, and (C, m) bool, whether any matching canvas has the class
         at the position.
         """
-        taken = self._probability.copy()
+        graph, sums = self._graph, self._candidates.sums
+        # Floors keep what a path reaches above 0: 1e-30 for an edge, and 1e-60 for a node after every eighth position.
+        taken = np.maximum(self._probability, _LEAST) * self._alive
         occupancy: Floats = np.ones(1)  # probability of each node of a layer
-        for edges in self._edges:
-            target, layer = self._target[edges], taken[edges]
-            layer *= occupancy.take(self._source[edges])
-            occupancy = np.bincount(target, layer).astype(np.float64, copy=False)
-        size = self._shape[0] * self._shape[1]
-        possible = np.zeros(size, np.bool_)
-        possible[self._cell[self._best > -np.inf]] = True
-        marginals: Floats = np.bincount(self._cell, taken, size).astype(np.float64, copy=False).reshape(self._shape)
-        return marginals, possible.reshape(self._shape)
+        for i, (edges, _, source, target) in enumerate(graph.layers):
+            layer = taken[edges]
+            layer *= occupancy.take(source)
+            occupancy = _weighted(target, layer)
+            if i % 8 == 7:
+                occupancy = np.maximum(occupancy, _LEAST**2 * (occupancy > 0))
+        flows = _weighted(graph.kind, taken, len(self._sums) + 1)  # of each position and kind
+        through = flows.take(graph.cell_kind)
+        size = sums.size
+        possible = (_weighted(graph.cell, through, size) > 0).reshape(sums.shape) & (sums > 0)
+        through *= self._weights
+        through /= np.maximum(self._sums, _TINY).take(graph.cell_kind)
+        return _weighted(graph.cell, through, size).reshape(sums.shape), possible
 
     def best(self) -> Indices:
         """Return the most probable path (Viterbi's algorithm), as indices (C,) into a flat (C, m) array."""
-        node, path = 0, []
-        for nodes in self._nodes:
-            first, last = self._first[nodes.start + node : nodes.start + node + 2]
-            path.append(first + int(self._best[first:last].argmax()))
-            node = int(self._target[path[-1]])
-        cells: Indices = self._cell.take(path)
-        return cells
+        first, state, path = self._graph.edges.first, self._state, []
+        for scores, ahead in zip(self._candidates.largest, self._best[1:], strict=True):
+            leaving = slice(first[state], first[state + 1])
+            whole = scores.take(self._number[leaving])
+            whole += ahead.take(self._target[leaving])
+            path.append(leaving.start + int(whole.argmax()))
+            state = int(self._target[path[-1]])
+        return self._cells(path)
 
     def draw(self, uniforms: Floats) -> tuple[Indices, Floats]:
         """Draw a path in proportion to its weight. ``uniforms`` (C,) are in [0, 1).
 
         Return its indices (C,) into a flat (C, m) array, and numbers (C,) in [0, 1) that are uniform again.
         """
-        node, path, rest = 0, [], []
-        for nodes, uniform in zip(self._nodes, uniforms.tolist(), strict=True):
-            first, last = self._first[nodes.start + node : nodes.start + node + 2]
-            offset, left = _pick(self._probability[first:last], uniform)
-            path.append(first + offset)
+        candidates = self._candidates
+        first, state, path, rest = self._graph.edges.first, self._state, [], []
+        logarithms = candidates.largest + np.log(np.maximum(candidates.sums, _TINY))
+        for i, uniform in enumerate(uniforms.tolist()):
+            leaving = slice(first[state], first[state + 1])
+            weights = logarithms[i].take(self._number[leaving])
+            weights += self._logarithm[i + 1].take(self._target[leaving])
+            weights -= self._best[i, state]
+            offset, left = _pick(np.exp(weights, out=weights), uniform)
+            path.append(leaving.start + offset)
             rest.append(left)
-            node = int(self._target[path[-1]])
-        return self._cell.take(path), np.array(rest)
+            state = int(self._target[path[-1]])
+        return self._cells(path), np.array(rest)
+
+    def _cells(self, path: Sequence[int]) -> Indices:
+        """Return the classes of one transition per position, as indices (C,) into a flat (C, m) array."""
+        cells: Indices = self._number.take(path) + self._graph.edges.classes * np.arange(len(path))
+        return cells
 
 
-def _slices(counts: Indices) -> list[slice]:
-    """Return the consecutive slices of these lengths (n,)."""
-    ends = [0, *counts.cumsum().tolist()]
-    return [slice(*pair) for pair in pairwise(ends)]
+def _weighted(index: Indices, weights: Floats, size: int = 0) -> Floats:
+    """Return the sum of the weights (n,) with each index, as an array of at least this size."""
+    return cast("Floats", np.bincount(index, weights, size))
 
 
 def _pick(weights: Floats, uniform: float) -> tuple[int, float]:

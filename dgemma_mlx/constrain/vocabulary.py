@@ -10,15 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dgemma_mlx.constrain.automaton import DEAD, Automaton
+from dgemma_mlx.constrain.graph import Edges, Ids, Indices
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.text.tokenizer import Tokenizer
 
 _MAX_BRANCHES = 40  # a state with at most this many next bytes has a skeleton token for each of them
 _MAX_TOKEN_BYTES = 32  # longest skeleton token in bytes
 _UNREACHABLE = 1 << 40  # larger than any number of tokens
-
-Ids = NDArray[np.int32]
-Indices = NDArray[np.intp]  # numpy indexes with 64 bits much faster than with 32
 
 
 class TokenAutomaton:
@@ -36,6 +34,7 @@ class TokenAutomaton:
         skeleton: (S,) int32. A small set of tokens that suffices to end a text from every state: the tokens that spell
             the shortest way from each state to an accepting state, the shortest way after each next byte of a state
             with few next bytes, and all end-of-text tokens and padding.
+        skeleton_classes: (S,) int32. The classes of these tokens: all from 1 to some number.
         shortest: (Q + 1,) int64. The smallest number of skeleton tokens that lead from each state to ``end``, including
             the end-of-text token.
     """
@@ -69,9 +68,9 @@ class TokenAutomaton:
         self.skeleton: Ids = np.array(sorted({*self._spelling_ids(), *self._eos_ids, pad_id}), np.int32)
         self._in_skeleton = np.zeros(vocab_size, np.bool_)
         self._in_skeleton[self.skeleton] = True
-        _, source, target = self.transitions(np.unique(self.classes(self.skeleton)))
-        self._skeleton_classes = len(self._transitions)  # the skeleton's tokens have the classes 1 to this number - 1
-        self.shortest = self._distances(source, target)
+        self.skeleton_classes = self.classes(self.skeleton)
+        self._edges = self._merged()
+        self.shortest = self._distances(self._edges.source, self._edges.end)
         if (self.shortest >= _UNREACHABLE).any():
             raise DgemmaError(
                 "this model's tokenizer lacks tokens for bytes that the constraint needs",
@@ -92,18 +91,17 @@ class TokenAutomaton:
         found: NDArray[np.bool_] = self._in_skeleton[ids]
         return found
 
-    def ordered_classes(self, ids: Ids, classes: Ids) -> Indices:
-        """Return the classes (m,) that have transitions, of the skeleton's tokens and of the tokens ``ids`` (...).
+    def class_ranks(self, m: int, ids: Ids, classes: Indices) -> Indices:
+        """Return ranks (m,), less than ``m + vocab_size``, of the first ``m`` classes with transitions, counted from 0.
 
-        ``classes`` (...) are the classes of ``ids``. Classes of the skeleton come first, then the others in the order
-        of their smallest ids. Class numbers would be no such order: they depend on the tokens that the automaton was
-        asked for before.
+        ``classes`` (...) are the classes of the tokens ``ids`` (...), also counted from 0. Classes of the skeleton come
+        first, then the others in the order of their smallest ids. Class numbers would be no such order: they depend on
+        the tokens that the automaton was asked for before.
         """
-        further = classes >= self._skeleton_classes
-        smallest = np.full(len(self._transitions), self._vocab_size)  # id of each class
-        np.minimum.at(smallest, classes[further].astype(np.intp), ids[further].astype(np.intp))  # the dtypes are fast
-        others = (smallest < self._vocab_size).nonzero()[0]
-        return np.concatenate([np.arange(1, self._skeleton_classes), others[smallest[others].argsort()]])
+        ranks = np.arange(m)
+        ranks[int(self.skeleton_classes.max()) :] = m + self._vocab_size - 1
+        np.minimum.at(ranks, classes.ravel(), m + ids.ravel().astype(np.intp))  # the dtypes are fast
+        return ranks
 
     def transitions(self, classes: NDArray[np.integer]) -> tuple[Indices, Indices, Indices]:
         """Return all transitions of the classes (m,), as three arrays (E,), sorted by source state and then by index.
@@ -115,6 +113,16 @@ class TokenAutomaton:
         source, target = np.concatenate(each).T
         order = source.argsort(kind="stable")
         return index[order], source[order].astype(np.intp), target[order].astype(np.intp)
+
+    def edges(self) -> Edges:
+        """Return the transitions of all classes known so far, merged.
+
+        The result is the same object until there are more classes.
+        """
+        with self._lock:
+            if self._edges.classes < len(self._transitions) - 1:
+                self._edges = self._merged()
+            return self._edges
 
     def advance(self, state: int, ids: Iterable[int]) -> int:
         """Return the state that the tokens lead to from ``state``, or ``DEAD``.
@@ -132,6 +140,11 @@ class TokenAutomaton:
             if state == DEAD:
                 break
         return state
+
+    def _merged(self) -> Edges:
+        """Return the transitions of all classes known so far."""
+        classes = np.arange(1, len(self._transitions))
+        return Edges(len(classes), *self.transitions(classes), self.end + 1)
 
     def _add_end_tokens(self, pad_id: int) -> None:
         """Set the classes of end-of-text tokens and padding."""

@@ -81,7 +81,9 @@ class _Candidates:
         usable = np.concatenate([np.ones((C, S), np.bool_), ~in_skeleton[ids] & (classes[:, S:] > 0)], axis=1)
         z = np.nan_to_num(np.concatenate([skeleton_scores, scores], axis=1), nan=-_MAX_SCORE)
         z = np.where(usable, np.clip(z, -_MAX_SCORE, _MAX_SCORE), -np.inf)
-        self.classes = automaton.ordered_classes(ids, classes[:, S:])
+        further = np.setdiff1d(classes[:, S:], [0, *classes[0, :S]])
+        smallest = [ids[classes[:, S:] == number].min() for number in further]
+        self.classes = np.concatenate([np.unique(classes[0, :S]), further[np.argsort(smallest)]])
         numbers = np.zeros(int(self.classes.max()) + 1, np.int64)
         numbers[self.classes] = np.arange(len(self.classes))
         self.number = np.where(usable, numbers[np.where(usable, classes, 0)], 0)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dgemma_mlx import Constraint
 from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
 from dgemma_mlx.constrain.automaton import automaton_of
-from dgemma_mlx.constrain.projection import Projected, project
+from dgemma_mlx.constrain.projection import Projected, Projector
 from dgemma_mlx.constrain.vocabulary import TokenAutomaton
 from dgemma_mlx.text import load_tokenizer
 from dgemma_mlx.text.tokenizer import Tokenizer
@@ -34,7 +34,8 @@ def projected(
     C, V = logits.shape
     ids = np.broadcast_to(np.arange(V, dtype=np.int32), (C, V))
     scores = logits[:, token_automaton.skeleton]
-    return project(token_automaton, state, room, scores, ids, logits, np.zeros(C) if uniforms is None else uniforms)
+    projector = Projector(token_automaton, state, room)
+    return projector(scores, ids, logits, np.zeros(C) if uniforms is None else uniforms)
 
 
 @given(data=st.data())
@@ -96,18 +97,17 @@ def test_projection_equals_its_plain_form(data: st.DataObject) -> None:
     state = data.draw(st.integers(0, automaton.size))
     C = data.draw(st.integers(1, 40))
     room = int(token_automaton.shortest[state]) + data.draw(st.integers(0, 60))
-    logits = data.draw(st.sampled_from((0.0, 1.0, 10.0, 60.0, 2000.0))) * rng.normal(size=(C, vocab_size))
     k = data.draw(st.integers(1, 40))
-    ids = np.stack([rng.permutation(vocab_size)[:k] for _ in range(C)]).astype(np.int32)
-    arguments = (
-        token_automaton, state, room, logits[:, token_automaton.skeleton], ids,
-        np.take_along_axis(logits, ids, axis=1), rng.random(C),
-    )  # fmt: skip
-    found, expected = project(*arguments), plain.project(*arguments)
-    np.testing.assert_array_equal(found.argmax, expected.argmax)
-    np.testing.assert_array_equal(found.sample, expected.sample)
-    np.testing.assert_allclose(found.entropy, expected.entropy, atol=1e-9)
-    np.testing.assert_allclose(found.gap, expected.gap, atol=1e-9)
+    projector = Projector(token_automaton, state, room)
+    for _ in range(2):  # the second step has tokens of new classes, and classes without tokens
+        logits = data.draw(st.sampled_from((0.0, 1.0, 10.0, 60.0, 2000.0))) * rng.normal(size=(C, vocab_size))
+        ids = np.stack([rng.permutation(vocab_size)[:k] for _ in range(C)]).astype(np.int32)
+        step = logits[:, token_automaton.skeleton], ids, np.take_along_axis(logits, ids, axis=1), rng.random(C)
+        found, expected = projector(*step), plain.project(token_automaton, state, room, *step)
+        np.testing.assert_array_equal(found.argmax, expected.argmax)
+        np.testing.assert_array_equal(found.sample, expected.sample)
+        np.testing.assert_allclose(found.entropy, expected.entropy, atol=1e-9)
+        np.testing.assert_allclose(found.gap, expected.gap, atol=1e-9)
 
 
 def test_a_sample_does_not_depend_on_earlier_answers() -> None:
