@@ -122,7 +122,6 @@ def kernels(recheck: bool) -> dict[str, Any]:
     Nothing is checked where there is no Metal or where the kernels are switched off. ``recheck`` forgets the stored
     verdicts first, and raises ``DgemmaError`` where nothing can be checked.
     """
-
     from dgemma_mlx.cli.settings import Settings
     from dgemma_mlx.kernels import OPERATIONS
     from dgemma_mlx.kernels.dispatch import forget_verdicts, has_metal, set_mode

@@ -56,8 +56,8 @@ def describe(source: Source, cpu_dequantize: str = "auto", batch_size: int = 1) 
     """Return the facts about a checkpoint, with sizes in bytes.
 
     ``memory`` maps lengths of context to the memory that ``batch_size`` prompts of this length and their answers take
-    on this machine.
-    ``unpacked`` says whether packed weights are unpacked in it, as ``load`` does with this ``cpu_dequantize``.
+    on this machine. ``unpacked`` says whether packed weights are unpacked in it, as ``load`` does with this
+    ``cpu_dequantize``.
     """
     from dgemma_convert.recipes import EXPERTS, class_of
     from dgemma_mlx.generation.memory import Work, cache_memory, run_memory

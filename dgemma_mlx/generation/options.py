@@ -34,8 +34,8 @@ class GenerationOptions:
         generation: Parameters of the denoising loop, in place of the checkpoint's.
         trim_canvas: Whether the last canvas is only as long as ``max_tokens`` needs, as a multiple of 64. This saves
             work and changes the text.
-        prefill_step_size: Number of prompt positions encoded at once. None takes 2,048 (512
-            without Metal), or fewer to stay within the memory limit.
+        prefill_step_size: Number of prompt positions encoded at once. None takes 2,048 (512 without Metal), or fewer
+            to stay within the memory limit.
         memory_limit: Bytes that the work may take. None is the device's own limit.
         cancelled: A function that is called between any two steps; once it returns True, the answer ends. None never
             cancels.

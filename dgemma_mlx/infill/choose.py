@@ -51,8 +51,8 @@ def choose(
         system: A system prompt.
         raw: Whether the question is plain text, without the chat template.
         seed: Seed of the canvas of noise. None draws one.
-        prefill_step_size: Number of prompt positions encoded at once. None takes 2,048 (512
-            without Metal), or fewer to stay within the memory limit.
+        prefill_step_size: Number of prompt positions encoded at once. None takes 2,048 (512 without Metal), or fewer
+            to stay within the memory limit.
         memory_limit: Bytes that the work may take. None is the device's own limit.
         cancelled: A function that is called while the prompt is encoded. Once it returns True, the work ends.
 

@@ -72,8 +72,8 @@ def fill(
         speed: What it takes to commit a canvas, as in ``stream``.
         temp: A constant temperature, as in ``stream``.
         generation: Parameters of the denoising loop, in place of the checkpoint's.
-        prefill_step_size: Number of prompt positions encoded at once. None takes 2,048 (512
-            without Metal), or fewer to stay within the memory limit.
+        prefill_step_size: Number of prompt positions encoded at once. None takes 2,048 (512 without Metal), or fewer
+            to stay within the memory limit.
         memory_limit: Bytes that the work may take. None is the device's own limit.
         cancelled: A function that is called between any two steps. Once it returns True, the work ends.
         progress: A function that is called after each step with the number of canvases and of steps so far.
