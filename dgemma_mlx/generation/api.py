@@ -77,7 +77,7 @@ def load(
         network = fastest(open_network, str(mx.device_info()["architecture"]), config.bos_token_id)
     else:
         network = open_network(dtype)
-    if dtype == mx.float16:
+    if isinstance(dtype, mx.Dtype) and dtype == mx.float16:  # a Dtype cannot be compared with None
         require_float16(network, config.bos_token_id)
     if folder is not None:
         from dgemma_mlx.model.adapter_file import read_adapter

@@ -56,13 +56,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Array]:
     """Every canvas that our network decodes."""
     canvases: list[Array] = []
-    decode = DiffusionGemma.decode_hidden
+    decode = DiffusionGemma.decoder_input
 
     def spy(self: DiffusionGemma, canvas: mx.array, *rest: Any) -> mx.array:
         canvases.append(np.array(canvas))
         return decode(self, canvas, *rest)
 
-    monkeypatch.setattr(DiffusionGemma, "decode_hidden", spy)
+    monkeypatch.setattr(DiffusionGemma, "decoder_input", spy)
     return canvases
 
 
