@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
+from traceback import clear_frames
 from typing import Any, Generic, TypeVar
 
 import mlx.core as mx
@@ -142,6 +143,7 @@ def _run(
             loaded.set_result(load())
         except BaseException as error:
             loaded.set_exception(error)
+            _forget_locals(error)
         while (job := jobs.get()) is not None:
             job.results.put(_End(_run_job(job, loaded, closing)))
             del job  # an ended request must not stay alive while the thread waits for the next one
@@ -152,12 +154,29 @@ def _run(
 def _run_job(job: _Job[Any], loaded: Future[Model], closing: threading.Event) -> BaseException | None:
     """Run one job, and return what it has raised."""
     try:
-        events = job.request(loaded.result(), lambda: job.cancelled.is_set() or closing.is_set())
-        for event in events:
+        for event in _events(job, loaded, closing):
             job.results.put(event)
     except BaseException as error:
+        _forget_locals(error)
         return error
     return None
+
+
+def _events(job: _Job[T], loaded: Future[Model], closing: threading.Event) -> Iterator[T]:
+    """Yield the events of a job. As this is a generator, a ``StopIteration`` of the request becomes an error."""
+    yield from job.request(loaded.result(), lambda: job.cancelled.is_set() or closing.is_set())
+
+
+def _forget_locals(error: BaseException) -> None:
+    """Clear the local variables of the frames that an exception refers to, on the thread that they belong to.
+
+    A stream among them would stay open as long as the caller keeps the exception, with the lease of its prompt cache,
+    and would then be closed on the caller's thread, which must not evaluate what it computes.
+    """
+    part: BaseException | None = error
+    while part is not None:
+        clear_frames(part.__traceback__)
+        part = part.__context__
 
 
 def _close(thread: threading.Thread, jobs: SimpleQueue[_Job[Any] | None], closing: threading.Event) -> None:

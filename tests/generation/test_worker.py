@@ -213,6 +213,38 @@ def test_a_worker_survives_a_request_that_raises(worker: Worker) -> None:
     assert last(worker.submit(answering("Sort 7 3 5", seed=1))).text == "3 5 7"
 
 
+def test_a_stream_that_a_failed_request_left_open_is_closed_on_the_workers_thread(worker: Worker) -> None:
+    """The exception, which the caller may keep, refers to the frame that holds the stream."""
+    cache, threads = PromptCache(), []
+
+    def read(model: Model) -> Iterator[Event]:
+        try:
+            yield from stream(model, COUNT, seed=1, prompt_cache=cache)
+        finally:
+            threads.append(threading.current_thread().name)
+
+    def faulty(model: Model, cancelled: Callable[[], bool]) -> Iterator[Event]:
+        events = read(model)
+        try:
+            for _ in events:
+                raise KeyError("planted")
+        except KeyError as error:
+            raise ValueError("the request failed") from error
+        yield from events
+
+    with pytest.raises(ValueError, match="the request failed") as kept:
+        next(worker.submit(faulty))
+    assert threads == ["dgemma-mlx"]
+    answer = last(worker.submit(answering(COUNT, seed=1, prompt_cache=cache)))
+    assert answer.text == generate(worker.model, COUNT, seed=1).text
+    assert isinstance(kept.value.__cause__, KeyError)
+
+
+def test_a_request_that_raises_stop_iteration_does_not_end_silently(worker: Worker) -> None:
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        list(worker.submit(lambda model, cancelled: [next(iter(()))]))
+
+
 def test_everything_runs_on_one_thread(worker: Worker) -> None:
     names = in_three_threads(
         lambda number: next(worker.submit(lambda model, cancelled: [threading.current_thread().name])), 9
