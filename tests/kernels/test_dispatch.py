@@ -186,13 +186,19 @@ print(verdict.status, verdict.detail)
 """
 
 
+def _default_signals() -> None:
+    """Undo what a background job or nohup has set: a process inherits that it ignores a signal."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @contextmanager
 def checking(store: Store) -> Iterator[subprocess.Popen[str]]:
     """Yield a process that is in the self-check of ``operation``'s kernel."""
     command = [sys.executable, "-c", PROGRAM, str(store._path)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "DGEMMA_KERNELS": "auto"},
+        env={**os.environ, "DGEMMA_KERNELS": "auto"}, preexec_fn=_default_signals,
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "begun\n"
