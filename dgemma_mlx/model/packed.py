@@ -8,13 +8,6 @@ Measured for 256 rows with matrices of 4,096 x 128 and 1,408 x 1,024 on 2 Linux 
 linear algebra of MLX's own wheel. For mxfp8 it was 45 and 3 times slower. For 16 rows the blocks were 6 to 8 times
 faster with OpenBLAS, and about equally fast with the wheel's linear algebra.
 
-The matrices of experts are unpacked one expert after the other, each for the rows that chose it. CPU time for 2,048
-rows over 32 matrices of 384 x 128 (one thread): ``gather_qmm`` took 82 to 87 ms for affine 4 and 8 bits and 247 ms for
-mxfp8, and the blocks 19 to 21 ms with OpenBLAS. With the wheel's linear algebra it was 80, 83 and 286 ms, and 87, 88
-and 116 ms in blocks. For 512 rows with OpenBLAS it was 21 ms (mxfp8: 113 ms), and 11 to 13 ms in blocks; for 64 rows
-the blocks were slower. Padding each expert's rows to tiles of a fixed size, so that no shape depends on the route, took
-1.5 to 3 times as long as the exact rows.
-
 Two cases keep ``quantized_matmul``. The formats mxfp4 and nvfp4 would take twice as long in blocks with the wheel's
 linear algebra. The product with a matrix that is not transposed (expected embeddings) would be 4 to 7 times faster in
 blocks with OpenBLAS, but 1.5 to 3 times slower without.

@@ -198,7 +198,7 @@ def checking(store: Store) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-c", PROGRAM, str(store._path)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "DGEMMA_KERNELS": "auto"}, preexec_fn=_default_signals,
+        env={**os.environ, "DGEMMA_KERNELS": "auto"}, preexec_fn=_default_signals,  # noqa: PLW1509
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "begun\n"

@@ -64,6 +64,7 @@ def some_logits(rows: list[tuple[int, float, float]], seed: int, dtype: mx.Dtype
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @settings(max_examples=20, deadline=None)
 @example(rows=[(1, 10.0, 0.0)], temperature=0.75, seed=0)
+@example(rows=[(1, 11.5, 0.0)], temperature=0.6640625, seed=0)
 @given(
     rows=st.lists(
         st.tuples(
@@ -94,7 +95,8 @@ def test_the_error_of_the_expected_embedding_is_bounded(
     exact = math.sqrt(M) * (p / p.sum(axis=-1, keepdims=True)) @ table
     largest = math.sqrt(M) * np.abs(table).max()
     unit = 2.0**-9 if dtype == mx.bfloat16 else 2.0**-24  # relative rounding error
-    float32 = 2.0**-14  # error of float32 probabilities: 3.0e-5 with MLX's CPU softmax in the row of the example
+    # Error of float32 probabilities: up to 6.6e-5 with MLX's CPU softmax, whose sum is that far off in the second example
+    float32 = 2.0**-13
     bound = largest * (1 - least_kept(dtype) + float32) + 3 * unit * np.abs(exact)
     assert prediction.dense is not None
     dense = np.array(prediction.dense.positions)
