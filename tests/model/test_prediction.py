@@ -95,7 +95,7 @@ def test_the_error_of_the_expected_embedding_is_bounded(
     exact = math.sqrt(M) * (p / p.sum(axis=-1, keepdims=True)) @ table
     largest = math.sqrt(M) * np.abs(table).max()
     unit = 2.0**-9 if dtype == mx.bfloat16 else 2.0**-24  # relative rounding error
-    # Error of float32 probabilities: up to 6.6e-5 with MLX's CPU softmax, whose sum is that far off in the second example
+    # Error of float32 probabilities: 6.6e-5 with MLX's CPU softmax in a row of the second example
     float32 = 2.0**-13
     bound = largest * (1 - least_kept(dtype) + float32) + 3 * unit * np.abs(exact)
     assert prediction.dense is not None
