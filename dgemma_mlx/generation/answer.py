@@ -66,8 +66,6 @@ class Answer:
         """
         if self.constraint is None:
             return None
-        from dgemma_mlx.constrain.canvas import RowStart
-
         written = len(self.prompt_ids) + len(self.tokens)
         canvases = max(1, (self.max_positions - written) // canvas_length)
         return RowStart(self.constraint, min(self.remaining, canvases * canvas_length))

@@ -62,15 +62,17 @@ def load(
     checkpoint = resolve(None if model is None else str(model))
     config = ModelConfig.load(checkpoint.folder)
     folder = None if adapter is None else Path(adapter).expanduser()
+    canvas_length: int | None = None  # of the adapter
 
     def open_network(dtype: mx.Dtype | None) -> DiffusionGemma:
+        nonlocal canvas_length
         network, _ = load_model(checkpoint.folder, config, dtype)
         if should_dequantize(dequantized_bytes(network), cpu_dequantize):
             dequantize(network)
         if folder is not None:
             from dgemma_mlx.model.adapter_file import load_adapter
 
-            load_adapter(network, folder)
+            canvas_length = load_adapter(network, folder).canvas_length
         return network
 
     if dtype == "auto":
@@ -79,11 +81,8 @@ def load(
         network = open_network(dtype)
     if isinstance(dtype, mx.Dtype) and dtype == mx.float16:  # a Dtype cannot be compared with None
         require_float16(network, config.bos_token_id)
-    if folder is not None:
-        from dgemma_mlx.model.adapter_file import read_adapter
-
-        canvas_length = read_adapter(folder)[0].canvas_length
-        config = config if canvas_length is None else replace(config, canvas_length=canvas_length)
+    if canvas_length is not None:
+        config = replace(config, canvas_length=canvas_length)
     _evaluate(network)
     return Model(
         name=checkpoint.name,

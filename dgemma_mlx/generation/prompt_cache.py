@@ -55,7 +55,10 @@ class PromptCache:
 
     @contextmanager
     def lease(self) -> Iterator[None]:
-        """Use the cache alone. What was encoded is evaluated at the end, however the use ends.
+        """Use the cache alone. Its buffers are evaluated at the end, however the use ends.
+
+        After a stream that was closed early, this also computes the layers of a step that had been started, because the
+        keys and values of its canvas are in the buffers.
 
         Raises ``DgemmaError`` when the cache is in use: a second answer would overwrite the first one's prefix.
         """

@@ -230,8 +230,7 @@ class DiffusionGemma(nn.Module):
 
         ``self_conditioning`` is that of ``decode_hidden``.
         """
-        like = mx.zeros((*shape, self.config.hidden_size), self.dtype)
-        return self.self_conditioning.signal(self._soft_embeddings(self_conditioning, like))
+        return self.self_conditioning.signal(self._soft_embeddings(self_conditioning, shape))
 
     def decoder_input(self, canvas: mx.array, signal: mx.array) -> mx.array:
         """Return the input (B, C, M) of the first layer for canvas ids (B, C) and a signal (B, C, M)."""
@@ -316,21 +315,22 @@ class DiffusionGemma(nn.Module):
         cap = self.config.final_logit_softcapping
         return cap * mx.tanh(raw.astype(mx.float32) / cap)
 
-    def _soft_embeddings(self, conditioning: mx.array | Prediction | None, like: mx.array) -> mx.array:
+    def _soft_embeddings(self, conditioning: mx.array | Prediction | None, shape: tuple[int, ...]) -> mx.array:
         """Return the expected embeddings (B, C, M) under a prediction or processed logits (B, C, V); zeros for None.
 
-        ``like`` (B, C, M) gives the result's shape and, for None, its dtype.
+        ``shape`` is (B, C).
         """
+        expected = (*shape, self.config.hidden_size)
         if conditioning is None:
-            return mx.zeros_like(like)
+            return mx.zeros(expected, self.dtype)
         if isinstance(conditioning, mx.array):
             return self._expected_embedding(conditioning)
         sample = conditioning.sample
         soft = sparse_soft_embedding(self.embed_tokens, sample.kept_ids, sample.kept_weights, sample.kept_count)
-        soft = soft.astype(self.dtype).reshape(-1, like.shape[-1]) * math.sqrt(self.config.hidden_size)
+        soft = soft.astype(self.dtype).reshape(-1, expected[-1]) * math.sqrt(self.config.hidden_size)
         if conditioning.dense is not None:
             soft[conditioning.dense.positions] = conditioning.dense.embeddings
-        return soft.reshape(like.shape)
+        return soft.reshape(expected)
 
     def _expected_embedding(self, logits: mx.array) -> mx.array:
         """Return softmax(logits) @ embedding table * sqrt(M), (..., M), for processed logits (..., V).

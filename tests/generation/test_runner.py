@@ -237,7 +237,9 @@ def test_no_prompts_no_answers(demo: Model) -> None:
     assert generate_batch(demo, []) == []
 
 
-def test_only_the_rows_that_are_uncertain_are_denoised_again(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def decoded_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of rows of every canvas that the network decodes."""
     rows: list[int] = []
     embed = DiffusionGemma.decoder_input
 
@@ -245,34 +247,32 @@ def test_only_the_rows_that_are_uncertain_are_denoised_again(demo: Model, monkey
         rows.append(canvas.shape[0])
         return embed(self, canvas, signal)
 
+    monkeypatch.setattr(DiffusionGemma, "decoder_input", spy)
+    return rows
+
+
+def test_only_the_rows_that_are_uncertain_are_denoised_again(demo: Model, decoded_rows: list[int]) -> None:
     two_steps = demo.generation.override(max_denoising_steps=2)
     prompts = ["Sort 7 3 5", "Make a sentence.", "What is 27 + 45?"]
     options: dict[str, Any] = {"generation": two_steps, "max_tokens": 20}
     alone = [generate(demo, prompt, seed=seed, **options) for seed, prompt in enumerate(prompts)]
     again = [done.statistics.denoising_steps > 2 for done in alone]
     assert 0 < sum(again) < 3
-    monkeypatch.setattr(DiffusionGemma, "decoder_input", spy)
+    decoded_rows.clear()
     together = generate_batch(demo, prompts, seeds=[0, 1, 2], **options)
     assert [done.text for done in together] == [done.text for done in alone]
-    assert rows == [3, 3, *[sum(again)] * 2]
+    assert decoded_rows == [3, 3, *[sum(again)] * 2]
 
 
-def test_only_the_rows_that_the_encoder_doubts_are_repaired(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows: list[int] = []
-    embed = DiffusionGemma.decoder_input
-
-    def spy(self: DiffusionGemma, canvas: mx.array, signal: mx.array) -> mx.array:
-        rows.append(canvas.shape[0])
-        return embed(self, canvas, signal)
-
+def test_only_the_rows_that_the_encoder_doubts_are_repaired(demo: Model, decoded_rows: list[int]) -> None:
     one_step = demo.generation.override(max_denoising_steps=1)
     prompts = ["Sort 7 3 5", "Make a sentence.", "What is 27 + 45?"]
     options: dict[str, Any] = {"generation": one_step, "max_tokens": 20, "verify": "repair", "speed": "reference"}
     alone = [generate(demo, prompt, seed=seed, **options) for seed, prompt in enumerate(prompts)]
-    monkeypatch.setattr(DiffusionGemma, "decoder_input", spy)
+    decoded_rows.clear()
     together = generate_batch(demo, prompts, seeds=[0, 1, 2], **options)
     assert [done.text for done in together] == [done.text for done in alone]
-    assert sum(rows) == sum(done.statistics.denoising_steps for done in alone)
+    assert sum(decoded_rows) == sum(done.statistics.denoising_steps for done in alone)
 
 
 def test_a_prompt_without_a_cache_is_encoded_in_one_call(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:

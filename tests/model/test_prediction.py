@@ -87,7 +87,7 @@ def test_the_error_of_the_expected_embedding_is_bounded(
     sample = canvas_sampler(raw, mx.zeros(raw.shape[:2]), CAP, temperature)
     mx.eval(*sample)
     prediction = model.predict(raw, sample, temperature)
-    soft = model._soft_embeddings(prediction, mx.zeros((*raw.shape[:2], M), dtype))
+    soft = model._soft_embeddings(prediction, raw.shape[:2])
     assert soft.dtype == dtype
 
     y = CAP * np.tanh(np.array(raw[0].astype(mx.float32), np.float64) / CAP) / temperature
