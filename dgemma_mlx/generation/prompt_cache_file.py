@@ -222,7 +222,7 @@ def _read_data(
     _require(all(is_whole(mark) and 0 < mark <= count for mark in marks.values()))
     points = sorted({*marks.values(), count})
     like = network.new_cache()
-    network.encode(mx.zeros((1, 1), mx.int32), like)  # for its shapes; never evaluated
+    network.extend(mx.zeros((1, 1), mx.int32), like)  # for its shapes; never evaluated
     layout = _layout(like, points, text.sliding_window)
     _require(entries == _entries(layout))
     left = os.fstat(file.fileno()).st_size - file.tell()

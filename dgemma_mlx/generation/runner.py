@@ -109,7 +109,9 @@ class Runner:
 
     def _encode(self, ids: mx.array, cache: PrefixCache) -> Generator[int, None, None]:
         """Encode ids (B, P) chunk by chunk. Yield the number of positions of each chunk."""
-        hidden = yield from prefill(self._network, ids, cache, self._budget, self._cancellation)
+        hidden = yield from prefill(
+            self._network, ids, cache, self._budget, self._cancellation, wants_hidden=self._verifier is not None
+        )
         if self._verifier is not None and hidden is not None:
             self._verifier.start_after(hidden)
 
@@ -211,7 +213,7 @@ class Runner:
                 self._verifier.keep(rows)
         is_encoded = self._verifier is not None
         if rows and not is_encoded:
-            self._network.encode(mx.array([drafts[row].tokens for row in rows], mx.int32), cache)
+            self._network.extend(mx.array([drafts[row].tokens for row in rows], mx.int32), cache)
             mx.async_eval(cache.state())
         if self._prompt_cache is not None and (rows or is_encoded):
             self._prompt_cache.append(drafts[0].tokens, mark="canvas")

@@ -79,7 +79,7 @@ class Writer:
         self._cancellation = Cancellation(options.cancelled)
         self._cache = model.network.new_cache()
         ids = mx.array([prefix], mx.int32)
-        chunks = prefill(model.network, ids, self._cache, budget, self._cancellation)
+        chunks = prefill(model.network, ids, self._cache, budget, self._cancellation, wants_hidden=True)
         self._hidden = _last_hidden(chunks)
         self._cancellation.check()
         mx.eval(self._hidden)

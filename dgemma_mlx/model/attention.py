@@ -150,10 +150,17 @@ class Attention(nn.Module):
         ``mask`` says what each query sees. ``score_bytes`` bounds the scores in memory at once (see ``attend``).
         """
         B, L, _ = x.shape
+        q, k, v = self.project(x, positions)
+        k, v = append(k, v)
+        return self.o_proj(attend(q, k, v, mask, score_bytes).swapaxes(1, 2).reshape(B, L, -1))
+
+    def project(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Return the queries (B, H, L, D), keys and values (B, Hk, L, D) of ``x``, normed and rotated, in x's dtype.
+
+        ``x`` and ``positions`` are those of ``__call__``.
+        """
         v = self.v_proj(x) if "v_proj" in self else None
-        q, k, v = qk_norm_rope(
+        return qk_norm_rope(
             self.q_proj(x), self.k_proj(x), v, self.q_norm.weight, self.k_norm.weight, self._periods, positions,
             self._eps,
         )  # fmt: skip
-        k, v = append(k, v)
-        return self.o_proj(attend(q, k, v, mask, score_bytes).swapaxes(1, 2).reshape(B, L, -1))

@@ -13,7 +13,7 @@ import mlx.nn as nn
 from dgemma_mlx.checkpoint.config import TextConfig
 from dgemma_mlx.kernels import Route, moe_combine, moe_route
 from dgemma_mlx.model.mlp import geglu
-from dgemma_mlx.model.packed import Linear
+from dgemma_mlx.model.packed import Linear, in_blocks, times_experts
 
 # One entry per layer: the router's probabilities (N, E) float32 and the indices (N, K) of the chosen experts.
 RouterLog = list[tuple[mx.array, mx.array]]
@@ -109,14 +109,21 @@ class QuantizedExpertLinear(nn.Module):
 
     def __init__(self, weight: mx.array, group_size: int | None, bits: int | None, mode: str) -> None:
         super().__init__()
-        self.group_size, self.bits, self.mode = group_size, bits, mode
         self.weight, self.scales, *biases = mx.quantize(weight, group_size, bits, mode=mode)
+        self.group_size = weight.shape[-1] // self.scales.shape[-1]
+        self.bits, self.mode = 32 * self.weight.shape[-1] // weight.shape[-1], mode
         if biases:
             self.biases = biases[0]
         self.freeze()
 
     def __call__(self, x: mx.array, indices: mx.array, *, sorted_indices: bool) -> mx.array:
-        """Apply the map ``indices[...]`` to each row of x (..., 1, I) and return (..., 1, O)."""
+        """Apply the map ``indices[...]`` to each row of x (..., 1, I) and return (..., 1, O).
+
+        On a CPU, sorted ``indices`` of many rows are evaluated (see ``times_experts``).
+        """
+        if sorted_indices and in_blocks(x, self):
+            y = times_experts(x.reshape(-1, x.shape[-1]), self, indices.flatten())
+            return y.reshape(*x.shape[:-1], -1)
         return mx.gather_qmm(
             x, self.weight, self.scales, self.get("biases"), rhs_indices=indices, transpose=True,
             group_size=self.group_size, bits=self.bits, mode=self.mode, sorted_indices=sorted_indices,

@@ -15,16 +15,32 @@ blocks with OpenBLAS, but 1.5 to 3 times slower without.
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 BLOCK_BYTES = 2 << 20  # size of a block of unpacked weights, as float32
 LEAST_ROWS = 16  # rows of x from which the products are computed in blocks
 _UNPACKED = {("affine", 4), ("affine", 8), ("mxfp8", 8)}  # (mode, bits) of the formats that are unpacked in blocks
 
-Packed = nn.QuantizedLinear | nn.QuantizedEmbedding
+
+class Packed(Protocol):
+    """A module with packed weights (O, I), or (E, O, I) for the matrices of E experts."""
+
+    group_size: int
+    bits: int
+    mode: str
+    weight: mx.array
+    scales: mx.array
+
+    @property
+    def training(self) -> bool: ...
+
+    def get(self, key: str, /) -> Any: ...
 
 
 class Linear(nn.Linear):
@@ -52,10 +68,10 @@ class PackedLinear(nn.QuantizedLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Apply the layer to x (..., I) and return (..., O) in x's dtype, lazily."""
-        if not _in_blocks(x, self):
+        if not in_blocks(x, self):
             return _quantized_matmul(x, self)
         parts: list[mx.array] = []
-        for block in _blocks(self, x.shape[-1]):
+        for block in _blocks(self.weight.shape[0], x.shape[-1]):
             parts.append(_times_block(x, self, block, after=parts[-1:]))
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
@@ -67,12 +83,29 @@ def times_table(x: mx.array, table: nn.QuantizedEmbedding) -> mx.array:
     single evaluation, MLX would compute all blocks before it copied the first, which takes twice the memory of the
     logits.
     """
-    if not _in_blocks(x, table):
+    if not in_blocks(x, table):
         return _quantized_matmul(x, table)
     product = mx.zeros((*x.shape[:-1], table.weight.shape[0]), x.dtype)
-    for block in _blocks(table, x.shape[-1]):
+    for block in _blocks(table.weight.shape[0], x.shape[-1]):
         product[..., block] = _times_block(x, table, block)
         mx.eval(product)
+    return product
+
+
+def times_experts(x: mx.array, packed: Packed, experts: mx.array) -> mx.array:
+    """Return each row of x (N, I) times the transposed matrix of its expert, in blocks: (N, O), in x's dtype.
+
+    ``packed`` holds the matrices (E, O, I), and ``experts`` (N,) the expert of each row, ascending. They are evaluated,
+    because the rows of an expert are multiplied together, and how many these are decides the shapes.
+    """
+    count, outputs, _ = packed.weight.shape
+    ends = np.searchsorted(np.array(experts), np.arange(count), side="right").tolist()
+    product = mx.zeros((x.shape[0], outputs), x.dtype)
+    last: list[mx.array] = []
+    for expert, (start, end) in enumerate(itertools.pairwise([0, *ends])):
+        for block in _blocks(outputs, x.shape[-1]) if end > start else []:
+            last = [_times_block(x[start:end], packed, (expert, block), after=last)]
+            product[start:end, block] = last[0]
     return product
 
 
@@ -99,26 +132,33 @@ def _on_cpu() -> bool:
     return bool(mx.default_device() == mx.Device(mx.cpu))
 
 
-def _in_blocks(x: mx.array, packed: Packed) -> bool:
-    """Return whether to multiply x by unpacked blocks. In training this is False: a gradient would keep the blocks."""
-    gains = (packed.mode, packed.bits) in _UNPACKED and x.size >= LEAST_ROWS * x.shape[-1]
+def in_blocks(x: mx.array, packed: Packed) -> bool:
+    """Return whether to multiply rows x (..., I) by unpacked blocks of a matrix, or of a stack of experts' matrices.
+
+    In training this is False: a gradient would keep the blocks.
+    """
+    matrices = packed.weight.shape[0] if packed.weight.ndim == 3 else 1
+    gains = (packed.mode, packed.bits) in _UNPACKED and x.size >= LEAST_ROWS * matrices * x.shape[-1]
     return gains and _on_cpu() and not packed.training
 
 
-def _blocks(packed: Packed, inputs: int) -> list[slice]:
-    """Split the output rows of a module with I inputs into slices of at most ``BLOCK_BYTES`` unpacked weights."""
+def _blocks(outputs: int, inputs: int) -> list[slice]:
+    """Split the rows of a matrix (O, I) into slices of at most ``BLOCK_BYTES`` unpacked weights."""
     step = max(1, BLOCK_BYTES // (4 * inputs))
-    return [slice(start, start + step) for start in range(0, packed.weight.shape[0], step)]
+    return [slice(start, start + step) for start in range(0, outputs, step)]
 
 
-def _times_block(x: mx.array, packed: Packed, rows: slice, after: list[mx.array] | None = None) -> mx.array:
-    """Return x (..., I) times some rows of the transposed weights: (..., rows), in x's dtype.
+def _times_block(
+    x: mx.array, packed: Packed, rows: slice | tuple[int, slice], after: Sequence[mx.array] = ()
+) -> mx.array:
+    """Return x (N, I) times some rows of the transposed weights: (N, rows), in x's dtype.
 
-    The weights are unpacked to float32 and multiplied in float32, and not before the arrays in ``after`` exist.
+    ``rows`` is an index into the packed weights: rows of the matrix, or an expert and rows of its matrix. The weights
+    are unpacked to float32 and multiplied in float32, and not before the arrays in ``after`` exist.
     """
     weight, scales, biases = packed.weight[rows], packed.scales[rows], packed.get("biases")
     if after:
-        [weight] = mx.depends([weight], after)
+        [weight] = mx.depends([weight], list(after))
     if biases is not None:  # in half precision, MLX would round each unpacked value
         scales, biases = scales.astype(mx.float32), biases[rows].astype(mx.float32)
     plain = mx.dequantize(weight, scales, biases, packed.group_size, packed.bits, packed.mode)

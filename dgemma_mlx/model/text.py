@@ -191,13 +191,21 @@ class DiffusionGemma(nn.Module):
     def encode(self, ids: mx.array, cache: PrefixCache, router_log: RouterLog | None = None) -> mx.array:
         """Append ids (B, L) to the cache and return their hidden states (B, L, M) after the final norm.
 
-        Attention is causal. Everything is lazy: a caller that evaluates only the cache does not compute the last
-        layer's output. If ``router_log`` is given, each layer appends its router's result to it.
+        Attention is causal. If ``router_log`` is given, each layer appends its router's result to it.
         """
         masks, scalars = cache.encode_masks(ids.shape[1]), [layer.encoder_layer_scalar for layer in self.layers]
         hidden = self._run_layers(self.embed(ids), cache, masks, cache.update, scalars, router_log)
         cache.advance(ids.shape[1])
         return hidden
+
+    def extend(self, ids: mx.array, cache: PrefixCache) -> None:
+        """Append ids (B, L) to the cache, as ``encode`` does, without the hidden states.
+
+        The work ends with the keys and values of the last layer, whose attention and experts nobody reads.
+        """
+        masks, scalars = cache.encode_masks(ids.shape[1]), [layer.encoder_layer_scalar for layer in self.layers]
+        self._run_layers(self.embed(ids), cache, masks, cache.update, scalars, None, only_cache=True)
+        cache.advance(ids.shape[1])
 
     def decode(
         self, canvas: mx.array, cache: PrefixCache, self_conditioning: mx.array | None = None,
@@ -249,13 +257,14 @@ class DiffusionGemma(nn.Module):
     def _run_layers(
         self, x: mx.array, cache: PrefixCache, masks: dict[str, Mask],
         append: Callable[[int, mx.array, mx.array], tuple[mx.array, mx.array]], scalars: list[mx.array],
-        router_log: RouterLog | None, started: int = 0,
+        router_log: RouterLog | None, started: int = 0, only_cache: bool = False,
     ) -> mx.array:
         """Run x (B, L, M) through all layers and the final norm and return (B, L, M).
 
         ``masks`` gives the mask of each kind of layer, ``append`` is the method of ``cache`` that takes a layer's index
         and its new keys and values, and ``scalars`` holds each layer's output factor. ``started`` is that of
-        ``decode_layers``. In training mode only reference operations run, because the kernels have no gradients.
+        ``decode_layers``. In training mode only reference operations run, because the kernels have no gradients. With
+        ``only_cache``, the last layer only appends its keys and values, and the result is its input.
         """
         norms = [*(layer.input_layernorm for layer in self.layers), self.norm]
         wrapper = self._wrapper if self.training else None
@@ -263,6 +272,10 @@ class DiffusionGemma(nn.Module):
             positions = row_positions(cache.rope_offset, *x.shape[:2])
             normed = norms[0](x)
             for i, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
+                if only_cache and i + 1 == len(self.layers):
+                    _, k, v = layer.self_attn.project(normed, positions)
+                    append(i, k, v)
+                    break
                 run = layer if wrapper is None else wrapper(layer, i, append)
                 x, normed = run(
                     x, normed, positions, masks[kind], partial(append, i), scalars[i], norms[i + 1], router_log,

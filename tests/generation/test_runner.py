@@ -12,6 +12,7 @@ import pytest
 import dgemma_mlx
 from dgemma_mlx import Committed, DgemmaError, Done, Draft, Model, PromptCache, generate, generate_batch, stream
 from dgemma_mlx.diffusion.speed import SPEEDS
+from dgemma_mlx.model.cache import PrefixCache
 from dgemma_mlx.model.text import DiffusionGemma
 
 COUNT = "Count from 13 to 40."  # takes more than one canvas
@@ -277,12 +278,12 @@ def test_only_the_rows_that_the_encoder_doubts_are_repaired(demo: Model, decoded
 
 def test_a_prompt_without_a_cache_is_encoded_in_one_call(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[Any] = []
-    encode = DiffusionGemma.encode
+    extend = DiffusionGemma.extend
 
-    def spy(self: DiffusionGemma, ids: mx.array, *rest: Any) -> mx.array:
+    def spy(self: DiffusionGemma, ids: mx.array, cache: PrefixCache) -> None:
         shapes.append(ids.shape)
-        return encode(self, ids, *rest)
+        extend(self, ids, cache)
 
-    monkeypatch.setattr(DiffusionGemma, "encode", spy)
+    monkeypatch.setattr(DiffusionGemma, "extend", spy)
     done = generate(demo, "Sort 7 3 5", seed=1)
     assert shapes == [(1, done.statistics.prompt_tokens)]

@@ -57,7 +57,7 @@ def test_the_limit_is_put_back_however_an_answer_ends(limits: list[int], end: st
         events = stream(model, "Sort 7 3 5", seed=1, memory_limit=10**12, cancelled=lambda: end == "cancelled")
         assert limits == [BEFORE]  # nothing is done before the first event is asked for
         if end == "error":
-            monkeypatch.setattr(model.network, "encode", None)
+            monkeypatch.setattr(model.network, "extend", None)
             with pytest.raises(TypeError):
                 next(events)
         elif end == "closed":

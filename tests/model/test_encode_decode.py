@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -48,6 +49,23 @@ def attention_in_float64(q: mx.array, k: mx.array, v: mx.array, mask: NDArray[An
     weights = np.where(mask, np.exp(scores - scores.max(axis=-1, keepdims=True)), 0)
     weights /= weights.sum(axis=-1, keepdims=True)
     return np.asarray(weights @ values.repeat(group, axis=1))
+
+
+def test_a_prefix_without_hidden_states_is_the_same_and_ends_before_the_last_layers_attention() -> None:
+    """Computing that attention and its experts could only show in the cache as nothing, so they are made to fail."""
+    ids, canvas = random_ids(1, 40), random_ids(1, 16, seed=1)
+    _, whole = encoded(ids)
+    network, short = golden_model(), golden_model().new_cache()
+    last = network.layers[-1]
+    experts = last.experts
+    try:
+        last.experts = nn.Identity()  # takes one argument, so a call raises TypeError
+        network.extend(ids[:, :25], short)
+        network.extend(ids[:, 25:], short)
+    finally:
+        last.experts = experts
+    assert short.offset == whole.offset == 40
+    assert_close(network.decode(canvas, short), network.decode(canvas, whole))
 
 
 @pytest.mark.parametrize("rows", [1, 16, 64, 1000])
