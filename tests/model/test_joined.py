@@ -21,7 +21,7 @@ from dgemma_mlx.model.packed import LEAST_ROWS, Linear
 from dgemma_mlx.model.text import DiffusionGemma
 
 WIDTH = 64
-OUTPUTS = {"first": 96, "second": 32, "third": 33}
+OUTPUTS = {"first": 960, "second": 320, "third": 33}
 PACKINGS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "affine 4": {"bits": 4, "group_size": 32},
@@ -52,6 +52,11 @@ def three(packing: str = "plain") -> Three:
     return layers
 
 
+def weight_bytes(layers: Three) -> int:
+    parameters: Any = tree_flatten(layers.parameters())
+    return sum(array.nbytes for _, array in parameters)
+
+
 def inputs(rows: int) -> mx.array:
     return mx.random.normal((1, rows, WIDTH), key=mx.random.key(rows))
 
@@ -80,12 +85,13 @@ def test_joined_layers_give_the_same_bits(packing: str, rows: int) -> None:
 
 @pytest.mark.parametrize("packing", ["plain", "affine 4"])
 def test_joining_takes_one_product_and_no_memory_that_stays(packing: str) -> None:
+    mx.clear_cache()  # an array may get a larger buffer that is free
     layers = three(packing)
     gc.collect()
     before = mx.get_active_memory()
     layers.join()
     mx.eval(layers.parameters())
-    assert mx.get_active_memory() <= before
+    assert mx.get_active_memory() - before < weight_bytes(layers) / 4
     x = inputs(4)
     mx.eval(x)
     name = "Matmul" if packing == "plain" else "QuantizedMatmul"
@@ -135,6 +141,7 @@ def test_gradients_reach_each_layer() -> None:
 
 
 def test_training_frees_the_joined_array() -> None:
+    mx.clear_cache()
     layers = three()
     layers.join()
     mx.eval(layers.parameters())
@@ -145,7 +152,8 @@ def test_training_frees_the_joined_array() -> None:
     for name in OUTPUTS:
         layers[name].weight = layers[name].weight * 2
     mx.eval(layers.parameters())
-    assert mx.get_active_memory() <= before
+    gc.collect()
+    assert mx.get_active_memory() - before < weight_bytes(layers) / 4
 
 
 def test_layers_that_differ_are_not_joined() -> None:
