@@ -30,6 +30,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 from dgemma_mlx.checkpoint.config import TextConfig  # noqa: E402
 from dgemma_mlx.kernels import MAX_KEPT, CanvasSample, canvas_sampler  # noqa: E402
 from dgemma_mlx.kernels.dispatch import set_mode  # noqa: E402
+from dgemma_mlx.model.joined import join_projections  # noqa: E402
 from dgemma_mlx.model.prediction import Prediction  # noqa: E402
 from dgemma_mlx.model.text import DiffusionGemma  # noqa: E402
 
@@ -119,6 +120,7 @@ if __name__ == "__main__":
     network = DiffusionGemma(TextConfig.from_dict(PUBLISHED))
     network.set_dtype(mx.bfloat16)
     network.eval()
+    join_projections(network)
     replace_kernels()
     result: dict[str, Any] = {}
     for mode in ("reference", "force"):

@@ -27,6 +27,7 @@ from dgemma_mlx.generation.prompt_cache import PromptCache
 from dgemma_mlx.generation.runner import Runner
 from dgemma_mlx.model.dequantize import dequantize, dequantized_bytes
 from dgemma_mlx.model.half_precision import fastest, require_float16
+from dgemma_mlx.model.joined import join_projections
 from dgemma_mlx.model.load import load_model
 from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.text.chat import Message
@@ -83,6 +84,8 @@ def load(
         require_float16(network, config.bos_token_id)
     if canvas_length is not None:
         config = replace(config, canvas_length=canvas_length)
+    if mx.metal.is_available():  # a GPU launches less; on a CPU it gains nothing
+        join_projections(network)
     _evaluate(network)
     return Model(
         name=checkpoint.name,

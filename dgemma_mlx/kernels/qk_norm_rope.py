@@ -31,9 +31,9 @@ _SOURCE = """
     size_t b = row / L;
     size_t l = row % L;
 
-    float position = static_cast<float>(positions[row]);
+    float position = static_cast<float>(positions[b * positions_strides[0] + l * positions_strides[1]]);
     for (int i = thread_position_in_threadgroup.x; i < PAIRS; i += THREADS) {
-        float angle = position * (1.0f / periods[i]);
+        float angle = position * (1.0f / periods[i * periods_strides[0]]);
         cosines[i] = metal::precise::cos(angle);
         sines[i] = metal::precise::sin(angle);
     }
@@ -52,15 +52,18 @@ _SOURCE = """
         bool is_v = head >= H + HK;
         int count = is_q ? H : HK;
         int h = is_q ? head : (head - H) % HK;
-        const device T* x = (is_q ? queries : is_v ? values : keys) + (row * count + h) * D;
+        const device T* x = is_q ? queries : is_v ? values : keys;
+        const constant int64_t* strides = is_q ? queries_strides : is_v ? values_strides : keys_strides;
+        x += b * strides[0] + l * strides[1] + h * D * strides[2];
+        int64_t next = strides[2];
         size_t out = ((b * count + h) * L + l) * D;
 
         float low[N], high[N];
         float sum = 0.0f;
         for (int n = 0; n < N; n++) {
             int i = lane * N + n;
-            low[n] = i < PAIRS ? static_cast<float>(x[i]) : 0.0f;
-            high[n] = i < PAIRS ? static_cast<float>(x[i + PAIRS]) : 0.0f;
+            low[n] = i < PAIRS ? static_cast<float>(x[i * next]) : 0.0f;
+            high[n] = i < PAIRS ? static_cast<float>(x[(i + PAIRS) * next]) : 0.0f;
             sum += low[n] * low[n] + high[n] * high[n];
         }
         float scale = metal::precise::rsqrt(simd_sum(sum) / D + eps);
@@ -77,8 +80,10 @@ _SOURCE = """
                 v[out + i + PAIRS] = static_cast<T>(second);
             }
             if (!is_v) {
-                float first_weight = is_q ? q_weight[i] : k_weight[i];
-                float second_weight = is_q ? q_weight[i + PAIRS] : k_weight[i + PAIRS];
+                int64_t low_at = i * (is_q ? q_weight_strides[0] : k_weight_strides[0]);
+                int64_t high_at = (i + PAIRS) * (is_q ? q_weight_strides[0] : k_weight_strides[0]);
+                float first_weight = is_q ? q_weight[low_at] : k_weight[low_at];
+                float second_weight = is_q ? q_weight[high_at] : k_weight[high_at];
                 first = static_cast<T>(first * first_weight);
                 second = static_cast<T>(second * second_weight);
                 device T* rotated = is_q ? q : k;
@@ -94,6 +99,7 @@ _kernel: Any = mx.fast.metal_kernel(
     input_names=["queries", "keys", "values", "q_weight", "k_weight", "periods", "positions", "eps"],
     output_names=["q", "k", "v"],
     source=_SOURCE,
+    ensure_row_contiguous=False,  # slices of a joined product would be copied
 )
 
 
@@ -104,7 +110,7 @@ def qk_norm_rope_kernel(
     """Compute ``qk_norm_rope_reference`` in one launch, with one threadgroup per position.
 
     Shapes and dtypes are those of the reference, and results are rounded where the reference rounds them. D must be at
-    least 8. Where v is None, k is read only once.
+    least 8. Where v is None, k is read only once. Projections that are slices of one product are read in place.
     """
     B, L, _ = q.shape
     D = q_weight.size
@@ -128,7 +134,8 @@ def qk_norm_rope_reference(
 
     q and k are normed with weights and rotated; v is normed without a weight and not rotated. The values i and i + D/2
     of a head form a pair, which turns by the angle ``positions[b, l] / periods[i]``. Returns q (B, H, L, D), k and v
-    (B, Hk, L, D), in q's dtype. This takes at most five launches.
+    (B, Hk, L, D), in q's dtype. This takes at most five launches, and up to three more to copy projections that are
+    slices of one product.
 
     Reference: transformers ``DiffusionGemmaDecoderTextAttention``. Rotations: Su et al., arXiv 2104.09864.
 
@@ -161,12 +168,16 @@ def qk_norm_rope_reference(
 
 
 def _sliding_example(dtype: mx.Dtype) -> tuple[Any, ...]:
-    """Return arguments of a sliding-window layer: 256 positions, 16 query and 8 key/value heads of 256 values."""
+    """Return arguments of a sliding-window layer: 256 positions, 16 query and 8 key/value heads of 256 values.
+
+    q, k and v are slices of one product, as they are in a model loaded for Metal.
+    """
     C, H, Hk, D = 256, 16, 8, 256
-    q, k, v, q_weight, k_weight = (
+    joined, q_weight, k_weight = (
         mx.random.normal(shape, dtype, key=mx.random.key(i))
-        for i, shape in enumerate([(1, C, H * D), (1, C, Hk * D), (1, C, Hk * D), (D,), (D,)])
+        for i, shape in enumerate([(1, C, (H + 2 * Hk) * D), (D,), (D,)])
     )
+    q, k, v = mx.split(joined, [H * D, (H + Hk) * D], axis=-1)
     periods = 10_000.0 ** (mx.arange(D // 2, dtype=mx.float32) / (D // 2))
     return q, k, v, q_weight, k_weight, periods, mx.arange(100, 100 + C)[None], 1e-6
 
@@ -174,13 +185,15 @@ def _sliding_example(dtype: mx.Dtype) -> tuple[Any, ...]:
 def _full_example(dtype: mx.Dtype) -> tuple[Any, ...]:
     """Return arguments of a full-attention layer: 256 positions, 16 query and 2 key/value heads of 512 values.
 
-    There is no v, and a quarter of the pairs is rotated.
+    There is no v, and a quarter of the pairs is rotated. q and k are slices of one product, as they are in a model
+    loaded for Metal.
     """
     C, H, Hk, D = 256, 16, 2, 512
-    q, k, q_weight, k_weight = (
+    joined, q_weight, k_weight = (
         mx.random.normal(shape, dtype, key=mx.random.key(i))
-        for i, shape in enumerate([(1, C, H * D), (1, C, Hk * D), (D,), (D,)])
+        for i, shape in enumerate([(1, C, (H + Hk) * D), (D,), (D,)])
     )
+    q, k = mx.split(joined, [H * D], axis=-1)
     pairs = mx.arange(D // 2, dtype=mx.float32)
     periods = mx.where(pairs < D // 8, 1e6 ** (pairs / (D // 2)), mx.inf)
     return q, k, None, q_weight, k_weight, periods, mx.arange(100, 100 + C)[None], 1e-6

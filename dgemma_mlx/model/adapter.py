@@ -23,6 +23,7 @@ from mlx.utils import tree_map_with_path
 
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.model.experts import ExpertLinear, QuantizedExpertLinear, expert_matmul
+from dgemma_mlx.model.packed import WEIGHTS
 from dgemma_mlx.model.text import DiffusionGemma
 
 # The modules that can be adapted, as named groups of path patterns. Routers, norms and embeddings cannot be adapted.
@@ -132,7 +133,7 @@ class DoRALinear(LoRALinear):
 
         ``load_adapter`` calls this, so that the first step of an answer does not pay for it.
         """
-        sources = [self.m, self.lora_a, self.lora_b, *(self.linear.get(name) for name in _WEIGHTS)]
+        sources = [self.m, self.lora_a, self.lora_b, *(self.linear.get(name) for name in WEIGHTS)]
         kept = self._kept
         if kept is None or kept.factors.dtype != dtype or any(map(is_not, kept.sources, sources)):
             kept = self._kept = _RowFactors(sources, self._row_factors().astype(dtype))
@@ -143,9 +144,6 @@ class DoRALinear(LoRALinear):
         """Return m divided by the length of each row of the merged weights, (O,) float32."""
         whole = merged(plain_weight(self.linear), self.lora_a, self.lora_b, self._scale)
         return self.m / mx.stop_gradient(mx.linalg.norm(whole, axis=1))
-
-
-_WEIGHTS = ("weight", "scales", "biases")  # of a linear layer; plain ones have only the first
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import mlx.nn as nn
 from dgemma_mlx.checkpoint.config import FULL, TextConfig
 from dgemma_mlx.kernels import can_fuse, fused_attention, qk_norm_rope
 from dgemma_mlx.model.cache import SCORE_BYTES, Mask
+from dgemma_mlx.model.joined import SharedInput
 from dgemma_mlx.model.packed import Linear
 from dgemma_mlx.model.rope import rope_periods
 
@@ -111,7 +112,7 @@ def _seen(mask: Mask, keys: slice, L: int, S: int) -> mx.array | None:
     return mx.arange(keys.start, keys.stop) <= mx.arange(S - L, S)[:, None]
 
 
-class Attention(nn.Module):
+class Attention(SharedInput):
     """Grouped-query attention with norms on q, k and v and score scale 1.
 
     Full-attention layers have no ``v_proj``: their values are the unrotated key projection after a norm of its own.
@@ -124,6 +125,8 @@ class Attention(nn.Module):
         q_norm: RMSNorm of each query head, with a weight of shape (D,).
         k_norm: RMSNorm of each key head, with a weight of shape (D,).
     """
+
+    shared_input = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: TextConfig, kind: str) -> None:
         super().__init__()
@@ -159,8 +162,6 @@ class Attention(nn.Module):
 
         ``x`` and ``positions`` are those of ``__call__``.
         """
-        v = self.v_proj(x) if "v_proj" in self else None
-        return qk_norm_rope(
-            self.q_proj(x), self.k_proj(x), v, self.q_norm.weight, self.k_norm.weight, self._periods, positions,
-            self._eps,
-        )  # fmt: skip
+        q, k, *own = self.products(x)
+        v = own[0] if own else None
+        return qk_norm_rope(q, k, v, self.q_norm.weight, self.k_norm.weight, self._periods, positions, self._eps)

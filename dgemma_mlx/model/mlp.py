@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from dgemma_mlx.checkpoint.config import TextConfig
+from dgemma_mlx.model.joined import SharedInput
 from dgemma_mlx.model.packed import Linear
 
 
@@ -27,7 +28,7 @@ if mx.metal.is_available():  # Compiled, it is one fused kernel. On CPU, compili
     geglu = mx.compile(geglu, shapeless=True)  # shapeless: not traced again for each prompt length, canvas or batch
 
 
-class MLP(nn.Module):
+class MLP(SharedInput):
     """The dense feed-forward block: down(gelu(gate x) * up x), where gate x and up x have ``intermediate_size`` values.
 
     Reference: transformers ``DiffusionGemmaText4MLP``.
@@ -38,6 +39,8 @@ class MLP(nn.Module):
         down_proj: Linear map from ``intermediate_size`` to M values.
     """
 
+    shared_input = ("gate_proj", "up_proj")
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
@@ -46,7 +49,7 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Apply the block to x (..., M) and return (..., M)."""
-        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(geglu(*self.products(x)))
 
 
 class SelfConditioning(MLP):

@@ -25,6 +25,7 @@ import numpy as np
 
 BLOCK_BYTES = 2 << 20  # size of a block of unpacked weights, as float32
 LEAST_ROWS = 16  # rows of x from which the products are computed in blocks
+WEIGHTS = ("weight", "scales", "biases")  # the arrays of a linear layer; plain ones have only the first
 _UNPACKED = {("affine", 4), ("affine", 8), ("mxfp8", 8)}  # (mode, bits) of the formats that are unpacked in blocks
 
 

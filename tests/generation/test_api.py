@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import pkgutil
 import random
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, product
 from typing import get_type_hints
 from unittest.mock import ANY
 
+import mlx.core as mx
 import pytest
 
 import dgemma_mlx
 from dgemma_mlx import Committed, DgemmaError, Done, Draft, Model, generate, load, stream
+from dgemma_mlx.model.joined import SharedInput
 from dgemma_mlx.train.tasks import TASKS
 
 COUNT = "Count from 13 to 40."  # takes more than one canvas
@@ -23,6 +26,20 @@ COUNT = "Count from 13 to 40."  # takes more than one canvas
 @pytest.fixture(scope="module")
 def demo() -> Model:
     return load("demo")
+
+
+def test_a_model_loaded_for_metal_gives_the_same_texts(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its projections are joined: slices that share memory. Nothing is kept twice."""
+    gc.collect()
+    before = mx.get_active_memory()
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    joined = load("demo")
+    monkeypatch.undo()
+    modules = [module for module in joined.network.modules() if isinstance(module, SharedInput)]
+    assert modules and all(module._joined for module in modules)
+    assert mx.get_active_memory() - before <= 1.01 * joined.weight_bytes()
+    for prompt, seed in product(["Sort 7 3 5", "Reverse: abc"], range(2)):
+        assert generate(joined, prompt, seed=seed).text == generate(demo, prompt, seed=seed).text
 
 
 def test_the_public_names() -> None:

@@ -15,6 +15,7 @@ from dgemma_mlx.diffusion.sampler import Noise
 from dgemma_mlx.events import Draft
 from dgemma_mlx.kernels import dispatch
 from dgemma_mlx.kernels.dispatch import set_mode
+from dgemma_mlx.model.joined import join_projections
 from dgemma_mlx.model.load import load_model
 from dgemma_mlx.model.text import DiffusionGemma
 from tests.golden.numbers import CONFIG, FOLDER, TOLERANCE
@@ -63,6 +64,7 @@ def test_logits(on_metal: None, dtype: mx.Dtype, tolerance: float) -> None:
     """In bfloat16, rounding differences grow in a small random network, so that only large errors are detected."""
     model = golden(dtype, packed=False)
     expected = logits(model)
+    join_projections(model)  # as load does for Metal
     set_mode("force")
     for found, right in zip(logits(model), expected, strict=True):
         np.testing.assert_allclose(np.array(found), np.array(right), rtol=0, atol=tolerance)

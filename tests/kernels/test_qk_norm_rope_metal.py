@@ -52,6 +52,23 @@ def test_float64(
         assert_near(array, expected, roundings=10)
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["own v", "K = V"])
+def test_reads_views(metal: UseMetal, shared: bool) -> None:
+    """Projections are slices of one product, or transposed; weights and periods have gaps; positions are broadcast."""
+    metal(module)
+    B, L, H, Hk, D = 2, 3, 5, 3, 64
+    positions = mx.broadcast_to(mx.array([7, 100, LAST_POSITION]), (B, L))
+    q, k, v, q_weight, k_weight, periods, _, eps = arguments(B, L, H, Hk, D, mx.bfloat16)
+    expected = qk_norm_rope_kernel(q, k, None if shared else v, q_weight, k_weight, periods, +positions, eps)
+    slices = mx.split(mx.concatenate([q, k, v], axis=-1), [H * D, (H + Hk) * D], axis=-1)
+    transposed = [mx.contiguous(x.T).T for x in (q, k, v)]
+    vectors = [mx.repeat(x, 2)[::2] for x in (q_weight, k_weight, periods)]
+    for q, k, v in (slices, transposed):
+        found = qk_norm_rope_kernel(q, k, None if shared else v, *vectors, positions, eps)
+        for array, right in zip(found, expected, strict=True):
+            assert mx.array_equal(array, right)
+
+
 def test_rounds_where_the_modules_do(metal: UseMetal) -> None:
     """The weighted norms and the rotated values are each rounded once."""
     metal(module)
