@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dgemma_mlx.generation.api import generate, generate_batch, load, stream
     from dgemma_mlx.generation.model import Model
     from dgemma_mlx.generation.prompt_cache import PromptCache
+    from dgemma_mlx.generation.worker import Worker
     from dgemma_mlx.infill.choose import Choice, choose
     from dgemma_mlx.infill.edit import edit
     from dgemma_mlx.infill.fill import Filled, fill
@@ -41,6 +42,7 @@ _MODULES = {
     "PromptCache": "generation.prompt_cache",
     "Statistics": "events",
     "ToolCall": "text.parts",
+    "Worker": "generation.worker",
     "choose": "infill.choose",
     "edit": "infill.edit",
     "fill": "infill.fill",
@@ -65,6 +67,7 @@ __all__ = [
     "PromptCache",
     "Statistics",
     "ToolCall",
+    "Worker",
     "choose",
     "edit",
     "fill",

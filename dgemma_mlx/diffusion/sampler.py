@@ -5,7 +5,7 @@ Reference: transformers ``EntropyBoundSampler``; Ben-Hamu et al., arXiv 2505.248
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
@@ -33,10 +33,13 @@ class Noise:
         """Start one stream of random numbers for each seed."""
         self._keys = [mx.random.key(seed) for seed in seeds]
 
-    def fork(self) -> Noise:
-        """Return the random numbers of the next canvas. They do not depend on how many the last canvas has drawn."""
+    def fork(self, rows: Sequence[int] | None = None) -> Noise:
+        """Return the random numbers of the next canvas of these rows of the batch, or of all rows.
+
+        They do not depend on how many the last canvas has drawn, nor on the canvases of other rows.
+        """
         forked = Noise()
-        forked._keys = self._next()
+        forked._keys = self._next(rows)
         return forked
 
     def keep(self, rows: list[int]) -> None:
@@ -54,7 +57,9 @@ class Noise:
     def _rows(self, draw: Callable[[mx.array], mx.array]) -> mx.array:
         return mx.stack([draw(key) for key in self._next()])
 
-    def _next(self) -> list[mx.array]:
-        pairs = [mx.random.split(key) for key in self._keys]
-        self._keys = [pair[0] for pair in pairs]
-        return [pair[1] for pair in pairs]
+    def _next(self, rows: Sequence[int] | None = None) -> list[mx.array]:
+        drawn = []
+        for row in range(len(self._keys)) if rows is None else rows:
+            self._keys[row], key = mx.random.split(self._keys[row])
+            drawn.append(key)
+        return drawn

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from threading import get_ident
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -35,10 +36,13 @@ from dgemma_mlx.text.parts import PartsParser
 from dgemma_mlx.text.tokenizer import load_tokenizer
 
 DEFAULT_MAX_TOKENS = 1024
+_ONE_THREAD = "Read a stream in the thread that began it, or let a dgemma_mlx.Worker own the model."
+_DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
 
 def load(
-    model: str | Path | None = None, *, dtype: mx.Dtype | Literal["auto"] | None = "auto",
+    model: str | Path | None = None, *,
+    dtype: mx.Dtype | Literal["auto", "bfloat16", "float16", "float32"] | None = "auto",
     cpu_dequantize: str = "auto", adapter: str | Path | None = None,
 ) -> Model:
     """Open a checkpoint and read its weights. Any thread may use the model afterwards, one at a time.
@@ -46,9 +50,9 @@ def load(
     Args:
         model: A folder, a Hub id ``owner/name[@revision]``, or "demo". None is the environment variable
             ``DGEMMA_MODEL``, else the demo.
-        dtype: A floating dtype to convert all weights to. None keeps them as stored, except on a machine without
-            Metal, where they become float32. "auto" is None, except that weights stored in bfloat16 become float16
-            where the GPU has no bfloat16 (M1 and M2) and the model stays within the range of float16.
+        dtype: A floating dtype to convert all weights to, or its name. None keeps them as stored, except on a machine
+            without Metal, where they become float32. "auto" is None, except that weights stored in bfloat16 become
+            float16 where the GPU has no bfloat16 (M1 and M2) and the model stays within the range of float16.
         cpu_dequantize: Whether packed weights are unpacked where there is no Metal: "on", "off", or "auto", which
             unpacks them when that takes no more than half of the free memory.
         adapter: A folder that ``dgemma-mlx train``, PEFT or mlx_lm has written.
@@ -57,9 +61,12 @@ def load(
         DgemmaError: When there is no such model or adapter, when its files are incomplete or damaged, or when ``dtype``
             is float16 and the model exceeds its range.
     """
-    is_floating = isinstance(dtype, mx.Dtype) and mx.issubdtype(dtype, mx.floating)
+    chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    is_floating = isinstance(chosen, mx.Dtype) and mx.issubdtype(chosen, mx.floating)
     if dtype is not None and dtype != "auto" and not is_floating:
-        raise DgemmaError(f"dtype must be a floating dtype, not {dtype}", "For example mlx.core.bfloat16.", exit_code=2)
+        raise DgemmaError(
+            f"dtype must be a floating dtype, not {dtype}", f'Use "auto", {", ".join(_DTYPES)}.', exit_code=2
+        )
     checkpoint = resolve(None if model is None else str(model))
     config = ModelConfig.load(checkpoint.folder)
     folder = None if adapter is None else Path(adapter).expanduser()
@@ -79,8 +86,8 @@ def load(
     if dtype == "auto":
         network = fastest(open_network, str(mx.device_info()["architecture"]), config.bos_token_id)
     else:
-        network = open_network(dtype)
-    if isinstance(dtype, mx.Dtype) and dtype == mx.float16:  # a Dtype cannot be compared with None
+        network = open_network(chosen)
+    if isinstance(chosen, mx.Dtype) and chosen == mx.float16:  # a Dtype cannot be compared with None
         require_float16(network, config.bos_token_id)
     if canvas_length is not None:
         config = replace(config, canvas_length=canvas_length)
@@ -203,10 +210,16 @@ def stream(
 
 
 def _events(runner: Runner) -> Generator[Event, None, None]:
-    """Yield the events of a runner with a single answer, computed when they are requested."""
+    """Yield the events of a runner with a single answer, computed when they are requested.
+
+    Raises ``DgemmaError`` when another thread than the first asks for an event: MLX's arrays belong to their thread.
+    """
+    owner = get_ident()
     with closing(runner.events()) as events:
         for _, event in events:
             yield event
+            if get_ident() != owner:
+                raise DgemmaError("a stream was continued by another thread", _ONE_THREAD)
 
 
 def generate_batch(

@@ -128,7 +128,7 @@ class Runner:
         drafts = yield from self._attempt(cache, attempts.fork(), list(range(len(self._live))))
         uncertain = [row for row, draft in drafts.items() if draft.low_confidence]
         if uncertain and self._denoiser.speed.reroll:
-            again = yield from self._attempt(cache, attempts.fork(), uncertain, attempt=1)
+            again = yield from self._attempt(cache, attempts.fork(uncertain), uncertain, attempt=1)
             drafts |= {row: min(drafts[row], draft, key=_uncertainty) for row, draft in again.items()}
         readings = None
         if self._verifier is not None:
@@ -138,13 +138,12 @@ class Runner:
     def _attempt(
         self, cache: PrefixCache, noise: Noise, rows: list[int], attempt: int = 0, pins: Pins | None = None
     ) -> Canvases:
-        """Denoise a canvas for these rows of the batch."""
+        """Denoise a canvas for these rows of the batch, each of which has a row of ``noise``."""
         finished: dict[int, Draft] = {}
         index = self._answers[self._live[0]].canvases
         edits = Edits(pins=pins, projection=self._projection(rows))
         if len(rows) < len(self._live):
             cache = cache.rows(rows)
-            noise.keep(rows)
         steps = self._denoiser.denoise(
             cache, noise, self._canvas_length(), edits, canvas_index=index, attempt=attempt
         )
@@ -177,7 +176,7 @@ class Runner:
                 break
             cache.restore(before)
             pins = repair_pins([drafts[row] for row in doubtful], [readings[row] for row in doubtful])
-            drafts |= yield from self._attempt(cache, attempts.fork(), doubtful, 2 + repair, pins)
+            drafts |= yield from self._attempt(cache, attempts.fork(doubtful), doubtful, 2 + repair, pins)
         verifier.start_after(hidden)
         return readings
 

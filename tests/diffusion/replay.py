@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -17,7 +18,7 @@ class Replay(Noise):
     def __init__(self, canvases: NDArray[Any], uniforms: NDArray[Any]) -> None:
         self._canvases, self._uniforms = iter(canvases), iter(uniforms)
 
-    def fork(self) -> Replay:
+    def fork(self, rows: Sequence[int] | None = None) -> Replay:
         return self
 
     def canvas(self, length: int, vocab_size: int) -> mx.array:

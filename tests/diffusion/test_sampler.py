@@ -67,6 +67,14 @@ def test_what_a_fork_draws_does_not_depend_on_what_others_draw() -> None:
     assert one.fork().canvas(9, 50).tolist() == other.fork().canvas(9, 50).tolist() != Noise(4).canvas(9, 50).tolist()
 
 
+def test_a_fork_of_some_rows_leaves_the_others_as_they_were() -> None:
+    """A row that is denoised again must not change what another row draws after it."""
+    together, alone = Noise(1, 2, 3), [Noise(1), Noise(2), Noise(3)]
+    for rows in ([0, 2], [1, 2], [2], [0, 1, 2]):
+        drawn = together.fork(rows).canvas(7, 50).tolist()
+        assert drawn == [alone[row].fork().canvas(7, 50)[0].tolist() for row in rows]
+
+
 def test_random_canvases_are_uniform_over_the_whole_vocabulary() -> None:
     canvas = np.array(Noise(*range(40)).canvas(500, 10))
     assert canvas.shape == (40, 500)

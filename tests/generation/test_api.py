@@ -172,6 +172,13 @@ def test_the_demo_does_what_its_score_card_says(demo: Model, task: str) -> None:
     assert sum(right) / 20 > card[task] - 0.25  # three standard deviations of 20 draws
 
 
+def test_a_dtype_may_be_named() -> None:
+    assert dgemma_mlx.load("demo", dtype="float16").network.dtype == mx.float16
+    with pytest.raises(DgemmaError, match="must be a floating dtype, not int8") as caught:
+        dgemma_mlx.load("demo", dtype="int8")  # type: ignore[arg-type]
+    assert "bfloat16" in caught.value.hint
+
+
 @pytest.mark.parametrize("name", ["load", "generate", "stream", "generate_batch", "fill", "edit", "choose"])
 def test_public_functions_name_their_arguments(name: str) -> None:
     """An IDE shows every option with its type, and ``help()`` says what the function does."""

@@ -118,6 +118,14 @@ def test_a_model_loaded_in_one_thread_answers_in_three_others(model: Model, work
         assert texts == {number: expected[prompt(number)] for number in range(count)}
 
 
+def test_a_stream_that_another_thread_continues_is_refused(model: Model) -> None:
+    events = dgemma_mlx.stream(model, "Sort 7 3 5", seed=1)
+    next(events)
+    with pytest.raises(dgemma_mlx.DgemmaError, match="another thread") as caught:
+        in_thread(lambda: list(events))
+    assert "Worker" in caught.value.hint
+
+
 def test_a_prompt_cache_survives_a_cancel_at_any_event_and_serves_other_threads(model: Model) -> None:
     """The first thread gives up at its n-th event, and another one goes on with what is kept."""
     model, options = unsettled(model)
