@@ -79,18 +79,17 @@ class Denoiser:
                     step = step.keep_finished(last)
                 mx.eval(*step.arrays(), *decoded.sample)
                 last, has_ended = step, number == max_steps or step.all_finished()
-                if not has_ended:
-                    if edits.projection is None:
-                        signal = self._next_signal(decoded)
-                    canvas, decoded = step.current_canvas, None  # frees the logits first
-                    if is_lazy:
-                        decoded = self._decode(canvas, signal, cache, noise, edits, number + 1)
-                drafts = step.drafts(canvas_index, attempt, number, max_steps)
-                for draft in drafts:
-                    refuse_overflow(self.network, draft.mean_entropy)
-                yield drafts
+                early = is_lazy and not has_ended and self.network.predicts_at_once(decoded.sample)
+                if not early:  # the drafts would come late, after what predict waits for
+                    yield self._drafts(step, canvas_index, attempt, number)
                 if has_ended:
                     return
+                if edits.projection is None:
+                    signal = self._next_signal(decoded)
+                canvas, decoded = step.current_canvas, None  # frees the logits first
+                if early:
+                    decoded = self._decode(canvas, signal, cache, noise, edits, number + 1)
+                    yield self._drafts(step, canvas_index, attempt, number)
         finally:
             mx.synchronize()
 
@@ -111,6 +110,13 @@ class Denoiser:
         signal = self.network.conditioning_signal(prediction, decoded.uniforms.shape)
         mx.async_eval(signal)
         return signal
+
+    def _drafts(self, step: _Step, canvas_index: int, attempt: int, number: int) -> tuple[Draft, ...]:
+        """Return the rows of an evaluated step as events. Raises ``DgemmaError`` when the step has overflowed."""
+        drafts = step.drafts(canvas_index, attempt, number, self.config.max_denoising_steps)
+        for draft in drafts:
+            refuse_overflow(self.network, draft.mean_entropy)
+        return drafts
 
     def _accept(self, sample: CanvasSample, noise: Noise, edits: Edits, stopping: Stopping) -> _Step:
         """Accept the certain positions of a sample (B, C), renoise the others, and test whether to stop."""

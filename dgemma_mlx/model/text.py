@@ -308,6 +308,14 @@ class DiffusionGemma(nn.Module):
         embeddings = self._expected_embeddings(raw.reshape(-1, raw.shape[-1]), positions, temperature)
         return Prediction(sample, DenseRows(positions, embeddings))
 
+    def predicts_at_once(self, sample: CanvasSample) -> bool:
+        """Return whether ``predict`` only starts its work for a sample (B, C), which must be evaluated.
+
+        It waits for part of the work when more positions have incomplete token lists than a block of ``dense_rows``.
+        """
+        positions = incomplete(sample, self.dtype)
+        return positions is None or positions.size <= dense_rows(self.config.vocab_size, self.dtype)
+
     def _expected_embeddings(self, raw: mx.array, positions: mx.array, temperature: float) -> mx.array:
         """Return the expected embeddings (n, M) of the rows ``positions`` (n,) of raw logits (N, V).
 

@@ -18,6 +18,7 @@ from dgemma_mlx.diffusion.edits import Edits, Pins, StartCanvas
 from dgemma_mlx.diffusion.sampler import Noise, accept
 from dgemma_mlx.events import Draft
 from dgemma_mlx.kernels import CanvasSample, LogitBias
+from dgemma_mlx.model import text as text_module
 from dgemma_mlx.model.cache import PrefixCache
 from dgemma_mlx.model.text import DiffusionGemma
 from tests.diffusion.replay import Replay, draw
@@ -40,6 +41,22 @@ def run(
     """All steps of a canvas after the prefix; ``noise`` may be the first row's seed."""
     source = Noise(*range(noise, noise + batch)) if isinstance(noise, int) else noise
     return list(Denoiser(golden_model(), config, greedy=greedy).denoise(prefix(batch), source, length))
+
+
+@pytest.mark.parametrize("positions", [64, 65])
+def test_drafts_do_not_wait_for_long_self_conditioning(monkeypatch: pytest.MonkeyPatch, positions: int) -> None:
+    """What takes one block is started before the drafts are yielded; what takes several is waited for afterwards."""
+    monkeypatch.setattr(text_module, "DENSE_BYTES", 1)
+    network = DiffusionGemma(replace(CONFIG.text, vocab_size=2048)).eval()
+    network.embed_tokens.weight = network.embed_tokens.weight * 1e-3  # every prediction is flat
+    begun: list[int] = []
+    monkeypatch.setattr(network, "_expected_embeddings", lambda *_: begun.append(1) or 1 / 0)
+    steps = Denoiser(network, SETTLES).denoise(network.new_cache(), Noise(1), positions)
+    if positions > 64:
+        assert not next(steps)[0].finished
+    with pytest.raises(ZeroDivisionError):
+        next(steps)
+    assert begun == [1]
 
 
 def test_golden_trace() -> None:
