@@ -39,6 +39,7 @@ from dgemma_mlx import Constraint, Draft, Model, generate, generate_batch, load,
 from dgemma_mlx.constrain.canvas import CanvasProjection
 from dgemma_mlx.constrain.projection import Projector
 from dgemma_mlx.kernels import CanvasSample
+from dgemma_mlx.sizes import rate
 from dgemma_mlx.train.tasks import TASKS
 
 
@@ -176,10 +177,10 @@ def cost(steps: int) -> bool:
                 whole = median(step_times(model, constraint, steps))
             first, rest = times[0], median(times[1:])
             spread = f"{1e3 * min(times[1:]):.0f} to {1e3 * max(times[1:]):.0f}, the first {1e3 * first:.0f}"
-            print(f"{name}: {1e3 * whole:.0f} ms a step; projection {1e3 * rest:.0f} ms ({spread}), {rest / plain:.1%} "
-                  f"of a step; dynamic programming {1e3 * median(cpu):.0f} ms of CPU time", flush=True)  # fmt: skip
+            print(f"{name}: {1e3 * whole:.0f} ms a step; projection {1e3 * rest:.0f} ms ({spread}), "
+                  f"{rate(rest, plain):.1%} of a step; dynamic programming {1e3 * median(cpu):.0f} ms of CPU time", flush=True)  # fmt: skip
             if name == "typical":
-                share = rest / plain
+                share = rate(rest, plain)
     return share < 0.15
 
 

@@ -29,6 +29,7 @@ from dgemma_mlx.diffusion.sampler import Noise, accept
 from dgemma_mlx.diffusion.speed import REFERENCE
 from dgemma_mlx.diffusion.stopping import Stopping
 from dgemma_mlx.kernels import canvas_sampler
+from dgemma_mlx.sizes import rate
 
 TEMPERATURE = 0.6
 CONFIG = GenerationConfig()
@@ -102,6 +103,6 @@ if __name__ == "__main__":
     mx.set_default_device(mx.cpu)
     result = measure(arguments.rows, arguments.vocabulary, arguments.runs)
     if "peer_seconds" in result:
-        result["times_as_fast"] = result["peer_seconds"] / result["seconds"]
+        result["times_as_fast"] = rate(result["peer_seconds"], result["seconds"])
     print(json.dumps({name: round(value, 3) for name, value in result.items()}))
     sys.exit(result.get("times_as_fast", LEAST) < LEAST)

@@ -17,8 +17,10 @@ def start(folder: Path, options: dict[str, Any]) -> Generate:
     model = load(folder, **options)
 
     def generate(prompt: Prompt, steps: int) -> Found:
-        # One more step than is measured: while a step's draft is yielded, the next one has begun.
-        loop = model.generation.override(max_denoising_steps=steps + 1)
+        # One more step than is measured: while a step's draft is yielded, the next one has begun. A single step, whose
+        # end is the end of the start, has no next one.
+        done = steps + (steps > 1)
+        loop = model.generation.override(max_denoising_steps=done)
         ends = []
         for event in stream(
             model, prompt.text, raw=True, seed=0, max_tokens=model.config.canvas_length, speed="reference",
@@ -28,8 +30,8 @@ def start(folder: Path, options: dict[str, Any]) -> Generate:
                 ends.append(now())
             elif isinstance(event, Done):
                 seconds, tokens = event.statistics.prefill_seconds, event.statistics.prompt_tokens
-        assert (tokens, len(ends)) == (len(prompt.ids), steps + 1)
-        return Found(seconds, ends[:-1], mx.get_peak_memory())
+        assert (tokens, len(ends)) == (len(prompt.ids), done)
+        return Found(seconds, ends[:steps], mx.get_peak_memory())
 
     return generate
 

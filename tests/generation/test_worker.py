@@ -118,12 +118,23 @@ def test_a_model_loaded_in_one_thread_answers_in_three_others(model: Model, work
         assert texts == {number: expected[prompt(number)] for number in range(count)}
 
 
-def test_a_stream_that_another_thread_continues_is_refused(model: Model) -> None:
-    events = dgemma_mlx.stream(model, "Sort 7 3 5", seed=1)
-    next(events)
-    with pytest.raises(dgemma_mlx.DgemmaError, match="another thread") as caught:
-        in_thread(lambda: list(events))
-    assert "Worker" in caught.value.hint
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_stream_that_another_thread_continues_or_closes(model: Model, cached: bool, count: int) -> None:
+    cache = dgemma_mlx.PromptCache() if cached else None
+    options: dict[str, Any] = {"seed": 1, "prompt_cache": cache, "max_tokens": 64}
+    expected = dgemma_mlx.generate(model, "Count from 5 to 30.", seed=1, max_tokens=64).text
+    for end in ("continue", "close"):
+        events = dgemma_mlx.stream(model, "Count from 5 to 30.", **options)
+        for _ in range(count):
+            next(events)
+        if end == "continue":
+            with pytest.raises(dgemma_mlx.DgemmaError, match="another thread") as caught:
+                in_thread(lambda events=events: list(events))
+            assert "Worker" in caught.value.hint
+        else:
+            in_thread(events.close)
+        assert dgemma_mlx.generate(model, "Count from 5 to 30.", **options).text == expected
 
 
 def test_a_prompt_cache_survives_a_cancel_at_any_event_and_serves_other_threads(model: Model) -> None:
