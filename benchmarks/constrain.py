@@ -178,7 +178,8 @@ def cost(steps: int) -> bool:
             first, rest = times[0], median(times[1:])
             spread = f"{1e3 * min(times[1:]):.0f} to {1e3 * max(times[1:]):.0f}, the first {1e3 * first:.0f}"
             print(f"{name}: {1e3 * whole:.0f} ms a step; projection {1e3 * rest:.0f} ms ({spread}), "
-                  f"{rate(rest, plain):.1%} of a step; dynamic programming {1e3 * median(cpu):.0f} ms of CPU time", flush=True)  # fmt: skip
+                  f"{rate(rest, plain):.1%} of a step; dynamic programming {1e3 * median(cpu):.0f} ms of CPU time",
+                  flush=True)  # fmt: skip
             if name == "typical":
                 share = rate(rest, plain)
     return share < 0.15
