@@ -28,9 +28,14 @@ print("after")
 def test_after_an_exception_the_file_is_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_whole(path, "old")
-    with pytest.raises(KeyError), whole_file(path) as file:
-        file.write(b"half")
-        raise KeyError
+
+    def fail_halfway() -> None:
+        with whole_file(path) as file:
+            file.write(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_halfway()
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
 

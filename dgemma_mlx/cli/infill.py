@@ -119,7 +119,7 @@ def report(filled: Filled, result: ResultOptions, quiet: bool) -> None:
 
 
 def save(filled: Filled, path: Path, before: str) -> None:
-    """Replace the text of a file by the result. Raises `DgemmaError`, and leaves the file, if the result is doubtful."""
+    """Replace the text of a file by the result. Raises `DgemmaError`, without a change, if the result is doubtful."""
     if filled.doubt is not None:
         raise DgemmaError(
             f"{path} was not changed: {filled.doubt}", f"Without --write, --seed {filled.seed} shows the result."
