@@ -140,7 +140,7 @@ def _stream_at(path: Path) -> BinaryIO | None:
         return None
     for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
         with suppress(OSError):
-            if os.path.samestat(found, os.fstat(descriptor)):
+            if stream is not None and os.path.samestat(found, os.fstat(descriptor)):
                 stream.flush()
                 return os.fdopen(os.dup(descriptor), "wb")
     return None if os.path.isfile(path) or os.path.isdir(path) else path.open("wb")

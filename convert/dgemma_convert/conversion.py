@@ -139,7 +139,7 @@ def carry_out(plan: Plan, *, resume: bool = False, force: bool = False, check: b
     try:
         with locked_folder(plan.partial):
             open_partial_folder(plan, resume, force)
-            return _write(plan, check, progress)
+            return _write(plan, force, check, progress)
     except DgemmaError:
         if not plan.partial.exists():
             for parent in made:
@@ -151,7 +151,7 @@ def carry_out(plan: Plan, *, resume: bool = False, force: bool = False, check: b
         ) from error
 
 
-def _write(plan: Plan, check: bool, progress: Progress) -> Report:
+def _write(plan: Plan, force: bool, check: bool, progress: Progress) -> Report:
     """Write shards and files, compare them with the source if ``check`` is set, and publish the output."""
     done, total = 0, plan.bytes_in
 
@@ -171,6 +171,7 @@ def _write(plan: Plan, check: bool, progress: Progress) -> Report:
     except DgemmaError:
         shutil.rmtree(plan.partial)  # the source is damaged, so the conversion cannot be resumed
         raise
+    check_output(plan.output, force, [plan.source.folder])  # again: it may have come into being
     (plan.partial / MANIFEST).unlink()
     replace_folder(plan.partial, plan.output)
     return Report(plan.output, plan, verification, data)

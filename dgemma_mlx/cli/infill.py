@@ -43,7 +43,9 @@ Candidates = Annotated[
 ]  # fmt: skip
 ShowAll = Annotated[bool, output_option("--show-all", help="List all candidates and their scores on stderr.")]
 AsDiff = Annotated[bool, output_option("--diff", help="Print a unified diff.")]
-Write = Annotated[bool, output_option("--write", "-w", help="Write the result to FILE, unless it is empty or uncertain.")]
+Write = Annotated[
+    bool, output_option("--write", "-w", help="Write the result to FILE, unless it is empty or uncertain.")
+]
 
 
 @dataclass(frozen=True)

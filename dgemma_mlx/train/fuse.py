@@ -76,6 +76,7 @@ def fuse(
                     path.unlink()
                 shards = rewrite(checkpoint.folder, unfinished, raw, change, progress)
                 write_fuse_report(unfinished, shards)
+                check_output(output, force, [checkpoint.folder, adapter])  # again: it may have come into being
                 replace_folder(unfinished, output)
             except BaseException:
                 shutil.rmtree(unfinished, ignore_errors=True)

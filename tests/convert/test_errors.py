@@ -111,6 +111,22 @@ def test_a_link_to_an_output_stays_a_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("force", [False, True])
+def test_folder_that_appears_during_the_conversion_is_kept(tmp_path: Path, force: bool) -> None:
+    source, output = smallest_source(tmp_path / "source"), tmp_path / "out"
+
+    def meanwhile(stage: str, done: int, total: int) -> None:
+        output.mkdir(exist_ok=True)
+        (output / "cat.jpg").write_text("miaow")
+
+    error = reported(lambda: convert(str(source), output, force=force, progress=meanwhile))
+    assert error is not None and "is not replaced" in user_error(error)
+    assert (output / "cat.jpg").read_text() == "miaow"
+    shutil.rmtree(output)
+    convert(str(source), output, resume=True)
+    assert names_in(tmp_path) == {"source", "out"}
+
+
+@pytest.mark.parametrize("force", [False, True])
 def test_folder_of_someone_else_is_not_replaced(tmp_path: Path, force: bool) -> None:
     source, output = smallest_source(tmp_path / "source"), tmp_path / "photos"
     output.mkdir()

@@ -170,6 +170,21 @@ def test_force_never_replaces_what_fuse_has_not_written(tmp_path: Path, place: s
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_that_appears_during_the_merge_is_kept(tmp_path: Path, force: bool) -> None:
+    folder = base(tmp_path / "base")
+    adapter, output = adapter_for(folder, tmp_path / "adapter"), tmp_path / "fused"
+
+    def meanwhile(done: int, total: int) -> None:
+        output.mkdir(exist_ok=True)
+        (output / "notes.md").write_text("mine")
+
+    with pytest.raises(DgemmaError, match="is not replaced"):
+        fuse(str(folder), adapter, output, force=force, progress=meanwhile)
+    assert (output / "notes.md").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "fused"]
+
+
 def test_a_fused_folder_with_a_file_of_the_user_is_kept(tmp_path: Path) -> None:
     folder = base(tmp_path / "base")
     adapter, output = adapter_for(folder, tmp_path / "adapter"), tmp_path / "fused"
