@@ -328,7 +328,7 @@ def test_killed_at_any_time(models: Path, trained: tuple[Path, bool]) -> None:
     """The weights are written by MLX, whose operations Python does not see."""
     rng = np.random.default_rng(15)
     folder, full = trained
-    for round in range(20):
+    for round in range(8):
         here = models / f"any{round}"
         here.mkdir()
         shutil.copytree(models / "fused1", here / "out")
