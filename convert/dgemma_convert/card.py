@@ -11,10 +11,8 @@ from dgemma_convert.plan import Plan
 from dgemma_convert.verify import Verification
 from dgemma_convert.writer import write_bytes, write_text
 from dgemma_mlx.checkpoint.config import FULL, SLIDING, ModelConfig
+from dgemma_mlx.checkpoint.output import CARD, CONVERT_REPORT
 from dgemma_mlx.version import __version__
-
-REPORT = "conversion_report.json"
-CARD = "README.md"
 
 
 def write_small_files(plan: Plan) -> None:
@@ -65,7 +63,7 @@ def write_report(plan: Plan, shards: Mapping[str, str], verification: Verificati
         "mixed": plan.mixed,
         "verification": None if verification is None else verification.as_dict(),
     }
-    _write_json(plan.partial / REPORT, report)
+    _write_json(plan.partial / CONVERT_REPORT, report)
     write_text(plan.partial / CARD, model_card(plan, verification))
     ModelConfig.load(plan.partial)  # check that the output can be read
     return report

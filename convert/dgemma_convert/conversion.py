@@ -16,9 +16,11 @@ from dgemma_convert.recipes import DEFAULT, MIXED, RECIPES, Recipe
 from dgemma_convert.source import Source, open_source
 from dgemma_convert.verify import Verification, verify
 from dgemma_convert.walk import make_samples
-from dgemma_convert.writer import locked, open_partial_folder, sync_folder, write_index, write_shards
+from dgemma_convert.writer import open_partial_folder, write_index, write_shards
 from dgemma_mlx.checkpoint.hub import Checkpoint, resolve
+from dgemma_mlx.checkpoint.output import check_output, output_folder
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.files import locked_folder, replace_folder
 
 GROUP_SIZES = (32, 64, 128)
 
@@ -107,7 +109,7 @@ def prepare(
     chosen = _recipe(recipe, group_size)
     _check_target(recipe, target_bytes, target_bpw, calibration)
     checkpoint = resolve(source, weights=download or recipe == MIXED)
-    folder = Path(output).expanduser() if output else _default_output(checkpoint, recipe)
+    folder = output_folder(Path(output) if output else _default_output(checkpoint, recipe))
     opened = open_source(checkpoint)
     if recipe != MIXED:
         return make_plan(opened, folder, chosen, shard_bytes=shard_bytes)
@@ -129,16 +131,15 @@ def carry_out(plan: Plan, *, resume: bool = False, force: bool = False, check: b
     Raises:
         DgemmaError: See ``convert``.
     """
-    _check_output(plan, force)
+    check_output(plan.output, force, [plan.source.folder])
     plan.check_room()
     if check:
         make_samples(plan.source.folder, plan.source.config)  # fail now, not at the end, if the source has no tokenizer
     made = [parent for parent in plan.output.absolute().parents if not parent.exists()]
     try:
-        plan.partial.mkdir(parents=True, exist_ok=True)
-        with locked(plan.partial):
+        with locked_folder(plan.partial):
             open_partial_folder(plan, resume, force)
-            return _write(plan, check, progress)
+            return _write(plan, force, check, progress)
     except DgemmaError:
         if not plan.partial.exists():
             for parent in made:
@@ -150,7 +151,7 @@ def carry_out(plan: Plan, *, resume: bool = False, force: bool = False, check: b
         ) from error
 
 
-def _write(plan: Plan, check: bool, progress: Progress) -> Report:
+def _write(plan: Plan, force: bool, check: bool, progress: Progress) -> Report:
     """Write shards and files, compare them with the source if ``check`` is set, and publish the output."""
     done, total = 0, plan.bytes_in
 
@@ -170,8 +171,9 @@ def _write(plan: Plan, check: bool, progress: Progress) -> Report:
     except DgemmaError:
         shutil.rmtree(plan.partial)  # the source is damaged, so the conversion cannot be resumed
         raise
+    check_output(plan.output, force, [plan.source.folder])  # again: it may have come into being
     (plan.partial / MANIFEST).unlink()
-    _publish(plan)
+    replace_folder(plan.partial, plan.output)
     return Report(plan.output, plan, verification, data)
 
 
@@ -247,35 +249,3 @@ def _choose_formats(
     return MixedFormats(
         formats, {"budget_bytes": budget, "calibrated": calibration is not None, "groups": table}
     )
-
-
-def _check_output(plan: Plan, force: bool) -> None:
-    """Raise ``DgemmaError`` if the output must not be written.
-
-    The output must be new, or with ``force`` an old checkpoint. It is never the source or a folder of other files.
-    """
-    output, source = plan.output.resolve(), plan.source.folder.resolve()
-    elsewhere = "Name another folder with -o."
-    if output == source or output in source.parents or source in output.parents:
-        raise DgemmaError(
-            f"the output {plan.output} is the source, contains it, or lies inside it", elsewhere, exit_code=2
-        )
-    if not plan.output.exists():
-        return
-    if not force:
-        raise DgemmaError(f"{plan.output} already exists", "Replace it with --force, or name another folder with -o.")
-    replaceable = plan.output.is_dir() and ((plan.output / "config.json").exists() or not any(plan.output.iterdir()))
-    if not replaceable:
-        raise DgemmaError(f"{plan.output} is not a checkpoint folder, so --force does not replace it", elsewhere)
-
-
-def _publish(plan: Plan) -> None:
-    """Rename the partial folder to the output. An old output is renamed first, and deleted at the end."""
-    sync_folder(plan.partial)
-    old = plan.output.with_name(f".{plan.output.name}.old")
-    if plan.output.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        plan.output.rename(old)
-    plan.partial.rename(plan.output)
-    sync_folder(plan.output.parent)
-    shutil.rmtree(old, ignore_errors=True)

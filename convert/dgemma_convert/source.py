@@ -13,11 +13,13 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from dgemma_convert.formats import ITEM_SIZE, PLAIN, Format
-from dgemma_mlx.checkpoint.config import ModelConfig, read_json
+from dgemma_mlx.checkpoint.config import ModelConfig
 from dgemma_mlx.checkpoint.hub import Checkpoint, remote_headers
 from dgemma_mlx.checkpoint.names import module_quantization, parameter_names, source_name
+from dgemma_mlx.checkpoint.output import SMALL_FILES
 from dgemma_mlx.checkpoint.shards import StoredTensor, merged, read_header, shard_files
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.json_text import read_json
 from dgemma_mlx.model.text import DiffusionGemma
 
 BLOCK_BYTES = 64 << 20  # size of the values, as bfloat16, that are read and packed at a time
@@ -25,10 +27,6 @@ BLOCK_BYTES = 64 << 20  # size of the values, as bfloat16, that are read and pac
 _DAMAGED = "The checkpoint may be damaged; download it again."
 _NUMPY = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "U8": np.uint8, "U32": np.uint32}
 _SUFFIXES = (".weight", ".scales", ".biases")
-_COPIED = (
-    "generation_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.jinja", "LICENSE*", "NOTICE*",
-)  # fmt: skip
 _FLOATING = ("BF16", "F16", "F32")
 # For each floating dtype, the bits of the largest magnitude that is finite in bfloat16. Larger bits are NaN,
 # infinity, or a number that would be rounded to infinity.
@@ -151,7 +149,7 @@ class Source:
 
     def small_files(self) -> list[Path]:
         """Return the files that are copied unchanged: tokenizer, chat template, processor and licence."""
-        return sorted({path for pattern in _COPIED for path in self.folder.glob(pattern) if path.is_file()})
+        return sorted({path for pattern in SMALL_FILES for path in self.folder.glob(pattern) if path.is_file()})
 
     @property
     def fingerprint(self) -> list[list[Any]]:

@@ -6,13 +6,11 @@ shards, so that an interrupted conversion can be resumed.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,9 +19,10 @@ import numpy as np
 from dgemma_convert.formats import PLAIN
 from dgemma_convert.plan import MANIFEST, Plan, Target
 from dgemma_convert.source import Rows
-from dgemma_mlx.checkpoint.config import read_json
 from dgemma_mlx.checkpoint.shards import INDEX
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.files import sync_folder
+from dgemma_mlx.json_text import read_json
 
 ByteProgress = Callable[[int], None]  # called with the number of source bytes that have just been converted
 
@@ -65,6 +64,8 @@ def open_partial_folder(plan: Plan, resume: bool, force: bool) -> None:
         )
     manifest, fingerprint = plan.partial / MANIFEST, plan.fingerprint()
     if not manifest.exists():
+        for path in plan.partial.iterdir():  # of a crash just before or after the output was published
+            path.unlink()
         write_text(manifest, json.dumps({"plan": fingerprint, "shards": {}}) + "\n")
     elif read_json(manifest).get("plan") != fingerprint:
         raise DgemmaError(
@@ -189,19 +190,6 @@ def write_index(plan: Plan) -> None:
     write_text(plan.partial / INDEX, json.dumps(record, indent=2) + "\n")
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock a folder while the block runs. Raises ``DgemmaError`` if another conversion has locked it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise DgemmaError(f"another conversion is writing {folder}", "Wait until it ends, or stop it.") from None
-    finally:
-        os.close(descriptor)
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a small UTF-8 file, either completely or not at all."""
     write_bytes(path, text.encode())
@@ -215,15 +203,6 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Sync a folder to the disk, so that renames in it survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sha256(path: Path) -> str:

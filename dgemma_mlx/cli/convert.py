@@ -49,7 +49,9 @@ Calibration = Annotated[
 ListRecipes = Annotated[bool, recipe_option("--list-recipes", help="Print the recipes and stop.")]
 DryRun = Annotated[bool, output_option("--dry-run", help="Print the plan and stop.")]
 Resume = Annotated[bool, work_option("--resume", help="Continue an interrupted conversion.")]
-Force = Annotated[bool, work_option("--force", help="Replace an existing output or an interrupted conversion.")]
+Force = Annotated[
+    bool, work_option("--force", help="Replace an output of convert or fuse, or an interrupted conversion.")
+]
 Verify = Annotated[bool, work_option("--verify", help="Compare the output with the source on built-in prompts.")]
 UploadRepo = Annotated[
     str | None,

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from dgemma_mlx.cli.infill import File, ResultOptions, prepared, print_filled, report
+from dgemma_mlx.cli.infill import File, ResultOptions, prepared, print_filled, report, save
 from dgemma_mlx.cli.parameters import AnswerOptions, DenoisingOptions, ModelOptions, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
-from dgemma_mlx.cli.texts import is_stdin, read_text, save_text
+from dgemma_mlx.cli.texts import is_stdin, read_text
 from dgemma_mlx.errors import DgemmaError
 
 edit_option = section("Edit")
@@ -58,7 +58,7 @@ def edit(
         dgemma-mlx edit "Fix the grammar." mail.txt --lines 3-5 --write
         pbpaste | dgemma-mlx edit "Translate to French." | pbcopy
     """
-    result.check(has_file=not is_stdin(file))
+    result.check(file)
     span = None if lines is None else _span(lines)
     before = read_text(file)
     with quiet_when_closed():
@@ -70,11 +70,11 @@ def edit(
                 loaded, instruction, before, lines=span, match=match, strength=strength,
                 candidates=result.candidates or DEFAULT_CANDIDATES, **arguments,
             )  # fmt: skip
-        report(edited, result.show_all, answer.quiet)
+        report(edited, result, answer.quiet)
         if edited.text == before and not answer.quiet:
             print("dgemma-mlx: nothing has changed", file=sys.stderr)
         if result.write and file is not None:
-            save_text(file, edited.text, before)
+            save(edited, file, before)
         form = "text" if is_stdin(file) and not result.diff else "diff"
         print_filled(edited, loaded, before, file, "json" if result.as_json else form)
 

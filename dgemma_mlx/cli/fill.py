@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from dgemma_mlx.cli.infill import File, ResultOptions, prepared, print_filled, report
+from dgemma_mlx.cli.infill import File, ResultOptions, prepared, print_filled, report, save
 from dgemma_mlx.cli.parameters import AnswerOptions, DenoisingOptions, ModelOptions, prompt_option, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
-from dgemma_mlx.cli.texts import is_stdin, read_text, save_text
+from dgemma_mlx.cli.texts import read_text
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def fill(
     """
     split = prefix_file is not None or suffix_file is not None
     _check(file, at, size, hint, split)
-    result.check(has_file=not (is_stdin(file) or split))
+    result.check(None if split else file)
     before, parts = _parts(file, hole, at, size, hint, prefix_file, suffix_file)
     with quiet_when_closed():
         with prepared(model, answer, denoising, raw) as (loaded, arguments):
@@ -90,9 +90,9 @@ def fill(
 
             candidates = result.candidates or DEFAULT_CANDIDATES
             filled = fill_text(loaded, parts, prompt=prompt, raw=raw, candidates=candidates, **arguments)
-        report(filled, result.show_all, answer.quiet)
+        report(filled, result, answer.quiet)
         if result.write and file is not None:
-            save_text(file, filled.text, before)
+            save(filled, file, before)
         form = "json" if result.as_json else "diff" if result.diff else "text"
         if not result.write or form != "text":
             print_filled(filled, loaded, before, file, form)

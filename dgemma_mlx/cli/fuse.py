@@ -12,7 +12,7 @@ from dgemma_mlx.cli.settings import Settings
 Adapter = Annotated[Path, model_option("--adapter", metavar="FOLDER", help="The adapter to merge into the model.")]
 Output = Annotated[Path, output_option("--output", "-o", metavar="FOLDER", help="The folder of the new checkpoint.")]
 Unpack = Annotated[bool, output_option("--dequantize", help="Write bfloat16 weights instead of packed ones.")]
-Force = Annotated[bool, output_option("--force", help="Replace an existing output.")]
+Force = Annotated[bool, output_option("--force", help="Replace an output of fuse or convert.")]
 
 
 def fuse(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from dgemma_mlx.cli.parameters import (
 from dgemma_mlx.cli.render.region import Region, can_draw
 from dgemma_mlx.cli.render.visible import json_line
 from dgemma_mlx.cli.settings import Settings
-from dgemma_mlx.cli.texts import print_diff, print_exact
+from dgemma_mlx.cli.texts import is_stdin, print_diff, print_exact, save_text
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
@@ -42,7 +43,9 @@ Candidates = Annotated[
 ]  # fmt: skip
 ShowAll = Annotated[bool, output_option("--show-all", help="List all candidates and their scores on stderr.")]
 AsDiff = Annotated[bool, output_option("--diff", help="Print a unified diff.")]
-Write = Annotated[bool, output_option("--write", "-w", help="Write the result to FILE, whole or not at all.")]
+Write = Annotated[
+    bool, output_option("--write", "-w", help="Write the result to FILE, unless it is empty or uncertain.")
+]
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,16 @@ class ResultOptions:
     as_json: AsJson = False
     write: Write = False
 
-    def check(self, has_file: bool) -> None:
-        """Raise `DgemmaError` for options that exclude each other, and for --write without a file."""
+    def check(self, file: Path | None) -> None:
+        """Raise `DgemmaError` for options that exclude each other, and for --write without a regular FILE."""
         if self.diff and self.as_json:
             raise DgemmaError("--diff and --json exclude each other", "The JSON object has the whole text.", 2)
-        if self.write and not has_file:
+        if self.write and (file is None or is_stdin(file)):
             raise DgemmaError("--write needs a FILE", "Without --write the text goes to stdout.", exit_code=2)
+        if self.write and os.path.exists(str(file)) and not os.path.isfile(str(file)):
+            raise DgemmaError(
+                f"--write cannot replace {file}, which is not a file", "Without --write the text goes to stdout.", 2
+            )
 
 
 @contextmanager
@@ -96,10 +103,10 @@ def _status(quiet: bool) -> Iterator[Callable[[int, int], None]]:
         region.close()
 
 
-def report(filled: Filled, show_all: bool, quiet: bool) -> None:
+def report(filled: Filled, result: ResultOptions, quiet: bool) -> None:
     """Print the candidates, the statistics and a warning about an uncertain result to stderr."""
     best, s = filled.candidates[0], filled.statistics
-    if show_all:
+    if result.show_all:
         for candidate in filled.candidates:
             texts = "  ".join(json_line(text) for text in candidate.texts)
             doubt = "  (uncertain)" if candidate.low_confidence else ""
@@ -109,8 +116,17 @@ def report(filled: Filled, show_all: bool, quiet: bool) -> None:
         canvases = "1 canvas" if s.canvases == 1 else f"{s.canvases} canvases"
         print(f"{canvases}, {s.denoising_steps} steps, {s.seconds:.2f} s, peak {s.peak_memory / 2**20:,.0f} MB, "
               f"seed {filled.seed}", file=sys.stderr)  # fmt: skip
-    if best.low_confidence:
+    if best.low_confidence and not result.write:  # `save` says so
         print("dgemma-mlx: the best candidate was still uncertain: low confidence", file=sys.stderr)
+
+
+def save(filled: Filled, path: Path, before: str) -> None:
+    """Replace the text of a file by the result. Raises `DgemmaError`, without a change, if the result is doubtful."""
+    if filled.doubt is not None:
+        raise DgemmaError(
+            f"{path} was not changed: {filled.doubt}", f"Without --write, --seed {filled.seed} shows the result."
+        )
+    save_text(path, filled.text, before)
 
 
 def print_filled(filled: Filled, model: Model, before: str, path: Path | None, form: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dgemma_mlx.cli.render.visible import visible
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.files import write_whole
+from dgemma_mlx.files import locked_file, write_whole
 from dgemma_mlx.infill.template import lines_of
 
 _COLOURS = {"+": "32", "-": "31", "@": "36"}
@@ -39,14 +39,15 @@ def read_text(path: Path | None) -> str:
 
 
 def save_text(path: Path, text: str, before: str) -> None:
-    """Replace the text of a file, completely or not at all.
+    """Replace the text of a file, completely or not at all. Of several processes at once, only one does.
 
     Raises `DgemmaError` when the file no longer holds the text ``before``, or when it cannot be written.
     """
-    if read_text(path) != before:
-        raise DgemmaError(f"{path} has changed in the meantime", "Nothing was written. Run the command again.")
     try:
-        write_whole(path, text)
+        with locked_file(path):
+            if read_text(path) != before:
+                raise DgemmaError(f"{path} has changed in the meantime", "Nothing was written. Run the command again.")
+            write_whole(path, text)
     except OSError as error:
         raise DgemmaError(f"cannot write {path}: {error.strerror}") from None
 

@@ -209,9 +209,10 @@ def train(
 def _carry_out(run: FinetuneRun, output: Path, resume: bool, report_to: str | None, quiet: bool) -> None:
     """Train to the end. Raises `DgemmaError` (exit code 130) after Ctrl-C, when the run has been saved."""
     from dgemma_mlx.cli.train_log import open_log
-    from dgemma_mlx.train.finetune import finetune
+    from dgemma_mlx.train.finetune import check_run_folder, finetune
 
     steps = run.config.steps
+    check_run_folder(output, run.model, resume)  # before a dashboard writes to the folder
     with open_log(output, steps, report_to, quiet) as log, interruptible() as stopped:
         done = finetune(run, output, log, resume=resume, stopped=stopped)
     if done < steps:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.files import whole_file
 from dgemma_mlx.sizes import size
 
 Record = Mapping[str, Any]
@@ -68,7 +69,8 @@ def plot(output: Path) -> None:
             axes.plot(*zip(*points, strict=True), label=label)
     axes.set(xlabel="step", ylabel="denoising loss (nats per token)", yscale="log")
     axes.legend()
-    figure.savefig(output / PLOT, dpi=120)
+    with whole_file(output / PLOT) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def _duration(seconds: int) -> str:

@@ -54,9 +54,9 @@ def write(
     """Write a cache of this network, whole or not at all.
 
     ``ids`` are those that the cache holds; every mark lies at or before its end. Raises ``DgemmaError`` when the file
-    cannot be written.
+    cannot be written, and when it holds anything but a prompt cache.
     """
-    _refuse_non_file(path)
+    _check_target(path)
     window = network.config.sliding_window
     snapshots = {mark.offset: mark for mark in (*marks.values(), cache.snapshot())}
     points = sorted(snapshots)
@@ -78,9 +78,20 @@ def write(
 
 def check_place(path: Path) -> None:
     """Raise ``DgemmaError`` when ``write`` could not write this file, before there is anything to write."""
-    _refuse_non_file(path)
+    _check_target(path)
     try:
         check_writable(path)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _check_target(path: Path) -> None:
+    """Raise ``DgemmaError`` if the path leads to anything but an empty file, a prompt cache, or nothing yet."""
+    _refuse_non_file(path)
+    try:
+        if path.exists() and path.stat().st_size:
+            with path.open("rb") as file:
+                _read_header(file, path, hashlib.sha256())
     except OSError as error:
         raise _unwritable(path, error) from None
 

@@ -14,7 +14,7 @@ from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.generation.options import GenerationOptions
 from dgemma_mlx.generation.wired import wired_memory
-from dgemma_mlx.infill.fill import Filled, check_candidates, end_id, lay_out, noised_start, write_gaps
+from dgemma_mlx.infill.fill import Filled, check_candidates, doubt_about, end_id, lay_out, noised_start, write_gaps
 from dgemma_mlx.infill.layout import bias_against, not_text
 from dgemma_mlx.infill.search import Candidate, around
 from dgemma_mlx.infill.template import Gap, Part, lines_of
@@ -136,4 +136,4 @@ def _edit_all(model: Model, writer: Writer, text: str, ids: list[int], strength:
     changed = model.tokenizer.decode(draft.tokens[:size])
     candidate = Candidate((size,), (changed,), score, draft.settled_by is None or size == length, draft.tokens)
     whole = changed.rstrip() + text[len(text.rstrip()) :]
-    return Filled(whole, (candidate,), (whole,), writer.seed, writer.statistics())
+    return Filled(whole, (candidate,), (whole,), writer.seed, writer.statistics(), doubt_about(candidate, [text]))

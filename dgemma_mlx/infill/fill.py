@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,8 @@ class Filled:
         texts: The whole text with each of the candidates.
         seed: The seed that gives the same result again.
         statistics: Counts and times.
+        doubt: Why the text must not replace what a file holds: the best candidate is empty where text was expected,
+            it was still uncertain when its steps were used up, or its score is not finite. None if all is well.
     """
 
     text: str
@@ -44,6 +47,7 @@ class Filled:
     texts: tuple[str, ...]
     seed: int
     statistics: InfillStatistics
+    doubt: str | None
 
 
 @wired_memory()
@@ -142,7 +146,22 @@ def write_gaps(
     """
     found = search(ladders, layout.room, count, partial(_evaluate, writer, layout, strength))
     texts = tuple(layout.whole(candidate.texts) for candidate in found)
-    return Filled(texts[0], tuple(found), texts, writer.seed, writer.statistics())
+    doubt = doubt_about(found[0], [slot.gap.original for slot in layout.slots])
+    return Filled(texts[0], tuple(found), texts, writer.seed, writer.statistics(), doubt)
+
+
+def doubt_about(best: Candidate, originals: Sequence[str | None]) -> str | None:
+    """Return why the best candidate must not be written to a file, or None; see ``Filled``.
+
+    ``originals`` are the texts that the candidate replaces; None for a gap, which holds no text yet. Only a text that
+    was blank before may be blank afterwards.
+    """
+    if not math.isfinite(best.score):
+        return f"the score of the result is {best.score}"
+    expected = (original is None or bool(original.strip()) for original in originals)
+    if any(wanted and not text.strip() for wanted, text in zip(expected, best.texts, strict=True)):
+        return "the model wrote nothing where text was expected"
+    return "the model was still uncertain of the result" if best.low_confidence else None
 
 
 def _evaluate(writer: Writer, layout: Layout, strength: float | None, wanted: list[Lengths]) -> list[Candidate]:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatch
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -17,11 +19,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from dgemma_mlx.checkpoint.config import read_json
+from dgemma_mlx.checkpoint.output import FINDER_FILES, check_apart
+from dgemma_mlx.checks import shown
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.files import write_whole
+from dgemma_mlx.files import locked_folder, write_whole
 from dgemma_mlx.generation.api import generate_batch
 from dgemma_mlx.generation.model import Model
+from dgemma_mlx.json_text import read_json
 from dgemma_mlx.model.adapter import AdapterConfig, attach, unfreeze
 from dgemma_mlx.model.adapter_file import adapter_digest, save_adapter
 from dgemma_mlx.train.batches import Conversation, Part, canvas_batch, parts_at
@@ -34,6 +38,7 @@ from dgemma_mlx.train.optimizer import make_finetune_optimizer, warmed_up
 
 OPTIMIZERS, SCHEDULES = ("adamw", "muon"), ("cosine", "linear", "constant")
 RUN, LOG = "run.json", "loss.jsonl"
+_BEFORE_A_RUN = ("tensorboard", f".{RUN}.*")  # a dashboard opens before the run, and a run may be killed at its start
 _RATES = {"adamw": 1e-4, "muon": 1e-2}
 _MIN_NOISE = 0.001
 _MAX_VALIDATED = 64  # maximum number of conversations for the validation loss
@@ -217,11 +222,10 @@ def finetune(
         The number of steps that are done, counting those before a resumption.
 
     Raises:
-        DgemmaError: If ``out`` holds a run and ``resume`` is not set, if it holds none or a different one and
-            ``resume`` is set, if it cannot be written, or if the loss is not finite.
+        DgemmaError: If ``out`` must not be written (see ``check_run_folder``), if it holds a different run, if another
+            process is training in it, if it cannot be written, or if the loss is not finite.
     """
     model, config = run.model, run.config
-    _open_folder(out, run, resume)
     pad_id, canvas_length = model.config.pad_token_id, model.config.canvas_length
 
     def parts(number: int) -> list[Part]:
@@ -235,7 +239,7 @@ def finetune(
         config.steps, config.seed, config.clip_norm, config.log_every, config.save_every, config.valid_every,
         objective=config.objective,
     )  # fmt: skip
-    with (out / LOG).open("a", encoding="utf-8") as file:
+    with _opened(out, run, resume), (out / LOG).open("a", encoding="utf-8") as file:
 
         def log_twice(record: Record) -> None:
             print(json.dumps(record), file=file, flush=True)
@@ -243,45 +247,74 @@ def finetune(
 
         steps = train(model.network, config.make_optimizer(), parts, pad_id, loop, out, log_twice, validate=validate,
                       stopped=stopped)  # fmt: skip
-    model.network.eval()
-    model.network.wrap_layers(None)
-    if config.full:
-        write_trained(model, out)
-    else:
-        save_adapter(model.network, config.adapter, out, model.name)
+        model.network.eval()
+        model.network.wrap_layers(None)
+        if config.full:
+            write_trained(model, out)
+        else:
+            save_adapter(model.network, config.adapter, out, model.name)
     return steps
 
 
-def _open_folder(out: Path, run: FinetuneRun, resume: bool) -> None:
-    """Create the folder and record the run in it, or check that the folder holds the same run.
+def check_run_folder(out: Path, model: Model, resume: bool) -> None:
+    """Raise ``DgemmaError`` (exit code 2) unless training may write to the folder ``out``.
 
-    Records that were logged after the last checkpoint are dropped, because the resumed run logs these steps again.
+    The folder must hold a run if ``resume`` is set, and be missing or empty otherwise. See also ``check_apart``.
     """
-    data = sha256(repr(list(run.conversations)).encode()).hexdigest()
-    start = None if run.model.adapter is None else adapter_digest(run.model.adapter)
-    record = json.loads(json.dumps({"model": run.model.name, "start": start, "data": data, **asdict(run.config)}))
-    path = out / RUN
-    if path.exists():
-        before = read_json(path)
+    check_apart(out, [model.folder] if model.adapter is None else [model.folder, model.adapter])
+    if (out / RUN).exists():
         if not resume:
             raise DgemmaError(
                 f"{out} already holds a run", "Continue it with --resume, or name another folder with -o.", exit_code=2
             )
-        if different := [name for name in record if before.get(name) != record[name]]:
-            raise DgemmaError(
-                f"the run in {out} was started with other values of {', '.join(different)}",
-                "Give the same options as before, or name another folder with -o.", 2,
-            )
-        _drop_log_after(out / LOG, last_step(out))
         return
     if resume:
         raise DgemmaError(f"{out} holds no run to resume", "Leave out --resume to start a new run.", exit_code=2)
-    try:
-        write_whole(path, json.dumps(record, indent=2) + "\n")
-    except OSError as error:
+    if out.exists() and not out.is_dir():
+        raise DgemmaError(f"{out} is not a folder", "Name another folder with -o.", exit_code=2)
+    names = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    allowed = (*_BEFORE_A_RUN, *FINDER_FILES)
+    if other := [name for name in names if not any(fnmatch(name, pattern) for pattern in allowed)]:
         raise DgemmaError(
-            f"cannot write to {out}: {error.strerror}", "Name another folder with -o.", exit_code=2
-        ) from None
+            f"{out} is not empty: it holds {shown(other[0])}", "Name a new folder with -o.", exit_code=2
+        )
+
+
+@contextmanager
+def _opened(out: Path, run: FinetuneRun, resume: bool) -> Iterator[None]:
+    """Create the folder and record the run in it, or check that it holds the same run, and lock it within the block.
+
+    Records that were logged after the last checkpoint are dropped, because the resumed run logs these steps again.
+    """
+    check_run_folder(out, run.model, resume)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked_folder(out))
+            check_run_folder(out, run.model, resume)  # again: another process may have trained until now
+            _record_run(out, run)
+        except OSError as error:
+            raise DgemmaError(
+                f"cannot write to {out}: {error.strerror}", "Name another folder with -o.", exit_code=2
+            ) from None
+        yield
+
+
+def _record_run(out: Path, run: FinetuneRun) -> None:
+    """Write the settings of a new run, or compare them with those of the run in the folder."""
+    data = sha256(repr(list(run.conversations)).encode()).hexdigest()
+    start = None if run.model.adapter is None else adapter_digest(run.model.adapter)
+    record = json.loads(json.dumps({"model": run.model.name, "start": start, "data": data, **asdict(run.config)}))
+    path = out / RUN
+    if not path.exists():
+        write_whole(path, json.dumps(record, indent=2) + "\n")
+        return
+    before = read_json(path)
+    if different := [name for name in record if before.get(name) != record[name]]:
+        raise DgemmaError(
+            f"the run in {out} was started with other values of {', '.join(different)}",
+            "Give the same options as before, or name another folder with -o.", 2,
+        )
+    _drop_log_after(out / LOG, last_step(out))
 
 
 def last_step(out: Path) -> int:

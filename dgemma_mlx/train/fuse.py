@@ -16,20 +16,19 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from dgemma_mlx.checkpoint.config import ModelConfig, read_json
+from dgemma_mlx.checkpoint.config import ModelConfig
 from dgemma_mlx.checkpoint.hub import resolve
 from dgemma_mlx.checkpoint.names import module_quantization, parameter_names, some_of
+from dgemma_mlx.checkpoint.output import SMALL_FILES, check_output, output_folder, write_fuse_report
 from dgemma_mlx.checkpoint.shards import INDEX, open_tensors, read_header, shard_files
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.files import write_whole
+from dgemma_mlx.files import locked_folder, replace_folder, write_whole
 from dgemma_mlx.generation.model import Model
+from dgemma_mlx.json_text import read_json
 from dgemma_mlx.model.adapter import AdapterConfig, merged
 from dgemma_mlx.model.adapter_file import read_adapter
 
-_SMALL_FILES = (
-    "generation_config.json", "tokenizer*", "chat_template*", "*.jinja", "processor_config.json",
-    "preprocessor_config.json",
-)
+CONFIG = "config.json"
 _PACKING = (".scales", ".biases")
 
 # (parameter path, name of its tensor, all tensors of the source by parameter path) -> the tensors to write, by name
@@ -49,61 +48,76 @@ def fuse(
         adapter: The folder of the adapter.
         output: The folder to write.
         dequantize: Write all packed weights as plain bfloat16. Otherwise they are packed again in the same way.
-        force: Replace an existing output.
+        force: Replace an existing output of ``fuse`` or ``convert``.
         progress: Called after each shard with the number of shards done and the number of all shards.
 
     Raises:
-        DgemmaError: If there is no such model or adapter, if the adapter does not fit the model, if the output exists
-            and ``force`` is not set (exit code 2), or if writing fails.
+        DgemmaError: If there is no such model or adapter, if the adapter does not fit the model, if the output must not
+            be written (exit code 2, see ``check_output``), or if writing fails.
     """
     checkpoint = resolve(model)
     config = ModelConfig.load(checkpoint.folder)
     adapter_config, parts = read_adapter(adapter)
-    if output.exists() and not force:
-        raise DgemmaError(
-            f"{output} already exists", "Replace it with --force, or name another folder with -o.", exit_code=2
-        )
+    output = output_folder(output)
+    check_output(output, force, [checkpoint.folder, adapter])
     tensors = open_tensors(checkpoint.folder)
     _check_fit(parts, parameter_names(tensors)[0], adapter)
     change = _merging(config, adapter_config, parts, dequantize)
-    raw = read_json(checkpoint.folder / "config.json")
+    raw = read_json(checkpoint.folder / CONFIG)
     if adapter_config.canvas_length is not None:
         raw["canvas_length"] = adapter_config.canvas_length
     if dequantize:
         raw = {name: value for name, value in raw.items() if not name.startswith("quantization")}
     unfinished = output.with_name(f".{output.name}.unfinished")
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        rewrite(checkpoint.folder, unfinished, raw, change, progress)
-        if output.exists():
-            shutil.rmtree(output)
-        unfinished.rename(output)
+        with locked_folder(unfinished):
+            try:
+                for path in unfinished.iterdir():  # of a merge that was killed
+                    path.unlink()
+                shards = rewrite(checkpoint.folder, unfinished, raw, change, progress)
+                write_fuse_report(unfinished, shards)
+                check_output(output, force, [checkpoint.folder, adapter])  # again: it may have come into being
+                replace_folder(unfinished, output)
+            except BaseException:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise
     except (OSError, RuntimeError) as error:
         raise DgemmaError(
             f"writing {output} failed: {error}", "Check the free space on the disk and the permissions of the folder."
         ) from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_trained(model: Model, folder: Path) -> None:
-    """Write a checkpoint with the weights of a model that was trained in full.
+    """Write a checkpoint with the weights of a model that was trained in full into a folder that may hold an older one.
 
-    The dtypes, and the files other than weights and config.json, are those of the model's own checkpoint.
+    The dtypes, and the files other than weights and config.json, are those of the model's own checkpoint. The folder
+    has a config.json only while all of its files belong together, so a crash leaves nothing that loads as a mixture.
+    Raises ``DgemmaError`` if the folder cannot be written.
     """
     trained = dict(tree_flatten(model.network.parameters()))
 
     def change(path: str, name: str, source: Mapping[str, mx.array]) -> dict[str, mx.array]:
         return {name: trained[path].astype(source[path].dtype)}
 
-    raw = {**read_json(model.folder / "config.json"), "canvas_length": model.config.canvas_length}
-    rewrite(model.folder, folder, raw, change)
+    raw = {**read_json(model.folder / CONFIG), "canvas_length": model.config.canvas_length}
+    unfinished = folder / "unfinished"
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        rewrite(model.folder, unfinished, raw, change)
+        (folder / CONFIG).unlink(missing_ok=True)
+        for path in sorted(unfinished.iterdir(), key=lambda path: path.name == CONFIG):
+            path.replace(folder / path.name)
+        unfinished.rmdir()
+    except (OSError, RuntimeError) as error:
+        raise DgemmaError(
+            f"cannot write the weights to {folder}: {error}", "The last checkpoint is kept; continue with --resume."
+        ) from None
 
 
 def rewrite(
     source: Path, folder: Path, config: Mapping[str, Any], change: Change,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
+) -> set[str]:
     """Write a checkpoint whose text tensors are those of a source after ``change``.
 
     Tensors of the vision tower, the tokenizer and the other small files are copied unchanged.
@@ -114,6 +128,9 @@ def rewrite(
         config: The content of the new config.json.
         change: Returns the tensors to write for one tensor of the source.
         progress: Called after each shard with the number of shards done and the number of all shards.
+
+    Returns:
+        The names of the weight files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
@@ -134,10 +151,11 @@ def rewrite(
         mx.clear_cache()
         progress(number, len(files))
     write_whole(folder / INDEX, json.dumps({"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}, indent=2))
-    write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
     for path in source.iterdir():
-        if any(fnmatch(path.name, pattern) for pattern in _SMALL_FILES):
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in SMALL_FILES):
             shutil.copyfile(path, folder / path.name)
+    write_whole(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    return {file.name for file in files}
 
 
 def _check_fit(parts: Mapping[str, Mapping[str, mx.array]], names: Mapping[str, str], adapter: Path) -> None:

@@ -93,6 +93,33 @@ def test_a_conversation_is_edited_answered_and_kept(state: Path) -> None:
     assert messages(state)[:2] == [{"role": "user", "content": "Sort 7 3 5"}, {"role": "assistant", "content": "3 5 7"}]
 
 
+def test_a_turn_stays_until_its_edited_message_is_sent(state: Path) -> None:
+    def edit(talk: Talk) -> None:
+        talk.type("/edit\r")
+        talk.wait_for(lambda: talk.text.endswith(">>> Sort 7 3 5"))
+
+    with Talk(state) as talk:
+        assert talk.say("Sort 7 3 5") == ["3 5 7"]
+        before = messages(state)
+        edit(talk)
+        assert messages(state) == before
+        talk.say("", CTRL_C)  # the edit is given up, so the turn stays
+        assert messages(state) == before
+        edit(talk)
+        talk.say("\x7f" * 10)  # nothing is sent
+        assert messages(state) == before
+        edit(talk)
+        talk.say("\x7f" * 10 + "/stats")  # a command is no message
+        assert messages(state) == before
+        talk.say("Sort 9 3 5")  # and what comes after it is a new turn
+        assert [message["content"] for message in messages(state)[::2]] == ["Sort 7 3 5", "Sort 9 3 5"]
+        talk.type("/edit\r")
+        talk.wait_for(lambda: talk.text.endswith(">>> Sort 9 3 5"))
+        talk.say("\x7f1")
+        assert [message["content"] for message in messages(state)[::2]] == ["Sort 7 3 5", "Sort 9 3 1"]
+        talk.leave()
+
+
 def test_history_and_conversation_survive_a_crash(state: Path) -> None:
     with Talk(state) as talk:
         talk.say("My name is Ana.")

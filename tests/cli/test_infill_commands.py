@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -10,8 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
+from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
 from tests.cli.terminal import Terminal
 
 PROGRAM = (sys.executable, "-m", "dgemma_mlx")
@@ -95,6 +98,71 @@ def test_edit_shows_a_diff_and_writes_when_asked(file: Path) -> None:
     assert piped.stdout.endswith(b', "city": "Rome"}\r\nend')
     assert run(*EDIT, "-q", "--match", "58", "--strength", "1", "--write", str(file)).returncode == 0
     assert file.read_bytes() == piped.stdout
+
+
+def nan_model(folder: Path) -> Path:
+    """Return a copy of the demo model whose final norm is not a number."""
+    shutil.copytree(DEMO_FOLDER, folder)
+    tensors = dict(mx.load(str(folder / "model.safetensors")))
+    name = next(name for name in tensors if name.endswith("decoder.norm.weight"))
+    tensors[name] = mx.full(tensors[name].shape, float("nan"), tensors[name].dtype)
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, metadata={"format": "mlx"})
+    return folder
+
+
+@pytest.mark.parametrize("command", ["fill", "edit", "edit a part"])
+def test_a_model_of_nan_writes_nothing(file: Path, tmp_path: Path, command: str) -> None:
+    model = str(nan_model(tmp_path / "nan"))
+    arguments = {
+        "fill": ["fill"], "edit": ["edit", RECORD], "edit a part": ["edit", RECORD, "--lines", "1"],
+    }[command]  # fmt: skip
+    done = run(*arguments, "--candidates", "1", "-q", "-m", model, "--seed", "1", "--write", str(file))
+    assert (done.returncode, done.stdout) == (1, b"") and b"Traceback" not in done.stderr
+    assert file.read_bytes() == GAPS.encode()
+
+
+def test_an_uncertain_result_is_not_written(file: Path) -> None:
+    file.write_text("Once ___ upon ___.\n")
+    arguments = ("fill", "-m", "demo", "--seed", "1", "--candidates", "2", "--max-denoising-steps", "1", "-q")
+    done = run(*arguments, "--write", str(file))
+    first, hint = done.stderr.decode().splitlines()
+    assert (done.returncode, done.stdout) == (1, b"") and "uncertain" in first and "was not changed" in first
+    assert file.read_text() == "Once ___ upon ___.\n" and "--seed 1" in hint
+    shown = run(*arguments, "--json", str(file))
+    assert shown.returncode == 0 and "uncertain" in json.loads(shown.stdout)["doubt"]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    for path in (fifo, tmp_path, Path(os.devnull)):
+        done = run("fill", "-m", "demo", "--write", str(path))
+        assert done.returncode == 2 and b"--write cannot replace" in done.stderr
+
+
+def test_of_two_edits_at_once_one_is_saved(tmp_path: Path) -> None:
+    """Many processes that replace the same old text: one of them does, and the others say so."""
+    file = tmp_path / "file"
+    file.write_text("old")
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom dgemma_mlx.cli.texts import save_text\nsys.stdin.read()\n"
+        "save_text(Path(sys.argv[1]), sys.argv[2], 'old')\nprint(sys.argv[2])"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(file), str(number)], stdin=subprocess.PIPE,
+                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for number in range(6)
+    ]  # fmt: skip
+    for process in processes:  # all of them have started by now, or will soon
+        assert process.stdin is not None
+        process.stdin.close()
+    saved = []
+    for process in processes:
+        assert process.stdout is not None
+        with process.stdout:
+            saved.append(process.stdout.read().strip())
+    assert [process.wait(60) for process in processes].count(0) == 1
+    assert [text for text in saved if text] == [file.read_text()]
 
 
 def test_choose_prints_probabilities() -> None:

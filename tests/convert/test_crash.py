@@ -23,11 +23,13 @@ SHARD_BYTES = 40_000  # a handful of shards
 KILLED = -signal.SIGKILL
 
 # Arguments: source, output, options as JSON. The process kills itself at the ``left``-th report of progress
-# ("progress"), before the ``left``-th operation on files of the partial output ("files"), or before the ``left``-th
-# rename of the output itself ("publish").
+# ("progress"), before the ``left``-th operation on files of the partial output ("files"), before the ``left``-th
+# rename of the output itself ("publish", on a disk that cannot exchange names), or just after the output has been
+# exchanged with an old one ("exchange").
 DRIVER = """
 import json, os, signal, sys, time
 from dgemma_convert import carry_out, prepare
+from dgemma_mlx import files
 
 source, output, options = sys.argv[1:]
 options = json.loads(options)
@@ -47,6 +49,8 @@ def watch(event, arguments):
             count()
         if kind == "publish" and event == "os.rename" and str(plan.output) in paths:
             count()
+        if kind == "exchange" and event == "os.rename" and paths[1].endswith(".old"):
+            count()
 
 def progress(*_):
     if kind == "progress":
@@ -55,6 +59,8 @@ def progress(*_):
         time.sleep(0.01)
 
 sys.addaudithook(watch)
+if kind == "publish":
+    files._exchange = lambda one, other: False
 print("ready", flush=True)
 carry_out(plan, progress=progress, **options)
 """
@@ -273,7 +279,7 @@ def test_force_starts_over(tmp_path: Path, source: Path, whole: dict[str, str]) 
     assert names_in(tmp_path) == {"source", "out"}
 
 
-@pytest.mark.parametrize(("kind", "left"), [("files", 15), ("publish", 2)])
+@pytest.mark.parametrize(("kind", "left"), [("files", 15), ("publish", 2), ("exchange", 1)])
 def test_old_output_stays_until_the_new_one_is_whole(
     tmp_path: Path, source: Path, whole: dict[str, str], kind: str, left: int
 ) -> None:
@@ -282,6 +288,8 @@ def test_old_output_stays_until_the_new_one_is_whole(
     assert run(source, output, kind, left, force=True) == KILLED
     if (kind, left) == ("publish", 2):
         assert not output.exists()  # between two renames
+    elif kind == "exchange":
+        assert digests(output) == whole
     else:
         assert digests(output) == old
     kept = {path.name: path.stat().st_mtime_ns for path in finished(output)}
@@ -305,5 +313,5 @@ def test_two_at_once(tmp_path: Path, source: Path, whole: dict[str, str], option
 
     carry_out(prepare(str(source), output, shard_bytes=SHARD_BYTES), progress=meanwhile)
     assert errors
-    assert all(error is not None and "another conversion" in user_error(error) for error in errors)
+    assert all(error is not None and "another process" in user_error(error) for error in errors)
     assert digests(output) == whole

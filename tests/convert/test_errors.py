@@ -84,9 +84,9 @@ def test_comparing_without_a_tokenizer_fails_first(tmp_path: Path, lost: str) ->
 def test_existing_output(tmp_path: Path) -> None:
     source = smallest_source(tmp_path / "source")
     output = convert(str(source), tmp_path / "out").output
-    message = failure(source, output)
+    message = failure(source, output, code=2)
     assert str(output) in message and "--force" in message
-    assert "--force" in failure(source, output, resume=True)
+    assert "--force" in failure(source, output, resume=True, code=2)
     convert(str(source), output, "bf16", force=True)
     assert names_in(tmp_path) == {"source", "out"}
     assert digests(output) == digests(convert(str(source), tmp_path / "again" / "out", "bf16").output)
@@ -95,20 +95,49 @@ def test_existing_output(tmp_path: Path) -> None:
 def test_force_replaces_the_whole_folder(tmp_path: Path) -> None:
     source = smallest_source(tmp_path / "source")
     output = convert(str(source), tmp_path / "out").output
-    (output / "stray").write_text("of the old one")
+    (output / "LICENSE-of-the-old-one").touch()
     convert(str(source), output, force=True)
-    assert "stray" not in names_in(output)
+    assert "LICENSE-of-the-old-one" not in names_in(output)
     (tmp_path / "empty").mkdir()
     convert(str(source), tmp_path / "empty", force=True)
 
 
+def test_a_link_to_an_output_stays_a_link(tmp_path: Path) -> None:
+    source = smallest_source(tmp_path / "source")
+    output = convert(str(source), tmp_path / "disk" / "out").output
+    (tmp_path / "link").symlink_to(output)
+    assert convert(str(source), tmp_path / "link", "bf16", force=True).output == output
+    assert (tmp_path / "link").is_symlink() and names_in(tmp_path / "disk") == {"out"}
+
+
 @pytest.mark.parametrize("force", [False, True])
-def test_folder_that_is_not_a_checkpoint_is_not_replaced(tmp_path: Path, force: bool) -> None:
+def test_folder_that_appears_during_the_conversion_is_kept(tmp_path: Path, force: bool) -> None:
+    source, output = smallest_source(tmp_path / "source"), tmp_path / "out"
+
+    def meanwhile(stage: str, done: int, total: int) -> None:
+        output.mkdir(exist_ok=True)
+        (output / "cat.jpg").write_text("miaow")
+
+    error = reported(lambda: convert(str(source), output, force=force, progress=meanwhile))
+    assert error is not None and "is not replaced" in user_error(error)
+    assert (output / "cat.jpg").read_text() == "miaow"
+    shutil.rmtree(output)
+    convert(str(source), output, resume=True)
+    assert names_in(tmp_path) == {"source", "out"}
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_folder_of_someone_else_is_not_replaced(tmp_path: Path, force: bool) -> None:
     source, output = smallest_source(tmp_path / "source"), tmp_path / "photos"
     output.mkdir()
     (output / "cat.jpg").write_text("miaow")
-    assert str(output) in failure(source, output, force=force)
-    assert str(output / "cat.jpg") in failure(source, output / "cat.jpg", force=force)
+    assert str(output) in failure(source, output, force=force, code=2)
+    assert str(output / "cat.jpg") in failure(source, output / "cat.jpg", force=force, code=2)
+    other = smallest_source(tmp_path / "another checkpoint")  # not written by this program
+    assert str(other) in failure(source, other, force=force, code=2)
+    own = convert(str(source), tmp_path / "own").output
+    (own / "notes.md").touch()
+    assert "notes.md" in failure(source, own, force=force, code=2)
 
 
 @pytest.mark.parametrize("force", [False, True])

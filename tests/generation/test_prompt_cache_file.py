@@ -423,3 +423,17 @@ def test_where_writing_fails_midway_the_old_file_stays(saved: Path, model: Model
     assert caught.value.hint
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+@pytest.mark.parametrize("content", [b"ten years of work", b"\x00" * 100])
+def test_a_file_of_someone_else_is_not_replaced(tmp_path: Path, model: Model, content: bytes) -> None:
+    path = tmp_path / "thesis"
+    path.write_bytes(content)
+    with pytest.raises(DgemmaError, match="is not a prompt cache"):
+        encoded(model, 20).save(path, model)
+    with pytest.raises(DgemmaError, match="is not a prompt cache"):
+        check_place(path)
+    assert path.read_bytes() == content
+    path.write_bytes(b"")  # as tempfile makes it
+    encoded(model, 20).save(path, model)
+    assert PromptCache.load(path, model) is not None

@@ -10,6 +10,8 @@ import pytest
 
 from dgemma_mlx import DgemmaError, Gap, Model, choose, edit, fill, generate, load
 from dgemma_mlx.infill.edit import selected
+from dgemma_mlx.infill.fill import doubt_about
+from dgemma_mlx.infill.search import Candidate
 from dgemma_mlx.infill.writer import Writer
 from dgemma_mlx.train.tasks import TASKS
 from dgemma_mlx.train.tasks.sudoku import format_grid, parse_grid
@@ -40,6 +42,22 @@ def test_gaps_of_unknown_length_are_filled(demo: Model) -> None:
     assert len({candidate.texts for candidate in filled.candidates}) == len(filled.candidates) == len(filled.texts)
     assert fill(demo, GAPS, prompt=RECORD, seed=1).candidates == filled.candidates  # one seed, one text
     assert filled.statistics.canvases >= len(filled.candidates)
+
+
+@pytest.mark.parametrize(
+    ("original", "text", "score", "low_confidence", "doubt"),
+    [
+        ("old", "new", -1.0, False, None), (None, "new", -1.0, False, None), ("  ", " ", -1.0, False, None),
+        ("old", "", -1.0, False, "nothing"), ("old", " \n", -1.0, False, "nothing"), (None, "", -1.0, False, "nothing"),
+        ("old", "new", -1.0, True, "uncertain"), ("old", "new", float("nan"), False, "nan"),
+        ("old", "new", float("-inf"), False, "inf"),
+    ],
+)  # fmt: skip
+def test_what_must_not_be_written_to_a_file(
+    original: str | None, text: str, score: float, low_confidence: bool, doubt: str | None
+) -> None:
+    found = doubt_about(Candidate((1, 1), ("right", text), score, low_confidence, ()), ["wrong", original])
+    assert found is None if doubt is None else found is not None and doubt in found
 
 
 def sudoku_gaps(prompt: str) -> str:

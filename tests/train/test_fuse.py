@@ -144,10 +144,52 @@ def test_a_failed_merge_leaves_no_files(tmp_path: Path) -> None:
 
 def test_force_replaces_an_output(tmp_path: Path) -> None:
     folder = base(tmp_path / "base")
-    adapter = adapter_for(folder, tmp_path / "adapter")
-    (tmp_path / "fused").mkdir()
-    (tmp_path / "fused" / "old").touch()
+    adapter, output = adapter_for(folder, tmp_path / "adapter"), tmp_path / "fused"
+    output.mkdir()
+    fuse(str(folder), adapter, output, force=True)  # an empty folder may be replaced
+    before = output.stat().st_ino
     with pytest.raises(DgemmaError, match="exists"):
-        fuse(str(folder), adapter, tmp_path / "fused")
-    fuse(str(folder), adapter, tmp_path / "fused", force=True)
-    assert not (tmp_path / "fused" / "old").exists()
+        fuse(str(folder), adapter, output)
+    (tmp_path / "link").symlink_to(output)
+    (output / ".DS_Store").touch()
+    fuse(str(folder), adapter, tmp_path / "link", force=True)
+    assert output.stat().st_ino != before and (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "fused", "link"]
+
+
+@pytest.mark.parametrize("place", ["papers", "base", "adapter", ".", "base/inside", "adapter/x", "papers/../base"])
+def test_force_never_replaces_what_fuse_has_not_written(tmp_path: Path, place: str) -> None:
+    folder = base(tmp_path / "all" / "base")
+    adapter = adapter_for(folder, tmp_path / "all" / "adapter")
+    (tmp_path / "all" / "papers").mkdir()
+    (tmp_path / "all" / "papers" / "thesis.tex").write_text("ten years")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(DgemmaError) as caught:
+        fuse(str(folder), adapter, tmp_path / "all" / place, force=True)
+    assert caught.value.exit_code == 2
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_that_appears_during_the_merge_is_kept(tmp_path: Path, force: bool) -> None:
+    folder = base(tmp_path / "base")
+    adapter, output = adapter_for(folder, tmp_path / "adapter"), tmp_path / "fused"
+
+    def meanwhile(done: int, total: int) -> None:
+        output.mkdir(exist_ok=True)
+        (output / "notes.md").write_text("mine")
+
+    with pytest.raises(DgemmaError, match="is not replaced"):
+        fuse(str(folder), adapter, output, force=force, progress=meanwhile)
+    assert (output / "notes.md").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "fused"]
+
+
+def test_a_fused_folder_with_a_file_of_the_user_is_kept(tmp_path: Path) -> None:
+    folder = base(tmp_path / "base")
+    adapter, output = adapter_for(folder, tmp_path / "adapter"), tmp_path / "fused"
+    fuse(str(folder), adapter, output)
+    (output / "notes.md").write_text("mine")
+    with pytest.raises(DgemmaError, match=r"has not written notes\.md"):
+        fuse(str(folder), adapter, output, force=True)
+    assert (output / "notes.md").read_text() == "mine"

@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
         ask: Answer the last message.
         again: The message has been answered before.
         leave: End the conversation.
-        text: Start the next line with this text.
+        text: Start the next line with this text, which is the last message; the line replaces its turn.
     """
 
     ask: bool = False
@@ -55,8 +55,10 @@ def is_quoted(text: str) -> bool:
     return len(text) >= 2 * len(QUOTES) and text.startswith(QUOTES) and text.endswith(QUOTES)
 
 
-def take(chat: Chat, line: str) -> Outcome:
+def take(chat: Chat, line: str, *, edited: bool = False) -> Outcome:
     """Run a command, or add a message to the session. Text within three quotation marks is always a message.
+
+    A message that was ``edited`` replaces the last turn.
 
     Raises `DgemmaError` for an unknown command and for a command that is used wrongly.
     """
@@ -69,6 +71,8 @@ def take(chat: Chat, line: str) -> Outcome:
     message = text[len(QUOTES) : -len(QUOTES)].strip() if is_quoted(text) else text
     if not message:
         return Outcome()
+    if edited:
+        chat.session.pop_turn()
     chat.session.add("user", chat.attached + message)
     chat.attached = ""
     return Outcome(ask=True)
@@ -147,15 +151,21 @@ def _undo(chat: Chat, rest: str) -> None:
 def _edit(chat: Chat, rest: str) -> Outcome:
     if not can_edit():
         raise DgemmaError("/edit needs a terminal that can edit", "/undo removes the last turn.")
-    return Outcome(text=_last_question(chat))
+    if not chat.session.turns:
+        raise _no_turn()
+    return Outcome(text=str(chat.session.messages[chat.session.questions[-1]]["content"]))
 
 
 def _last_question(chat: Chat) -> str:
     """Remove the last turn and return its question. Raises `DgemmaError` when there is no turn."""
     question = chat.session.pop_turn()
     if question is None:
-        raise DgemmaError("there is no turn yet", "Write a message first.")
+        raise _no_turn()
     return question
+
+
+def _no_turn() -> DgemmaError:
+    return DgemmaError("there is no turn yet", "Write a message first.")
 
 
 def _read(chat: Chat, rest: str) -> None:

@@ -21,6 +21,8 @@ from dgemma_mlx.cli.chat.session import CHANGEABLE
 def editor(history: Path | None) -> Callable[[str], str | None]:
     """Return a function that asks for a message, starting with a text, and returns None when the user leaves.
 
+    Ctrl-C gives up a text to start with, and then the message is empty.
+
     The history is kept in the file ``history``, or only in memory when it is None.
     """
     session: PromptSession[str] = PromptSession(
@@ -36,12 +38,14 @@ def editor(history: Path | None) -> Callable[[str], str | None]:
             except EOFError:
                 return None
             except KeyboardInterrupt:
+                if start:
+                    return ""
                 empty = not session.default_buffer.text
                 if warned and empty:
                     return None
                 if empty:
                     print("Ctrl-C again or Ctrl-D leaves", file=sys.stderr)
-                warned, start = empty, ""
+                warned = empty
             else:
                 return text.encode("utf-8", "replace").decode()  # typed bytes may not be UTF-8
 

@@ -159,9 +159,9 @@ def _talk(chat: Chat, folder: Path | None, kept: bool) -> None:
     ask = _editor(folder) if can_edit() else _lines(">>> " if person else "")
     failed, start = False, ""
     while (line := ask(start)) is not None:
-        start, before = "", list(chat.session.messages)
+        edited, start, before = bool(start), "", list(chat.session.messages)
         try:
-            outcome = take(chat, line)
+            outcome = take(chat, line, edited=edited)
             if outcome.leave:
                 break
             start = outcome.text
