@@ -18,6 +18,7 @@ from dgemma_convert.verify import Verification, verify
 from dgemma_convert.walk import make_samples
 from dgemma_convert.writer import locked, open_partial_folder, sync_folder, write_index, write_shards
 from dgemma_mlx.checkpoint.hub import Checkpoint, resolve
+from dgemma_mlx.checks import reason, shown
 from dgemma_mlx.errors import DgemmaError
 
 GROUP_SIZES = (32, 64, 128)
@@ -146,7 +147,7 @@ def carry_out(plan: Plan, *, resume: bool = False, force: bool = False, check: b
         raise
     except OSError as error:
         raise DgemmaError(
-            f"writing {plan.output} failed: {error}", "Fix the cause, then continue with --resume."
+            f"writing {plan.output} failed: {reason(error)}", "Fix the cause, then continue with --resume."
         ) from error
 
 
@@ -203,7 +204,7 @@ def _check_target(
 def _recipe(name: str, group_size: int | None) -> Recipe:
     """Return a recipe by its name, with another group size if one is given."""
     if name not in RECIPES:
-        raise DgemmaError(f"there is no recipe {name!r}", f"The recipes are {', '.join(RECIPES)}.", exit_code=2)
+        raise DgemmaError(f"there is no recipe {shown(name)}", f"The recipes are {', '.join(RECIPES)}.", exit_code=2)
     recipe = RECIPES[name]
     if group_size is None:
         return recipe

@@ -20,6 +20,7 @@ from dgemma_mlx.checkpoint.config import ModelConfig
 from dgemma_mlx.checkpoint.hub import resolve
 from dgemma_mlx.checkpoint.names import module_quantization, parameter_names, some_of
 from dgemma_mlx.checkpoint.shards import INDEX, open_tensors, read_header, shard_files
+from dgemma_mlx.checks import reason
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import write_whole
 from dgemma_mlx.generation.model import Model
@@ -81,7 +82,8 @@ def fuse(
         unfinished.rename(output)
     except (OSError, RuntimeError) as error:
         raise DgemmaError(
-            f"writing {output} failed: {error}", "Check the free space on the disk and the permissions of the folder."
+            f"writing {output} failed: {reason(error)}",
+            "Check the free space on the disk and the permissions of the folder.",
         ) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
