@@ -108,7 +108,7 @@ def prepare(
     chosen = _recipe(recipe, group_size)
     _check_target(recipe, target_bytes, target_bpw, calibration)
     checkpoint = resolve(source, weights=download or recipe == MIXED)
-    folder = Path(output).expanduser() if output else _default_output(checkpoint, recipe)
+    folder = _default_output(checkpoint, recipe) if output is None else _named_folder(output)
     opened = open_source(checkpoint)
     if recipe != MIXED:
         return make_plan(opened, folder, chosen, shard_bytes=shard_bytes)
@@ -214,6 +214,16 @@ def _recipe(name: str, group_size: int | None) -> Recipe:
     if name != MIXED and not any(rule.format.mode == "affine" for rule in recipe.rules):
         raise DgemmaError(f"the recipe {name} takes no group size", "Leave out --group-size.", exit_code=2)
     return recipe.with_group_size(group_size)
+
+
+def _named_folder(output: str | Path) -> Path:
+    """Return the output folder that the user names. Raises ``DgemmaError`` (exit code 2) when it has no name."""
+    folder = Path(output).expanduser()
+    if folder.name in ("", ".."):  # "." for example
+        folder = folder.resolve()
+    if not str(output) or not folder.name:
+        raise DgemmaError(f"the output cannot be {shown(str(output))}", "Name a new folder with -o.", exit_code=2)
+    return folder
 
 
 def _default_output(checkpoint: Checkpoint, recipe: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from dgemma_mlx.checks import shown
 from dgemma_mlx.cli.bench import bench
 from dgemma_mlx.cli.chat.repl import chat
 from dgemma_mlx.cli.choose import choose
@@ -146,10 +148,25 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"{PROGRAM}: {message}", file=sys.stderr)
 
 
+_INVALID = re.compile(r"Invalid value for (.*?): (?:(.+) is not (?:a valid|in the range) .*|(.*))", re.DOTALL)
+_NOUNS = {"int": "a whole number", "integer": "a whole number", "float": "a number"}
+
+
 def _usage(error: Any) -> tuple[str, str]:
-    """Return the message and the hint of one of Typer's usage errors."""
-    command = error.ctx.command_path if error.ctx else PROGRAM
-    return error.format_message(), f"`{command} --help` lists the options."
+    """Return the message and the hint of one of Typer's usage errors, in the words of this program's own errors."""
+    names = [name for name in sys.argv[1:] if not name.startswith("-")][:1]
+    command = error.ctx.command_path if error.ctx else " ".join([PROGRAM, *names])
+    message, hint = error.format_message().rstrip("."), f"`{command} --help` lists the options."
+    invalid = _INVALID.fullmatch(message)
+    if invalid is None or error.param is None:
+        return message[:1].lower() + message[1:], hint
+    name = error.param.opts[0] if error.param.param_type_name == "option" else error.param.human_readable_name.upper()
+    noun = _NOUNS.get(error.param.type.name.partition(" ")[0])
+    if invalid[2] is None or noun is None:
+        return f"{name}: {invalid[3] or shown(invalid[2])}", hint
+    least, most = (str(getattr(error.param.type, bound, None)).removesuffix(".0") for bound in ("min", "max"))
+    bounds = "" if least == "None" else f" of at least {least}" if most == "None" else f" from {least} to {most}"
+    return f"{name} must be {noun}{bounds}, not {shown(invalid[2].strip(chr(39)))}", hint
 
 
 def _fail(message: str, hint: str, exit_code: int) -> int:

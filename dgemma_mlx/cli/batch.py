@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -71,7 +72,7 @@ def _request(line: str, place: str) -> dict[str, Any]:
         if name not in _CHECKS:
             raise DgemmaError(f"{place}: unknown key {shown(name)}", _HINT, exit_code=2)
         if not _CHECKS[name](item):
-            raise DgemmaError(f"{place}: {name} cannot be {shown(item)}", _HINT, exit_code=2)
+            raise DgemmaError(f"{place}: {name} cannot be {json.dumps(item)[:80]}", _HINT, exit_code=2)
     return request
 
 
