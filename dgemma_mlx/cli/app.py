@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from dgemma_mlx.checks import shown
+from dgemma_mlx.checks import reason, shown
 from dgemma_mlx.cli.bench import bench
 from dgemma_mlx.cli.chat.repl import chat
 from dgemma_mlx.cli.choose import choose
@@ -132,15 +132,18 @@ def run() -> int:
             return result if isinstance(result, int) else 0
         return 0
     except DgemmaError as error:
-        return _fail(error.message, error.hint, error.exit_code)
+        return _fail(error)
     except UsageError as error:
-        return _fail(*_usage(error), exit_code=2)
+        return _fail(DgemmaError(*_usage(error), exit_code=2))
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except OSError as error:  # a disk that is full or gone, for example
+        place = "" if error.filename is None else f"{error.filename}: "
+        return _fail(DgemmaError(f"{place}{reason(error)}", "Check the path, its permissions, and the disk."))
     except Exception as error:
         message = f"unexpected {type(error).__name__}: {error}"
-        return _fail(message, "This is a bug; `dgemma-mlx --debug ...` shows where.", exit_code=1)
+        return _fail(DgemmaError(message, "This is a bug; `dgemma-mlx --debug ...` shows where."))
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -169,15 +172,13 @@ def _usage(error: Any) -> tuple[str, str]:
     return f"{name} must be {noun}{bounds}, not {shown(invalid[2].strip(chr(39)))}", hint
 
 
-def _fail(message: str, hint: str, exit_code: int) -> int:
+def _fail(error: DgemmaError) -> int:
     """Print the message and the hint, each on one line, and return the exit code."""
-    from dgemma_mlx.cli.render.visible import visible
-
     if _ErrorOutput.tracebacks:
         import traceback
 
         traceback.print_exc()
-    for name, text in ((PROGRAM, message), ("hint", hint)):
+    for name, text in ((PROGRAM, error.message), ("hint", error.hint)):
         if text:
-            print(f"{name}: {' '.join(visible(text).splitlines())}", file=sys.stderr)
-    return exit_code
+            print(f"{name}: {text}", file=sys.stderr)
+    return error.exit_code

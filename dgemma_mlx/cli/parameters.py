@@ -6,7 +6,9 @@ field, as Typer needs it. ``model_option`` and the other factories put an option
 
 from __future__ import annotations
 
+import errno
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from functools import partial, wraps
@@ -184,11 +186,20 @@ def expand(command: Callable[..., None]) -> Callable[..., None]:
 
 
 class _GivenPath:
-    """The path in an option or argument. An empty one would be the current folder, which nobody means."""
+    """The path in an option or argument.
+
+    An empty one is refused, because it would be the current folder, which nobody means. One that no file can have is
+    refused as well, because ``Path.exists`` raises an error for it.
+    """
 
     def __new__(cls, text: str) -> Path:  # type: ignore[misc]
         if not text:
             raise typer.BadParameter("the path is empty")
+        try:
+            os.lstat(text)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise typer.BadParameter("the path is too long") from None
         return Path(text)
 
 
