@@ -18,7 +18,10 @@ from hypothesis import strategies as st
 import dgemma_mlx
 from dgemma_convert import prepare
 from dgemma_convert.mixed import read_calibration
+from dgemma_convert.plan import MANIFEST
+from dgemma_convert.writer import open_partial_folder
 from dgemma_mlx import Model, PromptCache, generate
+from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
 from dgemma_mlx.cli.batch import read_batch
 from dgemma_mlx.cli.chat.session import Session
 from dgemma_mlx.cli.info import describe
@@ -44,6 +47,8 @@ _DATA = b"\n".join(
                   {"prompt": "Hi", "completion": "Ho"}, {"text": "Hi"})
 )  # fmt: skip
 _TOML = b'model = "demo"\nmax_tokens = 64\ntemp = 0.5\nthinking = false\nspeed = "fast"\nmemory_limit = "20GB"'
+_OUTPUT = "converted"  # folder of the conversion, next to the checkpoint
+_ONE_STEP = {"max_denoising_steps": 1}
 
 
 @dataclass(frozen=True)
@@ -75,13 +80,15 @@ def make_folder(folder: Path) -> None:
     (folder / "calibration.txt").write_text("one\ntwo\n")
     verdict = {"status": "faster", "detail": "", "kernel": 1.0, "reference": 2.0}
     (folder / "kernels.json").write_text(json.dumps({"a": verdict, "b": {**verdict, "status": "checking"}}))
+    (folder / "conversion_report.json").write_bytes((DEMO_FOLDER / "conversion_report.json").read_bytes())
+    planned = prepare(str(folder), folder.parent / _OUTPUT)
+    planned.partial.mkdir()
+    open_partial_folder(planned, resume=False, force=False)
+    (planned.partial / MANIFEST).write_text(json.dumps({"plan": planned.fingerprint(), "shards": {"x": "0" * 64}}))
     model = dgemma_mlx.load(folder)
     cache = PromptCache()
     generate(model, "Hi", max_tokens=2, seed=0, prompt_cache=cache, generation=model.generation.override(**_ONE_STEP))
     cache.save(folder / "prompt.cache", model)
-
-
-_ONE_STEP = {"max_denoising_steps": 1}
 
 
 def one_step(model: Model) -> None:
@@ -96,8 +103,12 @@ def load_and_step(folder: Path) -> None:
 
 def plan(folder: Path) -> None:
     """Plan a conversion and describe the checkpoint, as convert --dry-run and info do."""
-    planned = prepare(str(folder), folder.parent / "new")
+    planned = prepare(str(folder), folder.parent / _OUTPUT)
     json.dumps([planned.as_dict(), planned.fingerprint(), describe(planned.source)])
+
+
+def _resume(folder: Path) -> None:
+    open_partial_folder(prepare(str(folder), folder.parent / _OUTPUT), resume=True, force=False)
 
 
 def _cache_changes(content: bytes) -> st.SearchStrategy[bytes]:
@@ -143,6 +154,8 @@ READERS = {
     "index": Reader("model.safetensors.index.json", json_changes, load_and_step),
     "weights": Reader(SHARD, header_changes, load_and_step),
     "weights, converting": Reader(SHARD, header_changes, plan),
+    "conversion manifest": Reader(f"../.{_OUTPUT}.partial/{MANIFEST}", json_changes, _resume),
+    "conversion report": Reader("conversion_report.json", json_changes, plan),
     "prompt cache": Reader("prompt.cache", _cache_changes, _read_cache),
     "session": Reader("session.json", json_changes, _read_session),
     "settings": Reader("config.toml", toml_changes, lambda folder: Settings({}, folder / "config.toml")),
