@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from dgemma_mlx.json_text import parse_json, read_json
 INDEX = "model.safetensors.index.json"
 _FETCH_AGAIN = "The download may be incomplete. Fetch the checkpoint again."
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
-_MOST_LENGTH = 2**31 - 1  # of an axis; MLX counts in 32 bits
-_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+_MOST_LENGTH = 2**31 - 1  # of an axis: MLX counts in 32 bits
+_ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
 _LFS_POINTER = b"version "  # start of a Git LFS pointer file; https://git-lfs.github.com/spec/v1 follows
@@ -78,8 +78,8 @@ def shard_files(folder: Path) -> list[Path]:
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file by name, read from its header without their data.
 
-    Raises ``DgemmaError`` when the file cannot be read, is not a safetensors file, or has another size than its header
-    says, or when the tensors' places overlap or do not have the sizes of the tensors.
+    Raises ``DgemmaError`` when the file cannot be read, is not a safetensors file, has another size than its header
+    says, or its tensors overlap, leave gaps or have another size than their shapes ask for.
     """
     try:
         size = path.stat().st_size
@@ -99,32 +99,25 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise DgemmaError(f"{path} is not a safetensors file, or its header is cut off", _FETCH_AGAIN) from None
     if size != expected:
         raise DgemmaError(f"{path} has {size:,} bytes, but its header promises {expected:,}", _FETCH_AGAIN)
-    _check_places(path, tensors)
+    position = 8 + length
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if tensor.start != position or tensor.nbytes != prod(tensor.shape) * _ITEM_BYTES.get(tensor.dtype, 0):
+            raise DgemmaError(f"{path}: the place or size of {name} is wrong in the header", _FETCH_AGAIN)
+        position = tensor.end
     return tensors
 
 
-def _stored(path: Path, entry: Any, base: int) -> StoredTensor:
-    """Return the tensor of an entry of a header whose data begins at offset ``base``.
+def _stored(path: Path, entry: Mapping[str, Any], data: int) -> StoredTensor:
+    """Return the tensor of a header's entry. ``data`` is the offset of the first tensor.
 
-    Raises ``ValueError``, ``KeyError`` or ``TypeError`` for an entry that is none.
+    Raises ``KeyError``, ``TypeError`` or ``ValueError`` when the entry is malformed.
     """
-    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    whole = all(map(is_whole, (*shape, begin, end)))
-    if not (whole and isinstance(dtype, str) and 0 <= begin <= end and all(0 <= n <= _MOST_LENGTH for n in shape)):
-        raise ValueError("not an entry")
-    return StoredTensor(path, dtype, tuple(shape), base + begin, base + end)
-
-
-def _check_places(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Raise ``DgemmaError`` unless each tensor has as many bytes as its shape needs, and no two of them overlap."""
-    end = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
-        if tensor.dtype in _BYTES and tensor.nbytes != math.prod(tensor.shape) * _BYTES[tensor.dtype]:
-            message = f"{path}: {shown(name)} has {tensor.nbytes} bytes, which do not match its dtype and shape"
-            raise DgemmaError(message, _FETCH_AGAIN)
-        if tensor.start < end:
-            raise DgemmaError(f"{path}: {shown(name)} overlaps another tensor", _FETCH_AGAIN)
-        end = tensor.end
+    shape, (begin, end) = entry["shape"], entry["data_offsets"]
+    if not all(is_whole(number) and 0 <= number < 1 << 63 for number in (*shape, begin, end)):
+        raise ValueError("a shape or an offset is not a number of bytes")
+    if max(shape, default=0) > _MOST_LENGTH:
+        raise ValueError("an axis is too long")
+    return StoredTensor(path, str(entry["dtype"]), tuple(shape), data + begin, data + end)
 
 
 def merged(headers: Iterable[Mapping[str, StoredTensor]]) -> dict[str, StoredTensor]:
