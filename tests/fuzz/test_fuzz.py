@@ -64,9 +64,10 @@ def test_a_variable_of_the_environment_is_read_or_refused(folder: Path, name: st
 LINES = [
     ("generate", "--seed", "9" * 5000, "x"), ("generate", "-m", "demo", "--temp", "nan", "x"),
     ("generate", "--n\x1b]0;x", "x"), ("generate", "-m", "x" * 100_000, "x"), ("generate", "-m", "\x1b]0;x\n", "x"),
-    ("info", "\udcff"), ("convert", "demo", "-o", ""), ("convert", "demo", "-o", "/", "--dry-run"), ("fill", ""),
-    ("x" * 100_000,), ("generate", "--memory-limit", "9" * 5000, "x"),
-    ("generate", "--batch", "x" * 5000), ("generate", "--batch", "/"), ("convert", "demo", "--recipe", "\x07" * 1000), ("generate", "--adapter", "x\n" * 1000, "x"),
+    ("generate", "--memory-limit", "9" * 5000, "x"), ("generate", "--adapter", "x\n" * 1000, "x"),
+    ("generate", "--batch", "x" * 5000), ("generate", "--batch", "/"), ("fill", ""), ("info", "\udcff"),
+    ("convert", "demo", "-o", ""), ("convert", "demo", "-o", "/", "--dry-run"), ("x" * 100_000,),
+    ("convert", "demo", "--recipe", "\x07" * 1000),
 ]  # fmt: skip
 
 
