@@ -41,7 +41,7 @@ def damage(folder: Path, name: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("name", READERS)
-@settings(max_examples=20, derandomize=True, **COMMON)
+@settings(max_examples=12, derandomize=True, **COMMON)
 @given(data=st.data())
 def test_a_damaged_file_is_read_or_refused(folder: Path, name: str, data: st.DataObject) -> None:
     damage(folder, name, data)
@@ -49,7 +49,7 @@ def test_a_damaged_file_is_read_or_refused(folder: Path, name: str, data: st.Dat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
-@settings(max_examples=2000, **COMMON)
+@settings(max_examples=600, **COMMON)
 @given(data=st.data())
 def test_many_damaged_files_are_read_or_refused(folder: Path, name: str, data: st.DataObject) -> None:
     damage(folder, name, data)
