@@ -27,7 +27,6 @@ import mlx.core as mx
 
 from dgemma_mlx.checkpoint.names import parameter_names, some_of, source_name
 from dgemma_mlx.checkpoint.shards import read_header
-from dgemma_mlx.checks import reason
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import write_whole
 from dgemma_mlx.json_text import read_json
@@ -71,7 +70,7 @@ def save_adapter(network: DiffusionGemma, config: AdapterConfig, folder: Path, b
         unfinished.replace(folder / WEIGHTS)
         write_whole(folder / CONFIG, json.dumps(record, indent=2) + "\n")
     except (OSError, RuntimeError) as error:
-        raise DgemmaError(f"cannot write the adapter to {folder}: {reason(error)}") from None
+        raise DgemmaError(f"cannot write the adapter to {folder}: {error}") from None
 
 
 def load_adapter(network: DiffusionGemma, folder: Path) -> AdapterConfig:

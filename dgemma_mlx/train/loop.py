@@ -17,7 +17,6 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from dgemma_mlx.checks import reason
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.sizes import rate
@@ -225,7 +224,7 @@ def save(folder: Path, model: DiffusionGemma, optimizer: optim.Optimizer, step: 
         fresh.rename(final)
     except (OSError, RuntimeError) as error:
         raise DgemmaError(
-            f"cannot save to {folder}: {reason(error)}", "The previous checkpoint, if there was one, is kept."
+            f"cannot save to {folder}: {error}", "The previous checkpoint, if there was one, is kept."
         ) from None
     shutil.rmtree(old, ignore_errors=True)
 
@@ -248,6 +247,6 @@ def restore(folder: Path, model: DiffusionGemma, optimizer: optim.Optimizer) -> 
         step: int = json.loads((checkpoint / "state.json").read_text())["step"]
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise DgemmaError(
-            f"{checkpoint} cannot be read: {reason(error)}", "It may be damaged; start a new run in another folder."
+            f"{checkpoint} cannot be read: {error}", "It may be damaged; start a new run in another folder."
         ) from None
     return step
