@@ -36,6 +36,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
+def reason(error: Exception) -> str:
+    """Return what an exception says, as one line for a message: without an error number, a path, or further lines."""
+    text = (isinstance(error, OSError) and error.strerror) or str(error)
+    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+
+
 def check_count(name: str, value: Any) -> None:
     """Raise ``DgemmaError`` (exit code 2) unless the value is an integer from 1 to ``LARGEST_SEED``.
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+_LONGEST = 500  # characters of a message or a hint; file names and quoted values can be longer
+
 
 class DgemmaError(Exception):
     """An error that the user can act on. The command line prints its message and hint without a traceback.
+
+    Both often quote names and values from outside. Line feeds, control characters and other characters that cannot be
+    seen are therefore escaped as in a Python string, and a long text is cut in its middle.
 
     Attributes:
         message: One line that says what is wrong; it starts in lower case and has no full stop at the end.
@@ -13,7 +18,15 @@ class DgemmaError(Exception):
     """
 
     def __init__(self, message: str, hint: str = "", exit_code: int = 1) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = _one_line(message)
+        self.hint = _one_line(hint)
         self.exit_code = exit_code
+        super().__init__(self.message)
+
+
+def _one_line(text: str) -> str:
+    """Return the text in at most ``_LONGEST`` characters that can be seen."""
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]}…{text[-_LONGEST // 2 + 1 :]}"
+    line = text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]}…{line[-_LONGEST // 2 + 1 :]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from dgemma_mlx.checks import shown
 from dgemma_mlx.errors import DgemmaError
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?")
@@ -30,7 +31,7 @@ def parse_size(text: str) -> int:
     found = _SIZE.fullmatch(text.strip().upper())
     value = float(found[1]) * _UNITS.get(found[2], 0) if found else 0.0
     if not 1 <= value < float("inf"):
-        raise DgemmaError(f"not a size: {text!r}", "Write a number and a unit: 8GB, 7.5GiB or 900MB.", exit_code=2)
+        raise DgemmaError(f"not a size: {shown(text)}", "Write a number and a unit: 8GB, 7.5GiB or 900MB.", exit_code=2)
     return int(value)
 
 

@@ -19,6 +19,7 @@ from dgemma_convert.walk import make_samples
 from dgemma_convert.writer import open_partial_folder, write_index, write_shards
 from dgemma_mlx.checkpoint.hub import Checkpoint, resolve
 from dgemma_mlx.checkpoint.output import check_output, output_folder
+from dgemma_mlx.checks import reason, shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import locked_folder, replace_folder
 
@@ -109,7 +110,7 @@ def prepare(
     chosen = _recipe(recipe, group_size)
     _check_target(recipe, target_bytes, target_bpw, calibration)
     checkpoint = resolve(source, weights=download or recipe == MIXED)
-    folder = output_folder(Path(output) if output else _default_output(checkpoint, recipe))
+    folder = output_folder(_default_output(checkpoint, recipe) if output is None else output)
     opened = open_source(checkpoint)
     if recipe != MIXED:
         return make_plan(opened, folder, chosen, shard_bytes=shard_bytes)
@@ -147,7 +148,7 @@ def carry_out(plan: Plan, *, resume: bool = False, force: bool = False, check: b
         raise
     except OSError as error:
         raise DgemmaError(
-            f"writing {plan.output} failed: {error}", "Fix the cause, then continue with --resume."
+            f"writing {plan.output} failed: {reason(error)}", "Fix the cause, then continue with --resume."
         ) from error
 
 
@@ -205,7 +206,7 @@ def _check_target(
 def _recipe(name: str, group_size: int | None) -> Recipe:
     """Return a recipe by its name, with another group size if one is given."""
     if name not in RECIPES:
-        raise DgemmaError(f"there is no recipe {name!r}", f"The recipes are {', '.join(RECIPES)}.", exit_code=2)
+        raise DgemmaError(f"there is no recipe {shown(name)}", f"The recipes are {', '.join(RECIPES)}.", exit_code=2)
     recipe = RECIPES[name]
     if group_size is None:
         return recipe

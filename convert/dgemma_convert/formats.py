@@ -12,6 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from dgemma_mlx.checks import shown
+
 _SCALE_DTYPE = {"affine": "BF16", "mxfp4": "U8", "mxfp8": "U8", "nvfp4": "U8"}
 # Bytes per element of the dtypes in checkpoints, by the names that safetensors gives them.
 ITEM_SIZE = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1, "U32": 4}
@@ -66,7 +68,7 @@ class Format:
         """
         mode = entry.get("mode", "affine")
         if mode not in tuple(_DEFAULTS):
-            raise ValueError(f"there is no mode {mode!r}")
+            raise ValueError(f"there is no mode {shown(mode)}")
         default_bits, default_size = _DEFAULTS[mode]
         bits, group_size = entry.get("bits", default_bits), entry.get("group_size", default_size)
         integers = type(bits) is int and type(group_size) is int
@@ -75,7 +77,7 @@ class Format:
         else:
             known = integers and (bits, group_size) == _DEFAULTS[mode]
         if not known:
-            raise ValueError(f"the mode {mode} does not support {bits!r} bits in groups of {group_size!r}")
+            raise ValueError(f"the mode {mode} does not support {shown(bits)} bits in groups of {shown(group_size)}")
         return cls(bits, group_size, mode)
 
     def as_config(self) -> dict[str, Any]:

@@ -51,7 +51,8 @@ def open_partial_folder(plan: Plan, resume: bool, force: bool) -> None:
     """Prepare ``plan.partial`` for writing.
 
     With ``force``, the folder is emptied; with ``resume``, its manifest must belong to the same plan. Raises
-    ``DgemmaError`` if the folder holds an interrupted conversion and neither is set, or if the plans differ.
+    ``DgemmaError`` if the folder holds an interrupted conversion and neither is set, if the plans differ, or if the
+    manifest is damaged.
     """
     existing = list(plan.partial.iterdir())
     if existing and force and not resume:
@@ -67,7 +68,9 @@ def open_partial_folder(plan: Plan, resume: bool, force: bool) -> None:
         for path in plan.partial.iterdir():  # of a crash just before or after the output was published
             path.unlink()
         write_text(manifest, json.dumps({"plan": fingerprint, "shards": {}}) + "\n")
-    elif read_json(manifest).get("plan") != fingerprint:
+        return
+    _read_manifest(plan)  # before anything is written
+    if read_json(manifest).get("plan") != fingerprint:
         raise DgemmaError(
             f"the interrupted conversion to {plan.output} had another source, recipe or version",
             "Start again with --force, or name another output with -o.",
@@ -75,8 +78,12 @@ def open_partial_folder(plan: Plan, resume: bool, force: bool) -> None:
 
 
 def _read_manifest(plan: Plan) -> dict[str, str]:
-    """Return the sha256 digests of complete shards by file name."""
-    return dict(read_json(plan.partial / MANIFEST)["shards"])
+    """Return the sha256 digests of complete shards by file name. Raises ``DgemmaError`` for a damaged manifest."""
+    path = plan.partial / MANIFEST
+    shards = read_json(path).get("shards")
+    if not isinstance(shards, dict) or not all(isinstance(digest, str) for digest in shards.values()):
+        raise DgemmaError(f"{path} is damaged", "Start the conversion again with --force.")
+    return shards
 
 
 def _write_shard(path: Path, targets: Sequence[Target], progress: ByteProgress) -> str:

@@ -23,7 +23,13 @@ _DEFAULT_ROPE: dict[str, dict[str, Any]] = {
     SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
     FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
 }
-_LARGEST = {"int": 1 << 24, "float": 1e30}  # far above any real value; the product of two sizes fits in a shape
+_LARGEST = 1 << 24  # of a size; far above any real one, and the product of two fits in a shape
+# The numbers between which a constant of the network lies. Real ones are far within; outside, float16 overflows or all
+# activations are nearly the same.
+_RANGES = {
+    "rms_norm_eps": (1e-12, 1e-2), "final_logit_softcapping": (0.1, 1e4), "rope_theta": (1.0, 1e12),
+    "partial_rotary_factor": (1e-6, 1.0),
+}  # fmt: skip
 _MOST_LAYERS = 1024
 _DAMAGED = "The checkpoint may be damaged or belong to another model."
 
@@ -34,15 +40,20 @@ def _require(condition: bool, message: str) -> None:
         raise DgemmaError(message, _DAMAGED)
 
 
-def _require_positive(value: Any, name: str, kind: str) -> None:
-    """Raise ``DgemmaError`` unless the value is a positive number of the kind "int" or "float".
+def _require_size(value: Any, name: str) -> None:
+    """Raise ``DgemmaError`` unless the value is a positive integer of at most ``_LARGEST``."""
+    _require(is_whole(value) and 0 < value <= _LARGEST, f"{name} must be a positive integer, not {shown(value)}")
 
-    An integer is also accepted as a float, because JSON may omit the decimal point.
+
+def _constant(value: Any, name: str, place: str = "") -> float:
+    """Return a constant of the network, of which JSON may omit the decimal point, as a float.
+
+    Raises ``DgemmaError``, which says after ``place`` what it must be, unless it lies in its range in ``_RANGES``.
     """
-    types = int if kind == "int" else (int, float)
-    good = isinstance(value, types) and not isinstance(value, bool) and 0 < value <= _LARGEST[kind]
-    noun = "integer" if kind == "int" else "number"
-    _require(good, f"{name} must be a positive {noun}, not {shown(value)}")
+    least, most = _RANGES[name]
+    good = (is_whole(value) or isinstance(value, float)) and least <= value <= most
+    _require(good, f"{place}{name} must be a number from {least:g} to {most:g}, not {shown(value)}")
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -101,7 +112,7 @@ class TextConfig:
         for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
             _require(name in values, f"text_config has no {name!r}")
         layers = values.get("num_hidden_layers", cls.num_hidden_layers)
-        _require_positive(layers, "num_hidden_layers", "int")
+        _require_size(layers, "num_hidden_layers")
         _require(layers <= _MOST_LAYERS, f"num_hidden_layers is {layers}, more than {_MOST_LAYERS}")
         types = values.get("layer_types", [SLIDING if (i + 1) % 6 else FULL for i in range(layers)])
         _require(isinstance(types, (list, tuple)) and all(kind in (FULL, SLIDING) for kind in types),
@@ -111,6 +122,9 @@ class TextConfig:
         values["layer_types"] = tuple(types)
         values.setdefault("num_global_key_value_heads", values.get("num_key_value_heads", cls.num_key_value_heads))
         values.update(_full_layer_values(raw.get("per_layer_config"), values, types))
+        for name in ("rms_norm_eps", "final_logit_softcapping"):
+            if name in values:
+                values[name] = _constant(values[name], name)
         config = cls(**values)
         config._validate(raw)
         return config
@@ -118,14 +132,14 @@ class TextConfig:
     def _validate(self, raw: Mapping[str, Any]) -> None:
         """Raise ``DgemmaError`` for an invalid field, or for a setting in ``raw`` that is not supported."""
         for f in fields(self):
-            if f.type in _LARGEST:
-                _require_positive(getattr(self, f.name), f.name, str(f.type))
+            if f.type == "int":
+                _require_size(getattr(self, f.name), f.name)
         _require(isinstance(self.rope_parameters, Mapping), "rope_parameters must be an object")
         for kind in sorted(set(self.layer_types)):
             heads, kv_heads, head_dim = self.num_attention_heads, self.kv_heads(kind), self.layer_head_dim(kind)
             _require(heads % kv_heads == 0, f"{heads} query heads are not a multiple of {kv_heads} key/value heads")
             _require(head_dim % 2 == 0, f"the head dimension of {kind} is odd: {head_dim}")
-            _require(heads * head_dim <= _LARGEST["int"], f"{heads} heads of {head_dim} are too many")
+            _require(heads * head_dim <= _LARGEST, f"{heads} heads of {head_dim} are too many")
             _validate_rope(self.rope_parameters.get(kind), f"rope_parameters of {kind}")
         _require(self.top_k_experts <= self.num_experts, "top_k_experts is larger than num_experts")
         activation = raw.get("hidden_activation", "gelu_pytorch_tanh")
@@ -178,12 +192,10 @@ def _full_layer_values(per_layer: Any, values: Mapping[str, Any], layer_types: l
 def _validate_rope(rope: Any, name: str) -> None:
     """Raise ``DgemmaError`` unless ``rope`` holds supported parameters of a rotary embedding."""
     _require(isinstance(rope, Mapping), f"{name} are missing or not an object")
-    kind, theta = rope.get("rope_type", "default"), rope.get("rope_theta")
+    kind = rope.get("rope_type", "default")
     _require(kind in ("default", "proportional"), f"{name}: unsupported rope_type {shown(kind)}")
-    _require_positive(theta, f"{name}: rope_theta", "float")
-    rotated = rope.get("partial_rotary_factor", 1.0)
-    _require_positive(rotated, f"{name}: partial_rotary_factor", "float")
-    _require(rotated <= 1, f"{name}: partial_rotary_factor is {rotated}, more than 1")
+    _constant(rope.get("rope_theta"), "rope_theta", f"{name}: ")
+    _constant(rope.get("partial_rotary_factor", 1.0), "partial_rotary_factor", f"{name}: ")
     _require(rope.get("factor", 1) == 1, f"{name}: factor is not supported")
 
 
@@ -224,7 +236,7 @@ class ModelConfig:
         _require(isinstance(raw.get("text_config"), Mapping), "text_config is missing or not an object")
         text: Mapping[str, Any] = raw["text_config"]
         canvas_length = _first(raw.get("canvas_length"), cls.canvas_length)
-        _require_positive(canvas_length, "canvas_length", "int")
+        _require_size(canvas_length, "canvas_length")
 
         def token_id(name: str, default: int) -> Any:
             return _first(raw.get(name), text.get(name), default)
@@ -311,10 +323,10 @@ class GenerationConfig:
         config = replace(self, **{name: value for name, value in values.items() if value is not None})
         _check(config.max_denoising_steps, "max_denoising_steps", minimum=1, whole=True)
         _check(config.stability_threshold, "stability_threshold", minimum=0, whole=True)
-        _check(config.entropy_bound, "entropy_bound", minimum=0.0)
-        _check(config.confidence_threshold, "confidence_threshold", minimum=0.0)
-        _check(config.t_min, "t_min", minimum=0.0)
-        _check(config.t_max, "t_max", minimum=0.0)
+        for name in _FLOATS:
+            _check(getattr(config, name), name, minimum=0.0)
+        floats: dict[str, Any] = {name: float(getattr(config, name)) for name in _FLOATS}
+        config = replace(config, **floats)
         if config.t_max <= 0 or config.t_max < config.t_min:
             raise DgemmaError(
                 f"t_max ({config.t_max}) must be above 0 and not below t_min ({config.t_min})",
@@ -328,16 +340,17 @@ class GenerationConfig:
         return config
 
 
+_FLOATS = ("entropy_bound", "confidence_threshold", "t_min", "t_max")  # MLX takes no integer above 2^63 - 1
 _LEAST_TEMPERATURE = 1e-6  # far below it, logits divided by the temperature overflow float32
 
 
 def _check(value: Any, name: str, *, minimum: float, whole: bool = False) -> None:
     """Raise ``DgemmaError`` (exit code 2) unless the value is a number, or a whole number, of at least ``minimum``."""
     right_type = isinstance(value, int) if whole else isinstance(value, (int, float))
-    if not right_type or isinstance(value, bool) or not minimum <= value <= _LARGEST["int" if whole else "float"]:
+    if not right_type or isinstance(value, bool) or not minimum <= value <= (_LARGEST if whole else 1e30):
         kind = "a whole number" if whole else "a number"
         raise DgemmaError(
-            f"{name} must be {kind} of at least {minimum:g}, not {value!r}",
+            f"{name} must be {kind} of at least {minimum:g}, not {shown(value)}",
             "Leave it out to use the checkpoint's own value.", exit_code=2,
         )
 
@@ -349,7 +362,7 @@ def _first(*values: Any) -> Any:
 
 def _id(value: Any, name: str) -> int:
     """Return the value if it is a token id. Raises ``DgemmaError`` otherwise."""
-    good = is_whole(value) and 0 <= value <= _LARGEST["int"]
+    good = is_whole(value) and 0 <= value <= _LARGEST
     _require(good, f"{name} must be a token id, not {shown(value)}")
     return int(value)
 

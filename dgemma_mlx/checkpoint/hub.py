@@ -11,6 +11,7 @@ from typing import Any
 
 from dgemma_mlx.checkpoint.config import ModelConfig
 from dgemma_mlx.checkpoint.shards import shard_files
+from dgemma_mlx.checks import reason, shown
 from dgemma_mlx.errors import DgemmaError
 
 DEMO = "demo"
@@ -82,7 +83,7 @@ def resolve(name: str | None = None, *, weights: bool = True) -> Checkpoint:
         return _fetch(name, hub_id[1], hub_id[2], weights)
     if "/" in name and not name.startswith((".", "/", "~")):
         raise _malformed(name)
-    raise DgemmaError(f"there is no folder {name!r}", _FORMS)
+    raise DgemmaError(f"there is no folder {shown(name)}", _FORMS)
 
 
 def remote_headers(name: str) -> dict[str, Any]:
@@ -176,16 +177,16 @@ def _explain(repo_id: str, revision: str | None, error: Exception) -> DgemmaErro
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return DgemmaError(
-            f"{repo_id} has no revision {revision!r}", "A revision is a branch, a tag or a commit."
+            f"{repo_id} has no revision {shown(revision)}", "A revision is a branch, a tag or a commit."
         )
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
         return DgemmaError(f"the Hub refuses access to {name}", f"To get access, {_ACCESS}")
     return DgemmaError(
-        f"{name} could not be downloaded: {str(error).strip().partition(chr(10))[0] or type(error).__name__}",
+        f"{name} could not be downloaded: {reason(error)}",
         "Check the connection and the free disk space. The next attempt downloads only the missing files.",
     )
 
 
 def _malformed(name: str) -> DgemmaError:
     """Return the ``DgemmaError`` for a name that is neither a folder nor a Hub id."""
-    return DgemmaError(f"{name!r} is neither a folder nor a valid Hub id", _FORMS, exit_code=2)
+    return DgemmaError(f"{shown(name)} is neither a folder nor a valid Hub id", _FORMS, exit_code=2)

@@ -36,7 +36,8 @@ def weights_digest(folder: Path) -> str:
             for name, tensor, sample in zip(sorted(tensors), ordered, samples, strict=True):
                 digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode() + sample)
     except OSError as error:
-        raise DgemmaError(f"the weights in {folder} cannot be read: {error.strerror}") from None
+        message = f"the weights in {folder} cannot be read: {error.strerror}"
+        raise DgemmaError(message, "Check the files and their permissions.") from None
     return digest.hexdigest()
 
 

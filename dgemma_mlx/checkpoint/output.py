@@ -13,6 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from dgemma_mlx.checkpoint.shards import INDEX
+from dgemma_mlx.checks import shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import recover_folder, write_whole
 from dgemma_mlx.json_text import read_json
@@ -30,10 +31,17 @@ _MADE_BY = "dgemma-mlx "
 _ELSEWHERE = "Name another folder with -o."
 
 
-def output_folder(path: Path) -> Path:
-    """Return the folder that a path leads to, so that a link to a folder is kept when the folder is replaced."""
-    path = path.expanduser()
-    return Path(os.path.realpath(path)) if path.name in ("", "..") or path.is_symlink() else path
+def output_folder(path: str | Path) -> Path:
+    """Return the folder that a path leads to, so that a link to a folder is kept when the folder is replaced.
+
+    Raises ``DgemmaError`` (exit code 2) for an empty path and for the root of a disk.
+    """
+    folder = Path(path).expanduser()
+    if folder.name in ("", "..") or folder.is_symlink():
+        folder = Path(os.path.realpath(folder))
+    if not str(path) or not folder.name:
+        raise DgemmaError(f"the output cannot be {shown(str(path))}", "Name a new folder with -o.", exit_code=2)
+    return folder
 
 
 def check_output(output: Path, force: bool, sources: Iterable[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from dgemma_mlx.checks import reason, shown
 from dgemma_mlx.cli.bench import bench
 from dgemma_mlx.cli.chat.repl import chat
 from dgemma_mlx.cli.choose import choose
@@ -130,15 +132,18 @@ def run() -> int:
             return result if isinstance(result, int) else 0
         return 0
     except DgemmaError as error:
-        return _fail(error.message, error.hint, error.exit_code)
+        return _fail(error)
     except UsageError as error:
-        return _fail(*_usage(error), exit_code=2)
+        return _fail(DgemmaError(*_usage(error), exit_code=2))
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except OSError as error:  # a disk that is full or gone, for example
+        place = "" if error.filename is None else f"{error.filename}: "
+        return _fail(DgemmaError(f"{place}{reason(error)}", "Check the path, its permissions, and the disk."))
     except Exception as error:
         message = f"unexpected {type(error).__name__}: {error}"
-        return _fail(message, "This is a bug; `dgemma-mlx --debug ...` shows where.", exit_code=1)
+        return _fail(DgemmaError(message, "This is a bug; `dgemma-mlx --debug ...` shows where."))
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -146,21 +151,34 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"{PROGRAM}: {message}", file=sys.stderr)
 
 
+_INVALID = re.compile(r"Invalid value for (.*?): (?:(.+) is not (?:a valid|in the range) .*|(.*))", re.DOTALL)
+_NOUNS = {"int": "a whole number", "integer": "a whole number", "float": "a number"}
+
+
 def _usage(error: Any) -> tuple[str, str]:
-    """Return the message and the hint of one of Typer's usage errors."""
-    command = error.ctx.command_path if error.ctx else PROGRAM
-    return error.format_message(), f"`{command} --help` lists the options."
+    """Return the message and the hint of one of Typer's usage errors, in the words of this program's own errors."""
+    names = [name for name in sys.argv[1:] if not name.startswith("-")][:1]
+    command = error.ctx.command_path if error.ctx else " ".join([PROGRAM, *names])
+    message, hint = error.format_message().rstrip("."), f"`{command} --help` lists the options."
+    invalid = _INVALID.fullmatch(message)
+    if invalid is None or error.param is None:
+        return message[:1].lower() + message[1:], hint
+    name = error.param.opts[0] if error.param.param_type_name == "option" else error.param.human_readable_name.upper()
+    noun = _NOUNS.get(error.param.type.name.partition(" ")[0])
+    if invalid[2] is None or noun is None:
+        return f"{name}: {invalid[3] or shown(invalid[2])}", hint
+    least, most = (str(getattr(error.param.type, bound, None)).removesuffix(".0") for bound in ("min", "max"))
+    bounds = "" if least == "None" else f" of at least {least}" if most == "None" else f" from {least} to {most}"
+    return f"{name} must be {noun}{bounds}, not {shown(invalid[2].strip(chr(39)))}", hint
 
 
-def _fail(message: str, hint: str, exit_code: int) -> int:
+def _fail(error: DgemmaError) -> int:
     """Print the message and the hint, each on one line, and return the exit code."""
-    from dgemma_mlx.cli.render.visible import visible
-
     if _ErrorOutput.tracebacks:
         import traceback
 
         traceback.print_exc()
-    for name, text in ((PROGRAM, message), ("hint", hint)):
+    for name, text in ((PROGRAM, error.message), ("hint", error.hint)):
         if text:
-            print(f"{name}: {' '.join(visible(text).splitlines())}", file=sys.stderr)
-    return exit_code
+            print(f"{name}: {text}", file=sys.stderr)
+    return error.exit_code

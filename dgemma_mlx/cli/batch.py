@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dgemma_mlx.checks import LARGEST_SEED, is_text, is_whole
+from dgemma_mlx.checks import LARGEST_SEED, is_text, is_whole, shown
 from dgemma_mlx.cli.settings import fits
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.json_text import parse_json
 
 if TYPE_CHECKING:
     from dgemma_mlx.events import Done
@@ -47,11 +48,11 @@ def read_batch(path: Path) -> list[dict[str, Any]]:
     Raises `DgemmaError` that names the first bad line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise DgemmaError(f"cannot read {path}: {error.strerror}", "--batch names the file of the prompts.") from None
     except UnicodeDecodeError as error:
-        raise DgemmaError(f"{path} is not UTF-8 text (byte {error.start})", exit_code=2) from None
+        raise DgemmaError(f"{path} is not UTF-8 text (byte {error.start})", _HINT, exit_code=2) from None
     requests = [_request(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not requests:
         raise DgemmaError(f"{path} holds no prompt", _HINT, exit_code=2)
@@ -61,15 +62,15 @@ def read_batch(path: Path) -> list[dict[str, Any]]:
 def _request(line: str, place: str) -> dict[str, Any]:
     """Return the request of one line. ``place`` says in error messages which line it is."""
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        raise DgemmaError(f"{place} is not JSON", _HINT, exit_code=2) from None
+        value = parse_json(line)
+    except ValueError as error:
+        raise DgemmaError(f"{place} is not JSON: {error}", _HINT, exit_code=2) from None
     request = {"prompt": value} if isinstance(value, str) else value
     if not isinstance(request, dict) or "prompt" not in request:
         raise DgemmaError(f"{place} has no prompt", _HINT, exit_code=2)
     for name, item in request.items():
         if name not in _CHECKS:
-            raise DgemmaError(f"{place}: unknown key {name!r}", _HINT, exit_code=2)
+            raise DgemmaError(f"{place}: unknown key {shown(name)}", _HINT, exit_code=2)
         if not _CHECKS[name](item):
             raise DgemmaError(f"{place}: {name} cannot be {json.dumps(item)[:80]}", _HINT, exit_code=2)
     return request

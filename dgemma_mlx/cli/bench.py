@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any
 
+from dgemma_mlx.checks import shown
 from dgemma_mlx.cli.doctor import examine
 from dgemma_mlx.cli.loading import load_model
 from dgemma_mlx.cli.parameters import AsJson, CpuDequantize, Dtype, ModelName, ModelOptions, NoKernels, section
@@ -182,7 +183,7 @@ def _parse_lengths(text: str) -> list[int]:
         lengths = []
     if not lengths or min(lengths) < 2:
         raise DgemmaError(
-            f"--prompt-tokens must be whole numbers of at least 2, not {text!r}",
+            f"--prompt-tokens must be whole numbers of at least 2, not {shown(text)}",
             "Write the lengths like 512,4096.", exit_code=2,
         )  # fmt: skip
     return lengths

@@ -89,4 +89,4 @@ def _read(value: str, inline: bool) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DgemmaError(f"cannot read {value[:80]}: {reason}", exit_code=2) from None
+        raise DgemmaError(f"cannot read {value[:80]}: {reason}", "Check the file and its permissions.", 2) from None

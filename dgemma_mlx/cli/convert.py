@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dgemma_mlx.checks import reason, shown
 from dgemma_mlx.cli.parameters import PlanAsJson, output_option, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.errors import DgemmaError
@@ -266,7 +267,7 @@ def _check_upload(repo_id: str, yes: bool) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
-        raise DgemmaError(f"{repo_id!r} is not the name of a repository", "Write it as owner/name.", 2) from None
+        raise DgemmaError(f"{shown(repo_id)} is not the name of a repository", "Write it as owner/name.", 2) from None
     if not yes and not sys.stdin.isatty():
         raise DgemmaError(
             "cannot ask for confirmation, because stdin is not a terminal", "Add -y to upload without asking.", 2
@@ -282,9 +283,8 @@ def _upload(folder: Path, repo_id: str) -> None:
         api.create_repo(repo_id, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"{folder.name} by dgemma-mlx")
     except Exception as error:  # includes errors of the HTTP library
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise DgemmaError(
-            f"uploading {folder} to {repo_id} failed: {reason}",
+            f"uploading {folder} to {repo_id} failed: {reason(error)}",
             f"The conversion is complete. Log in with `hf auth login`, then: hf upload {repo_id} {folder}",
         ) from error
     print(f"uploaded to {repo_id}", file=sys.stderr)

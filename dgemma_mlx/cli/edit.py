@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from dgemma_mlx.checks import shown
 from dgemma_mlx.cli.infill import File, ResultOptions, prepared, print_filled, report, save
 from dgemma_mlx.cli.parameters import AnswerOptions, DenoisingOptions, ModelOptions, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
@@ -83,5 +84,5 @@ def _span(lines: str) -> tuple[int, int]:
     """Return the first and the last line of ``A-B`` or ``A``. Raises `DgemmaError` for any other text."""
     found = re.fullmatch(r"(\d+)(?:-(\d+))?", lines)
     if found is None:
-        raise DgemmaError(f"--lines must be A-B, not {lines!r}", "Lines count from 1, as in --lines 3-5.", exit_code=2)
+        raise DgemmaError(f"--lines must be A-B, not {shown(lines)}", "Lines count from 1, as in --lines 3-5.", 2)
     return int(found[1]), int(found[2] or found[1])

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from dgemma_mlx.checks import LARGEST_SEED
+from dgemma_mlx.checks import LARGEST_SEED, shown
 from dgemma_mlx.cli.loading import load_model
 from dgemma_mlx.cli.parameters import AsJson, ModelOptions, Quiet, decoding_option, output_option, section
 from dgemma_mlx.cli.settings import Settings
@@ -107,7 +107,7 @@ def parse_clues(text: str | None) -> tuple[int, int] | None:
         return None
     found = re.fullmatch(r"(\d{1,3})(?:-(\d{1,3}))?", text.strip())
     if found is None:
-        raise DgemmaError(f"{text!r} is not a number of clues", "Write it like 18 or 14-22.", exit_code=2)
+        raise DgemmaError(f"{shown(text)} is not a number of clues", "Write it like 18 or 14-22.", exit_code=2)
     return int(found[1]), int(found[2] or found[1])
 
 
@@ -118,4 +118,4 @@ def _write(path: Path, text: str) -> None:
     try:
         write_whole(path, text)
     except OSError as error:
-        raise DgemmaError(f"cannot write {path}: {error.strerror}") from None
+        raise DgemmaError(f"cannot write {path}: {error.strerror}", "Name another file.") from None

@@ -276,7 +276,7 @@ def _open(path: Path | None) -> Iterator[TextIO | None]:
     try:
         file = path.open("w", encoding="utf-8", buffering=1)
     except OSError as error:
-        raise DgemmaError(f"cannot write {path}: {error.strerror}") from None
+        raise DgemmaError(f"cannot write {path}: {error.strerror}", "Name another file.") from None
     with file:
         yield file
 

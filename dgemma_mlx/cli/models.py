@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dgemma_mlx.checks import reason
 from dgemma_mlx.cli.help import Command, Group
 from dgemma_mlx.cli.parameters import output_option
 from dgemma_mlx.cli.pipe import quiet_when_closed
@@ -93,7 +94,8 @@ def _scan() -> HFCacheInfo | None:
     except CacheNotFound:
         return None
     except (OSError, ValueError) as error:
-        raise DgemmaError(f"cannot read the Hub's cache: {error}", "HF_HOME names the folder of the cache.") from None
+        message = f"cannot read the Hub's cache: {reason(error)}"
+        raise DgemmaError(message, "HF_HOME names the folder of the cache.") from None
 
 
 def _cached(cache: HFCacheInfo | None) -> list[dict[str, Any]]:

@@ -6,7 +6,9 @@ field, as Typer needs it. ``model_option`` and the other factories put an option
 
 from __future__ import annotations
 
+import errno
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from functools import partial, wraps
@@ -167,7 +169,7 @@ def expand(command: Callable[..., None]) -> Callable[..., None]:
         types = get_type_hints(group, include_extras=True) if group else hints
         for field, declared in fields.items():
             assert field not in parameters, f"two groups of {command.__name__} have an option {field}"
-            _set_metavar(types[field])
+            _declare_type(types[field])
             parameters[field] = declared.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=types[field])
 
     @wraps(command)
@@ -183,12 +185,35 @@ def expand(command: Callable[..., None]) -> Callable[..., None]:
     return expanded
 
 
+class _GivenPath:
+    """The path in an option or argument.
+
+    An empty one is refused, because it would be the current folder, which nobody means. One that no file can have is
+    refused as well, because ``Path.exists`` raises an error for it.
+    """
+
+    def __new__(cls, text: str) -> Path:  # type: ignore[misc]
+        if not text:
+            raise typer.BadParameter("the path is empty")
+        try:
+            os.lstat(text)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise typer.BadParameter("the path is too long") from None
+        return Path(text)
+
+
 _METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 
 
-def _set_metavar(hint: Any) -> None:
-    """Name the value of an option after its type, such as ``INT`` for ``Annotated[int | None, typer.Option()]``."""
+def _declare_type(hint: Any) -> None:
+    """Name the value of an option after its type, such as ``INT`` for ``Annotated[int | None, typer.Option()]``.
+
+    A path is refused when it is empty.
+    """
     annotation, option = get_args(hint)
     types = get_args(annotation) or (annotation,)  # of a union or a list
+    if Path in types:
+        option.path_type = _GivenPath
     if isinstance(option, typer.models.OptionInfo) and option.metavar is None:
         option.metavar = next((_METAVARS[type_] for type_ in types if type_ in _METAVARS), None)

@@ -19,7 +19,7 @@ def read_prompt(argument: str | None) -> str:
     piped = "" if sys.stdin.isatty() and argument != "-" else _read_stdin()
     given = "" if argument is None or argument == "-" else argument
     if not is_text(given):
-        raise DgemmaError("the prompt is not UTF-8 text", exit_code=2)
+        raise DgemmaError("the prompt is not UTF-8 text", "Convert it to UTF-8.", exit_code=2)
     prompt = "\n\n".join(part for part in (given.strip(), piped.strip()) if part)
     if not prompt:
         raise DgemmaError("the prompt is empty", _HINT, exit_code=2)
@@ -31,4 +31,5 @@ def _read_stdin() -> str:
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DgemmaError(f"standard input is not UTF-8 text (byte {error.start})", exit_code=2) from None
+        message = f"standard input is not UTF-8 text (byte {error.start})"
+        raise DgemmaError(message, "Convert it to UTF-8.", exit_code=2) from None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dgemma_mlx.checks import LARGEST_SEED, is_text
+from dgemma_mlx.checks import LARGEST_SEED, is_text, reason, shown
 from dgemma_mlx.errors import DgemmaError
 
 APP = "dgemma-mlx"
@@ -91,7 +91,7 @@ class Settings(Mapping[str, Setting]):
         self._values = {name: Setting(kind.default, "default") for name, kind in SETTINGS.items()}
         for name, value in _read_file(file, must_exist).items():
             if name not in SETTINGS:
-                raise DgemmaError(f"{file}: unknown setting {name!r}", f"Settings: {', '.join(SETTINGS)}.", exit_code=2)
+                raise DgemmaError(f"{file}: unknown setting {shown(name)}", f"Settings: {', '.join(SETTINGS)}.", 2)
             self._values[name] = Setting(checked(name, value, f"{file}: {name}"), str(file))
         for name in SETTINGS:
             variable = f"DGEMMA_{name.upper()}"
@@ -135,7 +135,7 @@ def _read_file(path: Path, must_exist: bool) -> dict[str, Any]:
     else:
         import tomli as tomllib
     try:
-        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         if not must_exist:
             return {}
@@ -144,7 +144,7 @@ def _read_file(path: Path, must_exist: bool) -> dict[str, Any]:
         raise DgemmaError(f"cannot read {path}: {error.strerror}", "This file holds the settings.", 2) from None
     except (ValueError, RecursionError) as error:  # not UTF-8, or not TOML
         hint = 'Write each line as name = value, such as model = "demo".'
-        raise DgemmaError(f"cannot read {path}: {error}", hint, exit_code=2) from None
+        raise DgemmaError(f"cannot read {path}: {reason(error)}", hint, exit_code=2) from None
     return values
 
 
@@ -188,7 +188,7 @@ def _bad(name: str, value: Any, place: str) -> DgemmaError:
     noun = f"one of {', '.join(kind.choices)}" if kind.choices else _NOUNS[kind.type]
     bounds = "" if kind.minimum is None else f" of at least {kind.minimum}"
     bounds += "" if kind.maximum is None else f" and at most {kind.maximum}"
-    return DgemmaError(f"{place} must be {noun}{bounds}, not {value!r}", f"The setting means: {kind.meaning}.", 2)
+    return DgemmaError(f"{place} must be {noun}{bounds}, not {shown(value)}", f"The setting means: {kind.meaning}.", 2)
 
 
 _NOUNS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}

@@ -33,9 +33,9 @@ def read_text(path: Path | None) -> str:
             return sys.stdin.buffer.read().decode("utf-8")
         return path.read_bytes().decode("utf-8")
     except OSError as error:
-        raise DgemmaError(f"cannot read {name}: {error.strerror}", exit_code=2) from None
+        raise DgemmaError(f"cannot read {name}: {error.strerror}", "Check its name and its permissions.", 2) from None
     except UnicodeDecodeError as error:
-        raise DgemmaError(f"{name} is not UTF-8 text (byte {error.start})", exit_code=2) from None
+        raise DgemmaError(f"{name} is not UTF-8 text (byte {error.start})", "Convert it to UTF-8.", 2) from None
 
 
 def save_text(path: Path, text: str, before: str) -> None:
@@ -49,7 +49,7 @@ def save_text(path: Path, text: str, before: str) -> None:
                 raise DgemmaError(f"{path} has changed in the meantime", "Nothing was written. Run the command again.")
             write_whole(path, text)
     except OSError as error:
-        raise DgemmaError(f"cannot write {path}: {error.strerror}") from None
+        raise DgemmaError(f"cannot write {path}: {error.strerror}", "The file is as it was.") from None
 
 
 def print_exact(text: str) -> None:

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from dgemma_mlx.checks import shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import whole_file
 from dgemma_mlx.sizes import size
@@ -84,7 +85,8 @@ def _dashboard(name: str | None, output: Path) -> tuple[Callable[[Record], None]
     if name is None:
         return lambda record: None, lambda: None
     if name not in _PACKAGES:
-        raise DgemmaError(f"--report-to must be {' or '.join(_PACKAGES)}, not {name!r}", exit_code=2)
+        message = f"--report-to must be {' or '.join(_PACKAGES)}, not {shown(name)}"
+        raise DgemmaError(message, "Leave it out for loss.jsonl alone.", exit_code=2)
     package = _PACKAGES[name]
     if find_spec(package) is None:
         raise DgemmaError(f"--report-to {name} needs {package}", f"Run pip install {package} first.", exit_code=2)

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import GenerationConfig, ModelConfig
 from dgemma_mlx.checkpoint.hub import resolve
-from dgemma_mlx.checks import check_count, check_seed
+from dgemma_mlx.checks import check_count, check_seed, reason
 from dgemma_mlx.constrain.canvas import ConstraintState
 from dgemma_mlx.constrain.constraint import Constraint
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED
@@ -114,7 +114,7 @@ def _evaluate(network: DiffusionGemma) -> None:
             mx.eval(layer.parameters())
         mx.eval(network.parameters())
     except RuntimeError as error:  # MLX reports a failed read like this
-        raise DgemmaError(f"the weights cannot be read: {error}", "Fetch the checkpoint again.") from None
+        raise DgemmaError(f"the weights cannot be read: {reason(error)}", "Fetch the checkpoint again.") from None
 
 
 def generate(

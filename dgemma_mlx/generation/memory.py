@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import FULL, SLIDING, ModelConfig
 from dgemma_mlx.checkpoint.shards import StoredTensor
+from dgemma_mlx.checks import shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.kernels import MAX_KEPT
@@ -166,7 +167,7 @@ def should_dequantize(nbytes: int, choice: str) -> bool:
     """
     if choice not in DEQUANTIZE_CHOICES:
         raise DgemmaError(
-            f"cpu_dequantize must be one of {', '.join(DEQUANTIZE_CHOICES)}, not {choice!r}",
+            f"cpu_dequantize must be one of {', '.join(DEQUANTIZE_CHOICES)}, not {shown(choice)}",
             "auto unpacks packed weights at load when they take no more than half of the free memory.", exit_code=2,
         )  # fmt: skip
     if choice == "off" or mx.default_device() != mx.Device(mx.cpu):

@@ -11,6 +11,7 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from dgemma_mlx.checkpoint.config import GenerationConfig, ModelConfig
+from dgemma_mlx.checks import shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.text.chat import ChatTemplate, Message, encode_chat
@@ -56,7 +57,7 @@ class Model:
             ids = self.tokenizer.encode(prompt)
             return ids if self.tokenizer.bos_id is None else [self.tokenizer.bos_id, *ids]
         if not isinstance(prompt, (str, Sequence)):
-            raise DgemmaError(f"not a prompt: {prompt!r}", "It is a text, or a list of messages.", exit_code=2)
+            raise DgemmaError(f"not a prompt: {shown(prompt)}", "It is a text, or a list of messages.", exit_code=2)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if system is not None:
             messages = [{"role": "system", "content": system}, *messages]

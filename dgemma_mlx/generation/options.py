@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from dgemma_mlx.checkpoint.config import GenerationConfig
-from dgemma_mlx.checks import check_count, check_temperature
+from dgemma_mlx.checks import check_count, check_temperature, shown
 from dgemma_mlx.constrain.constraint import Constraint
 from dgemma_mlx.constrain.vocabulary import TokenAutomaton
 from dgemma_mlx.diffusion.denoiser import Denoiser
@@ -68,7 +68,8 @@ class GenerationOptions:
         for name, value, choices in (("speed", self.speed, tuple(SPEEDS)), ("verify", self.verify, VERIFY)):
             if value not in choices:
                 raise DgemmaError(
-                    f"{name} must be one of {', '.join(choices)}, not {value!r}", "Leave it out for the default.", 2
+                    f"{name} must be one of {', '.join(choices)}, not {shown(value)}",
+                    "Leave it out for the default.", exit_code=2,
                 )
         check_temperature(self.temp)
 

@@ -15,23 +15,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, chain
 from math import prod
 from pathlib import Path
-from reprlib import repr as shortened
 from typing import Any, BinaryIO, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from dgemma_mlx.checks import is_whole
+from dgemma_mlx.checks import is_whole, shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import check_writable, whole_file
 from dgemma_mlx.generation.identity import ModelIdentity
+from dgemma_mlx.json_text import parse_json
 from dgemma_mlx.model.cache import FullLayerCache, PrefixCache, Snapshot
 from dgemma_mlx.model.text import DiffusionGemma
 
 _FORMAT, _VERSION = "dgemma-mlx prompt cache", 1
 _DTYPES = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32", mx.int32: "I32", mx.uint8: "U8"}
 _MAX_HEADER = 1 << 20  # bytes; the header of a thousand layers takes a quarter of this
-_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error)
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, struct.error)
 _OTHER_FILE = "Choose another file; --prompt-cache continues only from files that it has written."
 _DELETE = "Delete it; the prompt is then encoded again."
 
@@ -119,7 +119,7 @@ def read(
             entries, metadata = _read_header(file, path, digest)
             _check_identity(path, metadata, identity)
             try:
-                return _read_data(file, digest, entries, json.loads(metadata["marks"]), network)
+                return _read_data(file, digest, entries, parse_json(metadata["marks"]), network)
             except _MALFORMED:
                 raise DgemmaError(f"{path} is damaged", _DELETE) from None
     except OSError as error:
@@ -130,7 +130,7 @@ def _check_identity(path: Path, found: Mapping[str, str], here: ModelIdentity) -
     """Raise ``DgemmaError`` when the file was made by another model, or computed in another way."""
     if found.get("weights") != here.weights:
         raise DgemmaError(
-            f"{path} belongs to another model, or to other weights of {shortened(found.get('model'))}",
+            f"{path} belongs to another model, or to other weights of {shown(found.get('model'))}",
             "Use the model and the adapter that wrote it, or choose another file.",
         )
     if found.get("made_with") != here.made_with:
@@ -208,7 +208,7 @@ def _read_header(file: BinaryIO, path: Path, digest: hashlib._Hash) -> tuple[dic
         if length > _MAX_HEADER:
             raise ValueError("too long")
         text = file.read(length)
-        entries = json.loads(text)
+        entries = parse_json(text)
         metadata = entries.pop("__metadata__")
         name, _, number = metadata["format"].rpartition(" ")
         if name != _FORMAT or not all(isinstance(value, str) for value in metadata.values()):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import GenerationConfig
+from dgemma_mlx.checks import reason, shown
 from dgemma_mlx.diffusion.edits import Edits
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED
 from dgemma_mlx.errors import DgemmaError
@@ -59,7 +60,7 @@ def edit(
     if not instruction.strip():
         raise DgemmaError("the instruction is empty", "Say what to change.", exit_code=2)
     if strength is not None and not 0 < strength <= 1:
-        raise DgemmaError(f"strength must be above 0 and at most 1, not {strength}", exit_code=2)
+        raise DgemmaError(f"strength must be above 0 and at most 1, not {strength}", "Below 1, it stays closer.", 2)
     check_candidates(candidates)
     options = GenerationOptions(
         speed=speed, temp=temp, generation=generation, prefill_step_size=prefill_step_size, memory_limit=memory_limit,
@@ -88,7 +89,10 @@ def selected(text: str, lines: Lines | None, match: str | None) -> list[Part]:
         try:
             pattern = re.compile(match)
         except re.error as error:
-            raise DgemmaError(f"not a regular expression: {match!r}: {error}", exit_code=2) from None
+            raise DgemmaError(
+                f"not a regular expression: {shown(match)}: {reason(error)}",
+                "The syntax is that of Python's re module.", exit_code=2,
+            ) from None
         spans = [found.span() for found in pattern.finditer(text, begin, end) if found[0]]
     parts: list[Part] = []
     done = 0
@@ -96,7 +100,7 @@ def selected(text: str, lines: Lines | None, match: str | None) -> list[Part]:
         parts += [text[done:start], Gap(original=text[start:stop])]
         done = stop
     if not any(isinstance(part, Gap) and part.original for part in parts):
-        what = "the lines are empty" if match is None else f"nothing matches {match!r}"
+        what = "the lines are empty" if match is None else f"nothing matches {shown(match)}"
         raise DgemmaError(f"there is nothing to change: {what}", "Choose other lines or another --match.", exit_code=2)
     return [*parts, text[done:]]
 

@@ -108,7 +108,7 @@ def fill(
 def check_candidates(count: int) -> None:
     """Raise ``DgemmaError`` (exit code 2) unless the number of candidates is at least 1."""
     if count < 1:
-        raise DgemmaError(f"candidates must be at least 1, not {count}", exit_code=2)
+        raise DgemmaError(f"candidates must be at least 1, not {count}", "More take longer and choose better.", 2)
 
 
 def alternating(parts: Sequence[Part]) -> list[Part]:
@@ -120,7 +120,7 @@ def alternating(parts: Sequence[Part]) -> list[Part]:
         else:
             result[-1] = f"{result[-1]}{part}"
     if len(result) == 1:
-        raise DgemmaError("there is no gap in the text", exit_code=2)
+        raise DgemmaError("there is no gap in the text", "Write ___ where something is missing.", exit_code=2)
     return result
 
 

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 
 import mlx.core as mx
 
+from dgemma_mlx.checks import shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.kernels.operation import Operation, P, R
 from dgemma_mlx.kernels.selfcheck import Store, Verdict, examine
@@ -101,7 +102,7 @@ def mode() -> Mode:
 def set_mode(mode: str) -> None:
     """Set the mode, which overrides ``DGEMMA_KERNELS``. Raises ``DgemmaError`` (exit code 2) for an unknown mode."""
     if mode not in MODES:
-        message = f"{VARIABLE} must be one of {', '.join(MODES)}, not {mode!r}"
+        message = f"{VARIABLE} must be one of {', '.join(MODES)}, not {shown(mode)}"
         raise DgemmaError(message, "The default is auto.", exit_code=2)
     _State.mode = mode
 

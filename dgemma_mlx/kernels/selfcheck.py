@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 import mlx.core as mx
 
 from dgemma_mlx.files import write_whole
+from dgemma_mlx.json_text import parse_json
 from dgemma_mlx.kernels.operation import Operation, leaves
 
 _REPEATS = 5  # timed calls
@@ -113,7 +114,8 @@ class Store:
         except (KeyError, TypeError):
             return None
         numbers = (verdict.kernel, verdict.reference)
-        if verdict.status not in get_args(Status) or not all(isinstance(n, int | float) for n in numbers):
+        known = verdict.status in get_args(Status) and isinstance(verdict.detail, str)
+        if not known or not all(isinstance(n, int | float) for n in numbers):
             return None
         return verdict
 
@@ -171,8 +173,8 @@ class Store:
     def _read(self) -> dict[str, Any]:
         """Return the content of the file; an empty dict if it cannot be read or is not a JSON object."""
         try:
-            entries = json.loads(self._path.read_text())
-        except (OSError, ValueError, RecursionError):
+            entries = parse_json(self._path.read_bytes())
+        except (OSError, ValueError):
             return {}
         return entries if isinstance(entries, dict) else {}
 

@@ -66,7 +66,8 @@ class AdapterConfig:
             ("canvas_length", self.canvas_length is None or self.canvas_length > 0, "above 0"),
         ):  # fmt: skip
             if not good:
-                raise DgemmaError(f"the adapter's {name} must be {requirement}, not {getattr(self, name)}", exit_code=2)
+                message = f"the adapter's {name} must be {requirement}, not {getattr(self, name)}"
+                raise DgemmaError(message, "Change it, or leave it out for the default.", exit_code=2)
 
     @property
     def scale(self) -> float:

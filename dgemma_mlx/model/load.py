@@ -94,5 +94,5 @@ def _check(model: DiffusionGemma, weights: Weights) -> None:
         if tensor.shape != parameter.shape:
             raise DgemmaError(f"{name} has shape {tensor.shape}, but config.json asks for {parameter.shape}", _DAMAGED)
         both_floating = all(mx.issubdtype(array.dtype, mx.floating) for array in (tensor, parameter))
-        if tensor.dtype != parameter.dtype and not both_floating:
+        if tensor.dtype != parameter.dtype and (not both_floating or tensor.dtype == mx.float64):  # not on a GPU
             raise DgemmaError(f"{name} has dtype {tensor.dtype}, not {parameter.dtype}", _DAMAGED)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dgemma_mlx.checks import reason, shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import read_json
 from dgemma_mlx.text.tokenizer import Tokenizer, named_tokens, read_tokenizer_config
@@ -110,7 +111,7 @@ class ChatTemplate:
             return template.render(plain_data(variables))
         except Exception as error:  # a template is code, so unexpected input may raise any exception
             raise DgemmaError(
-                f"the chat template rejected the conversation: {error}", f"The template is {self._source}."
+                f"the chat template rejected the conversation: {reason(error)}", f"The template is {self._source}."
             ) from error
 
     def _template(self, name: str) -> Template:
@@ -124,7 +125,7 @@ class ChatTemplate:
                 self._compiled[name] = environment().from_string(self.templates[name])
             except (TemplateError, RecursionError) as error:
                 raise DgemmaError(
-                    f"cannot compile the chat template: {error}", f"The template is {self._source}."
+                    f"cannot compile the chat template: {reason(error)}", f"The template is {self._source}."
                 ) from error
         return self._compiled[name]
 
@@ -191,7 +192,7 @@ def _message(message: Message) -> dict[str, Any]:
     message = plain_data(message)
     if not isinstance(message, dict):
         raise DgemmaError(
-            f"a chat message must be an object with a role, not {message!r}",
+            f"a chat message must be an object with a role, not {shown(message)}",
             'Write a message as {"role": "user", "content": "..."}.', exit_code=2,
         )
     values = {name: value for name, value in message.items() if value is not None}
@@ -247,7 +248,8 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise DgemmaError(f"cannot read {path}: {error}", "The file may be damaged; download it again.") from None
+        hint = "The file may be damaged; download it again."
+        raise DgemmaError(f"cannot read {path}: {reason(error)}", hint) from None
 
 
 def _named_templates(value: Any, path: Path) -> dict[str, str]:

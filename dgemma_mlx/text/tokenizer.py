@@ -16,8 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from dgemma_mlx.checks import reason, shown
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.json_text import read_json
+from dgemma_mlx.json_text import parse_json, read_json
 
 _DAMAGED_HINT = "The file may be truncated, or a Git LFS pointer; download it again."
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -216,18 +217,16 @@ class _JsonBackend:
 
     def __init__(self, path: Path) -> None:
         """Read the file. Raises ``DgemmaError`` when it is damaged or is not a Gemma tokenizer."""
-        import json
-
         import tokenizers
 
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises plain Exception
-            raise DgemmaError(f"cannot read {path}: {error}", _DAMAGED_HINT) from error
+            raise DgemmaError(f"cannot read {path}: {reason(error)}", _DAMAGED_HINT) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         decoder = self._tokenizer.decoder
-        state = {} if decoder is None else json.loads(decoder.__getstate__())
+        state = {} if decoder is None else parse_json(decoder.__getstate__())
         steps = [step["type"] for step in state.get("decoders", [state]) if step]
         if "Replace" not in steps or not {"Replace", "ByteFallback", "Fuse"}.issuperset(steps):
             raise DgemmaError(
@@ -286,7 +285,7 @@ class _SentencePieceBackend:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
             self.vocab_size = self._model.GetPieceSize()
         except (OSError, RuntimeError) as error:
-            raise DgemmaError(f"cannot read {path}: {error}", _DAMAGED_HINT) from None
+            raise DgemmaError(f"cannot read {path}: {reason(error)}", _DAMAGED_HINT) from None
         if self.vocab_size == 0:
             raise DgemmaError(f"cannot read {path}: the file is empty", _DAMAGED_HINT)
 
@@ -349,18 +348,28 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
 def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """Return the texts of the named tokens (``bos_token``, ``eos_token``, ...) of ``tokenizer_config.json``.
 
-    Names that the file does not define have Gemma's own tokens. A name that the file sets to null is left out.
+    Names that the file does not define have Gemma's own tokens. A name that the file sets to null is left out. Raises
+    ``DgemmaError`` when one of Gemma's names is neither a token nor null.
     """
+    for name in _GEMMA_NAMES:
+        value = config.get(name)
+        if value is not None and not _token_text(value):
+            raise DgemmaError(f"tokenizer_config.json: {name} must be a token, not {shown(value)}", _DAMAGED_HINT)
     names = {**_GEMMA_NAMES, **{name: value for name, value in config.items() if name.endswith("_token")}}
     texts = {name: _token_text(value) for name, value in names.items()}
     return {name: text for name, text in texts.items() if text}
 
 
 def _listed_tokens(config: Mapping[str, Any]) -> list[str]:
-    """Return the texts of the control tokens that ``tokenizer_config.json`` lists without a name."""
+    """Return the texts of the control tokens that ``tokenizer_config.json`` lists without a name.
+
+    Raises ``DgemmaError`` when the lists are not lists.
+    """
     texts = []
     for name in ("additional_special_tokens", "extra_special_tokens"):
         listed = config.get(name) or []
+        if not isinstance(listed, (list, dict)):
+            raise DgemmaError(f"tokenizer_config.json: {name} must be a list, not {shown(listed)}", _DAMAGED_HINT)
         texts += [_token_text(value) for value in (listed.values() if isinstance(listed, dict) else listed)]
     return texts
 

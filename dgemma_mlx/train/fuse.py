@@ -21,6 +21,7 @@ from dgemma_mlx.checkpoint.hub import resolve
 from dgemma_mlx.checkpoint.names import module_quantization, parameter_names, some_of
 from dgemma_mlx.checkpoint.output import SMALL_FILES, check_output, output_folder, write_fuse_report
 from dgemma_mlx.checkpoint.shards import INDEX, open_tensors, read_header, shard_files
+from dgemma_mlx.checks import reason
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import locked_folder, replace_folder, write_whole
 from dgemma_mlx.generation.model import Model
@@ -83,7 +84,8 @@ def fuse(
                 raise
     except (OSError, RuntimeError) as error:
         raise DgemmaError(
-            f"writing {output} failed: {error}", "Check the free space on the disk and the permissions of the folder."
+            f"writing {output} failed: {reason(error)}",
+            "Check the free space on the disk and the permissions of the folder.",
         ) from None
 
 

@@ -100,8 +100,10 @@ def test_quantization_under_either_name(name: str) -> None:
         ({"num_hidden_layers": 10**9}, "num_hidden_layers must be a positive integer, not 1000000000"),
         ({"num_hidden_layers": 2000}, "num_hidden_layers is 2000, more than 1024"),
         ({"num_attention_heads": 2**23}, "8388608 heads of 64 are too many"),
-        ({"rms_norm_eps": 0}, "rms_norm_eps must be a positive number, not 0"),
-        ({"final_logit_softcapping": "30"}, "final_logit_softcapping must be a positive number, not '30'"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps must be a number from 1e-12 to 0.01, not 0"),
+        ({"final_logit_softcapping": "30"}, "final_logit_softcapping must be a number from 0.1 to 10000, not"),
+        ({"rms_norm_eps": 1}, "rms_norm_eps must be a number from 1e-12 to 0.01, not 1"),
+        ({"final_logit_softcapping": 10**19}, "final_logit_softcapping must be a number from 0.1 to 10000, not 1"),
         ({"num_attention_heads": 3}, "3 query heads are not a multiple of 2 key/value heads"),
         ({"global_head_dim": 63}, "the head dimension of full_attention is odd: 63"),
         ({"top_k_experts": 5}, "top_k_experts is larger than num_experts"),
@@ -111,7 +113,7 @@ def test_quantization_under_either_name(name: str) -> None:
         ({"layer_types": FULL}, "layer_types must be a list of 'full_attention' and"),
         ({"rope_parameters": {FULL: {"rope_theta": 1.0}}}, "rope_parameters of sliding_attention are missing"),
         ({"rope_parameters": {FULL: {"rope_theta": 1.0}, SLIDING: 3}}, "rope_parameters of sliding_attention are"),
-        ({"rope_parameters": {FULL: {}}}, "rope_parameters of full_attention: rope_theta must be a positive number"),
+        ({"rope_parameters": {FULL: {}}}, "rope_parameters of full_attention: rope_theta must be a number"),
         ({"per_layer_config": []}, "per_layer_config must be an object of objects"),
         ({"per_layer_config": {"2": 64}}, "per_layer_config must be an object of objects"),
         ({"per_layer_config": {"3": {"head_dim": 64}}}, "per_layer_config has unknown layers"),
@@ -272,3 +274,13 @@ def test_override_with_an_invalid_value_is_wrong_usage(change: dict[str, Any]) -
 def test_override_ignores_none() -> None:
     config = GenerationConfig(entropy_bound=0.3)
     assert config.override(entropy_bound=None, t_max=1.0) == GenerationConfig(entropy_bound=0.3, t_max=1.0)
+
+
+def test_numbers_without_a_decimal_point_become_floats(tmp_path: Path) -> None:
+    """MLX cannot convert integers of 2^63 or more."""
+    text = ModelConfig.from_dict(flat_config(final_logit_softcapping=20)).text
+    assert isinstance(text.final_logit_softcapping, float)
+    found = generation(tmp_path, {"entropy_bound": 10**19, "confidence_threshold": 0, "t_min": 1, "t_max": 10**19})
+    values = (found.entropy_bound, found.confidence_threshold, found.t_min, found.t_max)
+    assert values == (1e19, 0.0, 1.0, 1e19)
+    assert all(isinstance(value, float) for value in values)

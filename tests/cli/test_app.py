@@ -123,7 +123,7 @@ def test_an_unexpected_error_is_one_line_and_a_hint(broken_library: dict[str, st
     done = run("generate", "-m", "demo", "Hi", **broken_library)
     assert (done.returncode, done.stdout) == (1, "")
     error, hint = done.stderr.splitlines()
-    assert error == "dgemma-mlx: unexpected RuntimeError: half ␛[2Jinstalled"
+    assert error == "dgemma-mlx: unexpected RuntimeError: half\\n\\x1b[2Jinstalled"
     assert hint == "hint: This is a bug; `dgemma-mlx --debug ...` shows where."
 
 

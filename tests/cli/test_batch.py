@@ -106,7 +106,7 @@ def test_a_prompt_that_cannot_be_answered_does_not_stop_the_others(tmp_path: Pat
         ({"prompt": []}, "prompt cannot be"),
         ({"prompt": ["a"]}, "prompt cannot be"),
         ({"prompt": [{"role": "user"}]}, "prompt cannot be"),
-        ({"prompt": "\ud800"}, "prompt cannot be"),
+        ({"prompt": "\ud800"}, "is not JSON: a string holds a lone surrogate"),
         ({"prompt": "a", "seed": -1}, "seed cannot be -1"),
         ({"prompt": "a", "seed": True}, "seed cannot be true"),
         ({"prompt": "a", "seed": 2**64}, "seed cannot be"),

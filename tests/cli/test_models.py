@@ -97,7 +97,7 @@ def test_removing_takes_the_named_ones_alone(cache: Path) -> None:
         (["rm", "owner/one"], 2, "cannot ask for confirmation"),
         (["rm", "-y", "owner/one", "owner/three"], 1, "owner/three is not in the cache"),
         (["rm", "-y", "owner/other"], 1, "owner/other is not in the cache"),
-        (["rm"], 2, "Missing argument"),
+        (["rm"], 2, "missing argument"),
     ],
 )
 def test_what_is_refused_removes_nothing(cache: Path, arguments: list[str], exit_code: int, message: str) -> None:

@@ -80,6 +80,7 @@ def test_what_may_be_missing(tmp_path: Path) -> None:
         (b'{"messages": []}', "is not a saved conversation"),
         (record(format="dgemma-mlx session 99").encode(), "is not a saved conversation"),
         (record(messages=None).encode(), "do not make a conversation"),
+        (record(messages=[TURN[0], {**TURN[1], "thinking": 5}]).encode(), "do not make a conversation"),
         (record(messages=TURN[:1]).encode(), "do not make a conversation"),
         (record(messages=TURN[::-1]).encode(), "do not make a conversation"),
         (record(messages=[*TURN, *TURN[:1], *TURN[:1]]).encode(), "do not make a conversation"),

@@ -125,8 +125,8 @@ def test_weights_are_unpacked_on_request_or_if_there_is_memory(
 
 
 ODD_QUANTIZATION = [
-    {"bits": 8}, {"bits": 5}, {"bits": "4"}, {"bits": 7}, {"bits": -4}, {"bits": 10**30}, {"bits": []}, {"bits": 0},
-    {"group_size": 32}, {"group_size": 48}, {"group_size": -64}, {"group_size": 256}, {"group_size": 10**30},
+    {"bits": 8}, {"bits": 5}, {"bits": "4"}, {"bits": 7}, {"bits": -4}, {"bits": 10**18}, {"bits": []}, {"bits": 0},
+    {"group_size": 32}, {"group_size": 48}, {"group_size": -64}, {"group_size": 256}, {"group_size": 10**18},
     {"group_size": {}}, {"mode": "mxfp4"}, {"mode": "gguf"}, {"mode": []}, {"mode": 3}, {"mode": True},
     {"model.decoder.layers.1.mlp.up_proj": {"bits": 8}},
     {"model.decoder.layers.1.mlp.up_proj": {"bits": "x"}},

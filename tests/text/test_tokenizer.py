@@ -213,3 +213,25 @@ def test_importing_the_package_imports_no_heavy_library() -> None:
         print(sorted(heavy & set(sys.modules)))"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"additional_special_tokens": 5}, "additional_special_tokens must be a list, not 5"),
+        ({"extra_special_tokens": "<a>"}, "extra_special_tokens must be a list, not '<a>'"),
+        ({"bos_token": 2}, "bos_token must be a token, not 2"),
+        ({"eos_token": ["<eos>"]}, "eos_token must be a token, not ['<eos>']"),
+        ({"pad_token": {"content": 5}}, "pad_token must be a token, not {'content': 5}"),
+        ({"unk_token": ""}, "unk_token must be a token, not ''"),
+    ],
+)
+def test_tokens_that_are_none_are_refused(
+    folders: dict[str, Path], tmp_path: Path, config: dict[str, object], message: str
+) -> None:
+    shutil.copy(next(folders["json"].glob("tokenizer.json")), tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(DgemmaError) as error:
+        load_tokenizer(tmp_path)
+    assert error.value.message == f"tokenizer_config.json: {message}"
+    assert error.value.hint

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from dgemma_mlx.checks import shown
 from dgemma_mlx.cli.chat.answer import Chat
 from dgemma_mlx.cli.chat.session import CHANGEABLE, Session
 from dgemma_mlx.cli.render.visible import visible
@@ -100,7 +101,7 @@ def _set(chat: Chat, rest: str) -> None:
     name, _, text = rest.partition(" ")
     name, text = _SHORT.get(name, name), text.strip()
     if name not in CHANGEABLE:
-        message = f"there is no setting {name!r}" if name else "which setting?"
+        message = f"there is no setting {shown(name)}" if name else "which setting?"
         raise DgemmaError(message, f"Settings: {', '.join(CHANGEABLE)}.")
     before = dict(chat.session.settings)
     if text in ("", "default"):

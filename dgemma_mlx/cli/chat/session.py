@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dgemma_mlx.checks import reason, shown
 from dgemma_mlx.cli.settings import SETTINGS, checked
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import write_whole
+from dgemma_mlx.json_text import parse_json
 
 _FIXED = ("model", "system", "live", "memory_limit", "dtype", "cpu_dequantize", "kernels")
 # The settings that a conversation can change.
@@ -79,14 +81,13 @@ class Session:
     def load(cls, path: Path) -> Session:
         """Read a saved conversation. Raises `DgemmaError` when the file cannot be read or is damaged."""
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            json.dumps(record, ensure_ascii=False).encode()  # JSON can hold lone surrogates, which are not text
+            record = parse_json(path.read_bytes())
         except FileNotFoundError:
             raise DgemmaError(f"there is no file {path}", _HINT) from None
         except OSError as error:
             raise DgemmaError(f"cannot read {path}: {error.strerror}", _HINT) from None
-        except (ValueError, RecursionError) as error:
-            raise DgemmaError(f"cannot read {path}: {error}", "The file is damaged.") from None
+        except ValueError as error:
+            raise DgemmaError(f"cannot read {path}: {reason(error)}", "The file is damaged. " + _HINT) from None
         if not isinstance(record, dict) or record.get("format") != _FORMAT:
             raise DgemmaError(f"{path} is not a saved conversation", _HINT)
         messages: Any = record.get("messages")
@@ -94,10 +95,10 @@ class Session:
         system, model = record.get("system"), record.get("model")
         names_are_texts = all(value is None or isinstance(value, str) for value in (system, model))
         if not names_are_texts or not isinstance(settings, dict) or not _is_conversation(messages):
-            raise DgemmaError(f"{path}: its messages do not make a conversation", "The file is damaged.")
+            raise DgemmaError(f"{path}: its messages do not make a conversation", "The file is damaged. " + _HINT)
         for name in settings:
             if name not in CHANGEABLE:
-                raise DgemmaError(f"{path}: unknown setting {name!r}", f"Settings: {', '.join(CHANGEABLE)}.")
+                raise DgemmaError(f"{path}: unknown setting {shown(name)}", f"Settings: {', '.join(CHANGEABLE)}.")
         settings = {name: checked(name, value, f"{path}: {name}") for name, value in settings.items()}
         return cls(messages, system, settings, model)
 
@@ -108,5 +109,6 @@ def _is_conversation(messages: Any) -> bool:
         isinstance(messages, list)
         and len(messages) % 2 == 0
         and all(isinstance(message, dict) and isinstance(message.get("content"), str) for message in messages)
+        and all(isinstance(message.get("thinking", ""), str) for message in messages)
         and all(message.get("role") == _ROLES[i % 2] for i, message in enumerate(messages))
     )
