@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
+from dgemma_mlx.checks import is_whole
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.json_text import read_json
+from dgemma_mlx.json_text import parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
 _FETCH_AGAIN = "The download may be incomplete. Fetch the checkpoint again."
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
+_ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
 _LFS_POINTER = b"version "  # start of a Git LFS pointer file; https://git-lfs.github.com/spec/v1 follows
 
 
@@ -71,8 +77,8 @@ def shard_files(folder: Path) -> list[Path]:
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file by name, read from its header without their data.
 
-    Raises ``DgemmaError`` when the file cannot be read, is not a safetensors file, or has another size than its header
-    says.
+    Raises ``DgemmaError`` when the file cannot be read, is not a safetensors file, has another size than its header
+    says, or its tensors overlap, leave gaps or have another size than their shapes ask for.
     """
     try:
         size = path.stat().st_size
@@ -81,20 +87,34 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             if start == _LFS_POINTER:
                 raise DgemmaError(f"{path} is a Git LFS pointer, not the file itself", "Run `git lfs pull` there.")
             (length,) = struct.unpack("<Q", start)
-            header = json.loads(file.read(min(length, size, _MAX_HEADER)))
+            header = parse_json(file.read(min(length, size, _MAX_HEADER)))
         tensors = {
-            name: StoredTensor(path, str(entry["dtype"]), shape, 8 + length + begin, 8 + length + end)
-            for name, entry in header.items() if name != "__metadata__"
-            for shape, (begin, end) in [(tuple(map(int, entry["shape"])), entry["data_offsets"])]
+            name: _stored(path, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"
         }
         expected = max((tensor.end for tensor in tensors.values()), default=8 + length)
     except OSError as error:
         raise DgemmaError(f"{path} cannot be read: {error.strerror}", _FETCH_AGAIN) from None
-    except (struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
         raise DgemmaError(f"{path} is not a safetensors file, or its header is cut off", _FETCH_AGAIN) from None
     if size != expected:
         raise DgemmaError(f"{path} has {size:,} bytes, but its header promises {expected:,}", _FETCH_AGAIN)
+    position = 8 + length
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if tensor.start != position or tensor.nbytes != prod(tensor.shape) * _ITEM_BYTES.get(tensor.dtype, 0):
+            raise DgemmaError(f"{path}: the place or size of {name} is wrong in the header", _FETCH_AGAIN)
+        position = tensor.end
     return tensors
+
+
+def _stored(path: Path, entry: Mapping[str, Any], data: int) -> StoredTensor:
+    """Return the tensor of a header's entry. ``data`` is the offset of the first tensor.
+
+    Raises ``KeyError``, ``TypeError`` or ``ValueError`` when the entry is malformed.
+    """
+    shape, (begin, end) = entry["shape"], entry["data_offsets"]
+    if not all(is_whole(number) and 0 <= number < 1 << 63 for number in (*shape, begin, end)):
+        raise ValueError("a shape or an offset is not a number of bytes")
+    return StoredTensor(path, str(entry["dtype"]), tuple(shape), data + begin, data + end)
 
 
 def merged(headers: Iterable[Mapping[str, StoredTensor]]) -> dict[str, StoredTensor]:
