@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from dgemma_mlx.checks import LARGEST_SEED
 from dgemma_mlx.cli.interrupt import interruptible
 from dgemma_mlx.cli.loading import load_model
 from dgemma_mlx.cli.parameters import (
@@ -79,7 +78,7 @@ Causal = Annotated[
     ),
 ]
 Seed = Annotated[
-    int, training_option("--seed", min=0, max=LARGEST_SEED, help="Seed of the examples' order and the noise.")
+    int, training_option("--seed", min=0, max=2**32 - 1, help="Seed of the examples' order and the noise.")
 ]
 Full = Annotated[
     bool, training_option("--full", help="Train all weights and write a checkpoint. For small, unpacked models.")

@@ -6,34 +6,38 @@ The objective is the one that trains the demo model, as published for DiffusionG
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import mlx.core as mx
 import mlx.optimizers as optim
 
+from dgemma_mlx.checks import is_whole, shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import write_whole
 from dgemma_mlx.generation.api import generate_batch
 from dgemma_mlx.generation.model import Model
-from dgemma_mlx.json_text import read_json
+from dgemma_mlx.json_text import parse_json, read_json
 from dgemma_mlx.model.adapter import AdapterConfig, attach, unfreeze
 from dgemma_mlx.model.adapter_file import adapter_digest, save_adapter
 from dgemma_mlx.train.batches import Conversation, Part, canvas_batch, parts_at
 from dgemma_mlx.train.dataset import Example, encode_all
 from dgemma_mlx.train.fuse import write_trained
 from dgemma_mlx.train.gradient_checkpointing import checkpointed
-from dgemma_mlx.train.loop import Log, Record, TrainConfig, train
+from dgemma_mlx.train.loop import MAX_SEED, Log, Record, TrainConfig, last_step, train
 from dgemma_mlx.train.objective import ObjectiveConfig, block_diffusion_loss
 from dgemma_mlx.train.optimizer import make_finetune_optimizer, warmed_up
 
 OPTIMIZERS, SCHEDULES = ("adamw", "muon"), ("cosine", "linear", "constant")
 RUN, LOG = "run.json", "loss.jsonl"
+_CHANGEABLE = ("learning_rate",)  # settings that may differ when a run is resumed, for runs that diverged
+_LARGEST = 3e38  # of a number that becomes a float32
 _RATES = {"adamw": 1e-4, "muon": 1e-2}
 _MIN_NOISE = 0.001
 _MAX_VALIDATED = 64  # maximum number of conversations for the validation loss
@@ -41,7 +45,8 @@ _MAX_VALIDATED = 64  # maximum number of conversations for the validation loss
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """The settings of a fine-tuning run. A resumed run needs the same settings, model and data.
+    """The settings of a fine-tuning run. A resumed run needs the same model and data, and the same settings except
+    for the learning rate.
 
     Raises ``DgemmaError`` (exit code 2) if a value is out of range or unknown.
 
@@ -57,7 +62,7 @@ class FinetuneConfig:
         weight_decay: Decoupled weight decay.
         clip_norm: Maximum norm of the gradients; larger gradients are scaled down.
         causal_weight: Weight of the encoder's next-token loss. 0 skips that loss and saves its time.
-        seed: Seed of the data order, the noise, the dropout and a new adapter.
+        seed: Seed of the data order, the noise, the dropout and a new adapter; at most 2^32 - 1.
         checkpoint_layers: Recompute layers for their gradients, which takes less memory and more time.
         full: Train all weights instead of an adapter.
         adapter: Shape of the adapter. With ``full``, only its ``canvas_length`` counts.
@@ -96,6 +101,8 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise DgemmaError(f"{name} must be at least {least}, not {value}", exit_code=2)
+            if value is not None and not value <= (MAX_SEED if is_whole(value) else _LARGEST):
+                raise DgemmaError(f"{name} is too large: {shown(value)}", f"The largest number is {MAX_SEED}.", 2)
         for name, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in choices:
                 raise DgemmaError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}", "", 2)
@@ -218,7 +225,8 @@ def finetune(
 
     Raises:
         DgemmaError: If ``out`` holds a run and ``resume`` is not set, if it holds none or a different one and
-            ``resume`` is set, if it cannot be written, or if the loss is not finite.
+            ``resume`` is set, if it cannot be read or written, or if training diverges: the loss, the gradients or
+            the weights are not finite.
     """
     model, config = run.model, run.config
     _open_folder(out, run, resume)
@@ -235,7 +243,7 @@ def finetune(
         config.steps, config.seed, config.clip_norm, config.log_every, config.save_every, config.valid_every,
         objective=config.objective,
     )  # fmt: skip
-    with (out / LOG).open("a", encoding="utf-8") as file:
+    with _open_log(out / LOG) as file:
 
         def log_twice(record: Record) -> None:
             print(json.dumps(record), file=file, flush=True)
@@ -267,14 +275,13 @@ def _open_folder(out: Path, run: FinetuneRun, resume: bool) -> None:
             raise DgemmaError(
                 f"{out} already holds a run", "Continue it with --resume, or name another folder with -o.", exit_code=2
             )
-        if different := [name for name in record if before.get(name) != record[name]]:
+        if different := [name for name in record if before.get(name) != record[name] and name not in _CHANGEABLE]:
             raise DgemmaError(
                 f"the run in {out} was started with other values of {', '.join(different)}",
                 "Give the same options as before, or name another folder with -o.", 2,
             )
         _drop_log_after(out / LOG, last_step(out))
-        return
-    if resume:
+    elif resume:
         raise DgemmaError(f"{out} holds no run to resume", "Leave out --resume to start a new run.", exit_code=2)
     try:
         write_whole(path, json.dumps(record, indent=2) + "\n")
@@ -284,21 +291,41 @@ def _open_folder(out: Path, run: FinetuneRun, resume: bool) -> None:
         ) from None
 
 
-def last_step(out: Path) -> int:
-    """Return the step of the last checkpoint of the run in ``out``, or 0 if there is none."""
-    states = (out / name / "state.json" for name in ("checkpoint", "checkpoint.old"))
-    return next((int(read_json(state)["step"]) for state in states if state.exists()), 0)
+def _open_log(path: Path) -> TextIO:
+    """Open a log file to add records to it. Raises ``DgemmaError`` if that fails."""
+    try:
+        return path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise DgemmaError(f"cannot write {path}: {error.strerror}") from None
 
 
 def read_log(path: Path) -> list[Record]:
-    """Return the records of a log file, up to the first one that a crash has cut off. A missing file has no records."""
+    """Return the records of a log file. A missing file has none; a last line that a crash has cut off is left out.
+
+    Raises ``DgemmaError`` if the file cannot be read, or if another line is not a record: an object of numbers with a
+    "step".
+    """
+    if not path.exists():
+        return []
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DgemmaError(f"cannot read {path}: {error.strerror}") from None
     records: list[Record] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for number, line in enumerate(lines[:-1], 1):  # a complete line ends with a line feed
         try:
-            records.append(json.loads(line))
+            record = parse_json(line)
         except ValueError:
-            break
+            record = None
+        if not (isinstance(record, dict) and is_whole(record.get("step")) and all(map(_is_number, record.values()))):
+            raise DgemmaError(f"{path}, line {number} is not a record of a log", "Remove the line.")
+        records.append(record)
     return records
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether the value is a finite number."""
+    return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _drop_log_after(path: Path, step: int) -> None:
