@@ -279,7 +279,7 @@ def _mlx_lm_config(raw: Mapping[str, Any], path: Path, targets: tuple[str, ...])
 
 def _rank(raw: Mapping[str, Any], path: Path, name: str = "r") -> int:
     """Return the rank in the settings. Raises ``DgemmaError`` unless it is a whole number that a rank can be."""
-    value = raw.get(name)
+    value: Any = raw.get(name)
     if not is_whole(value) or not 0 <= value < 1 << 31:
         raise _malformed(path, name, value)
     return int(value)
@@ -287,7 +287,7 @@ def _rank(raw: Mapping[str, Any], path: Path, name: str = "r") -> int:
 
 def _number(raw: Mapping[str, Any], name: str, path: Path, default: float | None = None) -> float:
     """Return a number of the settings, or the default where it is missing. Raises ``DgemmaError`` for anything else."""
-    value = default if raw.get(name) is None else raw[name]
+    value: Any = default if raw.get(name) is None else raw[name]
     if not is_whole(value) and not isinstance(value, float):
         raise _malformed(path, name, value)
     return float(value)

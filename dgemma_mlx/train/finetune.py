@@ -27,7 +27,7 @@ from dgemma_mlx.json_text import parse_json, read_json
 from dgemma_mlx.model.adapter import AdapterConfig, attach, unfreeze
 from dgemma_mlx.model.adapter_file import adapter_digest, save_adapter
 from dgemma_mlx.train.batches import Conversation, Part, canvas_batch, parts_at
-from dgemma_mlx.train.dataset import Example, encode_all
+from dgemma_mlx.train.dataset import Example, Limited, encode_all, visible_answer
 from dgemma_mlx.train.fuse import write_trained
 from dgemma_mlx.train.gradient_checkpointing import checkpointed
 from dgemma_mlx.train.loop import MAX_SEED, Log, Record, TrainConfig, last_step, train
@@ -137,10 +137,12 @@ class Validation:
     Attributes:
         examples: The examples; some of them are answered for the exact match.
         conversations: The same examples as token ids, for the denoising loss. Examples that are too long are missing.
+        limited: What ``config.max_length`` has taken from the examples.
     """
 
     examples: Sequence[Example]
     conversations: Sequence[Conversation]
+    limited: Limited = field(default_factory=Limited)
 
 
 @dataclass(frozen=True)
@@ -151,14 +153,14 @@ class FinetuneRun:
         model: The model, whose network has an adapter or unfrozen weights.
         config: The settings of the run.
         conversations: The training examples as token ids.
-        left_out: Number of training examples that leave no room for a canvas within ``config.max_length``.
+        limited: What ``config.max_length`` has taken from the training examples.
         validation: The held-out examples, or None to train without validation.
     """
 
     model: Model
     config: FinetuneConfig
     conversations: Sequence[Conversation]
-    left_out: int = 0
+    limited: Limited = field(default_factory=Limited)
     validation: Validation | None = None
 
 
@@ -177,9 +179,9 @@ def open_run(
         DgemmaError: If weights to be trained are packed, or if none of the examples fits into ``config.max_length``.
     """
     model = prepare(model, config)
-    conversations, left_out = encode_all(model, examples, config.max_length)
-    validation = Validation(valid, encode_all(model, valid, config.max_length)[0]) if valid else None
-    return FinetuneRun(model, config, conversations, left_out, validation)
+    conversations, limited = encode_all(model, examples, config.max_length)
+    validation = Validation(valid, *encode_all(model, valid, config.max_length)) if valid else None
+    return FinetuneRun(model, config, conversations, limited, validation)
 
 
 def prepare(model: Model, config: FinetuneConfig) -> Model:
@@ -338,7 +340,8 @@ def _validate(model: Model, config: FinetuneConfig, validation: Validation) -> R
     """Return a log record of the validation loss and, if some examples ask something, of the exact match.
 
     "valid_loss" is the denoising loss (nats per token) on the same canvases with the same noise every time.
-    "exact_match" is the share of answers that equal those of the examples, apart from surrounding white space.
+    "exact_match" is the share of answers that equal those of the examples, apart from surrounding white space. Only
+    examples without tools are asked, and only the visible text of an answer counts.
     """
     model.network.eval()
     canvas, pad_id = model.config.canvas_length, model.config.pad_token_id
@@ -353,12 +356,14 @@ def _validate(model: Model, config: FinetuneConfig, validation: Validation) -> R
         losses.append((float(loss.item()), len(group)))  # type: ignore[arg-type]
     rows = sum(count for _, count in losses)
     record: dict[str, Any] = {"valid_loss": round(sum(loss * count for loss, count in losses) / rows, 4)}
-    asked = [example for example in validation.examples[: config.valid_answers] if example.messages]
+    asked = [e for e in validation.examples[: config.valid_answers] if e.messages and not e.tools]
     if asked:
         most = max(len(model.tokenizer.encode(example.answer)) for example in asked) + canvas
         answers = generate_batch(
             model, [example.messages for example in asked], max_tokens=most, seeds=list(range(len(asked)))
         )
-        right = sum(done.text.strip() == e.answer.strip() for done, e in zip(answers, asked, strict=True))
+        right = sum(
+            done.text.strip() == visible_answer(model, e).strip() for done, e in zip(answers, asked, strict=True)
+        )
         record["exact_match"] = round(right / len(asked), 4)
     return record

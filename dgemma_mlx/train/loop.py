@@ -306,7 +306,7 @@ def _last_checkpoint(folder: Path) -> Path | None:
 
 def _step_of(checkpoint: Path) -> int:
     """Return the step of a checkpoint. Raises ``DgemmaError`` if its state does not say it."""
-    step = read_json(checkpoint / "state.json").get("step")
+    step: Any = read_json(checkpoint / "state.json").get("step")
     if not is_whole(step) or not 0 < step <= MAX_SEED:
         raise DgemmaError(f"{checkpoint / 'state.json'}: step cannot be {shown(step)}", _NEW_RUN)
     return int(step)

@@ -244,7 +244,7 @@ def test_validation_is_the_same_every_time(tmp_path: Path) -> None:
     asked = [Example(({"role": "user", "content": "Sort 2 1"},), "1 2"), Example((), "Once.")]
     for name in ("one", "two"):
         model = prepare(load("demo"), config)
-        validated = FinetuneRun(model, config, CONVERSATIONS, 0, Validation(asked, CONVERSATIONS[:5]))
+        validated = FinetuneRun(model, config, CONVERSATIONS, validation=Validation(asked, CONVERSATIONS[:5]))
         finetune(validated, tmp_path / name, lambda record: None)
     one, two = (
         [(record["step"], record["valid_loss"], record["exact_match"]) for record in read_log(path / "loss.jsonl")

@@ -86,7 +86,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "flat": (
         lambda f: tensors(f / "optimizer.safetensors",
                           lambda t: {n.rpartition(".")[2] + str(i): a for i, (n, a) in enumerate(t.items())}),
-        "optimizer.safetensors (lacks|has unknown)"),
+        r"optimizer\.safetensors (lacks|has unknown)"),
     "swapped": (swap, "model.safetensors (lacks|has unknown)"),
     "far step": (lambda f: (f / "state.json").write_text('{"step": 3}'), "is of step 3, but the run has 2 steps"),
     **{f"step {value}": (
@@ -131,7 +131,7 @@ def test_a_line_of_the_log_that_is_no_record_is_named(tmp_path: Path, line: str)
 @pytest.mark.parametrize("text", ["[1]", "", "{", '{"seed": 7}', '{"steps": "2"}'])
 def test_a_record_of_the_run_of_nonsense_is_refused(finished: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(DgemmaError, match="started with other values|cannot read|does not contain"):
+    with pytest.raises(DgemmaError, match=r"started with other values|cannot read|does not contain"):
         run(tmp_path, SHORT, resume=True)
 
 
