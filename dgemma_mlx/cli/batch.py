@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -82,11 +83,12 @@ def answer_batch(
     """Answer the requests, ``size`` at a time, and print one JSON object for each, in order.
 
     An object has ``index`` (from 0), the request's ``id`` if there is one, and the answer. A request that fails gets an
-    object with ``error``, and the others are answered all the same. Raises `DgemmaError` at the end when any failed.
+    object with ``error``, and the others are answered all the same. A line on stderr says how many answers were cut
+    off. Raises `DgemmaError` at the end when any failed.
     """
     from dgemma_mlx.cli.render.visible import json_line
 
-    failed = 0
+    failed = cut = 0
     for first in range(0, len(requests), size):
         group = requests[first : first + size]
         for number, (request, result) in enumerate(zip(group, _answers(model, group, options), strict=True), first):
@@ -96,7 +98,11 @@ def answer_batch(
                 failed += 1
             else:
                 record |= {"model": model.name, **asdict(result)}
+                cut += result.finish_reason == "length"
             print(json_line(record), flush=True)
+    if cut:
+        print(f"dgemma-mlx: {cut} of {len(requests)} answers were cut off, at the limit of -n or of the model",
+              file=sys.stderr)  # fmt: skip
     if failed:
         message = f"{failed} of {len(requests)} prompts could not be answered"
         raise DgemmaError(message, 'Their lines have the key "error".')

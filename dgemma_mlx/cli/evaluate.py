@@ -25,7 +25,9 @@ Task = Annotated[
         help="`sudoku`, or a JSONL file whose lines have `messages`, or `prompt` and `completion`.",
     ),
 ]  # fmt: skip
-Size = Annotated[int, problem_option("--size", help="Number of rows of a Sudoku: 4, 6 or 9.")]
+Size = Annotated[
+    int | None, problem_option("--size", show_default="6", help="Number of rows of a Sudoku: 4, 6 or 9.")
+]
 Clues = Annotated[
     str | None, problem_option("--clues", metavar="A-B", help="Number of given cells in a Sudoku, such as 18 or 14-22.")
 ]
@@ -46,7 +48,7 @@ Answers = Annotated[
 
 def evaluate(
     task: Task,
-    size: Size = 6,
+    size: Size = None,
     clues: Clues = None,
     count: Count = None,
     *,
@@ -71,11 +73,17 @@ def evaluate(
     from dgemma_mlx.train.dataset import read_examples
     from dgemma_mlx.train.evaluate import evaluate, problems_of, sudoku_problems
 
+    examples = None
     if task == "sudoku":
-        problems = sudoku_problems(size, count or 100, parse_clues(clues), seed)
+        problems = sudoku_problems(size or 6, count or 100, parse_clues(clues), seed)
     else:
-        problems = problems_of(read_examples(Path(task)))[:count]
+        for name, value in (("--size", size), ("--clues", clues)):
+            if value is not None:
+                raise DgemmaError(f"{name} is for --task sudoku, not for a file", "Leave it out.", exit_code=2)
+        examples = read_examples(Path(task))[:count]
     loaded = load_model(Settings(), model, quiet)
+    if examples is not None:
+        problems = problems_of(loaded, examples)
     records: list[Mapping[str, Any]] = []
 
     def progress(record: Mapping[str, Any]) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from dgemma_mlx.checks import LARGEST_SEED
 from dgemma_mlx.cli.interrupt import interruptible
 from dgemma_mlx.cli.loading import load_model
 from dgemma_mlx.cli.parameters import (
@@ -26,6 +26,7 @@ from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.sizes import size
 
 if TYPE_CHECKING:
+    from dgemma_mlx.train.dataset import Limited
     from dgemma_mlx.train.finetune import FinetuneRun
 
 data_option, adapter_option = section("Data"), section("Adapter")
@@ -79,21 +80,25 @@ Causal = Annotated[
     ),
 ]
 Seed = Annotated[
-    int, training_option("--seed", min=0, max=LARGEST_SEED, help="Seed of the examples' order and the noise.")
+    int, training_option("--seed", min=0, max=2**32 - 1, help="Seed of the examples' order and the noise.")
 ]
 Full = Annotated[
     bool, training_option("--full", help="Train all weights and write a checkpoint. For small, unpacked models.")
 ]
-Rank = Annotated[int, adapter_option("--rank", min=1, help="Rank of the adapter's matrices.")]
+Rank = Annotated[
+    int | None, adapter_option("--rank", min=1, show_default="16", help="Rank of the adapter's matrices.")
+]
 Alpha = Annotated[
     float | None,
     adapter_option("--alpha", show_default="twice the rank", help="The adapter's output is scaled by alpha / rank."),
 ]
-Dropout = Annotated[float, adapter_option("--dropout", help="Dropout of the adapter's inputs.")]
+Dropout = Annotated[
+    float | None, adapter_option("--dropout", show_default="0.0", help="Dropout of the adapter's inputs.")
+]
 Targets = Annotated[
-    str,
+    str | None,
     adapter_option(
-        "--targets", metavar="A,B,C",
+        "--targets", metavar="A,B,C", show_default="attention,mlp",
         help="Modules to adapt: attention, mlp, experts, self_conditioning, or names such as q_proj.",
     ),
 ]  # fmt: skip
@@ -141,10 +146,10 @@ def train(
     causal_weight: Causal = 1.0,
     seed: Seed = 0,
     full: Full = False,
-    rank: Rank = 16,
+    rank: Rank = None,
     alpha: Alpha = None,
-    dropout: Dropout = 0.0,
-    targets: Targets = "attention,mlp",
+    dropout: Dropout = None,
+    targets: Targets = None,
     dora: Dora = False,
     log_every: LogEvery = 10,
     save_every: SaveEvery = 100,
@@ -161,10 +166,12 @@ def train(
     trained as they are. docs/finetuning.md describes the objective, the data and the files.
 
     Notes:
-        - A line of the data has `messages`, or `prompt` and `completion`, or `text`. Every line is checked before
-          anything is loaded, and an error names the file and the line.
+        - A line of the data has `messages`, or `prompt` and `completion`, both optionally with `tools`, or `text`.
+          Other keys are refused. Every line is checked before anything is loaded; an error names file and line.
+        - Control tokens in what the model learns to write are read as such; in all other messages they are plain text.
         - Ctrl-C saves the run. The same command with `--resume` continues it, on a CPU to the same bytes as without the
-          interruption.
+          interruption. A run that diverges ends with an error and keeps its last good state; `--resume` with a lower
+          `--learning-rate` continues from there.
         - `--dry-run` prints the number of examples, epochs and trained parameters, and an estimate of the memory.
         - `loss.jsonl` in the output folder has every line of progress. `loss.png` is drawn if matplotlib is installed.
 
@@ -175,13 +182,18 @@ def train(
     """
     from dgemma_mlx.model.adapter import AdapterConfig
     from dgemma_mlx.model.adapter_file import read_adapter
-    from dgemma_mlx.train.dataset import read_data
+    from dgemma_mlx.train.dataset import Limited, read_data
     from dgemma_mlx.train.estimate import make_plan
     from dgemma_mlx.train.finetune import FinetuneConfig, open_run
 
+    _check_shape_options(
+        {"--rank": rank, "--alpha": alpha, "--dropout": dropout, "--targets": targets, "--dora": dora or None},
+        adapter, canvas_length, full,
+    )  # fmt: skip
+    rank = 16 if rank is None else rank
     shape = AdapterConfig(
-        rank, 2.0 * rank if alpha is None else alpha, dropout,
-        tuple(target.strip() for target in targets.split(",")), dora, canvas_length,
+        rank, 2.0 * rank if alpha is None else alpha, 0.0 if dropout is None else dropout,
+        tuple(target.strip() for target in (targets or "attention,mlp").split(",")), dora, canvas_length,
     ) if adapter is None else read_adapter(adapter)[0]  # fmt: skip
     config = FinetuneConfig(
         steps, batch_size, accumulate, max_length, learning_rate, optimizer, schedule, warmup, weight_decay,
@@ -191,9 +203,12 @@ def train(
     examples, held_out = read_data(data, valid)
     loaded = load_model(Settings(), ModelOptions(model, adapter, cpu_dequantize=cpu_dequantize), quiet, training=True)
     run = open_run(loaded, examples, held_out, config)
-    if run.left_out:
-        print(f"dgemma-mlx: {run.left_out} of {len(examples)} examples leave no room for a canvas within "
-              f"--max-length {max_length} and were left out", file=sys.stderr)  # fmt: skip
+    limits = [("", run.limited, len(examples))]
+    if run.validation is not None:
+        limits.append(("validation ", run.validation.limited, len(held_out)))
+    for kind, limited, count in limits:
+        if limited != Limited():
+            print(f"dgemma-mlx: --max-length {max_length}: {_taken(limited, kind, count)}", file=sys.stderr)
     plan = make_plan(run)
     if dry_run or not quiet:
         _show_plan(plan, as_json and dry_run, sys.stdout if dry_run else sys.stderr)
@@ -204,6 +219,30 @@ def train(
         elif not quiet:
             use = f"-m {output}" if full else f"-m {run.model.name} --adapter {output}"
             print(f"wrote {output}; try: dgemma-mlx generate {use} \"...\"", file=sys.stderr)
+
+
+def _check_shape_options(
+    options: Mapping[str, Any], adapter: Path | None, canvas_length: int | None, full: bool
+) -> None:
+    """Raise `DgemmaError` (exit code 2) for options of a new adapter if none is made, because they have no effect."""
+    if full and adapter is not None:
+        raise DgemmaError("--full cannot be combined with --adapter", "Merge the adapter with fuse first.", exit_code=2)
+    if full or adapter is not None:
+        if adapter is not None:
+            options = {**options, "--canvas-length": canvas_length}
+        if given := [name for name, value in options.items() if value is not None]:
+            reason = "--full, which makes no adapter" if full else "--adapter, whose shape stays the same"
+            raise DgemmaError(f"{given[0]} has no effect with {reason}", "Leave it out.", exit_code=2)
+
+
+def _taken(limited: Limited, kind: str, count: int) -> str:
+    """Return what --max-length has taken from ``count`` examples."""
+    parts = []
+    if limited.cut:
+        parts.append(f"{limited.cut:,} of {count:,} {kind}answers cut, {limited.lost:,} tokens lost")
+    if limited.left_out:
+        parts.append(f"{limited.left_out:,} of {count:,} {kind}examples left out, no room for a canvas")
+    return "; ".join(parts)
 
 
 def _carry_out(run: FinetuneRun, output: Path, resume: bool, report_to: str | None, quiet: bool) -> None:

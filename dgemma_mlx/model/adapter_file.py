@@ -18,7 +18,6 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import mlx.core as mx
 
 from dgemma_mlx.checkpoint.names import parameter_names, some_of, source_name
 from dgemma_mlx.checkpoint.shards import read_header
+from dgemma_mlx.checks import is_whole, shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import write_whole
 from dgemma_mlx.json_text import read_json
@@ -41,6 +41,18 @@ _OWN = re.compile(r"(.+)\.(lora_a|lora_b|m)")
 _DAMAGED = "An adapter is a folder written by `dgemma-mlx train`, PEFT or mlx_lm."
 _MADE_FOR = "The adapter was made for another model, or its files are damaged."
 _NOT_SUPPORTED = "LoRA and DoRA are supported without biases or other trained modules, with one rank and one alpha."
+_FLOATS = ("F32", "F16", "BF16")
+
+# PEFT's settings (0.21). A setting of any other name must be empty: it may change the mathematics.
+_READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+_WITHOUT_EFFECT = (  # on a trained adapter: origin, choice of the modules, and how the training was run
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "eva_config",
+    "qalora_group_size", "runtime_config", "ensure_weight_tying",
+)  # fmt: skip
+# Others, such as PiSSA, OLoRA, CorDA and LoftQ, subtract the initial factors from the base weights.
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+_MLX_LM_READ = ("rank", "scale", "dropout", "keys")
 
 
 def save_adapter(network: DiffusionGemma, config: AdapterConfig, folder: Path, base: str) -> None:
@@ -115,14 +127,14 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, dict[str, mx.ar
     raw = read_json(folder / CONFIG)
     weights = weights_file(folder)
     stored, metadata = _load(weights)
-    parts = _from_peft(stored, weights) if weights.name == WEIGHTS else _from_mlx_lm(stored, weights)
+    parts = (_from_peft if weights.name == WEIGHTS else _from_mlx_lm)(stored, weights)
+    config = (_peft_config if "peft_type" in raw else _mlx_lm_config)(raw, folder / CONFIG, tuple(parts))
     for path, found in parts.items():
-        if not found.keys() >= {"lora_a", "lora_b"}:
-            raise DgemmaError(f"{weights} has only one of two factors of {path}", _DAMAGED)
-    with _malformed(folder / CONFIG):
-        config = (_peft_config if "peft_type" in raw else _mlx_lm_config)(raw, parts)
-        canvas_length = metadata.get(_CANVAS_LENGTH)
-        return replace(config, canvas_length=None if canvas_length is None else int(canvas_length)), parts
+        _check_parts(path, found, config, weights)
+    length = metadata.get(_CANVAS_LENGTH)
+    if length is not None and not re.fullmatch(r"[1-9]\d{0,8}", length):
+        raise DgemmaError(f"{weights}: the canvas length cannot be {shown(length)}", _DAMAGED)
+    return replace(config, canvas_length=None if length is None else int(length)), parts
 
 
 def weights_file(folder: Path) -> Path:
@@ -156,10 +168,36 @@ def _stems(path: str) -> list[str]:
 
 
 def _load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """Return the tensors and the metadata of a safetensors file. Raises ``DgemmaError`` for a damaged file."""
-    read_header(path)
-    loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
+    """Return the tensors and the metadata of a safetensors file.
+
+    Raises ``DgemmaError`` for a damaged file, and for a tensor that is not of float32, float16 or bfloat16.
+    """
+    for name, tensor in read_header(path).items():
+        if tensor.dtype not in _FLOATS:
+            raise DgemmaError(f"{path}: {name} has dtype {tensor.dtype}", f"Supported are {', '.join(_FLOATS)}.")
+    try:
+        loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
+    except (RuntimeError, ValueError) as error:
+        raise DgemmaError(f"{path} cannot be loaded: {error}", _DAMAGED) from None
     return loaded
+
+
+def _check_parts(path: str, parts: Mapping[str, mx.array], config: AdapterConfig, file: Path) -> None:
+    """Raise ``DgemmaError`` unless a module has the parts that the settings ask for, with fitting shapes."""
+    if not parts.keys() >= {"lora_a", "lora_b"}:
+        raise DgemmaError(f"{file} has only one of two factors of {path}", _DAMAGED)
+    a, b = parts["lora_a"], parts["lora_b"]
+    if ("m" in parts) != (config.dora and a.ndim == 2):
+        raise DgemmaError(f"{file} {'has' if 'm' in parts else 'lacks'} parts of DoRA for {path}", _MADE_FOR)
+    if a.shape[-1] != config.rank or b.shape[-2] != config.rank:
+        found = f"{path} has factors of rank {a.shape[-1]} and {b.shape[-2]}"
+        raise DgemmaError(f"{file}: {found}, which does not fit the rank {config.rank} in {CONFIG}", _MADE_FOR)
+
+
+def _check_axes(name: str, part: str, tensor: mx.array, file: Path) -> None:
+    """Raise ``DgemmaError`` unless a part has as many axes as its kind has."""
+    if tensor.ndim not in ((1,) if part == "m" else (2, 3)):
+        raise DgemmaError(f"{file}: {name} has shape {tensor.shape}, which does not fit", _MADE_FOR)
 
 
 def _from_peft(stored: Mapping[str, mx.array], file: Path) -> dict[str, dict[str, mx.array]]:
@@ -173,8 +211,12 @@ def _from_peft(stored: Mapping[str, mx.array], file: Path) -> dict[str, dict[str
         if suffix is None or not full_name.startswith(_PREFIX):
             raise DgemmaError(f"{file} has {full_name}, which is not part of a LoRA or DoRA adapter", _DAMAGED)
         stem, part = full_name.removeprefix(_PREFIX).removesuffix(suffix), _SUFFIXES[suffix]
+        _check_axes(full_name, part, tensor, file)
         decoders = stem.replace("model.encoder.language_model.", "model.decoder.", 1)
-        (path,) = parameter_names([f"{decoders}.weight"])[0]
+        text, vision = parameter_names([f"{decoders}.weight"])
+        if vision:
+            raise DgemmaError(f"{file} adapts the vision tower: {stem}", _NOT_SUPPORTED)
+        (path,) = text
         value = tensor if part == "m" else mx.contiguous(tensor.swapaxes(-1, -2))
         before = parts.setdefault(path.removesuffix(".weight"), {}).setdefault(part, value)
         if before is not value and not mx.array_equal(before, value).item():
@@ -195,38 +237,71 @@ def _from_mlx_lm(stored: Mapping[str, mx.array], file: Path) -> dict[str, dict[s
         found = _OWN.fullmatch(name.removeprefix("model.decoder."))
         if found is None:
             raise DgemmaError(f"{file} has {name}, which is not part of a LoRA or DoRA adapter", _DAMAGED)
+        _check_axes(name, found[2], value, file)
         parts.setdefault(found[1], {})[found[2]] = value
     return parts
 
 
-def _peft_config(raw: Mapping[str, Any], parts: Mapping[str, Any]) -> AdapterConfig:
-    """Convert PEFT's settings. The targets are the paths of the adapted modules, the keys of ``parts``."""
-    for name, plain in (("bias", "none"), ("rank_pattern", {}), ("alpha_pattern", {}), ("modules_to_save", None)):
-        if raw.get(name) not in (plain, None):
-            raise DgemmaError(f"{CONFIG}: {name} {raw[name]!r} is not supported", _NOT_SUPPORTED)
+def _peft_config(raw: Mapping[str, Any], path: Path, targets: tuple[str, ...]) -> AdapterConfig:
+    """Convert PEFT's settings. ``targets`` are the paths of the adapted modules.
+
+    Raises ``DgemmaError`` for a malformed setting, and for one that changes the mathematics and is not supported.
+    """
     if raw["peft_type"] != "LORA":
-        raise DgemmaError(f"{CONFIG}: {raw['peft_type']!r} adapters are not supported", _NOT_SUPPORTED)
-    rank = int(raw["r"])
-    alpha = float(raw["lora_alpha"]) * (rank**0.5 if raw.get("use_rslora") else 1)
+        raise DgemmaError(f"{path}: {shown(raw['peft_type'])} adapters are not supported", _NOT_SUPPORTED)
+    accepted = {"bias": ("none",), "init_lora_weights": _PLAIN_STARTS}
+    for name, value in raw.items():
+        if name not in (*_READ, *_WITHOUT_EFFECT) and value and value not in accepted.get(name, ()):
+            raise DgemmaError(f"{path}: {name} {shown(value)} is not supported", _NOT_SUPPORTED)
+    rank, alpha = _rank(raw, path), _number(raw, "lora_alpha", path)
+    if _flag(raw, "use_rslora", path):
+        alpha *= rank**0.5
+    return AdapterConfig(rank, alpha, _number(raw, "lora_dropout", path, 0.0), targets, _flag(raw, "use_dora", path))
+
+
+def _mlx_lm_config(raw: Mapping[str, Any], path: Path, targets: tuple[str, ...]) -> AdapterConfig:
+    """Convert mlx_lm's settings. ``targets`` are the paths of the adapted modules.
+
+    Raises ``DgemmaError`` for a malformed setting, and for one that changes the mathematics and is not supported.
+    """
+    values, kind = raw.get("lora_parameters"), raw.get("fine_tune_type", "lora")
+    if not isinstance(values, dict):
+        raise DgemmaError(f"{path} has neither peft_type nor lora_parameters", _DAMAGED)
+    if kind not in ("lora", "dora"):
+        raise DgemmaError(f"{path}: fine_tune_type {shown(kind)} is not supported", _NOT_SUPPORTED)
+    if unknown := [name for name in values if name not in _MLX_LM_READ]:
+        raise DgemmaError(f"{path}: {shown(unknown[0])} of lora_parameters is not supported", _NOT_SUPPORTED)
+    rank = _rank(values, path, "rank")
     return AdapterConfig(
-        rank, alpha, float(raw.get("lora_dropout") or 0), tuple(parts), bool(raw.get("use_dora")),
-    )  # fmt: skip
+        rank, _number(values, "scale", path) * rank, _number(values, "dropout", path, 0.0), targets, kind == "dora"
+    )
 
 
-def _mlx_lm_config(raw: Mapping[str, Any], parts: Mapping[str, Any]) -> AdapterConfig:
-    """Convert mlx_lm's settings. The targets are the paths of the adapted modules, the keys of ``parts``."""
-    values = raw["lora_parameters"]
-    rank = int(values["rank"])
-    return AdapterConfig(
-        rank, float(values["scale"]) * rank, float(values.get("dropout", 0)), tuple(parts),
-        raw.get("fine_tune_type", "lora") == "dora",
-    )  # fmt: skip
+def _rank(raw: Mapping[str, Any], path: Path, name: str = "r") -> int:
+    """Return the rank in the settings. Raises ``DgemmaError`` unless it is a whole number that a rank can be."""
+    value: Any = raw.get(name)
+    if not is_whole(value) or not 0 <= value < 1 << 31:
+        raise _malformed(path, name, value)
+    return int(value)
 
 
-@contextmanager
-def _malformed(path: Path) -> Any:
-    """Turn the errors of reading settings into a ``DgemmaError`` that names the file."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise DgemmaError(f"{path} is not a valid adapter configuration: {error!r}", _DAMAGED) from None
+def _number(raw: Mapping[str, Any], name: str, path: Path, default: float | None = None) -> float:
+    """Return a number of the settings, or the default where it is missing. Raises ``DgemmaError`` for anything else."""
+    value: Any = default if raw.get(name) is None else raw[name]
+    if not is_whole(value) and not isinstance(value, float):
+        raise _malformed(path, name, value)
+    return float(value)
+
+
+def _flag(raw: Mapping[str, Any], name: str, path: Path) -> bool:
+    """Return a truth value of the settings, False where it is missing. Raises ``DgemmaError`` for anything else."""
+    value = raw.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise _malformed(path, name, value)
+    return bool(value)
+
+
+def _malformed(path: Path, name: str, value: Any) -> DgemmaError:
+    """Return the error for a setting that no adapter has."""
+    found = "is missing" if value is None else f"cannot be {shown(value)}"
+    return DgemmaError(f"{path} is not a valid adapter configuration: {name} {found}", _DAMAGED)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,13 +139,15 @@ def encode_chat(
     tools: Sequence[Mapping[str, Any]] | None = None,
     enable_thinking: bool = False,
     add_generation_prompt: bool = True,
+    trust_assistant: bool = False,
     **extra: Any,
 ) -> list[int]:
     """Return the token ids of a rendered conversation, including bos. The parameters are those of ``render``.
 
     Only the template can write control tokens: the same characters in a message or tool description become ordinary
     tokens. There is one exception. The template sees the markup ``<|channel>...<channel|>`` in an assistant's message,
-    because it removes thinking from the history.
+    because it removes thinking from the history. With ``trust_assistant``, which is for training data, all control
+    tokens in an assistant's content count as such.
 
     Raises ``DgemmaError`` as ``ChatTemplate.render`` does.
     """
@@ -157,7 +160,7 @@ def encode_chat(
         return control_start.sub(lambda match: match[0] + mark, text)
 
     text = template.render(
-        [_guard_message(message, guard) for message in data["messages"]],
+        [_guard_message(message, guard, trust_assistant) for message in data["messages"]],
         tools=_guard(data["tools"], guard),
         enable_thinking=enable_thinking,
         add_generation_prompt=add_generation_prompt,
@@ -211,11 +214,16 @@ def _guard(value: Any, guard: Callable[[str], str]) -> Any:
     return value
 
 
-def _guard_message(message: Any, guard: Callable[[str], str]) -> Any:
-    """Guard a message. Leave the channel markup in an assistant's content readable for the template."""
+def _guard_message(message: Any, guard: Callable[[str], str], trust_assistant: bool) -> Any:
+    """Guard a message. Leave the channel markup in an assistant's content readable for the template.
+
+    With ``trust_assistant``, the whole content of an assistant stays as it is.
+    """
     guarded = _guard(message, guard)
     if isinstance(message, dict) and message.get("role") in _ASSISTANT:
-        guarded["content"] = _guard(message.get("content"), lambda text: _guard_around_channels(text, guard))
+        content = message.get("content")
+        guard_content = partial(_guard_around_channels, guard=guard)
+        guarded["content"] = content if trust_assistant else _guard(content, guard_content)
     return guarded
 
 

@@ -1,23 +1,31 @@
 """Examples from JSONL files in the formats of mlx_lm: messages, prompt and completion, or plain text.
 
-A whole file is checked before any of its examples is used. An error names the file and the line of a bad example.
+A whole file is checked before any of its examples is used. An error names the file and the line of a bad example. A key
+that is not read is an error, because the model would be trained without it.
+
+What the model learns to write is trusted: control tokens in an assistant's message, a completion and a text count as
+such, as in mlx_lm. What it reads is not: the same characters in any other message are ordinary text.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dgemma_mlx.checks import shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model
+from dgemma_mlx.json_text import parse_json
 from dgemma_mlx.train.batches import Conversation
 
 TRAIN, VALID = "train.jsonl", "valid.jsonl"
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")
 _ANSWERING = ("assistant", "model")
+_FORMS = (("messages", "tools"), ("prompt", "completion", "tools"), ("text",))  # the keys of a line
+_THINKS, _CALLED, _WAITS = "<|channel>", "<tool_call|>", "<|tool_response>"  # see ``text.parts``
 _HINT = (
     'A line is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, '
     '{"prompt": "...", "completion": "..."}, or {"text": "..."}.'
@@ -31,10 +39,29 @@ class Example:
     Attributes:
         messages: The messages before the answer, each with "role" and "content". Empty for a plain text.
         answer: The text of the answer, or the whole plain text.
+        tools: Descriptions of the tools that the conversation has, in OpenAI's format.
+        place: The file and the line of the example, for error messages.
     """
 
     messages: tuple[Mapping[str, str], ...]
     answer: str
+    tools: tuple[Mapping[str, Any], ...] = ()
+    place: str = ""
+
+
+@dataclass(frozen=True)
+class Limited:
+    """What a maximum length has taken from a set of examples.
+
+    Attributes:
+        left_out: Number of examples that leave no room for a canvas and are left out.
+        cut: Number of answers that are cut to the whole canvases that fit.
+        lost: Number of tokens that these answers lose.
+    """
+
+    left_out: int = 0
+    cut: int = 0
+    lost: int = 0
 
 
 def read_data(paths: Iterable[Path], valid: Path | None = None) -> tuple[list[Example], list[Example]]:
@@ -66,7 +93,7 @@ def read_examples(path: Path) -> list[Example]:
     (exit code 2) if the file cannot be read, has no examples, or has a bad line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise DgemmaError(
             f"cannot read {path}: {error.strerror}",
@@ -90,15 +117,61 @@ def encode_example(model: Model, example: Example) -> Conversation:
     """Tokenize an example for a model.
 
     Returns the prompt ids up to the position where the answer begins, and the answer ids with the id that ends the
-    answer: the end of the turn in a chat, or the end of the text for a plain text.
+    answer: the end of the turn in a chat, or the end of the text for a plain text. An answer that begins with thinking
+    gets a prompt that asks for thinking.
+
+    Raises ``DgemmaError``, which names the example's place, if the checkpoint's chat template rejects or leaves out a
+    part of the conversation, or if the answer contains padding.
     """
     tokenizer = model.tokenizer
-    answer = tokenizer.encode(example.answer)
-    if not example.messages:
-        start = model.config.bos_token_id if tokenizer.bos_id is None else tokenizer.bos_id
-        end = tokenizer.eos_id
-        return [start], [*answer, model.generation.eos_token_ids[0] if end is None else end]
-    return model.encode_prompt(example.messages), [*answer, turn_end(model)]
+    answer = tokenizer.encode_control(example.answer)
+    if model.config.pad_token_id in answer:
+        raise DgemmaError(f"{example.place}: the answer contains the padding token", "Remove it.", exit_code=2)
+    if example.messages:
+        prompt = _encode_prompt(model, example, thinking=answer[:1] == [tokenizer.special_ids.get(_THINKS)])
+        end = _end_of_call(model) if answer[-1:] == [tokenizer.special_ids.get(_CALLED)] else turn_end(model)
+    else:
+        prompt = [model.config.bos_token_id if tokenizer.bos_id is None else tokenizer.bos_id]
+        end = model.generation.eos_token_ids[0] if tokenizer.eos_id is None else tokenizer.eos_id
+        answer = answer[1:] if answer[:1] == prompt else answer  # of a text that is templated already
+    return prompt, answer if answer[-1:] == [end] else [*answer, end]
+
+
+def _encode_prompt(model: Model, example: Example, thinking: bool) -> list[int]:
+    """Return the ids of the conversation before an answer. Raises ``DgemmaError`` if the template loses parts of it."""
+    from dgemma_mlx.text.chat import encode_chat
+
+    def encode(example: Example) -> list[int]:
+        try:
+            return encode_chat(
+                model.tokenizer, model.template, example.messages, tools=list(example.tools) or None,
+                enable_thinking=thinking, trust_assistant=True,
+            )  # fmt: skip
+        except DgemmaError as error:
+            raise DgemmaError(f"{example.place}: {error.message}", error.hint, error.exit_code) from None
+
+    ids = encode(example)
+    spoken = tuple(message for message in example.messages if message["role"] != "tool")
+    for lost, rest in (("tools", replace(example, tools=())), ("tool messages", replace(example, messages=spoken))):
+        if rest != example and encode(rest) == ids:
+            raise DgemmaError(
+                f"{example.place}: the chat template of {model.name} leaves out the {lost}",
+                "The model would be trained without them. Write them into a user message.", exit_code=2,
+            )
+    return ids
+
+
+def _end_of_call(model: Model) -> int:
+    """Return the id that ends a tool call: the one that asks for the tool's response, if the checkpoint stops at it."""
+    waits = model.tokenizer.special_ids.get(_WAITS)
+    return waits if waits is not None and waits in model.generation.eos_token_ids else turn_end(model)
+
+
+def visible_answer(model: Model, example: Example) -> str:
+    """Return the text of an example's answer that a reader sees, without thinking, tool calls and control tokens."""
+    from dgemma_mlx.text.parts import parse_parts
+
+    return parse_parts(model.tokenizer, model.tokenizer.encode_control(example.answer)).text
 
 
 def turn_end(model: Model) -> int:
@@ -114,48 +187,66 @@ def turn_end(model: Model) -> int:
     return next((id for id in reversed(ids) if id in ends), ends[0])
 
 
-def encode_all(model: Model, examples: Iterable[Example], max_length: int) -> tuple[list[Conversation], int]:
+def encode_all(model: Model, examples: Iterable[Example], max_length: int) -> tuple[list[Conversation], Limited]:
     """Tokenize examples and limit each of them to ``max_length`` tokens.
 
     An answer that is too long is cut to the whole canvases that fit. An example is left out if not even one canvas fits
-    after its prompt. Returns the conversations and the number of examples left out. Raises ``DgemmaError`` (exit code
-    2) if all examples are left out.
+    after its prompt. Returns the conversations, and how many examples were cut and left out. Raises ``DgemmaError``
+    (exit code 2) if all examples are left out.
     """
-    canvas, kept, left_out = model.config.canvas_length, [], 0
+    canvas, kept = model.config.canvas_length, []
+    left_out = cut = lost = 0
     for example in examples:
         prompt, answer = encode_example(model, example)
         fitting = (max_length - len(prompt)) // canvas * canvas
-        if fitting > 0:
-            kept.append((prompt, answer[:fitting]))
-        else:
+        if fitting <= 0:
             left_out += 1
+            continue
+        kept.append((prompt, answer[:fitting]))
+        if len(answer) > fitting:
+            cut, lost = cut + 1, lost + len(answer) - fitting
     if not kept:
         raise DgemmaError(
             f"no example leaves room for a canvas of {canvas} tokens within {max_length} tokens",
             "Raise --max-length, or shorten the prompts.", exit_code=2,
         )
-    return kept, left_out
+    return kept, Limited(left_out, cut, lost)
 
 
 def _examples(line: str, place: str) -> list[Example]:
     """Parse one line. ``place`` names its file and number in errors."""
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        raise DgemmaError(f"{place} is not JSON", _HINT, exit_code=2) from None
+        value = parse_json(line)
+    except ValueError as error:
+        raise DgemmaError(f"{place} is not JSON: {error}", _HINT, exit_code=2) from None
     if not isinstance(value, dict):
         raise DgemmaError(f"{place} is not a JSON object", _HINT, exit_code=2)
-    if "messages" in value:
-        return _turns(value["messages"], place)
-    if "prompt" in value or "completion" in value:
-        prompt, completion = (_text(value.get(name), name, place) for name in ("prompt", "completion"))
-        return [Example(({"role": "user", "content": prompt},), completion)]
-    if "text" in value:
-        return [Example((), _text(value["text"], "text", place))]
-    raise DgemmaError(f"{place} has neither messages, nor prompt and completion, nor text", _HINT, exit_code=2)
+    given = {name: item for name, item in value.items() if item is not None}
+    form = next((form for form in _FORMS if not given.keys().isdisjoint(set(form) - {"tools"})), None)
+    if form is None:
+        raise DgemmaError(f"{place} has neither messages, nor prompt and completion, nor text", _HINT, exit_code=2)
+    if unread := [name for name in given if name not in form]:
+        raise DgemmaError(
+            f"{place}: {shown(unread[0])} is not read beside {form[0]}",
+            f"The keys of such a line are {', '.join(form)}. Put everything else into the messages, or remove it.", 2,
+        )
+    tools = _tools(given.get("tools", []), place)
+    if form[0] == "messages":
+        return _turns(given["messages"], tools, place)
+    if form[0] == "text":
+        return [Example((), _text(given["text"], "text", place), (), place)]
+    prompt, completion = (_text(given.get(name), name, place) for name in ("prompt", "completion"))
+    return [Example(({"role": "user", "content": prompt},), completion, tools, place)]
 
 
-def _turns(messages: Any, place: str) -> list[Example]:
+def _tools(value: Any, place: str) -> tuple[Mapping[str, Any], ...]:
+    """Return tool descriptions after checking that they are a list of objects."""
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise DgemmaError(f"{place}: tools must be a list of objects, not {shown(value)}", exit_code=2)
+    return tuple(value)
+
+
+def _turns(messages: Any, tools: tuple[Mapping[str, Any], ...], place: str) -> list[Example]:
     """Return one example for each assistant message of a conversation."""
     if not isinstance(messages, list) or not messages:
         raise DgemmaError(f"{place}: messages must be a non-empty list", _HINT, exit_code=2)
@@ -164,38 +255,33 @@ def _turns(messages: Any, place: str) -> list[Example]:
     if not answers:
         raise DgemmaError(f"{place} has no assistant message",
                           "The model learns the assistant messages; add at least one.", exit_code=2)  # fmt: skip
-    if answers[0] == 0:
-        raise DgemmaError(f"{place} begins with an assistant message",
-                          "Put a user or system message first.", exit_code=2)  # fmt: skip
-    return [Example(tuple(checked[:number]), checked[number]["content"]) for number in answers]
+    if checked[0]["role"] in (*_ANSWERING, "tool"):
+        kind = "a tool" if checked[0]["role"] == "tool" else "an assistant"
+        raise DgemmaError(f"{place} begins with {kind} message", "Put a user or system message first.", exit_code=2)
+    return [Example(tuple(checked[:number]), checked[number]["content"], tools, place) for number in answers]
 
 
 def _message(message: Any, place: str) -> Mapping[str, str]:
     """Return a message after checking its keys, role and content."""
     if not isinstance(message, dict):
         raise DgemmaError(f"{place} must have a role and a content, but is not a JSON object", _HINT, exit_code=2)
-    if message.keys() != {"role", "content"}:
-        keys = ", ".join(map(str, message))[:80] or "no keys"
+    keys = [name for name, value in message.items() if value is not None or name in ("role", "content")]
+    if set(keys) != {"role", "content"}:
         raise DgemmaError(
-            f"{place} must have a role and a content and nothing else, but has {keys}", _HINT, exit_code=2
+            f"{place} must have a role and a content and nothing else, but has {', '.join(keys)[:80] or 'no keys'}",
+            "Write thinking and tool calls into the content, as the model writes them.", exit_code=2,
         )
     if message["role"] not in ROLES:
         raise DgemmaError(
-            f"{place} has the unknown role {message['role']!r}", f"The roles are {', '.join(ROLES)}.", exit_code=2
+            f"{place} has the unknown role {shown(message['role'])}", f"The roles are {', '.join(ROLES)}.", exit_code=2
         )
     return {"role": message["role"], "content": _text(message["content"], "content", place)}
 
 
 def _text(value: Any, name: str, place: str) -> str:
-    """Return a value after checking that it is a non-empty string that UTF-8 can encode."""
+    """Return a value after checking that it is a string that is not blank."""
     if not isinstance(value, str) or not value.strip():
         raise DgemmaError(f"{place}: {name} must be a non-empty string", _HINT, exit_code=2)
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise DgemmaError(
-            f"{place}: {name} contains an unpaired surrogate", r"Remove the \uD800-\uDFFF escape, or complete it.", 2
-        ) from None
     return value
 
 

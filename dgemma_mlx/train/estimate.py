@@ -78,7 +78,7 @@ def make_plan(run: FinetuneRun) -> dict[str, Any]:
     """Return the plan that ``dgemma-mlx train --dry-run --json`` prints. Lengths are in tokens, memory is in bytes."""
     model, config, conversations, memory = run.model, run.config, run.conversations, training_memory(run)
     return {
-        "model": model.name, "examples": len(conversations),
+        "model": model.name, "examples": len(conversations), **asdict(run.limited),
         "longest": max(len(prompt) + len(answer) for prompt, answer in conversations),
         "canvas_length": model.config.canvas_length, "steps": config.steps,
         "epochs": round(config.steps * config.batch_size * config.accumulate / len(conversations), 2),

@@ -15,7 +15,7 @@ from dgemma_mlx.generation.model import Model
 from dgemma_mlx.sizes import rate
 from dgemma_mlx.text.chat import Message
 from dgemma_mlx.train import sudoku
-from dgemma_mlx.train.dataset import Example
+from dgemma_mlx.train.dataset import Example, visible_answer
 
 
 @dataclass(frozen=True)
@@ -89,17 +89,26 @@ def check_sudoku(size: int, clues: tuple[int, int] | None) -> None:
         )
 
 
-def problems_of(examples: Sequence[Example]) -> list[Problem]:
-    """Turn examples into problems. An answer is correct if it equals the example's, apart from surrounding white space.
+def problems_of(model: Model, examples: Sequence[Example]) -> list[Problem]:
+    """Turn examples into problems. An answer is correct if its text equals the example's, apart from outer white space.
 
-    Raises ``DgemmaError`` (exit code 2) if an example is a plain text, because it asks nothing.
+    Thinking in the example's answer does not count. Raises ``DgemmaError`` (exit code 2) for an example that cannot be
+    asked or judged so: a plain text, a conversation with tools, and an answer without visible text.
     """
-    if any(not example.messages for example in examples):
-        raise DgemmaError(
-            "a plain text cannot be evaluated, because it asks nothing",
-            "Give messages, or prompts with completions.", exit_code=2,
-        )
-    return [Problem(e.messages, e.answer, partial(_same, e.answer)) for e in examples]
+    problems = []
+    for example in examples:
+        answer = visible_answer(model, example)
+        for cannot, why in (
+            (not example.messages, "a plain text cannot be evaluated, because it asks nothing"),
+            (bool(example.tools), "a conversation with tools cannot be evaluated"),
+            (not answer.strip(), "an answer without visible text cannot be evaluated"),
+        ):
+            if cannot:
+                raise DgemmaError(
+                    f"{example.place}: {why}", "Give messages, or prompts with completions.", exit_code=2
+                )
+        problems.append(Problem(example.messages, answer, partial(_same, answer)))
+    return problems
 
 
 def _same(answer: str, text: str) -> bool:

@@ -6,6 +6,7 @@ The objective is the one that trains the demo model, as published for DiffusionG
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,31 +15,33 @@ from fnmatch import fnmatch
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import mlx.core as mx
 import mlx.optimizers as optim
 
 from dgemma_mlx.checkpoint.output import FINDER_FILES, check_apart
-from dgemma_mlx.checks import shown
+from dgemma_mlx.checks import is_whole, shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import locked_folder, write_whole
 from dgemma_mlx.generation.api import generate_batch
 from dgemma_mlx.generation.model import Model
-from dgemma_mlx.json_text import read_json
+from dgemma_mlx.json_text import parse_json, read_json
 from dgemma_mlx.model.adapter import AdapterConfig, attach, unfreeze
 from dgemma_mlx.model.adapter_file import adapter_digest, save_adapter
 from dgemma_mlx.train.batches import Conversation, Part, canvas_batch, parts_at
-from dgemma_mlx.train.dataset import Example, encode_all
+from dgemma_mlx.train.dataset import Example, Limited, encode_all, visible_answer
 from dgemma_mlx.train.fuse import write_trained
 from dgemma_mlx.train.gradient_checkpointing import checkpointed
-from dgemma_mlx.train.loop import Log, Record, TrainConfig, train
+from dgemma_mlx.train.loop import MAX_SEED, Log, Record, TrainConfig, last_step, train
 from dgemma_mlx.train.objective import ObjectiveConfig, block_diffusion_loss
 from dgemma_mlx.train.optimizer import make_finetune_optimizer, warmed_up
 
 OPTIMIZERS, SCHEDULES = ("adamw", "muon"), ("cosine", "linear", "constant")
 RUN, LOG = "run.json", "loss.jsonl"
 _BEFORE_A_RUN = ("tensorboard", f".{RUN}.*")  # a dashboard opens before the run, and a run may be killed at its start
+_CHANGEABLE = ("learning_rate",)  # settings that may differ when a run is resumed, for runs that diverged
+_LARGEST = 3e38  # of a number that becomes a float32
 _RATES = {"adamw": 1e-4, "muon": 1e-2}
 _MIN_NOISE = 0.001
 _MAX_VALIDATED = 64  # maximum number of conversations for the validation loss
@@ -46,7 +49,8 @@ _MAX_VALIDATED = 64  # maximum number of conversations for the validation loss
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """The settings of a fine-tuning run. A resumed run needs the same settings, model and data.
+    """The settings of a fine-tuning run. A resumed run needs the same model and data, and the same settings except
+    for the learning rate.
 
     Raises ``DgemmaError`` (exit code 2) if a value is out of range or unknown.
 
@@ -62,7 +66,7 @@ class FinetuneConfig:
         weight_decay: Decoupled weight decay.
         clip_norm: Maximum norm of the gradients; larger gradients are scaled down.
         causal_weight: Weight of the encoder's next-token loss. 0 skips that loss and saves its time.
-        seed: Seed of the data order, the noise, the dropout and a new adapter.
+        seed: Seed of the data order, the noise, the dropout and a new adapter; at most 2^32 - 1.
         checkpoint_layers: Recompute layers for their gradients, which takes less memory and more time.
         full: Train all weights instead of an adapter.
         adapter: Shape of the adapter. With ``full``, only its ``canvas_length`` counts.
@@ -101,6 +105,8 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise DgemmaError(f"{name} must be at least {least}, not {value}", exit_code=2)
+            if value is not None and not value <= (MAX_SEED if is_whole(value) else _LARGEST):
+                raise DgemmaError(f"{name} is too large: {shown(value)}", f"The largest number is {MAX_SEED}.", 2)
         for name, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in choices:
                 raise DgemmaError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}", "", 2)
@@ -135,10 +141,12 @@ class Validation:
     Attributes:
         examples: The examples; some of them are answered for the exact match.
         conversations: The same examples as token ids, for the denoising loss. Examples that are too long are missing.
+        limited: What ``config.max_length`` has taken from the examples.
     """
 
     examples: Sequence[Example]
     conversations: Sequence[Conversation]
+    limited: Limited = field(default_factory=Limited)
 
 
 @dataclass(frozen=True)
@@ -149,14 +157,14 @@ class FinetuneRun:
         model: The model, whose network has an adapter or unfrozen weights.
         config: The settings of the run.
         conversations: The training examples as token ids.
-        left_out: Number of training examples that leave no room for a canvas within ``config.max_length``.
+        limited: What ``config.max_length`` has taken from the training examples.
         validation: The held-out examples, or None to train without validation.
     """
 
     model: Model
     config: FinetuneConfig
     conversations: Sequence[Conversation]
-    left_out: int = 0
+    limited: Limited = field(default_factory=Limited)
     validation: Validation | None = None
 
 
@@ -175,9 +183,9 @@ def open_run(
         DgemmaError: If weights to be trained are packed, or if none of the examples fits into ``config.max_length``.
     """
     model = prepare(model, config)
-    conversations, left_out = encode_all(model, examples, config.max_length)
-    validation = Validation(valid, encode_all(model, valid, config.max_length)[0]) if valid else None
-    return FinetuneRun(model, config, conversations, left_out, validation)
+    conversations, limited = encode_all(model, examples, config.max_length)
+    validation = Validation(valid, *encode_all(model, valid, config.max_length)) if valid else None
+    return FinetuneRun(model, config, conversations, limited, validation)
 
 
 def prepare(model: Model, config: FinetuneConfig) -> Model:
@@ -223,7 +231,8 @@ def finetune(
 
     Raises:
         DgemmaError: If ``out`` must not be written (see ``check_run_folder``), if it holds a different run, if another
-            process is training in it, if it cannot be written, or if the loss is not finite.
+            process is training in it, if it cannot be read or written, or if training diverges: the loss, the
+            gradients or the weights are not finite.
     """
     model, config = run.model, run.config
     pad_id, canvas_length = model.config.pad_token_id, model.config.canvas_length
@@ -239,7 +248,7 @@ def finetune(
         config.steps, config.seed, config.clip_norm, config.log_every, config.save_every, config.valid_every,
         objective=config.objective,
     )  # fmt: skip
-    with _opened(out, run, resume), (out / LOG).open("a", encoding="utf-8") as file:
+    with _opened(out, run, resume), _open_log(out / LOG) as file:
 
         def log_twice(record: Record) -> None:
             print(json.dumps(record), file=file, flush=True)
@@ -309,7 +318,7 @@ def _record_run(out: Path, run: FinetuneRun) -> None:
         write_whole(path, json.dumps(record, indent=2) + "\n")
         return
     before = read_json(path)
-    if different := [name for name in record if before.get(name) != record[name]]:
+    if different := [name for name in record if before.get(name) != record[name] and name not in _CHANGEABLE]:
         raise DgemmaError(
             f"the run in {out} was started with other values of {', '.join(different)}",
             "Give the same options as before, or name another folder with -o.", 2,
@@ -317,21 +326,41 @@ def _record_run(out: Path, run: FinetuneRun) -> None:
     _drop_log_after(out / LOG, last_step(out))
 
 
-def last_step(out: Path) -> int:
-    """Return the step of the last checkpoint of the run in ``out``, or 0 if there is none."""
-    states = (out / name / "state.json" for name in ("checkpoint", "checkpoint.old"))
-    return next((int(read_json(state)["step"]) for state in states if state.exists()), 0)
+def _open_log(path: Path) -> TextIO:
+    """Open a log file to add records to it. Raises ``DgemmaError`` if that fails."""
+    try:
+        return path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise DgemmaError(f"cannot write {path}: {error.strerror}") from None
 
 
 def read_log(path: Path) -> list[Record]:
-    """Return the records of a log file, up to the first one that a crash has cut off. A missing file has no records."""
+    """Return the records of a log file. A missing file has none; a last line that a crash has cut off is left out.
+
+    Raises ``DgemmaError`` if the file cannot be read, or if another line is not a record: an object of numbers with a
+    "step".
+    """
+    if not path.exists():
+        return []
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DgemmaError(f"cannot read {path}: {error.strerror}") from None
     records: list[Record] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for number, line in enumerate(lines[:-1], 1):  # a complete line ends with a line feed
         try:
-            records.append(json.loads(line))
+            record = parse_json(line)
         except ValueError:
-            break
+            record = None
+        if not (isinstance(record, dict) and is_whole(record.get("step")) and all(map(_is_number, record.values()))):
+            raise DgemmaError(f"{path}, line {number} is not a record of a log", "Remove the line.")
+        records.append(record)
     return records
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether the value is a finite number."""
+    return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _drop_log_after(path: Path, step: int) -> None:
@@ -344,7 +373,8 @@ def _validate(model: Model, config: FinetuneConfig, validation: Validation) -> R
     """Return a log record of the validation loss and, if some examples ask something, of the exact match.
 
     "valid_loss" is the denoising loss (nats per token) on the same canvases with the same noise every time.
-    "exact_match" is the share of answers that equal those of the examples, apart from surrounding white space.
+    "exact_match" is the share of answers that equal those of the examples, apart from surrounding white space. Only
+    examples without tools are asked, and only the visible text of an answer counts.
     """
     model.network.eval()
     canvas, pad_id = model.config.canvas_length, model.config.pad_token_id
@@ -359,12 +389,14 @@ def _validate(model: Model, config: FinetuneConfig, validation: Validation) -> R
         losses.append((float(loss.item()), len(group)))  # type: ignore[arg-type]
     rows = sum(count for _, count in losses)
     record: dict[str, Any] = {"valid_loss": round(sum(loss * count for loss, count in losses) / rows, 4)}
-    asked = [example for example in validation.examples[: config.valid_answers] if example.messages]
+    asked = [e for e in validation.examples[: config.valid_answers] if e.messages and not e.tools]
     if asked:
         most = max(len(model.tokenizer.encode(example.answer)) for example in asked) + canvas
         answers = generate_batch(
             model, [example.messages for example in asked], max_tokens=most, seeds=list(range(len(asked)))
         )
-        right = sum(done.text.strip() == e.answer.strip() for done, e in zip(answers, asked, strict=True))
+        right = sum(
+            done.text.strip() == visible_answer(model, e).strip() for done, e in zip(answers, asked, strict=True)
+        )
         record["exact_match"] = round(right / len(asked), 4)
     return record

@@ -17,7 +17,11 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from dgemma_mlx.checkpoint.names import some_of
+from dgemma_mlx.checkpoint.shards import read_header
+from dgemma_mlx.checks import is_whole, shown
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.json_text import read_json
 from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.sizes import rate
 from dgemma_mlx.train.batches import Part
@@ -49,6 +53,9 @@ class TrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
 
 
+_NEW_RUN = "It may be damaged; start a new run in another folder."
+MAX_SEED = 2**32 - 1  # a step's random key has 32 bits of the seed and 32 bits of the step
+
 Record = dict[str, Any]  # one record of the log; it has a "step"
 Log = Callable[[Record], None]
 
@@ -78,11 +85,12 @@ def train(
         The number of steps that are done, counting those before a resumption.
 
     Raises:
-        DgemmaError: If the loss is not finite, or a checkpoint cannot be read or written.
+        DgemmaError: If the loss, the gradients or the weights are not finite, or a checkpoint cannot be read or
+            written. Nothing that is not finite is saved: the last checkpoint holds the last good state.
     """
     group = mx.distributed.init()
     first = group.rank() == 0
-    step = restore(folder, model, optimizer)
+    step = restore(folder, model, optimizer, config.steps)
     step_and_grad = nn.value_and_grad(model, partial(block_diffusion_loss, model, config=config.objective,
                                                      pad_id=pad_id))  # fmt: skip
     model.train()
@@ -98,23 +106,29 @@ def train(
         gradients, norm = optim.clip_grad_norm(gradients, config.clip_norm)
         optimizer.update(model, gradients)
         mx.eval(model.trainable_parameters(), optimizer.state, norm)
-        if not math.isfinite(losses["loss"]):
-            raise DgemmaError(
-                f"the loss is {losses['loss']} at step {step}",
-                f"Lower the learning rate; {folder} keeps the last checkpoint before this step, if there is one.",
-            )
         step += 1
+        for name, value in (("loss", losses["loss"]), ("norm of the gradients", norm.item())):
+            if not math.isfinite(value):
+                raise _diverged(f"the {name} is {value}", step, folder)
         meter.add({**losses, "gradient_norm": norm.item()}, sum(b.ids.size + b.canvas.size for b, _ in parts))
         stopping = stopped()
         if first and (step % config.log_every == 0 or step == config.steps or stopping):
             log(meter.record(step, config.steps))
             meter = _Meter(step)
         if first and (step % config.save_every == 0 or step == config.steps or stopping):
+            batch, conditioned = parts[0]
+            loss, _ = block_diffusion_loss(model, batch, config.objective, pad_id, key, conditioned)
+            if fault := _not_finite(model, optimizer, loss):
+                raise _diverged(fault, step, folder)
             save(folder, model, optimizer, step)
         if first and validate is not None and (_every(step, config.valid_every) or step == config.steps):
-            log({"step": step, **validate()})
+            began = time.perf_counter()
+            values = validate()
+            if not all(map(math.isfinite, values.values())):
+                raise _diverged("the validation loss is not finite", step, folder)
+            log({"step": step, **values})
             model.train()
-            meter.restart_clock()
+            meter.leave_out(time.perf_counter() - began)
         if first and step in config.mean_of:
             mx.save_safetensors(str(_kept(folder, step)), dict(tree_flatten(model.parameters())))
         if stopping:
@@ -127,11 +141,11 @@ class _Meter:
 
     def __init__(self, step: int) -> None:
         self._step, self._sums, self._tokens = step, dict[str, float](), 0
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Measure time from now on; called after a validation, whose time is not training time."""
         self._began = time.perf_counter()
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count the given time, which a validation has taken, as training time."""
+        self._began += seconds
 
     def add(self, values: Mapping[str, float], tokens: int) -> None:
         """Add the values of one step, which has trained on ``tokens`` tokens."""
@@ -147,6 +161,32 @@ class _Meter:
             "seconds_per_step": round(seconds / passed, 3), "tokens_per_second": round(rate(self._tokens, seconds)),
             "seconds_left": round((steps - step) * seconds / passed), "peak_memory": mx.get_peak_memory(),
         }  # fmt: skip
+
+
+def _not_finite(model: DiffusionGemma, optimizer: optim.Optimizer, loss: mx.array) -> str:
+    """Return what is not finite among the trained parameters, the optimizer's state and their loss, or ""."""
+    state: Any = {**dict(_named(model.trainable_parameters())), **dict(_named(optimizer.state, "optimizer"))}
+    finite: Any = mx.stack([mx.isfinite(array).all() for array in state.values()]).tolist()
+    bad = next((name for name, good in zip(state, finite, strict=True) if not good), None)
+    if bad is not None:
+        return f"{bad} holds values that are not finite"
+    return "" if math.isfinite(loss.item()) else f"the loss of the new weights is {loss.item()}"  # type: ignore[arg-type]
+
+
+def _named(tree: Any, prefix: str = "") -> list[tuple[str, mx.array]]:
+    """Return the arrays of a tree with their paths."""
+    flat: Any = tree_flatten(tree, prefix=prefix and f".{prefix}")
+    return flat
+
+
+def _diverged(fault: str, step: int, folder: Path) -> DgemmaError:
+    """Return the error for a run whose values are not finite after a step."""
+    last = last_step(folder)
+    kept = f"{folder} keeps the state of step {last}. " if last else ""
+    return DgemmaError(
+        f"training diverged at step {step}: {fault}",
+        f"{kept}--resume with a lower --learning-rate continues from {'there' if last else 'the beginning'}.",
+    )
 
 
 def _every(step: int, number: int) -> bool:
@@ -229,24 +269,67 @@ def save(folder: Path, model: DiffusionGemma, optimizer: optim.Optimizer, step: 
     shutil.rmtree(old, ignore_errors=True)
 
 
-def restore(folder: Path, model: DiffusionGemma, optimizer: optim.Optimizer) -> int:
+def last_step(folder: Path) -> int:
+    """Return the step of the last checkpoint in ``folder``, or 0 if there is none.
+
+    Raises ``DgemmaError`` if the checkpoint's state cannot be read.
+    """
+    checkpoint = _last_checkpoint(folder)
+    return 0 if checkpoint is None else _step_of(checkpoint)
+
+
+def restore(folder: Path, model: DiffusionGemma, optimizer: optim.Optimizer, steps: int) -> int:
     """Load the last checkpoint in ``folder`` into model and optimizer and return its step, or 0 if there is none.
 
-    Raises ``DgemmaError`` if the checkpoint cannot be read.
+    ``steps`` is the length of the run. Raises ``DgemmaError`` if the checkpoint cannot be read, or if its parameters or
+    its optimizer's state are not those of the run.
     """
-    candidates = (folder / "checkpoint", folder / "checkpoint.old")
-    checkpoint = next((path for path in candidates if (path / "state.json").exists()), None)
+    checkpoint = _last_checkpoint(folder)
     if checkpoint is None:
         return 0
-    try:
-        model.load_weights(str(checkpoint / "model.safetensors"), strict=False)  # without frozen parameters
-        optimizer.init(model.trainable_parameters())
-        state = mx.load(str(checkpoint / "optimizer.safetensors"))
-        assert isinstance(state, dict)
-        optimizer.state = tree_unflatten(list(state.items()))
-        step: int = json.loads((checkpoint / "state.json").read_text())["step"]
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise DgemmaError(
-            f"{checkpoint} cannot be read: {error}", "It may be damaged; start a new run in another folder."
-        ) from None
+    step = _step_of(checkpoint)
+    if step > steps:
+        raise DgemmaError(f"{checkpoint} is of step {step}, but the run has {steps} steps", _NEW_RUN)
+    weights = _read_like(checkpoint / "model.safetensors", model.trainable_parameters())
+    optimizer.init(model.trainable_parameters())
+    state = _read_like(checkpoint / "optimizer.safetensors", optimizer.state)
+    model.load_weights(list(weights.items()), strict=False)  # without frozen parameters
+    optimizer.state = tree_unflatten(list(state.items()))
     return step
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """Return the folder of the last complete checkpoint, or None."""
+    candidates = (folder / "checkpoint", folder / "checkpoint.old")
+    return next((path for path in candidates if (path / "state.json").exists()), None)
+
+
+def _step_of(checkpoint: Path) -> int:
+    """Return the step of a checkpoint. Raises ``DgemmaError`` if its state does not say it."""
+    step: Any = read_json(checkpoint / "state.json").get("step")
+    if not is_whole(step) or not 0 < step <= MAX_SEED:
+        raise DgemmaError(f"{checkpoint / 'state.json'}: step cannot be {shown(step)}", _NEW_RUN)
+    return int(step)
+
+
+def _read_like(path: Path, tree: Any) -> dict[str, mx.array]:
+    """Return the tensors of a file, which must have the names and shapes of the arrays of ``tree`` and be finite.
+
+    Raises ``DgemmaError`` otherwise. ``load_weights`` does not check names, and a list that is too long crashes it.
+    """
+    header, expected = read_header(path), dict(_named(tree))
+    if different := sorted(header.keys() ^ expected.keys()):
+        verb = "lacks" if different[0] in expected else "has unknown tensors:"
+        raise DgemmaError(f"{path} {verb} {some_of(different)}", _NEW_RUN)
+    loaded: Any = None
+    try:
+        loaded = mx.load(str(path), format="safetensors")
+        for name, array in expected.items():
+            both_floating = all(mx.issubdtype(dtype, mx.floating) for dtype in (loaded[name].dtype, array.dtype))
+            if loaded[name].shape != array.shape or not (both_floating or loaded[name].dtype == array.dtype):
+                raise ValueError(f"{name} has shape {loaded[name].shape} and dtype {loaded[name].dtype}")
+            if not mx.isfinite(loaded[name]).all().item():
+                raise ValueError(f"{name} holds values that are not finite")
+    except (RuntimeError, ValueError) as error:
+        raise DgemmaError(f"{path} cannot be used: {error}", _NEW_RUN) from None
+    return dict(loaded)

@@ -116,6 +116,37 @@ def test_a_dry_run_writes_nothing(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_what_the_maximum_length_takes_is_said_in_one_line(data: Path, tmp_path: Path) -> None:
+    long = tmp_path / "long.jsonl"
+    long.write_text(as_jsonl([("Sort", " ".join("7" * 100)), (" ".join("7" * 100), "7"), ("Sort", "7")]))
+    done = run("train", "-m", "demo", "--data", long, "--valid", long, "-o", tmp_path / "out", "--dry-run", "--json",
+               "--max-length", "80")  # fmt: skip
+    lines = done.stderr.splitlines()
+    for kind in ("", "validation "):
+        assert (f"dgemma-mlx: --max-length 80: 1 of 3 {kind}answers cut, 37 tokens lost; "
+                f"1 of 3 {kind}examples left out, no room for a canvas") in lines  # fmt: skip
+    plan = json.loads(done.stdout)
+    assert (plan["examples"], plan["left_out"], plan["cut"], plan["lost"]) == (2, 1, 1, 37)
+
+
+def test_a_run_that_diverges_ends_with_one_line(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run("train", "-m", "demo", "--data", data, "-o", out, "--steps", "1", "--learning-rate", "1e38", "-q",
+               *FAST)  # fmt: skip
+    message, hint = done.stderr.splitlines()
+    assert done.returncode == 1 and message.startswith("dgemma-mlx: training diverged at step 1: ")
+    assert hint.startswith("hint: --resume with a lower --learning-rate") and not list(out.rglob("*.safetensors"))
+
+
+def test_a_cut_answer_is_said_in_one_line(tmp_path: Path) -> None:
+    for extra, lines in ((("-n", "2"), 1), ((), 0)):
+        done = run("generate", "-m", "demo", "--seed", "1", "-q", "Sort 7 3 5", *extra)
+        assert done.returncode == 0
+        assert done.stderr.splitlines() == lines * [
+            "dgemma-mlx: the answer was cut off after 2 tokens, at the limit of -n or of the model"
+        ]
+
+
 def test_sudoku_is_evaluated(tmp_path: Path) -> None:
     answers = tmp_path / "answers.jsonl"
     done = run("eval", "-m", "demo", "--task", "sudoku", "--size", "4", "--clues", "10", "--count", "4",
@@ -134,6 +165,13 @@ def test_sudoku_is_evaluated(tmp_path: Path) -> None:
         (("train", "--data", "absent.jsonl", "-o", "OUT"), "cannot read absent.jsonl"),
         (("train", "--data", "DATA", "-o", "OUT", "--report-to", "paper"), "--report-to must be"),
         (("train", "--data", "DATA", "-o", "OUT", "--resume"), "holds no run"),
+        (("train", "--data", "DATA", "-o", "OUT", "--full", "--rank", "4"), "--rank has no effect with --full"),
+        (("train", "--data", "DATA", "-o", "OUT", "--full", "--dora"), "--dora has no effect with --full"),
+        (("train", "--data", "DATA", "-o", "OUT", "--adapter", "a", "--targets", "mlp"), "no effect with --adapter"),
+        (("train", "--data", "DATA", "-o", "OUT", "--adapter", "a", "--full"), "--full cannot be combined"),
+        (("train", "--data", "DATA", "-o", "OUT", "--seed", "4294967296"), "4294967296 is not in the range"),
+        (("eval", "--task", "DATA/train.jsonl", "--clues", "5"), "--clues is for --task sudoku"),
+        (("eval", "--task", "DATA/train.jsonl", "--size", "4"), "--size is for --task sudoku"),
         (("eval", "--task", "sudoku", "--size", "5"), "Sudoku of 5x5 cells is not supported"),
         (("eval", "--task", "sudoku", "--clues", "few"), "not a number of clues"),
         (("fuse", "--adapter", "absent", "-o", "OUT"), "no adapter folder absent"),
@@ -142,6 +180,7 @@ def test_sudoku_is_evaluated(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_cannot_be_done_is_one_line(data: Path, tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
     names = {"DATA": str(data), "OUT": str(tmp_path / "out")}
-    done = run(arguments[0], "-m", "demo", *(names.get(part, part) for part in arguments[1:]))
+    parts = (names.get(part, part.replace("DATA/", f"{data}/")) for part in arguments[1:])
+    done = run(arguments[0], "-m", "demo", *parts)
     assert done.returncode in (1, 2) and words in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == "" and not (tmp_path / "out").exists()

@@ -308,6 +308,18 @@ def cut(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
         (None, {"peft_type": "IA3"}, "not supported"), (None, {"rank_pattern": {"a": 2}}, "rank_pattern"),
         (None, {"r": "four"}, "not a valid adapter configuration"), (None, {"lora_alpha": -1}, "alpha must be above 0"),
         (None, {"use_dora": True}, "lacks parts"),
+        (None, {"r": 2}, "does not fit the rank 2"), (None, {"r": True}, "r cannot be True"),
+        (None, {"r": 2**63}, "r cannot be"), (None, {"r": None}, "r is missing"),
+        (None, {"lora_alpha": float("nan")}, "alpha must be above 0"), (None, {"lora_alpha": [1]}, "cannot be"),
+        (None, {"lora_dropout": "0"}, "cannot be '0'"), (None, {"use_dora": "no"}, "use_dora cannot be 'no'"),
+        (None, {"peft_type": ["LORA"] * 9999}, "adapters are not supported"),
+        (lambda t: {n: a.flatten() for n, a in t.items()}, {}, "has shape"),
+        (lambda t: {n: a.astype(mx.int32) for n, a in t.items()}, {}, "has dtype I32"),
+        (lambda t: {n.replace("model.decoder", "model.encoder.vision_tower"): a for n, a in t.items()}, {},
+         "adapts the vision tower"),
+        (lambda t: {**t, **{n.replace("lora_A.", "lora_magnitude_vector.").removesuffix(".weight"): a[:, 0]
+                            for n, a in t.items() if "lora_A" in n}}, {},
+         "has parts of DoRA"),
     ],
 )  # fmt: skip
 def test_an_adapter_that_does_not_fit_is_refused(
@@ -315,6 +327,104 @@ def test_an_adapter_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(DgemmaError, match=words):
         load_adapter(load(folder)[0], rewritten(saved, tmp_path / "odd", change, **settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"init_lora_weights": "pissa"}, {"init_lora_weights": "pissa_niter_16"}, {"init_lora_weights": "olora"},
+        {"init_lora_weights": "corda"}, {"init_lora_weights": "loftq"}, {"init_lora_weights": ["gaussian"]},
+        {"alora_invocation_tokens": [1, 2]}, {"layer_replication": [[0, 2], [1, 3]]}, {"use_qalora": True},
+        {"alpha_pattern": {"q_proj": 2}}, {"lora_bias": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"},
+        {"fan_in_fan_out": True}, {"trainable_token_indices": [5]}, {"target_parameters": ["w"]},
+        {"use_bdlora": {"nblocks": 2}}, {"kasa_config": {"beta": 1}}, {"a_setting_of_next_year": 1},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)  # fmt: skip
+def test_settings_that_change_the_mathematics_are_refused_by_name(
+    folder: Path, saved: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(DgemmaError, match=f"{next(iter(settings))} .* is not supported"):
+        load_adapter(load(folder)[0], rewritten(saved, tmp_path / "odd", **settings))
+
+
+def test_the_settings_that_peft_writes_for_a_plain_adapter_are_accepted(
+    folder: Path, saved: Path, tmp_path: Path
+) -> None:
+    written = {
+        "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None, "auto_mapping": None,
+        "corda_config": None, "ensure_weight_tying": False, "eva_config": {"rho": 2.0}, "exclude_modules": None,
+        "init_lora_weights": True, "layer_replication": None, "layers_pattern": None, "layers_to_transform": [0],
+        "loftq_config": {}, "lora_bias": False, "megatron_config": None, "megatron_core": "megatron.core",
+        "modules_to_save": [], "peft_version": "0.21.2", "qalora_group_size": 16, "rank_pattern": {},
+        "revision": None, "target_parameters": None, "trainable_token_indices": None, "use_qalora": False,
+        "use_rslora": False,
+    }  # fmt: skip
+    plain, other = load(folder)[0], load(folder)[0]
+    load_adapter(plain, saved)
+    load_adapter(other, rewritten(saved, tmp_path / "other", **written))
+    assert np.array_equal(logits(plain), logits(other))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"fine_tune_type": "full", "lora_parameters": {"rank": 4, "scale": 1.5}}, "fine_tune_type 'full'"),
+        ({"lora_parameters": {"rank": 4, "alpha": 16}}, "'alpha' of lora_parameters"),
+        ({"lora_parameters": {"rank": 4}}, "scale is missing"), ({"lora_parameters": [4]}, "neither peft_type"),
+        ({}, "neither peft_type"), ({"lora_parameters": {"rank": 4, "scale": "20"}}, "scale cannot be '20'"),
+    ],
+)  # fmt: skip
+def test_settings_of_mlx_lm_that_are_not_supported_are_refused(
+    folder: Path, tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), {})
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(DgemmaError, match=words):
+        load_adapter(load(folder)[0], tmp_path)
+
+
+def with_header(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Rewrite the header of a safetensors file; the data stays as it is."""
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda one, other: one.update(data_offsets=other["data_offsets"]), "place or size"),
+        (lambda one, other: one.update(shape=[4, 127]), "place or size"),
+        (lambda one, other: one.update(shape=[2**62, 8]), "place or size"),
+        (lambda one, other: one.update(shape=[-4, -128]), "not a safetensors file"),
+        (lambda one, other: one.update(shape="4"), "not a safetensors file"),
+        (lambda one, other: one.update(data_offsets=[0.0, 64.0]), "not a safetensors file"),
+        (lambda one, other: one.update(dtype="F64", shape=[4, 64]), "has dtype F64"),
+        (lambda one, other: one.update(dtype=None), "place or size"),
+    ],
+)
+def test_a_header_that_contradicts_itself_is_refused(saved: Path, folder: Path, change: Any, words: str) -> None:
+    def changed(header: dict[str, Any]) -> None:
+        first, second, *_ = [entry for name, entry in header.items() if "lora_A" in name]
+        change(first, second)
+
+    with_header(saved / "adapter_model.safetensors", changed)
+    with pytest.raises(DgemmaError, match=words):
+        load_adapter(load(folder)[0], saved)
+
+
+def test_a_canvas_length_of_nonsense_is_refused(saved: Path, folder: Path) -> None:
+    for length in ("0", "-8", "9" * 5000, "eight"):
+        with_header(
+            saved / "adapter_model.safetensors",
+            lambda header: header.update(__metadata__={"dgemma_mlx.canvas_length": length}),  # noqa: B023
+        )
+        with pytest.raises(DgemmaError, match="canvas length cannot be"):
+            load_adapter(load(folder)[0], saved)
 
 
 def test_a_folder_that_is_not_an_adapter_is_refused(folder: Path, saved: Path, tmp_path: Path) -> None:

@@ -93,13 +93,6 @@ def test_training_continues_from_an_adapter(tmp_path: Path) -> None:
         finetune(fresh, tmp_path / "same", lambda record: None, resume=True)
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
-    run(tmp_path, replace(CONFIG, steps=1))
-    (tmp_path / "checkpoint" / "optimizer.safetensors").write_bytes(b"cut off")
-    with pytest.raises(DgemmaError, match=r"checkpoint cannot be read"):
-        run(tmp_path, replace(CONFIG, steps=1), resume=True)
-
-
 @pytest.mark.parametrize(
     ("batch_size", "causal_weight", "checkpoint_layers"),
     [(1, 0.0, False), (4, 0.0, False), (8, 0.0, False), (5, 0.5, False), (8, 0.0, True), (8, 0.5, True)],
@@ -251,7 +244,7 @@ def test_validation_is_the_same_every_time(tmp_path: Path) -> None:
     asked = [Example(({"role": "user", "content": "Sort 2 1"},), "1 2"), Example((), "Once.")]
     for name in ("one", "two"):
         model = prepare(load("demo"), config)
-        validated = FinetuneRun(model, config, CONVERSATIONS, 0, Validation(asked, CONVERSATIONS[:5]))
+        validated = FinetuneRun(model, config, CONVERSATIONS, validation=Validation(asked, CONVERSATIONS[:5]))
         finetune(validated, tmp_path / name, lambda record: None)
     one, two = (
         [(record["step"], record["valid_loss"], record["exact_match"]) for record in read_log(path / "loss.jsonl")

@@ -131,6 +131,20 @@ def test_an_exported_model_loads_as_a_checkpoint(tmp_path: Path) -> None:
     assert not weights.vision
 
 
+def test_the_time_of_a_validation_is_no_training_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when it lies between two records of the log."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    meter = _Meter(0)
+    meter.add({"loss": 2.0}, tokens=30)
+    now[0] = 3.0
+    meter.leave_out(1.0)
+    meter.add({"loss": 2.0}, tokens=30)
+    now[0] = 7.0
+    record = meter.record(2, 4)
+    assert (record["tokens_per_second"], record["seconds_per_step"], record["seconds_left"]) == (10, 3.0, 6)
+
+
 def test_a_clock_that_does_not_move_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.perf_counter", lambda: 1.0)
     meter = _Meter(0)

@@ -64,7 +64,11 @@ def print_tool_calls(answer: Done) -> None:
 
 
 def print_warnings(answer: Done) -> None:
-    """Warn on stderr about an answer that may be wrong: uncertain canvases and tokens that the encoder doubts."""
+    """Warn on stderr about an answer that is cut off, is uncertain, or has tokens that the encoder doubts."""
+    if answer.finish_reason == "length":
+        count = answer.statistics.generated_tokens
+        print(f"dgemma-mlx: the answer was cut off after {count} tokens, at the limit of -n or of the model",
+              file=sys.stderr)  # fmt: skip
     uncertain, doubted = answer.statistics.low_confidence, answer.statistics.doubted_tokens
     if uncertain:
         canvases = "a canvas was" if uncertain == 1 else f"{uncertain} canvases were"
