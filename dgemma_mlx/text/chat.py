@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dgemma_mlx.checks import shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import read_json
 from dgemma_mlx.text.tokenizer import Tokenizer, named_tokens, read_tokenizer_config
@@ -106,25 +107,28 @@ class ChatTemplate:
         variables["tools"] = tools
         variables["enable_thinking"] = enable_thinking
         variables["add_generation_prompt"] = add_generation_prompt
+        from dgemma_mlx.text.budget import TooMuch
+        from dgemma_mlx.text.sandbox import render
+
         try:
-            return template.render(plain_data(variables))
+            return render(template, plain_data(variables))
+        except TooMuch as error:
+            raise DgemmaError(f"the chat template was stopped: {error}", f"The template is {self._source}.") from None
         except Exception as error:  # a template is code, so unexpected input may raise any exception
             raise DgemmaError(
-                f"the chat template rejected the conversation: {error}", f"The template is {self._source}."
+                f"the chat template rejected the conversation: {_line(error)}", f"The template is {self._source}."
             ) from error
 
     def _template(self, name: str) -> Template:
         """Return the compiled template with this name. Compile it on first use."""
         if name not in self._compiled:
-            from jinja2 import TemplateError
-
-            from dgemma_mlx.text.sandbox import environment
+            from dgemma_mlx.text.sandbox import compiled
 
             try:
-                self._compiled[name] = environment().from_string(self.templates[name])
-            except (TemplateError, RecursionError) as error:
+                self._compiled[name] = compiled(self.templates[name])
+            except Exception as error:  # jinja2 makes Python code of a template, which may be malformed in many ways
                 raise DgemmaError(
-                    f"cannot compile the chat template: {error}", f"The template is {self._source}."
+                    f"cannot compile the chat template: {_line(error)}", f"The template is {self._source}."
                 ) from error
         return self._compiled[name]
 
@@ -186,12 +190,18 @@ def plain_data(value: Any) -> Any:
     return f"<{type(value).__name__}>"
 
 
+def _line(error: Exception) -> str:
+    """Return the message of an exception, at most 200 characters."""
+    text = str(error) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:199]}…"
+
+
 def _message(message: Message) -> dict[str, Any]:
     """Return a message without its None values and with its thinking under the keys that templates read."""
     message = plain_data(message)
     if not isinstance(message, dict):
         raise DgemmaError(
-            f"a chat message must be an object with a role, not {message!r}",
+            f"a chat message must be an object with a role, not {shown(message)}",
             'Write a message as {"role": "user", "content": "..."}.', exit_code=2,
         )
     values = {name: value for name, value in message.items() if value is not None}
