@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from dgemma_mlx.constrain.expression import BEGIN, END, NOTHING, Expression, TooLargeError
 
-_MOST_WORK = 4_000_000  # moves of single nodes, in all states together
+_MOST_WORK = 1_500_000  # moves of single nodes, in all states together
 _ACCEPT = -1  # in a set of moves: the text may end here
 
 
