@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from dgemma_mlx.checks import shown
 from dgemma_mlx.cli.infill import File, ResultOptions, prepared, print_filled, report
 from dgemma_mlx.cli.parameters import AnswerOptions, DenoisingOptions, ModelOptions, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
@@ -81,7 +82,8 @@ def edit(
 
 def _span(lines: str) -> tuple[int, int]:
     """Return the first and the last line of ``A-B`` or ``A``. Raises `DgemmaError` for any other text."""
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", lines)
+    found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", lines)
     if found is None:
-        raise DgemmaError(f"--lines must be A-B, not {lines!r}", "Lines count from 1, as in --lines 3-5.", exit_code=2)
+        hint = "Lines count from 1, as in --lines 3-5."
+        raise DgemmaError(f"--lines must be A-B, not {shown(lines)}", hint, exit_code=2)
     return int(found[1]), int(found[2] or found[1])

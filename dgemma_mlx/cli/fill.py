@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from dgemma_mlx.checks import shown
 from dgemma_mlx.cli.infill import File, ResultOptions, prepared, print_filled, report
 from dgemma_mlx.cli.parameters import AnswerOptions, DenoisingOptions, ModelOptions, prompt_option, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
@@ -126,8 +127,8 @@ def _place(text: str, at: str) -> int:
     lines = lines_of(text) or [""]
     if lines[-1].endswith("\n"):
         lines.append("")
-    if not (line.isdecimal() and column.isdecimal()):
-        raise DgemmaError(f"--at must be LINE:COL, not {at!r}", "Both count from 1, as in --at 12:5.", exit_code=2)
+    if not (line.isdecimal() and column.isdecimal() and max(len(line), len(column)) < 10):
+        raise DgemmaError(f"--at must be LINE:COL, not {shown(at)}", "Both count from 1, as in --at 12:5.", exit_code=2)
     row = int(line)
     if not 1 <= row <= len(lines):
         raise DgemmaError(f"there is no line {row}", f"The text has {len(lines)} lines.", exit_code=2)

@@ -12,8 +12,8 @@ from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from dgemma_mlx.checks import shown
 from dgemma_mlx.checkpoint.config import GenerationConfig
+from dgemma_mlx.checks import shown
 from dgemma_mlx.constrain.automaton import automaton_of
 from dgemma_mlx.constrain.regex import any_of, checked_text, quoted, without_anchors
 from dgemma_mlx.constrain.vocabulary import TokenAutomaton
@@ -137,7 +137,7 @@ class Constraint:
                 return cls.json_schema(outer["schema"])
             raise DgemmaError("response_format has no schema", _FORMAT_HINT, exit_code=2)
         raise DgemmaError(
-            f"response_format must be of type text, json_object or json_schema, not {shown(kind)}", _FORMAT_HINT, exit_code=2
+            f"response_format must be of type text, json_object or json_schema, not {shown(kind)}", _FORMAT_HINT, 2
         )
 
     def over(self, tokenizer: Tokenizer, config: GenerationConfig, vocab_size: int) -> TokenAutomaton:

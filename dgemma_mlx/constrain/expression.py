@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple, NoReturn
 
 MOST_NODES = 100_000  # of an expression whose repetitions are written out
@@ -191,7 +192,7 @@ class Expression:
         if not items:
             node = self._node()
             return _Fragment(node, node, node)
-        for one, other in zip(items, items[1:], strict=False):
+        for one, other in pairwise(items):
             self.following[one.exit].append(other.entry)
         return _Fragment(items[0].low, items[0].entry, items[-1].exit)
 

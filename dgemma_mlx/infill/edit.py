@@ -8,6 +8,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import GenerationConfig
+from dgemma_mlx.checks import shown
 from dgemma_mlx.diffusion.edits import Edits
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED
 from dgemma_mlx.errors import DgemmaError
@@ -87,8 +88,10 @@ def selected(text: str, lines: Lines | None, match: str | None) -> list[Part]:
     else:
         try:
             pattern = re.compile(match)
-        except re.error as error:
-            raise DgemmaError(f"not a regular expression: {match!r}: {error}", exit_code=2) from None
+        except (re.error, OverflowError, RecursionError, ValueError, MemoryError) as error:
+            raise DgemmaError(
+                f"not a regular expression: {shown(match)}: {str(error)[:200]}", "See Python's re module.", exit_code=2
+            ) from None
         spans = [found.span() for found in pattern.finditer(text, begin, end) if found[0]]
     parts: list[Part] = []
     done = 0
@@ -96,7 +99,7 @@ def selected(text: str, lines: Lines | None, match: str | None) -> list[Part]:
         parts += [text[done:start], Gap(original=text[start:stop])]
         done = stop
     if not any(isinstance(part, Gap) and part.original for part in parts):
-        what = "the lines are empty" if match is None else f"nothing matches {match!r}"
+        what = "the lines are empty" if match is None else f"nothing matches {shown(match)}"
         raise DgemmaError(f"there is nothing to change: {what}", "Choose other lines or another --match.", exit_code=2)
     return [*parts, text[done:]]
 
@@ -106,7 +109,7 @@ def _line_span(text: str, lines: Lines) -> tuple[int, int]:
     rows = lines_of(text)
     first, last = lines
     if not 1 <= first <= last <= len(rows):
-        raise DgemmaError(f"there are no lines {first} to {last}", f"The text ends with line {len(rows)}.", exit_code=2)
+        raise DgemmaError(f"there are no lines {shown(first)} to {shown(last)}", f"The text ends with line {len(rows)}.", exit_code=2)
     begin = sum(map(len, rows[: first - 1]))
     return begin, begin + len("".join(rows[first - 1 : last]).rstrip("\r\n"))
 
