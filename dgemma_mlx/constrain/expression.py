@@ -235,7 +235,9 @@ class Expression:
     def _class_end(self, place: int) -> int:
         """Return where the character class that begins at ``place`` ends."""
         text, depth = self._text, 0
-        while place < len(text):
+        while True:
+            if place >= len(text):
+                self._fail("a character class is not closed")
             character = text[place]
             place += 1
             if character == "\\":
@@ -250,7 +252,6 @@ class Expression:
                 depth -= 1
                 if not depth:
                     return place
-        self._fail("a character class is not closed")
 
     def _atom_number(self, atom: str) -> int:
         """Return the index of an atom."""

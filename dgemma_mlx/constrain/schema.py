@@ -269,7 +269,8 @@ class _Translator:
     def _follow(self, reference: Any, path: str) -> str:
         """Translate the subschema that a reference (``$ref``) names."""
         if reference in self._open_references:
-            _reject(path, f"{shown(reference)} is recursive, which is not supported", "Write out each level that you need.")
+            hint = "Write out each level that you need."
+            _reject(path, f"{shown(reference)} is recursive, which is not supported", hint)
         self._open_references.append(reference)
         found = self.regex(self._resolve(reference, path), reference)
         self._open_references.pop()

@@ -115,7 +115,8 @@ def _check_ids(tokenizer: Tokenizer, generation: GenerationConfig, config: Model
              "tokenizer's bos id": tokenizer.bos_id or 0}  # fmt: skip
     for name, id in named.items():
         if id >= size:
-            raise DgemmaError(f"the {name} is {id:,}, but the model has only {size:,} ids", "Fetch the checkpoint again.")
+            problem = f"the {name} is {id:,}, but the model has only {size:,} ids"
+            raise DgemmaError(problem, "Fetch the checkpoint again.")
 
 
 def _evaluate(network: DiffusionGemma) -> None:

@@ -341,8 +341,8 @@ def load_tokenizer(folder: Path, model_size: int | None = None) -> Tokenizer:
     """Load the tokenizer of a checkpoint folder from ``tokenizer.json``, or else from ``tokenizer.model``.
 
     ``model_size`` is the number of ids that the model has; the tokenizer then raises ``DgemmaError`` for a text that
-    needs other ids. Raises ``DgemmaError`` when the folder has neither file, when the file is damaged, or when it is not a Gemma
-    tokenizer.
+    needs other ids. Raises ``DgemmaError`` when the folder has neither file, when the file is damaged, or when it is
+    not a Gemma tokenizer.
     """
     config = read_tokenizer_config(folder)
     if (folder / "tokenizer.json").exists():

@@ -34,7 +34,9 @@ def test_texts_that_match_and_texts_that_do_not(regex: str) -> None:
         assert end >= 0 and automaton.accepting[end]
 
 
-@pytest.mark.parametrize("regex", ["^a|b$", "^a|b", "(a|b)$", r"^\$$", r"\\$", "^^a", "(^a|b$)", "a(?:$|$)|^b", "(?:^|)a"])
+@pytest.mark.parametrize(
+    "regex", ["^a|b$", "^a|b", "(a|b)$", r"^\$$", r"\\$", "^^a", "(^a|b$)", "a(?:$|$)|^b", "(?:^|)a"]
+)
 def test_anchors_around_a_regular_expression_have_no_effect(regex: str) -> None:
     automaton = Constraint.regex(regex).automaton
     for text in ("a", "b", "$", "\\", "\\$", "ab", "a$", ""):

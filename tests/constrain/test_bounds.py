@@ -26,7 +26,8 @@ def _references(levels: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "regex", [r"[\w\W]{1,5000}", "(a|b)*a(a|b){30}", f"a{{{_MANY}}}", "((a{99}){99}){99}", "(?:.?){2000}",
-              "(" * 5000 + "x" + ")" * 5000, "a|" * 600_000, r"\p{L}\p{N}" + "".join(f"[\\p{{L}}{n}]" for n in range(40)),
+              "(" * 5000 + "x" + ")" * 5000, "a|" * 600_000,
+              r"\p{L}\p{N}" + "".join(f"[\\p{{L}}{n}]" for n in range(40)),
               "[", "a{2", "(?<a", "(?i", "\\", "[[:alpha:]", "a{2,1}", "*", r"\p{Nothing}", "(?P<1>a)", r"\x{110000}"],
 )  # fmt: skip
 def test_a_regular_expression_that_explodes_or_is_malformed_is_one_error(regex: str) -> None:
@@ -47,7 +48,8 @@ def test_a_grammar_that_explodes_is_one_error(grammar: str) -> None:
                {"oneOf": [{"const": n} for n in range(3000)]}, f'{{"type": "string", "maxLength": {_MANY}}}',
                '{"items":' * 900 + "{}" + "}" * 900, {"type": "string", "pattern": f"a{{{_MANY}}}"},
                {"$ref": f"#/allOf/{_MANY}", "allOf": []}, {"type": "string", "maxLength": 10**9},
-               {"type": "array", "items": _ALONE, "minItems": 10**6}, {"a" * 100_000: 1}, {"$ref": "#/" + "a" * 100_000}],
+               {"type": "array", "items": _ALONE, "minItems": 10**6}, {"a" * 100_000: 1},
+               {"$ref": "#/" + "a" * 100_000}],
 )  # fmt: skip
 def test_a_schema_that_explodes_is_one_error(schema: Any) -> None:
     _refused(lambda: Constraint.json_schema(schema))
