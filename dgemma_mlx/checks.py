@@ -36,7 +36,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Return what an exception says, as one line for a message: without an error number, a path, or further lines."""
     text = (isinstance(error, OSError) and error.strerror) or str(error)
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)

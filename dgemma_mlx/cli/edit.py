@@ -82,7 +82,7 @@ def edit(
 
 def _span(lines: str) -> tuple[int, int]:
     """Return the first and the last line of ``A-B`` or ``A``. Raises `DgemmaError` for any other text."""
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", lines)
+    found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", lines)
     if found is None:
         raise DgemmaError(f"--lines must be A-B, not {shown(lines)}", "Lines count from 1, as in --lines 3-5.", 2)
     return int(found[1]), int(found[2] or found[1])

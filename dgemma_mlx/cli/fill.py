@@ -127,7 +127,7 @@ def _place(text: str, at: str) -> int:
     lines = lines_of(text) or [""]
     if lines[-1].endswith("\n"):
         lines.append("")
-    if not (line.isdecimal() and column.isdecimal()):
+    if not (line.isdecimal() and column.isdecimal() and max(len(line), len(column)) < 10):
         raise DgemmaError(f"--at must be LINE:COL, not {shown(at)}", "Both count from 1, as in --at 12:5.", exit_code=2)
     row = int(line)
     if not 1 <= row <= len(lines):

@@ -13,10 +13,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from dgemma_mlx.checkpoint.config import GenerationConfig
+from dgemma_mlx.checks import shown
 from dgemma_mlx.constrain.automaton import automaton_of
 from dgemma_mlx.constrain.regex import any_of, checked_text, quoted, without_anchors
 from dgemma_mlx.constrain.vocabulary import TokenAutomaton
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.json_text import parse_json
 from dgemma_mlx.text.tokenizer import Tokenizer
 
 
@@ -135,7 +137,7 @@ class Constraint:
                 return cls.json_schema(outer["schema"])
             raise DgemmaError("response_format has no schema", _FORMAT_HINT, exit_code=2)
         raise DgemmaError(
-            f"response_format must be of type text, json_object or json_schema, not {kind!r}", _FORMAT_HINT, exit_code=2
+            f"response_format must be of type text, json_object or json_schema, not {shown(kind)}", _FORMAT_HINT, 2
         )
 
     def over(self, tokenizer: Tokenizer, config: GenerationConfig, vocab_size: int) -> TokenAutomaton:
@@ -173,8 +175,8 @@ def _json_value(value: Any, label: str) -> Any:
     Raises ``DgemmaError`` when the value is not JSON. ``label`` names it in the message.
     """
     try:
-        return json.loads(value if isinstance(value, str) else json.dumps(value))
+        return parse_json(value if isinstance(value, str) else json.dumps(value))
     except (TypeError, ValueError, RecursionError) as error:
         raise DgemmaError(
-            f"{label} is not JSON: {error}", "Give a dict, a boolean, or valid JSON text.", exit_code=2
+            f"{label} is not JSON: {str(error)[:200]}", "Give a dict, a boolean, or valid JSON text.", exit_code=2
         ) from None

@@ -20,6 +20,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple, NoReturn
 
+from dgemma_mlx.checks import shown
 from dgemma_mlx.constrain.regex import any_of, checked_text, quoted
 from dgemma_mlx.errors import DgemmaError
 
@@ -32,6 +33,7 @@ _LEXEME = re.compile(
 _ESCAPE = re.compile(r"\\(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|(.))")
 _NAMED = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", '"': '"', "'": "'"}
 _MAX_REGEX_LENGTH = 1_000_000  # characters
+_MAX_DEPTH = 100  # of rules within rules, and of parentheses within a rule
 
 
 class _Lexeme(NamedTuple):
@@ -57,7 +59,10 @@ def regex_of_grammar(grammar: str) -> str:
     rules = _rules(checked_text(grammar, "a grammar"))
     if not rules:
         raise DgemmaError("the grammar has no rule", 'Write a rule like answer ::= "yes" | "no".', exit_code=2)
-    return _Translator(rules).rule(next(iter(rules)), 1)
+    try:
+        return _Translator(rules).rule(next(iter(rules)), 1)
+    except RecursionError:
+        raise DgemmaError("the grammar is nested too deeply", "Use fewer levels.", exit_code=2) from None
 
 
 def _rules(grammar: str) -> dict[str, list[_Lexeme]]:
@@ -68,12 +73,12 @@ def _rules(grammar: str) -> dict[str, list[_Lexeme]]:
         if lexeme.kind == "head":
             name = lexeme.text.rstrip(":= \t\r\n")
             if name in rules:
-                _reject(lexeme.line, f"{name} is defined twice", "Combine its expressions with |.")
+                _reject(lexeme.line, f"{name[:80]} is defined twice", "Combine its expressions with |.")
             current = rules[name] = []
         elif lexeme.text == ";" and lexeme.kind == "mark":
             current = None
         elif current is None:
-            _reject(lexeme.line, f"{lexeme.text} is outside any rule")
+            _reject(lexeme.line, f"{lexeme.text[:80]} is outside any rule")
         else:
             current.append(lexeme)
     return rules
@@ -85,7 +90,7 @@ def _lexemes(grammar: str) -> Iterator[_Lexeme]:
     while position < len(grammar):
         match = _LEXEME.match(grammar, position)
         if match is None:
-            _reject(line, f"{grammar[position : position + 20].splitlines()[0]!r} is not valid syntax")
+            _reject(line, f"{shown(grammar[position : position + 20].splitlines()[0])} is not valid syntax")
         if match.lastgroup != "space":
             yield _Lexeme(str(match.lastgroup), match[0], line)
         line += match[0].count("\n")
@@ -104,53 +109,60 @@ class _Translator:
         """Return the regular expression of a rule. ``line`` is the line that uses the rule, for error messages."""
         if name in self._open_rules:
             cycle = " -> ".join([*self._open_rules[self._open_rules.index(name) :], name])
-            _reject(line, f"recursion is not supported: {cycle}", "Write out each level that you need.")
+            _reject(line, f"recursion is not supported: {cycle[:200]}", "Write out each level that you need.")
         if name not in self._rules:
-            _reject(line, f"rule {name} does not exist")
+            _reject(line, f"rule {name[:80]} does not exist")
         if name not in self._translated:
             self._open_rules.append(name)
-            lexemes = [*self._rules[name]]
-            self._translated[name], rest = self._alternatives(lexemes)
-            if rest:
-                _reject(rest[0].line, f"unexpected {rest[0].text}")
+            if len(self._open_rules) > _MAX_DEPTH:
+                _reject(line, f"rules are nested deeper than {_MAX_DEPTH}", "Use fewer levels.")
+            waiting = self._rules[name][::-1]
+            self._translated[name] = self._alternatives(waiting, 0)
+            if waiting:
+                _reject(waiting[-1].line, f"unexpected {waiting[-1].text[:80]}")
             self._open_rules.pop()
         return self._translated[name]
 
-    def _alternatives(self, lexemes: list[_Lexeme]) -> tuple[str, list[_Lexeme]]:
-        """Translate alternatives up to a closing parenthesis or the end.
+    def _alternatives(self, waiting: list[_Lexeme], depth: int) -> str:
+        """Translate alternatives up to a closing parenthesis or the end, within ``depth`` pairs of parentheses.
 
-        Return the regular expression and the remaining lexemes.
+        ``waiting`` has the next lexeme last. The translated ones are removed from it.
         """
-        alternatives = [""]
-        while lexemes and lexemes[0].text != ")":
-            head, *lexemes = lexemes
+        alternatives: list[list[str]] = [[]]
+        size = 0
+        while waiting and waiting[-1].text != ")":
+            head = waiting.pop()
             if head.kind == "mark" and head.text == "|":
-                alternatives.append("")
+                alternatives.append([])
                 continue
-            item, lexemes = self._item(head, lexemes)
-            while lexemes and lexemes[0].kind == "repeat":
-                item, lexemes = f"(?:{item}){lexemes[0].text}", lexemes[1:]
-            alternatives[-1] += item
-            if len(alternatives[-1]) > _MAX_REGEX_LENGTH:
+            item = self._item(head, waiting, depth)
+            while waiting and waiting[-1].kind == "repeat":
+                item = f"(?:{item}){waiting.pop().text}"
+            alternatives[-1].append(item)
+            size += len(item)
+            if size > _MAX_REGEX_LENGTH:
                 _reject(head.line, "the grammar is too large", "Use smaller repetitions and fewer rules.")
-        return any_of(*alternatives), lexemes
+        return any_of(*map("".join, alternatives))
 
-    def _item(self, head: _Lexeme, lexemes: list[_Lexeme]) -> tuple[str, list[_Lexeme]]:
-        """Translate one item, which begins with ``head``. Return the regular expression and the remaining lexemes."""
+    def _item(self, head: _Lexeme, waiting: list[_Lexeme], depth: int) -> str:
+        """Translate one item, which begins with ``head``; the other lexemes are ``waiting``."""
         if head.kind == "name":
-            return self.rule(head.text, head.line), lexemes
+            return self.rule(head.text, head.line)
         if head.kind == "literal":
-            return quoted(_unescaped(head)), lexemes
+            return quoted(_unescaped(head))
         if head.kind == "class":
-            return _class(head), lexemes
+            return _class(head)
         if head.text == ".":
-            return ".", lexemes
+            return "."
         if head.text != "(":
-            _reject(head.line, f"{head.text} has no item before it")
-        group, lexemes = self._alternatives(lexemes)
-        if not lexemes:
+            _reject(head.line, f"{head.text[:80]} has no item before it")
+        if depth >= _MAX_DEPTH:
+            _reject(head.line, f"parentheses are nested deeper than {_MAX_DEPTH}", "Use fewer levels.")
+        group = self._alternatives(waiting, depth + 1)
+        if not waiting:
             _reject(head.line, "( is not closed")
-        return group, lexemes[1:]
+        waiting.pop()
+        return group
 
 
 def _unescaped(lexeme: _Lexeme) -> str:

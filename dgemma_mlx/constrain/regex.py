@@ -71,40 +71,6 @@ def _digits(low: str, high: str) -> str:
     return any_of(*parts)
 
 
-# The parts of a regular expression that decide its size: atoms, parentheses and counted repetitions.
-_ATOM = re.compile(
-    r"""(?P<class>\[\^?\]?(?:\\.|\[[^\]]*\]|[^\]\\])*\]+)|(?P<wide>\\[dDwWsSpP])|(?P<flags>\(\?[\w-]+\))
-    |(?P<open>\((?:\?(?:[\w-]*:|P?<\w+>))?)|(?P<close>\))
-    |\{(?P<least>\d+)(?:,(?P<most>\d*))?\}|(?P<atom>\\.|[^|*+?])""",
-    re.VERBOSE | re.DOTALL,
-)
-# Rough number of states of one atom. The UTF-8 encodings of a class of many characters share few states.
-_ATOM_STATES = {"class": 10, "wide": 100, "atom": 1, "flags": 0}
-
-
-def estimated_states(regex: str) -> int:
-    """Estimate the number of automaton states of a regular expression without expanding its repetitions.
-
-    An automaton needs a copy of its states for each repetition, so ``a{1000}`` is about as large as 1,000 atoms.
-    """
-    totals, last = [0], 0  # the total of each open group, and of the item that a repetition would repeat
-    for match in _ATOM.finditer(regex):
-        kind = str(match.lastgroup)
-        if kind == "open":
-            totals.append(0)
-        elif kind == "close":
-            last = totals.pop() if len(totals) > 1 else 0
-            totals[-1] += last
-        elif kind in _ATOM_STATES:
-            last = _ATOM_STATES[kind]
-            totals[-1] += last
-        else:
-            times = max(int(match["most"] or match["least"]), 1)
-            totals[-1] += last * (times - 1)
-            last *= times
-    return sum(totals)
-
-
 def checked_text(value: object, label: str) -> str:
     """Return the value if it is text that UTF-8 can encode. Raises ``DgemmaError`` (exit code 2) otherwise.
 

@@ -14,11 +14,13 @@ silently ignored.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 from urllib.parse import unquote
 
+from dgemma_mlx.checks import shown
 from dgemma_mlx.constrain.numbers import BOUNDS, SHORT_NUMBER, integer_within, number_within
 from dgemma_mlx.constrain.overlap import TYPES, Overlap, types_of
 from dgemma_mlx.constrain.regex import any_of, quoted, repeated
@@ -41,6 +43,8 @@ _EXCLUSIVE = ("enum", "const", "anyOf", "oneOf", "allOf", "$ref")
 _COMMA, _COLON = ", ?", ": ?"
 ANY_DEPTH = 2  # nesting depth of arrays and objects in a value that the schema does not describe
 _MAX_REGEX_LENGTH = 1_000_000  # characters
+_MAX_MEMBERS = 10_000  # parts that properties become: one each, or with none required, one for each pair
+_MAX_ONE_OF = 200  # schemas of a oneOf, which are compared in pairs
 _NOTHING_HINT = "Change the schema so that it allows at least one value."
 
 
@@ -82,14 +86,14 @@ class _Translator:
         if schema is False:
             _reject(path, "false allows nothing", _NOTHING_HINT)
         if not isinstance(schema, Mapping):
-            _reject(path, f"a schema must be an object, true or false, not {json.dumps(schema, default=repr)[:40]}")
+            _reject(path, f"a schema must be an object, true or false, not {shown(schema)}")
         if "$id" in schema and path != "#":
             _reject(path, "$id is supported only at the root of the schema")
         keywords = {name: value for name, value in schema.items() if name not in _ANNOTATIONS and name[:2] != "x-"}
         known = {"type", *_EXCLUSIVE}.union(*_KEYWORDS.values())
         for name in keywords:
             if name not in known:
-                _reject(path, f"{name} is not supported")
+                _reject(path, f"{name[:80]} is not supported")
         exclusive = [name for name in _EXCLUSIVE if name in keywords]
         if exclusive:
             return self._exclusive(exclusive[0], keywords, path)
@@ -142,6 +146,8 @@ class _Translator:
 
         Exactly one schema of a ``oneOf`` may hold, so a text for one schema must not validate against another one.
         """
+        if len(schemas) > _MAX_ONE_OF:
+            _reject(path, f"{len(schemas):,} schemas are too many; the limit is {_MAX_ONE_OF}", "Use enum or anyOf.")
         for second in range(len(schemas)):
             for first in range(second):
                 if Overlap(lambda reference: self._resolve(reference, path)).possible(schemas[first], schemas[second]):
@@ -161,8 +167,8 @@ class _Translator:
             return described or list(TYPES)
         types = named if isinstance(named, list) else [named]
         for kind in types:
-            if kind not in TYPES:
-                _reject(f"{path}/type", f"{json.dumps(kind)} is not a type", f"The types are {', '.join(TYPES)}.")
+            if not isinstance(kind, str) or kind not in TYPES:
+                _reject(f"{path}/type", f"{shown(kind)} is not a type", f"The types are {', '.join(TYPES)}.")
         if not types:
             _reject(f"{path}/type", "type is an empty list", _NOTHING_HINT)
         return [kind for kind in types if kind != "integer" or "number" not in types]
@@ -185,13 +191,16 @@ class _Translator:
             _reject(f"{path}/required", "required must be a list of names")
         for name in required:
             if name not in properties:
-                _reject(f"{path}/required", f"{json.dumps(name)} is not one of the properties", "Add it to properties.")
-        if keywords.get("unevaluatedProperties", False) not in (True, False):
+                _reject(f"{path}/required", f"{shown(name)} is not one of the properties", "Add it to properties.")
+        if not isinstance(keywords.get("unevaluatedProperties", False), bool):
             _reject(path, "unevaluatedProperties with a schema is not supported")
         additional = keywords.get("additionalProperties", keywords.get("unevaluatedProperties", True))
         if not properties:
             value = None if additional is False else self.regex(additional, f"{path}/additionalProperties")
             return r"\{\}" if value is None else _map(value)
+        some = any(name in required for name in properties)
+        if len(properties) ** (1 if some else 2) > _MAX_MEMBERS:
+            _reject(f"{path}/properties", f"{len(properties):,} properties are too many", "Require at least one.")
         members = [
             (f"{_key(name)}{_COLON}{self.regex(schema, _property_path(path, name))}", name in required)
             for name, schema in properties.items()
@@ -228,8 +237,8 @@ class _Translator:
             names = " and ".join(sorted(given))
             _reject(path, f"{names} together are not supported", "Use one of them; a pattern can express a length.")
         if "format" in keywords:
-            if keywords["format"] not in FORMATS:
-                name, supported = json.dumps(keywords["format"]), ", ".join(FORMATS)
+            if not isinstance(keywords["format"], str) or keywords["format"] not in FORMATS:
+                name, supported = shown(keywords["format"]), ", ".join(FORMATS)
                 _reject(f"{path}/format", f"{name} is not supported", f"The supported formats are {supported}.")
             return f'"{FORMATS[keywords["format"]]}"'
         if "pattern" in keywords:
@@ -249,8 +258,9 @@ class _Translator:
         if keywords.get("multipleOf", 1) != 1 or ("multipleOf" in keywords and not whole):
             _reject(path, "multipleOf is not supported")
         for name in BOUNDS:
-            if not isinstance(keywords.get(name, 0), (int, float)) or isinstance(keywords.get(name), bool):
-                _reject(f"{path}/{name}", f"{name} must be a number")
+            value = keywords.get(name, 0)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                _reject(f"{path}/{name}", f"{name} must be a finite number")
         found = integer_within(keywords) if whole else number_within(keywords)
         if found is None:
             _reject(path, "no number that can be written is within the bounds", "Use wider bounds.")
@@ -259,7 +269,8 @@ class _Translator:
     def _follow(self, reference: Any, path: str) -> str:
         """Translate the subschema that a reference (``$ref``) names."""
         if reference in self._open_references:
-            _reject(path, f"{reference} is recursive, which is not supported", "Write out each level that you need.")
+            hint = "Write out each level that you need."
+            _reject(path, f"{shown(reference)} is recursive, which is not supported", hint)
         self._open_references.append(reference)
         found = self.regex(self._resolve(reference, path), reference)
         self._open_references.pop()
@@ -269,16 +280,16 @@ class _Translator:
         """Return the subschema that a reference names, a JSON pointer such as "#/$defs/name"."""
         if not isinstance(reference, str) or reference[:1] != "#" or reference[1:2] not in ("", "/"):
             hint = 'Use references within the schema, like "#/$defs/name".'
-            _reject(path, f"{json.dumps(reference)} is not supported", hint)
+            _reject(path, f"{shown(reference)} is not supported", hint)
         found = self._root
         for part in unquote(reference).split("/")[1:]:
             name = part.replace("~1", "/").replace("~0", "~")
-            if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
+            if isinstance(found, list) and name.isdecimal() and len(name) < 10 and int(name) < len(found):
                 found = found[int(name)]
             elif isinstance(found, Mapping) and name in found:
                 found = found[name]
             else:
-                _reject(path, f"{reference} does not exist", "Define it, or correct the reference.")
+                _reject(path, f"{shown(reference)} does not exist", "Define it, or correct the reference.")
         return found
 
 
@@ -336,11 +347,12 @@ def _count(keywords: Mapping[str, Any], name: str, path: str) -> int | None:
     value = keywords.get(name)
     if value is None and name not in keywords:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0 or value != int(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf or value % 1:
         _reject(f"{path}/{name}", f"{name} must be an integer of at least 0")
     return int(value)
 
 
 def _reject(path: str, problem: str, hint: str = "docs/constrained.md lists what is supported.") -> NoReturn:
     """Raise ``DgemmaError`` (exit code 2) for the subschema at ``path``."""
-    raise DgemmaError(f"the JSON schema at {path}: {problem}", hint, exit_code=2)
+    place = path if len(path) <= 120 else f"{path[:60]}…{path[-59:]}"
+    raise DgemmaError(f"the JSON schema at {place}: {problem}", hint, exit_code=2)

@@ -9,13 +9,15 @@ from weakref import proxy
 import numpy as np
 from numpy.typing import NDArray
 
-from dgemma_mlx.constrain.automaton import DEAD, Automaton
+from dgemma_mlx.constrain.automaton import DEAD, Automaton, steps_to
 from dgemma_mlx.constrain.graph import Edges, Ids, Indices
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.text.tokenizer import Tokenizer
 
 _MAX_BRANCHES = 40  # a state with at most this many next bytes has a skeleton token for each of them
 _MAX_TOKEN_BYTES = 32  # longest skeleton token in bytes
+# Pairs of states that a token of the skeleton joins. A canvas of 256 with this many takes 0.5 GB.
+_MAX_EDGES = 20_000
 _UNREACHABLE = 1 << 40  # larger than any number of tokens
 
 
@@ -70,6 +72,11 @@ class TokenAutomaton:
         self._in_skeleton[self.skeleton] = True
         self.skeleton_classes = self.classes(self.skeleton)
         self._edges = self._merged()
+        if len(self._edges.source) > _MAX_EDGES:
+            raise DgemmaError(
+                f"the constraint is too large: it has {len(self._edges.source):,} transitions; the limit is "
+                f"{_MAX_EDGES:,}", "Use smaller repetitions and shorter lengths.", exit_code=2,
+            )
         self.shortest = self._distances(self._edges.source, self._edges.end)
         if (self.shortest >= _UNREACHABLE).any():
             raise DgemmaError(
@@ -205,12 +212,12 @@ class TokenAutomaton:
         The spelling texts are the shortest text from each state to an accepting state and, for a state with at most
         ``_MAX_BRANCHES`` next bytes, the shortest text after each of these bytes.
         """
-        table, completions = self._automaton.table, self._automaton.completions()
+        table, completions = self._automaton.table, self._automaton.completions(_MAX_TOKEN_BYTES)
         texts = set(completions)
         for state in range(self._automaton.size):
             following = np.flatnonzero(table[state] != DEAD).tolist()
             if len(following) <= _MAX_BRANCHES:
-                texts |= {bytes([byte]) + completions[table[state, byte]][:_MAX_TOKEN_BYTES] for byte in following}
+                texts |= {bytes([byte]) + completions[table[state, byte]] for byte in following}
         prefixes = {text[:length] for text in texts for length in range(1, min(len(text), _MAX_TOKEN_BYTES) + 1)}
         found = (self._tokenizer.id_of_bytes(text) for text in prefixes)
         return {id for id in found if id is not None and id < self._vocab_size and id not in self._eos_ids}
@@ -220,11 +227,5 @@ class TokenAutomaton:
 
         Only the given transitions (E,) are used.
         """
-        distance = np.full(self.end + 1, _UNREACHABLE, np.int64)
-        distance[self.end] = 0
-        while True:
-            shorter = distance.copy()
-            np.minimum.at(shorter, source, np.minimum(distance[target] + 1, _UNREACHABLE))
-            if (shorter == distance).all():
-                return distance
-            distance = shorter
+        steps = steps_to(source, target, np.arange(self.end + 1) == self.end).astype(np.int64)
+        return np.where(steps < 0, _UNREACHABLE, steps)

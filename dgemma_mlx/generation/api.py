@@ -32,7 +32,7 @@ from dgemma_mlx.model.load import load_model
 from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.text.chat import Message
 from dgemma_mlx.text.parts import PartsParser
-from dgemma_mlx.text.tokenizer import load_tokenizer
+from dgemma_mlx.text.tokenizer import Tokenizer, load_tokenizer
 
 DEFAULT_MAX_TOKENS = 1024
 _ONE_THREAD = "Read a stream in the thread that began it, or let a dgemma_mlx.Worker own the model."
@@ -93,15 +93,29 @@ def load(
     if mx.metal.is_available():  # a GPU launches less; on a CPU it gains nothing
         join_projections(network)
     _evaluate(network)
+    generation = GenerationConfig.load(checkpoint.folder, config)
+    tokenizer = load_tokenizer(checkpoint.folder, config.text.vocab_size)
+    _check_ids(tokenizer, generation, config)
     return Model(
         name=checkpoint.name,
         folder=checkpoint.folder,
         config=config,
-        generation=GenerationConfig.load(checkpoint.folder, config),
+        generation=generation,
         network=network,
-        tokenizer=load_tokenizer(checkpoint.folder),
+        tokenizer=tokenizer,
         adapter=folder,
     )
+
+
+def _check_ids(tokenizer: Tokenizer, generation: GenerationConfig, config: ModelConfig) -> None:
+    """Raise ``DgemmaError`` when an id that begins, ends or pads a text is not one of the model's."""
+    size = config.text.vocab_size
+    named = {"end-of-text id": max(generation.eos_token_ids, default=0), "padding id": generation.pad_token_id,
+             "tokenizer's bos id": tokenizer.bos_id or 0}  # fmt: skip
+    for name, id in named.items():
+        if id >= size:
+            problem = f"the {name} is {id:,}, but the model has only {size:,} ids"
+            raise DgemmaError(problem, "Fetch the checkpoint again.")
 
 
 def _evaluate(network: DiffusionGemma) -> None:

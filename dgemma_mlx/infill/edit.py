@@ -88,7 +88,7 @@ def selected(text: str, lines: Lines | None, match: str | None) -> list[Part]:
     else:
         try:
             pattern = re.compile(match)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError, ValueError, MemoryError) as error:
             raise DgemmaError(
                 f"not a regular expression: {shown(match)}: {reason(error)}",
                 "The syntax is that of Python's re module.", exit_code=2,
@@ -110,7 +110,8 @@ def _line_span(text: str, lines: Lines) -> tuple[int, int]:
     rows = lines_of(text)
     first, last = lines
     if not 1 <= first <= last <= len(rows):
-        raise DgemmaError(f"there are no lines {first} to {last}", f"The text ends with line {len(rows)}.", exit_code=2)
+        hint = f"The text ends with line {len(rows)}."
+        raise DgemmaError(f"there are no lines {shown(first)} to {shown(last)}", hint, exit_code=2)
     begin = sum(map(len, rows[: first - 1]))
     return begin, begin + len("".join(rows[first - 1 : last]).rstrip("\r\n"))
 

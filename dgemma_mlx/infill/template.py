@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
 
+from dgemma_mlx.checks import shown as quoted
 from dgemma_mlx.errors import DgemmaError
 
 MARK = "___"
@@ -46,6 +47,8 @@ def parse_gaps(text: str, mark: str = MARK) -> list[Part]:
     done = 0
     for found in re.finditer(pattern, text):
         size, hint = found["size"], found["hint"]
+        if size is not None and len(size) > 9:
+            raise DgemmaError(f"the gap {quoted(found[0])} is too long", "Give a length that a canvas holds.", 2)
         if size is not None and int(size) == 0:
             raise DgemmaError(
                 f"the gap {found[0]} has no tokens", f"Give a length of at least 1, or write {mark}.", exit_code=2

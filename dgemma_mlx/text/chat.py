@@ -108,8 +108,13 @@ class ChatTemplate:
         variables["tools"] = tools
         variables["enable_thinking"] = enable_thinking
         variables["add_generation_prompt"] = add_generation_prompt
+        from dgemma_mlx.text.budget import TooMuch
+        from dgemma_mlx.text.sandbox import render
+
         try:
-            return template.render(plain_data(variables))
+            return render(template, plain_data(variables))
+        except TooMuch as error:
+            raise DgemmaError(f"the chat template was stopped: {error}", f"The template is {self._source}.") from None
         except Exception as error:  # a template is code, so unexpected input may raise any exception
             raise DgemmaError(
                 f"the chat template rejected the conversation: {reason(error)}", f"The template is {self._source}."
@@ -118,13 +123,11 @@ class ChatTemplate:
     def _template(self, name: str) -> Template:
         """Return the compiled template with this name. Compile it on first use."""
         if name not in self._compiled:
-            from jinja2 import TemplateError
-
-            from dgemma_mlx.text.sandbox import environment
+            from dgemma_mlx.text.sandbox import compiled
 
             try:
-                self._compiled[name] = environment().from_string(self.templates[name])
-            except (TemplateError, RecursionError) as error:
+                self._compiled[name] = compiled(self.templates[name])
+            except Exception as error:  # jinja2 makes Python code of a template, which may be malformed in many ways
                 raise DgemmaError(
                     f"cannot compile the chat template: {reason(error)}", f"The template is {self._source}."
                 ) from error

@@ -77,13 +77,14 @@ class Tokenizer:
         pad_id: Id of the padding token, or None when the tokenizer has none.
     """
 
-    def __init__(self, backend: _Backend, config: Mapping[str, Any]) -> None:
+    def __init__(self, backend: _Backend, config: Mapping[str, Any], model_size: int | None = None) -> None:
         """Create a tokenizer. Most callers use ``load_tokenizer`` instead.
 
         ``config`` is the content of ``tokenizer_config.json``, or empty when the checkpoint lacks the file.
+        ``model_size`` is the number of ids that the model has, or None when it is unknown.
         """
         names = named_tokens(config)
-        self._backend = backend
+        self._backend, self._model_size = backend, model_size
         self.vocab_size = backend.vocab_size
         self.special_ids = backend.control_tokens()
         for text in [*names.values(), *_listed_tokens(config)]:
@@ -112,7 +113,7 @@ class Tokenizer:
         for plain, control in self._split(text):
             ids += self._encode_plain(plain)
             ids += self._spell(control)
-        return ids
+        return self._within(ids)
 
     def encode_control(self, text: str, *, ignore: Sequence[str] = ()) -> list[int]:
         """Encode text that a chat template wrote: control tokens in the text become their ids. No bos is added.
@@ -128,7 +129,7 @@ class Tokenizer:
             ids += self.encode(kept)
             if control:
                 ids.append(self.special_ids[control])
-        return ids
+        return self._within(ids)
 
     def decode(self, ids: Iterable[int], *, keep_special: bool = False) -> str:
         """Decode ids to text.
@@ -169,6 +170,15 @@ class Tokenizer:
     def is_control(self, id: int) -> bool:
         """Return whether the id belongs to a control token."""
         return id in self._control_ids
+
+    def _within(self, ids: list[int]) -> list[int]:
+        """Return the ids. Raises ``DgemmaError`` when the model has no embedding for one of them."""
+        if self._model_size is not None and ids and max(ids) >= self._model_size:
+            raise DgemmaError(
+                f"the tokenizer writes the id {max(ids):,}, but the model has only {self._model_size:,} ids",
+                "The tokenizer belongs to another model. Fetch the checkpoint again.",
+            )
+        return ids
 
     def _split(self, text: str) -> Iterator[tuple[str, str]]:
         """Split text at its control tokens and yield pairs (plain text before the token, control token).
@@ -221,7 +231,9 @@ class _JsonBackend:
 
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises plain Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # plain Exception, or a panic of the Rust library, which is no Exception
             raise DgemmaError(f"cannot read {path}: {reason(error)}", _DAMAGED_HINT) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -254,7 +266,12 @@ class _JsonBackend:
 
     def encode(self, text: str) -> list[int]:
         """Encode text without bos or eos. Control tokens in the text are parsed."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # as when the file is read
+            raise DgemmaError(f"the tokenizer failed: {reason(error)}", _DAMAGED_HINT) from error
 
     def spell(self, text: str) -> list[int]:
         """Encode the text of a control token as ordinary tokens.
@@ -319,17 +336,18 @@ class _SentencePieceBackend:
         return self.encode(text[:1]) + self.encode(text[1:])
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: Path, model_size: int | None = None) -> Tokenizer:
     """Load the tokenizer of a checkpoint folder from ``tokenizer.json``, or else from ``tokenizer.model``.
 
-    Raises ``DgemmaError`` when the folder has neither file, when the file is damaged, or when it is not a Gemma
-    tokenizer.
+    ``model_size`` is the number of ids that the model has; the tokenizer then raises ``DgemmaError`` for a text that
+    needs other ids. Raises ``DgemmaError`` when the folder has neither file, when the file is damaged, or when it is
+    not a Gemma tokenizer.
     """
     config = read_tokenizer_config(folder)
     if (folder / "tokenizer.json").exists():
-        return Tokenizer(_JsonBackend(folder / "tokenizer.json"), config)
+        return Tokenizer(_JsonBackend(folder / "tokenizer.json"), config, model_size)
     if (folder / "tokenizer.model").exists():
-        return Tokenizer(_SentencePieceBackend(folder / "tokenizer.model"), config)
+        return Tokenizer(_SentencePieceBackend(folder / "tokenizer.model"), config, model_size)
     raise DgemmaError(
         f"{folder} has no tokenizer",
         "A checkpoint folder contains tokenizer.json or tokenizer.model. Check that the download is complete.",

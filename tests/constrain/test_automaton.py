@@ -34,12 +34,10 @@ def test_texts_that_match_and_texts_that_do_not(regex: str) -> None:
         assert end >= 0 and automaton.accepting[end]
 
 
-@pytest.mark.parametrize("regex", ["^a|b$", "^a|b", "(a|b)$", r"^\$$", r"\\$", "^^a"])
+@pytest.mark.parametrize(
+    "regex", ["^a|b$", "^a|b", "(a|b)$", r"^\$$", r"\\$", "^^a", "(^a|b$)", "a(?:$|$)|^b", "(?:^|)a"]
+)
 def test_anchors_around_a_regular_expression_have_no_effect(regex: str) -> None:
-    if regex == "^^a":
-        with pytest.raises(DgemmaError):
-            Constraint.regex(regex)
-        return
     automaton = Constraint.regex(regex).automaton
     for text in ("a", "b", "$", "\\", "\\$", "ab", "a$", ""):
         whole = re.fullmatch(regex, text) is not None
@@ -48,14 +46,11 @@ def test_anchors_around_a_regular_expression_have_no_effect(regex: str) -> None:
 
 @pytest.mark.parametrize(
     ("regex", "says"),
-    [("(", "compiled"), ("a)(b|c", "x"), ("a)|(b", "compiled"), ("a{2,1}", "compiled"), (r"\bword", "compiled"),
+    [("(", "compiled"), ("a)(b|c", "compiled"), ("a)|(b", "compiled"), ("a{2,1}", "compiled"), (r"\bword", "compiled"),
      ("(?=a)b", "compiled"), (r"(a)\1", "compiled"), ("[^\\x00-\\x{10FFFF}]", "part that no text"),
      ("a{30000}", "too large"), ("[", "compiled")],
 )  # fmt: skip
 def test_an_expression_that_cannot_be_compiled_is_one_error(regex: str, says: str) -> None:
-    if says == "x":  # its parentheses balance with those added around it
-        assert Constraint.regex(regex).automaton.matches(b"ab")
-        return
     with pytest.raises(DgemmaError, match=says) as caught:
         Constraint.regex(regex)
     assert caught.value.exit_code == 2

@@ -56,3 +56,9 @@ def test_the_model_sees_gaps_and_hints() -> None:
 
 def test_only_line_feeds_end_lines() -> None:
     assert lines_of("a\r\nb\x0bc\u2028d\n\ne") == ["a\r\n", "b\x0bc\u2028d\n", "\n", "e"]
+
+
+def test_a_gap_with_a_count_of_5000_digits_is_one_error() -> None:
+    with pytest.raises(DgemmaError, match="is too long") as caught:
+        parse_gaps(f"A ___:{'9' * 5000}___")
+    assert len(caught.value.message) < 200

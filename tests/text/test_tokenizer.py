@@ -7,10 +7,13 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.text import Tokenizer, load_tokenizer
 from tests.text.gemma_like import SPECIAL, UNMARKED, random_text
@@ -235,3 +238,36 @@ def test_tokens_that_are_none_are_refused(
         load_tokenizer(tmp_path)
     assert error.value.message == f"tokenizer_config.json: {message}"
     assert error.value.hint
+
+
+def test_a_text_that_needs_ids_the_model_lacks_is_an_error(tmp_path: Path) -> None:
+    _write_demo(tmp_path, lambda file: file["model"]["vocab"].update({"A": 10**6}))
+    assert load_tokenizer(tmp_path).encode("A") == [10**6]
+    tokenizer = load_tokenizer(tmp_path, 768)
+    assert tokenizer.decode(tokenizer.encode("B b")) == "B b"
+    for encode in (tokenizer.encode, tokenizer.encode_control):
+        with pytest.raises(DgemmaError, match="1,000,000, but the model has only 768 ids"):
+            encode("A")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"model": {"continuing_subword_prefix": "(.*)+["}}, {"decoder": {"type": "Replace"}},
+     {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+     {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}}],
+)  # fmt: skip
+def test_settings_on_which_the_library_fails_are_one_error(tmp_path: Path, change: dict[str, Any]) -> None:
+    def apply(file: dict[str, Any]) -> None:
+        for name, value in change.items():
+            file[name] = {**file[name], **value} if name == "model" else value
+
+    _write_demo(tmp_path, apply)
+    with pytest.raises(DgemmaError, match="cannot read"):
+        load_tokenizer(tmp_path)
+
+
+def _write_demo(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Write the demo model's tokenizer with a change."""
+    file = json.loads((DEMO_FOLDER / "tokenizer.json").read_text(encoding="utf-8"))
+    change(file)
+    (folder / "tokenizer.json").write_text(json.dumps(file))
