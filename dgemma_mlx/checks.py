@@ -7,6 +7,8 @@ from typing import Any
 
 from dgemma_mlx.errors import DgemmaError
 
+_SHOWN = 80  # characters of a quoted value
+
 LARGEST_SEED = 2**64 - 1  # largest seed that ``mlx.core.random.key`` accepts; also the largest count
 
 
@@ -23,25 +25,36 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
+def shown(value: Any) -> str:
+    """Return the value as error messages quote it: at most 80 characters, without line feeds or control characters."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"a number of about {round(value.bit_length() * math.log10(2))} digits"
+    try:
+        text = repr(value[: 2 * _SHOWN] if isinstance(value, (str, bytes, list, tuple)) else value)
+    except (ValueError, RecursionError):  # a long integer, or too deep
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+
+
 def check_count(name: str, value: Any) -> None:
     """Raise ``DgemmaError`` (exit code 2) unless the value is an integer from 1 to ``LARGEST_SEED``.
 
     ``name`` is the option's name in the error message.
     """
     if not is_whole(value) or not 1 <= value <= LARGEST_SEED:
-        raise DgemmaError(f"{name} must be at least 1, not {value!r}", "It must be a whole number.", exit_code=2)
+        raise DgemmaError(f"{name} must be at least 1, not {shown(value)}", "It must be a whole number.", exit_code=2)
 
 
 def check_seed(value: Any) -> None:
     """Raise ``DgemmaError`` (exit code 2) unless the value is None or an integer from 0 to ``LARGEST_SEED``."""
     if value is not None and not (is_whole(value) and 0 <= value <= LARGEST_SEED):
-        raise DgemmaError(f"not a seed: {value!r}", "A seed is a whole number from 0 to 2^64 - 1.", exit_code=2)
+        raise DgemmaError(f"not a seed: {shown(value)}", "A seed is a whole number from 0 to 2^64 - 1.", exit_code=2)
 
 
 def check_temperature(value: Any) -> None:
     """Raise ``DgemmaError`` (exit code 2) unless the value is None or a finite number of at least 0."""
     if value is not None and not ((is_whole(value) or isinstance(value, float)) and 0 <= value < math.inf):
         raise DgemmaError(
-            f"temp must be a number of at least 0, not {value!r}", "0 always takes the most probable token.",
+            f"temp must be a number of at least 0, not {shown(value)}", "0 always takes the most probable token.",
             exit_code=2,
         )

@@ -22,11 +22,12 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from dgemma_convert import convert
-from dgemma_mlx.checkpoint.config import ModelConfig, read_json
+from dgemma_mlx.checkpoint.config import ModelConfig
 from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
 from dgemma_mlx.checkpoint.names import source_name
 from dgemma_mlx.checkpoint.shards import open_tensors
 from dgemma_mlx.cli.bench import text_of
+from dgemma_mlx.json_text import read_json
 from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.text import load_tokenizer
 

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dgemma_mlx.checkpoint.config import read_json
 from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
+from dgemma_mlx.json_text import read_json
 
 _ONSETS = re.findall(r"\w+", "b c d f g h k l m n p r s t v w br ch cl cr dr fl gr pl pr qu sh sl sp st th tr")
 _VOWELS = re.findall(r"\w+", "a e i o u ai ea ee ie oo ou")

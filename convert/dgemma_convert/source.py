@@ -13,11 +13,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from dgemma_convert.formats import ITEM_SIZE, PLAIN, Format
-from dgemma_mlx.checkpoint.config import ModelConfig, read_json
+from dgemma_mlx.checkpoint.config import ModelConfig
 from dgemma_mlx.checkpoint.hub import Checkpoint, remote_headers
 from dgemma_mlx.checkpoint.names import module_quantization, parameter_names, source_name
 from dgemma_mlx.checkpoint.shards import StoredTensor, merged, read_header, shard_files
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.json_text import read_json
 from dgemma_mlx.model.text import DiffusionGemma
 
 BLOCK_BYTES = 64 << 20  # size of the values, as bfloat16, that are read and packed at a time

@@ -21,9 +21,9 @@ import numpy as np
 from dgemma_convert.formats import PLAIN
 from dgemma_convert.plan import MANIFEST, Plan, Target
 from dgemma_convert.source import Rows
-from dgemma_mlx.checkpoint.config import read_json
 from dgemma_mlx.checkpoint.shards import INDEX
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.json_text import read_json
 
 ByteProgress = Callable[[int], None]  # called with the number of source bytes that have just been converted
 

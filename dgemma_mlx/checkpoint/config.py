@@ -6,16 +6,15 @@ A missing key takes the default of the configuration classes in transformers (``
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from reprlib import repr as shortened
 from typing import Any
 
-from dgemma_mlx.checks import is_whole
+from dgemma_mlx.checks import is_whole, shown
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.json_text import read_json
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
@@ -43,7 +42,7 @@ def _require_positive(value: Any, name: str, kind: str) -> None:
     types = int if kind == "int" else (int, float)
     good = isinstance(value, types) and not isinstance(value, bool) and 0 < value <= _LARGEST[kind]
     noun = "integer" if kind == "int" else "number"
-    _require(good, f"{name} must be a positive {noun}, not {shortened(value)}")
+    _require(good, f"{name} must be a positive {noun}, not {shown(value)}")
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class TextConfig:
         _require(layers <= _MOST_LAYERS, f"num_hidden_layers is {layers}, more than {_MOST_LAYERS}")
         types = values.get("layer_types", [SLIDING if (i + 1) % 6 else FULL for i in range(layers)])
         _require(isinstance(types, (list, tuple)) and all(kind in (FULL, SLIDING) for kind in types),
-                 f"layer_types must be a list of {FULL!r} and {SLIDING!r}, not {shortened(types)}")
+                 f"layer_types must be a list of {FULL!r} and {SLIDING!r}, not {shown(types)}")
         _require(len(types) == layers, f"{len(types)} layer_types for {layers} layers")
         types = [*types[:-1], FULL]  # the reference forces the last layer to full attention
         values["layer_types"] = tuple(types)
@@ -130,11 +129,11 @@ class TextConfig:
             _validate_rope(self.rope_parameters.get(kind), f"rope_parameters of {kind}")
         _require(self.top_k_experts <= self.num_experts, "top_k_experts is larger than num_experts")
         activation = raw.get("hidden_activation", "gelu_pytorch_tanh")
-        _require(activation == "gelu_pytorch_tanh", f"unsupported hidden_activation {shortened(activation)}")
+        _require(activation == "gelu_pytorch_tanh", f"unsupported hidden_activation {shown(activation)}")
         _require(not raw.get("attention_bias"), "attention_bias is not supported")
         bidirectional = raw.get("use_bidirectional_attention")
         _require(bidirectional in (None, "vision"),
-                 f"unsupported use_bidirectional_attention {shortened(bidirectional)}")
+                 f"unsupported use_bidirectional_attention {shown(bidirectional)}")
         _require(raw.get("tie_word_embeddings") in (None, True), "untied word embeddings are not supported")
 
     def layer_head_dim(self, kind: str) -> int:
@@ -180,7 +179,7 @@ def _validate_rope(rope: Any, name: str) -> None:
     """Raise ``DgemmaError`` unless ``rope`` holds supported parameters of a rotary embedding."""
     _require(isinstance(rope, Mapping), f"{name} are missing or not an object")
     kind, theta = rope.get("rope_type", "default"), rope.get("rope_theta")
-    _require(kind in ("default", "proportional"), f"{name}: unsupported rope_type {shortened(kind)}")
+    _require(kind in ("default", "proportional"), f"{name}: unsupported rope_type {shown(kind)}")
     _require_positive(theta, f"{name}: rope_theta", "float")
     rotated = rope.get("partial_rotary_factor", 1.0)
     _require_positive(rotated, f"{name}: partial_rotary_factor", "float")
@@ -220,7 +219,7 @@ class ModelConfig:
         Raises ``DgemmaError`` for a value that is missing, invalid or not supported.
         """
         kind = raw.get("model_type")
-        _require(kind == "diffusion_gemma", f"model_type is {shortened(kind)}, not 'diffusion_gemma'")
+        _require(kind == "diffusion_gemma", f"model_type is {shown(kind)}, not 'diffusion_gemma'")
         _require(raw.get("tie_word_embeddings") in (None, True), "untied word embeddings are not supported")
         _require(isinstance(raw.get("text_config"), Mapping), "text_config is missing or not an object")
         text: Mapping[str, Any] = raw["text_config"]
@@ -351,7 +350,7 @@ def _first(*values: Any) -> Any:
 def _id(value: Any, name: str) -> int:
     """Return the value if it is a token id. Raises ``DgemmaError`` otherwise."""
     good = is_whole(value) and 0 <= value <= _LARGEST["int"]
-    _require(good, f"{name} must be a token id, not {shortened(value)}")
+    _require(good, f"{name} must be a token id, not {shown(value)}")
     return int(value)
 
 
@@ -366,7 +365,7 @@ def _object(raw: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
     Raises ``DgemmaError`` for a value that is not an object.
     """
     value = raw.get(name)
-    _require(value is None or isinstance(value, Mapping), f"{name} must be an object, not {shortened(value)}")
+    _require(value is None or isinstance(value, Mapping), f"{name} must be an object, not {shown(value)}")
     return value or None
 
 
@@ -377,21 +376,3 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except DgemmaError as error:
         raise DgemmaError(f"{path}: {error.message}", _DAMAGED) from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file of a checkpoint.
-
-    Raises ``DgemmaError``, which names the file, when it is missing or unreadable or holds anything but a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DgemmaError(
-            f"{path.parent} has no {path.name}", "Check that this is a complete checkpoint folder."
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DgemmaError(f"cannot read {path}: {error}", "The file may be cut off. Fetch it again.") from None
-    if not isinstance(value, dict):
-        raise DgemmaError(f"{path} does not contain a JSON object", "The file may be damaged. Fetch it again.")
-    return value

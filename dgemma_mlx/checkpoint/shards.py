@@ -11,8 +11,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from dgemma_mlx.checkpoint.config import read_json
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.json_text import read_json
 
 INDEX = "model.safetensors.index.json"
 _FETCH_AGAIN = "The download may be incomplete. Fetch the checkpoint again."

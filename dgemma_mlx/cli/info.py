@@ -126,7 +126,7 @@ def _plain_bytes(source: Source) -> int:
 
 def _recipe(folder: Path) -> str | None:
     """Return the recipe of a checkpoint that this program has converted, or None."""
-    from dgemma_mlx.checkpoint.config import read_json
+    from dgemma_mlx.json_text import read_json
 
     try:
         recipe = read_json(folder / "conversion_report.json").get("recipe")

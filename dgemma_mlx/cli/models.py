@@ -108,7 +108,7 @@ def _cached(cache: HFCacheInfo | None) -> list[dict[str, Any]]:
 
 def _is_ours(snapshot: Any) -> bool:
     """Return whether the configuration in the folder says that the model is DiffusionGemma."""
-    from dgemma_mlx.checkpoint.config import read_json
+    from dgemma_mlx.json_text import read_json
 
     try:
         return read_json(snapshot / "config.json").get("model_type") == "diffusion_gemma"

@@ -25,11 +25,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from dgemma_mlx.checkpoint.config import read_json
 from dgemma_mlx.checkpoint.names import parameter_names, some_of, source_name
 from dgemma_mlx.checkpoint.shards import read_header
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import write_whole
+from dgemma_mlx.json_text import read_json
 from dgemma_mlx.model.adapter import AdapterConfig, DoRALinear, adapted_modules, attach
 from dgemma_mlx.model.text import DiffusionGemma
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dgemma_mlx.checkpoint.config import read_json
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.json_text import read_json
 from dgemma_mlx.text.tokenizer import Tokenizer, named_tokens, read_tokenizer_config
 
 if TYPE_CHECKING:

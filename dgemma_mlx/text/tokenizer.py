@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from dgemma_mlx.checkpoint.config import read_json
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.json_text import read_json
 
 _DAMAGED_HINT = "The file may be truncated, or a Git LFS pointer; download it again."
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")

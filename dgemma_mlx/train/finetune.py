@@ -17,11 +17,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from dgemma_mlx.checkpoint.config import read_json
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import write_whole
 from dgemma_mlx.generation.api import generate_batch
 from dgemma_mlx.generation.model import Model
+from dgemma_mlx.json_text import read_json
 from dgemma_mlx.model.adapter import AdapterConfig, attach, unfreeze
 from dgemma_mlx.model.adapter_file import adapter_digest, save_adapter
 from dgemma_mlx.train.batches import Conversation, Part, canvas_batch, parts_at

@@ -16,13 +16,14 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from dgemma_mlx.checkpoint.config import ModelConfig, read_json
+from dgemma_mlx.checkpoint.config import ModelConfig
 from dgemma_mlx.checkpoint.hub import resolve
 from dgemma_mlx.checkpoint.names import module_quantization, parameter_names, some_of
 from dgemma_mlx.checkpoint.shards import INDEX, open_tensors, read_header, shard_files
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import write_whole
 from dgemma_mlx.generation.model import Model
+from dgemma_mlx.json_text import read_json
 from dgemma_mlx.model.adapter import AdapterConfig, merged
 from dgemma_mlx.model.adapter_file import read_adapter
 
