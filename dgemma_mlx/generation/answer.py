@@ -106,9 +106,7 @@ class Answer:
         self.canvases += 1
         if kept[-1] in self.config.eos_token_ids:
             self.finish_reason = "stop"
-        elif self.is_blank(draft):
-            self.finish_reason = "length"
-        elif len(self.prompt_ids) + len(self.tokens) + 2 * len(kept) > self.max_positions:
+        elif self.is_blank(draft) or len(self.prompt_ids) + len(self.tokens) + 2 * len(kept) > self.max_positions:
             self.finish_reason = "length"
         if len(kept) > self.remaining or (len(kept) == self.remaining and self.finish_reason is None):
             kept, self.finish_reason = kept[: self.remaining], "length"

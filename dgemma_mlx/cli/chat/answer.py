@@ -80,7 +80,8 @@ class Chat:
         if stopped:
             print("cancelled; the text above was kept", file=sys.stderr)
         elif done.finish_reason == "length":
-            print("the answer has no end: it reached max_tokens, the model's last position, or nothing but padding", file=sys.stderr)
+            print("the answer was cut off: it reached max_tokens or the model's last position, or went on as padding",
+                  file=sys.stderr)  # fmt: skip
         return True
 
     def _seed(self, again: bool) -> int | None:
