@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
@@ -16,13 +17,13 @@ from dgemma_mlx.cli.config import config
 from dgemma_mlx.cli.convert import convert
 from dgemma_mlx.cli.doctor import doctor
 from dgemma_mlx.cli.edit import edit
+from dgemma_mlx.cli.entry import say
 from dgemma_mlx.cli.evaluate import evaluate
 from dgemma_mlx.cli.fill import fill
 from dgemma_mlx.cli.fuse import fuse
 from dgemma_mlx.cli.generate import generate
 from dgemma_mlx.cli.help import WIDEST, Command, Group
 from dgemma_mlx.cli.info import info
-from dgemma_mlx.cli.interrupt import exit_on_signals
 from dgemma_mlx.cli.models import models
 from dgemma_mlx.cli.parameters import expand
 from dgemma_mlx.cli.pipe import quiet_when_closed, reopen_streams
@@ -108,15 +109,6 @@ def options(
     _ErrorOutput.tracebacks = debug
 
 
-def main() -> NoReturn:
-    """Run the program and exit with 0 (success), 1 (run-time error), 2 (wrong usage) or 130 (interrupted).
-
-    Another signal that ends the program exits with 128 + its number, as in a shell.
-    """
-    exit_on_signals()
-    sys.exit(run())
-
-
 def run() -> int:
     """Run the program on ``sys.argv`` and return the exit code."""
     reopen_streams()
@@ -134,8 +126,12 @@ def run() -> int:
     except UsageError as error:
         return _fail(*_usage(error), exit_code=2)
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
+        say(signal.SIGINT)
         return INTERRUPTED
+    except SystemExit as ended:  # SIGTERM or SIGHUP
+        code = ended.code if isinstance(ended.code, int) else 1
+        say(code - 128)
+        return code
     except Exception as error:
         message = f"unexpected {type(error).__name__}: {error}"
         return _fail(message, "This is a bug; `dgemma-mlx --debug ...` shows where.", exit_code=1)

@@ -5,12 +5,22 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from dgemma_mlx.cli.interrupt import ending_at_once
 from dgemma_mlx.cli.parameters import AnswerOptions, ModelOptions
 from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.sizes import parse_size
 
 if TYPE_CHECKING:
+    from dgemma_mlx.checkpoint.hub import Checkpoint
     from dgemma_mlx.generation.model import Model
+
+
+def fetch(name: str | None, weights: bool = True) -> Checkpoint:
+    """Return the checkpoint with a name as ``resolve`` does. A signal ends the program at once during the download."""
+    from dgemma_mlx.checkpoint.hub import resolve
+
+    with ending_at_once():
+        return resolve(name, weights=weights)
 
 
 def load_model(settings: Settings, options: ModelOptions, quiet: bool = False, training: bool = False) -> Model:
@@ -29,6 +39,7 @@ def load_model(settings: Settings, options: ModelOptions, quiet: bool = False, t
     cpu_dequantize = settings.pick("cpu_dequantize", options.cpu_dequantize)
     chosen = settings.pick_checked("dtype", options.dtype)
     dtype: Any = None if training else "auto" if chosen == "auto" else getattr(mx, chosen)
+    fetch(name)
     loaded = load(name, dtype=dtype, cpu_dequantize=cpu_dequantize, adapter=options.adapter)
     if name is None and not quiet:
         print(
