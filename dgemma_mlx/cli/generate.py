@@ -141,6 +141,9 @@ def generate(
     the settings (`dgemma-mlx config`), then from the checkpoint's `generation_config.json`.
 
     Notes:
+        - Next to a prompt, standard input is read if it is a file that nobody has begun to read, or a pipe that begins
+          within ten seconds; a line on stderr says when it is waited for. In a loop such as `while read`, and where a
+          program leaves a pipe open, add `< /dev/null` to the command.
         - On a terminal, the canvas is drawn while it denoises: the less settled a token is, the dimmer it is. Finished
           lines scroll up as plain text. Without a terminal, or with NO_COLOR or TERM=dumb, no escape codes are written.
         - `--json` prints the text, thinking, tool calls, tokens, finish_reason, seed and statistics. `--jsonl` and

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dgemma_mlx.cli.render.visible import visible
+from dgemma_mlx.cli.stdin import read_stdin
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import write_whole
 from dgemma_mlx.infill.template import lines_of
@@ -30,7 +31,7 @@ def read_text(path: Path | None) -> str:
         if path is None or is_stdin(path):
             if path is None and sys.stdin.isatty():
                 raise DgemmaError("there is no text", "Name a file, or pipe the text in.", exit_code=2)
-            return sys.stdin.buffer.read().decode("utf-8")
+            return read_stdin()
         return path.read_bytes().decode("utf-8")
     except OSError as error:
         raise DgemmaError(f"cannot read {name}: {error.strerror}", exit_code=2) from None
