@@ -44,6 +44,11 @@ def check_writable(path: Path) -> None:
         other.open("wb").close()
 
 
+def is_clutter(path: Path) -> bool:
+    """Return whether a file is one that macOS adds to a folder by itself: ``.DS_Store``, or ``._NAME`` beside NAME."""
+    return path.name == ".DS_Store" or path.name.startswith("._")
+
+
 @contextmanager
 def _unfinished(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``, and remove the file at that path afterwards.

@@ -19,6 +19,7 @@ from dgemma_convert.walk import make_samples
 from dgemma_convert.writer import locked, open_partial_folder, sync_folder, write_index, write_shards
 from dgemma_mlx.checkpoint.hub import Checkpoint, resolve
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.files import is_clutter
 
 GROUP_SIZES = (32, 64, 128)
 
@@ -264,8 +265,8 @@ def _check_output(plan: Plan, force: bool) -> None:
         return
     if not force:
         raise DgemmaError(f"{plan.output} already exists", "Replace it with --force, or name another folder with -o.")
-    replaceable = plan.output.is_dir() and ((plan.output / "config.json").exists() or not any(plan.output.iterdir()))
-    if not replaceable:
+    is_ours = (plan.output / "config.json").exists()
+    if not (plan.output.is_dir() and (is_ours or all(map(is_clutter, plan.output.iterdir())))):
         raise DgemmaError(f"{plan.output} is not a checkpoint folder, so --force does not replace it", elsewhere)
 
 

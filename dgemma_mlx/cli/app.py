@@ -26,7 +26,7 @@ from dgemma_mlx.cli.help import WIDEST, Command, Group
 from dgemma_mlx.cli.info import info
 from dgemma_mlx.cli.models import models
 from dgemma_mlx.cli.parameters import expand
-from dgemma_mlx.cli.pipe import quiet_when_closed, reopen_streams
+from dgemma_mlx.cli.pipe import prepare_streams, quiet_when_closed
 from dgemma_mlx.cli.train import train
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.version import __version__
@@ -111,7 +111,7 @@ def options(
 
 def run() -> int:
     """Run the program on ``sys.argv`` and return the exit code."""
-    reopen_streams()
+    prepare_streams()
     warnings.showwarning = _show_warning
     try:
         with quiet_when_closed():

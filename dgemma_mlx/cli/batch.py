@@ -48,7 +48,7 @@ def read_batch(path: Path) -> list[dict[str, Any]]:
     Raises `DgemmaError` that names the first bad line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise DgemmaError(f"cannot read {path}: {error.strerror}", "--batch names the file of the prompts.") from None
     except UnicodeDecodeError as error:

@@ -113,11 +113,14 @@ def report(filled: Filled, show_all: bool, quiet: bool) -> None:
         print("dgemma-mlx: the best candidate was still uncertain: low confidence", file=sys.stderr)
 
 
-def print_filled(filled: Filled, model: Model, before: str, path: Path | None, form: str) -> None:
-    """Print the result to stdout in one of the forms text, diff and json. ``before`` is the text of the file."""
+def print_filled(filled: Filled, model: Model, before: str, after: str, path: Path | None, form: str) -> None:
+    """Print the result to stdout in one of the forms text, diff and json.
+
+    ``before`` and ``after`` are the text of the file, with the byte order mark that it may have.
+    """
     if form == "json":
         print(json_line({"model": model.name, **asdict(filled)}))
     elif form == "diff":
-        print_diff(before, filled.text, path.name if path else "text", can_draw())
+        print_diff(before, after, path.name if path else "text", can_draw())
     else:
-        print_exact(filled.text)
+        print_exact(after)

@@ -21,10 +21,11 @@ def read_prompt(argument: str | None) -> str:
     given = "" if argument is None or argument == "-" else argument
     if not is_text(given):
         raise DgemmaError("the prompt is not UTF-8 text", exit_code=2)
+    piped = ""
     if given.strip():
         piped = read_beside_prompt()
-    else:
-        piped = "" if sys.stdin.isatty() and argument != "-" else read_stdin()
+    elif argument == "-" or not sys.stdin.isatty():
+        piped = read_stdin()
     prompt = "\n\n".join(part for part in (given.strip(), piped.removeprefix(BOM).strip()) if part)
     if not prompt:
         raise DgemmaError("the prompt is empty", _HINT, exit_code=2)

@@ -19,7 +19,8 @@ _BLOCK = 1 << 16  # bytes
 def read_stdin() -> str:
     """Return standard input as text, to its end.
 
-    After a moment, a line on stderr says that it is waited for. Raises `DgemmaError` (exit code 2) when it is not UTF-8.
+    After a moment, a line on stderr says that it is waited for. Raises `DgemmaError` (exit code 2) when it is not
+    UTF-8.
     """
     descriptor = sys.stdin.fileno()
     if not sys.stdin.isatty() and not _has_text(descriptor, _SAY_AFTER):

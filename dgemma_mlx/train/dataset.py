@@ -66,7 +66,7 @@ def read_examples(path: Path) -> list[Example]:
     (exit code 2) if the file cannot be read, has no examples, or has a bad line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise DgemmaError(
             f"cannot read {path}: {error.strerror}",

@@ -21,7 +21,7 @@ from dgemma_mlx.checkpoint.hub import resolve
 from dgemma_mlx.checkpoint.names import module_quantization, parameter_names, some_of
 from dgemma_mlx.checkpoint.shards import INDEX, open_tensors, read_header, shard_files
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.files import write_whole
+from dgemma_mlx.files import is_clutter, write_whole
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.json_text import read_json
 from dgemma_mlx.model.adapter import AdapterConfig, merged
@@ -137,7 +137,7 @@ def rewrite(
     write_whole(folder / INDEX, json.dumps({"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}, indent=2))
     write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
     for path in source.iterdir():
-        if any(fnmatch(path.name, pattern) for pattern in _SMALL_FILES):
+        if not is_clutter(path) and any(fnmatch(path.name, pattern) for pattern in _SMALL_FILES):
             shutil.copyfile(path, folder / path.name)
 
 

@@ -79,7 +79,7 @@ class Session:
     def load(cls, path: Path) -> Session:
         """Read a saved conversation. Raises `DgemmaError` when the file cannot be read or is damaged."""
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = json.loads(path.read_text(encoding="utf-8-sig"))
             json.dumps(record, ensure_ascii=False).encode()  # JSON can hold lone surrogates, which are not text
         except FileNotFoundError:
             raise DgemmaError(f"there is no file {path}", _HINT) from None
