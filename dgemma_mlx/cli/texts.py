@@ -24,7 +24,8 @@ def is_stdin(path: Path | None) -> bool:
 def read_text(path: Path | None) -> str:
     """Return the text of a file with its line ends and its byte order mark unchanged.
 
-    None or ``-`` reads standard input. Raises `DgemmaError` (exit code 2) when the file cannot be read or is not UTF-8 text.
+    None or ``-`` reads standard input. Raises `DgemmaError` (exit code 2) when the file cannot be read or is not UTF-8
+    text.
     """
     name = "standard input" if is_stdin(path) else str(path)
     try:
