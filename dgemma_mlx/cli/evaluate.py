@@ -75,7 +75,7 @@ def evaluate(
         problems = sudoku_problems(size, count or 100, parse_clues(clues), seed)
     else:
         problems = problems_of(read_examples(Path(task)))[:count]
-    loaded = load_model(Settings(), model, quiet)
+    loaded = load_model(Settings(), model, quiet, checked=True)
     records: list[Mapping[str, Any]] = []
 
     def progress(record: Mapping[str, Any]) -> None:

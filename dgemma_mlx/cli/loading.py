@@ -23,16 +23,20 @@ def fetch(name: str | None, weights: bool = True) -> Checkpoint:
         return resolve(name, weights=weights)
 
 
-def load_model(settings: Settings, options: ModelOptions, quiet: bool = False, training: bool = False) -> Model:
+def load_model(
+    settings: Settings, options: ModelOptions, quiet: bool = False, training: bool = False, checked: bool = False
+) -> Model:
     """Load the model that the options or the settings name, and set the mode of the Metal kernels.
 
     Unless ``quiet``, a line on stderr says when the built-in demo answers because no model was chosen. For
     ``training`` the weights keep the dtype in which they are stored, because gradients leave the range of float16.
+    Work that takes long has its weights ``checked`` before: one that is NaN or infinite raises `DgemmaError`.
     """
     import mlx.core as mx
 
     from dgemma_mlx.generation.api import load
     from dgemma_mlx.kernels.dispatch import set_mode
+    from dgemma_mlx.model.finite import require_finite
 
     set_mode(settings.pick("kernels", "off" if options.no_kernels else None))
     name = settings.pick("model", options.model)
@@ -41,6 +45,8 @@ def load_model(settings: Settings, options: ModelOptions, quiet: bool = False, t
     dtype: Any = None if training else "auto" if chosen == "auto" else getattr(mx, chosen)
     fetch(name)
     loaded = load(name, dtype=dtype, cpu_dequantize=cpu_dequantize, adapter=options.adapter)
+    if checked:
+        require_finite(loaded.network)
     if name is None and not quiet:
         print(
             "dgemma-mlx: no model chosen, so the built-in demo answers; for the real one: "

@@ -189,7 +189,8 @@ def train(
         log_every=log_every, save_every=save_every, valid_every=valid_every, valid_answers=valid_answers,
     )  # fmt: skip
     examples, held_out = read_data(data, valid)
-    loaded = load_model(Settings(), ModelOptions(model, adapter, cpu_dequantize=cpu_dequantize), quiet, training=True)
+    chosen = ModelOptions(model, adapter, cpu_dequantize=cpu_dequantize)
+    loaded = load_model(Settings(), chosen, quiet, training=True, checked=True)
     run = open_run(loaded, examples, held_out, config)
     if run.left_out:
         print(f"dgemma-mlx: {run.left_out} of {len(examples)} examples leave no room for a canvas within "
