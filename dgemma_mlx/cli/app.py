@@ -17,7 +17,6 @@ from dgemma_mlx.cli.config import config
 from dgemma_mlx.cli.convert import convert
 from dgemma_mlx.cli.doctor import doctor
 from dgemma_mlx.cli.edit import edit
-from dgemma_mlx.cli.entry import say
 from dgemma_mlx.cli.evaluate import evaluate
 from dgemma_mlx.cli.fill import fill
 from dgemma_mlx.cli.fuse import fuse
@@ -27,6 +26,7 @@ from dgemma_mlx.cli.info import info
 from dgemma_mlx.cli.models import models
 from dgemma_mlx.cli.parameters import expand
 from dgemma_mlx.cli.pipe import prepare_streams, quiet_when_closed
+from dgemma_mlx.cli.signals import say
 from dgemma_mlx.cli.train import train
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.version import __version__

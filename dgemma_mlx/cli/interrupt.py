@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from dgemma_mlx.cli.entry import SIGNALS, end_at_once
+from dgemma_mlx.cli.signals import SIGNALS, end_at_once
 
 if TYPE_CHECKING:
     from dgemma_mlx.events import Event
