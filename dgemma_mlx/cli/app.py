@@ -26,7 +26,7 @@ from dgemma_mlx.cli.info import info
 from dgemma_mlx.cli.models import models
 from dgemma_mlx.cli.parameters import expand
 from dgemma_mlx.cli.pipe import prepare_streams, quiet_when_closed
-from dgemma_mlx.cli.signals import say
+from dgemma_mlx.cli.signals import SIGNALS, say
 from dgemma_mlx.cli.train import train
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.version import __version__
@@ -128,9 +128,10 @@ def run() -> int:
     except (KeyboardInterrupt, typer.Abort):
         say(signal.SIGINT)
         return INTERRUPTED
-    except SystemExit as ended:  # SIGTERM or SIGHUP
-        code = ended.code if isinstance(ended.code, int) else 1
-        say(code - 128)
+    except SystemExit as ended:  # from a signal's handler, or from Typer after a completion script
+        code = ended.code if isinstance(ended.code, int) else 0
+        if code - 128 in SIGNALS:
+            say(code - 128)
         return code
     except Exception as error:
         message = f"unexpected {type(error).__name__}: {error}"
