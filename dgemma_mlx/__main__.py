@@ -1,5 +1,5 @@
 """Run the command line as ``python -m dgemma_mlx``."""
 
-from dgemma_mlx.cli.app import main
+from dgemma_mlx.cli.entry import main
 
 main()

@@ -7,7 +7,8 @@ from typing import Literal
 
 from dgemma_mlx.text.parts import ToolCall
 
-# "stop": an end-of-text id was written. "length": max_tokens or the model's positions are used up.
+# "stop": an end-of-text id was written. "length": max_tokens or the model's positions are used up, or the model went on
+# with nothing but padding.
 # "cancelled": the caller asked to stop.
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -137,6 +138,11 @@ class Done:
     finish_reason: FinishReason
     seed: int
     statistics: Statistics
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether nothing was written: no text, no thinking and no tool call."""
+        return not (self.text or self.thinking or self.tool_calls)
 
 
 Event = Draft | Committed | Done

@@ -162,6 +162,9 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _old(target: Path) -> Path:
     return target.with_name(f".{target.name}.old")
+def is_clutter(path: Path) -> bool:
+    """Return whether a file is one that macOS adds to a folder by itself: ``.DS_Store``, or ``._NAME`` beside NAME."""
+    return path.name == ".DS_Store" or path.name.startswith("._")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import re
 import socket
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -54,6 +55,7 @@ class HubServer:
         on_write: Status and X-Error-Code that answer uploads to a path.
         requests: Paths of all requests so far.
         downloads: Name of each file whose content was requested, with the Range header.
+        stalled: Files of which only the first half is sent, until the client goes; the event says that one asked.
         stored: Large files that were uploaded, by their SHA-256 digests.
     """
 
@@ -61,6 +63,7 @@ class HubServer:
     on_write: dict[str, tuple[int, str]] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     downloads: list[tuple[str, str | None]] = field(default_factory=list)
+    stalled: dict[str, threading.Event] = field(default_factory=dict)
     stored: Files = field(default_factory=dict)
 
     def __enter__(self) -> HubServer:
@@ -194,6 +197,8 @@ class _Handler(BaseHTTPRequestHandler):
             start, end = int(found[1]), min(int(found[2] or len(data)), len(data) - 1)
             headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
             data, status = data[start : end + 1], 206
+        if name in self.server_of.stalled:
+            return self._stall(data, headers, status, self.server_of.stalled[name])
         trouble = next(iter(repository.troubles.get(name, [])), len(data))
         if isinstance(trouble, HTTPStatus) or trouble < len(data):
             repository.troubles[name].pop(0)
@@ -216,6 +221,17 @@ class _Handler(BaseHTTPRequestHandler):
         if breaks_after < len(body):
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
+
+    def _stall(self, body: bytes, headers: dict[str, str], status: int, asked: threading.Event) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2])
+        asked.set()
+        with suppress(OSError):
+            self.connection.recv(1)  # returns when the client goes
+        self.close_connection = True
 
     def _error(self, status: int, code: str) -> None:
         self._answer(b"", {"X-Error-Code": code}, status)

@@ -234,7 +234,7 @@ def read_calibration(path: Path) -> list[tuple[str, str]]:
     """
     hint = "A calibration file has one text on each line, in UTF-8."
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise DgemmaError(f"cannot read {path}: {error.strerror}", hint) from None
     except UnicodeDecodeError as error:

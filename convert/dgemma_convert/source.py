@@ -19,6 +19,7 @@ from dgemma_mlx.checkpoint.names import module_quantization, parameter_names, so
 from dgemma_mlx.checkpoint.output import SMALL_FILES
 from dgemma_mlx.checkpoint.shards import StoredTensor, merged, read_header, shard_files
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.files import is_clutter
 from dgemma_mlx.json_text import read_json
 from dgemma_mlx.model.text import DiffusionGemma
 
@@ -149,7 +150,8 @@ class Source:
 
     def small_files(self) -> list[Path]:
         """Return the files that are copied unchanged: tokenizer, chat template, processor and licence."""
-        return sorted({path for pattern in SMALL_FILES for path in self.folder.glob(pattern) if path.is_file()})
+        found = {path for pattern in SMALL_FILES for path in self.folder.glob(pattern)}
+        return sorted(path for path in found if path.is_file() and not is_clutter(path))
 
     @property
     def fingerprint(self) -> list[list[Any]]:

@@ -21,7 +21,7 @@ from dgemma_convert.plan import MANIFEST, Plan, Target
 from dgemma_convert.source import Rows
 from dgemma_mlx.checkpoint.shards import INDEX
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.files import sync_folder
+from dgemma_mlx.files import is_clutter, sync_folder
 from dgemma_mlx.json_text import read_json
 
 ByteProgress = Callable[[int], None]  # called with the number of source bytes that have just been converted
@@ -54,7 +54,7 @@ def open_partial_folder(plan: Plan, resume: bool, force: bool) -> None:
     ``DgemmaError`` if the folder holds an interrupted conversion and neither is set, if the plans differ, or if the
     manifest is damaged.
     """
-    existing = list(plan.partial.iterdir())
+    existing = [path for path in plan.partial.iterdir() if not is_clutter(path)]
     if existing and force and not resume:
         for path in existing:
             path.unlink()

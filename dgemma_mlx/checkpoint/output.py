@@ -15,7 +15,7 @@ from pathlib import Path
 from dgemma_mlx.checkpoint.shards import INDEX
 from dgemma_mlx.checks import shown
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.files import recover_folder, write_whole
+from dgemma_mlx.files import is_clutter, recover_folder, write_whole
 from dgemma_mlx.json_text import read_json
 from dgemma_mlx.version import __version__
 
@@ -26,7 +26,6 @@ SMALL_FILES = (
     "generation_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.jinja", "LICENSE*", "NOTICE*",
 )  # fmt: skip
-FINDER_FILES: tuple[str, ...] = (".DS_Store", "._*")  # written by macOS into any folder
 _MADE_BY = "dgemma-mlx "
 _ELSEWHERE = "Name another folder with -o."
 
@@ -109,10 +108,8 @@ def _unknown(folder: Path) -> Iterator[Path]:
             report = read_json(folder / name)
             if str(report.get("made_by")).startswith(_MADE_BY):
                 shards.update(map(str, report.get("shards") or ()))
-    patterns = FINDER_FILES
-    if shards:
-        patterns += ("config.json", INDEX, CARD, CONVERT_REPORT, FUSE_REPORT, *SMALL_FILES)
+    patterns = ("config.json", INDEX, CARD, CONVERT_REPORT, FUSE_REPORT, *SMALL_FILES) if shards else ()
     for path in sorted(folder.iterdir()):
         own = path.name in shards or any(fnmatch(path.name, pattern) for pattern in patterns)
-        if path.is_symlink() or not path.is_file() or not own:
+        if path.is_symlink() or not path.is_file() or not (own or is_clutter(path)):
             yield path

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
@@ -24,10 +25,10 @@ from dgemma_mlx.cli.fuse import fuse
 from dgemma_mlx.cli.generate import generate
 from dgemma_mlx.cli.help import WIDEST, Command, Group
 from dgemma_mlx.cli.info import info
-from dgemma_mlx.cli.interrupt import exit_on_signals
 from dgemma_mlx.cli.models import models
 from dgemma_mlx.cli.parameters import expand
-from dgemma_mlx.cli.pipe import quiet_when_closed, reopen_streams
+from dgemma_mlx.cli.pipe import prepare_streams, quiet_when_closed
+from dgemma_mlx.cli.signals import SIGNALS, say
 from dgemma_mlx.cli.train import train
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.version import __version__
@@ -45,8 +46,8 @@ refines the whole canvas in a few denoising steps.
 
 Begin with `dgemma-mlx generate "Sort 7 3 5"`, which the built-in demo answers. The demo shows what the program does;
 it is not a useful language model. Its 2 million parameters solve 4x4 Sudoku, sort, reverse, add, count, write JSON from
-a sentence and recall a name, not always correctly, and it replies "I do not know that." to most other prompts. Choose a
-real model with `-m` or DGEMMA_MODEL.
+a sentence and recall a name, not always correctly, and it replies "I do not know that." to most other prompts in
+English. Choose a real model with `-m` or DGEMMA_MODEL.
 
 Notes:
     - `dgemma-mlx COMMAND --help` explains a command.
@@ -110,18 +111,9 @@ def options(
     _ErrorOutput.tracebacks = debug
 
 
-def main() -> NoReturn:
-    """Run the program and exit with 0 (success), 1 (run-time error), 2 (wrong usage) or 130 (interrupted).
-
-    Another signal that ends the program exits with 128 + its number, as in a shell.
-    """
-    exit_on_signals()
-    sys.exit(run())
-
-
 def run() -> int:
     """Run the program on ``sys.argv`` and return the exit code."""
-    reopen_streams()
+    prepare_streams()
     warnings.showwarning = _show_warning
     try:
         with quiet_when_closed():
@@ -136,11 +128,16 @@ def run() -> int:
     except UsageError as error:
         return _fail(DgemmaError(*_usage(error), exit_code=2))
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
+        say(signal.SIGINT)
         return INTERRUPTED
     except OSError as error:  # a disk that is full or gone, for example
         place = "" if error.filename is None else f"{error.filename}: "
         return _fail(DgemmaError(f"{place}{reason(error)}", "Check the path, its permissions, and the disk."))
+    except SystemExit as ended:  # from a signal's handler, or from Typer after a completion script
+        code = ended.code if isinstance(ended.code, int) else 0
+        if code - 128 in SIGNALS:
+            say(code - 128)
+        return code
     except Exception as error:
         message = f"unexpected {type(error).__name__}: {error}"
         return _fail(DgemmaError(message, "This is a bug; `dgemma-mlx --debug ...` shows where."))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dgemma_mlx.generation.model import Model
 
 _HINT = 'A line is a JSON string, or an object like {"prompt": "...", "id": "a", "system": "...", "seed": 1}.'
+NO_ANSWER = "the model gave no answer"
 
 
 def _is_message(value: Any) -> bool:
@@ -97,6 +98,9 @@ def answer_batch(
                 record["error"] = result.message
                 failed += 1
             else:
+                if result.is_blank and options["constraint"] is None:
+                    record["error"] = NO_ANSWER
+                    failed += 1
                 record |= {"model": model.name, **asdict(result)}
                 cut += result.finish_reason == "length"
             print(json_line(record), flush=True)

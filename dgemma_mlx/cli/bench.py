@@ -66,7 +66,8 @@ def bench(
         dgemma-mlx bench -m demo --prompt-tokens 64,512 --runs 5 --json
     """
     asked = None if prompt_tokens is None else _parse_lengths(prompt_tokens)
-    loaded = load_model(Settings(), ModelOptions(model, None, dtype, cpu_dequantize, no_kernels), quiet=as_json)
+    options = ModelOptions(model, None, dtype, cpu_dequantize, no_kernels)
+    loaded = load_model(Settings(), options, quiet=as_json, checked=True)
     lengths = _fitting(asked, loaded)
     question = prompt or (_DEMO_PROMPT if loaded.name == "demo" else _PROMPT)
     with _progress(runs * (len(lengths) + 1) + 1) as progress:

@@ -86,7 +86,7 @@ def _read(value: str, inline: bool) -> str:
     try:
         if inline and not (len(value) < 256 and path.is_file()):
             return value
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise DgemmaError(f"cannot read {value[:80]}: {reason}", "Check the file and its permissions.", 2) from None

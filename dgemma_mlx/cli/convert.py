@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dgemma_mlx.checks import reason, shown
+from dgemma_mlx.cli.interrupt import end_in_order, ending_at_once
 from dgemma_mlx.cli.parameters import PlanAsJson, output_option, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.errors import DgemmaError
@@ -129,14 +130,16 @@ def convert(
                 prepare, source, output, recipe, group_size=group_size, target_bytes=target_bytes,
                 target_bpw=target_bpw, calibration=calibration, progress=progress,
             )
-            plan = planned(download=False)
+            with ending_at_once():
+                plan = planned(download=False)
         with quiet_when_closed():
             _show_plan(plan, dry_run, as_json)
         if dry_run:
             return
         plan.check_room()
         if not plan.source.checkpoint.has_weights:
-            plan = planned()
+            with ending_at_once():
+                plan = planned()
         with _progress() as progress:
             report = carry_out(plan, resume=resume, force=force, check=verify, progress=progress)
     except KeyboardInterrupt:
@@ -246,6 +249,8 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
     def progress(stage: str, done: int, total: int) -> None:
         if stage not in tasks:
+            if console.is_terminal:
+                end_in_order()  # the bar hides the cursor, and ``stop`` shows it again
             bars.start()
             tasks[stage] = bars.add_task(_STAGES[stage], total=total)
         bars.update(tasks[stage], completed=done)
@@ -280,8 +285,9 @@ def _upload(folder: Path, repo_id: str) -> None:
 
     try:
         api = HfApi()
-        api.create_repo(repo_id, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"{folder.name} by dgemma-mlx")
+        with ending_at_once():
+            api.create_repo(repo_id, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"{folder.name} by dgemma-mlx")
     except Exception as error:  # includes errors of the HTTP library
         raise DgemmaError(
             f"uploading {folder} to {repo_id} failed: {reason(error)}",

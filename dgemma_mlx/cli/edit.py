@@ -12,7 +12,7 @@ from dgemma_mlx.checks import shown
 from dgemma_mlx.cli.infill import File, ResultOptions, prepared, print_filled, report, save
 from dgemma_mlx.cli.parameters import AnswerOptions, DenoisingOptions, ModelOptions, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
-from dgemma_mlx.cli.texts import is_stdin, read_text
+from dgemma_mlx.cli.texts import is_stdin, read_text, without_bom
 from dgemma_mlx.errors import DgemmaError
 
 edit_option = section("Edit")
@@ -62,22 +62,23 @@ def edit(
     result.check(file)
     span = None if lines is None else _span(lines)
     before = read_text(file)
+    bom, text = without_bom(before)
     with quiet_when_closed():
         with prepared(model, answer, denoising, raw=False) as (loaded, arguments):
             from dgemma_mlx.infill.edit import DEFAULT_CANDIDATES
             from dgemma_mlx.infill.edit import edit as edit_text
 
             edited = edit_text(
-                loaded, instruction, before, lines=span, match=match, strength=strength,
+                loaded, instruction, text, lines=span, match=match, strength=strength,
                 candidates=result.candidates or DEFAULT_CANDIDATES, **arguments,
             )  # fmt: skip
         report(edited, result, answer.quiet)
-        if edited.text == before and not answer.quiet:
+        if edited.text == text and not answer.quiet:
             print("dgemma-mlx: nothing has changed", file=sys.stderr)
         if result.write and file is not None:
-            save(edited, file, before)
+            save(edited, file, before, bom)
         form = "text" if is_stdin(file) and not result.diff else "diff"
-        print_filled(edited, loaded, before, file, "json" if result.as_json else form)
+        print_filled(edited, loaded, before, bom + edited.text, file, "json" if result.as_json else form)
 
 
 def _span(lines: str) -> tuple[int, int]:

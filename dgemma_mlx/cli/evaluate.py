@@ -81,7 +81,7 @@ def evaluate(
             if value is not None:
                 raise DgemmaError(f"{name} is for --task sudoku, not for a file", "Leave it out.", exit_code=2)
         examples = read_examples(Path(task))[:count]
-    loaded = load_model(Settings(), model, quiet)
+    loaded = load_model(Settings(), model, quiet, checked=True)
     if examples is not None:
         problems = problems_of(loaded, examples)
     records: list[Mapping[str, Any]] = []

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+from dgemma_mlx.cli.loading import fetch
 from dgemma_mlx.cli.parameters import ModelName, model_option, output_option
 from dgemma_mlx.cli.settings import Settings
 
@@ -32,5 +33,7 @@ def fuse(
         if total > 1:
             print(f"shard {done} of {total}", file=sys.stderr)
 
-    merge(Settings().pick("model", model), adapter, output, dequantize=dequantize, force=force, progress=progress)
+    name = Settings().pick("model", model)
+    fetch(name)
+    merge(name, adapter, output, dequantize=dequantize, force=force, progress=progress)
     print(f"wrote {output}; try: dgemma-mlx generate -m {output} \"...\"", file=sys.stderr)

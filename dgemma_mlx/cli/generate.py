@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from dgemma_mlx.cli.batch import answer_batch, read_batch
+from dgemma_mlx.cli.batch import NO_ANSWER, answer_batch, read_batch
 from dgemma_mlx.cli.constraint import ConstraintOptions, constraint_of
 from dgemma_mlx.cli.interrupt import interruptible, unless_cancelled
 from dgemma_mlx.cli.loading import answer_arguments, load_model
@@ -141,6 +141,9 @@ def generate(
     the settings (`dgemma-mlx config`), then from the checkpoint's `generation_config.json`.
 
     Notes:
+        - Next to a prompt, standard input is read if it is a file that nobody has begun to read, or a pipe that begins
+          within ten seconds; a line on stderr says when it is waited for. In a loop such as `while read`, and where a
+          program leaves a pipe open, add `< /dev/null` to the command.
         - On a terminal, the canvas is drawn while it denoises: the less settled a token is, the dimmer it is. Finished
           lines scroll up as plain text. Without a terminal, or with NO_COLOR or TERM=dumb, no escape codes are written.
         - `--json` prints the text, thinking, tool calls, tokens, finish_reason, seed and statistics. `--jsonl` and
@@ -154,6 +157,8 @@ def generate(
           takes 1.4 times fewer steps and answers 939 instead of 942 of 1,000 prompts correctly (docs/speed.md). Except
           with `reference`, a canvas that is uncertain after all its steps is started again once. If it stays
           uncertain, a line on stderr and `low_confidence` in the events say so.
+        - An answer ends at a canvas that holds nothing but padding; except with `reference`, such a canvas is first
+          started again once. An answer without any text is reported as "the model gave no answer", with exit code 1.
         - `--verify flag` lets the encoder read each canvas and reports the tokens it would have written differently
           (`doubted` in the events). `--verify repair` denoises the canvas again from there. Both help where the answer
           follows from the prompt, and are of no use for open prose.
@@ -227,6 +232,8 @@ def _answer(
     if not quiet:
         print(_summary(done), file=sys.stderr)
     print_warnings(done)
+    if done.is_blank and arguments["constraint"] is None:
+        raise DgemmaError(NO_ANSWER, "Try another --seed, or word the prompt differently.")
 
 
 def _print(events: Iterable[Event], model: Model, form: str, quiet: bool) -> Done:

@@ -120,20 +120,26 @@ def report(filled: Filled, result: ResultOptions, quiet: bool) -> None:
         print("dgemma-mlx: the best candidate was still uncertain: low confidence", file=sys.stderr)
 
 
-def save(filled: Filled, path: Path, before: str) -> None:
-    """Replace the text of a file by the result. Raises `DgemmaError`, without a change, if the result is doubtful."""
+def save(filled: Filled, path: Path, before: str, bom: str) -> None:
+    """Replace the text ``before`` of a file by the result, which follows the byte order mark ``bom``.
+
+    Raises `DgemmaError`, without a change, if the result is doubtful.
+    """
     if filled.doubt is not None:
         raise DgemmaError(
             f"{path} was not changed: {filled.doubt}", f"Without --write, --seed {filled.seed} shows the result."
         )
-    save_text(path, filled.text, before)
+    save_text(path, bom + filled.text, before)
 
 
-def print_filled(filled: Filled, model: Model, before: str, path: Path | None, form: str) -> None:
-    """Print the result to stdout in one of the forms text, diff and json. ``before`` is the text of the file."""
+def print_filled(filled: Filled, model: Model, before: str, after: str, path: Path | None, form: str) -> None:
+    """Print the result to stdout in one of the forms text, diff and json.
+
+    ``before`` and ``after`` are the text of the file, with the byte order mark that it may have.
+    """
     if form == "json":
         print(json_line({"model": model.name, **asdict(filled)}))
     elif form == "diff":
-        print_diff(before, filled.text, path.name if path else "text", can_draw())
+        print_diff(before, after, path.name if path else "text", can_draw())
     else:
-        print_exact(filled.text)
+        print_exact(after)

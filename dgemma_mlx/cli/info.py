@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dgemma_mlx.cli.interrupt import ending_at_once
+from dgemma_mlx.cli.loading import fetch
 from dgemma_mlx.cli.parameters import AsJson, CpuDequantize, resource_option
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.errors import DgemmaError
@@ -42,11 +44,12 @@ def info(
         dgemma-mlx info mlx-community/diffusiongemma-26B-A4B-it-4bit --json
     """
     from dgemma_convert.source import open_source
-    from dgemma_mlx.checkpoint.hub import resolve
     from dgemma_mlx.cli.settings import Settings
 
     settings = Settings()
-    source = open_source(resolve(settings.pick("model", model), weights=False))
+    checkpoint = fetch(settings.pick("model", model), weights=False)
+    with ending_at_once():
+        source = open_source(checkpoint)
     facts = describe(source, settings.pick("cpu_dequantize", cpu_dequantize), batch_size)
     with quiet_when_closed():
         print(json.dumps(facts) if as_json else _as_text(facts))

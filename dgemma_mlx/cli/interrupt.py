@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from dgemma_mlx.cli.signals import SIGNALS, end_at_once
+
 if TYPE_CHECKING:
     from dgemma_mlx.events import Event
 
@@ -38,20 +40,35 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def exit_on_signals() -> None:
-    """Make SIGTERM and SIGHUP raise SystemExit with 128 + their number, unless they are handled or ignored already.
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Let a signal end the program at once within the block, in which nothing may be written that it could leave.
 
-    By default they end the process at once, which leaves temporary files, the terminal's state and a kernel's
-    unfinished self-check behind. A second signal does that.
+    A download runs in threads, which an exception in the main thread waits for. Reading weights is a few long calls.
+    """
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    end_at_once()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end_in_order() -> None:
+    """Make Ctrl-C raise KeyboardInterrupt, and SIGTERM and SIGHUP SystemExit with 128 + their number.
+
+    What is unfinished is then cleaned up: temporary files, the terminal's state, a kernel's self-check. A second
+    SIGTERM or SIGHUP ends the program at once. A signal that is ignored stays ignored.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
+        end_at_once()
         sys.exit(128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, leave)
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else leave)
 
 
 def unless_cancelled(events: Iterable[Event]) -> Iterator[Event]:

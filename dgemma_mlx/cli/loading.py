@@ -5,31 +5,48 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from dgemma_mlx.cli.interrupt import ending_at_once
 from dgemma_mlx.cli.parameters import AnswerOptions, ModelOptions
 from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.sizes import parse_size
 
 if TYPE_CHECKING:
+    from dgemma_mlx.checkpoint.hub import Checkpoint
     from dgemma_mlx.generation.model import Model
 
 
-def load_model(settings: Settings, options: ModelOptions, quiet: bool = False, training: bool = False) -> Model:
+def fetch(name: str | None, weights: bool = True) -> Checkpoint:
+    """Return the checkpoint with a name as ``resolve`` does. A signal ends the program at once during the download."""
+    from dgemma_mlx.checkpoint.hub import resolve
+
+    with ending_at_once():
+        return resolve(name, weights=weights)
+
+
+def load_model(
+    settings: Settings, options: ModelOptions, quiet: bool = False, training: bool = False, checked: bool = False
+) -> Model:
     """Load the model that the options or the settings name, and set the mode of the Metal kernels.
 
     Unless ``quiet``, a line on stderr says when the built-in demo answers because no model was chosen. For
     ``training`` the weights keep the dtype in which they are stored, because gradients leave the range of float16.
+    Work that takes long has its weights ``checked`` before: one that is NaN or infinite raises `DgemmaError`.
     """
     import mlx.core as mx
 
     from dgemma_mlx.generation.api import load
     from dgemma_mlx.kernels.dispatch import set_mode
+    from dgemma_mlx.model.finite import require_finite
 
     set_mode(settings.pick("kernels", "off" if options.no_kernels else None))
     name = settings.pick("model", options.model)
     cpu_dequantize = settings.pick("cpu_dequantize", options.cpu_dequantize)
     chosen = settings.pick_checked("dtype", options.dtype)
     dtype: Any = None if training else "auto" if chosen == "auto" else getattr(mx, chosen)
+    fetch(name)
     loaded = load(name, dtype=dtype, cpu_dequantize=cpu_dequantize, adapter=options.adapter)
+    if checked:
+        require_finite(loaded.network)
     if name is None and not quiet:
         print(
             "dgemma-mlx: no model chosen, so the built-in demo answers; for the real one: "

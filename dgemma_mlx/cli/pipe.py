@@ -1,8 +1,10 @@
-"""Standard streams that are closed at the start, closed early by their reader, or full."""
+"""Standard streams that are closed at the start, closed early by their reader, full, or not UTF-8."""
 
 from __future__ import annotations
 
+import codecs
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -10,12 +12,34 @@ from contextlib import contextmanager
 
 from dgemma_mlx.errors import DgemmaError
 
+_REPLACE = "dgemma-replace"  # the name of the codec error handler
 
-def reopen_streams() -> None:
-    """Open the null device for each closed standard stream, so that no other file gets its descriptor."""
+
+def prepare_streams() -> None:
+    """Open the null device for each closed standard stream, and let stdout replace what its encoding lacks.
+
+    A closed stream's descriptor would go to another file. The first replacement prints a warning.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        codecs.register_error(_REPLACE, _Replacement())
+        sys.stdout.reconfigure(errors=_REPLACE)
+
+
+class _Replacement:
+    """Replaces the characters that stdout cannot encode, as the codec error handler "replace", and warns once."""
+
+    def __init__(self) -> None:
+        self._warned = False
+
+    def __call__(self, error: UnicodeError) -> tuple[str | bytes, int]:
+        if not self._warned:
+            self._warned = True
+            print(f"dgemma-mlx: stdout is {sys.stdout.encoding}: each character that it lacks is written as '?'; "
+                  "PYTHONIOENCODING=utf-8 keeps them all", file=sys.stderr)  # fmt: skip
+        return codecs.replace_errors(error)
 
 
 @contextmanager

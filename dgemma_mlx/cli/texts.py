@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dgemma_mlx.cli.render.visible import visible
+from dgemma_mlx.cli.stdin import BOM, read_stdin
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import locked_file, write_whole
 from dgemma_mlx.infill.template import lines_of
@@ -21,21 +22,27 @@ def is_stdin(path: Path | None) -> bool:
 
 
 def read_text(path: Path | None) -> str:
-    """Return the text of a file with its line ends unchanged. None or ``-`` reads standard input.
+    """Return the text of a file with its line ends and its byte order mark unchanged.
 
-    Raises `DgemmaError` (exit code 2) when the file cannot be read or is not UTF-8 text.
+    None or ``-`` reads standard input. Raises `DgemmaError` (exit code 2) when the file cannot be read or is not UTF-8
+    text.
     """
     name = "standard input" if is_stdin(path) else str(path)
     try:
         if path is None or is_stdin(path):
             if path is None and sys.stdin.isatty():
                 raise DgemmaError("there is no text", "Name a file, or pipe the text in.", exit_code=2)
-            return sys.stdin.buffer.read().decode("utf-8")
+            return read_stdin()
         return path.read_bytes().decode("utf-8")
     except OSError as error:
         raise DgemmaError(f"cannot read {name}: {error.strerror}", "Check its name and its permissions.", 2) from None
     except UnicodeDecodeError as error:
         raise DgemmaError(f"{name} is not UTF-8 text (byte {error.start})", "Convert it to UTF-8.", 2) from None
+
+
+def without_bom(text: str) -> tuple[str, str]:
+    """Return the text's byte order mark, or "", and the text after it."""
+    return (BOM, text[1:]) if text.startswith(BOM) else ("", text)
 
 
 def save_text(path: Path, text: str, before: str) -> None:

@@ -201,7 +201,8 @@ def train(
         log_every=log_every, save_every=save_every, valid_every=valid_every, valid_answers=valid_answers,
     )  # fmt: skip
     examples, held_out = read_data(data, valid)
-    loaded = load_model(Settings(), ModelOptions(model, adapter, cpu_dequantize=cpu_dequantize), quiet, training=True)
+    chosen = ModelOptions(model, adapter, cpu_dequantize=cpu_dequantize)
+    loaded = load_model(Settings(), chosen, quiet, training=True, checked=True)
     run = open_run(loaded, examples, held_out, config)
     limits = [("", run.limited, len(examples))]
     if run.validation is not None:

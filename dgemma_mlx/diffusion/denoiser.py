@@ -20,7 +20,7 @@ from dgemma_mlx.diffusion.stopping import TESTS, Stopping
 from dgemma_mlx.events import Draft
 from dgemma_mlx.kernels import CanvasSample, canvas_sampler
 from dgemma_mlx.model.cache import PrefixCache
-from dgemma_mlx.model.half_precision import refuse_overflow
+from dgemma_mlx.model.half_precision import refuse_nan
 from dgemma_mlx.model.text import DiffusionGemma
 
 # Layers of the next step that the device computes while the caller looks at a step's drafts: long enough for drawing
@@ -55,7 +55,7 @@ class Denoiser:
         caller looks at a step's drafts, the device already computes the first layers of the next step, if there is one.
         A caller may stop between any two steps. It then closes the generator, which waits for these layers. C may
         differ from the checkpoint's ``canvas_length``. ``canvas_index`` and ``attempt`` only label the drafts. Raises
-        ``DgemmaError`` when the activations of a float16 network overflow.
+        ``DgemmaError`` when the network computes NaN.
         """
         max_steps = self.config.max_denoising_steps
         stopping = Stopping(self.config, self.speed, edits.free)
@@ -112,10 +112,10 @@ class Denoiser:
         return signal
 
     def _drafts(self, step: _Step, canvas_index: int, attempt: int, number: int) -> tuple[Draft, ...]:
-        """Return the rows of an evaluated step as events. Raises ``DgemmaError`` when the step has overflowed."""
+        """Return the rows of an evaluated step as events. Raises ``DgemmaError`` when the step has computed NaN."""
         drafts = step.drafts(canvas_index, attempt, number, self.config.max_denoising_steps)
         for draft in drafts:
-            refuse_overflow(self.network, draft.mean_entropy)
+            refuse_nan(self.network, draft.mean_entropy, f"step {number} of canvas {canvas_index + 1}")
         return drafts
 
     def _accept(self, sample: CanvasSample, noise: Noise, edits: Edits, stopping: Stopping) -> _Step:

@@ -46,7 +46,8 @@ class Speed:
         plateau: The test for a canvas that does not change any more, or None.
         entropy_bound_factor: Factor on the checkpoint's ``entropy_bound``. Above 1, a step accepts more tokens.
         ignore_after_end: Whether positions after a settled end-of-text id do not count, because their text is dropped.
-        reroll: Whether a canvas that is still uncertain after all steps is denoised once more, from other noise.
+        reroll: Whether a canvas that is still uncertain after all steps, or that holds nothing but padding, is denoised
+            once more, from other noise.
     """
 
     gap: float | None = None

@@ -26,6 +26,7 @@ class Answer:
         max_positions: Number of positions the model supports (max_position_embeddings).
         config: Parameters of the denoising loop, with the ids that end a text.
         parser: Turns ids into text, thinking and tool calls.
+        marks: Ids that are not text: padding and all control tokens.
         constraint: Where the answer stands in its constraint; None without one.
         tokens: Committed ids.
         parts: Committed text, thinking and tool calls.
@@ -43,6 +44,7 @@ class Answer:
     max_positions: int
     config: GenerationConfig
     parser: PartsParser
+    marks: frozenset[int] = frozenset()
     constraint: ConstraintState | None = None
     tokens: list[int] = field(default_factory=list)
     parts: Parts = field(default_factory=Parts)
@@ -80,6 +82,15 @@ class Answer:
                 "Allow more tokens (max_tokens, --max-tokens), or a shorter answer.", exit_code=2,
             )
 
+    def is_blank(self, draft: Draft) -> bool:
+        """Return whether a canvas adds no text token where the answer needs one.
+
+        An answer that has begun may end with nothing but an end-of-text id, and a constraint may allow an empty text.
+        """
+        ids = text_ids(draft.tokens, self.config.eos_token_ids)
+        may_end = bool(self.tokens) and ids[-1] in self.config.eos_token_ids
+        return self.constraint is None and not may_end and self.marks.issuperset(ids)
+
     def count_step(self) -> None:
         """Count one denoising step."""
         self.steps += 1
@@ -88,14 +99,14 @@ class Answer:
     def commit(self, draft: Draft, doubted: Sequence[int], is_cancelled: bool) -> Committed:
         """Append a finished canvas to the answer, cut after its first end-of-text id and at ``max_tokens``.
 
-        ``doubted`` are canvas positions that the encoder doubts. An answer that has not ended otherwise ends here when
-        it is cancelled.
+        ``doubted`` are canvas positions that the encoder doubts. An answer ends at a blank canvas, because a model that
+        writes padding goes on with padding. One that has not ended otherwise ends here when it is cancelled.
         """
         kept = list(text_ids(draft.tokens, self.config.eos_token_ids))
         self.canvases += 1
         if kept[-1] in self.config.eos_token_ids:
             self.finish_reason = "stop"
-        elif len(self.prompt_ids) + len(self.tokens) + 2 * len(kept) > self.max_positions:
+        elif self.is_blank(draft) or len(self.prompt_ids) + len(self.tokens) + 2 * len(kept) > self.max_positions:
             self.finish_reason = "length"
         if len(kept) > self.remaining or (len(kept) == self.remaining and self.finish_reason is None):
             kept, self.finish_reason = kept[: self.remaining], "length"

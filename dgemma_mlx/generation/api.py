@@ -301,10 +301,11 @@ def _runner(
     work = Work(len(prompts), verifies=options.verify != "off")
     budget = fit_to_memory(model, max(map(len, prompts)), work, options.memory_limit, options.prefill_step_size)
     automaton = options.token_automaton(model)
+    marks = frozenset((*model.tokenizer.special_ids.values(), config.pad_token_id, *config.eos_token_ids))
     answers = [
         Answer(
             ids, secrets.randbits(32) if seed is None else seed, limit, model.config.text.max_position_embeddings,
-            config, PartsParser(model.tokenizer), None if automaton is None else ConstraintState(automaton),
+            config, PartsParser(model.tokenizer), marks, None if automaton is None else ConstraintState(automaton),
         )
         for ids, seed, limit in zip(prompts, seeds, max_tokens, strict=True)
     ]  # fmt: skip

@@ -126,10 +126,12 @@ class Runner:
         """Write the next canvas of every live answer. Return its finished drafts, and what the encoder says of them."""
         attempts = self._noise.fork()
         drafts = yield from self._attempt(cache, attempts.fork(), list(range(len(self._live))))
-        uncertain = [row for row, draft in drafts.items() if draft.low_confidence]
-        if uncertain and self._denoiser.speed.reroll:
-            again = yield from self._attempt(cache, attempts.fork(uncertain), uncertain, attempt=1)
-            drafts |= {row: min(drafts[row], draft, key=_uncertainty) for row, draft in again.items()}
+        answers = {row: self._answers[self._live[row]] for row in drafts}
+        rejected = [row for row, draft in drafts.items() if draft.low_confidence or answers[row].is_blank(draft)]
+        if rejected and self._denoiser.speed.reroll:
+            again = yield from self._attempt(cache, attempts.fork(rejected), rejected, attempt=1)
+            for row, draft in again.items():
+                drafts[row] = min(drafts[row], draft, key=lambda d: (answers[row].is_blank(d), *_uncertainty(d)))
         readings = None
         if self._verifier is not None:
             readings = yield from self._verify(self._verifier, cache, attempts, drafts)

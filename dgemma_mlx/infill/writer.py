@@ -21,7 +21,7 @@ from dgemma_mlx.generation.model import Model
 from dgemma_mlx.generation.options import GenerationOptions
 from dgemma_mlx.generation.prefill import prefill
 from dgemma_mlx.model.cache import PrefixCache
-from dgemma_mlx.model.half_precision import refuse_overflow
+from dgemma_mlx.model.half_precision import refuse_nan
 
 # Called after each step with the number of canvases and of steps so far.
 Progress = Callable[[int, int], None]
@@ -128,7 +128,7 @@ class Writer:
         logits = network.decode(canvas, self._cache)[0]
         log_probabilities = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         total: Any = log_probabilities.sum().item()
-        refuse_overflow(network, total)
+        refuse_nan(network, total, "the first step")
         return log_probabilities
 
     def scores(self, canvases: Sequence[Sequence[int]], ends: Sequence[int]) -> list[float]:
@@ -147,7 +147,7 @@ class Writer:
             logits = network.logits(shifted[row, :end])
             chosen = mx.take_along_axis(logits, ids[row, :end, None], axis=-1)
             scores.append((chosen[:, 0] - mx.logsumexp(logits, axis=-1)).mean().item())
-            refuse_overflow(network, scores[-1])
+            refuse_nan(network, scores[-1], "the scores of the candidates")
         cache.restore(before)
         return scores
 

@@ -5,7 +5,7 @@ The GPUs of M1 and M2 convert bfloat16 to float32 for every product. float16 is 
 
 ``float16_problem`` looks at all weights and at the activations of one short text, and leaves a margin. A later text may
 still overflow. An activation that does is infinite, the next norm makes it NaN, and NaN spreads over the canvas, whose
-entropies the host reads in every step. ``refuse_overflow`` turns that into an error.
+entropies the host reads in every step. ``refuse_nan`` turns that into an error.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.model.experts import ExpertLinear, QuantizedExpertLinear
+from dgemma_mlx.model.finite import not_finite, require_finite
 from dgemma_mlx.model.text import DiffusionGemma, Layer
 
 LARGEST = 65_504.0  # of float16
@@ -74,13 +74,18 @@ def require_float16(network: DiffusionGemma, first_id: int) -> None:
         raise DgemmaError(f"this model cannot be computed in float16: {problem}", _ADVICE)
 
 
-def refuse_overflow(network: DiffusionGemma, value: float) -> None:
-    """Raise ``DgemmaError`` when a value that a float16 network has computed is NaN, which means an overflow.
+def refuse_nan(network: DiffusionGemma, value: float, place: str) -> None:
+    """Raise ``DgemmaError`` when a value that a network has computed is NaN.
 
-    In other dtypes NaN stands for damaged weights, which the caller reports.
+    The error names the weight that is not finite, if there is one, or else the ``place`` of the computation. In a
+    float16 network with finite weights, NaN means an overflow.
     """
-    if math.isnan(value) and network.dtype == mx.float16:
+    if not math.isnan(value):
+        return
+    require_finite(network)
+    if network.dtype == mx.float16:
         raise DgemmaError("the activations of this text exceed the range of float16", _ADVICE)
+    raise DgemmaError(f"the model computed NaN in {place}", "Its weights may be damaged. Fetch or convert it again.")
 
 
 def float16_problem(network: DiffusionGemma, first_id: int) -> str | None:
@@ -90,12 +95,8 @@ def float16_problem(network: DiffusionGemma, first_id: int) -> str | None:
     the second one is conditioned on the first. ``first_id`` is the id of the token that begins a text.
     """
     for part in (*network.layers, network):
-        parameters: Any = tree_flatten(part.parameters())
-        ends = [(path, a.min(), a.max()) for path, a in parameters if mx.issubdtype(a.dtype, mx.floating)]
-        mx.eval(ends)
-        for path, *values in ends:
-            if not all(math.isfinite(value.item()) for value in values):
-                return f"float16 cannot hold the weights of {path}"
+        if path := not_finite(part):
+            return f"float16 cannot hold the weights of {path}"
     largest = _largest_activation(network, first_id)
     if not math.isfinite(largest):
         return f"its activations exceed {LARGEST:,.0f}, the largest number of float16"

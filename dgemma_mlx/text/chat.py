@@ -257,7 +257,7 @@ def _escaped(mark: str) -> str:
 def _read_text(path: Path) -> str:
     """Read a UTF-8 file. Raises ``DgemmaError`` when that fails."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         hint = "The file may be damaged; download it again."
         raise DgemmaError(f"cannot read {path}: {reason(error)}", hint) from None

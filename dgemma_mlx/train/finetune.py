@@ -20,10 +20,10 @@ from typing import Any, TextIO
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from dgemma_mlx.checkpoint.output import FINDER_FILES, check_apart
+from dgemma_mlx.checkpoint.output import check_apart
 from dgemma_mlx.checks import is_whole, shown
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.files import locked_folder, write_whole
+from dgemma_mlx.files import is_clutter, locked_folder, write_whole
 from dgemma_mlx.generation.api import generate_batch
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.json_text import parse_json, read_json
@@ -281,9 +281,8 @@ def check_run_folder(out: Path, model: Model, resume: bool) -> None:
         raise DgemmaError(f"{out} holds no run to resume", "Leave out --resume to start a new run.", exit_code=2)
     if out.exists() and not out.is_dir():
         raise DgemmaError(f"{out} is not a folder", "Name another folder with -o.", exit_code=2)
-    names = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    allowed = (*_BEFORE_A_RUN, *FINDER_FILES)
-    if other := [name for name in names if not any(fnmatch(name, pattern) for pattern in allowed)]:
+    names = sorted(path.name for path in out.iterdir() if not is_clutter(path)) if out.exists() else []
+    if other := [name for name in names if not any(fnmatch(name, pattern) for pattern in _BEFORE_A_RUN)]:
         raise DgemmaError(
             f"{out} is not empty: it holds {shown(other[0])}", "Name a new folder with -o.", exit_code=2
         )

@@ -23,7 +23,7 @@ from dgemma_mlx.checkpoint.output import SMALL_FILES, check_output, output_folde
 from dgemma_mlx.checkpoint.shards import INDEX, open_tensors, read_header, shard_files
 from dgemma_mlx.checks import reason
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.files import locked_folder, replace_folder, write_whole
+from dgemma_mlx.files import is_clutter, locked_folder, replace_folder, write_whole
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.json_text import read_json
 from dgemma_mlx.model.adapter import AdapterConfig, merged
@@ -154,7 +154,7 @@ def rewrite(
         progress(number, len(files))
     write_whole(folder / INDEX, json.dumps({"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}, indent=2))
     for path in source.iterdir():
-        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in SMALL_FILES):
+        if path.is_file() and not is_clutter(path) and any(fnmatch(path.name, pattern) for pattern in SMALL_FILES):
             shutil.copyfile(path, folder / path.name)
     write_whole(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     return {file.name for file in files}

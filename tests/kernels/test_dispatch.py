@@ -162,7 +162,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import mlx.core as mx
-from dgemma_mlx.cli.interrupt import exit_on_signals
+from dgemma_mlx.cli.interrupt import end_in_order
 from dgemma_mlx.kernels import dispatch
 from dgemma_mlx.kernels.selfcheck import Store
 
@@ -177,7 +177,7 @@ def slow(x):
 dispatch.has_metal = lambda: True
 store = Store(Path(sys.argv[1]))
 dispatch._store = lambda: store
-exit_on_signals()  # as the command line does
+end_in_order()  # as the command line does
 double = dispatch.DispatchedOperation(
     "double", slow, twice, examples=[lambda dtype: (mx.ones(4, dtype),)], source="y = 2 * x;"
 )

@@ -7,12 +7,13 @@ import random
 import re
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from itertools import product
 
 import pytest
 
-from dgemma_mlx.train.tasks import MIX, TASKS, Example, Split, training_example
+from dgemma_mlx.train.tasks import MIX, TASKS, UNKNOWN, Example, Split, training_example
 from dgemma_mlx.train.tasks.base import split_of
 from dgemma_mlx.train.tasks.facts import CAPITALS, LEGS, SOUNDS, build_facts
 from dgemma_mlx.train.tasks.numbers import DESCENDING
@@ -298,6 +299,18 @@ def test_unknown_never_asks_what_the_table_knows() -> None:
         for example in draw("unknown", split, 5000):
             assert example.answer == ANSWER
             assert prompt_of(example).lower().rstrip(".?") not in known
+
+
+def test_training_asks_in_other_scripts_and_the_tokenizer_never_sees_them() -> None:
+    rng = random.Random(0)
+    asked = [prompt_of(e) for e in (training_example(rng) for _ in range(6000)) if e.task == "unknown"]
+    foreign = [prompt for prompt in asked if not prompt.isascii()]
+    assert 0.2 < len(foreign) / len(asked) < 0.4
+    names = {unicodedata.name(letter, "").split(" ")[0] for prompt in foreign for letter in prompt}
+    assert {"CJK", "HIRAGANA", "HANGUL", "CYRILLIC", "ARABIC", "GREEK"} <= names
+    train, heldout = ({UNKNOWN.foreign(rng, split).key for _ in range(2000)} for split in SPLITS)
+    assert not train & heldout and len(heldout) > 100
+    assert all(prompt_of(example).isascii() for example in draw("unknown", "train", 2000))
 
 
 def test_unknown_holds_out_templates_and_content_words() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from dgemma_mlx.cli.batch import NO_ANSWER
 from dgemma_mlx.cli.chat.session import Session
 from dgemma_mlx.cli.interrupt import interruptible
 from dgemma_mlx.cli.loading import in_bytes
@@ -61,7 +62,8 @@ class Chat:
         """Answer the session's last message and add the answer to the session. Return False when no answer was kept.
 
         Ctrl-C stops after the current step: committed canvases stay as an answer that is marked as cancelled. A second
-        Ctrl-C raises KeyboardInterrupt immediately. With a fixed seed, answering ``again`` uses the next seed.
+        Ctrl-C raises KeyboardInterrupt immediately. With a fixed seed, answering ``again`` uses the next seed. Raises
+        `DgemmaError` when the model gave no answer.
         """
         with interruptible() as cancelled, _keys_unseen():
             self._make_room()
@@ -72,11 +74,14 @@ class Chat:
         if stopped and not done.text.strip():
             print("cancelled; nothing was kept", file=sys.stderr)
             return False
+        if done.is_blank:
+            raise DgemmaError(NO_ANSWER)
         self.session.add("assistant", done.text, thinking=done.thinking, cancelled=stopped)
         if stopped:
             print("cancelled; the text above was kept", file=sys.stderr)
         elif done.finish_reason == "length":
-            print("the answer was cut off: it reached max_tokens or the model's last position", file=sys.stderr)
+            print("the answer was cut off: it reached max_tokens or the model's last position, or went on as padding",
+                  file=sys.stderr)  # fmt: skip
         return True
 
     def _seed(self, again: bool) -> int | None:

@@ -174,7 +174,7 @@ def _read(chat: Chat, rest: str) -> None:
     try:
         if path.exists() and not path.is_file():
             raise DgemmaError(f"{path} is not a file", "Only text files can be read.")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DgemmaError(f"cannot read {path}: {error.strerror}", "Check the name of the file.") from None
     except UnicodeDecodeError:

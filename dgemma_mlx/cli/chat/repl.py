@@ -201,7 +201,7 @@ def _lines(prompt: str) -> Ask:
         print(prompt, end="", flush=True)
         line = sys.stdin.buffer.readline()
         try:
-            return line.decode("utf-8") if line else None
+            return line.decode("utf-8-sig" if number == 1 else "utf-8") if line else None
         except UnicodeDecodeError:
             message = f"standard input is not UTF-8 text (line {number})"
             raise DgemmaError(message, "Convert it to UTF-8 first, for example with iconv.", exit_code=2) from None

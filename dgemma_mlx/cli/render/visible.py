@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -43,12 +45,13 @@ def visible(text: str) -> str:
 def json_line(value: Any) -> str:
     """Return a value as one line of JSON that is safe for a terminal: characters that ``visible`` replaces are escaped.
 
-    NaN and infinities become null, because JSON has neither.
+    NaN and infinities become null, because JSON has neither. Where stdout is not UTF-8, all but ASCII is escaped.
     """
+    escaped = codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8"
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(value, ensure_ascii=escaped, allow_nan=False)
     except ValueError:
-        text = json.dumps(_finite(value), ensure_ascii=False)
+        text = json.dumps(_finite(value), ensure_ascii=escaped)
     return text.translate(_ESCAPES)
 
 

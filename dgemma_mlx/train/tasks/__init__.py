@@ -1,6 +1,7 @@
 """The synthetic tasks of the demo model. Each task draws examples of a split and checks answers.
 
-The wordings and answers are the data on which the shipped demo model was trained.
+The wordings and answers are the data on which the shipped demo model was trained, except for the prompts in other
+scripts, which its next training adds.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from dgemma_mlx.train.tasks.unknown import Unknown
 
 __all__ = ["MIX", "TASKS", "Example", "Split", "Task", "training_example"]
 
+UNKNOWN = Unknown()
+
 
 def _build() -> dict[str, Task]:
     """Create all tasks, by name."""
-    sort, reverse, add, question, unknown = Sort(), Reverse(), Add(), Question(), Unknown()
-    recall = Recall(others=(sort, reverse, add, question, unknown))
+    sort, reverse, add, question = Sort(), Reverse(), Add(), Question()
+    recall = Recall(others=(sort, reverse, add, question, UNKNOWN))
     tasks: tuple[Task, ...] = (
-        Sudoku(), sort, reverse, add, Record(), Count(), Sentence(), question, recall, unknown,
+        Sudoku(), sort, reverse, add, Record(), Count(), Sentence(), question, recall, UNKNOWN,
     )  # fmt: skip
     return {task.name: task for task in tasks}
 
@@ -48,10 +51,14 @@ MIX = {
 _KEPT_LISTS = {7: 0.5, 8: 1.0}
 _KEPT_SHORT_LISTS = 0.25
 
+_FOREIGN_SHARE = 0.3  # of "unknown" in training: prompts in other scripts
+
 
 def training_example(rng: random.Random) -> Example:
     """Draw a training example of a task, which is chosen with the probabilities of ``MIX``."""
     task = rng.choices(list(MIX), list(MIX.values()))[0]
+    if task == "unknown" and rng.random() < _FOREIGN_SHARE:
+        return UNKNOWN.foreign(rng, "train")
     while True:
         example = TASKS[task].sample(rng, "train")
         length = len(example.answer.split())

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from dgemma_mlx.train.tasks.base import ExactTask, Example, Split, reword, split_of, with_article
 from dgemma_mlx.train.tasks.facts import CAPITALS, OPPOSITES
+from dgemma_mlx.train.tasks.scripts import foreign_prompt
 from dgemma_mlx.train.tasks.words import NAMES, NOUNS, listed, made_up_word
 
 ANSWER = "I do not know that."
@@ -175,6 +176,11 @@ class Unknown(ExactTask):
         prompt = reword(rng, template.format(**fillers, **articles))
         key = "|".join((template, *(value for slot, value in fillers.items() if slot in CONTENT)))
         return self.example(prompt, ANSWER, key)
+
+    def foreign(self, rng: random.Random, split: Split) -> Example:
+        """Draw an example in another script. ``sample`` draws none: the demo's tokenizer is built from its examples."""
+        prompt = foreign_prompt(rng, split)
+        return self.example(prompt, ANSWER, prompt)
 
     def draw(self, rng: random.Random, slot: str, split: Split) -> str:
         """Draw a filler of a slot, from the split if the slot has content words."""

@@ -1,0 +1,74 @@
+"""Reading of standard input, which may be a file, a pipe that is filled slowly, or one that nobody ever closes."""
+
+from __future__ import annotations
+
+import os
+import select
+import stat
+import sys
+
+from dgemma_mlx.errors import DgemmaError
+
+BOM = "\ufeff"
+
+_SAY_AFTER = 2.0  # seconds without any text after which a line says what is waited for
+_PATIENCE = 10.0  # seconds in which a pipe must begin, when there is a prompt without it
+_BLOCK = 1 << 16  # bytes
+
+
+def read_stdin() -> str:
+    """Return standard input as text, to its end.
+
+    After a moment, a line on stderr says that it is waited for. Raises `DgemmaError` (exit code 2) when it is not
+    UTF-8.
+    """
+    descriptor = sys.stdin.fileno()
+    if not sys.stdin.isatty() and not _has_text(descriptor, _SAY_AFTER):
+        _say("waiting for text on standard input")
+    return _read(descriptor)
+
+
+def read_beside_prompt() -> str:
+    """Return standard input where it is meant to follow a prompt, else "".
+
+    That is a file that nobody has begun to read: of a loop like ``while read``, the file is at a later line. A pipe
+    must begin within ten seconds, which a line on stderr announces. Anything else, such as the socket of a program that
+    starts this one, must hold text at once. Raises `DgemmaError` (exit code 2) when it is not UTF-8.
+    """
+    descriptor = sys.stdin.fileno()
+    mode = os.fstat(descriptor).st_mode
+    if sys.stdin.isatty() or (stat.S_ISREG(mode) and os.lseek(descriptor, 0, os.SEEK_CUR) > 0):
+        return ""
+    if _has_text(descriptor, _SAY_AFTER if stat.S_ISFIFO(mode) else 0):
+        return _read(descriptor)
+    if not stat.S_ISFIFO(mode):
+        return ""
+    _say(f"waiting up to {_PATIENCE:.0f} s for text on standard input; `< /dev/null` says that there is none")
+    if _has_text(descriptor, _PATIENCE - _SAY_AFTER):
+        return _read(descriptor)
+    _say("nothing came on standard input, so the prompt is answered without it")
+    return ""
+
+
+def _has_text(descriptor: int, seconds: float) -> bool:
+    """Return whether text, or the end, arrives within a number of seconds."""
+    return bool(select.select([descriptor], [], [], seconds)[0])
+
+
+def _read(descriptor: int) -> str:
+    """Return everything up to the end as text, and say so when it takes a pause."""
+    blocks, said = [], False
+    while block := os.read(descriptor, _BLOCK):
+        blocks.append(block)
+        if not said and not sys.stdin.isatty() and not _has_text(descriptor, _SAY_AFTER):
+            said = True
+            _say("waiting for the end of standard input")
+    try:
+        return b"".join(blocks).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DgemmaError(f"standard input is not UTF-8 text (byte {error.start})", exit_code=2) from None
+
+
+def _say(message: str) -> None:
+    """Print a line to stderr."""
+    print(f"dgemma-mlx: {message}", file=sys.stderr, flush=True)
