@@ -20,7 +20,7 @@ def read_prompt(argument: str | None) -> str:
     """
     given = "" if argument is None or argument == "-" else argument
     if not is_text(given):
-        raise DgemmaError("the prompt is not UTF-8 text", exit_code=2)
+        raise DgemmaError("the prompt is not UTF-8 text", "Convert it to UTF-8.", exit_code=2)
     piped = ""
     if given.strip():
         piped = read_beside_prompt()

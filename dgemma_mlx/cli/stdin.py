@@ -66,7 +66,8 @@ def _read(descriptor: int) -> str:
     try:
         return b"".join(blocks).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DgemmaError(f"standard input is not UTF-8 text (byte {error.start})", exit_code=2) from None
+        message = f"standard input is not UTF-8 text (byte {error.start})"
+        raise DgemmaError(message, "Convert it to UTF-8.", exit_code=2) from None
 
 
 def _say(message: str) -> None:

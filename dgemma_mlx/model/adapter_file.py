@@ -26,7 +26,7 @@ import mlx.core as mx
 
 from dgemma_mlx.checkpoint.names import parameter_names, some_of, source_name
 from dgemma_mlx.checkpoint.shards import read_header
-from dgemma_mlx.checks import is_whole, shown
+from dgemma_mlx.checks import is_whole, reason, shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import write_whole
 from dgemma_mlx.json_text import read_json
@@ -82,7 +82,9 @@ def save_adapter(network: DiffusionGemma, config: AdapterConfig, folder: Path, b
         unfinished.replace(folder / WEIGHTS)
         write_whole(folder / CONFIG, json.dumps(record, indent=2) + "\n")
     except (OSError, RuntimeError) as error:
-        raise DgemmaError(f"cannot write the adapter to {folder}: {error}") from None
+        raise DgemmaError(
+            f"cannot write the adapter to {folder}: {reason(error)}", "Check its permissions and the disk."
+        ) from None
 
 
 def load_adapter(network: DiffusionGemma, folder: Path) -> AdapterConfig:

@@ -242,7 +242,9 @@ def _examples(line: str, place: str) -> list[Example]:
 def _tools(value: Any, place: str) -> tuple[Mapping[str, Any], ...]:
     """Return tool descriptions after checking that they are a list of objects."""
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise DgemmaError(f"{place}: tools must be a list of objects, not {shown(value)}", exit_code=2)
+        raise DgemmaError(
+            f"{place}: tools must be a list of objects, not {shown(value)}", "Write them as mlx_lm reads them.", 2
+        )
     return tuple(value)
 
 

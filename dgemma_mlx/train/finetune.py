@@ -104,12 +104,13 @@ class FinetuneConfig:
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value >= least:
-                raise DgemmaError(f"{name} must be at least {least}, not {value}", exit_code=2)
+                raise DgemmaError(f"{name} must be at least {least}, not {value}", "Choose a larger number.", 2)
             if value is not None and not value <= (MAX_SEED if is_whole(value) else _LARGEST):
                 raise DgemmaError(f"{name} is too large: {shown(value)}", f"The largest number is {MAX_SEED}.", 2)
         for name, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in choices:
-                raise DgemmaError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}", "", 2)
+                message = f"{name} cannot be {shown(getattr(self, name))}"
+                raise DgemmaError(message, f"It is one of {', '.join(choices)}.", 2)
         if self.checkpoint_layers and self.adapter.dropout:
             raise DgemmaError(
                 "gradient checkpointing cannot be combined with dropout",
@@ -248,7 +249,7 @@ def finetune(
         config.steps, config.seed, config.clip_norm, config.log_every, config.save_every, config.valid_every,
         objective=config.objective,
     )  # fmt: skip
-    with _opened(out, run, resume), _open_log(out / LOG) as file:
+    with _opened(out, run, resume) as file:
 
         def log_twice(record: Record) -> None:
             print(json.dumps(record), file=file, flush=True)
@@ -289,8 +290,8 @@ def check_run_folder(out: Path, model: Model, resume: bool) -> None:
 
 
 @contextmanager
-def _opened(out: Path, run: FinetuneRun, resume: bool) -> Iterator[None]:
-    """Create the folder and record the run in it, or check that it holds the same run, and lock it within the block.
+def _opened(out: Path, run: FinetuneRun, resume: bool) -> Iterator[TextIO]:
+    """Create the folder and record the run in it, or check that it holds the same run; lock it, and yield its log.
 
     Records that were logged after the last checkpoint are dropped, because the resumed run logs these steps again.
     """
@@ -300,11 +301,12 @@ def _opened(out: Path, run: FinetuneRun, resume: bool) -> Iterator[None]:
             stack.enter_context(locked_folder(out))
             check_run_folder(out, run.model, resume)  # again: another process may have trained until now
             _record_run(out, run)
+            log = stack.enter_context((out / LOG).open("a", encoding="utf-8"))
         except OSError as error:
             raise DgemmaError(
                 f"cannot write to {out}: {error.strerror}", "Name another folder with -o.", exit_code=2
             ) from None
-        yield
+        yield log
 
 
 def _record_run(out: Path, run: FinetuneRun) -> None:
@@ -325,14 +327,6 @@ def _record_run(out: Path, run: FinetuneRun) -> None:
     _drop_log_after(out / LOG, last_step(out))
 
 
-def _open_log(path: Path) -> TextIO:
-    """Open a log file to add records to it. Raises ``DgemmaError`` if that fails."""
-    try:
-        return path.open("a", encoding="utf-8")
-    except OSError as error:
-        raise DgemmaError(f"cannot write {path}: {error.strerror}") from None
-
-
 def read_log(path: Path) -> list[Record]:
     """Return the records of a log file. A missing file has none; a last line that a crash has cut off is left out.
 
@@ -344,7 +338,7 @@ def read_log(path: Path) -> list[Record]:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise DgemmaError(f"cannot read {path}: {error.strerror}") from None
+        raise DgemmaError(f"cannot read {path}: {error.strerror}", "Check its permissions.") from None
     records: list[Record] = []
     for number, line in enumerate(lines[:-1], 1):  # a complete line ends with a line feed
         try:

@@ -75,7 +75,7 @@ class Chat:
             print("cancelled; nothing was kept", file=sys.stderr)
             return False
         if done.is_blank:
-            raise DgemmaError(NO_ANSWER)
+            raise DgemmaError(NO_ANSWER, "Ask again, or word the message differently.")
         self.session.add("assistant", done.text, thinking=done.thinking, cancelled=stopped)
         if stopped:
             print("cancelled; the text above was kept", file=sys.stderr)
