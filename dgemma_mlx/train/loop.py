@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from dgemma_mlx.checkpoint.names import some_of
 from dgemma_mlx.checkpoint.shards import read_header
-from dgemma_mlx.checks import is_whole, shown
+from dgemma_mlx.checks import is_whole, reason, shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import read_json
 from dgemma_mlx.model.text import DiffusionGemma
@@ -264,7 +264,7 @@ def save(folder: Path, model: DiffusionGemma, optimizer: optim.Optimizer, step: 
         fresh.rename(final)
     except (OSError, RuntimeError) as error:
         raise DgemmaError(
-            f"cannot save to {folder}: {error}", "The previous checkpoint, if there was one, is kept."
+            f"cannot save to {folder}: {reason(error)}", "The previous checkpoint, if there was one, is kept."
         ) from None
     shutil.rmtree(old, ignore_errors=True)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.optimizers as optim
 from hypothesis import strategies as st
 
 import dgemma_mlx
@@ -27,7 +28,10 @@ from dgemma_mlx.cli.chat.session import Session
 from dgemma_mlx.cli.info import describe
 from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.kernels.selfcheck import Store
+from dgemma_mlx.model.adapter import AdapterConfig, attach
+from dgemma_mlx.model.adapter_file import save_adapter
 from dgemma_mlx.train.dataset import read_examples
+from dgemma_mlx.train.loop import restore, save
 from tests.convert.checkpoints import SMALLEST, TOKENIZER_VOCABULARY, make_source
 from tests.fuzz.mutations import Changes, byte_changes, header_changes, json_changes, line_changes, toml_changes
 from tests.model.checkpoint import flat_config, random_tensors
@@ -49,6 +53,7 @@ _DATA = b"\n".join(
 _TOML = b'model = "demo"\nmax_tokens = 64\ntemp = 0.5\nthinking = false\nspeed = "fast"\nmemory_limit = "20GB"'
 _OUTPUT = "converted"  # folder of the conversion, next to the checkpoint
 _ONE_STEP = {"max_denoising_steps": 1}
+_ADAPTER = AdapterConfig(rank=2, targets=("attention",), dora=True)
 
 
 @dataclass(frozen=True)
@@ -85,10 +90,21 @@ def make_folder(folder: Path) -> None:
     planned.partial.mkdir()
     open_partial_folder(planned, resume=False, force=False)
     (planned.partial / MANIFEST).write_text(json.dumps({"plan": planned.fingerprint(), "shards": {"x": "0" * 64}}))
+    model, optimizer = _training(folder)
+    optimizer.init(model.network.trainable_parameters())
+    save(folder / "run", model.network, optimizer, 3)
+    save_adapter(model.network, _ADAPTER, folder / "adapter", "demo")
     model = dgemma_mlx.load(folder)
     cache = PromptCache()
     generate(model, "Hi", max_tokens=2, seed=0, prompt_cache=cache, generation=model.generation.override(**_ONE_STEP))
     cache.save(folder / "prompt.cache", model)
+
+
+def _training(folder: Path) -> tuple[Model, optim.Optimizer]:
+    """Return the model with an adapter that is trained, and its optimizer."""
+    model = dgemma_mlx.load(folder)
+    attach(model.network, _ADAPTER)
+    return model, optim.AdamW(1e-4)
 
 
 def one_step(model: Model) -> None:
@@ -122,6 +138,15 @@ def _read_cache(folder: Path) -> None:
     cache = PromptCache.load(folder / "prompt.cache", model)
     settings = model.generation.override(**_ONE_STEP)
     generate(model, "Hi", max_tokens=2, seed=0, prompt_cache=cache, generation=settings)
+
+
+def _read_adapter(folder: Path) -> None:
+    one_step(dgemma_mlx.load(folder, adapter=folder / "adapter"))
+
+
+def _restore(folder: Path) -> None:
+    model, optimizer = _training(folder)
+    restore(folder / "run", model.network, optimizer, steps=5)
 
 
 def _read_session(folder: Path) -> None:
@@ -162,5 +187,10 @@ READERS = {
     "batch": Reader("batch.jsonl", line_changes, lambda folder: read_batch(folder / "batch.jsonl")),
     "calibration": Reader("calibration.txt", byte_changes, lambda folder: read_calibration(folder / "calibration.txt")),
     "kernels": Reader("kernels.json", json_changes, _read_verdicts),
+    "adapter settings": Reader("adapter/adapter_config.json", json_changes, _read_adapter),
+    "adapter weights": Reader("adapter/adapter_model.safetensors", header_changes, _read_adapter),
+    "training state": Reader("run/checkpoint/state.json", json_changes, _restore),
+    "trained weights": Reader("run/checkpoint/model.safetensors", header_changes, _restore),
+    "optimizer state": Reader("run/checkpoint/optimizer.safetensors", header_changes, _restore),
     "training data": Reader("data.jsonl", line_changes, lambda folder: read_examples(folder / "data.jsonl")),
 }
