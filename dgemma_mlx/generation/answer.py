@@ -86,10 +86,12 @@ class Answer:
         """Return whether a canvas adds no text token where the answer needs one.
 
         An answer that has begun may end with nothing but an end-of-text id, and a constraint may allow an empty text.
+        Without end-of-text ids nothing ends a text, so padding does not, either.
         """
         ids = text_ids(draft.tokens, self.config.eos_token_ids)
         may_end = bool(self.tokens) and ids[-1] in self.config.eos_token_ids
-        return self.constraint is None and not may_end and self.marks.issuperset(ids)
+        can_be_blank = self.constraint is None and bool(self.config.eos_token_ids)
+        return can_be_blank and not may_end and self.marks.issuperset(ids)
 
     def count_step(self) -> None:
         """Count one denoising step."""

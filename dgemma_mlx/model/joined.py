@@ -52,7 +52,7 @@ class SharedInput(nn.Module):
 
     def _layers(self) -> list[Any]:
         """Return the layers, plain, packed or adapted."""
-        return [self[name] for name in self.shared_input if name in self]
+        return [getattr(self, name) for name in self.shared_input if hasattr(self, name)]
 
 
 class _Joined:

@@ -169,7 +169,7 @@ def test_sudoku_is_evaluated(tmp_path: Path) -> None:
         (("train", "--data", "DATA", "-o", "OUT", "--full", "--dora"), "--dora has no effect with --full"),
         (("train", "--data", "DATA", "-o", "OUT", "--adapter", "a", "--targets", "mlp"), "no effect with --adapter"),
         (("train", "--data", "DATA", "-o", "OUT", "--adapter", "a", "--full"), "--full cannot be combined"),
-        (("train", "--data", "DATA", "-o", "OUT", "--seed", "4294967296"), "4294967296 is not in the range"),
+        (("train", "--data", "DATA", "-o", "OUT", "--seed", "4294967296"), "from 0 to 4294967295"),
         (("eval", "--task", "DATA/train.jsonl", "--clues", "5"), "--clues is for --task sudoku"),
         (("eval", "--task", "DATA/train.jsonl", "--size", "4"), "--size is for --task sudoku"),
         (("eval", "--task", "sudoku", "--size", "5"), "Sudoku of 5x5 cells is not supported"),

@@ -399,7 +399,7 @@ def with_header(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     [
         (lambda one, other: one.update(data_offsets=other["data_offsets"]), "place or size"),
         (lambda one, other: one.update(shape=[4, 127]), "place or size"),
-        (lambda one, other: one.update(shape=[2**62, 8]), "place or size"),
+        (lambda one, other: one.update(shape=[2**62, 8]), "not a safetensors file"),
         (lambda one, other: one.update(shape=[-4, -128]), "not a safetensors file"),
         (lambda one, other: one.update(shape="4"), "not a safetensors file"),
         (lambda one, other: one.update(data_offsets=[0.0, 64.0]), "not a safetensors file"),
