@@ -65,7 +65,7 @@ def print_tool_calls(answer: Done) -> None:
 
 def print_warnings(answer: Done) -> None:
     """Warn on stderr about an answer that is cut off, is uncertain, or has tokens that the encoder doubts."""
-    if answer.finish_reason == "length":
+    if answer.finish_reason == "length" and not answer.is_blank:
         count = answer.statistics.generated_tokens
         print(f"dgemma-mlx: the answer was cut off after {count} tokens, at the limit of -n or of the model",
               file=sys.stderr)  # fmt: skip
