@@ -32,10 +32,10 @@ def shown(value: Any) -> str:
     """
     if isinstance(value, int) and value.bit_length() > 256:
         return f"a number of about {round(value.bit_length() * math.log10(2))} digits"
-    if isinstance(value, (str, bytes)) and len(value) > 2 * _SHOWN:
+    if isinstance(value, str) and len(value) > 2 * _SHOWN:
         value = value[:_SHOWN] + value[-_SHOWN:]
     try:
-        text = repr(value[:_SHOWN] if isinstance(value, (list, tuple)) else value)
+        text = repr(value[:_SHOWN] if isinstance(value, (bytes, list, tuple)) else value)
     except (ValueError, RecursionError):  # a long integer, or too deep
         text = f"a {type(value).__name__}"
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}…{text[1 - _SHOWN // 2 :]}"

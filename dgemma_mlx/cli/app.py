@@ -157,6 +157,10 @@ def _usage(error: Any) -> tuple[str, str]:
     names = [name for name in sys.argv[1:] if not name.startswith("-")][:1]
     command = error.ctx.command_path if error.ctx else " ".join([PROGRAM, *names])
     message, hint = error.format_message().rstrip("."), f"`{command} --help` lists the options."
+    if command == PROGRAM:
+        hint = f"`{PROGRAM} generate \"...\"` asks a model: the command comes first; {hint}"
+    elif "extra argument" in message and any(p.param_type_name == "argument" for p in error.ctx.command.params):
+        hint = f"Put a text of several words in quotes; {hint}"
     invalid = _INVALID.fullmatch(message)
     if invalid is None or error.param is None:
         return message[:1].lower() + message[1:], hint

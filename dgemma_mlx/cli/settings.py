@@ -139,7 +139,8 @@ def _read_file(path: Path, must_exist: bool) -> dict[str, Any]:
     except FileNotFoundError:
         if not must_exist:
             return {}
-        raise DgemmaError(f"there is no file {path}", f"{CONFIG_VARIABLE} names this file.", exit_code=2) from None
+        hint = f"{CONFIG_VARIABLE} names this file. Create it, or unset the variable."
+        raise DgemmaError(f"there is no file {path}", hint, exit_code=2) from None
     except OSError as error:
         raise DgemmaError(f"cannot read {path}: {error.strerror}", "This file holds the settings.", 2) from None
     except (ValueError, RecursionError) as error:  # not UTF-8, or not TOML

@@ -35,7 +35,8 @@ def read_text(path: Path | None) -> str:
             return read_stdin()
         return path.read_bytes().decode("utf-8")
     except OSError as error:
-        raise DgemmaError(f"cannot read {name}: {error.strerror}", "Check its name and its permissions.", 2) from None
+        hint = "Name a file that can be read; a text itself is piped in."
+        raise DgemmaError(f"cannot read {name}: {error.strerror}", hint, exit_code=2) from None
     except UnicodeDecodeError as error:
         raise DgemmaError(f"{name} is not UTF-8 text (byte {error.start})", "Convert it to UTF-8.", 2) from None
 

@@ -158,6 +158,19 @@ def test_wrong_usage_is_explained_by_the_programs_own_name(arguments: list[str])
     assert hint.startswith("hint: `dgemma-mlx ") and hint.endswith("--help` lists the options.")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "-m", "demo", "Sort", "7"], "Put a text of several words in quotes"),
+        (["-m", "demo", "Sort 7 3 5"], "the command comes first"),
+        (["Sort 7 3 5"], "the command comes first"),
+    ],
+)
+def test_a_prompt_in_the_wrong_place_has_a_hint(arguments: list[str], words: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2 and words in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("arguments", [["generate", "-q", "Sort 7 3 5"], ["chat"], ["info"]])
 def test_a_closed_stream_is_an_empty_one(tmp_path: Path, arguments: list[str]) -> None:
     command = shlex.join([*PROGRAM, *arguments])
