@@ -1,0 +1,40 @@
+"""Committing one canvas to an answer: where it is cut, and when the answer ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import dgemma_mlx
+from dgemma_mlx import Draft, Model
+from dgemma_mlx.generation.answer import Answer
+from dgemma_mlx.text.parts import PartsParser
+
+
+@pytest.fixture(scope="module")
+def demo() -> Model:
+    return dgemma_mlx.load("demo")
+
+
+def answer_of(model: Model, **changes: Any) -> Answer:
+    marks = frozenset(model.tokenizer.special_ids.values())
+    given: dict[str, Any] = {"prompt_ids": [5, 6, 7], "max_tokens": 100, "max_positions": 1000, **changes}
+    return Answer(seed=1, config=model.generation, parser=PartsParser(model.tokenizer), marks=marks, **given)
+
+
+def draft_of(ids: list[int]) -> Draft:
+    return Draft(0, 1, 8, tuple(ids), (True,) * len(ids), (0.0,) * len(ids), finished=True, settled_by="stable")
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+@pytest.mark.parametrize("which", [0, -1])
+def test_an_end_of_text_id_ends_the_answer_at_every_place_of_the_canvas(demo: Model, place: int, which: int) -> None:
+    eos = demo.generation.eos_token_ids[which]
+    canvas = demo.tokenizer.encode("abcd")[:4]
+    assert len(canvas) == 4
+    canvas[place] = eos
+    answer = answer_of(demo)
+    event = answer.commit(draft_of(canvas), (), is_cancelled=False)
+    assert answer.finish_reason == "stop"
+    assert answer.tokens == list(event.tokens) == canvas[: place + 1]
