@@ -38,3 +38,11 @@ def test_an_end_of_text_id_ends_the_answer_at_every_place_of_the_canvas(demo: Mo
     event = answer.commit(draft_of(canvas), (), is_cancelled=False)
     assert answer.finish_reason == "stop"
     assert answer.tokens == list(event.tokens) == canvas[: place + 1]
+
+
+def test_doubts_count_up_to_where_the_canvas_is_cut(demo: Model) -> None:
+    canvas = demo.tokenizer.encode("abcd")[:4]
+    canvas[1] = demo.generation.eos_token_ids[0]
+    answer = answer_of(demo)
+    assert answer.commit(draft_of(canvas), (0, 1, 2, 3), is_cancelled=False).doubted == (0, 1)
+    assert answer.doubted == 2
