@@ -170,3 +170,22 @@ def test_a_text_that_never_ends_by_itself_ends_within_its_room(room: int) -> Non
         left -= 3
     end = next(position for position, id in enumerate(text) if id in (EOS, TURN))
     assert text[:end] == [3] * (room - 3) + [4, 4] and end + 1 == room
+
+
+def test_a_long_canvas_has_more_paths_than_a_float_can_count() -> None:
+    """Twelve tokens that are alike at 300 positions make 12^300 paths, above 1e308."""
+    tokenizer = tokenizer_of(*"abcdefghijkl")
+    logits = np.zeros((300, tokenizer.vocab_size))
+    logits[:, [PAD, EOS, TURN]] = -50.0
+    found = projected(token_automaton_of("[a-l]*", tokenizer), 0, 1000, logits)
+    np.testing.assert_allclose(found.entropy, np.log(12), rtol=1e-6)
+
+
+def test_a_path_that_is_hardly_ever_taken_stays_possible() -> None:
+    """Twelve times "b", where "a" is all but certain, leads to the only state in which "b" may follow."""
+    tokenizer = tokenizer_of("a", "b")
+    logits = np.zeros((20, tokenizer.vocab_size))
+    logits[:, 3], logits[14, 4] = 100.0, 200.0
+    found = projected(token_automaton_of("b{0,20}a*", tokenizer), 0, 100, logits)
+    assert found.argmax.tolist() == [3] * 20
+    np.testing.assert_allclose(found.entropy[14], 100, rtol=1e-6)

@@ -185,6 +185,19 @@ def test_shards(source: Path, recipe: str, shard_bytes: int) -> None:
         assert nbytes(first) + second[0].nbytes > shard_bytes  # no shard ends too early
 
 
+def test_a_shard_may_be_exactly_full(source: Path) -> None:
+    total = prepare(str(source), None, "q4").bytes_out
+    assert [len(prepare(str(source), None, "q4", shard_bytes=total - less).shards) for less in (0, 1)] == [1, 2]
+
+
+def test_shards_that_are_written_already_need_no_room_again(tmp_path: Path, source: Path) -> None:
+    plan = prepare(str(source), tmp_path / "out", "q4", shard_bytes=20_000)
+    needed = plan.bytes_needed
+    plan.partial.mkdir()
+    (plan.partial / next(iter(plan.shards))).write_bytes(bytes(1000))
+    assert plan.bytes_needed == needed - 1000
+
+
 # The fingerprint
 
 

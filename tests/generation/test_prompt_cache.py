@@ -78,6 +78,19 @@ def test_what_is_reused_is_what_would_be_encoded_afresh(model: Model, shared: in
     np.testing.assert_allclose(logits, decoded(model, PromptCache(), one)[1], atol=1e-4)
 
 
+def test_a_mark_in_a_text_that_is_left_is_forgotten(model: Model) -> None:
+    """The mark lies in the first of three texts, where the others, which begin alike, have other ids."""
+    first, second, end = (np.random.default_rng(i).integers(200, 768, 100).tolist() for i in range(3))
+    prompt_cache = PromptCache()
+    cache = prompt_cache.reuse(model.network, first)
+    model.network.encode(mx.array([first[:80]]), cache)
+    prompt_cache.append(first[:80], mark="canvas")
+    decoded(model, prompt_cache, second)
+    known, logits = decoded(model, prompt_cache, second[:90] + end)
+    assert known == 0
+    np.testing.assert_allclose(logits, decoded(model, PromptCache(), second[:90] + end)[1], atol=1e-4)
+
+
 def test_a_prefix_of_what_was_encoded_goes_back_to_a_mark(model: Model) -> None:
     ids = np.random.default_rng(0).integers(200, 768, 100).tolist()
     prompt_cache = PromptCache()

@@ -76,6 +76,19 @@ def test_an_uncertain_canvas_is_begun_again_once_and_never_committed_silently(de
     assert done.statistics.denoising_steps == len(attempts)
 
 
+def test_of_two_uncertain_attempts_the_more_certain_one_is_committed(demo: Model) -> None:
+    config = replace(demo.generation.override(t_min=3.0, t_max=3.0, max_denoising_steps=1), eos_token_ids=())
+    chosen = set()
+    for seed in (0, 4):
+        events = list(stream(demo, "Make a sentence.", seed=seed, generation=config, max_tokens=32))
+        first, second = (event for event in events if isinstance(event, Draft))
+        best = min(first, second, key=lambda draft: draft.mean_entropy)
+        (canvas,) = committed(events)
+        assert first.tokens != second.tokens and canvas.tokens == best.tokens
+        chosen.add(best.attempt)
+    assert chosen == {0, 1}
+
+
 def test_only_what_is_uncertain_is_begun_again(demo: Model) -> None:
     seen = set()
     for temperature in (1.0, 1.3, 1.6, 2.0):

@@ -16,12 +16,12 @@ B, HK, D, WINDOW = 2, 2, 4, 9
 Pair = tuple[NDArray[Any], NDArray[Any]]
 
 
-def new_cache(window: int = WINDOW) -> PrefixCache:
+def new_cache(window: int = WINDOW, left_padding: mx.array | None = None) -> PrefixCache:
     """Return a cache with one sliding-window layer and one full-attention layer."""
     return PrefixCache(TextConfig.from_dict({
         "num_experts": 1, "top_k_experts": 1, "moe_intermediate_size": 1, "num_hidden_layers": 2,
         "layer_types": [SLIDING, FULL], "sliding_window": window,
-    }))
+    }), left_padding)
 
 
 class History:
@@ -131,3 +131,21 @@ def test_a_repeated_cache_is_independent() -> None:
     assert one.offset == history.cache.offset
     for array, expected in zip(history.cache.state(), before, strict=True):
         np.testing.assert_array_equal(array, expected)
+
+
+def test_a_copy_that_goes_on_leaves_the_cache_whole() -> None:
+    history = History(0)
+    history.encode(5)
+    other = history.cache.rows([1])
+    for layer in range(2):
+        other.update(layer, mx.ones((1, HK, 3, D)), mx.ones((1, HK, 3, D)))
+    other.advance(3)
+    assert other.is_whole and history.cache.is_whole
+
+
+@pytest.mark.parametrize("kind", [FULL, SLIDING])
+def test_every_position_sees_a_key_even_one_of_padding(kind: str) -> None:
+    cache = new_cache(left_padding=mx.array([3, 0], mx.int32))
+    for length in (2, 5, 12):
+        assert np.array(cache.encode_masks(length)[kind]).any(axis=-1).all()
+        cache.advance(length)

@@ -168,6 +168,20 @@ def test_named_tokens_come_from_the_config(folders: dict[str, Path], tmp_path: P
     assert {"<table>", "<b>", "</b>"} <= set(tokenizer.special_ids)
 
 
+def test_what_cannot_be_a_control_token_is_not_made_one(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Text that the vocabulary lacks, and white space."""
+    for kind in ("json", "sentencepiece"):
+        folder = tmp_path / kind
+        shutil.copytree(folders[kind], folder)
+        plain = load_tokenizer(folder)
+        config = {"eos_token": "<missing>", "extra_special_tokens": ["\n\n", "<lacking>"]}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        tokenizer = load_tokenizer(folder)
+        assert tokenizer.eos_id is None
+        assert tokenizer.special_ids == plain.special_ids
+        assert tokenizer.decode(tokenizer.encode_control("a\n\nb")) == "a\n\nb"
+
+
 def test_ids_outside_the_vocabulary_decode_to_nothing(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode([tokenizer.vocab_size, 10**6]) == ""
     assert tokenizer.token(tokenizer.vocab_size) == ""
@@ -248,6 +262,13 @@ def test_a_text_that_needs_ids_the_model_lacks_is_an_error(tmp_path: Path) -> No
     for encode in (tokenizer.encode, tokenizer.encode_control):
         with pytest.raises(DgemmaError, match="1,000,000, but the model has only 768 ids"):
             encode("A")
+
+
+def test_the_first_id_that_the_model_lacks_is_its_number_of_ids(tmp_path: Path) -> None:
+    _write_demo(tmp_path, lambda file: file["model"]["vocab"].update({"A": 900}))
+    assert load_tokenizer(tmp_path, 901).encode("A") == [900]
+    with pytest.raises(DgemmaError, match="the id 900, but the model has only 900 ids"):
+        load_tokenizer(tmp_path, 900).encode("A")
 
 
 @pytest.mark.parametrize(
