@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from dgemma_mlx.checkpoint.shards import INDEX
-from dgemma_mlx.checks import shown
+from dgemma_mlx.checks import is_text, shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import is_clutter, recover_folder, write_whole
 from dgemma_mlx.json_text import read_json
@@ -33,14 +33,22 @@ _ELSEWHERE = "Name another folder with -o."
 def output_folder(path: str | Path) -> Path:
     """Return the folder that a path leads to, so that a link to a folder is kept when the folder is replaced.
 
-    Raises ``DgemmaError`` (exit code 2) for an empty path and for the root of a disk.
+    Raises ``DgemmaError`` (exit code 2) for an empty path, for the root of a disk, and for a name that is not UTF-8,
+    which MLX cannot write.
     """
+    check_name(path)
     folder = Path(path).expanduser()
     if folder.name in ("", "..") or folder.is_symlink():
         folder = Path(os.path.realpath(folder))
     if not str(path) or not folder.name:
         raise DgemmaError(f"the output cannot be {shown(str(path))}", "Name a new folder with -o.", exit_code=2)
     return folder
+
+
+def check_name(path: str | Path) -> None:
+    """Raise ``DgemmaError`` (exit code 2) for a path that is not UTF-8, because MLX cannot write weights there."""
+    if not is_text(str(path)):
+        raise DgemmaError(f"the name of the output {path} is not UTF-8 text", _ELSEWHERE, exit_code=2)
 
 
 def check_output(output: Path, force: bool, sources: Iterable[Path]) -> None:

@@ -133,6 +133,8 @@ def run() -> int:
     except OSError as error:  # a disk that is full or gone, for example
         place = "" if error.filename is None else f"{error.filename}: "
         return _fail(DgemmaError(f"{place}{reason(error)}", "Check the path, its permissions, and the disk."))
+    except MemoryError:  # an endless device as a file, for example
+        return _fail(DgemmaError("the memory does not suffice", "Check the size of the files that are read."))
     except SystemExit as ended:  # from a signal's handler, or from Typer after a completion script
         code = ended.code if isinstance(ended.code, int) else 0
         if code - 128 in SIGNALS:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import GenerationConfig
-from dgemma_mlx.checks import reason, shown
+from dgemma_mlx.checks import shown
 from dgemma_mlx.diffusion.edits import Edits
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED
 from dgemma_mlx.errors import DgemmaError
@@ -17,6 +16,7 @@ from dgemma_mlx.generation.options import GenerationOptions
 from dgemma_mlx.generation.wired import wired_memory
 from dgemma_mlx.infill.fill import Filled, check_candidates, doubt_about, end_id, lay_out, noised_start, write_gaps
 from dgemma_mlx.infill.layout import bias_against, not_text
+from dgemma_mlx.infill.match import matches
 from dgemma_mlx.infill.search import Candidate, around
 from dgemma_mlx.infill.template import Gap, Part, lines_of
 from dgemma_mlx.infill.writer import Progress, Writer
@@ -86,14 +86,7 @@ def selected(text: str, lines: Lines | None, match: str | None) -> list[Part]:
     if match is None:
         spans = [(begin, end)]
     else:
-        try:
-            pattern = re.compile(match)
-        except (re.error, OverflowError, RecursionError, ValueError, MemoryError) as error:
-            raise DgemmaError(
-                f"not a regular expression: {shown(match)}: {reason(error)}",
-                "The syntax is that of Python's re module.", exit_code=2,
-            ) from None
-        spans = [found.span() for found in pattern.finditer(text, begin, end) if found[0]]
+        spans = matches(match, text, begin, end)
     parts: list[Part] = []
     done = 0
     for start, stop in spans:

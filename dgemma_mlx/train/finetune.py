@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from dgemma_mlx.checkpoint.output import check_apart
+from dgemma_mlx.checkpoint.output import check_apart, check_name
 from dgemma_mlx.checks import is_whole, shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import is_clutter, locked_folder, write_whole
@@ -271,6 +271,7 @@ def check_run_folder(out: Path, model: Model, resume: bool) -> None:
 
     The folder must hold a run if ``resume`` is set, and be missing or empty otherwise. See also ``check_apart``.
     """
+    check_name(out)
     check_apart(out, [model.folder] if model.adapter is None else [model.folder, model.adapter])
     if (out / RUN).exists():
         if not resume:

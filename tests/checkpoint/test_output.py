@@ -124,3 +124,8 @@ def test_a_folder_is_written_by_one_at_a_time(tmp_path: Path) -> None:
     with locked_folder(folder), pytest.raises(DgemmaError, match="another process is writing"):
         second()
     second()
+
+
+def test_a_name_that_is_not_utf_8_is_refused() -> None:
+    """MLX cannot write weights to it."""
+    assert "not UTF-8" in refusal(lambda: output_folder("a\udcffb"))

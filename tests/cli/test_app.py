@@ -127,6 +127,13 @@ def test_an_unexpected_error_is_one_line_and_a_hint(broken_library: dict[str, st
     assert hint == "hint: This is a bug; `dgemma-mlx --debug ...` shows where."
 
 
+def test_too_little_memory_is_no_bug(broken_library: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "jinja2.py").write_text("raise MemoryError")
+    done = run("generate", "-m", "demo", "Hi", **broken_library)
+    assert done.stderr.splitlines()[0] == "dgemma-mlx: the memory does not suffice"
+    assert "bug" not in done.stderr
+
+
 def test_debug_shows_where_an_unexpected_error_was(broken_library: dict[str, str]) -> None:
     done = run("--debug", "generate", "-m", "demo", "Hi", **broken_library)
     assert (done.returncode, done.stdout) == (1, "")
