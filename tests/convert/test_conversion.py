@@ -211,6 +211,16 @@ def test_vision_tensors_are_copied(tmp_path: Path, vision_config: Any) -> None:
     assert len(load(report.output)[1].vision) == len(vision_tensors())
 
 
+@pytest.mark.parametrize("dtype", [mx.uint8, mx.uint32], ids=str)
+def test_integers_of_the_vision_tower_stay_integers(tmp_path: Path, dtype: mx.Dtype) -> None:
+    vision = vision_tensors()
+    name = min(vision)
+    vision[name] = (mx.arange(vision[name].size) % 255).astype(dtype).reshape(vision[name].shape)
+    source = make_source(tmp_path / "source", flat_config(), {**some_tensors(), **vision})
+    (found,) = (array for path, array in stored(convert(str(source)).output).items() if path.endswith(name))
+    assert found.dtype == dtype and mx.array_equal(found, vision[name])
+
+
 @pytest.mark.parametrize("recipe", ["q4", "bf16"])
 def test_packed_vision_modules_are_copied(tmp_path: Path, recipe: str) -> None:
     path, packing = f"{TOWER}.self_attn.q_proj.linear", Format(5, 32)

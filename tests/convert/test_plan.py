@@ -185,6 +185,12 @@ def test_shards(source: Path, recipe: str, shard_bytes: int) -> None:
         assert nbytes(first) + second[0].nbytes > shard_bytes  # no shard ends too early
 
 
+def test_vectors_have_no_entries_in_the_config(source: Path) -> None:
+    plan = prepare(str(source), None, "q4-small")
+    vectors = {target.weight.name for target in plan.targets if len(target.weight.shape) == 1}
+    assert vectors and vectors.isdisjoint(plan.quantization() or vectors)
+
+
 def test_a_shard_may_be_exactly_full(source: Path) -> None:
     total = prepare(str(source), None, "q4").bytes_out
     assert [len(prepare(str(source), None, "q4", shard_bytes=total - less).shards) for less in (0, 1)] == [1, 2]
