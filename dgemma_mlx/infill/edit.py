@@ -83,10 +83,7 @@ def selected(text: str, lines: Lines | None, match: str | None) -> list[Part]:
     Raises ``DgemmaError`` (exit code 2) when nothing is selected.
     """
     begin, end = (0, len(text)) if lines is None else _line_span(text, lines)
-    if match is None:
-        spans = [(begin, end)]
-    else:
-        spans = matches(match, text, begin, end)
+    spans = [(begin, end)] if match is None else matches(match, text, begin, end)
     parts: list[Part] = []
     done = 0
     for start, stop in spans:
