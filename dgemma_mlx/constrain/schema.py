@@ -78,6 +78,7 @@ class _Translator:
     def __init__(self, root: Any) -> None:
         self._root = root
         self._open_references: list[Any] = []  # references that are being followed, to detect recursion
+        self._followed: dict[str, str] = {}  # translations, so that references within references stay few
 
     def regex(self, schema: Any, path: str) -> str:
         """Translate any subschema: an object, true or false."""
@@ -271,10 +272,12 @@ class _Translator:
         if reference in self._open_references:
             hint = "Write out each level that you need."
             _reject(path, f"{shown(reference)} is recursive, which is not supported", hint)
-        self._open_references.append(reference)
-        found = self.regex(self._resolve(reference, path), reference)
-        self._open_references.pop()
-        return found
+        schema = self._resolve(reference, path)
+        if reference not in self._followed:
+            self._open_references.append(reference)
+            self._followed[reference] = self.regex(schema, reference)
+            self._open_references.pop()
+        return self._followed[reference]
 
     def _resolve(self, reference: Any, path: str) -> Any:
         """Return the subschema that a reference names, a JSON pointer such as "#/$defs/name"."""

@@ -9,6 +9,7 @@ import sys
 
 from dgemma_mlx.checks import reason, shown
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.json_text import parse_json
 
 _SECONDS = 2  # of processor time
 # Python's re cannot be stopped in a thread, so a process of its own searches: it takes some 20 ms and no model.
@@ -41,4 +42,4 @@ def matches(pattern: str, text: str, begin: int, end: int) -> list[tuple[int, in
         raise DgemmaError(
             f"the search for {shown(pattern)} takes too long", "Avoid a repetition within a repetition.", exit_code=2
         )
-    return [(start, stop) for start, stop in json.loads(searched.stdout)]
+    return [(start, stop) for start, stop in parse_json(searched.stdout)]

@@ -90,3 +90,11 @@ def _refused(compile: Any) -> None:
     with pytest.raises(DgemmaError) as caught:
         compile()
     assert caught.value.exit_code == 2 and len(caught.value.message) < 450 and "\n" not in caught.value.message
+
+
+def test_references_that_multiply_are_one_error() -> None:
+    array = {"type": "array", "items": False, "minItems": 9}
+    levels = {f"a{level}": {**array, "prefixItems": [{"$ref": f"#/$defs/a{level + 1}"}] * 9} for level in range(9)}
+    schema = {"$ref": "#/$defs/a0", "$defs": {**levels, "a9": {"const": 1}}}
+    with pytest.raises(DgemmaError, match="too large"):
+        Constraint.json_schema(schema)
