@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dgemma_convert.plan import Plan
+from dgemma_convert.plan import MANIFEST, Plan
 from dgemma_convert.verify import Verification
 from dgemma_convert.writer import write_bytes, write_text
 from dgemma_mlx.checkpoint.config import FULL, SLIDING, ModelConfig
@@ -59,6 +59,7 @@ def write_report(plan: Plan, shards: Mapping[str, str], verification: Verificati
         "made_by": f"dgemma-mlx {__version__}",
         "source": _public_name(plan),
         **{key: planned[key] for key in fields},
+        "files": sorted({CONVERT_REPORT, CARD, *(path.name for path in plan.partial.iterdir())} - {MANIFEST}),
         "shards": dict(shards),
         "mixed": plan.mixed,
         "verification": None if verification is None else verification.as_dict(),

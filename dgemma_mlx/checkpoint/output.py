@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
 
 from dgemma_mlx.checkpoint.shards import INDEX
@@ -102,22 +103,29 @@ def is_in(path: Path, folder: Path) -> bool:
     return os.path.exists(folder) and any(os.path.samefile(place, folder) for place in places)
 
 
-def write_fuse_report(folder: Path, shards: Iterable[str]) -> None:
-    """Write the report that lets ``--force`` replace a fused checkpoint with weight files of these names."""
-    record = {"made_by": f"{_MADE_BY}{__version__}", "shards": sorted(shards)}
+def write_fuse_report(folder: Path) -> None:
+    """Write the report that lets ``--force`` replace a fused checkpoint with the files that the folder holds now."""
+    files = sorted({FUSE_REPORT, *(path.name for path in folder.iterdir())})
+    record = {"made_by": f"{_MADE_BY}{__version__}", "files": files}
     write_whole(folder / FUSE_REPORT, json.dumps(record, indent=2) + "\n")
 
 
 def _unknown(folder: Path) -> Iterator[Path]:
-    """Yield the entries of a folder that are not part of a checkpoint written by this program."""
-    shards: set[str] = set()
+    """Yield the entries of a folder that are not part of a checkpoint written by this program.
+
+    A report names the files. Those of version 0.1 name only the weight files, and the others go by their names.
+    """
+    patterns: list[str] = []
     for name in (CONVERT_REPORT, FUSE_REPORT):
         with suppress(DgemmaError):
             report = read_json(folder / name)
-            if str(report.get("made_by")).startswith(_MADE_BY):
-                shards.update(map(str, report.get("shards") or ()))
-    patterns = ("config.json", INDEX, CARD, CONVERT_REPORT, FUSE_REPORT, *SMALL_FILES) if shards else ()
+            if not str(report.get("made_by")).startswith(_MADE_BY):
+                continue
+            if files := report.get("files"):
+                patterns += map(escape, map(str, files))
+            elif shards := report.get("shards"):
+                patterns += ["config.json", INDEX, CARD, CONVERT_REPORT, *SMALL_FILES, *map(escape, map(str, shards))]
     for path in sorted(folder.iterdir()):
-        own = path.name in shards or any(fnmatch(path.name, pattern) for pattern in patterns)
+        own = any(fnmatch(path.name, pattern) for pattern in patterns)
         if path.is_symlink() or not path.is_file() or not (own or is_clutter(path)):
             yield path

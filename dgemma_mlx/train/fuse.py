@@ -75,8 +75,8 @@ def fuse(
             try:
                 for path in unfinished.iterdir():  # of a merge that was killed
                     path.unlink()
-                shards = rewrite(checkpoint.folder, unfinished, raw, change, progress)
-                write_fuse_report(unfinished, shards)
+                rewrite(checkpoint.folder, unfinished, raw, change, progress)
+                write_fuse_report(unfinished)
                 check_output(output, force, [checkpoint.folder, adapter])  # again: it may have come into being
                 replace_folder(unfinished, output)
             except BaseException:
@@ -119,7 +119,7 @@ def write_trained(model: Model, folder: Path) -> None:
 def rewrite(
     source: Path, folder: Path, config: Mapping[str, Any], change: Change,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> set[str]:
+) -> None:
     """Write a checkpoint whose text tensors are those of a source after ``change``.
 
     Tensors of the vision tower, the tokenizer and the other small files are copied unchanged.
@@ -130,9 +130,6 @@ def rewrite(
         config: The content of the new config.json.
         change: Returns the tensors to write for one tensor of the source.
         progress: Called after each shard with the number of shards done and the number of all shards.
-
-    Returns:
-        The names of the weight files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
@@ -157,7 +154,6 @@ def rewrite(
         if path.is_file() and not is_clutter(path) and any(fnmatch(path.name, pattern) for pattern in SMALL_FILES):
             shutil.copyfile(path, folder / path.name)
     write_whole(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-    return {file.name for file in files}
 
 
 def _check_fit(parts: Mapping[str, Mapping[str, mx.array]], names: Mapping[str, str], adapter: Path) -> None:

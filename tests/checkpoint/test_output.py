@@ -22,7 +22,7 @@ def fused(tmp_path: Path) -> Path:
     folder.mkdir()
     for name in (SHARD, "config.json", "tokenizer.json", "model.safetensors.index.json"):
         (folder / name).touch()
-    write_fuse_report(folder, [SHARD])
+    write_fuse_report(folder)
     return folder
 
 
@@ -51,6 +51,7 @@ def test_an_output_of_version_0_1_is_recognised(fused: Path) -> None:
     [
         ("thesis.tex", "x"), ("model-00002-of-00002.safetensors", "x"), ("checkpoint/state.json", "{}"),
         ("adapter_model.safetensors", "x"), (".hidden", "x"), ("run.json", "{}"), ("config.json.bak", "x"),
+        ("LICENSE-notes.txt", "x"), ("tokenizer-research.txt", "x"), ("README.md", "x"),
     ],
 )  # fmt: skip
 def test_one_unknown_entry_is_enough(fused: Path, name: str, content: str) -> None:
