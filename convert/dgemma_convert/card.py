@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dgemma_convert.plan import MANIFEST, Plan
+from dgemma_convert.plan import Plan
 from dgemma_convert.verify import Verification
 from dgemma_convert.writer import write_bytes, write_text
 from dgemma_mlx.checkpoint.config import FULL, SLIDING, ModelConfig
 from dgemma_mlx.checkpoint.output import CARD, CONVERT_REPORT
+from dgemma_mlx.checkpoint.shards import INDEX
 from dgemma_mlx.version import __version__
 
 
@@ -54,12 +55,12 @@ def write_report(plan: Plan, shards: Mapping[str, str], verification: Verificati
     ``DgemmaError`` if the written config.json cannot be read.
     """
     fields = ("recipe", "classes", "bytes_in", "bytes_out", "bits_per_weight", "warnings")
-    planned = plan.as_dict()
+    planned, small = plan.as_dict(), plan.source.small_files()
     report = {
         "made_by": f"dgemma-mlx {__version__}",
         "source": _public_name(plan),
         **{key: planned[key] for key in fields},
-        "files": sorted({CONVERT_REPORT, CARD, *(path.name for path in plan.partial.iterdir())} - {MANIFEST}),
+        "files": sorted({"config.json", INDEX, CONVERT_REPORT, CARD, *shards, *(path.name for path in small)}),
         "shards": dict(shards),
         "mixed": plan.mixed,
         "verification": None if verification is None else verification.as_dict(),

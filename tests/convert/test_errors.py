@@ -94,8 +94,10 @@ def test_existing_output(tmp_path: Path) -> None:
 
 def test_force_replaces_the_whole_folder(tmp_path: Path) -> None:
     source = smallest_source(tmp_path / "source")
+    (source / "LICENSE-of-the-old-one").touch()
     output = convert(str(source), tmp_path / "out").output
-    (output / "LICENSE-of-the-old-one").touch()
+    (source / "LICENSE-of-the-old-one").unlink()
+    assert "LICENSE-of-the-old-one" in names_in(output)
     convert(str(source), output, force=True)
     assert "LICENSE-of-the-old-one" not in names_in(output)
     (tmp_path / "empty").mkdir()

@@ -116,7 +116,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("positions", "step_size"), [(1024, 512), (2048, 512), (1024, 2048)])
+@pytest.mark.parametrize(
+    ("positions", "step_size"), [(1024, 512), pytest.param(2048, 512, marks=pytest.mark.slow), (1024, 2048)]
+)
 def test_what_prefill_takes_is_what_was_estimated(shape: str, positions: int, step_size: int) -> None:
     config, budget = ModelConfig(TextConfig.from_dict({**SMALL, **SHAPES[shape]}), canvas_length=32), Budget(step_size)
     peak = prefill_peak(config, positions, budget)

@@ -158,8 +158,11 @@ def test_nothing_to_repair_is_nothing_changed(demo: Model) -> None:
     assert checked.statistics.denoising_steps == plain.statistics.denoising_steps
 
 
-@pytest.mark.parametrize("verify", ["off", "flag", "repair"])
-@pytest.mark.parametrize("speed", ["reference", "balanced"])
+@pytest.mark.parametrize(
+    ("speed", "verify"),
+    [("reference", "off"), ("reference", "flag"), ("balanced", "off"), ("balanced", "flag"), ("balanced", "repair"),
+     pytest.param("reference", "repair", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_a_prompt_is_answered_in_a_batch_as_it_is_alone(demo: Model, speed: str, verify: str) -> None:
     """Prompts of several lengths, answers of one canvas and of more, rows that end long before others."""
     options: dict[str, Any] = {"speed": speed, "verify": verify}

@@ -19,7 +19,7 @@ from dgemma_mlx.infill.fill import fill
 
 COUNT = "Count from 13 to 40."  # takes more than one canvas
 PROMPTS = ["Sort 7 3 5", "What is 27 + 45?", "Sort 9 2 4 1", "What is 8 + 61?"]  # settled after a few steps
-POINTS = 60  # at which an answer is cancelled
+POINTS = [range(0, 60, 4), pytest.param(range(60), marks=pytest.mark.slow)]  # events at which an answer is cancelled
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,8 @@ def test_a_stream_that_another_thread_continues_or_closes(model: Model, cached: 
         assert dgemma_mlx.generate(model, "Count from 5 to 30.", **options).text == expected
 
 
-def test_a_prompt_cache_survives_a_cancel_at_any_event_and_serves_other_threads(model: Model) -> None:
+@pytest.mark.parametrize("points", POINTS, ids=["some", "all"])
+def test_a_prompt_cache_survives_a_cancel_at_any_event_and_serves_other_threads(model: Model, points: range) -> None:
     """The first thread gives up at its n-th event, and another one goes on with what is kept."""
     model, options = unsettled(model)
     whole = list(stream(model, COUNT, **options))
@@ -147,8 +148,8 @@ def test_a_prompt_cache_survives_a_cancel_at_any_event_and_serves_other_threads(
         {"role": "user", "content": "What is 2 + 2?"},
     ]
     expected = generate(model, longer, seed=1, max_tokens=8).text
-    assert len(whole) >= POINTS
-    for point in range(POINTS):
+    assert len(whole) >= points.stop
+    for point in points:
         cache = PromptCache()
 
         def give_up(cache: PromptCache = cache, point: int = point) -> None:
@@ -161,7 +162,8 @@ def test_a_prompt_cache_survives_a_cancel_at_any_event_and_serves_other_threads(
         assert kept.text == expected, point
 
 
-def test_a_request_is_cancelled_from_another_thread_at_any_event(worker: Worker) -> None:
+@pytest.mark.parametrize("points", POINTS, ids=["some", "all"])
+def test_a_request_is_cancelled_from_another_thread_at_any_event(worker: Worker, points: range) -> None:
     small, options = unsettled(worker.model)
 
     def answering(prompt: str, **more: Any) -> Request[Event]:
@@ -169,7 +171,7 @@ def test_a_request_is_cancelled_from_another_thread_at_any_event(worker: Worker)
 
     whole = list(worker.submit(answering(COUNT)))
     cache = PromptCache()
-    for point in range(POINTS):
+    for point in points:
         events = worker.submit(answering(COUNT, prompt_cache=cache))
         seen = [next(events) for _ in range(point)]
         events.cancel()
