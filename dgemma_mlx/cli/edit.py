@@ -62,7 +62,7 @@ def edit(
     result.check(file)
     span = None if lines is None else _span(lines)
     before = read_text(file)
-    bom, text = without_bom(before)
+    _, text = without_bom(before)
     with quiet_when_closed():
         with prepared(model, answer, denoising, raw=False) as (loaded, arguments):
             from dgemma_mlx.infill.edit import DEFAULT_CANDIDATES
@@ -76,9 +76,9 @@ def edit(
         if edited.text == text and not answer.quiet:
             print("dgemma-mlx: nothing has changed", file=sys.stderr)
         if result.write and file is not None:
-            save(edited, file, before, bom)
+            save(edited, file, before)
         form = "text" if is_stdin(file) and not result.diff else "diff"
-        print_filled(edited, loaded, before, bom + edited.text, file, "json" if result.as_json else form)
+        print_filled(edited, loaded, before, file, "json" if result.as_json else form)
 
 
 def _span(lines: str) -> tuple[int, int]:

@@ -83,7 +83,7 @@ def fill(
     split = prefix_file is not None or suffix_file is not None
     _check(file, at, size, hint, split)
     result.check(None if split else file)
-    bom, before, parts = _parts(file, hole, at, size, hint, prefix_file, suffix_file)
+    before, parts = _parts(file, hole, at, size, hint, prefix_file, suffix_file)
     with quiet_when_closed():
         with prepared(model, answer, denoising, raw) as (loaded, arguments):
             from dgemma_mlx.infill.fill import DEFAULT_CANDIDATES
@@ -93,28 +93,28 @@ def fill(
             filled = fill_text(loaded, parts, prompt=prompt, raw=raw, candidates=candidates, **arguments)
         report(filled, result, answer.quiet)
         if result.write and file is not None:
-            save(filled, file, bom + before, bom)
+            save(filled, file, before)
         form = "json" if result.as_json else "diff" if result.diff else "text"
         if not result.write or form != "text":
-            print_filled(filled, loaded, bom + before, bom + filled.text, file, form)
+            print_filled(filled, loaded, before, file, form)
 
 
 def _parts(
     file: Path | None, mark: str, at: str | None, size: int | None, hint: str, prefix_file: Path | None,
     suffix_file: Path | None,
-) -> tuple[str, str, Sequence[Part]]:
-    """Return the text's byte order mark or "", the text as it is now, and its parts: strings and gaps."""
+) -> tuple[str, Sequence[Part]]:
+    """Return the text as it is now, and its parts without a byte order mark: strings and gaps."""
     from dgemma_mlx.infill.template import Gap, parse_gaps
 
     if prefix_file is not None or suffix_file is not None:
         texts = ("" if path is None else read_text(path) for path in (prefix_file, suffix_file))
         (bom, prefix), (_, suffix) = map(without_bom, texts)
-        return bom, prefix + suffix, [prefix, Gap(size, hint), suffix]
+        return bom + prefix + suffix, [prefix, Gap(size, hint), suffix]
     bom, text = without_bom(read_text(file))
     if at is None:
-        return bom, text, parse_gaps(text, mark)
+        return bom + text, parse_gaps(text, mark)
     place = _place(text, at)
-    return bom, text, [text[:place], Gap(size, hint), text[place:]]
+    return bom + text, [text[:place], Gap(size, hint), text[place:]]
 
 
 def _place(text: str, at: str) -> int:

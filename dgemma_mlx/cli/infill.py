@@ -25,7 +25,7 @@ from dgemma_mlx.cli.parameters import (
 from dgemma_mlx.cli.render.region import Region, can_draw
 from dgemma_mlx.cli.render.visible import json_line
 from dgemma_mlx.cli.settings import Settings
-from dgemma_mlx.cli.texts import is_stdin, print_diff, print_exact, save_text
+from dgemma_mlx.cli.texts import is_stdin, print_diff, print_exact, save_text, without_bom
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
@@ -120,8 +120,8 @@ def report(filled: Filled, result: ResultOptions, quiet: bool) -> None:
         print("dgemma-mlx: the best candidate was still uncertain: low confidence", file=sys.stderr)
 
 
-def save(filled: Filled, path: Path, before: str, bom: str) -> None:
-    """Replace the text ``before`` of a file by the result, which follows the byte order mark ``bom``.
+def save(filled: Filled, path: Path, before: str) -> None:
+    """Replace the text ``before`` of a file by the result, after the byte order mark that the text may have.
 
     Raises `DgemmaError`, without a change, if the result is doubtful.
     """
@@ -129,14 +129,15 @@ def save(filled: Filled, path: Path, before: str, bom: str) -> None:
         raise DgemmaError(
             f"{path} was not changed: {filled.doubt}", f"Without --write, --seed {filled.seed} shows the result."
         )
-    save_text(path, bom + filled.text, before)
+    save_text(path, without_bom(before)[0] + filled.text, before)
 
 
-def print_filled(filled: Filled, model: Model, before: str, after: str, path: Path | None, form: str) -> None:
+def print_filled(filled: Filled, model: Model, before: str, path: Path | None, form: str) -> None:
     """Print the result to stdout in one of the forms text, diff and json.
 
-    ``before`` and ``after`` are the text of the file, with the byte order mark that it may have.
+    ``before`` is the text of the file. The byte order mark that it may have stays before the result.
     """
+    after = without_bom(before)[0] + filled.text
     if form == "json":
         print(json_line({"model": model.name, **asdict(filled)}))
     elif form == "diff":

@@ -180,7 +180,7 @@ def _load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     try:
         loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
     except (RuntimeError, ValueError) as error:
-        raise DgemmaError(f"{path} cannot be loaded: {error}", _DAMAGED) from None
+        raise DgemmaError(f"{path} cannot be loaded: {reason(error)}", _DAMAGED) from None
     return loaded
 
 

@@ -94,9 +94,9 @@ def float16_problem(network: DiffusionGemma, first_id: int) -> str | None:
     All weights are read. The activations are those of a short text: one ``encode`` and two ``decode`` passes, of which
     the second one is conditioned on the first. ``first_id`` is the id of the token that begins a text.
     """
-    for part in (*network.layers, network):
-        if path := not_finite(part):
-            return f"float16 cannot hold the weights of {path}"
+    found = (not_finite(layer) for layer in network.layers)
+    if path := next(filter(None, found), None) or not_finite(network, without="layers"):
+        return f"float16 cannot hold the weights of {path}"
     largest = _largest_activation(network, first_id)
     if not math.isfinite(largest):
         return f"its activations exceed {LARGEST:,.0f}, the largest number of float16"

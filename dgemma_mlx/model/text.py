@@ -193,19 +193,14 @@ class DiffusionGemma(nn.Module):
 
         Attention is causal. If ``router_log`` is given, each layer appends its router's result to it.
         """
-        masks, scalars = cache.encode_masks(ids.shape[1]), [layer.encoder_layer_scalar for layer in self.layers]
-        hidden = self._run_layers(self.embed(ids), cache, masks, cache.update, scalars, router_log)
-        cache.advance(ids.shape[1])
-        return hidden
+        return self._encode(ids, cache, router_log)
 
     def extend(self, ids: mx.array, cache: PrefixCache) -> None:
         """Append ids (B, L) to the cache, as ``encode`` does, without the hidden states.
 
         The work ends with the keys and values of the last layer, whose attention and experts nobody reads.
         """
-        masks, scalars = cache.encode_masks(ids.shape[1]), [layer.encoder_layer_scalar for layer in self.layers]
-        self._run_layers(self.embed(ids), cache, masks, cache.update, scalars, None, only_cache=True)
-        cache.advance(ids.shape[1])
+        self._encode(ids, cache, None, only_cache=True)
 
     def decode(
         self, canvas: mx.array, cache: PrefixCache, self_conditioning: mx.array | None = None,
@@ -253,6 +248,17 @@ class DiffusionGemma(nn.Module):
         """
         masks, scalars = cache.canvas_masks(x.shape[1]), [layer.layer_scalar for layer in self.layers]
         return self._run_layers(x, cache, masks, cache.with_canvas, scalars, router_log, started)
+
+    def _encode(
+        self, ids: mx.array, cache: PrefixCache, router_log: RouterLog | None, only_cache: bool = False
+    ) -> mx.array:
+        """Append ids (B, L) to the cache, and return what ``_run_layers`` returns, (B, L, M)."""
+        masks, scalars = cache.encode_masks(ids.shape[1]), [layer.encoder_layer_scalar for layer in self.layers]
+        hidden = self._run_layers(
+            self.embed(ids), cache, masks, cache.update, scalars, router_log, only_cache=only_cache
+        )
+        cache.advance(ids.shape[1])
+        return hidden
 
     def _run_layers(
         self, x: mx.array, cache: PrefixCache, masks: dict[str, Mask],

@@ -112,7 +112,8 @@ def write_trained(model: Model, folder: Path) -> None:
         unfinished.rmdir()
     except (OSError, RuntimeError) as error:
         raise DgemmaError(
-            f"cannot write the weights to {folder}: {error}", "The last checkpoint is kept; continue with --resume."
+            f"cannot write the weights to {folder}: {reason(error)}",
+            "The last checkpoint is kept; continue with --resume.",
         ) from None
 
 
