@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from dgemma_mlx.checks import reason, shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import read_json
-from dgemma_mlx.text.tokenizer import Tokenizer, named_tokens, read_tokenizer_config
+from dgemma_mlx.text.tokenizer import Tokenizer
+from dgemma_mlx.text.tokenizer_config import named_tokens, read_tokenizer_config
 
 if TYPE_CHECKING:
     from jinja2 import Template

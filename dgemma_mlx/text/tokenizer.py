@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from dgemma_mlx.checks import reason, shown
+from dgemma_mlx.checks import reason
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.json_text import parse_json, read_json
+from dgemma_mlx.json_text import parse_json
+from dgemma_mlx.text.tokenizer_config import listed_tokens, named_tokens, read_tokenizer_config
 
 _DAMAGED_HINT = "The file may be truncated, or a Git LFS pointer; download it again."
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -29,7 +31,9 @@ _CONTROL = re.compile(
     r"<\|[^<>]+>|<[^<>]+\|>|\[multimodal\]"
     r"|<(?:bos|eos|pad|unk|mask|(?:start|end)_of_\w+|unused\d+|\w+_soft_token)>"
 )
-_GEMMA_NAMES = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+_MAX_UNUSED = 6_500  # Gemma numbers its unused tokens from 0 to 6,241
+# All characters below U+10000, and of the others enough for each byte that UTF-8 writes them with.
+_CODES = (*range(0xD800), *range(0xE000, 0x10000), *range(0x10000, 0x110000, 257))
 
 
 class _Backend(Protocol):
@@ -55,6 +59,9 @@ class _Backend(Protocol):
 
     def spell(self, text: str) -> list[int]:
         """Encode the text of one control token as ordinary tokens."""
+
+    def encodes_to_itself(self, id: int) -> bool:
+        """Return whether the text of this token encodes to this token alone. It is an ordinary token of characters."""
 
 
 class Tokenizer:
@@ -87,7 +94,7 @@ class Tokenizer:
         self._backend, self._model_size = backend, model_size
         self.vocab_size = backend.vocab_size
         self.special_ids = backend.control_tokens()
-        for text in [*names.values(), *_listed_tokens(config)]:
+        for text in [*names.values(), *listed_tokens(config)]:
             id = backend.find(text)
             if id is not None and len(text) > 1 and not text.isspace():
                 self.special_ids[text] = id
@@ -171,6 +178,25 @@ class Tokenizer:
         """Return whether the id belongs to a control token."""
         return id in self._control_ids
 
+    @cached_property
+    def unwritable_ids(self) -> frozenset[int]:
+        """All ids below ``vocab_size`` that do not occur in the ids of any plain text.
+
+        They are the control tokens, ids without a token, byte-fallback tokens whose byte occurs only in characters that
+        have a token of their own, and tokens whose text encodes to other tokens. (No longer text contains a token that
+        its own text does not encode to: byte-pair merges within the token are the same in both.) The first access
+        encodes every token, which takes about a second for 262,144 of them.
+        """
+        missing = "".join(c for c in map(chr, _CODES) if self._backend.find("▁" if c == " " else c) is None)
+        bytes_needed = frozenset((missing + "▁").encode())  # for `encode_exactly`
+
+        def is_written(id: int) -> bool:
+            piece = self.token(id)
+            byte = _BYTE.fullmatch(piece)
+            return int(byte[1], 16) in bytes_needed if byte else piece != "" and self._backend.encodes_to_itself(id)
+
+        return frozenset(id for id in range(self.vocab_size) if id in self._control_ids or not is_written(id))
+
     def _within(self, ids: list[int]) -> list[int]:
         """Return the ids. Raises ``DgemmaError`` when the model has no embedding for one of them."""
         if self._model_size is not None and ids and max(ids) >= self._model_size:
@@ -246,15 +272,21 @@ class _JsonBackend:
                 "Only tokenizers with byte fallback that write spaces as '▁' are supported.",
             )
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self._added = self._tokenizer.get_added_tokens_decoder()
+        starts = {re.escape(token.content[:2]) for token in self._added.values()}
+        self._added_start = re.compile("|".join(sorted(starts)) or r"(?!)")  # is in every text with an added token
 
     def control_tokens(self) -> dict[str, int]:
-        """Return the added tokens that are marked as special or have the shape of a control token: text -> id."""
-        added = self._tokenizer.get_added_tokens_decoder().items()
-        return {
-            token.content: id
-            for id, token in added
-            if len(token.content) > 1 and (token.special or _CONTROL.fullmatch(token.content))
-        }
+        """Return the added tokens that are marked as special or have the shape of a control token: text -> id.
+
+        ``<unused0>`` and the like are control tokens whether or not the file lists them as added tokens.
+        """
+        unused = (f"<unused{number}>" for number in range(_MAX_UNUSED))
+        found = {text: id for text in unused if (id := self.find(text)) is not None}
+        for id, token in self._added.items():
+            if len(token.content) > 1 and (token.special or _CONTROL.fullmatch(token.content)):
+                found[token.content] = id
+        return found
 
     def find(self, token: str) -> int | None:
         """Return the id of the token with this text, or None when the vocabulary lacks it."""
@@ -285,6 +317,14 @@ class _JsonBackend:
         if tokenizer.pre_tokenizer is not None:
             words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
         return [token.id for word in words for token in tokenizer.model.tokenize(word)]
+
+    def encodes_to_itself(self, id: int) -> bool:
+        """Return whether the text of this token encodes to this token alone."""
+        piece = self.token(id)
+        text = piece.replace("▁", " ")
+        if " " in piece or self._added_start.search(text):  # elsewhere the model alone, which is faster, decides
+            return self.encode(text) == [id]
+        return [token.id for token in self._tokenizer.model.tokenize(piece)] == [id]
 
 
 class _SentencePieceBackend:
@@ -335,6 +375,10 @@ class _SentencePieceBackend:
         """
         return self.encode(text[:1]) + self.encode(text[1:])
 
+    def encodes_to_itself(self, id: int) -> bool:
+        """Return whether the text of this token encodes to this token alone."""
+        return self.encode(self.token(id).replace("▁", " ")) == [id]
+
 
 def load_tokenizer(folder: Path, model_size: int | None = None) -> Tokenizer:
     """Load the tokenizer of a checkpoint folder from ``tokenizer.json``, or else from ``tokenizer.model``.
@@ -352,47 +396,3 @@ def load_tokenizer(folder: Path, model_size: int | None = None) -> Tokenizer:
         f"{folder} has no tokenizer",
         "A checkpoint folder contains tokenizer.json or tokenizer.model. Check that the download is complete.",
     )
-
-
-def read_tokenizer_config(folder: Path) -> dict[str, Any]:
-    """Read ``tokenizer_config.json`` of a checkpoint folder; return an empty dict when the file does not exist.
-
-    Raises ``DgemmaError`` when the file is not a JSON object.
-    """
-    path = folder / "tokenizer_config.json"
-    return read_json(path) if path.exists() else {}
-
-
-def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the texts of the named tokens (``bos_token``, ``eos_token``, ...) of ``tokenizer_config.json``.
-
-    Names that the file does not define have Gemma's own tokens. A name that the file sets to null is left out. Raises
-    ``DgemmaError`` when one of Gemma's names is neither a token nor null.
-    """
-    for name in _GEMMA_NAMES:
-        value = config.get(name)
-        if value is not None and not _token_text(value):
-            raise DgemmaError(f"tokenizer_config.json: {name} must be a token, not {shown(value)}", _DAMAGED_HINT)
-    names = {**_GEMMA_NAMES, **{name: value for name, value in config.items() if name.endswith("_token")}}
-    texts = {name: _token_text(value) for name, value in names.items()}
-    return {name: text for name, text in texts.items() if text}
-
-
-def _listed_tokens(config: Mapping[str, Any]) -> list[str]:
-    """Return the texts of the control tokens that ``tokenizer_config.json`` lists without a name.
-
-    Raises ``DgemmaError`` when the lists are not lists.
-    """
-    texts = []
-    for name in ("additional_special_tokens", "extra_special_tokens"):
-        listed = config.get(name) or []
-        if not isinstance(listed, (list, dict)):
-            raise DgemmaError(f"tokenizer_config.json: {name} must be a list, not {shown(listed)}", _DAMAGED_HINT)
-        texts += [_token_text(value) for value in (listed.values() if isinstance(listed, dict) else listed)]
-    return texts
-
-
-def _token_text(value: Any) -> str:
-    """Return the text of a token entry, which is a string or ``{"content": text, ...}``; "" for any other value."""
-    text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) else ""
