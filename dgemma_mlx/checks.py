@@ -47,6 +47,12 @@ def reason(error: BaseException) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
 
 
+def check_text(name: str, value: Any) -> None:
+    """Raise ``DgemmaError`` (exit code 2) unless the value is a string. ``name`` names it in the error message."""
+    if not isinstance(value, str):
+        raise DgemmaError(f"{name} must be a text, not {shown(value)}", "Write it in quotes.", exit_code=2)
+
+
 def check_count(name: str, value: Any) -> None:
     """Raise ``DgemmaError`` (exit code 2) unless the value is an integer from 1 to ``LARGEST_SEED``.
 

@@ -11,7 +11,7 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from dgemma_mlx.checkpoint.config import GenerationConfig, ModelConfig
-from dgemma_mlx.checks import shown
+from dgemma_mlx.checks import check_text, shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.text.chat import ChatTemplate, Message, encode_chat
@@ -60,6 +60,7 @@ class Model:
             raise DgemmaError(f"not a prompt: {shown(prompt)}", "It is a text, or a list of messages.", exit_code=2)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if system is not None:
+            check_text("the system prompt", system)
             messages = [{"role": "system", "content": system}, *messages]
         return encode_chat(self.tokenizer, self.template, messages, enable_thinking=thinking)
 

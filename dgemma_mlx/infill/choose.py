@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dgemma_mlx.checks import check_text, shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model, block_length
 from dgemma_mlx.generation.options import GenerationOptions
 from dgemma_mlx.generation.wired import wired_memory
 from dgemma_mlx.infill.fill import end_id
 from dgemma_mlx.infill.writer import Writer
+from dgemma_mlx.text.exact import encode_exactly
 
 
 @dataclass(frozen=True)
@@ -57,16 +59,22 @@ def choose(
         cancelled: A function that is called while the prompt is encoded. Once it returns True, the work ends.
 
     Raises:
-        DgemmaError: For fewer than two choices, equal or empty ones, and one that a canvas does not hold.
+        DgemmaError: For fewer than two choices, equal or empty ones, and one that a canvas does not hold or that the
+            model's tokenizer cannot keep.
         KeyboardInterrupt: After ``cancelled`` has returned True.
     """
+    if not isinstance(choices, Sequence) or isinstance(choices, str):
+        raise DgemmaError(f"the choices must be a list of texts, not {shown(choices)}", 'As in ["yes", "no"].', 2)
+    check_text("the question", question)
+    for choice in choices:
+        check_text("a choice", choice)
     texts = [choice.strip() for choice in choices]
     if len(set(texts)) < 2 or len(set(texts)) < len(texts) or not all(texts):
         raise DgemmaError(
             f"at least two different answers are needed, not {', '.join(map(repr, choices)) or 'none'}",
             "Write each answer once; none may be empty.", exit_code=2,
         )
-    ids = [[*model.tokenizer.encode(text), end_id(model)] for text in texts]
+    ids = [[*encode_exactly(model.tokenizer, text), end_id(model)] for text in texts]
     longest = max(map(len, ids))
     if longest > model.config.canvas_length:
         raise DgemmaError(

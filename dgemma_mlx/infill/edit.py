@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import GenerationConfig
-from dgemma_mlx.checks import shown
+from dgemma_mlx.checks import check_count, check_text, is_whole, shown
 from dgemma_mlx.diffusion.edits import Edits
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.generation.options import GenerationOptions
 from dgemma_mlx.generation.wired import wired_memory
-from dgemma_mlx.infill.fill import Filled, check_candidates, doubt_about, end_id, lay_out, noised_start, write_gaps
-from dgemma_mlx.infill.layout import bias_against, not_text
+from dgemma_mlx.infill.fill import Filled, doubt_about, end_id, lay_out, noised_start, write_gaps
+from dgemma_mlx.infill.layout import bias_against, characters, not_text
 from dgemma_mlx.infill.match import matches
 from dgemma_mlx.infill.search import Candidate, around
 from dgemma_mlx.infill.template import Gap, Part, lines_of
 from dgemma_mlx.infill.writer import Progress, Writer
 from dgemma_mlx.kernels import LogitBias
+from dgemma_mlx.text.exact import encode_exactly
 
 DEFAULT_STRENGTH = 0.6
 DEFAULT_CANDIDATES = 5
@@ -52,16 +53,20 @@ def edit(
         candidates: Number of lengths to try for each part. It has no effect on a whole text.
 
     Raises:
-        DgemmaError: When there is nothing to change, or one canvas does not hold it.
+        DgemmaError: When there is nothing to change, one canvas does not hold it, or the model's tokenizer cannot keep
+            the text.
         KeyboardInterrupt: After ``cancelled`` has returned True.
     """
+    check_text("the instruction", instruction)
+    check_text("the text", text)
     if not text.strip():
         raise DgemmaError("the text is empty", "There is nothing to edit.", exit_code=2)
     if not instruction.strip():
         raise DgemmaError("the instruction is empty", "Say what to change.", exit_code=2)
-    if strength is not None and not 0 < strength <= 1:
-        raise DgemmaError(f"strength must be above 0 and at most 1, not {strength}", "Below 1, it stays closer.", 2)
-    check_candidates(candidates)
+    if strength is not None and not (isinstance(strength, (int, float)) and 0 < strength <= 1):
+        message = f"strength must be a number above 0 and at most 1, not {shown(strength)}"
+        raise DgemmaError(message, "Below 1, the result stays closer to the text.", exit_code=2)
+    check_count("candidates", candidates)
     options = GenerationOptions(
         speed=speed, temp=temp, generation=generation, prefill_step_size=prefill_step_size, memory_limit=memory_limit,
         cancelled=cancelled,
@@ -97,6 +102,8 @@ def selected(text: str, lines: Lines | None, match: str | None) -> list[Part]:
 
 def _line_span(text: str, lines: Lines) -> tuple[int, int]:
     """Return where the lines begin and end, in characters, without the last line's line break."""
+    if not (isinstance(lines, Sequence) and len(lines) == 2 and all(map(is_whole, lines))):
+        raise DgemmaError(f"lines must be two line numbers, not {shown(lines)}", "They are the first and the last.", 2)
     rows = lines_of(text)
     first, last = lines
     if not 1 <= first <= last <= len(rows):
@@ -107,8 +114,11 @@ def _line_span(text: str, lines: Lines) -> tuple[int, int]:
 
 
 def _canvas_ids(model: Model, text: str) -> list[int]:
-    """Return the ids of the text and the end-of-text id. Raises ``DgemmaError`` when a canvas does not hold them."""
-    ids = [*model.tokenizer.encode(text.rstrip()), end_id(model)]
+    """Return the ids of the text and the end-of-text id.
+
+    Raises ``DgemmaError`` when a canvas does not hold them, or the tokenizer cannot keep the text.
+    """
+    ids = [*encode_exactly(model.tokenizer, text.rstrip()), end_id(model)]
     if len(ids) > model.config.canvas_length:
         raise DgemmaError(
             f"the text has {len(ids) - 1:,} tokens, but a canvas holds only {model.config.canvas_length - 1}",
@@ -128,7 +138,7 @@ def _edit_all(model: Model, writer: Writer, text: str, ids: list[int], strength:
     [draft] = writer.write(length, 1, edits)
     size = next((place for place, id in enumerate(draft.tokens) if id in ends), length)
     [score] = writer.scores([draft.tokens], [min(size + 1, length)])
-    changed = model.tokenizer.decode(draft.tokens[:size])
-    candidate = Candidate((size,), (changed,), score, draft.settled_by is None or size == length, draft.tokens)
+    changed, cut = characters(model.tokenizer, draft.tokens[:size], text)
+    candidate = Candidate((size,), (changed,), score, draft.settled_by is None or size == length, draft.tokens, cut)
     whole = changed.rstrip() + text[len(text.rstrip()) :]
     return Filled(whole, (candidate,), (whole,), writer.seed, writer.statistics(), doubt_about(candidate, [text]))

@@ -10,6 +10,8 @@ from functools import partial
 import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import GenerationConfig
+from dgemma_mlx.checks import check_count, check_text
+from dgemma_mlx.checks import shown as quoted
 from dgemma_mlx.diffusion.edits import Edits, StartCanvas
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED
 from dgemma_mlx.errors import DgemmaError
@@ -39,7 +41,8 @@ class Filled:
         seed: The seed that gives the same result again.
         statistics: Counts and times.
         doubt: Why the text must not replace what a file holds: the best candidate is empty where text was expected,
-            it was still uncertain when its steps were used up, or its score is not finite. None if all is well.
+            it held incomplete characters, it was still uncertain when its steps were used up, or its score is not
+            finite. None if all is well.
     """
 
     text: str
@@ -83,13 +86,16 @@ def fill(
         progress: A function that is called after each step with the number of canvases and of steps so far.
 
     Raises:
-        DgemmaError: When there is no gap, or one canvas does not hold all of them.
+        DgemmaError: When there is no gap, one canvas does not hold all of them, or the model's tokenizer cannot keep
+            the text.
         KeyboardInterrupt: After ``cancelled`` has returned True.
     """
     parts = alternating(parse_gaps(text, mark) if isinstance(text, str) else text)
+    if prompt is not None:
+        check_text("the prompt", prompt)
     if raw and (prompt is not None or system is not None):
         raise DgemmaError("raw text takes no prompt and no system prompt", "Leave one of them out.", exit_code=2)
-    check_candidates(candidates)
+    check_count("candidates", candidates)
     layout = lay_out(model, parts)
     ladders = [
         [slot.gap.size] if slot.gap.size else ladder(layout.room - len(layout.slots) + 1, candidates)
@@ -105,15 +111,16 @@ def fill(
     return write_gaps(writer, layout, ladders, candidates)
 
 
-def check_candidates(count: int) -> None:
-    """Raise ``DgemmaError`` (exit code 2) unless the number of candidates is at least 1."""
-    if count < 1:
-        raise DgemmaError(f"candidates must be at least 1, not {count}", "More take longer and choose better.", 2)
-
-
 def alternating(parts: Sequence[Part]) -> list[Part]:
-    """Return the same parts as text, gap, text, ..., text. Raises ``DgemmaError`` when there is no gap."""
+    """Return the same parts as text, gap, text, ..., text.
+
+    Raises ``DgemmaError`` (exit code 2) when there is no gap, and for anything but texts and gaps.
+    """
     result: list[Part] = [""]
+    if not isinstance(parts, Sequence) or not all(isinstance(part, (str, Gap)) for part in parts):
+        raise DgemmaError(
+            f"not a text with gaps: {quoted(parts)}", "It is a text, or a list of texts and Gap objects.", exit_code=2
+        )
     for part in parts:
         if isinstance(part, Gap):
             result += [part, ""]
@@ -161,6 +168,8 @@ def doubt_about(best: Candidate, originals: Sequence[str | None]) -> str | None:
     expected = (original is None or bool(original.strip()) for original in originals)
     if any(wanted and not text.strip() for wanted, text in zip(expected, best.texts, strict=True)):
         return "the model wrote nothing where text was expected"
+    if best.cut:
+        return "the model wrote bytes that are no character; they were left out"
     return "the model was still uncertain of the result" if best.low_confidence else None
 
 
@@ -172,10 +181,11 @@ def _evaluate(writer: Writer, layout: Layout, strength: float | None, wanted: li
     edits = Edits(pins, layout.barred(wanted, length, writer.vocab_size), start)
     drafts = writer.write(length, len(wanted), edits)
     scores = writer.scores([draft.tokens for draft in drafts], [layout.used(lengths, length) for lengths in wanted])
-    return [
-        Candidate(lengths, layout.texts(draft.tokens, lengths), score, draft.settled_by is None, draft.tokens)
-        for lengths, draft, score in zip(wanted, drafts, scores, strict=True)
-    ]
+    found = []
+    for lengths, draft, score in zip(wanted, drafts, scores, strict=True):
+        texts, cut = layout.texts(draft.tokens, lengths)
+        found.append(Candidate(lengths, texts, score, draft.settled_by is None, draft.tokens, cut))
+    return found
 
 
 def noised_start(writer: Writer, ids: mx.array, strength: float) -> StartCanvas:

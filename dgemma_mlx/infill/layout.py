@@ -14,10 +14,10 @@ from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import block_length
 from dgemma_mlx.infill.template import Gap, Part
 from dgemma_mlx.kernels import LogitBias
+from dgemma_mlx.text.exact import encode_exactly
 from dgemma_mlx.text.tokenizer import Tokenizer
 
 Lengths = tuple[int, ...]  # number of tokens of each gap
-
 
 
 @dataclass(frozen=True)
@@ -52,20 +52,22 @@ class Layout:
     ) -> None:
         """``parts`` are those of ``parse_gaps``: text, gap, text, ..., text.
 
-        Raises ``DgemmaError`` (exit code 2) when the gaps and the text between them do not fit into a canvas.
+        Raises ``DgemmaError`` (exit code 2) when the gaps and the text between them do not fit into a canvas, and for
+        text that the tokenizer cannot keep byte for byte.
         """
         self._tokenizer, self._parts, self._canvas_length, self._pad = tokenizer, parts, canvas_length, pad_id
         texts = [part for part in parts if isinstance(part, str)]
         gaps = [part for part in parts if isinstance(part, Gap)]
         spaced = [before.endswith(" ") and not before.endswith("  ") for before in texts[:-1]]
-        pinned = [tokenizer.encode(text[:-1] if space else text) for text, space in zip(texts, spaced, strict=False)]
+        bare = [text[:-1] if space else text for text, space in zip(texts, spaced, strict=False)]
+        pinned = [encode_exactly(tokenizer, text) for text in bare]
         self.prefix = pinned[0]
         self.slots = [
-            Slot(gap, space, tuple(tokenizer.encode(" " * space + (gap.original or ""))) if gap.original else ())
+            Slot(gap, space, tuple(encode_exactly(tokenizer, " " * space + gap.original)) if gap.original else ())
             for gap, space in zip(gaps, spaced, strict=True)
         ]
         self._between = pinned[1:]
-        self._last = [*tokenizer.encode(texts[-1].rstrip()), end_id]
+        self._last = [*encode_exactly(tokenizer, texts[-1].rstrip()), end_id]
         self._fixed = sum(map(len, self._between))
         self.room = canvas_length - self._fixed
         least = sum(slot.gap.size or len(slot.original) or 1 for slot in self.slots)
@@ -110,16 +112,16 @@ class Layout:
     def barred(self, candidates: Sequence[Lengths], length: int, vocab_size: int) -> LogitBias:
         """Return the bias on the logits of a batch of canvases (B, length) that bars ids from the gaps.
 
-        Control tokens are barred everywhere. At the start of a gap that must carry a space, all tokens that do not
-        begin with a space are barred as well.
+        Ids that no text encodes to (``not_text``) are barred everywhere. At the start of a gap that must carry a space,
+        all tokens that do not begin with a space are barred as well.
         """
-        control = not_text(self._tokenizer, vocab_size)
+        barred = not_text(self._tokenizer, vocab_size)
         unspaced = [id for id in self._unspaced if id < vocab_size]
         rows = np.zeros((len(candidates), length), np.int32)
         for row, lengths in zip(rows, candidates, strict=True):
             for slot, (start, _) in zip(self.slots, self.spans(lengths), strict=True):
                 row[start] |= slot.spaced
-        return LogitBias(bias_against([control, [*control, *unspaced]], vocab_size), mx.array(rows))
+        return LogitBias(bias_against([barred, [*barred, *unspaced]], vocab_size), mx.array(rows))
 
     @cached_property
     def _unspaced(self) -> list[int]:
@@ -136,10 +138,17 @@ class Layout:
             start += size + len(text)
         return spans
 
-    def texts(self, tokens: Sequence[int], lengths: Lengths) -> tuple[str, ...]:
-        """Return what a canvas holds in the gaps, without the spaces that belong to the text before them."""
-        written = [self._tokenizer.decode(tokens[start:end]) for start, end in self.spans(lengths)]
-        return tuple(text[slot.spaced :] for slot, text in zip(self.slots, written, strict=True))
+    def texts(self, tokens: Sequence[int], lengths: Lengths) -> tuple[tuple[str, ...], bool]:
+        """Return what a canvas holds in the gaps, and whether bytes were left out as by ``characters``.
+
+        The texts lack the spaces that belong to the text before them.
+        """
+        written = [
+            characters(self._tokenizer, tokens[start:end], slot.gap.original or "")
+            for slot, (start, end) in zip(self.slots, self.spans(lengths), strict=True)
+        ]
+        texts = tuple(text[slot.spaced :] for slot, (text, _) in zip(self.slots, written, strict=True))
+        return texts, any(is_cut for _, is_cut in written)
 
     def whole(self, texts: Sequence[str]) -> str:
         """Return the whole text with these texts in its gaps."""
@@ -147,10 +156,22 @@ class Layout:
         return "".join(part if isinstance(part, str) else next(gaps) for part in self._parts)
 
 
+def characters(tokenizer: Tokenizer, tokens: Sequence[int], original: str) -> tuple[str, bool]:
+    """Return the text of ids without bytes that are no whole character, and whether there were any.
+
+    U+FFFD stands for such bytes. It is left out as well, unless the ``original`` text holds it.
+    """
+    data = b"".join(map(tokenizer.token_bytes, tokens))
+    text = data.decode("utf-8", "ignore")
+    if "\ufffd" not in original:
+        text = text.replace("\ufffd", "")
+    return text, text.encode() != data
+
+
 def not_text(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
-    """Return the model's ids that are not text: control tokens, and ids that the tokenizer does not have."""
-    control = [id for id in tokenizer.special_ids.values() if id < vocab_size]
-    return [*control, *range(tokenizer.vocab_size, vocab_size)]
+    """Return the model's ids that no text encodes to, and those that the tokenizer does not have."""
+    unwritable = [id for id in tokenizer.unwritable_ids if id < vocab_size]
+    return [*unwritable, *range(tokenizer.vocab_size, vocab_size)]
 
 
 def bias_against(barred: Sequence[Sequence[int]], vocab_size: int) -> mx.array:

@@ -22,6 +22,7 @@ class Candidate:
         score: Mean log-probability per token, in nats, from the first gap to the end, by the causal encoder.
         low_confidence: Whether the canvas was still uncertain when its denoising ended.
         tokens: Ids of the canvas.
+        cut: Whether the canvas holds bytes that are no whole character. The texts lack them.
     """
 
     lengths: Lengths
@@ -29,11 +30,12 @@ class Candidate:
     score: float
     low_confidence: bool
     tokens: tuple[int, ...]
+    cut: bool = False
 
     @property
-    def rank(self) -> tuple[bool, float, int]:
-        """Sort key, the best first: settled before uncertain, then the more probable, then the shorter."""
-        return self.low_confidence, -round(self.score, _DIGITS), sum(self.lengths)
+    def rank(self) -> tuple[bool, bool, float, int]:
+        """Sort key, the best first: whole before cut, settled before uncertain, the more probable, the shorter."""
+        return self.cut, self.low_confidence, -round(self.score, _DIGITS), sum(self.lengths)
 
 
 Evaluate = Callable[[list[Lengths]], list[Candidate]]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
 
+from dgemma_mlx.checks import check_count, check_text
 from dgemma_mlx.checks import shown as quoted
 from dgemma_mlx.errors import DgemmaError
 
@@ -27,6 +28,14 @@ class Gap:
     hint: str = ""
     original: str | None = None
 
+    def __post_init__(self) -> None:
+        """Raise ``DgemmaError`` (exit code 2) for a value of another type, and for a size below 1."""
+        if self.size is not None:
+            check_count("the size of a gap", self.size)
+        check_text("the hint of a gap", self.hint)
+        if self.original is not None:
+            check_text("the original text of a gap", self.original)
+
 
 Part = str | Gap
 
@@ -38,6 +47,7 @@ def parse_gaps(text: str, mark: str = MARK) -> list[Part]:
     a longer run of it is one gap as well. Texts may be empty. Raises ``DgemmaError`` (exit code 2) when there is no
     gap, or a gap of no tokens.
     """
+    check_text("the mark of a gap", mark)
     if not mark.strip():
         raise DgemmaError("the mark of a gap must not be empty", "The default is ___.", exit_code=2)
     one = re.escape(mark)

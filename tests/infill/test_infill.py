@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -58,6 +60,10 @@ def test_what_must_not_be_written_to_a_file(
 ) -> None:
     found = doubt_about(Candidate((1, 1), ("right", text), score, low_confidence, ()), ["wrong", original])
     assert found is None if doubt is None else found is not None and doubt in found
+
+
+def test_a_result_with_half_a_character_must_not_be_written_to_a_file() -> None:
+    assert "no character" in str(doubt_about(Candidate((1,), ("new",), -1.0, False, (), cut=True), ["old"]))
 
 
 def sudoku_gaps(prompt: str) -> str:
@@ -164,6 +170,46 @@ def test_a_score_is_the_mean_log_probability_of_the_encoder(demo: Model) -> None
 def test_options_that_are_refused(demo: Model, text: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(DgemmaError, match=message) as caught:
         fill(demo, text, **options)  # type: ignore[arg-type]
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda demo: Gap(size=1.5), "the size of a gap must be at least 1, not 1.5"),
+        (lambda demo: Gap(size=0), "the size of a gap must be at least 1, not 0"),
+        (lambda demo: Gap(size=True), "the size of a gap must be at least 1, not True"),
+        (lambda demo: Gap(hint=5), "the hint of a gap must be a text, not 5"),
+        (lambda demo: Gap(original=b"x"), "the original text of a gap must be a text, not b'x'"),
+        (lambda demo: fill(demo, 5), "not a text with gaps: 5"),
+        (lambda demo: fill(demo, None), "not a text with gaps: None"),
+        (lambda demo: fill(demo, ["a", 5, Gap(1)]), "not a text with gaps"),
+        (lambda demo: fill(demo, "a ___", mark=5), "the mark of a gap must be a text, not 5"),
+        (lambda demo: fill(demo, "a ___", prompt=5), "the prompt must be a text, not 5"),
+        (lambda demo: fill(demo, "a ___", candidates=1.5), "candidates must be at least 1, not 1.5"),
+        (lambda demo: fill(demo, "a ___", system=5), "the system prompt must be a text, not 5"),
+        (lambda demo: edit(demo, 5, "text"), "the instruction must be a text, not 5"),
+        (lambda demo: edit(demo, "x", b"text"), "the text must be a text, not b'text'"),
+        (lambda demo: edit(demo, "x", "text", lines=5), "lines must be two line numbers, not 5"),
+        (lambda demo: edit(demo, "x", "text", lines=(1, 2, 3)), "lines must be two line numbers"),
+        (lambda demo: edit(demo, "x", "text", lines=(1.0, 2)), "lines must be two line numbers"),
+        (lambda demo: edit(demo, "x", "text", lines="12"), "lines must be two line numbers"),
+        (lambda demo: edit(demo, "x", "text", match=5), "not a regular expression: 5"),
+        (lambda demo: edit(demo, "x", "text", strength="1"), "strength must be a number above 0"),
+        (lambda demo: edit(demo, "x", "text", candidates="2"), "candidates must be at least 1, not '2'"),
+        (lambda demo: edit(demo, "x", "text", system=5), "the system prompt must be a text, not 5"),
+        (lambda demo: choose(demo, "x", [5, 6]), "a choice must be a text, not 5"),
+        (lambda demo: choose(demo, "x", "ab"), "the choices must be a list of texts, not 'ab'"),
+        (lambda demo: choose(demo, "x", 5), "the choices must be a list of texts, not 5"),
+        (lambda demo: choose(demo, 5, ["a", "b"]), "the question must be a text, not 5"),
+        (lambda demo: choose(demo, "x", ["a", "b"], system=5), "the system prompt must be a text, not 5"),
+        (lambda demo: choose(demo, "x", ["a", "b\ud800"]), "cannot keep"),
+    ],
+)  # fmt: skip
+def test_values_of_other_types_are_one_clear_line(demo: Model, make: Callable[[Any], object], message: str) -> None:
+    with pytest.raises(DgemmaError) as caught:
+        make(demo)
+    assert message in caught.value.message
     assert caught.value.exit_code == 2
 
 

@@ -30,7 +30,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def random_parts(rng: random.Random) -> list[Part]:
     """A text cut anywhere, in words and characters too, a gap at each cut."""
-    text = "".join(random_text(rng, extra=[" ", "  ", "\n ", "e\u0301", "🙂", "\r\n"]) for _ in range(2))[:60]
+    text = "".join(random_text(rng, extra=[" ", "  ", "\n ", "e\u0301", "🙂", "\r\n", "▁", " ▁"]) for _ in "12")[:60]
     cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randint(1, 3)))
     parts: list[Part] = [text[: cuts[0]]]
     for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True):
@@ -41,7 +41,7 @@ def random_parts(rng: random.Random) -> list[Part]:
 def test_pinned_text_is_kept_byte_for_byte_at_any_boundary(tokenizer: Tokenizer) -> None:
     """The ids of prefix and canvas, decoded, are the text with its gaps filled, whatever is written into them."""
     rng = random.Random(7)
-    ordinary = [id for id in range(tokenizer.vocab_size) if not tokenizer.is_control(id) and tokenizer.token_bytes(id)]
+    ordinary = [id for id in range(tokenizer.vocab_size) if id not in tokenizer.unwritable_ids]
     spacing = [id for id in ordinary if tokenizer.token_bytes(id)[:1] == b" "]
     for _ in range(1000):
         parts = random_parts(rng)
@@ -53,17 +53,40 @@ def test_pinned_text_is_kept_byte_for_byte_at_any_boundary(tokenizer: Tokenizer)
         for slot, (start, _) in zip(layout.slots, layout.spans(lengths), strict=True):
             if slot.spaced:
                 canvas[start] = rng.choice(spacing)
-        whole = layout.whole(layout.texts(canvas, lengths))
+        gaps, is_cut = layout.texts(canvas, lengths)
+        assert "\ufffd" not in "".join(gaps)
+        whole = layout.whole(gaps)
         texts = [part for part in parts if isinstance(part, str)]
         assert whole.startswith(texts[0])
         assert whole.endswith(texts[-1])
         end = layout.used(lengths, length) - 1
         assert canvas[end] == END
         written = b"".join(tokenizer.token_bytes(id) for id in [*layout.prefix, *canvas[:end]])
-        if "\ufffd" not in whole:  # else a gap was given half a character
+        if not is_cut:  # else a gap was given half a character
             assert written.decode() == whole.rstrip() or written.decode() == whole[: len(whole) - len(texts[-1])] + (
                 texts[-1].rstrip()
             )
+
+
+def test_half_characters_are_left_out_of_a_gap(tokenizer: Tokenizer) -> None:
+    half = tokenizer.encode("\U0010fffd")[:2]
+    word, replacement = tokenizer.encode("ab"), tokenizer.encode("\ufffd")
+    for ids, text, is_cut in [
+        (word, "ab", False), (word + half, "ab", True), (half + word, "ab", True), (half, "", True),
+        (word + replacement, "ab", True), (half + half + word, "ab", True),
+    ]:  # fmt: skip
+        layout = Layout(tokenizer, ["x", Gap(len(ids)), "é\ufffd"], 64, END, PAD)
+        assert layout.texts([*ids, *tokenizer.encode("é\ufffd")], (len(ids),)) == ((text,), is_cut)
+    layout = Layout(tokenizer, ["x ", Gap(original="c\ufffd"), ""], 64, END, PAD)
+    spaced = tokenizer.encode(" a\ufffd")
+    assert layout.texts(spaced, (len(spaced),)) == (("a\ufffd",), False)  # it was there before
+
+
+def test_text_that_a_tokenizer_cannot_keep_is_refused(tokenizer: Tokenizer) -> None:
+    for parts in (["\ud800", Gap(1), ""], ["", Gap(1), "a\ud800", Gap(1), ""], ["", Gap(original="\ud800"), ""]):
+        with pytest.raises(DgemmaError, match="cannot keep") as caught:
+            Layout(tokenizer, parts, 64, END, PAD)
+        assert caught.value.exit_code == 2
 
 
 def test_what_is_free_is_the_gaps(tokenizer: Tokenizer) -> None:
@@ -88,7 +111,7 @@ def test_barred_ids_get_no_probability(tokenizer: Tokenizer) -> None:
     assert [slot.spaced for slot in layout.slots] == [True, False]
     for place in range(64):
         for id in range(V):
-            known = id < tokenizer.vocab_size and not tokenizer.is_control(id)
+            known = id < tokenizer.vocab_size and id not in tokenizer.unwritable_ids
             fits = place != spans[0][0] or tokenizer.token_bytes(id)[:1] == b" "
             assert (logits[place, id] == 0) == (known and fits)
 

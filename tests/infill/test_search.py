@@ -73,10 +73,13 @@ def test_known_lengths_are_written_several_times() -> None:
     assert judge.batches == [4]
 
 
-def test_the_settled_come_first_then_the_probable_then_the_short() -> None:
-    def candidate(length: int, score: float, low: bool = False) -> Candidate:
-        return Candidate((length,), (str(length),), score, low, ())
+def test_the_whole_come_first_then_the_settled_then_the_probable_then_the_short() -> None:
+    def candidate(length: int, score: float, low: bool = False, cut: bool = False) -> Candidate:
+        return Candidate((length,), (str(length),), score, low, (), cut)
 
-    order = [candidate(2, -0.101), candidate(3, -0.099), candidate(1, -0.2), candidate(4, -0.01, low=True)]
+    order = [
+        candidate(2, -0.101), candidate(3, -0.099), candidate(1, -0.2), candidate(4, -0.01, low=True),
+        candidate(5, -0.001, cut=True),
+    ]  # fmt: skip
     found = search([[1]], 9, 4, lambda wanted: list(reversed(order)))
     assert found == order
