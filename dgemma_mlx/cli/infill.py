@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dgemma_mlx.checks import reason
 from dgemma_mlx.cli.interrupt import interruptible
 from dgemma_mlx.cli.loading import answer_arguments, load_model
 from dgemma_mlx.cli.parameters import (
@@ -27,6 +28,7 @@ from dgemma_mlx.cli.render.visible import json_line
 from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.cli.texts import is_stdin, print_diff, print_exact, save_text, without_bom
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.files import check_writable
 
 if TYPE_CHECKING:
     from dgemma_mlx.generation.model import Model
@@ -59,15 +61,19 @@ class ResultOptions:
     write: Write = False
 
     def check(self, file: Path | None) -> None:
-        """Raise `DgemmaError` for options that exclude each other, and for --write without a regular FILE."""
+        """Raise `DgemmaError` for options that exclude each other, and for --write unless it can replace FILE."""
         if self.diff and self.as_json:
             raise DgemmaError("--diff and --json exclude each other", "The JSON object has the whole text.", 2)
         if self.write and (file is None or is_stdin(file)):
             raise DgemmaError("--write needs a FILE", "Without --write the text goes to stdout.", exit_code=2)
-        if self.write and os.path.exists(str(file)) and not os.path.isfile(str(file)):
-            raise DgemmaError(
-                f"--write cannot replace {file}, which is not a file", "Without --write the text goes to stdout.", 2
-            )
+        if self.write and os.path.exists(str(file)):  # a missing FILE is an error of its own
+            hint = "Without --write the text goes to stdout."
+            if not os.path.isfile(str(file)):
+                raise DgemmaError(f"--write cannot replace {file}, which is not a file", hint, exit_code=2)
+            try:
+                check_writable(Path(str(file)))
+            except OSError as error:
+                raise DgemmaError(f"--write cannot replace {file}: {reason(error)}", hint, exit_code=2) from None
 
 
 @contextmanager

@@ -132,6 +132,15 @@ def test_an_uncertain_result_is_not_written(file: Path) -> None:
     assert shown.returncode == 0 and "uncertain" in json.loads(shown.stdout)["doubt"]
 
 
+def test_a_file_that_cannot_be_replaced_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 250)  # the temporary file beside it would have a longer name than file systems allow
+    path.write_text("a ___ b")
+    done = run("fill", "-m", str(tmp_path / "no model"), "--write", str(path))
+    assert done.returncode == 2
+    assert b"--write cannot replace" in done.stderr and b"File name too long" in done.stderr
+    assert path.read_text() == "a ___ b"
+
+
 def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)

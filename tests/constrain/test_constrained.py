@@ -55,6 +55,20 @@ def test_everything_matches_whatever_is_asked(demo: Model, prompt: str, options:
         assert done.finish_reason == "stop"
 
 
+@pytest.mark.parametrize(
+    ("constraint", "pattern"),
+    [
+        (Constraint.choice(["a▁b", "c▁▁d"]), "a▁b|c▁▁d"), (Constraint.regex("[▁ ]▁{2,4}x"), "[▁ ]▁{2,4}x"),
+        (Constraint.json_schema({"enum": ["x▁y"]}), '"x▁y"'),
+    ],
+)  # fmt: skip
+def test_the_character_that_vocabularies_write_for_a_space_is_itself(
+    demo: Model, constraint: Constraint, pattern: str
+) -> None:
+    for seed in range(3):
+        assert re.fullmatch(pattern, generate(demo, "x", seed=seed, constraint=constraint, generation=quick(demo)).text)
+
+
 def test_drafts_match_too_and_canvases_end_in_padding(demo: Model) -> None:
     events = list(stream(demo, "Sort 5 2 9", seed=3, constraint=RECORD, max_tokens=32, generation=quick(demo, 4)))
     drafts = [event for event in events if isinstance(event, Draft)]
