@@ -185,7 +185,7 @@ class Tokenizer:
         They are the control tokens, ids without a token, byte-fallback tokens whose byte occurs only in characters that
         have a token of their own, and tokens whose text encodes to other tokens. (No longer text contains a token that
         its own text does not encode to: byte-pair merges within the token are the same in both.) The first access
-        encodes every token, which takes about a second for 262,144 of them.
+        encodes every token, which takes one to two seconds for 262,144 of them.
         """
         missing = "".join(c for c in map(chr, _CODES) if self._backend.find("▁" if c == " " else c) is None)
         bytes_needed = frozenset((missing + "▁").encode())  # for `encode_exactly`
