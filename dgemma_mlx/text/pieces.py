@@ -57,7 +57,7 @@ class Pieces:
         self.tokenizer = tokenizers.Tokenizer.from_str(skeleton.decode())
         self.tokens = tokens.decode().split("\0")
         self.ids = {token: id for id, token in enumerate(self.tokens)}
-        self._options = json.loads(self.tokenizer.model.__getstate__())
+        self._options = parse_json(self.tokenizer.model.__getstate__())
         self._known = np.zeros(len(self.tokens), dtype=bool)
         self._known[list(self._options["vocab"].values())] = True
         self._merges, self._longest = merges, max(map(len, self.tokens))

@@ -173,7 +173,7 @@ def test_the_real_vocabulary_gives_the_ids_of_the_library(gemma4_folder: Path, p
     prose = (public_data / "gemma4" / "gemma-4.inp").read_bytes().decode()
     assert load_tokenizer_json(path)[1] is not None
     checked = 0
-    for _ in range(30):
+    for _ in range(10):
         tokenizer, pieces = load_tokenizer_json(path)
         assert pieces is not None
         for _ in range(20):
@@ -184,4 +184,4 @@ def test_the_real_vocabulary_gives_the_ids_of_the_library(gemma4_folder: Path, p
                 pieces.extend(text)
                 assert tokenizer.encode(text).ids == whole.encode(text).ids
                 checked += 1
-    assert checked == 2400
+    assert checked == 800
