@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 LARGE = 4 << 20  # bytes of a tokenizer.json from which the form in the cache pays
 _FORMAT = 1  # part of the file's name; another one for another content or other conditions in ``_form``
 # After so much work, counted in look-ups of a piece, the library gets all pieces, which takes about as long.
-_MOST_WORK = 6_000_000
-_MODEL_WORK = 120_000  # of a new model
+_MOST_WORK = 1_500_000
+_MODEL_WORK = 20_000  # of a new model
 _SPACE = "▁"
 _PLAIN_BPE = {"dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "byte_fallback": True}
 _NORMALIZERS = (None, {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
@@ -61,16 +61,17 @@ class Pieces:
         self._known = np.zeros(len(self.tokens), dtype=bool)
         self._known[list(self._options["vocab"].values())] = True
         self._merges, self._longest = merges, max(map(len, self.tokens))
-        self._work, self._lock = 0, Lock()
+        self._has_all, self._work, self._lock = False, 0, Lock()
 
     def extend(self, text: str) -> None:
         """Give the tokenizer what it needs to encode a text. Any thread may call this."""
+        if self._has_all:
+            return
         with self._lock:
-            if self._known.all():
-                return
             self._work += len(text) * self._longest
             if self._work > _MOST_WORK:
                 self._add(range(len(self.tokens)))
+                self._has_all = True
             elif not self._known[found := self._found(text.replace(" ", _SPACE))].all():
                 self._work += _MODEL_WORK
                 self._add(found)
@@ -88,7 +89,8 @@ class Pieces:
 
         known = self._known.copy()
         known[ids] = True
-        left, right, _ = self._merges[:, known[self._merges].all(axis=0)].tolist()
+        merges = self._merges[:, known[self._merges[2]]]  # most are left out by their whole already
+        left, right, _ = merges[:, known[merges[:2]].all(axis=0)].tolist()
         tokens, options = self.tokens, self._options
         self.tokenizer.model = models.BPE(
             {tokens[id]: id for id in np.flatnonzero(known).tolist()},
