@@ -105,9 +105,9 @@ def load_tokenizer_json(path: Path) -> tuple[tokenizers.Tokenizer, Pieces | None
     """Return the tokenizer of a ``tokenizer.json``, and its pieces if it is large.
 
     The form of a large file is derived the first time, and written to the user's cache folder under a name with the
-    SHA-256 of the file. A cached form that is damaged is derived again, and one that cannot be written is done without.
-    The library reads the whole file when it is small, when its texts need more than pieces and merges, and when it is
-    damaged. Raises what the library raises for a file that it cannot read.
+    SHA-256 of the file. A cached form that is damaged is derived again. The library reads the whole file when it is
+    small or damaged, when its texts need more than pieces and merges, and when the cache folder cannot be written.
+    Raises what the library raises for a file that it cannot read.
     """
     import tokenizers
 
@@ -129,11 +129,11 @@ def _cached_form(content: bytes, kept: Path) -> dict[str, np.ndarray[Any, Any]]:
     with suppress(OSError, ValueError, EOFError, BadZipFile), kept.open("rb") as file, np.load(file) as arrays:
         return dict(arrays)
     try:
-        form = _form(parse_json(content))
-    except (ValueError, TypeError, LookupError, AttributeError):
-        return {}  # a damaged file: the library says in what way
-    with suppress(OSError), whole_file(kept) as out:
-        np.savez(out, allow_pickle=False, **form)
+        with whole_file(kept) as out:  # first, because without a cache it takes longer than the library does
+            form = _form(parse_json(content))
+            np.savez(out, allow_pickle=False, **form)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        return {}  # no place to write to, or a damaged file: the library reads it, or says what is wrong
     return form
 
 
