@@ -123,7 +123,8 @@ class Done:
     """The end of an answer, with all of it in one piece.
 
     Attributes:
-        text: The answer.
+        text: The answer: the texts of all ``Committed`` events, and of a tool call that was cancelled half-way, what
+            was written.
         thinking: What the model thought before answering; empty when it did not think.
         tool_calls: Tool calls, in order.
         tokens: All kept ids of the committed canvases.

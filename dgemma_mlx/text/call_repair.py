@@ -87,7 +87,7 @@ class _Reader:
         # open; and how many closers are missing here.
         self._closed: list[int] = []
         self._missing = 0
-        self._closers = 0  # number of brackets closed since the last item
+        self._braces = 0  # number of } just closed in a row
         self._may_lack_an_opener = False  # whether extra closers at the end may be right, and something else wrong
 
     def calls(self) -> list[tuple[str, dict[str, Any]]]:
@@ -116,11 +116,15 @@ class _Reader:
         return name
 
     def _arguments(self) -> dict[str, Any]:
-        """Read the arguments of a call, from the opening bracket on."""
+        """Read the arguments of a call, from the opening bracket on, which may be doubled."""
         self._at += 1
+        doubled = 0
         while self._skip("{"):
-            pass
-        return self._object("}" if self._bracket == "{" else ")}")
+            doubled += 1
+        arguments = self._object("}" if self._bracket == "{" else ")}")
+        while doubled and (self._skip("}") or self._skip(")")):
+            doubled -= 1
+        return arguments
 
     def _object(self, closers: str) -> dict[str, Any]:
         """Read the rest of an object after its opening bracket. Any of ``closers`` ends it."""
@@ -132,7 +136,7 @@ class _Reader:
                 items = max(items, 1)  # a pair may be lost before a first comma
                 continue
             # In "{a:{b:{c:1}},d:2}}" the extra closer may be the last one, or the second one.
-            self._may_lack_an_opener |= self._closers > 1 and "]" not in self._open
+            self._may_lack_an_opener |= self._braces > 1 and "]" not in self._open
             self._settle()
             key = self._key()
             values[key], ends_itself = self._value_of_key()
@@ -223,7 +227,7 @@ class _Reader:
         if char and char not in own and not any(char in closers for closers in self._open[:-1]):
             return False
         self._open.pop()
-        self._closers += 1
+        self._braces = 0 if own == "]" else self._braces + 1
         if char and char in own:
             self._at += 1
         else:
@@ -239,7 +243,7 @@ class _Reader:
         """Check that the missing closers before this place could have stood nowhere else."""
         if any(around <= self._missing for around in self._closed):
             raise ValueError("missing brackets")
-        self._closed, self._missing, self._closers = [], 0, 0
+        self._closed, self._missing, self._braces = [], 0, 0
 
     def _end_item(self, ends_itself: bool) -> None:
         """Check that an item ends where its text does: before a comma or closer, unless it shows its end."""

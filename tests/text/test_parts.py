@@ -205,7 +205,11 @@ def test_parts_do_not_depend_on_the_chunks_of_ids(gemma: Tokenizer) -> None:
         "<tool_call|>",
         '<|"|>',
         "call:f{a:",
+        "f(",
         "}",
+        "th",
+        "ought",
+        "<turn|>",
         "🙂",
     ]
     bytes_only = [id for id in range(gemma.vocab_size) if gemma.token(id).startswith("<0x")]
