@@ -204,7 +204,7 @@ class _Reader:
             self._at += 1
             return next(self._strings)
         if char == '"':
-            return str(json.loads(self._take(_JSON_STRING), strict=False))
+            return json_string(self._take(_JSON_STRING))
         if char == "'":
             quoted = self._take(_SINGLE_QUOTED)
             if not quoted:
@@ -269,6 +269,13 @@ class _Reader:
             return ""
         self._at = match.end()
         return match[0]
+
+
+def json_string(literal: str) -> str:
+    """Return the string that a literal in JSON's quotes spells. Raises ``ValueError`` for one that is not text."""
+    text = str(json.loads(literal, strict=False))
+    text.encode()  # half of a surrogate pair is not text; UnicodeEncodeError is a ValueError
+    return text
 
 
 def _bare_value(text: str) -> Any:

@@ -6,11 +6,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
-from dgemma_mlx.text.call_repair import MAX_DEPTH, NAME, read_tolerantly
+from dgemma_mlx.text.call_repair import MAX_DEPTH, NAME, json_string, read_tolerantly
 
 # One lexeme of a call's arguments: punctuation, a delimited string, a JSON string, or a bare word.
 _LEXEME = re.compile(
@@ -66,7 +65,7 @@ class _ArgumentsParser:
             if kind == "delimited":
                 kind, lexeme = "string", next(left)
             elif kind == "json":
-                kind, lexeme = "string", json.loads(lexeme, strict=False)
+                kind, lexeme = "string", json_string(lexeme)
             self._lexemes.append((kind, lexeme))
         self._lexemes.reverse()
 
