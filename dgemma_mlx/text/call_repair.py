@@ -19,8 +19,8 @@ same meaning: a parenthesis for a brace, ``=`` for ``:``, another kind of quotes
 * Numbers may be ``108.``, ``.5`` and ``+5``; digits after a leading zero are a string (``007``). A number too large for
   a float, ``NaN`` and ``Infinity`` are refused. Constants may have capitals.
 
-Whatever breaks these rules, too, is not a call. The tests drop and double each lexeme of random calls: what is read
-then is the call that was meant, or nothing, wherever the fault leaves a trace at all.
+Whatever breaks these rules, too, is not a call. The tests drop and double the marks of random calls: what is read then
+is the call that was meant, or nothing.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ from dgemma_mlx import Constraint, Draft, Model
 from dgemma_mlx.constrain.canvas import ConstraintState
 from dgemma_mlx.constrain.vocabulary import TokenAutomaton
 from dgemma_mlx.generation.answer import Answer, call_prefix
+from dgemma_mlx.generation.api import _runner
+from dgemma_mlx.generation.options import GenerationOptions
 from dgemma_mlx.text.parts import PartsParser
 
 
@@ -136,3 +138,16 @@ def test_ids_of_calls_depend_on_the_prompt_and_the_seed_alone() -> None:
     assert len(set(prefixes)) == 4
     assert call_prefix([5, 6], 1) == prefixes[0]
     assert all(re.fullmatch("call_[0-9a-f]{12}_", prefix) for prefix in prefixes)
+
+
+def test_ids_of_calls_are_those_of_the_prompt_alone_also_in_a_batch(demo: Model) -> None:
+    """The same prompt and seed have the same ids next to other prompts as alone."""
+    call = demo.tokenizer.encode_control("<|tool_call>call:f{}<tool_call|>")
+
+    def ids(prompts: list[list[int]], seeds: list[int]) -> list[str]:
+        runner = _runner(demo, prompts, seeds, [8] * len(prompts), GenerationOptions())
+        return [answer.parser.feed(call).tool_calls[0].id for answer in runner._answers]
+
+    together = ids([[5, 6, 7], [5, 6], [5, 6]], [1, 1, 2])
+    assert together == [*ids([[5, 6, 7]], [1]), *ids([[5, 6]], [1]), *ids([[5, 6]], [2])]
+    assert len(set(together)) == 3
