@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -142,6 +143,16 @@ def test_whoever_stops_it_keeps_the_committed_text(tokenizer: Tokenizer) -> None
         stream.write("^C")
         drawing.close()  # type: ignore[attr-defined]
         assert_shows(stream, "".join(event.text for event in events[:count] if isinstance(event, Committed)))
+
+
+def test_what_only_done_holds_is_shown(tokenizer: Tokenizer) -> None:
+    """An answer that is cancelled half-way through a tool call ends with what was written of it."""
+    *before, done = answer(tokenizer, tokenizer.encode(POEM + "Well."))
+    assert isinstance(done, Done)
+    stream = ScreenStream(40, 10)
+    text = POEM + "Well.call:f{a:\n"
+    list(show(stream, tokenizer, [*before, replace(done, text=text)]))
+    assert_shows(stream, text)
 
 
 def hostile(rng: random.Random, tokenizer: Tokenizer) -> list[int]:

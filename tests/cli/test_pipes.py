@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import pytest
 
 from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
 from dgemma_mlx.cli.render.plain import print_text, record
-from dgemma_mlx.events import Committed, Event
+from dgemma_mlx.events import Committed, Done, Event
 from dgemma_mlx.text import Tokenizer
 from tests.cli.synthetic import answer
 from tests.cli.terminal import Terminal
@@ -313,6 +314,14 @@ def test_tool_calls_go_to_stderr(tokenizer: Tokenizer, capsys: pytest.CaptureFix
     written = capsys.readouterr()
     assert written.out == "Let me see.\n"
     assert written.err == 'tool call: add {"a": 1, "b": "\\u001b\\u009b"}\n'
+
+
+def test_what_only_done_holds_is_printed(tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    """An answer that is cancelled half-way through a tool call ends with what was written of it."""
+    *before, done = answer(tokenizer, tokenizer.encode("Well."))
+    assert isinstance(done, Done)
+    print_text([*before, replace(done, text="Well.call:f{")], quiet=False)
+    assert capsys.readouterr().out == "Well.call:f{\n"
 
 
 def test_an_interrupted_answer_ends_with_a_line_feed(tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:

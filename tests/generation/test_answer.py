@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import dgemma_mlx
 from dgemma_mlx import Constraint, Draft, Model
 from dgemma_mlx.constrain.canvas import ConstraintState
 from dgemma_mlx.constrain.vocabulary import TokenAutomaton
-from dgemma_mlx.generation.answer import Answer
+from dgemma_mlx.generation.answer import Answer, call_prefix
+from dgemma_mlx.generation.api import _runner
+from dgemma_mlx.generation.options import GenerationOptions
 from dgemma_mlx.text.parts import PartsParser
 
 
@@ -72,3 +75,79 @@ def test_what_is_written_takes_from_the_positions_that_a_constrained_answer_may_
         rooms.append(start.room)
         answer.commit(draft_of(demo.tokenizer.encode("abcd")[:4]), (), is_cancelled=False)
     assert rooms == [12, 8]
+
+
+CALL = '<|tool_call>call:f{a:<|"|>x<|"|>'
+
+
+def canvas_of(model: Model, text: str) -> Draft:
+    return draft_of(model.tokenizer.encode_control(text))
+
+
+@pytest.mark.parametrize("end", ["}<tool_call|><turn|>", "}<turn|>", "}<|tool_response>", "<|tool_response>"])
+def test_an_answer_that_ends_with_a_call_ends_for_its_sake(demo: Model, end: str) -> None:
+    answer = answer_of(demo)
+    event = answer.commit(canvas_of(demo, "Well." + CALL + end), (), is_cancelled=False)
+    done = answer.done(0, 0.0, 1.0)
+    assert done.finish_reason == "tool_calls" and done.text == "Well."
+    assert [(call.name, call.arguments, call.id) for call in done.tool_calls] == [("f", {"a": "x"}, "call_0")]
+    assert event.tool_calls == done.tool_calls
+
+
+def test_a_call_in_an_earlier_canvas_counts_and_a_block_that_is_no_call_does_not(demo: Model) -> None:
+    answer = answer_of(demo)
+    answer.commit(canvas_of(demo, CALL + "}<tool_call|>"), (), is_cancelled=False)
+    assert answer.finish_reason is None
+    answer.commit(canvas_of(demo, "done<turn|>"), (), is_cancelled=False)
+    assert answer.finish_reason == "tool_calls"
+    answer = answer_of(demo)
+    answer.commit(canvas_of(demo, "<|tool_call>call:f{a}<tool_call|><turn|>"), (), is_cancelled=False)
+    assert (answer.finish_reason, answer.parts.text) == ("stop", "call:f{a}")
+
+
+@pytest.mark.parametrize("end", ["", "}"])
+def test_a_call_that_is_cut_off_stays_text(demo: Model, end: str) -> None:
+    """Also where nothing but a last brace or the closing token is missing."""
+    canvas = canvas_of(demo, CALL + end)
+    count = len(canvas.tokens)
+    written = CALL.replace("<|tool_call>", "").replace('<|"|>', '"') + end
+    for limits, cancelled, reason in (
+        ({"max_tokens": count}, False, "length"),
+        ({"max_positions": count + 3}, False, "length"),
+        ({}, True, "cancelled"),
+    ):
+        answer = answer_of(demo, **limits)
+        event = answer.commit(canvas, (), is_cancelled=cancelled)
+        done = answer.done(0, 0.0, 1.0)
+        assert (done.finish_reason, done.text, done.tool_calls) == (reason, written, ())
+        assert event.text == written
+    answer = answer_of(demo, max_tokens=count + 1)
+    answer.commit(canvas_of(demo, CALL + end + "<tool_call|><turn|>"), (), is_cancelled=False)
+    assert (answer.finish_reason, len(answer.parts.tool_calls)) == ("length", 1)  # the call itself is complete
+
+
+def test_what_was_written_of_a_call_is_text_when_the_next_canvas_is_cancelled(demo: Model) -> None:
+    answer = answer_of(demo)
+    assert answer.commit(canvas_of(demo, "Well." + CALL), (), is_cancelled=False).text == "Well."
+    done = answer.done(0, 0.0, 1.0)
+    assert (done.finish_reason, done.text) == ("cancelled", 'Well.call:f{a:"x"')
+
+
+def test_ids_of_calls_depend_on_the_prompt_and_the_seed_alone() -> None:
+    prefixes = [call_prefix([5, 6], 1), call_prefix([5, 6], 2), call_prefix([56], 1), call_prefix([1, 5, 6], 1)]
+    assert len(set(prefixes)) == 4
+    assert call_prefix([5, 6], 1) == prefixes[0]
+    assert all(re.fullmatch("call_[0-9a-f]{12}_", prefix) for prefix in prefixes)
+
+
+def test_ids_of_calls_are_those_of_the_prompt_alone_also_in_a_batch(demo: Model) -> None:
+    """The same prompt and seed have the same ids next to other prompts as alone."""
+    call = demo.tokenizer.encode_control("<|tool_call>call:f{}<tool_call|>")
+
+    def ids(prompts: list[list[int]], seeds: list[int]) -> list[str]:
+        runner = _runner(demo, prompts, seeds, [8] * len(prompts), GenerationOptions())
+        return [answer.parser.feed(call).tool_calls[0].id for answer in runner._answers]
+
+    together = ids([[5, 6, 7], [5, 6], [5, 6]], [1, 1, 2])
+    assert together == [*ids([[5, 6, 7]], [1]), *ids([[5, 6]], [1]), *ids([[5, 6]], [2])]
+    assert len(set(together)) == 3

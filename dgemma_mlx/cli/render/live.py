@@ -57,6 +57,7 @@ class LiveView:
         self._began = clock()
         self._drawn = float("-inf")
         self._kept = 0  # number of committed tokens
+        self._length = 0  # number of characters of committed text
 
     def __enter__(self) -> LiveView:
         try:
@@ -79,8 +80,8 @@ class LiveView:
             self._draft(event)
         elif isinstance(event, Committed):
             self._committed(event)
-        else:
-            assert isinstance(event, Done)
+        elif rest := event.text[self._length :]:  # of a tool call that was cancelled
+            self._add(rest)
 
     def frame(self, draft: Draft, columns: int) -> list[Row]:
         """Return the rows for a draft: the unfinished line followed by the draft, and the status line."""
@@ -107,14 +108,19 @@ class LiveView:
         self._previous = draft.tokens
 
     def _committed(self, event: Committed) -> None:
-        """Move the finished lines of a canvas above the drawn rows and keep the unfinished one."""
+        """Add the text and the thinking of a canvas."""
         self._kept += len(event.tokens)
         self._previous = ()
         for token in event.tokens:
             self._thinking = self._thinks(token, self._thinking)
         self._thought += visible(event.thinking)
+        self._add(event.text)
+
+    def _add(self, text: str) -> None:
+        """Write the finished lines of the answer above the drawn rows, and keep the unfinished one."""
+        self._length += len(text)
         fold = "" if self._thinking else self._fold()
-        lines, feed, self._tail = (self._tail + visible(event.text)).rpartition("\n")
+        lines, feed, self._tail = (self._tail + visible(text)).rpartition("\n")
         self._region.draw(self._rows(self._region.size[0]), above=fold + lines + feed)
 
     def _fold(self) -> str:

@@ -38,6 +38,7 @@ def print_text(events: Iterable[Event], quiet: bool) -> Done:
     Return the last event. With ``quiet``, thinking is not printed.
     """
     answer, thinking = _Writer(sys.stdout), _Writer(sys.stderr)
+    length = 0
     try:
         for event in events:
             if isinstance(event, Committed):
@@ -46,8 +47,10 @@ def print_text(events: Iterable[Event], quiet: bool) -> Done:
                 if event.text:
                     thinking.end_line()
                 answer.write(event.text)
+                length += len(event.text)
             elif isinstance(event, Done):
                 thinking.end_line()
+                answer.write(event.text[length:])  # of a tool call that was cancelled
                 answer.end_line()
                 print_tool_calls(event)
                 return event
