@@ -19,7 +19,8 @@ from dgemma_mlx.infill.fill import fill
 
 COUNT = "Count from 13 to 40."  # takes more than one canvas
 PROMPTS = ["Sort 7 3 5", "What is 27 + 45?", "Sort 9 2 4 1", "What is 8 + 61?"]  # settled after a few steps
-POINTS = [(0, 1, 11, 34, 59), pytest.param(tuple(range(60)), marks=pytest.mark.slow)]  # events at which an answer is cancelled
+# Events at which an answer is cancelled.
+POINTS = [(0, 1, 11, 34, 59), pytest.param(tuple(range(60)), marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
