@@ -3,12 +3,15 @@
     python benchmarks/constrain.py [json] [--prompts 500] [--speed MODE]
     python benchmarks/constrain.py random [--outputs 200] [--each]
     python benchmarks/constrain.py cost [--steps 8]
+    python benchmarks/constrain.py patterns [--vocabulary runs/gemma4]
 
 ``json``: the demo model writes JSON with and without a schema, for the same held-out prompts and seeds. ``random``: a
 model with random weights, a generated vocabulary of 262,144 tokens and a canvas of 32 writes under ten schemas and 20
 regular expressions. ``--outputs`` counts the outputs of all schemas together and of all regular expressions together,
 or with ``--each`` those of each one. ``jsonschema`` and ``re`` check them. ``cost``: the time of steps with and without
-a constraint on the checkpoint small-262k (canvas 256), and of the projection within them.
+a constraint on the checkpoint small-262k (canvas 256), and of the projection
+within them. ``patterns``: what some 60 regular expressions take to compile, and to project a first canvas onto, with
+Gemma's own vocabulary, which ``make runs/gemma4/tokenizer.json`` fetches.
 
 The exit code is 1 when an output does not match, when fewer constrained answers are right, or when the projection takes
 15 % of a step or more for the typical schema.
@@ -33,6 +36,7 @@ from typing import Any
 import mlx.core as mx
 from jsonschema import Draft202012Validator
 from measured import checkpoints
+from measured.patterns import patterns
 from measured.vocabulary import write_tokenizer
 
 from dgemma_mlx import Constraint, Draft, Model, generate, generate_batch, load, stream
@@ -218,17 +222,19 @@ def step_times(model: Model, constraint: Constraint | None, steps: int) -> Itera
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("json", "random", "cost"), nargs="?", default="json")
+    parser.add_argument("what", choices=("json", "random", "cost", "patterns"), nargs="?", default="json")
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--speed", default="balanced")
     parser.add_argument("--outputs", type=int, default=200)
     parser.add_argument("--each", action="store_true")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--vocabulary", type=Path, default=Path("runs/gemma4"))
     arguments = parser.parse_args()
     parts = {
         "json": lambda: extract_json(arguments.prompts, arguments.speed),
         "random": lambda: random_outputs(arguments.outputs, arguments.each),
         "cost": lambda: cost(arguments.steps),
+        "patterns": lambda: patterns(arguments.vocabulary),
     }  # fmt: skip
     sys.exit(not parts[arguments.what]())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,8 @@ def resolve(name: str | None = None, *, weights: bool = True) -> Checkpoint:
         return _fetch(name, hub_id[1], hub_id[2], weights)
     if "/" in name and not name.startswith((".", "/", "~")):
         raise _malformed(name)
-    raise DgemmaError(f"there is no folder {shown(name)}", _FORMS)
+    meant = "Did you mean 'demo'? " if get_close_matches(name, [DEMO], cutoff=0.75) else ""
+    raise DgemmaError(f"there is no folder {shown(name)}", meant + _FORMS)
 
 
 def remote_headers(name: str) -> dict[str, Any]:

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dgemma_mlx.constrain.determine import determine
-from dgemma_mlx.constrain.expression import Expression, TooLargeError
+from dgemma_mlx.constrain.determine import determine, equal_columns
+from dgemma_mlx.constrain.expression import Expression
+from dgemma_mlx.constrain.limits import check_time, compiling
 from dgemma_mlx.errors import DgemmaError
 
 MAX_STATES = 20_000
 MAX_MINIMIZED = 2_500  # automata with more states are not minimized
 DEAD = -1  # the state after a byte that no accepted text continues with
-_TOO_LARGE_HINT = "Use smaller repetitions and shorter lengths."
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Automaton:
         distance = np.append(distances(self.table, self.accepting), self.size)
         texts = [b""] * self.size
         for state in np.argsort(distance[:-1], kind="stable").tolist():
+            check_time()
             if distance[state]:
                 byte = int(distance[self.table[state]].argmin())
                 texts[state] = (bytes([byte]) + texts[int(self.table[state, byte])])[:most]
@@ -79,22 +80,19 @@ def automaton_of(regex: str, label: str) -> Automaton:
     The syntax is that of Rust's ``regex`` crate. Raises ``DgemmaError`` (exit code 2) when the expression is malformed,
     has more than ``MAX_STATES`` states, or matches no text. ``label`` names the expression in the message.
 
-    Every bound is a count, so that an expression is accepted or refused alike on every machine.
+    ``dgemma_mlx.constrain.limits`` describes the bounds.
     """
+    with compiling(label):
+        return _compiled(regex, label)
+
+
+def _compiled(regex: str, label: str) -> Automaton:
+    """Do the work of ``automaton_of``."""
     try:
         table, accepting = _trim(*determine(Expression(regex), MAX_STATES))
-    except TooLargeError:
-        raise DgemmaError(
-            f"{label} is too large: it needs more than {MAX_STATES:,} states", _TOO_LARGE_HINT, exit_code=2
-        ) from None
     except ValueError as error:
-        reason = " ".join(str(error).split())
-        if "incompatible" in reason:
-            raise DgemmaError(
-                f"{label} has a part that no text matches", "Remove that part, such as an empty character class.", 2
-            ) from None
         raise DgemmaError(
-            f"{label} cannot be compiled: {reason[:200]}",
+            f"{label} cannot be compiled: {error}",
             "Use the syntax of Rust's regex crate, without look-arounds, back references and word boundaries.", 2,
         ) from None
     if not len(accepting):
@@ -137,6 +135,7 @@ def steps_to(source: NDArray[np.intp], target: NDArray[Any], goal: NDArray[np.bo
     found = np.where(goal, 0, -1).astype(np.int32)
     level, distance = goal.nonzero()[0], 0
     while len(level):
+        check_time()
         distance += 1
         parts = [sources[first[node] : first[node + 1]] for node in level.tolist()]
         before = np.unique(np.concatenate(parts))
@@ -151,10 +150,11 @@ def _minimize(table: NDArray[np.int32], accepting: NDArray[np.bool_]) -> Automat
     The states are divided into classes. Each pass splits a class whose states lead to different classes, until no pass
     splits any.
     """
-    columns = np.unique(table, axis=1)  # bytes with the same column have the same effect in every state
+    columns = table[:, equal_columns(table)[0]]  # bytes with the same column have the same effect in every state
     classes, count = accepting.astype(np.int64), len(np.unique(accepting))
     factors = np.random.default_rng(0).integers(0, 1 << 62, columns.shape[1] + 1) * 2 + 1
     while True:
+        check_time()
         rows = np.concatenate([classes[:, None], np.append(classes, DEAD)[columns]], axis=1)
         # A pass compares sums in place of whole rows, modulo 2^64; the last pass compares the rows as well.
         firsts, classes = np.unique(rows @ factors, return_index=True, return_inverse=True)[1:]

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.checks import shown
 from dgemma_mlx.constrain.automaton import automaton_of
+from dgemma_mlx.constrain.limits import compiling
 from dgemma_mlx.constrain.regex import any_of, checked_text, quoted, without_anchors
 from dgemma_mlx.constrain.vocabulary import TokenAutomaton
 from dgemma_mlx.errors import DgemmaError
@@ -146,7 +147,8 @@ class Constraint:
         ``vocab_size`` is the model's vocabulary size. The end-of-text ids of ``config`` end a text, except
         ``<|tool_response>``, which ends a tool call. Constraints with the same ``pattern`` share the result: the last
         ``_MAX_KEPT`` results are kept for each tokenizer, as long as the tokenizer exists. Threads may share it too.
-        Raises ``DgemmaError`` (exit code 2) when the tokenizer lacks tokens for bytes that the constraint needs.
+        Raises ``DgemmaError`` (exit code 2) when the tokenizer lacks tokens for bytes that the constraint needs, and
+        when the automaton is too large.
         """
         tool_response_id = tokenizer.special_ids.get("<|tool_response>")
         eos_ids = tuple(id for id in config.eos_token_ids if id != tool_response_id)
@@ -154,7 +156,8 @@ class Constraint:
         with _lock:  # two threads with the same constraint compile it once
             kept = _token_automata.setdefault(tokenizer, {})
             if key not in kept:
-                kept[key] = TokenAutomaton(self.automaton, tokenizer, *key[1:])
+                with compiling("the constraint"):
+                    kept[key] = TokenAutomaton(self.automaton, tokenizer, *key[1:])
             kept[key] = kept.pop(key)  # to the end; the first entry was then not used for the longest time
             if len(kept) > _MAX_KEPT:
                 del kept[next(iter(kept))]

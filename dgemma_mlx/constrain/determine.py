@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from dgemma_mlx.constrain.expression import BEGIN, END, NOTHING, Expression, TooLargeError
+from dgemma_mlx.constrain.expression import BEGIN, END, NOTHING, Expression
+from dgemma_mlx.constrain.limits import TooLargeError, check_time
 
 _MOST_WORK = 1_500_000  # moves of single nodes, in all states together
+_MUCH_WORK = f"its states take more than {_MOST_WORK:,} moves to build"
 _ACCEPT = -1  # in a set of moves: the text may end here
 
 
@@ -45,8 +47,9 @@ class _Nodes:
                     seen.add((to, ends))
                     waiting.append((to, ends))
         self.work += len(seen)
+        check_time()
         if self.work > _MOST_WORK:
-            raise TooLargeError
+            raise TooLargeError(_MUCH_WORK)
         result = frozenset(found)
         if not at_start:
             self._reached[node] = result
@@ -98,10 +101,23 @@ def determine(expression: Expression, most_states: int) -> tuple[NDArray[np.int3
                 targets[key] = numbers[together]
             row.append(targets[key])
         rows.append(row)
-        if len(numbers) > most_states or work > _MOST_WORK:
-            raise TooLargeError
+        check_time()
+        if len(numbers) > most_states:
+            raise TooLargeError(f"it needs more than {most_states:,} states")
+        if work > _MOST_WORK:
+            raise TooLargeError(_MUCH_WORK)
     table = np.array(rows, np.int32)[:, byte_class]
     return table, np.array([_ACCEPT in state for state in waiting])
+
+
+def equal_columns(table: NDArray[np.int32]) -> tuple[list[int], NDArray[np.intp]]:
+    """Return the first of each set of equal columns, and the index in that list of what each column (n,) equals.
+
+    ``np.unique`` with an axis does the same, but reports a Ctrl-C as a ``TypeError``.
+    """
+    first: dict[bytes, int] = {}
+    equal = [first.setdefault(column.tobytes(), number) for number, column in enumerate(table.T)]
+    return list(first.values()), np.searchsorted(list(first.values()), equal)
 
 
 def _moves(expression: Expression) -> tuple[NDArray[np.intp], list[list[list[tuple[int, int]]]]]:
@@ -113,10 +129,8 @@ def _moves(expression: Expression) -> tuple[NDArray[np.intp], list[list[list[tup
     columns = np.full((len(flat) + 1, 256), -2, np.int32)
     for number, row in enumerate(flat):
         columns[number, list(row)] = list(row.values())
-    _, first, byte_class = np.unique(columns, axis=1, return_index=True, return_inverse=True)
-    order = np.argsort(first)  # classes in the order of their first bytes
-    byte_class = np.argsort(order)[byte_class.reshape(-1)]
-    picked = columns[:-1, first[order]]
+    first, byte_class = equal_columns(columns)
+    picked = columns[:-1, first]
     moves = [
         [(int(number), int(row[number])) for number in np.flatnonzero(row != -2)] for row in picked
     ]

@@ -12,14 +12,20 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple, NoReturn
 
+from dgemma_mlx.checks import shown
+from dgemma_mlx.constrain.limits import TooLargeError, check_time
+
 MOST_NODES = 100_000  # of an expression whose repetitions are written out
 _MOST_CHARACTERS = 1_000_000
 _MOST_DEPTH = 250  # of groups, as in Rust
+_MOST_CLASS = 12_000  # characters of a class; outlines-core takes 0.2 s for as many, and cannot be interrupted
 _MOST_ATOM_STATES = 10_000  # of all different classes together; \w has 317
+_MANY_NODES = f"it has more than {MOST_NODES:,} parts when its repetitions are written out"
 BEGIN, END, NOTHING = -3, -2, -1  # what a node asserts in place of a character
 
 _FLAGS = re.compile(r"\?([imsuxRU]*)(?:-([imsuxRU]+))?([:)])")
 _NAME = re.compile(r"\?P?<[A-Za-z_][\w.\[\]]*>")
+_UNKNOWN_GROUP = re.compile(r"\?(?:<?[=!]|.?)", re.DOTALL)
 _COUNTS = re.compile(r"\{\s*(\d+)\s*(?:(,)\s*(\d*)\s*)?\}")
 _SINGLE = re.compile(
     r"\\(?:[pP](?:\{[^{}]*\}|.)|[xuU]\{[^{}]*\}|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|[dDwWsSafntrv])"
@@ -28,10 +34,6 @@ _VERBOSE = re.compile(r"(?:\s|#[^\n]*)+")
 
 # The bytes that lead from a state of an atom to another; state 0 is the first, and -1 follows the character.
 AtomStates = Sequence[dict[int, int]]
-
-
-class TooLargeError(Exception):
-    """An expression is larger than the bounds allow."""
 
 
 class _Fragment(NamedTuple):
@@ -75,7 +77,7 @@ class Expression:
         Raises ``ValueError`` when it is malformed or uses what is not supported, and ``TooLargeError``.
         """
         if len(text) > _MOST_CHARACTERS:
-            raise TooLargeError
+            raise TooLargeError(f"it has more than {_MOST_CHARACTERS:,} characters")
         self.atoms: list[AtomStates] = []
         self.atom: list[int] = []
         self.following: list[list[int]] = []
@@ -85,6 +87,7 @@ class Expression:
         self._atom_states = 0
         groups = [_Group(0, self._flags, [], [])]
         while self._place < len(text):
+            check_time()
             self._read(groups)
         if len(groups) > 1:
             self._fail("a group is not closed")
@@ -132,8 +135,9 @@ class Expression:
                 return
         elif name := _NAME.match(self._text, self._place):
             self._place = name.end()
-        elif self._text.startswith("?", self._place):
-            self._fail("look-around is not supported")
+        elif unknown := _UNKNOWN_GROUP.match(self._text, self._place):
+            around = unknown[0] in ("?=", "?!", "?<=", "?<!")
+            self._fail("look-around is not supported" if around else f"({unknown[0]} begins no group that is supported")
         if len(groups) > _MOST_DEPTH:
             self._fail(f"groups are nested deeper than {_MOST_DEPTH}")
         groups.append(_Group(len(self.atom), flags, [], []))
@@ -147,7 +151,7 @@ class Expression:
             if found is None:
                 self._fail("a count is malformed")
             if max(len(found[1]), len(found[3] or "")) > 9:
-                raise TooLargeError
+                raise TooLargeError("a count has more than nine digits")
             least = int(found[1])
             most = least if found[2] is None else int(found[3]) if found[3] else None
             if most is not None and most < least:
@@ -165,10 +169,11 @@ class Expression:
         low, size = item.low, len(self.atom) - item.low
         copies = max(least, 1) if most is None else most
         if len(self.atom) + size * copies > MOST_NODES:
-            raise TooLargeError
+            raise TooLargeError(_MANY_NODES)
         entry = self._node()
         exit, last = self._node(), entry
         for number in range(copies):
+            check_time()
             shift = 0 if number == 0 else self._copy(low, size) - low
             self.following[last].append(item.entry + shift)
             if number >= least:
@@ -217,27 +222,29 @@ class Expression:
             single = _SINGLE.match(text, place)
             self._place = place + 2 if single is None else single.end()
             if place + 1 == len(text):
-                self._fail("a backslash is the last character")
+                self._fail("a backslash is the last character", place)
         else:
             self._place += 1
         atom = text[place : self._place]
+        if len(atom) > _MOST_CLASS:
+            raise TooLargeError(f"a character class has more than {_MOST_CLASS:,} characters")
         if atom in ("^", "$", r"\A", r"\z"):
             if atom in "^$" and "m" in self._flags:
-                self._fail("line anchors are not supported")
+                self._fail("line anchors are not supported", place)
             kind = BEGIN if atom in ("^", r"\A") else END
         elif atom[0] == "\\" and (atom[1].isalnum() or atom[1] in "<>") and len(atom) == 2 and not _SINGLE.match(atom):
-            self._fail(f"{atom} is not supported")
+            self._fail(f"{atom} is not supported", place)
         else:
-            kind = self._atom_number(atom)
+            kind = self._atom_number(atom, place)
         node = self._node(kind)
         return _Fragment(node, node, self._node())
 
     def _class_end(self, place: int) -> int:
         """Return where the character class that begins at ``place`` ends."""
-        text, depth = self._text, 0
+        text, depth, first = self._text, 0, place
         while True:
             if place >= len(text):
-                self._fail("a character class is not closed")
+                self._fail("a character class is not closed", first)
             character = text[place]
             place += 1
             if character == "\\":
@@ -253,8 +260,8 @@ class Expression:
                 if not depth:
                     return place
 
-    def _atom_number(self, atom: str) -> int:
-        """Return the index of an atom."""
+    def _atom_number(self, atom: str, place: int) -> int:
+        """Return the index of the atom at ``place``."""
         plain = atom if len(atom) == 1 and atom != "." else atom[1:] if len(atom) == 2 and not atom[1].isalnum() else ""
         flags = "".join(sorted(self._flags & set("isuxR")))
         if plain and atom[0] not in "[" and not ("i" in flags and plain.isalpha()):
@@ -263,10 +270,15 @@ class Expression:
             off = "".join(sorted(set("isuxR") - set(flags)))
             key = f"(?{flags}{'-' * bool(off)}{off}:{atom})"
         if key not in self._known:
-            states = _literal(plain) if key[0] == "=" else _compiled(key)
+            try:
+                states = _literal(plain) if key[0] == "=" else _compiled(key)
+            except ValueError as error:
+                if "incompatible" in str(error):
+                    self._fail(f"no character matches {shown(atom)}", place)
+                self._fail(f"{shown(atom)} is malformed or not supported", place)
             self._atom_states += len(states)
             if self._atom_states > _MOST_ATOM_STATES:
-                raise TooLargeError
+                raise TooLargeError(f"its character classes have more than {_MOST_ATOM_STATES:,} states")
             self._known[key] = len(self.atoms)
             self.atoms.append(states)
         return self._known[key]
@@ -274,14 +286,14 @@ class Expression:
     def _node(self, atom: int = NOTHING) -> int:
         """Add a node and return its number."""
         if len(self.atom) >= MOST_NODES:
-            raise TooLargeError
+            raise TooLargeError(_MANY_NODES)
         self.atom.append(atom)
         self.following.append([])
         return len(self.atom) - 1
 
-    def _fail(self, problem: str) -> NoReturn:
-        """Raise ``ValueError``."""
-        raise ValueError(f"{problem}, at character {self._place + 1}")
+    def _fail(self, problem: str, place: int | None = None) -> NoReturn:
+        """Raise ``ValueError`` about ``place``, or else about what is read next."""
+        raise ValueError(f"{problem}, at character {(self._place if place is None else place) + 1}")
 
 
 def _literal(character: str) -> AtomStates:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dgemma_mlx.constrain.limits import check_time
+
 Ids = NDArray[np.int32]
 Indices = NDArray[np.intp]  # numpy indexes with 64 bits much faster than with 32
 
@@ -43,6 +45,7 @@ class Edges:
         sets: list[Indices] = []
         kind = []
         for start, stop in pairwise([*firsts.tolist(), len(source)]):
+            check_time()
             members = self.number[start:stop]
             kind.append(kinds.setdefault(members.tobytes(), len(kinds)))
             if len(kinds) > len(sets):
@@ -103,20 +106,24 @@ class CanvasGraph:
             reached[i + 1, edges.end.take(used[i])] = True
             if i + 1 == limit:
                 reached[limit] &= allowed
-        edge, position = np.concatenate(used), np.arange(C).repeat([len(layer) for layer in used])
+        counts = np.array([len(layer) for layer in used])
+        edge, position = np.concatenate(used), np.arange(C).repeat(counts)
+        del used  # an array (F,) has 80 MB for the largest automata
         sizes = reached.sum(axis=1)
         self.node = np.where(reached, (reached.cumsum() - 1).reshape(reached.shape), sizes.sum())
         before = sizes.cumsum() - sizes  # (C + 1,): number of nodes in earlier layers
         node = self.node[position, edges.source.take(edge)]
-        target = self.node[position + 1, edges.end.take(edge)]
-        barred = target == sizes.sum()
-        self.kind = np.where(barred, C * G, position * G + edges.kind.take(edge))
-        source = node - before.take(position)
-        target = np.where(barred, 0, target - before.take(position + 1))
         self.degrees = np.bincount(node)
+        source = np.subtract(node, before.take(position), out=node)
+        target = self.node[position + 1, edges.end.take(edge)]
+        self.kind = edges.kind.take(edge)
+        self.kind += position * G
+        del edge
+        barred = target == sizes.sum()
+        target -= before[1:].take(position)
+        self.kind[barred], target[barred] = C * G, 0
         first = self.degrees.cumsum() - self.degrees
         self.ends = int(sizes[-1])
-        counts = np.array([len(layer) for layer in used])
         self.layers = [
             Layer(part, first[nodes] - part.start, source[part], target[part])
             for nodes, part in zip(_slices(sizes[:-1]), _slices(counts), strict=True)

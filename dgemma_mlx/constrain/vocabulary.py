@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from threading import Lock
 from weakref import proxy
 
@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dgemma_mlx.constrain.automaton import DEAD, Automaton, steps_to
+from dgemma_mlx.constrain.determine import equal_columns
 from dgemma_mlx.constrain.graph import Edges, Ids, Indices
+from dgemma_mlx.constrain.limits import TooLargeError, check_time
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.text.tokenizer import Tokenizer
 
@@ -18,6 +20,7 @@ _MAX_BRANCHES = 40  # a state with at most this many next bytes has a skeleton t
 _MAX_TOKEN_BYTES = 32  # longest skeleton token in bytes
 # Pairs of states that a token of the skeleton joins. A canvas of 256 with this many takes 0.5 GB.
 _MAX_EDGES = 20_000
+_GROUP_PAIRS = 100_000  # of a text and a source state that are followed at once, some 10 MB
 _UNREACHABLE = 1 << 40  # larger than any number of tokens
 
 
@@ -48,7 +51,7 @@ class TokenAutomaton:
 
         ``eos_ids`` are the tokens that end a text, and ``pad_id`` is the token after them. ``vocab_size`` is the
         model's vocabulary size; it may be smaller than the tokenizer's. Raises ``DgemmaError`` (exit code 2) when the
-        vocabulary lacks the tokens to end a text from some state.
+        vocabulary lacks the tokens to end a text from some state, and ``TooLargeError``.
         """
         # A weak reference: what is kept for a tokenizer must not keep the tokenizer.
         self._automaton, self._tokenizer, self._vocab_size = automaton, proxy(tokenizer), vocab_size
@@ -61,7 +64,7 @@ class TokenAutomaton:
         self._class_of_transitions = {b"": 0}  # the bytes of an array in _transitions -> class
         # Bytes with the same effect in every state have the same number. Texts that are equal after translation to
         # these numbers have the same transitions, so only one of them has to be followed.
-        self._byte_numbers = bytes(np.unique(automaton.table, axis=1, return_inverse=True)[1].astype(np.uint8).ravel())
+        self._byte_numbers = bytes(equal_columns(automaton.table)[1].astype(np.uint8))
         self._class_of_text: dict[bytes, int] = {}  # translated text -> class
         self._sources_of_byte = [
             np.flatnonzero(automaton.table[:, byte] != DEAD).astype(np.int32) for byte in range(256)
@@ -73,10 +76,7 @@ class TokenAutomaton:
         self.skeleton_classes = self.classes(self.skeleton)
         self._edges = self._merged()
         if len(self._edges.source) > _MAX_EDGES:
-            raise DgemmaError(
-                f"the constraint is too large: it has {len(self._edges.source):,} transitions; the limit is "
-                f"{_MAX_EDGES:,}", "Use smaller repetitions and shorter lengths.", exit_code=2,
-            )
+            raise TooLargeError(f"it has {len(self._edges.source):,} transitions; the limit is {_MAX_EDGES:,}")
         self.shortest = self._distances(self._edges.source, self._edges.end)
         if (self.shortest >= _UNREACHABLE).any():
             raise DgemmaError(
@@ -172,9 +172,23 @@ class TokenAutomaton:
         texts = {id: self._tokenizer.token_bytes(id) for id in ids.tolist()}
         keys = [text.translate(self._byte_numbers) for text in texts.values()]
         new = {key: text for key, text in zip(keys, texts.values(), strict=True) if key not in self._class_of_text}
-        if new:
-            self._follow(new)
+        for group in self._groups(new):
+            check_time()
+            self._follow(group)
         self._class_of_id[ids] = [self._class_of_text[key] for key in keys]
+
+    def _groups(self, new: Mapping[bytes, bytes]) -> Iterator[dict[bytes, bytes]]:
+        """Yield the texts in groups that ``_follow`` needs little memory for, and so little time."""
+        group: dict[bytes, bytes] = {}
+        pairs = 0
+        for key, text in new.items():
+            group[key] = text
+            pairs += len(self._sources_of_byte[text[0]]) if text else 0
+            if pairs > _GROUP_PAIRS:
+                yield group
+                group, pairs = {}, 0
+        if group:
+            yield group
 
     def _follow(self, new: Mapping[bytes, bytes]) -> None:
         """Compute and store the classes of texts, given as translated text -> text.
@@ -215,6 +229,7 @@ class TokenAutomaton:
         table, completions = self._automaton.table, self._automaton.completions(_MAX_TOKEN_BYTES)
         texts = set(completions)
         for state in range(self._automaton.size):
+            check_time()
             following = np.flatnonzero(table[state] != DEAD).tolist()
             if len(following) <= _MAX_BRANCHES:
                 texts |= {bytes([byte]) + completions[table[state, byte]] for byte in following}

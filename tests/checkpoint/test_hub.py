@@ -119,6 +119,13 @@ def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
     assert caught.value.exit_code == 1
 
 
+@pytest.mark.parametrize(("name", "close"), [("demoo", True), ("Demo", True), ("dem", True), ("model", False)])
+def test_a_name_near_that_of_the_demo_is_noticed(name: str, close: bool) -> None:
+    with pytest.raises(DgemmaError, match="there is no folder") as caught:
+        resolve(name)
+    assert ("Did you mean 'demo'?" in caught.value.hint) == close
+
+
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/nowhere", "~nobody/x", "../c"])
 def test_no_such_folder(name: str) -> None:
     with pytest.raises(DgemmaError, match="there is no folder") as caught:

@@ -54,6 +54,16 @@ def test_a_byte_order_mark_is_not_part_of_a_prompt_or_a_schema(tmp_path: Path) -
     assert json.loads(done.stdout) == {"a": 1}, done.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="the system has no /dev/fd")
+@pytest.mark.parametrize(
+    ("option", "text", "answer"), [("--json-schema", b'{"const": 1}', b"1\n"), ("--grammar", b'a ::= "x"', b"x\n")]
+)
+def test_a_schema_or_a_grammar_is_read_from_a_pipe(option: str, text: bytes, answer: bytes) -> None:
+    """As the shell's <(...) passes it."""
+    done = run("generate", *SEEDED, option, "/dev/fd/0", "Sort 7 3 5", stdin=text)
+    assert (done.returncode, done.stdout) == (0, answer), done.stderr
+
+
 def test_a_byte_order_mark_is_not_part_of_jsonl(tmp_path: Path) -> None:
     batch, data = tmp_path / "prompts.jsonl", tmp_path / "train.jsonl"
     batch.write_bytes(BOM + b'"Sort 7 3 5"\n')

@@ -83,11 +83,12 @@ def packed_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (False, "auto", 20),
         (False, "auto", 401),
         (False, "auto", 1024),
-        (False, "auto", 4000),
+        pytest.param(False, "auto", 4000, marks=pytest.mark.slow),
         (True, "on", 401),
         (True, "off", 20),
         (True, "off", 401),
-        (True, "off", 4000),
+        (True, "off", 1024),
+        pytest.param(True, "off", 4000, marks=pytest.mark.slow),
     ],
 )
 def test_the_estimate_is_what_running_takes(

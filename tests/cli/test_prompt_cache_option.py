@@ -22,7 +22,7 @@ def settling_after(steps: int) -> dict[str, str]:
     return {"DGEMMA_SPEED": "reference", "DGEMMA_MAX_DENOISING_STEPS": count, "DGEMMA_STABILITY_THRESHOLD": count}
 
 
-SLOW = {**settling_after(400), "DGEMMA_MAX_TOKENS": "64"}
+SLOW = {**settling_after(100), "DGEMMA_MAX_TOKENS": "64"}
 ENDLESS = settling_after(100_000)
 
 

@@ -115,9 +115,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
-    ("positions", "step_size"), [(1024, 512), pytest.param(2048, 512, marks=pytest.mark.slow), (1024, 2048)]
+    ("shape", "positions", "step_size"),
+    [
+        # Every shape, and every size of the steps; the whole matrix in make soak.
+        pytest.param(shape, *sizes, marks=[] if shape == "small" or sizes == (1024, 512) else pytest.mark.slow)
+        for shape in SHAPES
+        for sizes in ((1024, 512), (2048, 512), (1024, 2048))
+    ],
 )
 def test_what_prefill_takes_is_what_was_estimated(shape: str, positions: int, step_size: int) -> None:
     config, budget = ModelConfig(TextConfig.from_dict({**SMALL, **SHAPES[shape]}), canvas_length=32), Budget(step_size)
@@ -217,7 +222,7 @@ def request_peak(run: Callable[[], object]) -> int:
         (2, 3, "off", None),
         (4, 400, "flag", None),
         (8, 3, "flag", None),
-        (8, 400, "off", None),
+        pytest.param(8, 400, "off", None, marks=pytest.mark.slow),
         (4, 3, "off", Constraint.regex("[a-z]{2,6}")),
     ],
 )

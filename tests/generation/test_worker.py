@@ -19,7 +19,8 @@ from dgemma_mlx.infill.fill import fill
 
 COUNT = "Count from 13 to 40."  # takes more than one canvas
 PROMPTS = ["Sort 7 3 5", "What is 27 + 45?", "Sort 9 2 4 1", "What is 8 + 61?"]  # settled after a few steps
-POINTS = [range(0, 60, 4), pytest.param(range(60), marks=pytest.mark.slow)]  # events at which an answer is cancelled
+# Events at which an answer is cancelled.
+POINTS = [(0, 1, 11, 34, 59), pytest.param(tuple(range(60)), marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +93,12 @@ def in_three_threads(answer: Callable[[int], str], count: int) -> dict[int, str]
 
 
 def test_a_model_loaded_in_one_thread_answers_in_three_others(model: Model, worker: Worker) -> None:
-    """200 answers by threads that take turns, and 60 by a worker to which the threads send requests."""
+    """60 answers by threads that take turns, and 30 by a worker to which the threads send requests."""
     elsewhere = in_thread(lambda: dgemma_mlx.load("demo"))
     turn = threading.Lock()
 
     def prompt(number: int) -> tuple[str, int]:
-        return PROMPTS[number % len(PROMPTS)], number // 40
+        return PROMPTS[number % len(PROMPTS)], number // 20
 
     def taking_turns(number: int) -> str:
         text, seed = prompt(number)
@@ -109,11 +110,11 @@ def test_a_model_loaded_in_one_thread_answers_in_three_others(model: Model, work
         return last(worker.submit(answering(text, seed=seed, max_tokens=16))).text
 
     expected: dict[tuple[str, int], str] = {}
-    for number in range(200):
+    for number in range(60):
         text, seed = prompt(number)
         if (text, seed) not in expected:
             expected[text, seed] = generate(model, text, seed=seed, max_tokens=16).text
-    for answer, count in ((taking_turns, 200), (by_the_worker, 60)):
+    for answer, count in ((taking_turns, 60), (by_the_worker, 30)):
         texts = in_three_threads(answer, count)
         assert texts == {number: expected[prompt(number)] for number in range(count)}
 
@@ -138,7 +139,9 @@ def test_a_stream_that_another_thread_continues_or_closes(model: Model, cached: 
 
 
 @pytest.mark.parametrize("points", POINTS, ids=["some", "all"])
-def test_a_prompt_cache_survives_a_cancel_at_any_event_and_serves_other_threads(model: Model, points: range) -> None:
+def test_a_prompt_cache_survives_a_cancel_at_any_event_and_serves_other_threads(
+    model: Model, points: tuple[int, ...]
+) -> None:
     """The first thread gives up at its n-th event, and another one goes on with what is kept."""
     model, options = unsettled(model)
     whole = list(stream(model, COUNT, **options))
@@ -148,7 +151,7 @@ def test_a_prompt_cache_survives_a_cancel_at_any_event_and_serves_other_threads(
         {"role": "user", "content": "What is 2 + 2?"},
     ]
     expected = generate(model, longer, seed=1, max_tokens=8).text
-    assert len(whole) >= points.stop
+    assert len(whole) > points[-1]
     for point in points:
         cache = PromptCache()
 
@@ -163,7 +166,7 @@ def test_a_prompt_cache_survives_a_cancel_at_any_event_and_serves_other_threads(
 
 
 @pytest.mark.parametrize("points", POINTS, ids=["some", "all"])
-def test_a_request_is_cancelled_from_another_thread_at_any_event(worker: Worker, points: range) -> None:
+def test_a_request_is_cancelled_from_another_thread_at_any_event(worker: Worker, points: tuple[int, ...]) -> None:
     small, options = unsettled(worker.model)
 
     def answering(prompt: str, **more: Any) -> Request[Event]:
