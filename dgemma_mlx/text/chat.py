@@ -16,19 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dgemma_mlx.checks import reason, shown
+from dgemma_mlx.checks import reason
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import read_json
+from dgemma_mlx.text.messages import Message, conversation
 from dgemma_mlx.text.tokenizer import Tokenizer, named_tokens, read_tokenizer_config
+from dgemma_mlx.text.tools import Tool, declarations
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
-# {"role": ..., "content": ...}. An assistant's message may also have "tool_calls" and one of _THINKING_KEYS.
-Message = Mapping[str, Any]
-
-_ASSISTANT = ("assistant", "model")
-_THINKING_KEYS = ("reasoning_content", "thinking", "reasoning")  # names that clients use for a message's thinking
 _CHANNEL = re.compile(r"(<\|channel>)(.*?)(<channel\|>)", re.DOTALL)
 _MARKS = range(0xE000, 0xF900)  # Unicode's private use area
 
@@ -85,29 +82,34 @@ class ChatTemplate:
         self,
         messages: Sequence[Message],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Tool] | None = None,
         enable_thinking: bool = False,
         add_generation_prompt: bool = True,
         **extra: Any,
     ) -> str:
         """Render a conversation as text.
 
-        ``tools`` are tool descriptions in OpenAI's format. ``enable_thinking`` asks the model to think before it
-        answers. ``add_generation_prompt`` ends the text with the beginning of the model's turn. ``extra`` are further
-        variables of the template.
+        ``messages`` are those of ``text.messages.conversation``, and ``tools`` those of ``text.tools.declarations``.
+        ``enable_thinking`` asks the model to think before it answers. ``add_generation_prompt`` ends the text with the
+        beginning of the model's turn. ``extra`` are further variables of the template.
 
-        Raises ``DgemmaError`` when the conversation is empty (exit code 2), a message is not an object (exit code 2),
-        the template cannot be compiled, or the template raises an error.
+        Raises ``DgemmaError`` when a message or a tool is malformed (exit code 2), the template cannot be compiled, or
+        the template raises an error.
         """
-        if not messages:
-            raise DgemmaError("the conversation is empty", "Give at least one message.", exit_code=2)
-        with_tools = tools is not None and "tool_use" in self.templates
-        template = self._template("tool_use" if with_tools else "default")
-        variables = {**self._tokens, "documents": None, **extra}
-        variables["messages"] = [_message(message) for message in messages]
-        variables["tools"] = tools
-        variables["enable_thinking"] = enable_thinking
-        variables["add_generation_prompt"] = add_generation_prompt
+        return self.render_checked(
+            conversation(messages), declarations(tools), enable_thinking=enable_thinking,
+            add_generation_prompt=add_generation_prompt, **extra,
+        )  # fmt: skip
+
+    def render_checked(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], **variables: Any
+    ) -> str:
+        """Render messages that ``conversation`` has returned and tools that ``declarations`` has returned.
+
+        ``variables`` are the further variables of the template. Raises ``DgemmaError`` as ``render`` does.
+        """
+        template = self._template("tool_use" if tools and "tool_use" in self.templates else "default")
+        variables = {**self._tokens, "documents": None, **variables, "messages": messages, "tools": tools or None}
         from dgemma_mlx.text.budget import TooMuch
         from dgemma_mlx.text.sandbox import render
 
@@ -139,7 +141,7 @@ def encode_chat(
     template: ChatTemplate,
     messages: Sequence[Message],
     *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[Tool] | None = None,
     enable_thinking: bool = False,
     add_generation_prompt: bool = True,
     trust_assistant: bool = False,
@@ -152,9 +154,11 @@ def encode_chat(
     because it removes thinking from the history. With ``trust_assistant``, which is for training data, all control
     tokens in an assistant's content count as such.
 
-    Raises ``DgemmaError`` as ``ChatTemplate.render`` does.
+    Raises ``DgemmaError`` as ``ChatTemplate.render`` does, and when the template leaves out the tools, calls of tools
+    or their results (exit code 2).
     """
-    data = plain_data({"messages": list(messages), "tools": tools, "extra": extra})
+    extra |= {"enable_thinking": enable_thinking, "add_generation_prompt": add_generation_prompt}
+    data = {"messages": conversation(messages), "tools": declarations(tools), "extra": plain_data(extra)}
     mark = _unused_mark([data, template.templates])
     first_characters = "".join(sorted({text[0] for text in tokenizer.special_ids}))
     control_start = re.compile(f"[{re.escape(first_characters)}]" if first_characters else "(?!)")
@@ -162,14 +166,35 @@ def encode_chat(
     def guard(text: str) -> str:
         return control_start.sub(lambda match: match[0] + mark, text)
 
-    text = template.render(
-        [_guard_message(message, guard, trust_assistant) for message in data["messages"]],
-        tools=_guard(data["tools"], guard),
-        enable_thinking=enable_thinking,
-        add_generation_prompt=add_generation_prompt,
-        **_guard(data["extra"], guard),
-    )
+    guarded = [_guard_message(message, guard, trust_assistant) for message in data["messages"]]
+    declared, variables = _guard(data["tools"], guard), _guard(data["extra"], guard)
+    text = template.render_checked(guarded, declared, **variables)
+    for part, (messages_left, tools_left) in _without_each_part(guarded, declared).items():
+        if template.render_checked(messages_left, tools_left, **variables) == text:
+            raise DgemmaError(
+                f"the model's chat template leaves out the {part}", "Write them into a user message.", exit_code=2
+            )
     return tokenizer.encode_control(text, ignore=(mark, _escaped(mark)))
+
+
+def _without_each_part(messages: list[Any], tools: list[Any]) -> dict[str, tuple[list[Any], list[Any]]]:
+    """Return the conversation without its tools, without calls, and without results, as far as it has them.
+
+    One that is rendered like the whole conversation shows that the template leaves these out.
+    """
+
+    def without(*names: str) -> list[Any]:
+        return [{name: value for name, value in message.items() if name not in names} for message in messages]
+
+    others: dict[str, tuple[list[Any], list[Any]]] = {}
+    if tools:
+        others["tools"] = (messages, [])
+    if any("tool_calls" in message for message in messages):
+        others["tool calls"] = (without("tool_calls"), tools)
+    if any(message["role"] == "tool" for message in messages):
+        spoken = [message for message in without("tool_responses") if message["role"] != "tool"]
+        others["tool messages"] = (spoken, tools)
+    return others
 
 
 def plain_data(value: Any) -> Any:
@@ -193,19 +218,6 @@ def plain_data(value: Any) -> Any:
     return f"<{type(value).__name__}>"
 
 
-def _message(message: Message) -> dict[str, Any]:
-    """Return a message without its None values and with its thinking under the keys that templates read."""
-    message = plain_data(message)
-    if not isinstance(message, dict):
-        raise DgemmaError(
-            f"a chat message must be an object with a role, not {shown(message)}",
-            'Write a message as {"role": "user", "content": "..."}.', exit_code=2,
-        )
-    values = {name: value for name, value in message.items() if value is not None}
-    thinking = next((values[name] for name in _THINKING_KEYS if name in values), None)
-    return values if thinking is None else {"thinking": thinking, **values, "reasoning_content": thinking}
-
-
 def _guard(value: Any, guard: Callable[[str], str]) -> Any:
     """Apply ``guard`` to every string in plain data, including the keys of objects."""
     if isinstance(value, str):
@@ -223,8 +235,8 @@ def _guard_message(message: Any, guard: Callable[[str], str], trust_assistant: b
     With ``trust_assistant``, the whole content of an assistant stays as it is.
     """
     guarded = _guard(message, guard)
-    if isinstance(message, dict) and message.get("role") in _ASSISTANT:
-        content = message.get("content")
+    if message["role"] == "assistant" and "content" in message:
+        content = message["content"]
         guard_content = partial(_guard_around_channels, guard=guard)
         guarded["content"] = content if trust_assistant else _guard(content, guard_content)
     return guarded

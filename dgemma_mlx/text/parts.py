@@ -80,8 +80,13 @@ class PartsParser:
     delimiter ``<|"|>``. A call without a closing token is parsed when the next call begins or the answer ends.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        """Create a parser for one answer."""
+    def __init__(self, tokenizer: Tokenizer, *, reads_calls: bool = True, opening: Iterable[int] = ()) -> None:
+        """Create a parser for one answer.
+
+        Without ``reads_calls``, what looks like a call is text. ``opening`` holds the ids with which the answer begins
+        because its prompt ends with them, such as the beginning of a call; none of its parts may be complete. A call
+        to which the answer adds nothing is left out.
+        """
         special = tokenizer.special_ids
         self._tokenizer = tokenizer
         self._open_channel, self._close_channel = special.get("<|channel>"), special.get("<channel|>")
@@ -94,6 +99,10 @@ class PartsParser:
         # A newline at the end of the thinking so far. It is markup if the channel closes right after it.
         self._held_newline = ""
         self._call: list[list[int]] | None = None  # ids of the open call, split at the string delimiters
+        self._reads_calls = reads_calls
+        self._begun: list[list[int]] | None = None  # the open call as far as the prompt has it
+        self.feed(opening)
+        self._begun = self._call and [list(ids) for ids in self._call]
 
     def feed(self, ids: Iterable[int]) -> Parts:
         """Return the parts that these ids complete."""
@@ -169,11 +178,11 @@ class PartsParser:
 
     def _end_call(self) -> Parts:
         """End the open call, if any. Return it as a tool call, or as text when it is malformed."""
-        if self._call is None:
+        ids, self._call, begun, self._begun = self._call, None, self._begun, None
+        if ids is None or ids == begun:
             return Parts()
-        pieces = [self._tokenizer.decode(ids) for ids in self._call]
-        self._call = None
-        call = parse_call(pieces)
+        pieces = [self._tokenizer.decode(piece) for piece in ids]
+        call = parse_call(pieces) if self._reads_calls else None
         return Parts(text='"'.join(pieces)) if call is None else Parts(tool_calls=(call,))
 
 
