@@ -58,7 +58,8 @@ def declare_function(function: Callable[..., Any]) -> dict[str, Any]:
     for parameter in parameters:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
             problem = "cannot be passed by name" if parameter.kind == parameter.POSITIONAL_ONLY else "has no fixed name"
-            raise _wrong(name, f"the parameter {parameter} {problem}", "A model passes arguments by name. " + _BY_HAND)
+            shown_name = str(parameter).partition(":")[0]  # with its stars
+            raise _wrong(name, f"the parameter {shown_name} {problem}", "A model passes arguments by name. " + _BY_HAND)
         if parameter.name not in hints:
             raise _wrong(name, f"the parameter {parameter.name} has no type hint", f"Write {parameter.name}: str.")
         schema = _schema(hints[parameter.name], f"{name}, parameter {parameter.name}")

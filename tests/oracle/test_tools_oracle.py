@@ -24,7 +24,9 @@ WEATHER = {
         "unit": {"type": "string", "enum": ["C", "F"], "nullable": True},
         "days": {"type": "array", "items": {"type": "integer"}, "description": "Days"},
         "at": {"type": "object", "properties": {"lat": {"type": "number"}}, "required": ["lat"]},
-        "legs": {"type": "array", "items": {"type": "object", "properties": {"to": {"type": "string"}}, "required": ["to"]}},
+        "legs": {
+            "type": "array", "items": {"type": "object", "properties": {"to": {"type": "string"}}, "required": ["to"]},
+        },
     },
     "required": ["city"],
 }  # fmt: skip
@@ -106,7 +108,8 @@ def test_other_spellings_are_rendered_as_openais_objects_are(template: ChatTempl
     bare = {"name": "get_weather", "description": "Weather", "input_schema": WEATHER}
     for call in (flat, as_text, {**flat, "id": None}):
         said = {"role": "model", "tool_calls": [call]}
-        for answer in (result, {"role": "tool", "content": "x"}, {"role": "tool", "name": "get_weather", "content": "x"}):
+        unnamed = {"role": "tool", "content": "x"}
+        for answer in (result, unnamed, {**unnamed, "name": "get_weather"}):
             if "tool_call_id" in answer and call.get("id") is None:
                 continue
             assert template.render([*USER, said, answer], tools=[bare], add_generation_prompt=False) == text
@@ -180,8 +183,9 @@ def nested(
 
 
 def unions(
-    a: int | None, b: Optional[str], c: Union[int, str], d: int | str | None, e: Literal["x", "y"], f: Literal[1, "a", None],
-    g: Unit, h: Unit | None = None, i: list[int] | str = "", j: Optional[list[Unit]] = None, k: Level = Level.LOW,
+    a: int | None, b: Optional[str], c: Union[int, str], d: int | str | None, e: Literal["x", "y"],  # noqa: UP007, UP045
+    f: Literal[1, "a", None], g: Unit, h: Unit | None = None, i: list[int] | str = "",
+    j: Optional[list[Unit]] = None, k: Level = Level.LOW,  # noqa: UP045
 ) -> None:  # fmt: skip
     """Unions.
 
@@ -206,7 +210,7 @@ def no_parameters() -> object:
 
 
 class Holder:
-    def method(self, city: "str") -> "int":
+    def method(self, city: str) -> int:
         """Weather.
 
         Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from datetime import datetime
@@ -128,8 +129,8 @@ def test_hostile_strings_everywhere_else(gemma: Tokenizer, folders: dict[str, Pa
     template = ChatTemplate.load(folders["json"])
 
     def conversation(text: str) -> list[dict[str, Any]]:
-        function = {"name": f"f{'_'.join(text.split())}", "arguments": {f"k{text}": text, "list": [text, {"deep": text}]}}
-        function["name"] = function["name"].translate({ord(brace): None for brace in "{}"})
+        name = re.sub(r"[\s{}]", "_", f"f{text}")
+        function = {"name": name, "arguments": {f"k{text}": text, "list": [text, {"deep": text}]}}
         call = {"id": text, "function": function}
         return [
             {"role": "system", "content": text},
