@@ -53,6 +53,7 @@ def test_the_way_from_a_call_to_the_answer(demo: Model) -> None:
     """Calls, their results and the answer go into one turn of the model, which the next prompt continues."""
     call = '<|tool_call>call:add{a:2,b:[<|"|>x<|"|>]}<tool_call|>'
     first = answered(demo, f"<|channel>thought\nHm\n<channel|>Wait.{call}{call}<|tool_response>")
+    assert not first.is_blank and not answered(demo, call).is_blank
     message = first.message()
     assert message["reasoning_content"] == "Hm" and [call["name"] for call in message["tool_calls"]] == ["add"] * 2
     ids = [str(call["id"]) for call in message["tool_calls"] if call.get("id")] or ["call_0", "call_1"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.text import ChatTemplate, Tokenizer, ToolCall, encode_chat
+from dgemma_mlx.text import ChatTemplate, Tokenizer, encode_chat, parse_parts
 from dgemma_mlx.text.messages import conversation
 
 USER = {"role": "user", "content": "Weather in Rome?"}
@@ -32,14 +32,21 @@ def test_calls_have_one_form(call: Any) -> None:
     assert conversation([USER, {**SAID, "tool_calls": [call]}])[1] == {"role": "assistant", "tool_calls": [CALL]}
 
 
-def test_a_tool_call_of_an_answer_is_a_call_and_gets_an_id() -> None:
-    calls: list[Any] = [ToolCall("weather", {"city": "Rome"}), {"name": "clock"}, {"name": "clock", "arguments": ""}]
+def test_a_tool_call_of_an_answer_is_a_call(gemma: Tokenizer) -> None:
+    ids = gemma.encode_control('<|tool_call>call:weather{city:<|"|>Rome<|"|>}<tool_call|>')
+    message = {**SAID, "tool_calls": parse_parts(gemma, ids).tool_calls}
+    said, told = conversation([message, {"role": "tool", "content": 1}])
+    assert said["tool_calls"] == [{**CALL, "id": told["tool_call_id"]}]
+
+
+def test_calls_without_an_id_get_one() -> None:
+    calls = [{"name": "weather"}, {"name": "clock"}, {"name": "clock", "arguments": ""}]
     said, first, second, third = conversation(
         [{**SAID, "tool_calls": calls}, result("x", tool_call_id=None, name="clock"),
          {"role": "tool", "name": "weather", "content": "y"}, {"role": "tool", "content": "z"}]
     )  # fmt: skip
     ids = [call["id"] for call in said["tool_calls"]]
-    assert len(set(ids)) == 3 and [call["function"]["arguments"] for call in said["tool_calls"]][1:] == [{}, {}]
+    assert len(set(ids)) == 3 and all(call["function"]["arguments"] == {} for call in said["tool_calls"])
     assert [answer["tool_call_id"] for answer in (first, second, third)] == [ids[1], ids[0], ids[2]]
     assert [answer["name"] for answer in (first, second, third)] == ["clock", "weather", "clock"]
 

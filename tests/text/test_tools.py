@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.text import PartsParser, Tokenizer, ToolCall
+from dgemma_mlx.text import PartsParser, Tokenizer
 from dgemma_mlx.text.functions import declare_function
 from dgemma_mlx.text.parameters import object_schema
 from dgemma_mlx.text.tools import call_text, chosen, declarations, opening_ids
@@ -169,14 +169,14 @@ def test_the_choice_among_tools() -> None:
 
 def test_an_answer_that_begins_in_its_prompt(gemma: Tokenizer) -> None:
     opening = opening_ids(gemma, "call:weather{")
-    call = ToolCall("weather", {"city": "Rome"})
     for text in ('city:<|"|>Rome<|"|>}<tool_call|><|tool_response>', 'city:<|"|>Rome<|"|>}<tool_call|>Then.'):
         parser = PartsParser(gemma, opening=opening)
         parts = parser.feed(gemma.encode_control(text)) + parser.finish()
-        assert (parts.tool_calls, parts.text) == ((call,), "Then." if "Then" in text else "")
+        calls = [(call.name, call.arguments) for call in parts.tool_calls]
+        assert (calls, parts.text) == ([("weather", {"city": "Rome"})], "Then." if "Then" in text else "")
     assert PartsParser(gemma, opening=opening).finish().text == ""  # the answer has added nothing
     parser = PartsParser(gemma, reads_calls=False)
-    parts = parser.feed(gemma.encode_control(call_text(call.name, call.arguments))) + parser.finish()
+    parts = parser.feed(gemma.encode_control(call_text("weather", {"city": "Rome"}))) + parser.finish()
     assert (parts.tool_calls, parts.text) == ((), 'call:weather{city:"Rome"}')
     assert opening_ids(gemma, "") == opening_ids(gemma, None) == []
 
@@ -185,4 +185,4 @@ def test_calls_are_written_as_they_are_read(gemma: Tokenizer) -> None:
     arguments = {"city": 'Zürich "x"', "b": [1, 2.5, True, None, {"c": {}}], "A": False, "e": ""}
     parser = PartsParser(gemma)
     parts = parser.feed(gemma.encode_control(call_text("f", arguments))) + parser.finish()
-    assert parts.tool_calls == (ToolCall("f", arguments),)
+    assert [(call.name, call.arguments) for call in parts.tool_calls] == [("f", arguments)]
