@@ -21,7 +21,9 @@ def read_tools(path: Path) -> list[dict[str, Any]]:
 
     try:
         value = parse_json(path.read_bytes())
-        return declarations([value] if isinstance(value, dict) else value)
+        tools: list[dict[str, Any]] = [value] if isinstance(value, dict) else value
+        declarations(tools)
+        return tools
     except OSError as error:
         raise DgemmaError(f"cannot read {path}: {reason(error)}", _HINT, exit_code=2) from None
     except ValueError as error:

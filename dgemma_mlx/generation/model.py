@@ -66,14 +66,13 @@ class Model:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if system is not None:
             messages = [{"role": "system", "content": system}, *messages]
-        declared = declarations(tools)
-        opening = self.opening_ids(declared, tool_choice)
+        opening = self.opening_ids(tools, tool_choice)
         if thinking and opening:
             raise DgemmaError(
                 "thinking cannot be combined with a required call",
                 "The answer would begin with the call. Use tool_choice auto, thinking=False, or --no-thinking.", 2,
             )
-        offered = [] if tool_choice == "none" else declared
+        offered = None if tool_choice == "none" else tools
         return encode_chat(self.tokenizer, self.template, messages, tools=offered, enable_thinking=thinking) + opening
 
     def opening_ids(self, tools: Sequence[Tool] | None, tool_choice: ToolChoice | None) -> list[int]:

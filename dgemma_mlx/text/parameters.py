@@ -16,6 +16,7 @@ from dgemma_mlx.errors import DgemmaError
 _MOST_SCHEMAS = 10_000  # of one tool, with all references expanded
 _SHOWN = {"description", "type", "properties", "required", "nullable"}  # all that the template shows of an object
 _DATA = ("enum", "const", "default", "examples")  # keywords whose values are no schemas
+_HIDDEN = ("$defs", "definitions", *_DATA)  # keywords of items that are resolved, or kept as they are
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
 _HINT = "Parameters are JSON Schema, as OpenAI's and Anthropic's tools have it."
 
@@ -45,6 +46,7 @@ class _Schemas:
         """Return the root in the form of ``object_schema``."""
         root, active = self._resolved(self._root, frozenset({"#"}))
         kind = root.get("type", "object")
+        kind = "object" if kind in (["object"], ["object", "null"], ["null", "object"]) else kind
         if not isinstance(kind, str) or kind.lower() != "object":
             raise self._wrong(f"the type of its parameters is {shown(kind)}, not object")
         for name in ("anyOf", "oneOf", "additionalProperties", "patternProperties"):
@@ -110,7 +112,7 @@ class _Schemas:
 
     def _object(self, schema: dict[str, Any], active: frozenset[str], notes: list[str]) -> dict[str, Any]:
         """Return the schema of an object, with the properties in the form that the template shows."""
-        found = {key: value for key, value in schema.items() if key not in ("$defs", "definitions")}
+        found = dict(schema)
         if "properties" in schema:
             found["properties"] = self._properties(schema["properties"], active)
         elif found.keys() - _SHOWN:
@@ -133,7 +135,7 @@ class _Schemas:
         kind = items.get("type", _inferred(items))
         if isinstance(kind, (str, list)) and kind != "any":
             items = {**items, "type": kind}
-        found = {key: self._expanded(value, active) for key, value in items.items() if key not in ("$defs", *_DATA)}
+        found = {key: self._expanded(value, active) for key, value in items.items() if key not in _HIDDEN}
         found |= {key: items[key] for key in _DATA if key in items}
         if "properties" in items:
             found["properties"] = self._properties(items["properties"], active)

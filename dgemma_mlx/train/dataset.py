@@ -234,7 +234,8 @@ def _examples(line: str, place: str) -> list[Example]:
 def _tools(value: Any, place: str) -> tuple[Mapping[str, Any], ...]:
     """Return the declarations of tools after checking them."""
     try:
-        return tuple(declarations(value))
+        declarations(value)
+        return tuple(value)
     except DgemmaError as error:
         raise DgemmaError(f"{place}: {error.message}", error.hint, exit_code=2) from None
 

@@ -64,8 +64,9 @@ def test_a_bad_file_of_tools_is_named(tmp_path: Path, text: str | None, words: s
 
 
 def test_a_file_holds_one_tool_or_several(tmp_path: Path) -> None:
-    (one,) = read_tools(write(tmp_path / "one.json", ADD))
-    assert read_tools(write(tmp_path / "two.json", [{"type": "function", "function": ADD}, {"name": "f"}]))[0] == one
+    several = [{"type": "function", "function": ADD}, {"name": "f"}]
+    assert read_tools(write(tmp_path / "one.json", ADD)) == [ADD]
+    assert read_tools(write(tmp_path / "two.json", several)) == several
 
 
 def test_lines_of_a_batch_have_tools_and_all_roles(tmp_path: Path) -> None:

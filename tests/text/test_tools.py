@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.text import PartsParser, Tokenizer
+from dgemma_mlx.text import PartsParser, Tokenizer, load_tokenizer
 from dgemma_mlx.text.functions import declare_function
 from dgemma_mlx.text.parameters import object_schema
 from dgemma_mlx.text.tools import call_text, chosen, declarations, opening_ids
@@ -82,8 +83,11 @@ def test_parameters_get_one_type_and_lose_nothing(schema: Any, expected: Any) ->
 
 
 def test_alternatives_are_told_in_the_description() -> None:
-    options = [{"type": "array", "items": {"type": "string"}}, {"type": "integer"}]
-    (found,) = object_schema({"properties": {"a": {"anyOf": options}}}, "t")["properties"].values()
+    options = [{"$ref": "#/$defs/names"}, {"type": "integer"}]
+    names = {"type": "array", "items": {"type": "string"}}
+    schema = object_schema({"properties": {"a": {"anyOf": options}}, "$defs": {"names": names}}, "t")
+    assert object_schema(schema, "t") == schema
+    (found,) = schema["properties"].values()
     assert found["type"] == "array or integer"
     assert found["description"] == 'One of: {"type": "array", "items": {"type": "string"}}; {"type": "integer"}.'
 
@@ -179,6 +183,16 @@ def test_an_answer_that_begins_in_its_prompt(gemma: Tokenizer) -> None:
     parts = parser.feed(gemma.encode_control(call_text("weather", {"city": "Rome"}))) + parser.finish()
     assert (parts.tool_calls, parts.text) == ((), 'call:weather{city:"Rome"}')
     assert opening_ids(gemma, "") == opening_ids(gemma, None) == []
+
+
+def test_a_call_cannot_be_required_of_a_tokenizer_without_calls(folders: dict[str, Path], tmp_path: Path) -> None:
+    source = (folders["json"] / "tokenizer.json").read_text().replace("<|tool_call>", "<|other>")
+    (tmp_path / "tokenizer.json").write_text(source)
+    tokenizer = load_tokenizer(tmp_path)
+    assert opening_ids(tokenizer, "") == []
+    with pytest.raises(DgemmaError, match="has no <|tool_call>".replace("|", "[|]")) as error:
+        opening_ids(tokenizer, "call:")
+    assert error.value.exit_code == 2
 
 
 def test_calls_are_written_as_they_are_read(gemma: Tokenizer) -> None:

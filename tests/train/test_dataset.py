@@ -238,3 +238,13 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         assert name in error.value.message and error.value.exit_code == 2
     with pytest.raises(DgemmaError, match=r"cannot read .*train\.jsonl"):
         read_data([tmp_path])
+
+
+def test_calls_of_a_conversation_are_learned_as_the_model_writes_them(tmp_path: Path, demo: Model) -> None:
+    call = {"id": "x", "type": "function", "function": {"name": "add", "arguments": '{"b": "x y", "a": [1, true]}'}}
+    told = {"role": "tool", "tool_call_id": "x", "content": {"sum": 3}}
+    chat = [CHAT[1], {"role": "assistant", "content": "Wait.", "tool_calls": [call]}, told, CHAT[2]]
+    (first, second) = encoded(demo, tmp_path / "a.jsonl", {"messages": chat, "tools": [{"name": "add"}]})
+    assert first[1].startswith('Wait.<|tool_call>call:add{a:[1,true],b:<|"|>x y<|"|>}<tool_call|>')
+    assert second[0].endswith("<tool_call|><|tool_response>response:add{sum:3}<tool_response|>")
+    assert second[1] == "1 2<turn|>"
