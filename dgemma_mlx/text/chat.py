@@ -26,6 +26,18 @@ from dgemma_mlx.text.tools import Tool, declarations
 if TYPE_CHECKING:
     from jinja2 import Template
 
+# Conversations that have a part, with and without it. A template that renders both alike leaves the part out.
+_ASKED: dict[str, Any] = {"role": "user", "content": "a"}
+_ANSWERED: dict[str, Any] = {"role": "assistant", "content": "b"}
+_CALLED = {**_ANSWERED, "tool_calls": [{"id": "c", "type": "function", "function": {"name": "d", "arguments": {}}}]}
+_RESULT: dict[str, Any] = {"role": "tool", "name": "d", "content": "e"}
+_TOOL = {"type": "function", "function": {"name": "d", "description": "", "parameters": {"type": "object"}}}
+_PROBES: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
+    "tools": ([_ASKED], [_ASKED]),
+    "tool calls": ([_ASKED, _CALLED], [_ASKED, _ANSWERED]),
+    "results of tool calls": ([_ASKED, _CALLED, {**_RESULT, "tool_call_id": "c"}], [_ASKED, _CALLED]),
+    "tool messages": ([_ASKED, _RESULT], [_ASKED]),  # whose calls are text
+}
 _CHANNEL = re.compile(r"(<\|channel>)(.*?)(<channel\|>)", re.DOTALL)
 _MARKS = range(0xE000, 0xF900)  # Unicode's private use area
 
@@ -54,6 +66,7 @@ class ChatTemplate:
         self._tokens = dict(tokens)
         self._source = source
         self._compiled: dict[str, Template] = {}
+        self._left_out: dict[str, bool] = {}
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate:
@@ -122,6 +135,18 @@ class ChatTemplate:
                 f"the chat template rejected the conversation: {reason(error)}", f"The template is {self._source}."
             ) from error
 
+    def leaves_out(self, part: str) -> bool:
+        """Return whether the template never shows a part of ``_PROBES``, such as "tool calls"."""
+        if part not in self._left_out:
+            options = {"enable_thinking": False, "add_generation_prompt": True}
+            whole, rest = _PROBES[part]
+            try:
+                text = self.render_checked(whole, [_TOOL] if part == "tools" else [], **options)
+                self._left_out[part] = text == self.render_checked(rest, [], **options)
+            except DgemmaError:  # it refuses such a conversation, so it does not leave the part out silently
+                self._left_out[part] = False
+        return self._left_out[part]
+
     def _template(self, name: str) -> Template:
         """Return the compiled template with this name. Compile it on first use."""
         if name not in self._compiled:
@@ -169,32 +194,23 @@ def encode_chat(
     guarded = [_guard_message(message, guard, trust_assistant) for message in data["messages"]]
     declared, variables = _guard(data["tools"], guard), _guard(data["extra"], guard)
     text = template.render_checked(guarded, declared, **variables)
-    for part, (messages_left, tools_left) in _without_each_part(guarded, declared).items():
-        if template.render_checked(messages_left, tools_left, **variables) == text:
+    for part in _parts(data["messages"], data["tools"]):
+        if template.leaves_out(part):
             raise DgemmaError(
                 f"the model's chat template leaves out the {part}", "Write them into a user message.", exit_code=2
             )
     return tokenizer.encode_control(text, ignore=(mark, _escaped(mark)))
 
 
-def _without_each_part(messages: list[Any], tools: list[Any]) -> dict[str, tuple[list[Any], list[Any]]]:
-    """Return the conversation without its tools, without calls, and without results, as far as it has them.
-
-    One that is rendered like the whole conversation shows that the template leaves these out.
-    """
-
-    def without(*names: str) -> list[Any]:
-        return [{name: value for name, value in message.items() if name not in names} for message in messages]
-
-    others: dict[str, tuple[list[Any], list[Any]]] = {}
-    if tools:
-        others["tools"] = (messages, [])
-    if any("tool_calls" in message for message in messages):
-        others["tool calls"] = (without("tool_calls"), tools)
-    if any(message["role"] == "tool" for message in messages):
-        spoken = [message for message in without("tool_responses") if message["role"] != "tool"]
-        others["tool messages"] = (spoken, tools)
-    return others
+def _parts(messages: Sequence[Message], tools: Sequence[Any]) -> set[str]:
+    """Return which of the parts in ``_PROBES`` a conversation has."""
+    found = {"tools"} if tools else set()
+    for message in messages:
+        if "tool_calls" in message:
+            found.add("tool calls")
+        if message["role"] == "tool":
+            found.add("results of tool calls" if "tool_call_id" in message else "tool messages")
+    return found
 
 
 def plain_data(value: Any) -> Any:

@@ -37,7 +37,8 @@ from tests.fuzz.mutations import Changes, byte_changes, header_changes, json_cha
 from tests.model.checkpoint import flat_config, random_tensors
 
 _LOOP = [
-    {"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": [{"id": "a", "name": "f", "arguments": "{}"}]},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "tool_calls": [{"id": "a", "name": "f", "arguments": "{}"}]},
     {"role": "tool", "tool_call_id": "a", "content": {"x": [1, None]}}, {"role": "assistant", "content": "Ho"},
 ]  # fmt: skip
 _TOOL = {"name": "f", "parameters": {"properties": {"x": {"anyOf": [{"$ref": "#/$defs/A"}, {"type": "null"}]}},

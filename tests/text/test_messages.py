@@ -154,7 +154,8 @@ def test_what_a_template_leaves_out_is_refused(gemma: Tokenizer) -> None:
     loop = "{% for m in messages if m.role != 'tool' %}{{ m.content }}{{ m.tool_calls }}{% endfor %}"
     for source, messages, tools, words in (
         (PLAIN, [USER], [{"name": "weather"}], "leaves out the tools"), (PLAIN, told, [], "leaves out the tool calls"),
-        (loop, told, [], "leaves out the tool messages"),
+        (loop, told, [], "leaves out the results of tool calls"),
+        (loop, [USER, {"role": "tool", "name": "f", "content": "x"}], [], "leaves out the tool messages"),
     ):
         template = ChatTemplate({"default": source}, {}, "test")
         with pytest.raises(DgemmaError, match=words) as error:
