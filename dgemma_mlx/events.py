@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from dgemma_mlx.text.parts import ToolCall
 
-# "stop": an end-of-text id was written. "length": max_tokens or the model's positions are used up, or the model went on
-# with nothing but padding.
+# "stop": an end-of-text id was written. "tool_calls": the same, and the answer holds a tool call.
+# "length": max_tokens or the model's positions are used up, or the model went on with nothing but padding.
 # "cancelled": the caller asked to stop.
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "tool_calls", "length", "cancelled"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class Committed:
         tokens: Its ids, cut after the first end-of-text id, which is kept.
         text: Answer text that the canvas adds.
         thinking: Thinking that the canvas adds.
-        tool_calls: Tool calls that the canvas completes.
+        tool_calls: Tool calls that the canvas completes. Their ids differ within an answer, and between answers to
+            other prompts or with other seeds; one prompt with one seed gives the same ids.
         steps: Number of denoising steps, over all attempts.
         settled_by: The stopping test that the committed attempt passed, as in ``Draft``. None when the canvas is still
             uncertain after all steps (of a second attempt, too, where the speed mode makes one).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -119,8 +120,10 @@ class Answer:
             self.finish_reason = "cancelled"
         new = self.parser.feed(kept)
         if self.finish_reason is not None:
-            new += self.parser.finish()
+            new += self.parser.finish(is_cut=self.finish_reason != "stop")
         self.parts += new
+        if self.finish_reason == "stop" and self.parts.tool_calls:
+            self.finish_reason = "tool_calls"
         steps, self.canvas_steps = self.canvas_steps, 0
         kept_doubts = tuple(position for position in doubted if position < len(kept))
         self.low_confidence += draft.low_confidence
@@ -130,7 +133,12 @@ class Answer:
         )
 
     def done(self, cached_tokens: int, prefill_seconds: float, seconds: float) -> Done:
-        """Return the whole answer. ``seconds`` are those after the prefill."""
+        """Return the whole answer. ``seconds`` are those after the prefill.
+
+        When it was cancelled between two canvases, it ends with what the parser held back, such as half a tool call.
+        """
+        if self.finish_reason is None:
+            self.parts, self.finish_reason = self.parts + self.parser.finish(is_cut=True), "cancelled"
         count = sum(token != self.config.pad_token_id for token in self.tokens)  # as the reference counts
         statistics = Statistics(
             prompt_tokens=len(self.prompt_ids),
@@ -146,8 +154,14 @@ class Answer:
             low_confidence=self.low_confidence,
             doubted_tokens=self.doubted,
         )
-        parts, reason = self.parts, self.finish_reason or "cancelled"
-        return Done(parts.text, parts.thinking, parts.tool_calls, tuple(self.tokens), reason, self.seed, statistics)
+        parts, tokens = self.parts, tuple(self.tokens)
+        return Done(parts.text, parts.thinking, parts.tool_calls, tokens, self.finish_reason, self.seed, statistics)
+
+
+def call_prefix(prompt_ids: Sequence[int], seed: int) -> str:
+    """Return the beginning of the ids of an answer's tool calls: the same for the same prompt and seed."""
+    digest = hashlib.sha256(",".join(map(str, [seed, *prompt_ids])).encode()).hexdigest()
+    return f"call_{digest[:12]}_"
 
 
 def text_ids(canvas: Sequence[int], eos_ids: Sequence[int]) -> Sequence[int]:

@@ -19,7 +19,7 @@ from dgemma_mlx.constrain.constraint import Constraint
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Done, Event
-from dgemma_mlx.generation.answer import Answer
+from dgemma_mlx.generation.answer import Answer, call_prefix
 from dgemma_mlx.generation.memory import Work, fit_to_memory, should_dequantize
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.generation.options import GenerationOptions, Verify
@@ -350,14 +350,16 @@ def _runner(
     budget = fit_to_memory(model, longest, work, options.memory_limit, options.prefill_step_size)
     automaton = options.token_automaton(model)
     marks = frozenset((*model.tokenizer.special_ids.values(), config.pad_token_id, *config.eos_token_ids))
+    drawn = [secrets.randbits(32) if seed is None else seed for seed in seeds]
     answers = [
         Answer(
-            asked.ids, secrets.randbits(32) if seed is None else seed, limit,
-            model.config.text.max_position_embeddings, config,
-            PartsParser(model.tokenizer, reads_calls=asked.reads_calls, opening=asked.opening), marks,
-            None if automaton is None else ConstraintState(automaton),
+            asked.ids, seed, limit, model.config.text.max_position_embeddings, config,
+            PartsParser(
+                model.tokenizer, call_prefix(asked.ids, seed), reads_calls=asked.reads_calls, opening=asked.opening
+            ),
+            marks, None if automaton is None else ConstraintState(automaton),
         )
-        for asked, seed, limit in zip(prompts, seeds, max_tokens, strict=True)
+        for asked, seed, limit in zip(prompts, drawn, max_tokens, strict=True)
     ]  # fmt: skip
     for answer in answers:
         answer.check_room(model.config.canvas_length)

@@ -7,23 +7,15 @@ text. Text that only looks like markup therefore stays text, and no control toke
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from dgemma_mlx.text.detokenize import Detokenizer
 from dgemma_mlx.text.tokenizer import Tokenizer
+from dgemma_mlx.text.tool_calls import parse_calls
 
-_CHANNEL_NAME = re.compile(r"\w*")
-# One lexeme of a call's arguments: punctuation, a JSON string, or a bare word.
-_LEXEME = re.compile(
-    r"""\s*(?:(?P<mark>[{}\[\],:])|(?P<json>"(?:[^"\\]|\\.)*")|(?P<word>[^\s{}\[\],:"][^{}\[\],:"]*))"""
-)
-_CALL = re.compile(r"\s*call:\s*([^\s{}]+)\s*(?={)")
-_NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
-_CONSTANTS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None}
+_CHANNEL_NAME = "thought\n"  # the first line of a channel of thinking
 
 
 @dataclass(frozen=True)
@@ -31,16 +23,18 @@ class ToolCall:
     """A call of a tool that the model requests.
 
     The text ``call:get_weather{city:<|"|>Rome<|"|>,days:3}`` becomes
-    ``ToolCall("get_weather", {"city": "Rome", "days": 3})``.
+    ``ToolCall("get_weather", {"city": "Rome", "days": 3}, "call_0")``.
 
     Attributes:
         name: Name of the tool.
         arguments: Arguments by name. The values are JSON values: dict, list, str, int, float, bool or None. They are
             not checked against the tool's parameters.
+        id: The call's id, which the message with the tool's result repeats as its ``tool_call_id``.
     """
 
     name: str
     arguments: dict[str, Any]
+    id: str
 
 
 @dataclass(frozen=True)
@@ -76,12 +70,16 @@ class PartsParser:
         print(parser.finish().text)
 
     The sum of all returned parts does not depend on how the ids are split into calls of ``feed``. The parser returns a
-    tool call when the call is complete. A malformed call becomes visible text, in which ``"`` replaces the string
-    delimiter ``<|"|>``. A call without a closing token is parsed when the next call begins or the answer ends.
+    tool call when the call is complete. What is not a call becomes visible text, in which ``"`` replaces the string
+    delimiter ``<|"|>``; ``tool_calls.py`` and ``call_repair.py`` say what a call is. A call without a closing token is
+    parsed when the next call begins or the answer ends.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, reads_calls: bool = True, opening: Iterable[int] = ()) -> None:
-        """Create a parser for one answer.
+    def __init__(
+        self, tokenizer: Tokenizer, call_prefix: str = "call_", *, reads_calls: bool = True,
+        opening: Iterable[int] = (),
+    ) -> None:
+        """Create a parser for one answer. The ids of its calls are ``call_prefix`` and the call's number, from 0.
 
         Without ``reads_calls``, what looks like a call is text. ``opening`` holds the ids with which the answer begins
         because its prompt ends with them, such as the beginning of a call; none of its parts may be complete. A call
@@ -94,11 +92,12 @@ class PartsParser:
         self._quote = special.get('<|"|>')
         self._detokenizer = Detokenizer(tokenizer)
         self._thinking = False
-        # Text after <|channel> that may still belong to the channel's name; None when the name is complete.
+        # Text after <|channel> that may still be the channel's name; None when it is known.
         self._channel_name: str | None = None
         # A newline at the end of the thinking so far. It is markup if the channel closes right after it.
         self._held_newline = ""
         self._call: list[list[int]] | None = None  # ids of the open call, split at the string delimiters
+        self._call_prefix, self._calls = call_prefix, 0
         self._reads_calls = reads_calls
         self._begun: list[list[int]] | None = None  # the open call as far as the prompt has it
         self.feed(opening)
@@ -116,9 +115,12 @@ class PartsParser:
                 plain = []
         return parts + self._feed_plain(plain)
 
-    def finish(self) -> Parts:
-        """Return the parts that the parser still holds back. Unclosed thinking stays thinking."""
-        return self._end_call() + self._end_text(closed=False)
+    def finish(self, *, is_cut: bool = False) -> Parts:
+        """Return the parts that the parser still holds back. Unclosed thinking stays thinking.
+
+        ``is_cut`` says that the answer was cut off, so that an unclosed call is incomplete: it becomes text.
+        """
+        return self._end_call(is_cut) + self._end_text(closed=False)
 
     def _markup_ids(self) -> set[int | None]:
         """Return the control ids that have a meaning in the current state. The parser drops all other control ids."""
@@ -151,19 +153,17 @@ class PartsParser:
     def _as_parts(self, text: str) -> Parts:
         """Return new text as visible text or as thinking.
 
-        Thinking omits the channel's name, the newline after the name, and the newline before ``<channel|>``.
+        Thinking omits a first line that is the channel's name, ``thought``, and the newline before ``<channel|>``.
         """
         if not self._thinking:
             return Parts(text=text)
         if self._channel_name is not None:
             text = self._channel_name + text
-            name = _CHANNEL_NAME.match(text)
-            end = name.end() if name else 0
-            if end == len(text):
+            if _CHANNEL_NAME.startswith(text):
                 self._channel_name = text
                 return Parts()
             self._channel_name = None
-            text = text[end + 1 :] if text[end] == "\n" else text
+            text = text.removeprefix(_CHANNEL_NAME)
         text = self._held_newline + text
         self._held_newline = "\n" if text.endswith("\n") else ""
         return Parts(thinking=text.removesuffix("\n"))
@@ -171,144 +171,28 @@ class PartsParser:
     def _end_text(self, *, closed: bool) -> Parts:
         """End a run of text or thinking. ``closed`` says that ``<channel|>`` ends it."""
         parts = self._as_parts(self._detokenizer.finish())
+        if self._channel_name is not None and self._channel_name.rstrip("\n") != _CHANNEL_NAME.rstrip("\n"):
+            parts += Parts(thinking=self._channel_name)
         if not closed:
             parts += Parts(thinking=self._held_newline)
         self._channel_name, self._held_newline = None, ""
         return parts
 
-    def _end_call(self) -> Parts:
-        """End the open call, if any. Return it as a tool call, or as text when it is malformed."""
+    def _end_call(self, is_cut: bool = False) -> Parts:
+        """End the open block of calls, if any. Return its calls, or its text when it is not a call or is cut off."""
         ids, self._call, begun, self._begun = self._call, None, self._begun, None
         if ids is None or ids == begun:
             return Parts()
         pieces = [self._tokenizer.decode(piece) for piece in ids]
-        call = parse_call(pieces) if self._reads_calls else None
-        return Parts(text='"'.join(pieces)) if call is None else Parts(tool_calls=(call,))
+        found = parse_calls(pieces) if self._reads_calls and not is_cut else []
+        if not found:
+            return Parts(text='"'.join(pieces))
+        first, self._calls = self._calls, self._calls + len(found)
+        calls = [ToolCall(*call, f"{self._call_prefix}{number}") for number, call in enumerate(found, first)]
+        return Parts(tool_calls=tuple(calls))
 
 
 def parse_parts(tokenizer: Tokenizer, ids: Iterable[int]) -> Parts:
     """Return the parts of a whole answer, given its token ids."""
     parser = PartsParser(tokenizer)
     return parser.feed(ids) + parser.finish()
-
-
-def parse_call(pieces: list[str]) -> ToolCall | None:
-    """Parse the text ``call:name{...}`` of a tool call; return None when it is malformed.
-
-    ``pieces`` is the text split at its string delimiters, so the pieces with odd indices are the strings. Keys are bare
-    words or strings. Other values are objects, arrays, numbers, and true, false and null. The parser accepts the JSON
-    and the Python spelling of the latter three, because a template may print ``None``.
-    """
-    head = _CALL.match(pieces[0])
-    if head is None or len(pieces) % 2 == 0:
-        return None
-    try:
-        parser = _ArgumentsParser([pieces[0][head.end() :], *pieces[1:]])
-        arguments = parser.value()
-        parser.end()
-    except (ValueError, RecursionError):
-        return None
-    return ToolCall(head[1], arguments)
-
-
-class _ArgumentsParser:
-    """A recursive-descent parser of a call's arguments. All methods raise ``ValueError`` for malformed arguments."""
-
-    def __init__(self, pieces: list[str]) -> None:
-        """Split the pieces, of which those with odd indices are strings, into lexemes."""
-        self._lexemes: list[tuple[str, str]] = []  # (kind, text) of the remaining lexemes, the next one last
-        for n, piece in enumerate(pieces):
-            self._lexemes += [("string", piece)] if n % 2 else _lexemes(piece)
-        self._lexemes.reverse()
-
-    def value(self) -> Any:
-        """Parse one value."""
-        kind, text = self._next()
-        if kind == "string":
-            return text
-        if kind == "word":
-            return _bare_value(text)
-        if text == "{":
-            return self._object()
-        if text == "[":
-            return self._array()
-        raise ValueError(f"unexpected {text}")
-
-    def end(self) -> None:
-        """Check that no lexeme is left."""
-        if self._lexemes:
-            raise ValueError("text after the arguments")
-
-    def _object(self) -> dict[str, Any]:
-        """Parse the rest of an object after its ``{``."""
-        values: dict[str, Any] = {}
-        if self._skip("}"):
-            return values
-        while True:
-            kind, key = self._next()
-            if kind == "mark" or not self._skip(":"):
-                raise ValueError("missing key")
-            values[key] = self.value()
-            if self._skip("}"):
-                return values
-            self._comma()
-
-    def _array(self) -> list[Any]:
-        """Parse the rest of an array after its ``[``."""
-        values: list[Any] = []
-        if self._skip("]"):
-            return values
-        while True:
-            values.append(self.value())
-            if self._skip("]"):
-                return values
-            self._comma()
-
-    def _next(self) -> tuple[str, str]:
-        """Remove and return the next lexeme."""
-        if not self._lexemes:
-            raise ValueError("the arguments end too early")
-        return self._lexemes.pop()
-
-    def _skip(self, mark: str) -> bool:
-        """Remove the next lexeme if it is this punctuation mark; return whether it was."""
-        found = bool(self._lexemes) and self._lexemes[-1] == ("mark", mark)
-        if found:
-            self._lexemes.pop()
-        return found
-
-    def _comma(self) -> None:
-        """Remove a comma."""
-        if not self._skip(","):
-            raise ValueError("missing comma")
-
-
-def _lexemes(text: str) -> list[tuple[str, str]]:
-    """Split text outside string delimiters into lexemes (kind, text).
-
-    A lexeme is punctuation ("mark"), a string in JSON's own quotes ("string", unescaped), or a bare word ("word").
-    """
-    text = text.rstrip()
-    found, position = [], 0
-    while position < len(text):
-        match = _LEXEME.match(text, position)
-        if match is None:
-            raise ValueError(f"unexpected {text[position : position + 10]!r}")
-        kind = str(match.lastgroup)
-        lexeme = match[kind].rstrip()
-        found.append(("string", json.loads(lexeme, strict=False)) if kind == "json" else (kind, lexeme))
-        position = match.end()
-    return found
-
-
-def _bare_value(word: str) -> Any:
-    """Return the constant or number that a bare word spells. Raises ``ValueError`` for any other word."""
-    if word in _CONSTANTS:
-        return _CONSTANTS[word]
-    number = _NUMBER.fullmatch(word)
-    if number is None:
-        raise ValueError(f"{word!r} is not a value")
-    value = float(word) if number[1] or number[2] else int(word)
-    if value in (float("inf"), float("-inf")):
-        raise ValueError(f"{word} is not a finite number")
-    return value

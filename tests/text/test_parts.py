@@ -12,6 +12,10 @@ from dgemma_mlx.text import Parts, PartsParser, Tokenizer, ToolCall, parse_parts
 from tests.text.gemma_like import SPECIAL, random_text
 
 
+def _call(name: str, arguments: dict[str, Any] | None = None, number: int = 0) -> ToolCall:
+    return ToolCall(name, arguments or {}, f"call_{number}")
+
+
 def _parse(tokenizer: Tokenizer, text: str) -> Parts:
     return parse_parts(tokenizer, tokenizer.encode_control(text))
 
@@ -27,21 +31,26 @@ def _parse(tokenizer: Tokenizer, text: str) -> Parts:
         ("<|channel>not a name<channel|>Done.", Parts("Done.", "not a name")),
         ("<|channel>thought\nstill going\n", Parts("", "still going\n")),
         ("<|channel>thought", Parts()),
+        ("<|channel>Hmm\nyes\n<channel|>x", Parts("x", "Hmm\nyes")),
+        ("<|channel>thoughts\n<channel|>x", Parts("x", "thoughts")),
+        ("<|channel>thought of it\n<channel|>x", Parts("x", "thought of it")),
+        ("<|channel>tho<channel|>x", Parts("x", "tho")),
+        ("<|channel>tho", Parts("", "tho")),
         ("<|channel>thought\na<|channel>thought\nb<channel|>c<channel|>d", Parts("cd", "ab")),
         ('a<channel|>b<|turn>c<|"|>d<|image|><pad>', Parts("abcd")),
-        ("See: <|tool_call>call:f{}<tool_call|><|tool_response>", Parts("See: ", "", (ToolCall("f", {}),))),
+        ("See: <|tool_call>call:f{}<tool_call|><|tool_response>", Parts("See: ", "", (_call("f"),))),
         (
             "<|tool_call>call:f{}<tool_call|><|tool_call>call:g{n:1}<tool_call|>",
-            Parts(tool_calls=(ToolCall("f", {}), ToolCall("g", {"n": 1}))),
+            Parts(tool_calls=(_call("f"), _call("g", {"n": 1}, 1))),
         ),
         (
             "<|tool_call>call:f{}<|tool_call>call:g{}",
-            Parts(tool_calls=(ToolCall("f", {}), ToolCall("g", {}))),
+            Parts(tool_calls=(_call("f"), _call("g", number=1))),
         ),
-        ("<|tool_call>call:f{}<turn|><eos>", Parts(tool_calls=(ToolCall("f", {}),))),
+        ("<|tool_call>call:f{}<turn|><eos>", Parts(tool_calls=(_call("f"),))),
         (
             "<|channel>thought\nHm <|tool_call>call:f{}<tool_call|>more\n<channel|>x",
-            Parts("x", "Hm more", (ToolCall("f", {}),)),
+            Parts("x", "Hm more", (_call("f"),)),
         ),
         ("<tool_call|>x<tool_response|>", Parts("x")),
         ("", Parts()),
@@ -69,7 +78,7 @@ def test_parts_of_an_answer(gemma: Tokenizer, answer: str, parts: Parts) -> None
     ],
 )
 def test_arguments_of_a_call(gemma: Tokenizer, arguments: str, values: dict[str, Any]) -> None:
-    call = ToolCall("get_it", values)
+    call = _call("get_it", values)
     assert _parse(gemma, f"<|tool_call>call:get_it{{{arguments}}}<tool_call|>") == Parts(tool_calls=(call,))
     number_types = [type(value) for value in values.values()]
     parsed = _parse(gemma, f"<|tool_call>call:get_it{{{arguments}}}<tool_call|>").tool_calls[0].arguments
@@ -82,24 +91,20 @@ def test_arguments_of_a_call(gemma: Tokenizer, arguments: str, values: dict[str,
         "",
         "call:f",
         "call:{}",
-        "f{}",
-        "call:f{",
+        "call{}",
         "call:f{a}",
-        "call:f{a:}",
-        "call:f{a:b}",
-        "call:f{a:1,}",
-        "call:f{a:1 b:2}",
-        "call:f{a:[1}",
+        "call:f{a:[1,b:2}",
         "call:f{a:1]}",
-        "call:f{a:1}}",
         "call:f{a:1} and more",
+        "Rain (see: page 3)",
         "call:f[1]",
-        "call:f{a:01}",
         "call:f{a:1e999}",
         "call:f{a:NaN}",
         'call:f{a:"b}',
-        "call:f{,}",
-        "call:f{a::1}",
+        "call:f{a:b:1}",
+        "call:f{a:1 b:2}",
+        "call:f{a:1}call:g{b}",
+        "call:f{a:{b:1,c:2}",
         "call:f{a:" + "9" * 5000 + "}",
         "call:f{a:" + "[" * 20_000 + "}",
     ],
@@ -116,10 +121,20 @@ def test_malformed_calls_become_visible_text(gemma: Tokenizer, body: str) -> Non
         '<|"|>call:f{}<|"|>',
         'call:f{a:<|"|>b<|"|>',
         "call:f{a:1",
+        "call:f{a:1}",
     ],
 )
-def test_malformed_and_unfinished_calls_show_quotes(gemma: Tokenizer, body: str) -> None:
-    assert _parse(gemma, f"<|tool_call>{body}") == Parts(body.replace('<|"|>', '"'))
+def test_calls_that_are_cut_off_show_what_was_written(gemma: Tokenizer, body: str) -> None:
+    parser = PartsParser(gemma)
+    parts = parser.feed(gemma.encode_control(f"a <|tool_call>{body}")) + parser.finish(is_cut=True)
+    assert parts == Parts("a " + body.replace('<|"|>', '"'))
+
+
+def test_calls_are_numbered_after_their_prefix_over_all_blocks(gemma: Tokenizer) -> None:
+    parser = PartsParser(gemma, "x_")
+    text = "<|tool_call>call:f{}call:g{}<tool_call|><|tool_call>no<tool_call|><|tool_call>call:f{}<tool_call|>"
+    calls = parser.feed(gemma.encode_control(text)).tool_calls
+    assert [(call.name, call.id) for call in calls] == [("f", "x_0"), ("g", "x_1"), ("f", "x_2")]
 
 
 def test_text_that_looks_like_markup_is_text(tokenizer: Tokenizer) -> None:
@@ -138,7 +153,7 @@ def test_strings_may_hold_text_that_looks_like_a_delimiter(gemma: Tokenizer) -> 
         *gemma.encode("}"),
         control["<tool_call|>"],
     ]
-    assert parse_parts(gemma, ids).tool_calls == (ToolCall("f", {"a": '<|"|>}<tool_call|>'}),)
+    assert parse_parts(gemma, ids).tool_calls == (_call("f", {"a": '<|"|>}<tool_call|>'}),)
 
 
 def test_calls_written_as_by_the_template_are_read_back(gemma: Tokenizer) -> None:
@@ -176,7 +191,7 @@ def test_calls_written_as_by_the_template_are_read_back(gemma: Tokenizer) -> Non
             *write(arguments),
             SPECIAL["<tool_call|>"],
         ]
-        assert parse_parts(gemma, ids).tool_calls == (ToolCall("my_tool", arguments),)
+        assert parse_parts(gemma, ids).tool_calls == (_call("my_tool", arguments),)
 
 
 def test_parts_do_not_depend_on_the_chunks_of_ids(gemma: Tokenizer) -> None:
@@ -221,7 +236,7 @@ def test_an_incomplete_character_becomes_a_replacement_character(gemma: Tokenize
     cut = gemma.encode("🦊")[:3]
     assert parse_parts(gemma, cut) == Parts("\ufffd")
     call = gemma.encode_control("<|tool_call>call:f{}<tool_call|>")
-    assert parse_parts(gemma, [*cut, *call]) == Parts("\ufffd", "", (ToolCall("f", {}),))
+    assert parse_parts(gemma, [*cut, *call]) == Parts("\ufffd", "", (_call("f"),))
     channel = [SPECIAL["<|channel>"], *cut, SPECIAL["<channel|>"], *gemma.encode("x")]
     assert parse_parts(gemma, channel) == Parts("x", "\ufffd")
 
@@ -233,5 +248,5 @@ def test_thinking_and_text_arrive_early(gemma: Tokenizer) -> None:
     assert parser.feed(gemma.encode(" two\n")) == Parts(thinking=" two")
     assert parser.feed(gemma.encode_control("<channel|>An")) == Parts("An")
     assert parser.feed(gemma.encode_control("swer<|tool_call>call:f{")) == Parts("swer")
-    assert parser.feed(gemma.encode_control("}<tool_call|>")) == Parts(tool_calls=(ToolCall("f", {}),))
+    assert parser.feed(gemma.encode_control("}<tool_call|>")) == Parts(tool_calls=(_call("f"),))
     assert parser.finish() == Parts()
