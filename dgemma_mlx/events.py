@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from dgemma_mlx.text.parts import ToolCall
 
@@ -145,6 +145,15 @@ class Done:
     def is_blank(self) -> bool:
         """Whether nothing was written: no text, no thinking and no tool call."""
         return not (self.text or self.thinking or self.tool_calls)
+
+    def message(self) -> dict[str, Any]:
+        """Return the answer as a message of a conversation, in plain JSON. The results of its calls go after it."""
+        found: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.thinking:
+            found["reasoning_content"] = self.thinking
+        if self.tool_calls:
+            found["tool_calls"] = [asdict(call) for call in self.tool_calls]
+        return found
 
 
 Event = Draft | Committed | Done

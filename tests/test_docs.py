@@ -115,3 +115,10 @@ def test_the_python_examples_of_a_page_run(
     exec(compile(example, str(page), "exec"), {})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "3 5 7" and "13 14 15 16" in "".join(lines)
+
+
+def test_the_python_examples_about_tools_run(capsys: pytest.CaptureFixture[str]) -> None:
+    page = DOCS / "tools.md"
+    example = "".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+    exec(compile(example.replace("max_tokens=32", "max_tokens=4"), str(page), "exec"), {})
+    assert capsys.readouterr().out.startswith("()\n")

@@ -23,24 +23,31 @@ _HINT = 'A line is a JSON string, or an object like {"prompt": "...", "id": "a",
 NO_ANSWER = "the model gave no answer"
 
 
-def _is_message(value: Any) -> bool:
-    """Return whether the value is an object with the texts ``role`` and ``content`` and nothing else."""
-    return isinstance(value, dict) and value.keys() == {"role", "content"} and all(map(is_text, value.values()))
+def _check_prompt(value: Any) -> bool:
+    """Return whether the value is a text that is not blank, or a list of messages. Raises as ``conversation`` does."""
+    if isinstance(value, list) and value:
+        from dgemma_mlx.text.messages import conversation
 
-
-def _is_prompt(value: Any) -> bool:
-    """Return whether the value is a text that is not blank, or the messages of a conversation."""
-    if isinstance(value, list):
-        return bool(value) and all(map(_is_message, value))
+        conversation(value)
+        return True
     return is_text(value) and bool(value.strip())
 
 
+def _check_tools(value: Any) -> bool:
+    """Return whether the value is a list of tools. Raises as ``declarations`` does."""
+    from dgemma_mlx.text.tools import declarations
+
+    return isinstance(value, list) and declarations(value) is not None
+
+
 _CHECKS: dict[str, Callable[[Any], bool]] = {
-    "prompt": _is_prompt,
+    "prompt": _check_prompt,
     "id": lambda value: is_text(value) or is_whole(value),
     "system": partial(fits, "system"),
     "seed": partial(fits, "seed"),
     "max_tokens": lambda value: fits("max_tokens", value) and value <= LARGEST_SEED,
+    "tools": _check_tools,
+    "tool_choice": lambda value: is_text(value) or isinstance(value, dict),
 }
 
 
@@ -73,7 +80,11 @@ def _request(line: str, place: str) -> dict[str, Any]:
     for name, item in request.items():
         if name not in _CHECKS:
             raise DgemmaError(f"{place}: unknown key {shown(name)}", _HINT, exit_code=2)
-        if not _CHECKS[name](item):
+        try:
+            is_right = _CHECKS[name](item)
+        except DgemmaError as error:
+            raise DgemmaError(f"{place}: {error.message}", error.hint, exit_code=2) from None
+        if not is_right:
             raise DgemmaError(f"{place}: {name} cannot be {json.dumps(item)[:80]}", _HINT, exit_code=2)
     return request
 
@@ -122,7 +133,8 @@ def _answers(
     """
     from dgemma_mlx.generation.api import generate_batch
 
-    each = {"seeds": "seed", "max_tokens": "max_tokens", "system": "system"}
+    each = {"seeds": "seed", "max_tokens": "max_tokens", "system": "system", "tools": "tools",
+            "tool_choice": "tool_choice"}  # fmt: skip
     common = {name: value for name, value in options.items() if name not in each.values()}
     merged = [{**options, **request} for request in requests]
     own: dict[str, Any] = {name: [request[key] for request in merged] for name, key in each.items()}

@@ -35,6 +35,7 @@ from dgemma_mlx.cli.prompt import read_prompt
 from dgemma_mlx.cli.prompt_cache import PromptCacheFile, kept_prompt_cache
 from dgemma_mlx.cli.render.region import can_draw
 from dgemma_mlx.cli.settings import Settings
+from dgemma_mlx.cli.tools import read_tools
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
@@ -87,6 +88,25 @@ PrefillStep = Annotated[
 ]  # fmt: skip
 
 
+Tools = Annotated[
+    Path | None,
+    prompt_option("--tools", metavar="FILE", help="Tools that the model may call: a JSON file with declarations."),
+]
+Choose = Annotated[
+    str | None,
+    prompt_option("--tool-choice", metavar="CHOICE", show_default="auto",
+                  help="Whether a tool is called: auto, none, required, or the name of a tool."),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ToolOptions:
+    """The options about tools."""
+
+    tools: Tools = None
+    tool_choice: Choose = None
+
+
 @dataclass(frozen=True)
 class ScheduleOptions:
     """The parameters of the denoising loop that only ``generate`` sets by options."""
@@ -122,6 +142,7 @@ def generate(
     answer: AnswerOptions,
     raw: Raw = False,
     thinking: Thinking = None,
+    tool: ToolOptions,
     batch: Batch = None,
     batch_size: BatchSize = None,
     output: OutputOptions,
@@ -148,10 +169,12 @@ def generate(
           lines scroll up as plain text. Without a terminal, or with NO_COLOR or TERM=dumb, no escape codes are written.
         - `--json` prints the text, thinking, tool calls, tokens, finish_reason, seed and statistics. `--jsonl` and
           `--trace` write one object per denoising step and per canvas, and one for the whole answer.
-        - A line of a `--batch` file is a JSON string, or an object with `prompt` and optionally `id`, `system`, `seed`
-          and `max_tokens`. The model is loaded once. Every line is checked before the first one is answered. With
-          `--batch-size N`, N prompts are answered at a time, each as it would be alone, or fewer when N exceed the
-          memory limit.
+        - `--tools FILE` holds one tool, or a list of them, as OpenAI or Anthropic declare tools (docs/tools.md). A call
+          is printed to stderr as a line `tool call: name {arguments}`, and `--json` has it in `tool_calls`.
+        - A line of a `--batch` file is a JSON string, or an object with `prompt` and optionally `id`, `system`, `seed`,
+          `max_tokens`, `tools` and `tool_choice`. The model is loaded once. Every line is checked before the first one
+          is answered. With `--batch-size N`, N prompts are answered at a time, each as it would be alone, or fewer when
+          N exceed the memory limit.
         - `--speed reference` follows the reference implementation's loop step by step. `balanced` also commits a canvas
           as soon as every position is nearly certain; `fast` accepts less certainty. On the demo model, `balanced`
           takes 1.4 times fewer steps and answers 939 instead of 942 of 1,000 prompts correctly (docs/speed.md). Except
@@ -190,6 +213,7 @@ def generate(
         raise DgemmaError("--json and --jsonl exclude each other", "--json prints the answer, --jsonl all events.", 2)
     _check_batch(batch, batch_size or 1, prompt, output, prompt_cache, trim_canvas)
     matched = constraint_of(**asdict(constraint))
+    tools = None if tool.tools is None else read_tools(tool.tools)
     text = read_prompt(prompt) if batch is None else ""
     requests = [] if batch is None else read_batch(batch)
     if answer.quiet:
@@ -200,6 +224,7 @@ def generate(
         "max_tokens": settings.pick("max_tokens", max_tokens), "temp": settings.pick("temp", denoising.temp),
         "thinking": settings.pick("thinking", thinking), "prefill_step_size": prefill_step_size,
         "speed": settings.pick_checked("speed", denoising.speed), "verify": settings.pick_checked("verify", verify),
+        "tools": tools, "tool_choice": tool.tool_choice,
     }  # fmt: skip
     loop = {"max_denoising_steps": denoising.max_denoising_steps, **asdict(schedule)}
     form = output.form(live=not answer.quiet and can_draw() and settings["live"].value)

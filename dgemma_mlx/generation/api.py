@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import get_ident
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
 
@@ -30,9 +30,10 @@ from dgemma_mlx.model.half_precision import fastest, require_float16
 from dgemma_mlx.model.joined import join_projections
 from dgemma_mlx.model.load import load_model
 from dgemma_mlx.model.text import DiffusionGemma
-from dgemma_mlx.text.chat import Message
+from dgemma_mlx.text.messages import Message
 from dgemma_mlx.text.parts import PartsParser
 from dgemma_mlx.text.tokenizer import Tokenizer, load_tokenizer
+from dgemma_mlx.text.tools import Tool, ToolChoice
 
 DEFAULT_MAX_TOKENS = 1024
 _ONE_THREAD = "Read a stream in the thread that began it, or let a dgemma_mlx.Worker own the model."
@@ -138,6 +139,7 @@ def generate(
     generation: GenerationConfig | None = None, trim_canvas: bool = False, prefill_step_size: int | None = None,
     memory_limit: int | None = None, cancelled: Callable[[], bool] | None = None,
     constraint: Constraint | None = None, response_format: Mapping[str, Any] | None = None,
+    tools: Sequence[Tool] | None = None, tool_choice: ToolChoice | None = None,
 ) -> Done:
     """Generate a whole answer. The arguments are those of ``stream``.
 
@@ -149,7 +151,7 @@ def generate(
         model, prompt, max_tokens=max_tokens, seed=seed, system=system, thinking=thinking, raw=raw,
         prompt_cache=prompt_cache, speed=speed, verify=verify, temp=temp, generation=generation,
         trim_canvas=trim_canvas, prefill_step_size=prefill_step_size, memory_limit=memory_limit, cancelled=cancelled,
-        constraint=constraint, response_format=response_format,
+        constraint=constraint, response_format=response_format, tools=tools, tool_choice=tool_choice,
     ):  # fmt: skip
         if isinstance(event, Done):
             return event
@@ -176,6 +178,8 @@ def stream(
     cancelled: Callable[[], bool] | None = None,
     constraint: Constraint | None = None,
     response_format: Mapping[str, Any] | None = None,
+    tools: Sequence[Tool] | None = None,
+    tool_choice: ToolChoice | None = None,
 ) -> Generator[Event, None, None]:
     """Generate an answer step by step.
 
@@ -185,7 +189,8 @@ def stream(
 
     Args:
         model: What ``load`` returned.
-        prompt: A text, or the messages of a conversation, ``{"role": ..., "content": ...}``.
+        prompt: A text, or the messages of a conversation, ``{"role": ..., "content": ...}``, which may hold calls of
+            tools and their results; see ``dgemma_mlx.text.messages.conversation``.
         max_tokens: Largest number of tokens to write.
         seed: Seed of the random numbers: one seed gives one text on one machine. None draws one at random;
             ``Done.seed`` reports it.
@@ -206,6 +211,11 @@ def stream(
         cancelled: A function that is called between any two steps. Once it returns True, the answer ends.
         constraint: What the answer must match.
         response_format: A constraint in the form of OpenAI's clients; see ``Constraint.response_format``.
+        tools: What the model may call: declarations, or functions with type hints; see
+            ``dgemma_mlx.text.tools.declarations``. Not with a constraint.
+        tool_choice: "auto" (or None) leaves it to the model whether it calls a tool. "none" tells it of no tool, and
+            what looks like a call is text. "required" begins the answer with a call, and the name of a tool, or
+            ``{"type": "function", "function": {"name": ...}}``, with a call of this one; not with ``thinking``.
 
     Raises:
         DgemmaError: For an option out of range, options that exclude each other, a conversation without messages, a
@@ -217,8 +227,8 @@ def stream(
         response_format=response_format,
     )  # fmt: skip
     options.check_thinking(thinking)
-    ids = model.encode_prompt(prompt, system=system, thinking=thinking, raw=raw)
-    runner = _runner(model, [ids], [seed], [max_tokens], options, prompt_cache)
+    asked = _asked(model, prompt, options, system, thinking, raw, tools, tool_choice)
+    runner = _runner(model, [asked], [seed], [max_tokens], options, prompt_cache)
     return _events(runner)
 
 
@@ -249,11 +259,14 @@ def generate_batch(
     prefill_step_size: int | None = None, memory_limit: int | None = None,
     cancelled: Callable[[], bool] | None = None, constraint: Constraint | None = None,
     response_format: Mapping[str, Any] | None = None,
+    tools: Sequence[Tool] | Sequence[Sequence[Tool] | None] | None = None,
+    tool_choice: ToolChoice | Sequence[ToolChoice | None] | None = None,
 ) -> list[Done]:
     """Answer several prompts at once. Each answer is what it would be alone with its seed, except for rounding.
 
-    ``max_tokens`` and ``system`` are one value for all prompts, or one for each; ``seeds`` are one for each. The other
-    arguments are those of ``stream``. ``trim_canvas`` is refused for more than one prompt, because the answers would
+    ``max_tokens``, ``system`` and ``tool_choice`` are one value for all prompts, or one for each; ``seeds`` are one for
+    each. ``tools`` is one list for all prompts, or a list with a list of tools, or None, for each. The other arguments
+    are those of ``stream``. ``trim_canvas`` is refused for more than one prompt, because the answers would
     differ from those that the prompts get alone. Raises ``DgemmaError`` for that, for lists of the wrong length, and
     whenever ``stream`` does.
     """
@@ -267,7 +280,11 @@ def generate_batch(
     limits = max_tokens if isinstance(max_tokens, Sequence) else [max_tokens] * count
     systems = [system] * count if system is None or isinstance(system, str) else system
     seeds = [None] * count if seeds is None else seeds
-    for name, values in (("max_tokens", limits), ("seeds", seeds), ("system", systems)):
+    choices = tool_choice if isinstance(tool_choice, (list, tuple)) else [tool_choice] * count
+    are_lists = bool(tools) and all(own is None or isinstance(own, (list, tuple)) for own in tools or ())
+    offers: Sequence[Any] = (tools or ()) if are_lists else [tools] * count
+    for name, values in (("max_tokens", limits), ("seeds", seeds), ("system", systems), ("tools", offers),
+                         ("tool_choice", choices)):  # fmt: skip
         if len(values) != count:
             raise DgemmaError(
                 f"{name} must be one for each of {count} prompts, not {len(values)}", "Use None to leave it out.", 2
@@ -278,17 +295,47 @@ def generate_batch(
         response_format=response_format,
     )  # fmt: skip
     options.check_thinking(thinking)
-    ids = [
-        model.encode_prompt(prompt, system=own, thinking=thinking, raw=raw)
-        for prompt, own in zip(prompts, systems, strict=True)
+    asked = [
+        _asked(model, prompt, options, own, thinking, raw, offer, choice)
+        for prompt, own, offer, choice in zip(prompts, systems, offers, choices, strict=True)
     ]
-    runner = _runner(model, ids, seeds, limits, options)
+    runner = _runner(model, asked, seeds, limits, options)
     done = {number: event for number, event in runner.events() if isinstance(event, Done)}
     return [done[number] for number in range(count)]
 
 
+class _Asked(NamedTuple):
+    """An encoded prompt, and how its answer is read.
+
+    Attributes:
+        ids: Ids of the prompt.
+        opening: The last of them, when the answer begins in the prompt: the beginning of a call.
+        reads_calls: Whether the answer may hold calls.
+    """
+
+    ids: list[int]
+    opening: list[int]
+    reads_calls: bool
+
+
+def _asked(
+    model: Model, prompt: str | Sequence[Message], options: GenerationOptions, system: str | None, thinking: bool,
+    raw: bool, tools: Sequence[Tool] | None, tool_choice: ToolChoice | None,
+) -> _Asked:
+    """Encode a prompt. Raises ``DgemmaError`` for arguments that exclude each other."""
+    offered = None if tool_choice == "none" else tools
+    if offered and options.is_constrained:
+        raise DgemmaError(
+            "tools cannot be combined with a constraint", "A call would not match it. Leave one of them out.", 2
+        )
+    ids = model.encode_prompt(
+        prompt, system=system, thinking=thinking, raw=raw, tools=tools, tool_choice=tool_choice
+    )
+    return _Asked(ids, model.opening_ids(tools, tool_choice), tool_choice != "none")
+
+
 def _runner(
-    model: Model, prompts: Sequence[list[int]], seeds: Sequence[int | None], max_tokens: Sequence[int],
+    model: Model, prompts: Sequence[_Asked], seeds: Sequence[int | None], max_tokens: Sequence[int],
     options: GenerationOptions, prompt_cache: PromptCache | None = None,
 ) -> Runner:
     """Return a runner over encoded prompts whose arguments are checked, with nothing of the work done yet."""
@@ -296,20 +343,23 @@ def _runner(
         check_count("max_tokens", limit)
         check_seed(seed)
     config = options.config(model)
-    for ids in prompts:
-        model.check_prompt(ids)
+    for asked in prompts:
+        model.check_prompt(asked.ids)
     work = Work(len(prompts), verifies=options.verify != "off")
-    budget = fit_to_memory(model, max(map(len, prompts)), work, options.memory_limit, options.prefill_step_size)
+    longest = max(len(asked.ids) for asked in prompts)
+    budget = fit_to_memory(model, longest, work, options.memory_limit, options.prefill_step_size)
     automaton = options.token_automaton(model)
     marks = frozenset((*model.tokenizer.special_ids.values(), config.pad_token_id, *config.eos_token_ids))
     drawn = [secrets.randbits(32) if seed is None else seed for seed in seeds]
     answers = [
         Answer(
-            ids, seed, limit, model.config.text.max_position_embeddings, config,
-            PartsParser(model.tokenizer, call_prefix(ids, seed)), marks,
-            None if automaton is None else ConstraintState(automaton),
+            asked.ids, seed, limit, model.config.text.max_position_embeddings, config,
+            PartsParser(
+                model.tokenizer, call_prefix(asked.ids, seed), reads_calls=asked.reads_calls, opening=asked.opening
+            ),
+            marks, None if automaton is None else ConstraintState(automaton),
         )
-        for ids, seed, limit in zip(prompts, drawn, max_tokens, strict=True)
+        for asked, seed, limit in zip(prompts, drawn, max_tokens, strict=True)
     ]  # fmt: skip
     for answer in answers:
         answer.check_room(model.config.canvas_length)

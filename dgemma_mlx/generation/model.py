@@ -14,8 +14,10 @@ from dgemma_mlx.checkpoint.config import GenerationConfig, ModelConfig
 from dgemma_mlx.checks import check_text, shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.model.text import DiffusionGemma
-from dgemma_mlx.text.chat import ChatTemplate, Message, encode_chat
+from dgemma_mlx.text.chat import ChatTemplate, encode_chat
+from dgemma_mlx.text.messages import Message
 from dgemma_mlx.text.tokenizer import Tokenizer
+from dgemma_mlx.text.tools import Tool, ToolChoice, chosen, declarations, opening_ids
 
 _BLOCK = 64  # with fewer positions, rarely chosen experts leave MLX's fast path
 
@@ -43,17 +45,20 @@ class Model:
     adapter: Path | None = None
 
     def encode_prompt(
-        self, prompt: str | Sequence[Message], *, system: str | None = None, thinking: bool = False, raw: bool = False
+        self, prompt: str | Sequence[Message], *, system: str | None = None, thinking: bool = False, raw: bool = False,
+        tools: Sequence[Tool] | None = None, tool_choice: ToolChoice | None = None,
     ) -> list[int]:
         """Return the ids (P) of a prompt.
 
         A string is one user turn of the checkpoint's chat template; with ``raw`` it is plain text after a
-        beginning-of-text id. A list holds the messages of a conversation. ``system`` adds a system prompt, and
-        ``thinking`` lets the model think first. Raises ``DgemmaError`` (exit code 2) for anything else.
+        beginning-of-text id. A list holds the messages of a conversation (see ``text.messages.conversation``).
+        ``system`` adds a system prompt, and ``thinking`` lets the model think first. ``tools`` are those that the model
+        may call, and ``tool_choice`` says whether it must; the ids then end with ``opening_ids``. Raises
+        ``DgemmaError`` (exit code 2) for anything else.
         """
         if raw:
-            if not isinstance(prompt, str) or system is not None:
-                raise DgemmaError("a raw prompt is one text", "It takes no messages and no system prompt.", 2)
+            if not isinstance(prompt, str) or system is not None or tools or tool_choice is not None:
+                raise DgemmaError("a raw prompt is one text", "It takes no messages, system prompt and tools.", 2)
             ids = self.tokenizer.encode(prompt)
             return ids if self.tokenizer.bos_id is None else [self.tokenizer.bos_id, *ids]
         if not isinstance(prompt, (str, Sequence)):
@@ -62,7 +67,21 @@ class Model:
         if system is not None:
             check_text("the system prompt", system)
             messages = [{"role": "system", "content": system}, *messages]
-        return encode_chat(self.tokenizer, self.template, messages, enable_thinking=thinking)
+        opening = self.opening_ids(tools, tool_choice)
+        if thinking and opening:
+            raise DgemmaError(
+                "thinking cannot be combined with a required call",
+                "The answer would begin with the call. Use tool_choice auto, thinking=False, or --no-thinking.", 2,
+            )
+        offered = None if tool_choice == "none" else tools
+        return encode_chat(self.tokenizer, self.template, messages, tools=offered, enable_thinking=thinking) + opening
+
+    def opening_ids(self, tools: Sequence[Tool] | None, tool_choice: ToolChoice | None) -> list[int]:
+        """Return the ids with which an answer begins that must be a call, by this choice of a tool; else none.
+
+        Raises ``DgemmaError`` (exit code 2) for malformed tools and for a choice that they do not offer.
+        """
+        return opening_ids(self.tokenizer, chosen(declarations(tools), tool_choice))
 
     @cached_property
     def template(self) -> ChatTemplate:

@@ -16,20 +16,29 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dgemma_mlx.checks import reason, shown
+from dgemma_mlx.checks import reason
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import read_json
+from dgemma_mlx.text.messages import Message, conversation
 from dgemma_mlx.text.tokenizer import Tokenizer
 from dgemma_mlx.text.tokenizer_config import named_tokens, read_tokenizer_config
+from dgemma_mlx.text.tools import Tool, declarations
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
-# {"role": ..., "content": ...}. An assistant's message may also have "tool_calls" and one of _THINKING_KEYS.
-Message = Mapping[str, Any]
-
-_ASSISTANT = ("assistant", "model")
-_THINKING_KEYS = ("reasoning_content", "thinking", "reasoning")  # names that clients use for a message's thinking
+# Conversations that have a part, with and without it. A template that renders both alike leaves the part out.
+_ASKED: dict[str, Any] = {"role": "user", "content": "a"}
+_ANSWERED: dict[str, Any] = {"role": "assistant", "content": "b"}
+_CALLED = {**_ANSWERED, "tool_calls": [{"id": "c", "type": "function", "function": {"name": "d", "arguments": {}}}]}
+_RESULT: dict[str, Any] = {"role": "tool", "name": "d", "content": "e"}
+_TOOL = {"type": "function", "function": {"name": "d", "description": "", "parameters": {"type": "object"}}}
+_PROBES: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
+    "tools": ([_ASKED], [_ASKED]),
+    "tool calls": ([_ASKED, _CALLED], [_ASKED, _ANSWERED]),
+    "results of tool calls": ([_ASKED, _CALLED, {**_RESULT, "tool_call_id": "c"}], [_ASKED, _CALLED]),
+    "tool messages": ([_ASKED, _RESULT], [_ASKED]),  # whose calls are text
+}
 _CHANNEL = re.compile(r"(<\|channel>)(.*?)(<channel\|>)", re.DOTALL)
 _MARKS = range(0xE000, 0xF900)  # Unicode's private use area
 
@@ -58,6 +67,7 @@ class ChatTemplate:
         self._tokens = dict(tokens)
         self._source = source
         self._compiled: dict[str, Template] = {}
+        self._left_out: dict[str, bool] = {}
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate:
@@ -86,29 +96,34 @@ class ChatTemplate:
         self,
         messages: Sequence[Message],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Tool] | None = None,
         enable_thinking: bool = False,
         add_generation_prompt: bool = True,
         **extra: Any,
     ) -> str:
         """Render a conversation as text.
 
-        ``tools`` are tool descriptions in OpenAI's format. ``enable_thinking`` asks the model to think before it
-        answers. ``add_generation_prompt`` ends the text with the beginning of the model's turn. ``extra`` are further
-        variables of the template.
+        ``messages`` are those of ``text.messages.conversation``, and ``tools`` those of ``text.tools.declarations``.
+        ``enable_thinking`` asks the model to think before it answers. ``add_generation_prompt`` ends the text with the
+        beginning of the model's turn. ``extra`` are further variables of the template.
 
-        Raises ``DgemmaError`` when the conversation is empty (exit code 2), a message is not an object (exit code 2),
-        the template cannot be compiled, or the template raises an error.
+        Raises ``DgemmaError`` when a message or a tool is malformed (exit code 2), the template cannot be compiled, or
+        the template raises an error.
         """
-        if not messages:
-            raise DgemmaError("the conversation is empty", "Give at least one message.", exit_code=2)
-        with_tools = tools is not None and "tool_use" in self.templates
-        template = self._template("tool_use" if with_tools else "default")
-        variables = {**self._tokens, "documents": None, **extra}
-        variables["messages"] = [_message(message) for message in messages]
-        variables["tools"] = tools
-        variables["enable_thinking"] = enable_thinking
-        variables["add_generation_prompt"] = add_generation_prompt
+        return self.render_checked(
+            conversation(messages), declarations(tools), enable_thinking=enable_thinking,
+            add_generation_prompt=add_generation_prompt, **extra,
+        )  # fmt: skip
+
+    def render_checked(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], **variables: Any
+    ) -> str:
+        """Render messages that ``conversation`` has returned and tools that ``declarations`` has returned.
+
+        ``variables`` are the further variables of the template. Raises ``DgemmaError`` as ``render`` does.
+        """
+        template = self._template("tool_use" if tools and "tool_use" in self.templates else "default")
+        variables = {**self._tokens, "documents": None, **variables, "messages": messages, "tools": tools or None}
         from dgemma_mlx.text.budget import TooMuch
         from dgemma_mlx.text.sandbox import render
 
@@ -120,6 +135,18 @@ class ChatTemplate:
             raise DgemmaError(
                 f"the chat template rejected the conversation: {reason(error)}", f"The template is {self._source}."
             ) from error
+
+    def leaves_out(self, part: str) -> bool:
+        """Return whether the template never shows a part of ``_PROBES``, such as "tool calls"."""
+        if part not in self._left_out:
+            options = {"enable_thinking": False, "add_generation_prompt": True}
+            whole, rest = _PROBES[part]
+            try:
+                text = self.render_checked(whole, [_TOOL] if part == "tools" else [], **options)
+                self._left_out[part] = text == self.render_checked(rest, [], **options)
+            except DgemmaError:  # it refuses such a conversation, so it does not leave the part out silently
+                self._left_out[part] = False
+        return self._left_out[part]
 
     def _template(self, name: str) -> Template:
         """Return the compiled template with this name. Compile it on first use."""
@@ -140,7 +167,7 @@ def encode_chat(
     template: ChatTemplate,
     messages: Sequence[Message],
     *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[Tool] | None = None,
     enable_thinking: bool = False,
     add_generation_prompt: bool = True,
     trust_assistant: bool = False,
@@ -153,9 +180,11 @@ def encode_chat(
     because it removes thinking from the history. With ``trust_assistant``, which is for training data, all control
     tokens in an assistant's content count as such.
 
-    Raises ``DgemmaError`` as ``ChatTemplate.render`` does.
+    Raises ``DgemmaError`` as ``ChatTemplate.render`` does, and when the template leaves out the tools, calls of tools
+    or their results (exit code 2).
     """
-    data = plain_data({"messages": list(messages), "tools": tools, "extra": extra})
+    extra |= {"enable_thinking": enable_thinking, "add_generation_prompt": add_generation_prompt}
+    data = {"messages": conversation(messages), "tools": declarations(tools), "extra": plain_data(extra)}
     mark = _unused_mark([data, template.templates])
     first_characters = "".join(sorted({text[0] for text in tokenizer.special_ids}))
     control_start = re.compile(f"[{re.escape(first_characters)}]" if first_characters else "(?!)")
@@ -163,14 +192,26 @@ def encode_chat(
     def guard(text: str) -> str:
         return control_start.sub(lambda match: match[0] + mark, text)
 
-    text = template.render(
-        [_guard_message(message, guard, trust_assistant) for message in data["messages"]],
-        tools=_guard(data["tools"], guard),
-        enable_thinking=enable_thinking,
-        add_generation_prompt=add_generation_prompt,
-        **_guard(data["extra"], guard),
-    )
+    guarded = [_guard_message(message, guard, trust_assistant) for message in data["messages"]]
+    declared, variables = _guard(data["tools"], guard), _guard(data["extra"], guard)
+    text = template.render_checked(guarded, declared, **variables)
+    for part in _parts(data["messages"], data["tools"]):
+        if template.leaves_out(part):
+            raise DgemmaError(
+                f"the model's chat template leaves out the {part}", "Write them into a user message.", exit_code=2
+            )
     return tokenizer.encode_control(text, ignore=(mark, _escaped(mark)))
+
+
+def _parts(messages: Sequence[Message], tools: Sequence[Any]) -> set[str]:
+    """Return which of the parts in ``_PROBES`` a conversation has."""
+    found = {"tools"} if tools else set()
+    for message in messages:
+        if "tool_calls" in message:
+            found.add("tool calls")
+        if message["role"] == "tool":
+            found.add("results of tool calls" if "tool_call_id" in message else "tool messages")
+    return found
 
 
 def plain_data(value: Any) -> Any:
@@ -194,19 +235,6 @@ def plain_data(value: Any) -> Any:
     return f"<{type(value).__name__}>"
 
 
-def _message(message: Message) -> dict[str, Any]:
-    """Return a message without its None values and with its thinking under the keys that templates read."""
-    message = plain_data(message)
-    if not isinstance(message, dict):
-        raise DgemmaError(
-            f"a chat message must be an object with a role, not {shown(message)}",
-            'Write a message as {"role": "user", "content": "..."}.', exit_code=2,
-        )
-    values = {name: value for name, value in message.items() if value is not None}
-    thinking = next((values[name] for name in _THINKING_KEYS if name in values), None)
-    return values if thinking is None else {"thinking": thinking, **values, "reasoning_content": thinking}
-
-
 def _guard(value: Any, guard: Callable[[str], str]) -> Any:
     """Apply ``guard`` to every string in plain data, including the keys of objects."""
     if isinstance(value, str):
@@ -224,8 +252,8 @@ def _guard_message(message: Any, guard: Callable[[str], str], trust_assistant: b
     With ``trust_assistant``, the whole content of an assistant stays as it is.
     """
     guarded = _guard(message, guard)
-    if isinstance(message, dict) and message.get("role") in _ASSISTANT:
-        content = message.get("content")
+    if message["role"] == "assistant" and "content" in message:
+        content = message["content"]
         guard_content = partial(_guard_around_channels, guard=guard)
         guarded["content"] = content if trust_assistant else _guard(content, guard_content)
     return guarded

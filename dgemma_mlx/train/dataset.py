@@ -3,6 +3,9 @@
 A whole file is checked before any of its examples is used. An error names the file and the line of a bad example. A key
 that is not read is an error, because the model would be trained without it.
 
+An assistant's message may have ``tool_calls``, and a tool's message its result (see ``text.messages``). An answer that
+calls tools is its content and its calls, as the model writes them.
+
 What the model learns to write is trusted: control tokens in an assistant's message, a completion and a text count as
 such, as in mlx_lm. What it reads is not: the same characters in any other message are ordinary text.
 """
@@ -11,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,11 @@ from dgemma_mlx.checks import shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.json_text import parse_json
+from dgemma_mlx.text.messages import THINKING_KEYS, Message, conversation
+from dgemma_mlx.text.tools import call_text, declarations
 from dgemma_mlx.train.batches import Conversation
 
 TRAIN, VALID = "train.jsonl", "valid.jsonl"
-ROLES = ("system", "developer", "user", "assistant", "model", "tool")
-_ANSWERING = ("assistant", "model")
 _FORMS = (("messages", "tools"), ("prompt", "completion", "tools"), ("text",))  # the keys of a line
 _THINKS, _CALLED, _WAITS = "<|channel>", "<tool_call|>", "<|tool_response>"  # see ``text.parts``
 _HINT = (
@@ -37,13 +40,13 @@ class Example:
     """One answer to learn or to compare with, and the conversation that it answers.
 
     Attributes:
-        messages: The messages before the answer, each with "role" and "content". Empty for a plain text.
+        messages: The messages before the answer, as ``text.messages.conversation`` reads them. Empty for a plain text.
         answer: The text of the answer, or the whole plain text.
-        tools: Descriptions of the tools that the conversation has, in OpenAI's format.
+        tools: Declarations of the tools that the conversation has (see ``text.tools.declarations``).
         place: The file and the line of the example, for error messages.
     """
 
-    messages: tuple[Mapping[str, str], ...]
+    messages: tuple[Message, ...]
     answer: str
     tools: tuple[Mapping[str, Any], ...] = ()
     place: str = ""
@@ -138,27 +141,16 @@ def encode_example(model: Model, example: Example) -> Conversation:
 
 
 def _encode_prompt(model: Model, example: Example, thinking: bool) -> list[int]:
-    """Return the ids of the conversation before an answer. Raises ``DgemmaError`` if the template loses parts of it."""
+    """Return the ids of the conversation before an answer."""
     from dgemma_mlx.text.chat import encode_chat
 
-    def encode(example: Example) -> list[int]:
-        try:
-            return encode_chat(
-                model.tokenizer, model.template, example.messages, tools=list(example.tools) or None,
-                enable_thinking=thinking, trust_assistant=True,
-            )  # fmt: skip
-        except DgemmaError as error:
-            raise DgemmaError(f"{example.place}: {error.message}", error.hint, error.exit_code) from None
-
-    ids = encode(example)
-    spoken = tuple(message for message in example.messages if message["role"] != "tool")
-    for lost, rest in (("tools", replace(example, tools=())), ("tool messages", replace(example, messages=spoken))):
-        if rest != example and encode(rest) == ids:
-            raise DgemmaError(
-                f"{example.place}: the chat template of {model.name} leaves out the {lost}",
-                "The model would be trained without them. Write them into a user message.", exit_code=2,
-            )
-    return ids
+    try:
+        return encode_chat(
+            model.tokenizer, model.template, example.messages, tools=example.tools, enable_thinking=thinking,
+            trust_assistant=True,
+        )  # fmt: skip
+    except DgemmaError as error:
+        raise DgemmaError(f"{example.place}: {error.message}", error.hint, error.exit_code) from None
 
 
 def _end_of_call(model: Model) -> int:
@@ -240,44 +232,50 @@ def _examples(line: str, place: str) -> list[Example]:
 
 
 def _tools(value: Any, place: str) -> tuple[Mapping[str, Any], ...]:
-    """Return tool descriptions after checking that they are a list of objects."""
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise DgemmaError(
-            f"{place}: tools must be a list of objects, not {shown(value)}", "Write them as mlx_lm reads them.", 2
-        )
-    return tuple(value)
+    """Return the declarations of tools after checking them."""
+    try:
+        declarations(value)
+        return tuple(value)
+    except DgemmaError as error:
+        raise DgemmaError(f"{place}: {error.message}", error.hint, exit_code=2) from None
 
 
 def _turns(messages: Any, tools: tuple[Mapping[str, Any], ...], place: str) -> list[Example]:
     """Return one example for each assistant message of a conversation."""
     if not isinstance(messages, list) or not messages:
         raise DgemmaError(f"{place}: messages must be a non-empty list", _HINT, exit_code=2)
-    checked = [_message(message, f"{place}, message {number}") for number, message in enumerate(messages, 1)]
-    answers = [number for number, message in enumerate(checked) if message["role"] in _ANSWERING]
+    for number, message in enumerate(messages, 1):
+        _check_content(message, f"{place}, message {number}")
+    try:
+        checked = conversation(messages)
+    except DgemmaError as error:
+        raise DgemmaError(f"{place}, {error.message}", error.hint, exit_code=2) from None
+    answers = [number for number, message in enumerate(checked) if message["role"] == "assistant"]
     if not answers:
         raise DgemmaError(f"{place} has no assistant message",
                           "The model learns the assistant messages; add at least one.", exit_code=2)  # fmt: skip
-    if checked[0]["role"] in (*_ANSWERING, "tool"):
+    if checked[0]["role"] in ("assistant", "tool"):
         kind = "a tool" if checked[0]["role"] == "tool" else "an assistant"
         raise DgemmaError(f"{place} begins with {kind} message", "Put a user or system message first.", exit_code=2)
-    return [Example(tuple(checked[:number]), checked[number]["content"], tools, place) for number in answers]
+    return [Example(tuple(messages[:number]), _answer(checked[number]), tools, place) for number in answers]
 
 
-def _message(message: Any, place: str) -> Mapping[str, str]:
-    """Return a message after checking its keys, role and content."""
+def _answer(message: Message) -> str:
+    """Return an assistant's message as the model writes it: the content, then the calls."""
+    calls = [call["function"] for call in message.get("tool_calls", [])]
+    return message.get("content", "") + "".join(call_text(call["name"], call["arguments"]) for call in calls)
+
+
+def _check_content(message: Any, place: str) -> None:
+    """Raise ``DgemmaError`` when there is nothing to learn or to read in a message, or thinking outside its content."""
     if not isinstance(message, dict):
         raise DgemmaError(f"{place} must have a role and a content, but is not a JSON object", _HINT, exit_code=2)
-    keys = [name for name, value in message.items() if value is not None or name in ("role", "content")]
-    if set(keys) != {"role", "content"}:
+    if thinking := [name for name in THINKING_KEYS if message.get(name) is not None]:
         raise DgemmaError(
-            f"{place} must have a role and a content and nothing else, but has {', '.join(keys)[:80] or 'no keys'}",
-            "Write thinking and tool calls into the content, as the model writes them.", exit_code=2,
+            f"{place}: {thinking[0]} is not read", "Write thinking into the content, as the model writes it.", 2
         )
-    if message["role"] not in ROLES:
-        raise DgemmaError(
-            f"{place} has the unknown role {shown(message['role'])}", f"The roles are {', '.join(ROLES)}.", exit_code=2
-        )
-    return {"role": message["role"], "content": _text(message["content"], "content", place)}
+    if message.get("role") != "tool" and not (message.get("content") is None and message.get("tool_calls")):
+        _text(message.get("content"), "content", place)
 
 
 def _text(value: Any, name: str, place: str) -> str:

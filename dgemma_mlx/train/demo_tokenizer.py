@@ -86,6 +86,22 @@ CHAT_TEMPLATE = """\
 {%- macro without_thinking(text) -%}
     {%- for part in text.split('<channel|>') -%}{{ part.split('<|channel>')[0] }}{%- endfor -%}
 {%- endmacro -%}
+{%- macro literal(value) -%}
+    {%- if value is string -%}{{- '<|"|>' + value + '<|"|>' -}}
+    {%- elif value is boolean -%}{{- 'true' if value else 'false' -}}
+    {%- elif value is mapping -%}{{- '{' -}}{{- members(value) -}}{{- '}' -}}
+    {%- elif value is sequence -%}
+        {{- '[' -}}
+        {%- for item in value -%}{{- literal(item) -}}{{- ',' if not loop.last -}}{%- endfor -%}
+        {{- ']' -}}
+    {%- else -%}{{- value -}}
+    {%- endif -%}
+{%- endmacro -%}
+{%- macro members(object) -%}
+    {%- for key, value in object | dictsort -%}
+        {{- key + ':' -}}{{- literal(value) -}}{{- ',' if not loop.last -}}
+    {%- endfor -%}
+{%- endmacro -%}
 {{- bos_token -}}
 {%- set has_system = messages and messages[0]['role'] in ['system', 'developer'] -%}
 {%- if has_system or enable_thinking or tools -%}
@@ -97,14 +113,34 @@ CHAT_TEMPLATE = """\
     {%- endfor -%}
     {{- '<turn|>\\n' -}}
 {%- endif -%}
+{#- A model's turn stays open from a call to the answer after its results. -#}
+{%- set turn = namespace(is_open=false) -%}
 {%- for message in (messages[1:] if has_system else messages) -%}
-    {%- if message['role'] == 'assistant' -%}
-        {{- '<|turn>model\\n' + without_thinking(text_of(message['content'])) | trim + '<turn|>\\n' -}}
+    {%- set role = 'model' if message['role'] in ['assistant', 'tool'] else message['role'] -%}
+    {%- if not turn.is_open or role != 'model' -%}
+        {{- '<turn|>\\n' if turn.is_open -}}
+        {{- '<|turn>' + role + '\\n' -}}
+    {%- endif -%}
+    {%- if message['role'] == 'tool' -%}
+        {%- set result = message['content'] -%}
+        {%- if result is sequence and result is not string and result is not mapping -%}
+            {%- set result = text_of(result) -%}
+        {%- endif -%}
+        {{- '<|tool_response>response:' + (message['name'] or 'unknown') + '{' -}}
+        {{- members(result if result is mapping else {'value': result}) + '}<tool_response|>' -}}
+        {%- set turn.is_open = true -%}
     {%- else -%}
-        {{- '<|turn>' + message['role'] + '\\n' + text_of(message['content']) | trim + '<turn|>\\n' -}}
+        {%- set text = text_of(message['content']) -%}
+        {{- (without_thinking(text) if message['role'] == 'assistant' else text) | trim -}}
+        {%- for call in message['tool_calls'] or [] -%}
+            {{- '<|tool_call>call:' + call['function']['name'] + '{' -}}
+            {{- members(call['function']['arguments']) + '}<tool_call|>' -}}
+        {%- endfor -%}
+        {%- set turn.is_open = true if message['tool_calls'] else false -%}
+        {{- '<turn|>\\n' if not turn.is_open -}}
     {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|turn>model\\n' -}}{%- endif -%}
+{%- if add_generation_prompt and not turn.is_open -%}{{- '<|turn>model\\n' -}}{%- endif -%}
 """
 
 

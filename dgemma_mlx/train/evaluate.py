@@ -13,7 +13,7 @@ from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.api import generate_batch
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.sizes import rate
-from dgemma_mlx.text.chat import Message
+from dgemma_mlx.text.messages import Message
 from dgemma_mlx.train import sudoku
 from dgemma_mlx.train.dataset import Example, visible_answer
 

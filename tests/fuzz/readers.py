@@ -36,19 +36,26 @@ from tests.convert.checkpoints import SMALLEST, TOKENIZER_VOCABULARY, make_sourc
 from tests.fuzz.mutations import Changes, byte_changes, header_changes, json_changes, line_changes, toml_changes
 from tests.model.checkpoint import flat_config, random_tensors
 
+_LOOP = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "tool_calls": [{"id": "a", "name": "f", "arguments": "{}"}]},
+    {"role": "tool", "tool_call_id": "a", "content": {"x": [1, None]}}, {"role": "assistant", "content": "Ho"},
+]  # fmt: skip
+_TOOL = {"name": "f", "parameters": {"properties": {"x": {"anyOf": [{"$ref": "#/$defs/A"}, {"type": "null"}]}},
+                                     "$defs": {"A": {"type": ["string", "integer"]}}}}  # fmt: skip
 _SESSION = {
     "format": "dgemma-mlx session 1", "system": "Be brief.", "model": "demo", "settings": {"seed": 1, "temp": 0.5},
-    "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho", "thinking": "so"}],
+    "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho", "thinking": "so"}, *_LOOP],
 }  # fmt: skip
 _BATCH = b"\n".join(
     json.dumps(value).encode()
     for value in ("Hi", {"prompt": [{"role": "user", "content": "Hi"}], "id": 3, "system": "x", "seed": 1},
-                  {"prompt": "x", "max_tokens": 4})
+                  {"prompt": "x", "max_tokens": 4}, {"prompt": _LOOP, "tools": [_TOOL], "tool_choice": "auto"})
 )  # fmt: skip
 _DATA = b"\n".join(
     json.dumps(value).encode()
     for value in ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]},
-                  {"prompt": "Hi", "completion": "Ho"}, {"text": "Hi"})
+                  {"prompt": "Hi", "completion": "Ho"}, {"text": "Hi"}, {"messages": _LOOP, "tools": [_TOOL]})
 )  # fmt: skip
 _TOML = b'model = "demo"\nmax_tokens = 64\ntemp = 0.5\nthinking = false\nspeed = "fast"\nmemory_limit = "20GB"'
 _OUTPUT = "converted"  # folder of the conversion, next to the checkpoint

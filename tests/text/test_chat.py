@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from datetime import datetime
@@ -128,21 +129,21 @@ def test_hostile_strings_everywhere_else(gemma: Tokenizer, folders: dict[str, Pa
     template = ChatTemplate.load(folders["json"])
 
     def conversation(text: str) -> list[dict[str, Any]]:
-        call = {
-            "function": {"name": f"f{text}", "arguments": {f"k{text}": text, "list": [text, {"deep": text}]}}
-        }
+        name = re.sub(r"[\s{}]", "_", f"f{text}")
+        function = {"name": name, "arguments": {f"k{text}": text, "list": [text, {"deep": text}]}}
+        call = {"id": text, "function": function}
         return [
             {"role": "system", "content": text},
             *_user("call it"),
             {"role": "assistant", "content": f"a{text}", "reasoning_content": text, "tool_calls": [call]},
-            {"role": "tool", "name": text, "content": {text: text}},
+            {"role": "tool", "tool_call_id": text, "content": {text: text}},
         ]
 
     def tools(text: str) -> list[dict[str, Any]]:
         function = {
-            "name": f"f{text}",
+            "name": "f",
             "description": text,
-            "parameters": {"properties": {text: {"type": text}}},
+            "parameters": {"properties": {text: {"type": text, "enum": [text]}}},
         }
         return [{"type": "function", "function": function}]
 
@@ -231,10 +232,8 @@ def test_objects_in_messages_reach_the_template_as_data_only() -> None:
         def save(self) -> str:
             raise AssertionError("the template called a method")
 
-    template = _template(
-        "{{ messages[0].content[0].image }}{{ messages[0].content[0].image.save is defined }}"
-    )
-    assert template.render(_user([{"type": "image", "image": Picture()}])) == "<Picture>False"
+    template = _template("{{ picture }}{{ picture.save is defined }}")
+    assert template.render(_user("x"), picture=Picture()) == "<Picture>False"
 
 
 @pytest.mark.parametrize(
@@ -262,7 +261,7 @@ def test_message_errors(folders: dict[str, Path]) -> None:
     template = ChatTemplate.load(folders["json"])
     with pytest.raises(DgemmaError, match="empty"):
         template.render([])
-    with pytest.raises(DgemmaError, match="unknown role wizard"):
+    with pytest.raises(DgemmaError, match="message 1 has the unknown role 'wizard'"):
         template.render([{"role": "wizard", "content": "x"}])
     with pytest.raises(DgemmaError, match="object with a role"):
         template.render(["hello"])  # type: ignore[list-item]

@@ -142,7 +142,7 @@ def test_what_the_template_leaves_out_is_refused(tmp_path: Path, demo: Model) ->
         .replace("(messages[1:] if has_system else messages)", "messages if message['role'] != 'tool'")
     )
     model = replace(demo, folder=folder)
-    told = [*CHAT[1:2], {"role": "tool", "content": "1 2"}, *CHAT[2:3]]
+    told = [*CHAT[1:2], {"role": "tool", "name": "f", "content": "1 2"}, *CHAT[2:3]]
     for line, words in (
         ({"messages": CHAT[1:3], "tools": [{"type": "function", "function": {"name": "f"}}]}, "leaves out the tools"),
         ({"messages": told}, "leaves out the tool messages"),
@@ -198,8 +198,8 @@ def test_long_examples_are_cut_to_whole_canvases_or_left_out(tmp_path: Path, dem
         ({"text": "  "}, "text must be a non-empty string"), ({"messages": []}, "messages must be a non-empty list"),
         ({"messages": CHAT[:2]}, "has no assistant message"),
         ({"messages": CHAT[2:]}, "begins with an assistant message"),
-        ({"messages": [{"role": "user"}]}, "message 1 must have a role and a content and nothing else, but has role"),
-        ({"messages": [{}]}, "message 1 must have a role and a content and nothing else, but has no keys"),
+        ({"messages": [{"role": "user"}]}, "message 1: content must be a non-empty string"),
+        ({"messages": [{}]}, "message 1: content must be a non-empty string"),
         ({"messages": ["hi"]}, "message 1 must have a role and a content, but is not a JSON object"),
         ({"messages": [*CHAT[:1], {"role": "robot", "content": "a"}]}, "message 2 has the unknown role 'robot'"),
         ({"messages": [*CHAT[:2], {"role": "assistant", "content": None}]}, "content must be a non-empty string"),
@@ -208,11 +208,14 @@ def test_long_examples_are_cut_to_whole_canvases_or_left_out(tmp_path: Path, dem
         ({"prompt": "a", "completion": "b", "system": "c"}, "'system' is not read beside prompt"),
         ({"text": "a", "tools": [{}]}, "'tools' is not read beside text"), ({"text": "a", "id": 5}, "'id' is not read"),
         ({"messages": CHAT, "text": "a"}, "'text' is not read beside messages"), ({"tools": []}, "has neither"),
-        ({"messages": CHAT, "tools": "weather"}, "tools must be a list of objects, not 'weather'"),
-        ({"messages": CHAT, "tools": [["x" * 9999]]}, "tools must be a list of objects"),
+        ({"messages": CHAT, "tools": "weather"}, "tools must be a list of tools, not 'weather'"),
+        ({"messages": CHAT, "tools": [["x" * 9999]]}, "tool 1: "),
         ({"messages": CHAT, "\x1b]0;x\x07" + "k" * 9999: 1}, "is not read"),
-        ({"messages": [{"role": "tool", "content": "a"}, *CHAT[2:]]}, "begins with a tool message"),
-        ({"messages": [*CHAT[:2], {**CHAT[2], "tool_calls": []}]}, "nothing else, but has role, content, tool_calls"),
+        ({"messages": [{"role": "tool", "name": "f", "content": "a"}, *CHAT[2:]]}, "begins with a tool message"),
+        ({"messages": [*CHAT[:2], {**CHAT[2], "thinking": "hm"}]}, "message 3: thinking is not read"),
+        ({"messages": [*CHAT[:2], {**CHAT[2], "tool_calls": [{"name": "f", "arguments": "{"}]}]}, "are not JSON"),
+        ({"messages": [*CHAT, {"role": "tool", "tool_call_id": "a", "content": 1}]}, "no earlier call has the id 'a'"),
+        ({"messages": [{**CHAT[1], "name": "Ana"}, CHAT[2]]}, "message 1: 'name' is not read"),
         ({"messages": [*CHAT[:1], {"role": ["user"] * 999, "content": "a"}]}, "message 2 has the unknown role"),
         ({"messages": [*CHAT[:1], {"role": {}, "content": "a"}]}, "message 2 has the unknown role {}"),
         ('{"text": ' + "9" * 5000 + "}", "is not JSON"), ('{"text": NaN}', "text must be a non-empty string"),
@@ -235,3 +238,13 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         assert name in error.value.message and error.value.exit_code == 2
     with pytest.raises(DgemmaError, match=r"cannot read .*train\.jsonl"):
         read_data([tmp_path])
+
+
+def test_calls_of_a_conversation_are_learned_as_the_model_writes_them(tmp_path: Path, demo: Model) -> None:
+    call = {"id": "x", "type": "function", "function": {"name": "add", "arguments": '{"b": "x y", "a": [1, true]}'}}
+    told = {"role": "tool", "tool_call_id": "x", "content": {"sum": 3}}
+    chat = [CHAT[1], {"role": "assistant", "content": "Wait.", "tool_calls": [call]}, told, CHAT[2]]
+    (first, second) = encoded(demo, tmp_path / "a.jsonl", {"messages": chat, "tools": [{"name": "add"}]})
+    assert first[1].startswith('Wait.<|tool_call>call:add{a:[1,true],b:<|"|>x y<|"|>}<tool_call|>')
+    assert second[0].endswith("<tool_call|><|tool_response>response:add{sum:3}<tool_response|>")
+    assert second[1] == "1 2<turn|>"

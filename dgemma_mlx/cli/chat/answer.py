@@ -6,6 +6,7 @@ import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from dgemma_mlx.cli.batch import NO_ANSWER
@@ -71,12 +72,13 @@ class Chat:
         self.last = done
         print_warnings(done)
         stopped = done.finish_reason == "cancelled"
-        if stopped and not done.text.strip():
+        if stopped and not done.text.strip() and not done.tool_calls:
             print("cancelled; nothing was kept", file=sys.stderr)
             return False
         if done.is_blank:
             raise DgemmaError(NO_ANSWER, "Ask again, or word the message differently.")
-        self.session.add("assistant", done.text, thinking=done.thinking, cancelled=stopped)
+        calls = [asdict(call) for call in done.tool_calls]
+        self.session.add("assistant", done.text, tool_calls=calls, thinking=done.thinking, cancelled=stopped)
         if stopped:
             print("cancelled; the text above was kept", file=sys.stderr)
         elif done.finish_reason == "length":

@@ -129,7 +129,10 @@ def _show(chat: Chat, rest: str) -> None:
     _say(f"{'system':22} {chat.session.system or '(none)'}")
     for message in chat.session.messages:
         mark = " (cancelled)" if message.get("cancelled") else ""
-        _say(f"\n[{message['role']}{mark}]\n{message['content']}")
+        content = message.get("content") or ""
+        _say(f"\n[{message['role']}{mark}]\n{content if isinstance(content, str) else json.dumps(content)}")
+        for call in message.get("tool_calls") or ():
+            _say(f"tool call: {json.dumps(call, ensure_ascii=False)}")
     if chat.attached:
         _say(f"\n{len(chat.attached):,} characters of files will be sent with the next message")
 

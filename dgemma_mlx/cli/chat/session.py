@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ _FIXED = ("model", "system", "live", "memory_limit", "dtype", "cpu_dequantize", 
 CHANGEABLE = tuple(name for name in SETTINGS if name not in _FIXED)
 
 _FORMAT = "dgemma-mlx session 1"
-_ROLES = ("user", "assistant")
+# The keys of a message that the model sees. Thinking and marks are not among them.
+_SEEN = ("role", "content", "name", "tool_calls", "tool_call_id")
+_TURNS = re.compile("(u(at+)*a)*")  # of the first letters of the roles
 _HINT = "/save writes a conversation to a file, and `dgemma-mlx chat` does so after every turn."
 
 
@@ -27,8 +30,9 @@ class Session:
     """A conversation that can be saved.
 
     Attributes:
-        messages: Messages of the user and the assistant in turn. Each has "role" and "content". A message of the
-            assistant also has its "thinking", if any, and "cancelled": true if it was stopped.
+        messages: Messages with "role" and "content". A turn begins with a message of the user and ends with one of the
+            assistant; between them may be calls and results of tools. A message of the assistant also has its
+            "tool_calls" and "thinking", if any, and "cancelled": true if it was stopped.
         system: System prompt, or None.
         settings: Settings that ``/set`` has changed, by their names in ``dgemma_mlx.cli.settings``.
         model: The chosen model. None means the model of the settings.
@@ -49,13 +53,13 @@ class Session:
         """Indices in ``messages`` at which the turns begin."""
         return [i for i, message in enumerate(self.messages) if message["role"] == "user"]
 
-    def prompt(self, start: int = 0) -> list[dict[str, str]]:
+    def prompt(self, start: int = 0) -> list[dict[str, Any]]:
         """Return the system prompt and the messages from ``start`` on as the model sees them.
 
         Thinking and the cancelled mark are left out.
         """
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return system + [{name: message[name] for name in ("role", "content")} for message in self.messages[start:]]
+        return system + [{key: message[key] for key in _SEEN if key in message} for message in self.messages[start:]]
 
     def add(self, role: str, content: str, **marks: Any) -> None:
         """Add a message. Marks such as ``cancelled`` are stored when they are true."""
@@ -94,8 +98,10 @@ class Session:
         settings = record.get("settings", {})
         system, model = record.get("system"), record.get("model")
         names_are_texts = all(value is None or isinstance(value, str) for value in (system, model))
-        if not names_are_texts or not isinstance(settings, dict) or not _is_conversation(messages):
-            raise DgemmaError(f"{path}: its messages do not make a conversation", "The file is damaged. " + _HINT)
+        fault = _fault(messages)
+        if not names_are_texts or not isinstance(settings, dict) or fault is not None:
+            problem = "its messages do not make a conversation" + (f": {fault}" if fault else "")
+            raise DgemmaError(f"{path}: {problem}", "The file is damaged. " + _HINT)
         for name in settings:
             if name not in CHANGEABLE:
                 raise DgemmaError(f"{path}: unknown setting {shown(name)}", f"Settings: {', '.join(CHANGEABLE)}.")
@@ -103,12 +109,21 @@ class Session:
         return cls(messages, system, settings, model)
 
 
-def _is_conversation(messages: Any) -> bool:
-    """Return whether the value is a list of messages of user and assistant in turn, with an answer to each question."""
-    return (
-        isinstance(messages, list)
-        and len(messages) % 2 == 0
-        and all(isinstance(message, dict) and isinstance(message.get("content"), str) for message in messages)
-        and all(isinstance(message.get("thinking", ""), str) for message in messages)
-        and all(message.get("role") == _ROLES[i % 2] for i, message in enumerate(messages))
-    )
+def _fault(messages: Any) -> str | None:
+    """Return why the value is not a list of whole turns, each with an answer to its question; None when it is."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        return "they are not a list of objects"
+    if not messages:
+        return None
+    from dgemma_mlx.text.messages import conversation
+
+    try:
+        conversation([{key: value for key, value in message.items() if key != "cancelled"} for message in messages])
+    except DgemmaError as error:
+        return error.message
+    for number, message in enumerate(messages, 1):
+        if message["role"] != "tool" and not isinstance(message.get("content") or "", str):
+            return f"message {number}: its content is not a text"
+    if _TURNS.fullmatch("".join(message["role"][0] for message in messages)) is None:
+        return "a turn is a message of the user, calls and results of tools, and an answer"
+    return None

@@ -1,0 +1,32 @@
+"""The tools of ``generate``: reading the file of ``--tools``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dgemma_mlx.checks import reason
+from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.json_text import parse_json
+
+_HINT = "--tools names a JSON file with a declaration of a tool, or a list of them."
+
+
+def read_tools(path: Path) -> list[dict[str, Any]]:
+    """Return the declarations in a JSON file, which holds one or a list of them.
+
+    Raises `DgemmaError` (exit code 2), which names the file, when it cannot be read or a declaration is malformed.
+    """
+    from dgemma_mlx.text.tools import declarations
+
+    try:
+        value = parse_json(path.read_bytes())
+        tools: list[dict[str, Any]] = [value] if isinstance(value, dict) else value
+        declarations(tools)
+        return tools
+    except OSError as error:
+        raise DgemmaError(f"cannot read {path}: {reason(error)}", _HINT, exit_code=2) from None
+    except ValueError as error:
+        raise DgemmaError(f"{path} is not JSON: {error}", _HINT, exit_code=2) from None
+    except DgemmaError as error:
+        raise DgemmaError(f"{path}: {error.message}", error.hint, exit_code=2) from None

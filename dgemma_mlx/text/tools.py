@@ -1,0 +1,155 @@
+"""Tools that a model may call: their declarations in the form that chat templates read, and the choice among them.
+
+A tool is declared in OpenAI's form, as the inner object alone, in Anthropic's form, or by a Python function. Gemma's
+template shows the name, the description and, of each parameter, the description, type, string enum, items, properties,
+required names and nullable. It needs a type that is one word. ``declarations`` brings other schemas into this form, and
+adds to a parameter's description what the template would lose. Schemas that have this form already stay the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dgemma_mlx.checks import shown
+from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.text.functions import declare_function
+from dgemma_mlx.text.messages import json_data
+from dgemma_mlx.text.parameters import object_schema
+from dgemma_mlx.text.tokenizer import Tokenizer
+
+# A declaration, or a function with type hints.
+Tool = Mapping[str, Any] | Callable[..., Any]
+
+# "none", "auto", "required", the name of a tool, or {"type": "function", "function": {"name": ...}}.
+ToolChoice = str | Mapping[str, Any]
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")  # a template writes it bare
+_OUTER = ("type", "function")
+_INNER = ("name", "description", "parameters", "input_schema", "response", "return", "strict")
+_EXAMPLE = 'Declare a tool as {"name": "...", "description": "...", "parameters": {"type": "object", ...}}.'
+_CHOICES = "Use none, auto, required, or the name of a tool."
+OPEN_CALL = "<|tool_call>"
+
+
+def declarations(tools: Sequence[Tool] | None) -> list[dict[str, Any]]:
+    """Return the tools as plain JSON: ``{"type": "function", "function": {"name", "description", "parameters"}}``.
+
+    A tool is such an object, its inner object (Anthropic calls the parameters ``input_schema``), or a Python function
+    (see ``declare_function``). ``response``, an object schema, and ``return`` are kept; a missing description is "".
+
+    Raises ``DgemmaError`` (exit code 2), which names the tool, for other keys, a name with characters that the template
+    cannot write, two tools of one name, parameters that are not an object schema, and functions that cannot be
+    described. ``strict`` is refused as well, because nothing holds the arguments to the schema.
+    """
+    if tools is None:
+        return []
+    if isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools, Sequence):
+        raise DgemmaError(f"tools must be a list of tools, not {shown(tools)}", _EXAMPLE, exit_code=2)
+    try:
+        found = [_declaration(tool, f"tool {number}") for number, tool in enumerate(tools, 1)]
+    except RecursionError:
+        raise DgemmaError("a tool's schema is nested too deeply", "Make it simpler.", exit_code=2) from None
+    names = [tool["function"]["name"] for tool in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise DgemmaError(f"two tools have the name {shown(twice)}", "Rename one of them.", exit_code=2)
+    return found
+
+
+def _declaration(tool: Any, place: str) -> dict[str, Any]:
+    """Return one tool in the form of ``declarations``."""
+    if callable(tool):
+        tool = declare_function(tool)
+    if not isinstance(tool, Mapping):
+        raise _wrong(place, f"{shown(tool)} is neither a declaration nor a function", _EXAMPLE)
+    inner, keys = (tool["function"], _INNER) if "function" in tool else (tool, ("type", *_INNER))
+    for mapping, known in ((tool, _OUTER if "function" in tool else keys), (inner, keys)):
+        if not isinstance(mapping, Mapping):
+            raise _wrong(place, f"function must be an object, not {shown(mapping)}", _EXAMPLE)
+        if unread := [name for name, value in mapping.items() if name not in known and value is not None]:
+            raise _wrong(place, f"{shown(unread[0])} is not read", f"The keys are {', '.join(known)}.")
+    if tool.get("type", "function") not in ("function", "custom"):
+        raise _wrong(place, f"the type {shown(tool['type'])} is not known", "Only functions can be called.")
+    given = {name: value for name, value in inner.items() if value is not None and name not in ("type", "strict")}
+    name, description = given.get("name"), given.get("description", "")
+    if not isinstance(name, str) or _NAME.fullmatch(name) is None:
+        raise _wrong(place, f"{shown(name)} cannot be its name", "A name has letters, digits, and the characters _.-")
+    place = f"tool {name}"
+    if not isinstance(description, str):
+        raise _wrong(place, f"description must be a text, not {shown(description)}", _EXAMPLE)
+    if inner.get("strict"):
+        raise _wrong(place, "strict is not supported", "Arguments are not held to the schema yet; check them yourself.")
+    if "parameters" in given and "input_schema" in given:
+        raise _wrong(place, "it has parameters and input_schema", "Give one of them.")
+    function = {"name": name, "description": json_data(description, place)}
+    parameters = given.get("parameters", given.get("input_schema"))
+    if parameters is not None:
+        function["parameters"] = object_schema(json_data(parameters, place), place)
+    if "response" in given:
+        function["response"] = object_schema(json_data(given["response"], place), f"{place}, response")
+    if "return" in given:
+        function["return"] = json_data(given["return"], place)
+    return {"type": "function", "function": function}
+
+
+def chosen(tools: Sequence[Mapping[str, Any]], choice: ToolChoice | None) -> str | None:
+    """Return how an answer begins that makes the chosen call, without its control token: "" to leave it to the model.
+
+    None means that the model may call nothing, and is not told about the tools. ``tools`` are ``declarations``. Raises
+    ``DgemmaError`` (exit code 2) for a choice without tools, and for an unknown one.
+    """
+    name = choice
+    if isinstance(choice, Mapping):
+        function = choice.get("function")
+        is_known = choice.keys() == {"type", "function"} and choice["type"] == "function"
+        if not is_known or not isinstance(function, Mapping) or function.keys() != {"name"}:
+            raise DgemmaError(f"not a tool_choice: {shown(choice)}", _CHOICES, exit_code=2)
+        name = function["name"]
+    elif choice in (None, "auto", "none"):
+        return None if choice == "none" else ""
+    if not isinstance(name, str):
+        raise DgemmaError(f"not a tool_choice: {shown(choice)}", _CHOICES, exit_code=2)
+    if not tools:
+        raise DgemmaError(f"tool_choice is {shown(name)}, but there are no tools", "Declare them in tools.", 2)
+    if name == "required" and not isinstance(choice, Mapping):
+        return "call:"
+    names = [tool["function"]["name"] for tool in tools]
+    if name not in names:
+        raise DgemmaError(f"tool_choice names {shown(name)}, which no tool has", f"Tools: {', '.join(names)}.", 2)
+    return f"call:{name}{{"
+
+
+def opening_ids(tokenizer: Tokenizer, opening: str | None) -> list[int]:
+    """Return the ids with which an answer begins that ``chosen`` has described. They are the last ones of its prompt.
+
+    Raises ``DgemmaError`` (exit code 2) when the tokenizer has no tool calls.
+    """
+    if not opening:
+        return []
+    if OPEN_CALL not in tokenizer.special_ids:
+        raise DgemmaError(
+            f"the model's tokenizer has no {OPEN_CALL}, so a call cannot be required", 'Use "auto" or "none".', 2
+        )
+    return [tokenizer.special_ids[OPEN_CALL], *tokenizer.encode(opening)]
+
+
+def call_text(name: str, arguments: Mapping[str, Any]) -> str:
+    """Return a call as Gemma writes it: ``<|tool_call>call:name{key:<|"|>text<|"|>,n:3}<tool_call|>``."""
+    return f"{OPEN_CALL}call:{name}{_written(arguments)}<tool_call|>"
+
+
+def _written(value: Any) -> str:
+    """Return an argument as Gemma writes it."""
+    if isinstance(value, str):
+        return f'<|"|>{value}<|"|>'
+    if isinstance(value, Mapping):
+        items = sorted(value.items(), key=lambda item: item[0].lower())  # as a template sorts them
+        return "{" + ",".join(f"{key}:{_written(item)}" for key, item in items) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_written, value)) + "]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _wrong(place: str, problem: str, hint: str) -> DgemmaError:
+    return DgemmaError(f"{place}: {problem}", hint, exit_code=2)

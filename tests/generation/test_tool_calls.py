@@ -1,0 +1,121 @@
+"""Tools in the Python API: what the prompt holds, how an answer begins, and the way from a call to the next prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dgemma_mlx import DgemmaError, Model, generate, generate_batch, load
+from dgemma_mlx.constrain.constraint import Constraint
+from dgemma_mlx.events import Done, Statistics
+from dgemma_mlx.text import parse_parts
+
+ADD = {"name": "add", "description": "Sum", "parameters": {"properties": {"a": {"type": "integer"}}}}
+CLOCK = {"name": "clock"}
+USER = {"role": "user", "content": "Sort 7 3 5"}
+BY_NAME = {"type": "function", "function": {"name": "add"}}
+
+
+@pytest.fixture(scope="module")
+def demo() -> Model:
+    return load("demo")
+
+
+def clock(zone: str = "UTC") -> str:
+    """The time."""
+    return zone
+
+
+def prompt(model: Model, messages: Any = "Sort 7 3 5", **options: Any) -> str:
+    return model.tokenizer.decode(model.encode_prompt(messages, **options), keep_special=True)
+
+
+def answered(model: Model, text: str) -> Done:
+    """Return the answer that has these ids, as ``generate`` would."""
+    ids = tuple(model.tokenizer.encode_control(text))
+    parts = parse_parts(model.tokenizer, ids)
+    statistics = Statistics(1, 0, len(ids), 1, 1, 1.0, 0.0, 1.0, 1.0, 0)
+    return Done(parts.text, parts.thinking, parts.tool_calls, ids, "stop", 0, statistics)
+
+
+def test_tools_are_declared_in_the_prompt_and_the_choice_begins_the_answer(demo: Model) -> None:
+    plain, offered = prompt(demo), prompt(demo, tools=[ADD, clock])
+    assert "<|tool>declaration:add{" in offered and "<|tool>declaration:clock{" in offered
+    assert prompt(demo, tools=[ADD], tool_choice="none") == prompt(demo, tools=[]) == plain
+    assert prompt(demo, tools=[ADD], tool_choice="auto") == prompt(demo, tools=[ADD])
+    assert prompt(demo, tools=[ADD], tool_choice="required") == prompt(demo, tools=[ADD]) + "<|tool_call>call:"
+    for choice in ("add", BY_NAME):
+        assert prompt(demo, tools=[ADD], tool_choice=choice) == prompt(demo, tools=[ADD]) + "<|tool_call>call:add{"
+
+
+def test_the_way_from_a_call_to_the_answer(demo: Model) -> None:
+    """Calls, their results and the answer go into one turn of the model, which the next prompt continues."""
+    call = '<|tool_call>call:add{a:2,b:[<|"|>x<|"|>]}<tool_call|>'
+    first = answered(demo, f"<|channel>thought\nHm\n<channel|>Wait.{call}{call}<|tool_response>")
+    assert not first.is_blank and not answered(demo, call).is_blank
+    message = first.message()
+    assert message["reasoning_content"] == "Hm" and [call["name"] for call in message["tool_calls"]] == ["add"] * 2
+    ids = [str(call["id"]) for call in message["tool_calls"] if call.get("id")] or ["call_0", "call_1"]
+    results = [{"role": "tool", "tool_call_id": ids[0], "content": {"sum": 7}},
+               {"role": "tool", "tool_call_id": ids[1], "content": [1, True]}]  # fmt: skip
+    conversation: list[Any] = [USER, message, *results]
+    turn = (
+        f"<|turn>model\nWait.{call}{call}<|tool_response>response:add{{sum:7}}<tool_response|>"
+        "<|tool_response>response:add{value:[1,true]}<tool_response|>"
+    )
+    assert prompt(demo, conversation, tools=[ADD]).endswith(turn)
+    last = answered(demo, "It is 7.<turn|>")
+    assert last.message() == {"role": "assistant", "content": "It is 7."}
+    assert prompt(demo, [*conversation, last.message(), USER], tools=[ADD]).endswith(
+        f"{turn}It is 7.<turn|>\n<|turn>user\nSort 7 3 5<turn|>\n<|turn>model\n"
+    )
+
+
+def test_a_prompt_without_tools_is_what_it_was(demo: Model) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, USER, {"role": "assistant", "content": "3 5 7"}, USER]
+    assert prompt(demo, messages) == (
+        "<bos><|turn>system\nBe brief.<turn|>\n<|turn>user\nSort 7 3 5<turn|>\n<|turn>model\n3 5 7<turn|>\n"
+        "<|turn>user\nSort 7 3 5<turn|>\n<|turn>model\n"
+    )
+
+
+def test_answers_with_tools_alone_and_in_a_batch(demo: Model) -> None:
+    settings: Any = {"max_tokens": 32, "generation": demo.generation.override(max_denoising_steps=4)}
+    cases: list[Any] = [([ADD], "none"), ([clock], None), ([ADD], "add")]
+    alone = [
+        generate(demo, "Sort 7 3 5", seed=1, tools=tools, tool_choice=choice, **settings) for tools, choice in cases
+    ]
+    offers, choices = zip(*cases, strict=True)
+    together = generate_batch(demo, ["Sort 7 3 5"] * 3, seeds=[1] * 3, tools=offers, tool_choice=choices, **settings)
+    assert [done.tokens for done in alone] == [done.tokens for done in together]
+    assert alone[0].text == "3 5 7"
+    assert alone[2].is_blank or alone[2].text.startswith("call:add{") or alone[2].tool_calls
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tools": [ADD], "constraint": Constraint.regex("a")}, "tools cannot be combined with a constraint"),
+        ({"tools": [ADD], "response_format": {"type": "json_object"}}, "tools cannot be combined with a constraint"),
+        ({"tools": [ADD], "raw": True}, "a raw prompt is one text"),
+        ({"tool_choice": "auto", "raw": True}, "a raw prompt is one text"),
+        ({"tools": [ADD], "tool_choice": "required", "thinking": True}, "thinking cannot be combined with a required"),
+        ({"tools": [ADD], "tool_choice": "clock"}, "tool_choice names 'clock', which no tool has"),
+        ({"tool_choice": "required"}, "there are no tools"), ({"tools": ADD}, "tools must be a list"),
+        ({"tools": [ADD, ADD]}, "two tools have the name 'add'"),
+    ],
+)  # fmt: skip
+def test_what_excludes_each_other_is_refused_at_once(demo: Model, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(DgemmaError, match=words) as error:
+        generate(demo, "Sort 7 3 5", **options)
+    assert error.value.exit_code == 2 and error.value.hint
+    batched = {**options, "tools": [options["tools"]]} if isinstance(options.get("tools"), list) else options
+    with pytest.raises(DgemmaError, match=words):
+        generate_batch(demo, ["Sort 7 3 5"], **batched)
+
+
+def test_lists_of_tools_are_one_for_each_prompt(demo: Model) -> None:
+    for options in ({"tools": [[ADD], None]}, {"tool_choice": ["auto", "none"]}):
+        with pytest.raises(DgemmaError, match="must be one for each of 1 prompts, not 2"):
+            generate_batch(demo, ["Sort 7 3 5"], **options)  # type: ignore[arg-type]

@@ -1,0 +1,202 @@
+"""Declarations of tools: every usual form becomes one, and what a template would lose is said or refused."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.text import PartsParser, Tokenizer, load_tokenizer
+from dgemma_mlx.text.functions import declare_function
+from dgemma_mlx.text.parameters import object_schema
+from dgemma_mlx.text.tools import call_text, chosen, declarations, opening_ids
+
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "Weather", "parameters": SCHEMA}}
+NODE = {"type": "object", "description": "A node", "properties": {"next": {"$ref": "#/$defs/Node"}}}
+
+
+class Unit(Enum):
+    CELSIUS = "C"
+    KELVIN = "K"
+
+
+def weather(city: str, unit: Unit = Unit.CELSIUS, *, days: int | None = None, sky: Literal["blue"] = "blue") -> str:
+    return city
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        WEATHER, WEATHER["function"], {**WEATHER["function"], "type": "function", "strict": False},
+        {"name": "weather", "description": "Weather", "input_schema": SCHEMA, "type": "custom"},
+    ],
+)  # fmt: skip
+def test_a_declaration_has_one_form(tool: Any) -> None:
+    assert declarations([tool]) == [WEATHER]
+    assert declarations(declarations([tool])) == [WEATHER]
+
+
+def test_a_function_without_a_docstring_is_declared() -> None:
+    properties = {
+        "city": {"type": "string"}, "unit": {"type": "string", "enum": ["C", "K"]},
+        "days": {"type": "integer", "nullable": True}, "sky": {"type": "string", "enum": ["blue"]},
+    }  # fmt: skip
+    assert declare_function(weather)["function"] == {
+        "name": "weather", "description": "", "return": {"type": "string"},
+        "parameters": {"type": "object", "properties": properties, "required": ["city"]},
+    }  # fmt: skip
+    assert declarations([weather, {"name": "f"}])[1]["function"] == {"name": "f", "description": ""}
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        ({}, {"type": "any"}), (True, {"type": "any"}),
+        ({"type": ["string", "null"]}, {"type": "string", "nullable": True}),
+        ({"type": ["string", "integer"]}, {"type": "string or integer"}),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}], "description": "d"},
+         {"type": "string", "description": "d", "nullable": True}),
+        ({"enum": ["a", None]}, {"enum": ["a"], "nullable": True, "type": "string"}),
+        ({"enum": [1, 2], "description": "N."}, {"enum": [1, 2], "description": "N. One of: 1, 2.", "type": "integer"}),
+        ({"properties": {"b": {}}}, {"properties": {"b": {"type": "any"}}, "type": "object"}),
+        ({"type": "object", "additionalProperties": {"type": "string"}},
+         {"type": "object", "additionalProperties": {"type": "string"}, "properties": {},
+          "description": 'Each value: {"type": "string"}'}),
+        ({"items": {"properties": {"b": {}}}},
+         {"items": {"properties": {"b": {"type": "any"}}, "type": "object"}, "type": "array"}),
+        ({"type": "array", "prefixItems": [{"type": "string"}]},
+         {"type": "array", "prefixItems": [{"type": "string"}],
+          "description": 'Items in this order: [{"type": "string"}]'}),
+        ({"$ref": "#/$defs/Node", "description": "Mine"},
+         {**NODE, "description": "Mine",
+          "properties": {"next": {"type": "object", "description": "The same form as Node."}}}),
+    ],
+)  # fmt: skip
+def test_parameters_get_one_type_and_lose_nothing(schema: Any, expected: Any) -> None:
+    found = object_schema({"type": "object", "properties": {"a": schema}, "$defs": {"Node": NODE}}, "t")
+    assert found["properties"]["a"] == expected
+    assert object_schema(found, "t") == found
+
+
+def test_alternatives_are_told_in_the_description() -> None:
+    options = [{"$ref": "#/$defs/names"}, {"type": "integer"}]
+    names = {"type": "array", "items": {"type": "string"}}
+    schema = object_schema({"properties": {"a": {"anyOf": options}}, "$defs": {"names": names}}, "t")
+    assert object_schema(schema, "t") == schema
+    (found,) = schema["properties"].values()
+    assert found["type"] == "array or integer"
+    assert found["description"] == 'One of: {"type": "array", "items": {"type": "string"}}; {"type": "integer"}.'
+
+
+GROWING = {f"d{n}": {"properties": {key: {"$ref": f"#/$defs/d{n + 1}"} for key in "xy"}} for n in range(30)}
+
+
+@pytest.mark.parametrize(
+    ("tools", "words"),
+    [
+        ({"name": "f"}, "tools must be a list"), ("f", "tools must be a list"),
+        (["f"], "neither a declaration nor a function"),
+        ([{"name": "a b"}], "tool 1: 'a b' cannot be its name"), ([{"description": "x"}], "None cannot be its name"),
+        ([{"name": "f", "shape": 1}], "tool 1: 'shape' is not read"), ([{"function": 5}], "function must be an object"),
+        ([{"type": "web_search", "name": "f"}], "the type 'web_search' is not known"),
+        ([{"type": "function", "function": {"name": "f"}, "extra": 1}], "'extra' is not read"),
+        ([WEATHER, WEATHER], "two tools have the name 'weather'"),
+        ([{"name": "f", "strict": True}], "strict is not supported"),
+        ([{"name": "f", "description": 5}], "tool f: description must be a text"),
+        ([{"name": "f", "parameters": {}, "input_schema": {}}], "it has parameters and input_schema"),
+        ([{"name": "f", "parameters": [1]}], "parameters must be an object"),
+        ([{"name": "f", "parameters": {"type": "string"}}], "the type of its parameters is 'string', not object"),
+        ([{"name": "f", "parameters": {"anyOf": [{}]}}], "its parameters have anyOf"),
+        ([{"name": "f", "parameters": {"properties": {"a": 5}}}], "a schema is 5"),
+        ([{"name": "f", "parameters": {"properties": {"a": {"type": 5}}}}], "a type is 5"),
+        ([{"name": "f", "parameters": {"properties": {"a": {"$ref": "http://x"}}}}], "leaves the parameters"),
+        ([{"name": "f", "parameters": {"properties": {"a": {"$ref": "#/b"}}}}], "'#/b' leads nowhere"),
+        ([{"name": "f", "parameters": {"required": "a"}}], "required must be a list of names"),
+        ([{"name": "f", "parameters": {"properties": {"a": {"$ref": "#/$defs/d0"}}, "$defs": {**GROWING, "d30": {}}}}],
+         "more than 10,000 schemas"),
+        ([{"name": "f", "response": {"type": "string"}}], "tool f, response: the type"),
+        ([{"name": "f", "return": {1, 2}}], "is not a JSON value"),
+    ],
+)  # fmt: skip
+def test_bad_declarations_are_one_clear_error(tools: Any, words: str) -> None:
+    with pytest.raises(DgemmaError) as error:
+        declarations(tools)
+    assert words in error.value.message and error.value.exit_code == 2 and error.value.hint
+
+
+def no_hint(city) -> str: ...  # type: ignore[no-untyped-def, empty-body]
+def many(*cities: str) -> None: ...
+def named(**cities: str) -> None: ...
+def in_place(city: str, /) -> None: ...
+def own_class(city: WeatherStation) -> None: ...  # type: ignore[name-defined]  # noqa: F821
+def of_any_length(cities: tuple[str, ...]) -> None: ...
+def of_a_set(cities: set[str]) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (no_hint, "no_hint: the parameter city has no type hint"), (many, "the parameter *cities has no fixed name"),
+        (named, "**cities has no fixed name"), (in_place, "the parameter city cannot be passed by name"),
+        (own_class, "its type hints cannot be read"), (of_any_length, "tuple[str, ...] cannot be described"),
+        (of_a_set, "set[str] cannot be described"), (lambda: None, "'<lambda>' cannot be its name"),
+    ],
+)  # fmt: skip
+def test_functions_that_cannot_be_described(function: Any, words: str) -> None:
+    with pytest.raises(DgemmaError) as error:
+        declarations([function])
+    assert words in error.value.message
+    assert error.value.exit_code == 2 and error.value.hint
+
+
+def test_the_choice_among_tools() -> None:
+    tools = declarations([WEATHER, {"name": "required"}])
+    assert [chosen(tools, choice) for choice in (None, "auto", "none", "required")] == ["", "", None, "call:"]
+    by_name = {"type": "function", "function": {"name": "weather"}}
+    assert chosen(tools, "weather") == chosen(tools, by_name) == "call:weather{"
+    assert chosen(tools, {"type": "function", "function": {"name": "required"}}) == "call:required{"
+    assert chosen([], "none") is None and chosen([], "auto") == ""
+    for choice, offered, words in (
+        ("required", [], "there are no tools"), ("clock", tools, "names 'clock', which no tool has"),
+        (5, tools, "not a tool"),
+        ({"type": "function"}, tools, "not a tool_choice"), ({**by_name, "x": 1}, tools, "not a tool_choice"),
+        ({"type": "function", "function": {"name": 5}}, tools, "not a tool_choice"),
+    ):  # fmt: skip
+        with pytest.raises(DgemmaError, match=words) as error:
+            chosen(offered, choice)  # type: ignore[arg-type]
+        assert error.value.exit_code == 2 and error.value.hint
+
+
+def test_an_answer_that_begins_in_its_prompt(gemma: Tokenizer) -> None:
+    opening = opening_ids(gemma, "call:weather{")
+    for text in ('city:<|"|>Rome<|"|>}<tool_call|><|tool_response>', 'city:<|"|>Rome<|"|>}<tool_call|>Then.'):
+        parser = PartsParser(gemma, opening=opening)
+        parts = parser.feed(gemma.encode_control(text)) + parser.finish()
+        calls = [(call.name, call.arguments) for call in parts.tool_calls]
+        assert (calls, parts.text) == ([("weather", {"city": "Rome"})], "Then." if "Then" in text else "")
+    assert PartsParser(gemma, opening=opening).finish().text == ""  # the answer has added nothing
+    parser = PartsParser(gemma, reads_calls=False)
+    parts = parser.feed(gemma.encode_control(call_text("weather", {"city": "Rome"}))) + parser.finish()
+    assert (parts.tool_calls, parts.text) == ((), 'call:weather{city:"Rome"}')
+    assert opening_ids(gemma, "") == opening_ids(gemma, None) == []
+
+
+def test_a_call_cannot_be_required_of_a_tokenizer_without_calls(folders: dict[str, Path], tmp_path: Path) -> None:
+    source = (folders["json"] / "tokenizer.json").read_text().replace("<|tool_call>", "<|other>")
+    (tmp_path / "tokenizer.json").write_text(source)
+    tokenizer = load_tokenizer(tmp_path)
+    assert opening_ids(tokenizer, "") == []
+    with pytest.raises(DgemmaError, match="has no <|tool_call>".replace("|", "[|]")) as error:
+        opening_ids(tokenizer, "call:")
+    assert error.value.exit_code == 2
+
+
+def test_calls_are_written_as_they_are_read(gemma: Tokenizer) -> None:
+    arguments = {"city": 'Zürich "x"', "b": [1, 2.5, True, None, {"c": {}}], "A": False, "e": ""}
+    parser = PartsParser(gemma)
+    parts = parser.feed(gemma.encode_control(call_text("f", arguments))) + parser.finish()
+    assert [(call.name, call.arguments) for call in parts.tool_calls] == [("f", arguments)]
