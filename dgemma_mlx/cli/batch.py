@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dgemma_mlx.checks import LARGEST_SEED, is_text, is_whole, shown
 from dgemma_mlx.cli.settings import fits
+from dgemma_mlx.cli.tools import check_choice
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import parse_json
 
@@ -37,7 +38,7 @@ def _check_tools(value: Any) -> bool:
     """Return whether the value is a list of tools. Raises as ``declarations`` does."""
     from dgemma_mlx.text.tools import declarations
 
-    return isinstance(value, list) and declarations(value) is not None
+    return value is not None and declarations(value) is not None
 
 
 _CHECKS: dict[str, Callable[[Any], bool]] = {
@@ -51,10 +52,11 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def read_batch(path: Path) -> list[dict[str, Any]]:
+def read_batch(path: Path, tools: Any = None, tool_choice: str | None = None) -> list[dict[str, Any]]:
     """Read and check all lines of a batch file. Blank lines are skipped.
 
-    Raises `DgemmaError` that names the first bad line.
+    ``tools`` and ``tool_choice`` are for the lines that have none of their own. Raises `DgemmaError` that names the
+    first bad line.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -62,14 +64,20 @@ def read_batch(path: Path) -> list[dict[str, Any]]:
         raise DgemmaError(f"cannot read {path}: {error.strerror}", "--batch names the file of the prompts.") from None
     except UnicodeDecodeError as error:
         raise DgemmaError(f"{path} is not UTF-8 text (byte {error.start})", _HINT, exit_code=2) from None
-    requests = [_request(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    requests = [
+        _request(line, f"{path}, line {number}", {"tools": tools, "tool_choice": tool_choice})
+        for number, line in enumerate(lines, 1) if line.strip()
+    ]  # fmt: skip
     if not requests:
         raise DgemmaError(f"{path} holds no prompt", _HINT, exit_code=2)
     return requests
 
 
-def _request(line: str, place: str) -> dict[str, Any]:
-    """Return the request of one line. ``place`` says in error messages which line it is."""
+def _request(line: str, place: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the request of one line. ``place`` says in error messages which line it is.
+
+    ``defaults`` are the tools and the tool_choice for a line without its own.
+    """
     try:
         value = parse_json(line)
     except ValueError as error:
@@ -86,6 +94,11 @@ def _request(line: str, place: str) -> dict[str, Any]:
             raise DgemmaError(f"{place}: {error.message}", error.hint, exit_code=2) from None
         if not is_right:
             raise DgemmaError(f"{place}: {name} cannot be {json.dumps(item)[:80]}", _HINT, exit_code=2)
+    offered = {**defaults, **request}
+    try:
+        check_choice(offered["tools"], offered["tool_choice"])
+    except DgemmaError as error:
+        raise DgemmaError(f"{place}: {error.message}", error.hint, exit_code=2) from None
     return request
 
 
@@ -113,7 +126,7 @@ def answer_batch(
                     record["error"] = NO_ANSWER
                     failed += 1
                 record |= {"model": model.name, **asdict(result)}
-                cut += result.finish_reason == "length"
+                cut += result.finish_reason == "length" and not result.is_blank
             print(json_line(record), flush=True)
     if cut:
         print(f"dgemma-mlx: {cut} of {len(requests)} answers were cut off, at the limit of -n or of the model",

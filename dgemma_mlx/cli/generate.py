@@ -35,7 +35,7 @@ from dgemma_mlx.cli.prompt import read_prompt
 from dgemma_mlx.cli.prompt_cache import PromptCacheFile, kept_prompt_cache
 from dgemma_mlx.cli.render.region import can_draw
 from dgemma_mlx.cli.settings import Settings
-from dgemma_mlx.cli.tools import read_tools
+from dgemma_mlx.cli.tools import check_choice, read_tools
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
@@ -214,8 +214,10 @@ def generate(
     _check_batch(batch, batch_size or 1, prompt, output, prompt_cache, trim_canvas)
     matched = constraint_of(**asdict(constraint))
     tools = None if tool.tools is None else read_tools(tool.tools)
+    if batch is None:
+        check_choice(tools, tool.tool_choice)
     text = read_prompt(prompt) if batch is None else ""
-    requests = [] if batch is None else read_batch(batch)
+    requests = [] if batch is None else read_batch(batch, tools, tool.tool_choice)
     if answer.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     settings = Settings()

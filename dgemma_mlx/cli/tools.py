@@ -1,7 +1,8 @@
-"""The tools of ``generate``: reading the file of ``--tools``."""
+"""The tools of ``generate``: reading the file of ``--tools``, and checking the choice before a model is loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +31,10 @@ def read_tools(path: Path) -> list[dict[str, Any]]:
         raise DgemmaError(f"{path} is not JSON: {error}", _HINT, exit_code=2) from None
     except DgemmaError as error:
         raise DgemmaError(f"{path}: {error.message}", error.hint, exit_code=2) from None
+
+
+def check_choice(tools: Any, choice: str | Mapping[str, Any] | None) -> None:
+    """Raise `DgemmaError` (exit code 2) when the tools do not offer the choice."""
+    from dgemma_mlx.text.tools import chosen, declarations
+
+    chosen(declarations(tools), choice)

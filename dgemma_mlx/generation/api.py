@@ -295,10 +295,13 @@ def generate_batch(
         response_format=response_format,
     )  # fmt: skip
     options.check_thinking(thinking)
-    asked = [
-        _asked(model, prompt, options, own, thinking, raw, offer, choice)
-        for prompt, own, offer, choice in zip(prompts, systems, offers, choices, strict=True)
-    ]
+    asked = []
+    for number, (prompt, own, offer, choice) in enumerate(zip(prompts, systems, offers, choices, strict=True), 1):
+        try:
+            asked.append(_asked(model, prompt, options, own, thinking, raw, offer, choice))
+        except DgemmaError as error:
+            place = f"prompt {number}: " if count > 1 else ""
+            raise DgemmaError(f"{place}{error.message}", error.hint, error.exit_code) from None
     runner = _runner(model, asked, seeds, limits, options)
     done = {number: event for number, event in runner.events() if isinstance(event, Done)}
     return [done[number] for number in range(count)]

@@ -58,7 +58,7 @@ class Model:
         """
         if raw:
             if not isinstance(prompt, str) or system is not None or tools or tool_choice is not None:
-                raise DgemmaError("a raw prompt is one text", "It takes no messages, system prompt and tools.", 2)
+                raise DgemmaError("a raw prompt is one text", "It takes no messages, system prompt or tools.", 2)
             ids = self.tokenizer.encode(prompt)
             return ids if self.tokenizer.bos_id is None else [self.tokenizer.bos_id, *ids]
         if not isinstance(prompt, (str, Sequence)):

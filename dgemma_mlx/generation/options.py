@@ -57,6 +57,10 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         if self.constraint is not None and self.response_format is not None:
             raise DgemmaError("constraint and response_format exclude each other", "Give one of them.", exit_code=2)
+        if self.constraint is not None and not isinstance(self.constraint, Constraint):
+            raise DgemmaError(
+                f"not a constraint: {shown(self.constraint)}", "Write Constraint.regex(...), for example.", exit_code=2
+            )
         if self.verify == "repair" and self.is_constrained:
             raise DgemmaError(
                 "verify=repair cannot be combined with a constraint",
@@ -75,8 +79,10 @@ class GenerationOptions:
 
     @property
     def is_constrained(self) -> bool:
-        """Whether the answer must match something."""
-        return self.constraint is not None or self.response_format is not None
+        """Whether the answer must match something. A ``response_format`` of the type text imposes nothing."""
+        form = self.response_format
+        is_text = isinstance(form, Mapping) and form.get("type") == "text"
+        return self.constraint is not None or (form is not None and not is_text)
 
     def check_thinking(self, thinking: bool) -> None:
         """Raise ``DgemmaError`` when thinking is combined with a constraint."""

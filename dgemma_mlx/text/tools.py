@@ -29,7 +29,7 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]+")  # a template writes it bare
 _OUTER = ("type", "function")
 _INNER = ("name", "description", "parameters", "input_schema", "response", "return", "strict")
 _EXAMPLE = 'Declare a tool as {"name": "...", "description": "...", "parameters": {"type": "object", ...}}.'
-_CHOICES = "Use none, auto, required, or the name of a tool."
+_CHOICES = "Use auto, none, required, or the name of a tool."
 OPEN_CALL = "<|tool_call>"
 
 
@@ -46,7 +46,8 @@ def declarations(tools: Sequence[Tool] | None) -> list[dict[str, Any]]:
     if tools is None:
         return []
     if isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools, Sequence):
-        raise DgemmaError(f"tools must be a list of tools, not {shown(tools)}", _EXAMPLE, exit_code=2)
+        hint = "Put it into a list: [tool]." if callable(tools) or _is_declaration(tools) else _EXAMPLE
+        raise DgemmaError(f"tools must be a list of tools, not {shown(tools)}", hint, exit_code=2)
     try:
         found = [_declaration(tool, f"tool {number}") for number, tool in enumerate(tools, 1)]
     except RecursionError:
@@ -55,6 +56,11 @@ def declarations(tools: Sequence[Tool] | None) -> list[dict[str, Any]]:
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise DgemmaError(f"two tools have the name {shown(twice)}", "Rename one of them.", exit_code=2)
     return found
+
+
+def _is_declaration(value: Any) -> bool:
+    """Return whether the value looks like the declaration of one tool."""
+    return isinstance(value, Mapping) and ("name" in value or "function" in value)
 
 
 def _declaration(tool: Any, place: str) -> dict[str, Any]:
@@ -73,6 +79,8 @@ def _declaration(tool: Any, place: str) -> dict[str, Any]:
         raise _wrong(place, f"the type {shown(tool['type'])} is not known", "Only functions can be called.")
     given = {name: value for name, value in inner.items() if value is not None and name not in ("type", "strict")}
     name, description = given.get("name"), given.get("description", "")
+    if name is None:
+        raise _wrong(place, "it has no name", _EXAMPLE)
     if not isinstance(name, str) or _NAME.fullmatch(name) is None:
         raise _wrong(place, f"{shown(name)} cannot be its name", "A name has letters, digits, and the characters _.-")
     place = f"tool {name}"
@@ -116,7 +124,8 @@ def chosen(tools: Sequence[Mapping[str, Any]], choice: ToolChoice | None) -> str
         return "call:"
     names = [tool["function"]["name"] for tool in tools]
     if name not in names:
-        raise DgemmaError(f"tool_choice names {shown(name)}, which no tool has", f"Tools: {', '.join(names)}.", 2)
+        hint = f"Use auto, none, required, or the name of a tool: {', '.join(names)}."
+        raise DgemmaError(f"tool_choice names {shown(name)}, which no tool has", hint, 2)
     return f"call:{name}{{"
 
 

@@ -44,7 +44,7 @@ def test_generate_with_tools(tmp_path: Path) -> None:
     assert done.returncode == 0 and json.loads(done.stdout)["text"] == "3 5 7"
     done = run("generate", "-m", "demo", "--tools", tools, "--tool-choice", "clock", "Sort 7 3 5")
     assert done.returncode == 2 and "tool_choice names 'clock', which no tool has" in done.stderr
-    assert "hint: Tools: add." in done.stderr and done.stdout == ""
+    assert "hint: Use auto, none, required, or the name of a tool: add." in done.stderr and done.stdout == ""
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_file_holds_one_tool_or_several(tmp_path: Path) -> None:
 def test_lines_of_a_batch_have_tools_and_all_roles(tmp_path: Path) -> None:
     lines = [
         {"prompt": LOOP[:3], "tools": [ADD], "tool_choice": "auto"}, {"prompt": "Sort 7 3 5", "tools": [ADD],
-        "tool_choice": "none"}, {"prompt": "Sort 7 3 5", "tool_choice": "required"},
+        "tool_choice": "none"}, {"prompt": "Sort 7 3 5", "tool_choice": "required", "tools": [ADD]},
     ]  # fmt: skip
     path = tmp_path / "batch.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
@@ -80,7 +80,19 @@ def test_lines_of_a_batch_have_tools_and_all_roles(tmp_path: Path) -> None:
     done = run("generate", "-m", "demo", "-q", "--batch", path, "--batch-size", "3")
     records = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(records) == 3 and records[1]["text"] == "3 5 7"
-    assert "there are no tools" in records[2]["error"] and done.returncode == 1
+
+
+def test_a_choice_that_a_line_or_the_options_do_not_offer_is_an_error_before_anything_is_answered(
+    tmp_path: Path,
+) -> None:
+    tools, path = write(tmp_path / "tools.json", ADD), tmp_path / "batch.jsonl"
+    path.write_text('"Sort 7 3 5"\n{"prompt": "Sort 7 3 5", "tool_choice": "clock"}\n')
+    for options in (("--tools", tools), ()):
+        done = run("generate", "-m", "demo", "--batch", path, *options)
+        assert done.returncode == 2 and done.stdout == "" and f"{path}, line 2: tool_choice " in done.stderr
+    assert read_batch(path, [{"name": "clock"}], "auto")[1]["tool_choice"] == "clock"
+    done = run("generate", "-m", "no/such model", "--tools", tools, "--tool-choice", "clock", "x")
+    assert done.returncode == 2 and "tool_choice names 'clock', which no tool has" in done.stderr
 
 
 def test_saved_chats_with_calls_are_loaded_rendered_and_saved_again(

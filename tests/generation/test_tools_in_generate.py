@@ -97,6 +97,7 @@ def test_answers_with_tools_alone_and_in_a_batch(demo: Model) -> None:
     ("options", "words"),
     [
         ({"tools": [ADD], "constraint": Constraint.regex("a")}, "tools cannot be combined with a constraint"),
+        ({"constraint": "[a-z]+"}, r"not a constraint: '\[a-z\]\+'"),
         ({"tools": [ADD], "response_format": {"type": "json_object"}}, "tools cannot be combined with a constraint"),
         ({"tools": [ADD], "raw": True}, "a raw prompt is one text"),
         ({"tool_choice": "auto", "raw": True}, "a raw prompt is one text"),
@@ -113,6 +114,22 @@ def test_what_excludes_each_other_is_refused_at_once(demo: Model, options: dict[
     batched = {**options, "tools": [options["tools"]]} if isinstance(options.get("tools"), list) else options
     with pytest.raises(DgemmaError, match=words):
         generate_batch(demo, ["Sort 7 3 5"], **batched)
+
+
+def test_a_response_format_of_text_excludes_neither_tools_nor_thinking(demo: Model) -> None:
+    text = {"type": "text"}
+    options: dict[str, Any] = {"tools": [ADD], "seed": 1, "max_tokens": 32}
+    done = generate(demo, "Sort 7 3 5", response_format=text, **options)
+    assert done.tokens == generate(demo, "Sort 7 3 5", **options).tokens
+    generate(demo, "Sort 7 3 5", response_format=text, thinking=True, seed=1, max_tokens=32)
+
+
+def test_an_error_names_the_prompt_of_a_batch(demo: Model) -> None:
+    with pytest.raises(DgemmaError, match=r"prompt 2: message 1: no earlier call has the id 'x'"):
+        generate_batch(demo, ["Sort 7 3 5", [{"role": "tool", "tool_call_id": "x", "content": 1}]])
+    with pytest.raises(DgemmaError, match=r"prompt 2: tool_choice names 'sub', which no tool has") as error:
+        generate_batch(demo, ["Sort 7 3 5"] * 2, tools=[ADD], tool_choice=[None, "sub"])
+    assert error.value.exit_code == 2 and "add" in error.value.hint
 
 
 def test_lists_of_tools_are_one_for_each_prompt(demo: Model) -> None:

@@ -100,7 +100,7 @@ GROWING = {f"d{n}": {"properties": {key: {"$ref": f"#/$defs/d{n + 1}"} for key i
     [
         ({"name": "f"}, "tools must be a list"), ("f", "tools must be a list"),
         (["f"], "neither a declaration nor a function"),
-        ([{"name": "a b"}], "tool 1: 'a b' cannot be its name"), ([{"description": "x"}], "None cannot be its name"),
+        ([{"name": "a b"}], "tool 1: 'a b' cannot be its name"), ([{"description": "x"}], "it has no name"),
         ([{"name": "f", "shape": 1}], "tool 1: 'shape' is not read"), ([{"function": 5}], "function must be an object"),
         ([{"type": "web_search", "name": "f"}], "the type 'web_search' is not known"),
         ([{"type": "function", "function": {"name": "f"}, "extra": 1}], "'extra' is not read"),
@@ -126,6 +126,13 @@ def test_bad_declarations_are_one_clear_error(tools: Any, words: str) -> None:
     with pytest.raises(DgemmaError) as error:
         declarations(tools)
     assert words in error.value.message and error.value.exit_code == 2 and error.value.hint
+
+
+def test_one_tool_that_is_not_in_a_list() -> None:
+    for tool in (WEATHER, {"type": "function", "function": WEATHER}, of_any_length):
+        with pytest.raises(DgemmaError, match="tools must be a list of tools") as error:
+            declarations(tool)  # type: ignore[arg-type]
+        assert error.value.hint == "Put it into a list: [tool]."
 
 
 def no_hint(city) -> str: ...  # type: ignore[no-untyped-def, empty-body]
