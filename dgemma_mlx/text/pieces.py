@@ -116,11 +116,15 @@ def load_tokenizer_json(path: Path) -> tuple[tokenizers.Tokenizer, Pieces | None
 
         content = path.read_bytes()
         name = f"{hashlib.sha256(content).hexdigest()}-{_FORMAT}.npz"
-        form = _cached_form(content, user_cache_path("dgemma-mlx") / "tokenizers" / name)
-        if form:
+        kept = user_cache_path("dgemma-mlx") / "tokenizers" / name
+        if form := _cached_form(content, kept):
             del content
-            pieces = Pieces(form["skeleton"].tobytes(), form["tokens"].tobytes(), form["merges"])
-            return pieces.tokenizer, pieces
+            try:
+                pieces = Pieces(form["skeleton"].tobytes(), form["tokens"].tobytes(), form["merges"])
+                return pieces.tokenizer, pieces
+            except Exception:  # of any library: the file was not written here, and is derived again the next time
+                with suppress(OSError):
+                    kept.unlink()
     return tokenizers.Tokenizer.from_file(str(path)), None
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 from platformdirs import user_cache_path
@@ -101,6 +102,18 @@ def test_a_damaged_cache_is_written_again(large: Path, gemma: Tokenizer, cache: 
     kept.write_bytes(good[: len(good) // 2] if damage is None else damage)
     assert load_tokenizer(large).encode("the lazy dog") == gemma.encode("the lazy dog")
     assert len(kept.read_bytes()) == len(good)
+
+
+@pytest.mark.parametrize("content", [{"other": 1}, {"skeleton": 0, "tokens": 0, "merges": 0}], ids=["keys", "values"])
+def test_a_cache_that_something_else_wrote_is_done_without(
+    large: Path, gemma: Tokenizer, cache: Path, content: dict[str, int]
+) -> None:
+    load_tokenizer(large)
+    (kept,) = cache.iterdir()
+    np.savez(kept, **{name: np.full(3, value, np.uint8) for name, value in content.items()})
+    for _ in range(2):
+        assert load_tokenizer(large).encode("a fox") == gemma.encode("a fox")
+    assert kept.stat().st_size > 1000
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(large: Path, gemma: Tokenizer, cache: Path) -> None:
