@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -130,7 +130,10 @@ def load_tokenizer_json(path: Path) -> tuple[tokenizers.Tokenizer, Pieces | None
 
 def _cached_form(content: bytes, kept: Path) -> dict[str, np.ndarray[Any, Any]]:
     """Return the form of a ``tokenizer.json`` from a file; derive it and write the file when there is none."""
-    with suppress(OSError, ValueError, EOFError, BadZipFile), kept.open("rb") as file, np.load(file) as arrays:
+    if os.path.exists(kept) and not os.path.isfile(kept):  # unlike those of Path, they never raise OSError
+        return {}  # a pipe, which would be waited for
+    # Of what something else wrote, every library says in its own way that it cannot read it.
+    with suppress(Exception), kept.open("rb") as file, np.load(file) as arrays:
         return dict(arrays)
     try:
         with whole_file(kept) as out:  # first, because without a cache it takes longer than the library does

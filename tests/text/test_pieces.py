@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -94,7 +96,13 @@ def test_a_small_file_is_not_cached(folders: dict[str, Path], cache: Path) -> No
     assert not cache.exists()
 
 
-@pytest.mark.parametrize("damage", [b"", b"nonsense", None], ids=["empty", "other", "cut off"])
+def array_file() -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.zeros(3))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("damage", [b"", b"nonsense", None, array_file()], ids=["empty", "other", "cut off", "array"])
 def test_a_damaged_cache_is_written_again(large: Path, gemma: Tokenizer, cache: Path, damage: bytes | None) -> None:
     load_tokenizer(large)
     (kept,) = cache.iterdir()
@@ -122,6 +130,15 @@ def test_a_cache_that_cannot_be_written_is_done_without(large: Path, gemma: Toke
     assert load_tokenizer_json(large / "tokenizer.json")[1] is None
     assert load_tokenizer(large).encode("the lazy dog") == gemma.encode("the lazy dog")
     assert cache.is_file()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_a_pipe_in_the_cache_is_not_waited_for(large: Path, gemma: Tokenizer, cache: Path) -> None:
+    load_tokenizer(large)
+    (kept,) = cache.iterdir()
+    kept.unlink()
+    os.mkfifo(kept)
+    assert load_tokenizer(large).encode("the lazy dog") == gemma.encode("the lazy dog")
 
 
 def test_another_file_has_another_form(large: Path, folders: dict[str, Path], tmp_path: Path, cache: Path) -> None:
