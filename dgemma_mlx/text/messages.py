@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from itertools import count, takewhile
+from math import isfinite
 from typing import Any
 
 from dgemma_mlx.checks import is_text, shown
@@ -30,6 +31,7 @@ _KEYS = {
 _OTHER_KEYS = ("role", "content")
 _NAME = re.compile(r"[^\s{}]+")  # of a tool that was called: what ``text.parts`` reads as a name
 _MEDIA = ("image", "audio", "video", "file", "document")
+_RESPONSE = 'A response is {"name": "...", "response": ...}.'
 _EXAMPLE = 'Write a message as {"role": "user", "content": "..."}.'
 
 
@@ -72,15 +74,21 @@ def json_data(value: Any, place: str) -> Any:
     Raises ``DgemmaError`` (exit code 2), which begins with ``place``, for values that JSON cannot represent.
     """
     if isinstance(value, Mapping):
-        return {
-            json_data(key if isinstance(key, str) else json.dumps(key, default=str), place): json_data(item, place)
-            for key, item in value.items()
-        }
+        found: dict[str, Any] = {}
+        for key, item in value.items():
+            if not (key is None or isinstance(key, (str, int, float))):
+                raise _wrong(place, f"the key {shown(key)} is not a JSON key", "Use texts as keys.")
+            data = json_data(key, place)
+            name = data if isinstance(data, str) else json.dumps(data)
+            if name in found:
+                raise _wrong(place, f"two keys are written {shown(name)}", "Use texts as keys.")
+            found[name] = json_data(item, place)
+        return found
     if isinstance(value, (list, tuple)):
         return [json_data(item, place) for item in value]
     if isinstance(value, str) and is_text(value):
         return str.__str__(value)
-    if isinstance(value, float):
+    if isinstance(value, float) and isfinite(value):
         return float.__float__(value)
     if value is None or isinstance(value, bool):
         return value
@@ -158,7 +166,7 @@ def _message(message: Any, calls: _OpenCalls, place: str) -> dict[str, Any]:
     if "tool_calls" in values:
         found["tool_calls"] = _calls(values["tool_calls"], place)
     if "tool_responses" in values:
-        found["tool_responses"] = json_data(values["tool_responses"], place)
+        found["tool_responses"] = _responses(values["tool_responses"], place)
     calls.begin(found.get("tool_calls", []))
     return found
 
@@ -187,6 +195,18 @@ def _attach(message: dict[str, Any], results: Sequence[dict[str, Any]], place: s
         message["tool_responses"] = [
             {"name": result["name"], "response": _joined(result["content"])} for result in results
         ]
+
+
+def _responses(responses: Any, place: str) -> list[dict[str, Any]]:
+    """Return the ``tool_responses`` of a message. Templates show others as a tool without a name or result."""
+    if not isinstance(responses, (list, tuple)):
+        raise _wrong(place, f"tool_responses must be a list, not {shown(responses)}", _RESPONSE)
+    for response in responses:
+        if not isinstance(response, Mapping) or response.keys() != {"name", "response"}:
+            raise _wrong(place, f"{shown(response)} is not a response", _RESPONSE)
+        if not isinstance(response["name"], str) or _NAME.fullmatch(response["name"]) is None:
+            raise _wrong(place, f"{shown(response)} is not a response", "The name of a tool has no spaces, no braces.")
+    return [json_data(response, place) for response in responses]
 
 
 def _joined(content: Any) -> Any:

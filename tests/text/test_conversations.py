@@ -77,6 +77,7 @@ def test_objects_and_lists_as_results_are_responses_as_well() -> None:
         assert told["content"] == plain and "tool_responses" not in said
 
 
+RESPONSE = {"name": "weather", "response": "sunny"}
 IMAGES = ("image_url", "image", "input_image", "input_audio", "audio", "video", "file", "document")
 
 
@@ -110,6 +111,10 @@ IMAGES = ("image_url", "image", "input_image", "input_audio", "audio", "video", 
         ([{"role": "tool", "tool_call_id": "a"}], "no earlier call"), ([SAID, {"role": "tool"}], "it has no content"),
         ([SAID, result({1, 2})], "{1, 2} is not a JSON value"),
         ([SAID, result({"a": b"x"})], "b'x' is not a JSON value"),
+        ([SAID, result(float("nan"))], "nan is not a JSON value"),
+        ([{**SAID, "tool_calls": [{"name": "a", "arguments": '{"b": 1e999}'}]}], "inf is not a JSON value"),
+        ([SAID, result({(1, 2): "x"})], "the key (1, 2) is not a JSON key"),
+        ([SAID, result({5: "x", "5": "y"})], "two keys are written '5'"),
         ([{**SAID, "tool_calls": "x"}], "tool_calls must be a list"),
         ([{**SAID, "tool_calls": ["x"]}], "'x' is not a call"),
         ([{**SAID, "tool_calls": [{"name": "a b"}]}], "a call has the name 'a b'"),
@@ -118,7 +123,10 @@ IMAGES = ("image_url", "image", "input_image", "input_audio", "audio", "video", 
         ([{**SAID, "tool_calls": [{"name": "a", "input": {}}]}], "'input' is not read in a call"),
         ([{**SAID, "tool_calls": [{"name": "a", "arguments": "{"}]}], "call of 'a': its arguments are not JSON"),
         ([{**SAID, "tool_calls": [{"name": "a", "arguments": "[1]"}]}], "its arguments are [1]"),
-        ([{**SAID, "tool_responses": [{}]}, result("x")], "it has tool_responses, and messages of tools follow it"),
+        ([{**SAID, "tool_responses": [RESPONSE]}, result("x")], "it has tool_responses, and messages of tools follow"),
+        ([{**SAID, "tool_responses": RESPONSE}], "tool_responses must be a list"),
+        *(([{**SAID, "tool_responses": [wrong]}], "is not a response")
+          for wrong in ("x", {}, {"name": "weather"}, {**RESPONSE, "name": None}, {**RESPONSE, "id": "a"})),
     ],
 )  # fmt: skip
 def test_what_would_be_lost_is_one_clear_error(messages: Any, words: str) -> None:
