@@ -133,7 +133,9 @@ class _Schemas:
         items, active = self._resolved(schema["items"], active)
         self._check_required(items)
         kind = items.get("type", _inferred(items))
-        if isinstance(kind, (str, list)) and kind != "any":
+        if not all(isinstance(name, str) for name in (kind if isinstance(kind, list) else [kind])):
+            raise self._wrong(f"a type is {shown(kind)}")
+        if kind != "any":
             items = {**items, "type": kind}
         found = {key: self._expanded(value, active) for key, value in items.items() if key not in _HIDDEN}
         found |= {key: items[key] for key in _DATA if key in items}
@@ -218,8 +220,8 @@ def _inferred(schema: dict[str, Any]) -> str | list[str]:
 
 
 def _either(kinds: list[str]) -> str:
-    """Return several types as one text."""
-    return " or ".join(dict.fromkeys(kinds))
+    """Return several types as one text. Without any, nothing but null is left."""
+    return " or ".join(dict.fromkeys(kinds)) or "null"
 
 
 def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

@@ -57,6 +57,7 @@ def test_a_function_without_a_docstring_is_declared() -> None:
     [
         ({}, {"type": "any"}), (True, {"type": "any"}),
         ({"type": ["string", "null"]}, {"type": "string", "nullable": True}),
+        ({"anyOf": [{"type": "null"}]}, {"anyOf": [{"type": "null"}], "type": "null", "nullable": True}),
         ({"type": ["string", "integer"]}, {"type": "string or integer"}),
         ({"anyOf": [{"type": "string"}, {"type": "null"}], "description": "d"},
          {"type": "string", "description": "d", "nullable": True}),
@@ -113,6 +114,7 @@ GROWING = {f"d{n}": {"properties": {key: {"$ref": f"#/$defs/d{n + 1}"} for key i
         ([{"name": "f", "parameters": {"anyOf": [{}]}}], "its parameters have anyOf"),
         ([{"name": "f", "parameters": {"properties": {"a": 5}}}], "a schema is 5"),
         ([{"name": "f", "parameters": {"properties": {"a": {"type": 5}}}}], "a type is 5"),
+        ([{"name": "f", "parameters": {"properties": {"a": {"type": "array", "items": {"type": 5}}}}}], "a type is 5"),
         ([{"name": "f", "parameters": {"properties": {"a": {"$ref": "http://x"}}}}], "leaves the parameters"),
         ([{"name": "f", "parameters": {"properties": {"a": {"$ref": "#/b"}}}}], "'#/b' leads nowhere"),
         ([{"name": "f", "parameters": {"required": "a"}}], "required must be a list of names"),
