@@ -22,6 +22,8 @@ def read_tools(path: Path) -> list[dict[str, Any]]:
 
     try:
         value = parse_json(path.read_bytes())
+        if value is None:  # to ``declarations`` it means that there are no tools
+            raise DgemmaError(f"tools must be a list of tools, not {value}", _HINT)
         tools: list[dict[str, Any]] = [value] if isinstance(value, dict) else value
         declarations(tools)
         return tools

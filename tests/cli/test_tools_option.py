@@ -51,6 +51,7 @@ def test_generate_with_tools(tmp_path: Path) -> None:
     ("text", "words"),
     [
         (None, "cannot read"), ("{", "is not JSON"), ("3", "tools must be a list of tools, not 3"),
+        ("null", "tools must be a list of tools, not None"),
         ('[{"name": "a b"}]', "tool 1: 'a b' cannot be its name"), ('["f"]', "tool 1: 'f' is neither"),
     ],
 )  # fmt: skip
