@@ -10,11 +10,11 @@ from dgemma_mlx.checks import reason
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import parse_json
 from dgemma_mlx.text.pieces import load_tokenizer_json
+from dgemma_mlx.text.tokenizer_config import DAMAGED_HINT
 
 if TYPE_CHECKING:
     import tokenizers
 
-_DAMAGED_HINT = "The file may be truncated, or a Git LFS pointer; download it again."
 # Some files do not mark control tokens ("special": false; sentencepiece has no mark for them at all), so the shape of
 # the text decides as well. HTML tags such as <table> or <b> are ordinary text and must not match.
 _CONTROL = re.compile(
@@ -66,7 +66,7 @@ class JsonBackend:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # plain Exception, or a panic of the Rust library, which is no Exception
-            raise DgemmaError(f"cannot read {path}: {reason(error)}", _DAMAGED_HINT) from error
+            raise DgemmaError(f"cannot read {path}: {reason(error)}", DAMAGED_HINT) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         decoder = self._tokenizer.decoder
@@ -111,7 +111,7 @@ class JsonBackend:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # as when the file is read
-            raise DgemmaError(f"the tokenizer failed: {reason(error)}", _DAMAGED_HINT) from error
+            raise DgemmaError(f"the tokenizer failed: {reason(error)}", DAMAGED_HINT) from error
 
     def spell(self, text: str) -> list[int]:
         """Encode the text of a control token as ordinary tokens.
@@ -156,9 +156,9 @@ class SentencePieceBackend:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
             self.vocab_size = self._model.GetPieceSize()
         except (OSError, RuntimeError) as error:
-            raise DgemmaError(f"cannot read {path}: {reason(error)}", _DAMAGED_HINT) from None
+            raise DgemmaError(f"cannot read {path}: {reason(error)}", DAMAGED_HINT) from None
         if self.vocab_size == 0:
-            raise DgemmaError(f"cannot read {path}: the file is empty", _DAMAGED_HINT)
+            raise DgemmaError(f"cannot read {path}: the file is empty", DAMAGED_HINT)
 
     def control_tokens(self) -> dict[str, int]:
         """Return the tokens that are marked as control or have the shape of a control token: text -> id."""

@@ -20,7 +20,7 @@ _TYPES: dict[Any, dict[str, Any]] = {
     int: {"type": "integer"}, float: {"type": "number"}, str: {"type": "string"}, bool: {"type": "boolean"},
     type(None): {"type": "null"}, list: {"type": "array"}, tuple: {"type": "array"}, dict: {"type": "object"}, Any: {},
 }  # fmt: skip
-_SCALARS = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
+_SCALARS = (int, float, str, bool, type(None))
 # The docstring: text before the first section, the lines of "Args:", and the text of "Returns:".
 _DESCRIPTION = re.compile(r"^(.*?)[\n\s]*(Args:|Returns:|Raises:|\Z)", re.DOTALL)
 _ARGUMENTS = re.compile(r"\n\s*Args:\n(.*?)[\n\s]*(Returns:|Raises:|\Z)", re.DOTALL)
@@ -148,7 +148,7 @@ def _enum(values: list[Any], place: str) -> dict[str, Any]:
     """Return the schema of a list of values."""
     if not values or any(type(value) not in _SCALARS for value in values):
         raise _wrong(place, f"the values {shown(values)} cannot be described", "Use texts, numbers, bools or None.")
-    names = list(dict.fromkeys(_SCALARS[type(value)] for value in values))
+    names = list(dict.fromkeys(_TYPES[type(value)]["type"] for value in values))
     return {"type": names[0] if len(names) == 1 else names, "enum": values}
 
 

@@ -10,7 +10,7 @@ from dgemma_mlx.checks import shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import read_json
 
-_DAMAGED_HINT = "The file may be truncated, or a Git LFS pointer; download it again."
+DAMAGED_HINT = "The file may be truncated, or a Git LFS pointer; download it again."
 _GEMMA_NAMES = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
 
 
@@ -32,7 +32,7 @@ def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     for name in _GEMMA_NAMES:
         value = config.get(name)
         if value is not None and not _token_text(value):
-            raise DgemmaError(f"tokenizer_config.json: {name} must be a token, not {shown(value)}", _DAMAGED_HINT)
+            raise DgemmaError(f"tokenizer_config.json: {name} must be a token, not {shown(value)}", DAMAGED_HINT)
     names = {**_GEMMA_NAMES, **{name: value for name, value in config.items() if name.endswith("_token")}}
     texts = {name: _token_text(value) for name, value in names.items()}
     return {name: text for name, text in texts.items() if text}
@@ -47,7 +47,7 @@ def listed_tokens(config: Mapping[str, Any]) -> list[str]:
     for name in ("additional_special_tokens", "extra_special_tokens"):
         listed = config.get(name) or []
         if not isinstance(listed, (list, dict)):
-            raise DgemmaError(f"tokenizer_config.json: {name} must be a list, not {shown(listed)}", _DAMAGED_HINT)
+            raise DgemmaError(f"tokenizer_config.json: {name} must be a list, not {shown(listed)}", DAMAGED_HINT)
         texts += [_token_text(value) for value in (listed.values() if isinstance(listed, dict) else listed)]
     return texts
 

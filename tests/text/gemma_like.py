@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, 123 times in 2026.",
@@ -276,3 +277,13 @@ def random_text(rng: random.Random, extra: Sequence[str] = ()) -> str:
         *extra,
     ]
     return "".join(rng.choices(pieces, k=rng.randrange(12)))
+
+
+def random_value(rng: random.Random, depth: int) -> Any:
+    """Return a random JSON value: a text, number, boolean or null, or up to ``depth`` levels of lists and objects."""
+    kind = rng.randrange(8 if depth else 6)
+    if kind == 6:
+        return [random_value(rng, depth - 1) for _ in range(rng.randrange(4))]
+    if kind == 7:
+        return {f"k{n}": random_value(rng, depth - 1) for n in range(rng.randrange(4))}
+    return [random_text(rng), rng.randrange(-9, 9), rng.random() * 1e9, True, False, None][kind]

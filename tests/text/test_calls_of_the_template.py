@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from dgemma_mlx.text import ChatTemplate, PartsParser, Tokenizer, encode_chat
-from tests.text.gemma_like import random_text
+from tests.text.gemma_like import random_value
 
 pytestmark = pytest.mark.vocabulary
 
@@ -18,16 +17,8 @@ def test_calls_come_back_however_the_ids_arrive(gemma4: Tokenizer, gemma4_folder
     rng = random.Random(11)
     template = ChatTemplate.load(gemma4_folder)
 
-    def value(depth: int) -> Any:
-        kind = rng.randrange(8 if depth else 6)
-        if kind == 6:
-            return [value(depth - 1) for _ in range(rng.randrange(4))]
-        if kind == 7:
-            return {f"k{n}": value(depth - 1) for n in range(rng.randrange(4))}
-        return [random_text(rng), rng.randrange(-9, 9), rng.random() * 1e9, True, False, None][kind]
-
     for _ in range(500):
-        arguments = {f"key_{n}": value(3) for n in range(rng.randrange(4))}
+        arguments = {f"key_{n}": random_value(rng, 3) for n in range(rng.randrange(4))}
         call = {"type": "function", "function": {"name": "my_tool", "arguments": arguments}}
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
         ids = encode_chat(gemma4, template, messages, add_generation_prompt=False)

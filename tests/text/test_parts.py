@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dgemma_mlx.text import Parts, PartsParser, Tokenizer, ToolCall, parse_parts
-from tests.text.gemma_like import SPECIAL, random_text
+from tests.text.gemma_like import SPECIAL, random_text, random_value
 
 
 def _call(name: str, arguments: dict[str, Any] | None = None, number: int = 0) -> ToolCall:
@@ -160,14 +160,6 @@ def test_calls_written_as_by_the_template_are_read_back(gemma: Tokenizer) -> Non
     """Random arguments, written in the format of Gemma's template, are parsed to equal arguments."""
     rng = random.Random(4)
 
-    def value(depth: int) -> Any:
-        kind = rng.randrange(8 if depth else 6)
-        if kind == 6:
-            return [value(depth - 1) for _ in range(rng.randrange(4))]
-        if kind == 7:
-            return {f"k{n}": value(depth - 1) for n in range(rng.randrange(4))}
-        return [random_text(rng), rng.randrange(-9, 9), rng.random() * 1e9, True, False, None][kind]
-
     def write(value: Any) -> list[int]:
         quote = SPECIAL['<|"|>']
         if isinstance(value, str):
@@ -184,7 +176,7 @@ def test_calls_written_as_by_the_template_are_read_back(gemma: Tokenizer) -> Non
         return [*gemma.encode(opening), *inside, *gemma.encode(closing)]
 
     for _ in range(200):
-        arguments = {f"key_{n}": value(3) for n in range(3)}
+        arguments = {f"key_{n}": random_value(rng, 3) for n in range(3)}
         ids = [
             SPECIAL["<|tool_call>"],
             *gemma.encode("call:my_tool"),
