@@ -1,22 +1,29 @@
-"""Deterministic automata over UTF-8 bytes, compiled from regular expressions."""
+"""Deterministic automata over UTF-8 bytes, from machines of few states."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dgemma_mlx.constrain.determine import determine, equal_columns
-from dgemma_mlx.constrain.expression import Expression
-from dgemma_mlx.constrain.limits import check_time, compiling
-from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.constrain.limits import TooLargeError, check_time
+from dgemma_mlx.constrain.machine import BYTES, Machine
 
 MAX_STATES = 20_000
 MAX_MINIMIZED = 2_500  # automata with more states are not minimized
 DEAD = -1  # the state after a byte that no accepted text continues with
+
+
+def equal_columns(table: NDArray[np.int32]) -> tuple[list[int], NDArray[np.intp]]:
+    """Return the first of each set of equal columns, and the index in that list of what each column (n,) equals.
+
+    ``np.unique`` with an axis does the same, but reports a Ctrl-C as a ``TypeError``.
+    """
+    first: dict[bytes, int] = {}
+    equal = [first.setdefault(column.tobytes(), number) for number, column in enumerate(table.T)]
+    return list(first.values()), np.searchsorted(list(first.values()), equal)
 
 
 @dataclass(frozen=True)
@@ -73,46 +80,22 @@ class Automaton:
         return texts
 
 
-@lru_cache(maxsize=8)
-def automaton_of(regex: str, label: str) -> Automaton:
-    """Compile a regular expression, which must match the whole text, into an automaton.
+def automaton_of(machine: Machine, most: int = MAX_STATES) -> Automaton:
+    """Return all states of a machine without control tokens as one automaton, minimized.
 
-    The syntax is that of Rust's ``regex`` crate. Raises ``DgemmaError`` (exit code 2) when the expression is malformed,
-    has more than ``MAX_STATES`` states, or matches no text. ``label`` names the expression in the message.
-
-    ``dgemma_mlx.constrain.limits`` describes the bounds.
+    Raises ``TooLargeError`` when it has more than ``most`` states.
     """
-    with compiling(label):
-        return _compiled(regex, label)
-
-
-def _compiled(regex: str, label: str) -> Automaton:
-    """Do the work of ``automaton_of``."""
-    try:
-        table, accepting = _trim(*determine(Expression(regex), MAX_STATES))
-    except ValueError as error:
-        raise DgemmaError(
-            f"{label} cannot be compiled: {error}",
-            "Use the syntax of Rust's regex crate, without look-arounds, back references and word boundaries.", 2,
-        ) from None
-    if not len(accepting):
-        raise DgemmaError(f"{label} matches no text at all", "Loosen the constraint.", exit_code=2)
+    states = machine.explore(most)
+    if states is None:
+        raise TooLargeError(f"it needs more than {most:,} states")
+    numbers = {state: number for number, state in enumerate(states)}
+    table = np.empty((len(states), BYTES), np.int32)
+    for number, state in enumerate(states):
+        row = machine.row(state)
+        table[number] = np.array([*(numbers[after] for after in row.states), DEAD], np.int32)[row.index]
+    accepting = np.array([state.nullable for state in states])
     # Minimization takes one pass per state of a long chain (a string of up to 1,000 characters) and gains little there.
     return _minimize(table, accepting) if len(accepting) <= MAX_MINIMIZED else Automaton(table, accepting)
-
-
-def _trim(
-    table: NDArray[np.int32], accepting: NDArray[np.bool_]
-) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Remove the states from which no accepting state can be reached.
-
-    Return the smaller table and accepting states. Both are empty when the start itself is removed.
-    """
-    useful = distances(table, accepting) >= 0
-    if not useful[0]:
-        return table[:0], accepting[:0]
-    numbers = np.append(np.where(useful, np.cumsum(useful) - 1, DEAD), DEAD).astype(np.int32)
-    return numbers[table[useful]], accepting[useful]
 
 
 def distances(table: NDArray[np.int32], accepting: NDArray[np.bool_]) -> NDArray[np.int32]:

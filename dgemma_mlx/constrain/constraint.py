@@ -14,9 +14,11 @@ from weakref import WeakKeyDictionary
 
 from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.checks import shown
+from dgemma_mlx.constrain import languages
 from dgemma_mlx.constrain.automaton import automaton_of
 from dgemma_mlx.constrain.limits import compiling
-from dgemma_mlx.constrain.regex import any_of, checked_text, quoted, without_anchors
+from dgemma_mlx.constrain.machine import Machine
+from dgemma_mlx.constrain.regex import checked_text
 from dgemma_mlx.constrain.vocabulary import TokenAutomaton
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import parse_json
@@ -41,18 +43,22 @@ class Constraint:
     supported, compiles to too many states, or matches no text at all. docs/constrained.md lists what is supported.
 
     Attributes:
-        pattern: Regular expression that matches exactly these texts, in the syntax of Rust's ``regex`` crate.
-        automaton: Deterministic automaton over UTF-8 bytes that accepts exactly these texts.
+        machine: The machine that accepts exactly these texts (``dgemma_mlx.constrain.machine``).
     """
 
-    def __init__(self, pattern: str, kind: str) -> None:
-        """Compile a constraint. Use the class methods instead, which check and translate a description.
+    def __init__(self, machine: Machine, kind: str) -> None:
+        """Create a constraint of a machine. Use the class methods instead, which check and translate a description.
 
-        ``pattern`` must match the whole text. ``kind`` names the description in error messages, such as
-        "the regular expression".
+        ``kind`` names the description in error messages, such as "the regular expression". Raises ``DgemmaError``
+        (exit code 2) when no text matches.
         """
-        self.pattern = pattern
-        self.automaton = automaton_of(pattern, kind)
+        self.machine = machine
+        if not machine.is_alive(machine.start):
+            raise DgemmaError(f"{kind} matches no text at all", "Loosen the constraint.", exit_code=2)
+
+    def matches(self, text: str) -> bool:
+        """Return whether a whole text matches. A text that UTF-8 cannot encode does not."""
+        return self.machine.matches(text.encode("utf-8", "surrogatepass"))
 
     @classmethod
     def regex(cls, pattern: str) -> Constraint:
@@ -64,7 +70,7 @@ class Constraint:
         leading ``^`` and a trailing ``$`` are allowed and have no effect. Raises ``DgemmaError`` as described for the
         class.
         """
-        return cls(without_anchors(checked_text(pattern, "a regular expression")), "the regular expression")
+        return cls(languages.of_regex(checked_text(pattern, "a regular expression")), "the regular expression")
 
     @classmethod
     def choice(cls, choices: Sequence[str]) -> Constraint:
@@ -78,7 +84,7 @@ class Constraint:
             raise DgemmaError(
                 "choices must be a list of at least one text", 'Give a list like ["yes", "no"].', exit_code=2
             )
-        return cls(any_of(*(quoted(checked_text(text, "a choice")) for text in choices)), "the choice")
+        return cls(languages.of_choices([checked_text(text, "a choice") for text in choices]), "the choice")
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str | bool) -> Constraint:
@@ -94,9 +100,7 @@ class Constraint:
         properties appear in the order of the schema, and no others are added. Raises ``DgemmaError``, which gives the
         path within the schema, for a keyword that is not supported.
         """
-        from dgemma_mlx.constrain.schema import regex_of_schema
-
-        return cls(regex_of_schema(_json_value(schema, "the JSON schema")), "the JSON schema")
+        return cls(languages.of_schema(_json_value(schema, "the JSON schema")), "the JSON schema")
 
     @classmethod
     def grammar(cls, grammar: str) -> Constraint:
@@ -109,7 +113,7 @@ class Constraint:
         """
         from dgemma_mlx.constrain.grammar import regex_of_grammar
 
-        return cls(regex_of_grammar(grammar), "the grammar")
+        return cls(languages.of_regex(regex_of_grammar(grammar)), "the grammar")
 
     @classmethod
     def response_format(cls, response_format: Mapping[str, Any]) -> Constraint | None:
@@ -129,9 +133,7 @@ class Constraint:
         if kind == "text":
             return None
         if kind == "json_object":
-            from dgemma_mlx.constrain.schema import regex_of_any_object
-
-            return cls(regex_of_any_object(), "the JSON object")
+            return cls(languages.of_schema({"type": "object"}), "the JSON object")
         if kind == "json_schema":
             outer = response_format.get("json_schema")
             if isinstance(outer, Mapping) and "schema" in outer:
@@ -145,19 +147,19 @@ class Constraint:
         """Return the constraint as an automaton over a model's tokens.
 
         ``vocab_size`` is the model's vocabulary size. The end-of-text ids of ``config`` end a text, except
-        ``<|tool_response>``, which ends a tool call. Constraints with the same ``pattern`` share the result: the last
+        ``<|tool_response>``, which ends a tool call. Constraints with the same machine share the result: the last
         ``_MAX_KEPT`` results are kept for each tokenizer, as long as the tokenizer exists. Threads may share it too.
         Raises ``DgemmaError`` (exit code 2) when the tokenizer lacks tokens for bytes that the constraint needs, and
         when the automaton is too large.
         """
         tool_response_id = tokenizer.special_ids.get("<|tool_response>")
         eos_ids = tuple(id for id in config.eos_token_ids if id != tool_response_id)
-        key = (self.pattern, eos_ids, config.pad_token_id, vocab_size)
+        key = (self.machine, eos_ids, config.pad_token_id, vocab_size)
         with _lock:  # two threads with the same constraint compile it once
             kept = _token_automata.setdefault(tokenizer, {})
             if key not in kept:
                 with compiling("the constraint"):
-                    kept[key] = TokenAutomaton(self.automaton, tokenizer, *key[1:])
+                    kept[key] = TokenAutomaton(automaton_of(self.machine), tokenizer, *key[1:])
             kept[key] = kept.pop(key)  # to the end; the first entry was then not used for the longest time
             if len(kept) > _MAX_KEPT:
                 del kept[next(iter(kept))]
@@ -166,7 +168,7 @@ class Constraint:
 
 _MAX_KEPT = 8
 _lock = Lock()
-_token_automata: WeakKeyDictionary[Tokenizer, dict[tuple[str, tuple[int, ...], int, int], TokenAutomaton]] = (
+_token_automata: WeakKeyDictionary[Tokenizer, dict[tuple[Machine, tuple[int, ...], int, int], TokenAutomaton]] = (
     WeakKeyDictionary()
 )
 _FORMAT_HINT = 'Give {"type": "json_schema", "json_schema": {"schema": {...}}}, or the type json_object or text.'

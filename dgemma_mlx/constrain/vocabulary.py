@@ -9,8 +9,7 @@ from weakref import proxy
 import numpy as np
 from numpy.typing import NDArray
 
-from dgemma_mlx.constrain.automaton import DEAD, Automaton, steps_to
-from dgemma_mlx.constrain.determine import equal_columns
+from dgemma_mlx.constrain.automaton import DEAD, Automaton, equal_columns, steps_to
 from dgemma_mlx.constrain.graph import Edges, Ids, Indices
 from dgemma_mlx.constrain.limits import TooLargeError, check_time
 from dgemma_mlx.errors import DgemmaError

@@ -1,0 +1,49 @@
+"""Machines of the kinds of constraints: regular expressions, choices and JSON schemas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+from dgemma_mlx.constrain.leaf import Letters, bytes_of, sets_of, term_of, utf8
+from dgemma_mlx.constrain.machine import BYTES, Machine
+from dgemma_mlx.constrain.pattern import read_pattern
+from dgemma_mlx.constrain.terms import Terms
+from dgemma_mlx.errors import DgemmaError
+
+
+@lru_cache(maxsize=8)
+def of_regex(pattern: str) -> Machine:
+    """Return the machine of a regular expression, which must match the whole text.
+
+    The syntax is that of Rust's ``regex`` crate. Raises ``DgemmaError`` (exit code 2) when the expression is malformed.
+    """
+    try:
+        tree = read_pattern(pattern)
+    except ValueError as error:
+        raise DgemmaError(
+            f"the regular expression cannot be compiled: {error}",
+            "Use the syntax of Rust's regex crate, without look-arounds, back references and word boundaries.", 2,
+        ) from None
+    letters, terms = Letters(sets_of(tree)), Terms(BYTES)
+    return Machine(terms, bytes_of(letters, term_of(letters, tree), terms, utf8(terms)))
+
+
+def of_choices(texts: Iterable[str]) -> Machine:
+    """Return the machine of a list of texts."""
+    terms = Terms(BYTES)
+    words = (terms.sequence(*(terms.symbols(1 << byte) for byte in text.encode())) for text in texts)
+    return Machine(terms, terms.either(words))
+
+
+def of_schema(schema: Any) -> Machine:
+    """Return the machine of the JSON texts that validate against a JSON schema.
+
+    ``schema`` is the schema as parsed JSON. Raises ``DgemmaError`` (exit code 2), which gives the path within the
+    schema, when it is malformed or uses what is not supported.
+    """
+    from dgemma_mlx.constrain.writing import Writer
+
+    writer = Writer(schema)
+    return Machine(writer.bytes, writer.start)

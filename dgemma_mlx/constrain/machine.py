@@ -1,0 +1,108 @@
+"""The machine of a constraint: a deterministic automaton over symbols whose states are built when they are asked for.
+
+A symbol below 256 is a byte of the text in UTF-8. Symbol 256 + i is the control token ``controls[i]``, such as
+``<|tool_call>``: a token, not the characters of its name. A state is a term (``dgemma_mlx.constrain.terms``), what may
+still follow. A machine is all that the projection needs to know of a constraint: the state after a symbol, whether a
+text may end in a state, and the shortest text that ends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dgemma_mlx.constrain.limits import check_time
+from dgemma_mlx.constrain.terms import UNBOUNDED, Term, Terms
+
+BYTES = 256
+
+
+class Row(NamedTuple):
+    """What follows a state.
+
+    Attributes:
+        index: For each symbol, an index into ``states``, or -1 where no text goes on: (size,) int16.
+        states: The different states that follow.
+    """
+
+    index: NDArray[np.int16]
+    states: tuple[Term, ...]
+
+
+class Machine:
+    """The machine of one constraint.
+
+    Attributes:
+        terms: The algebra that the states belong to.
+        start: The first state.
+        controls: The control tokens that are symbols, by number.
+    """
+
+    def __init__(self, terms: Terms, start: Term, controls: Sequence[str] = ()) -> None:
+        """Create the machine of the language ``start``, a term over 256 + n symbols for n ``controls``."""
+        self.terms, self.start, self.controls = terms, start, tuple(controls)
+        self._rows: dict[Term, Row] = {}
+
+    def is_alive(self, state: Term) -> bool:
+        """Return whether a text can end from the state on."""
+        return self.terms.least(state) < UNBOUNDED
+
+    def row(self, state: Term) -> Row:
+        """Return what follows a state, without the states from which no text can end."""
+        row = self._rows.get(state)
+        if row is None:
+            check_time()
+            index = np.full(self.terms.size, -1, np.int16)
+            states = []
+            for mask, after in self.terms.row(state):
+                if self.is_alive(after):
+                    members = mask.to_bytes((self.terms.size + 7) // 8, "little")
+                    bits = np.unpackbits(np.frombuffer(members, np.uint8), bitorder="little")[: self.terms.size]
+                    index[bits.view(np.bool_)] = len(states)
+                    states.append(after)
+            row = self._rows[state] = Row(index, tuple(states))
+        return row
+
+    def after(self, state: Term | None, symbols: Iterable[int]) -> Term | None:
+        """Return the state after some symbols; None when no text goes on so."""
+        for symbol in symbols:
+            if state is None:
+                break
+            row = self.row(state)
+            place = int(row.index[symbol])
+            state = row.states[place] if place >= 0 else None
+        return state
+
+    def matches(self, symbols: Iterable[int]) -> bool:
+        """Return whether the symbols (the bytes of a text, for example) are a text of the constraint."""
+        state = self.after(self.start, symbols)
+        return state is not None and state.nullable
+
+    def completion(self, state: Term, most: int | None = None) -> list[int]:
+        """Return the symbols of the shortest text that ends from a state on, or its first ``most`` symbols.
+
+        It goes on with the completion of the state after its first symbol.
+        """
+        found: list[int] = []
+        while not state.nullable and (most is None or len(found) < most):
+            row, distance = self.row(state), self.terms.least(state)
+            place = next(n for n, after in enumerate(row.states) if self.terms.least(after) == distance - 1)
+            found.append(int((row.index == place).argmax()))
+            state = row.states[place]
+        return found
+
+    def explore(self, most: int) -> list[Term] | None:
+        """Return all states, the first one first, or None when there are more than ``most``."""
+        found = {self.start: None}
+        waiting = [self.start]
+        for state in waiting:  # grows
+            for after in self.row(state).states:
+                if after not in found:
+                    found[after] = None
+                    waiting.append(after)
+            if len(found) > most:
+                return None
+        return list(found)

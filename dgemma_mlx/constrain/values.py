@@ -1,0 +1,202 @@
+"""Sets of JSON values in a normal form: what a JSON schema allows, type by type.
+
+Arrays and objects are unions of shapes. The schemas of their items and properties stand in a shape as nodes: sets of
+schemas that all must hold, which are normalised when they are needed. This is how schemas may be recursive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from dgemma_mlx.constrain.terms import UNBOUNDED, Term, Terms
+
+Node = frozenset[int]  # literals, all of which hold: 2 n for schema n, and 2 n + 1 for its negation
+ANYTHING: Node = frozenset()
+NOTHING: Node = frozenset({-1})  # -1 stands for false
+MOST_SHAPES = 400
+
+
+class TooManyShapes(Exception):
+    """The alternatives of a schema multiply."""
+
+
+@dataclass(frozen=True)
+class Array:
+    """A shape of arrays.
+
+    Attributes:
+        prefix: What the first items must be.
+        items: What the items after them must be.
+        least, most: Numbers of items.
+        contains: What some items must be, and the least and largest number of such items.
+        unique: Whether no two items are equal.
+        evaluated: Number of items that a keyword has judged.
+    """
+
+    prefix: tuple[Node, ...] = ()
+    items: Node = ANYTHING
+    least: int = 0
+    most: int = UNBOUNDED
+    contains: tuple[tuple[Node, int, int], ...] = ()
+    unique: bool = False
+    evaluated: int = 0
+
+    def item(self, place: int) -> Node:
+        """Return what the item at a place must be."""
+        return self.prefix[place] if place < len(self.prefix) else self.items
+
+    def __and__(self, other: Array) -> Array:
+        length = max(len(self.prefix), len(other.prefix))
+        prefix = tuple(self.item(n) | other.item(n) for n in range(length))
+        return Array(
+            prefix, self.items | other.items, max(self.least, other.least), min(self.most, other.most),
+            tuple(dict.fromkeys([*self.contains, *other.contains])), self.unique or other.unique,
+            max(self.evaluated, other.evaluated),
+        )
+
+
+@dataclass(frozen=True)
+class Region:
+    """Names of properties that are not named one by one.
+
+    Attributes:
+        names: The names, as a term over characters.
+        node: What a value with such a name must be.
+        evaluated: Whether a keyword has judged such properties.
+    """
+
+    names: Term
+    node: Node = ANYTHING
+    evaluated: bool = False
+
+
+@dataclass(frozen=True)
+class Object:
+    """A shape of objects.
+
+    Attributes:
+        properties: What the value of each named property must be, in the order in which they are written, and whether
+            a keyword has judged it.
+        regions: A division of all names; what is said of a named property does not stand here.
+        required: Names that must be there.
+        least, most: Numbers of properties.
+    """
+
+    properties: tuple[tuple[str, Node, bool], ...] = ()
+    regions: tuple[Region, ...] = ()
+    required: frozenset[str] = frozenset()
+    least: int = 0
+    most: int = UNBOUNDED
+
+    def names(self) -> dict[str, tuple[Node, bool]]:
+        """Return the named properties."""
+        return {name: (node, evaluated) for name, node, evaluated in self.properties}
+
+
+@dataclass(frozen=True)
+class Values:
+    """A set of JSON values.
+
+    Attributes:
+        null: Whether null belongs to it.
+        booleans: Which booleans do.
+        numbers: The texts of the numbers, as a term over characters.
+        strings: The strings, as a term over characters.
+        arrays, objects: Shapes; what fits any of them belongs to the set.
+    """
+
+    null: bool
+    booleans: frozenset[bool]
+    numbers: Term
+    strings: Term
+    arrays: tuple[Array, ...]
+    objects: tuple[Object, ...]
+
+
+class Algebra:
+    """Unions and intersections of sets of values whose strings and numbers are terms over two alphabets."""
+
+    def __init__(self, strings: Terms, numbers: Terms, number: Term, word: Callable[[str], Term]) -> None:
+        self.strings, self.numbers, self._word = strings, numbers, word
+        self.any_object = Object(regions=(Region(strings.everything),))
+        self.all = Values(True, frozenset({True, False}), number, strings.everything, (Array(),), (self.any_object,))
+        self.none = Values(False, frozenset(), numbers.none, strings.none, (), ())
+
+    def both(self, one: Values, other: Values) -> Values:
+        """Return the values that belong to both sets."""
+        if one is self.all or other is self.none:
+            return other
+        if other is self.all or one is self.none:
+            return one
+        arrays = dict.fromkeys(a & b for a in one.arrays for b in other.arrays)
+        objects = dict.fromkeys(self.both_objects(a, b) for a in one.objects for b in other.objects)
+        return self._bounded(Values(
+            one.null and other.null, one.booleans & other.booleans, self.numbers.every([one.numbers, other.numbers]),
+            self.strings.every([one.strings, other.strings]),
+            tuple(a for a in arrays if a.least <= a.most and all(NOTHING.isdisjoint(a.item(n)) for n in range(min(a.least, len(a.prefix) + 1)))),
+            tuple(o for o in objects if self._possible(o)),
+        ))  # fmt: skip
+
+    def either(self, several: Iterable[Values]) -> Values:
+        """Return the values that belong to at least one of the sets."""
+        parts = [part for part in several if part is not self.none]
+        if len(parts) == 1:
+            return parts[0]
+        return self._bounded(Values(
+            any(part.null for part in parts), frozenset().union(*(part.booleans for part in parts)),
+            self.numbers.either(part.numbers for part in parts), self.strings.either(part.strings for part in parts),
+            _shapes(part.arrays for part in parts), _shapes(part.objects for part in parts),
+        ))  # fmt: skip
+
+    def applied(self, shape: Object, name: str) -> tuple[Node, bool]:
+        """Return what a shape says of a property, and whether a keyword has judged it."""
+        found = shape.names().get(name)
+        if found is None:
+            found = next((region.node, region.evaluated) for region in shape.regions if self.contains(region.names, name))
+        return found
+
+    def both_objects(self, one: Object, other: Object) -> Object:
+        """Return the shape of the objects that fit both."""
+        if one == self.any_object:
+            return other
+        if other == self.any_object:
+            return one
+        known, others = one.names(), other.names()
+        properties = []
+        for name in dict.fromkeys([*known, *others]):
+            (a, judged), (b, also) = known.get(name) or self.applied(one, name), others.get(name) or self.applied(other, name)
+            properties.append((name, a | b, judged or also))
+        regions = [
+            Region(names, a.node | b.node, a.evaluated or b.evaluated)
+            for a in one.regions for b in other.regions if (names := self.names_in_both(a.names, b.names)) is not self.strings.none
+        ]  # fmt: skip
+        return Object(
+            tuple(properties), tuple(regions), one.required | other.required, max(one.least, other.least),
+            min(one.most, other.most),
+        )
+
+    def names_in_both(self, one: Term, other: Term) -> Term:
+        """Return the names that belong to both sets; ``none`` where there are none."""
+        both = self.strings.every([one, other])
+        return both if self.strings.least(both) < UNBOUNDED else self.strings.none
+
+    def contains(self, names: Term, name: str) -> bool:
+        """Return whether a name belongs to a set of names."""
+        both = self.strings.every([names, self._word(name)])
+        return self.strings.least(both) < UNBOUNDED
+
+    def _possible(self, shape: Object) -> bool:
+        """Return whether an object of the shape may exist, as far as that is plain to see."""
+        if shape.least > shape.most or len(shape.required) > shape.most:
+            return False
+        return all(NOTHING.isdisjoint(self.applied(shape, name)[0]) for name in shape.required)
+
+    def _bounded(self, values: Values) -> Values:
+        if max(len(values.arrays), len(values.objects)) > MOST_SHAPES:
+            raise TooManyShapes
+        return values
+
+
+def _shapes(several: Iterable[tuple]) -> tuple:
+    return tuple(dict.fromkeys(shape for shapes in several for shape in shapes))
