@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 
 from dgemma_mlx.constrain.limits import TooLargeError, check_time
 from dgemma_mlx.constrain.machine import BYTES, Machine
+from dgemma_mlx.constrain.terms import Term
 
-MAX_STATES = 20_000
-MAX_MINIMIZED = 2_500  # automata with more states are not minimized
 DEAD = -1  # the state after a byte that no accepted text continues with
 
 
@@ -80,8 +79,8 @@ class Automaton:
         return texts
 
 
-def automaton_of(machine: Machine, most: int = MAX_STATES) -> Automaton:
-    """Return all states of a machine without control tokens as one automaton, minimized.
+def automaton_of(machine: Machine, most: int) -> tuple[Automaton, dict[Term, int]]:
+    """Return all states of a machine without control tokens as one automaton, minimized, and the number of each state.
 
     Raises ``TooLargeError`` when it has more than ``most`` states.
     """
@@ -94,8 +93,8 @@ def automaton_of(machine: Machine, most: int = MAX_STATES) -> Automaton:
         row = machine.row(state)
         table[number] = np.array([*(numbers[after] for after in row.states), DEAD], np.int32)[row.index]
     accepting = np.array([state.nullable for state in states])
-    # Minimization takes one pass per state of a long chain (a string of up to 1,000 characters) and gains little there.
-    return _minimize(table, accepting) if len(accepting) <= MAX_MINIMIZED else Automaton(table, accepting)
+    automaton, classes = _minimized(table, accepting)
+    return automaton, dict(zip(states, classes.tolist(), strict=True))
 
 
 def distances(table: NDArray[np.int32], accepting: NDArray[np.bool_]) -> NDArray[np.int32]:
@@ -127,8 +126,10 @@ def steps_to(source: NDArray[np.intp], target: NDArray[Any], goal: NDArray[np.bo
     return found
 
 
-def _minimize(table: NDArray[np.int32], accepting: NDArray[np.bool_]) -> Automaton:
-    """Merge equivalent states by Moore's algorithm.
+def _minimized(
+    table: NDArray[np.int32], accepting: NDArray[np.bool_]
+) -> tuple[Automaton, NDArray[np.intp]]:
+    """Merge equivalent states by Moore's algorithm. Return the automaton, and the new number of each state (Q,).
 
     The states are divided into classes. Each pass splits a class whose states lead to different classes, until no pass
     splits any.
@@ -145,8 +146,8 @@ def _minimize(table: NDArray[np.int32], accepting: NDArray[np.bool_]) -> Automat
             break
         count = len(firsts)
     if (rows != rows[firsts[classes]]).any():
-        return Automaton(table, accepting)
+        return Automaton(table, accepting), np.arange(len(table))
     order = np.argsort(firsts)  # number the classes by their first states, so that the start stays 0
     numbers = np.append(np.argsort(order), DEAD).astype(np.int32)
     states = firsts[order]
-    return Automaton(numbers[np.append(classes, DEAD)[table[states]]], accepting[states])
+    return Automaton(numbers[np.append(classes, DEAD)[table[states]]], accepting[states]), numbers[classes]

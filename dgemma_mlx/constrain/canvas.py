@@ -9,8 +9,9 @@ import mlx.core as mx
 import numpy as np
 
 from dgemma_mlx.constrain.candidates import top_ids
-from dgemma_mlx.constrain.projection import Projector
-from dgemma_mlx.constrain.vocabulary import TokenAutomaton
+from dgemma_mlx.constrain.paths import Indices
+from dgemma_mlx.constrain.terms import Term
+from dgemma_mlx.constrain.tokens import TokenMachine
 from dgemma_mlx.diffusion.stopping import gap
 from dgemma_mlx.kernels import CanvasSample
 
@@ -22,21 +23,28 @@ class ConstraintState:
     """Where one answer stands in its constraint.
 
     Attributes:
-        automaton: The constraint, as an automaton over tokens.
-        state: The automaton's state after the committed tokens.
+        machine: The constraint, over tokens.
+        state: The machine's state after the committed tokens.
     """
 
-    automaton: TokenAutomaton
-    state: int = 0
+    machine: TokenMachine
+    state: Term
+
+    @classmethod
+    def first(cls, machine: TokenMachine) -> ConstraintState:
+        """Return the state of an answer that has not begun."""
+        return cls(machine, machine.start)
 
     def advance(self, tokens: Iterable[int]) -> None:
-        """Advance the state by committed tokens."""
-        self.state = self.automaton.advance(self.state, tokens)
+        """Advance the state by committed tokens, which must match."""
+        state = self.machine.advance(self.state, tokens)
+        assert state is not None, "the projection committed tokens that do not match"
+        self.state = state
 
     @property
     def shortest(self) -> int:
-        """Number of tokens, including the end-of-text token, in the shortest text that completes the answer."""
-        return int(self.automaton.shortest[self.state])
+        """Number of tokens, including the end-of-text token, that suffice to complete the answer."""
+        return self.machine.shortest(self.state)
 
 
 @dataclass(frozen=True)
@@ -56,21 +64,25 @@ class CanvasProjection:
     """Projects a step onto the canvases that a constraint allows. It is a ``diffusion.edits.Projection``."""
 
     def __init__(self, rows: Sequence[RowStart]) -> None:
-        """Prepare the projection of a batch of canvases that begin as ``rows`` say, with one automaton."""
-        self._automaton = rows[0].constraint.automaton
+        """Prepare the projection of a batch of canvases that begin as ``rows`` say, with one constraint."""
         starts = [(start.constraint.state, start.room) for start in rows]
-        projectors = {start: Projector(self._automaton, *start) for start in starts}
-        self._projectors = [projectors[start] for start in starts]  # for each row; equal starts share their graph
+        machine = rows[0].constraint.machine
+        projectors = {start: machine.projector(*start) for start in dict.fromkeys(starts)}
+        # One for each row. Equal starts share the graph of an automaton; a beam is built for the scores of its row.
+        self._projectors = [projectors[start] if machine.is_exact else machine.projector(*start) for start in starts]
+        self._columns: list[Indices] = []  # where the skeleton of each row is among the gathered tokens
 
     def gather(self, raw: mx.array, softcap: float | None) -> tuple[mx.array, mx.array]:
         """Return the ids (B, C, k) and logits (B, C, S + k) that the projection reads, lazily.
 
         ``raw`` are logits (B, C, V) before the softcap. The ids are those of the k probable tokens at each position.
-        The logits are float32, of the S tokens of the automaton's skeleton and then of the probable tokens.
+        The logits are float32, of the S tokens of all rows' skeletons and then of the probable tokens.
         """
         ids = top_ids(raw, CANDIDATES)
-        skeleton = mx.array(self._automaton.skeleton)
-        logits = mx.concatenate([raw[..., skeleton], mx.take_along_axis(raw, ids, axis=-1)], axis=-1)
+        skeletons = [projector.skeleton for projector in self._projectors]
+        together = skeletons[0] if len(skeletons) == 1 else np.unique(np.concatenate(skeletons))
+        self._columns = [together.searchsorted(skeleton) for skeleton in skeletons]
+        logits = mx.concatenate([raw[..., mx.array(together)], mx.take_along_axis(raw, ids, axis=-1)], axis=-1)
         logits = logits.astype(mx.float32)
         return ids, logits if softcap is None else softcap * mx.tanh(logits / softcap)
 
@@ -84,11 +96,11 @@ class CanvasProjection:
         finds the gap; ``kept_ids`` is unused. The arguments are evaluated.
         """
         ids, logits = gathered
-        scores, S = np.array(logits, np.float64) / temperature, self._automaton.skeleton.size
+        scores, S = np.array(logits, np.float64) / temperature, logits.shape[-1] - ids.shape[-1]
         candidates, draws = np.array(ids), np.array(uniforms, np.float64)
         projected = [
-            projector(scores[row, :, :S], candidates[row], scores[row, :, S:], draws[row])
-            for row, projector in enumerate(self._projectors)
+            projector(scores[row][:, columns], candidates[row], scores[row, :, S:], draws[row])
+            for row, (projector, columns) in enumerate(zip(self._projectors, self._columns, strict=True))
         ]
         argmax, sampled, entropy, ahead = (np.stack(parts) for parts in zip(*projected, strict=True))
         lead = mx.minimum(mx.array(ahead.astype(np.float32)), gap(sample))

@@ -15,11 +15,10 @@ from weakref import WeakKeyDictionary
 from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.checks import shown
 from dgemma_mlx.constrain import languages
-from dgemma_mlx.constrain.automaton import automaton_of
 from dgemma_mlx.constrain.limits import compiling
 from dgemma_mlx.constrain.machine import Machine
 from dgemma_mlx.constrain.regex import checked_text
-from dgemma_mlx.constrain.vocabulary import TokenAutomaton
+from dgemma_mlx.constrain.tokens import TokenMachine
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import parse_json
 from dgemma_mlx.text.tokenizer import Tokenizer
@@ -84,7 +83,7 @@ class Constraint:
             raise DgemmaError(
                 "choices must be a list of at least one text", 'Give a list like ["yes", "no"].', exit_code=2
             )
-        return cls(languages.of_choices([checked_text(text, "a choice") for text in choices]), "the choice")
+        return cls(languages.of_choices(tuple(checked_text(text, "a choice") for text in choices)), "the choice")
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str | bool) -> Constraint:
@@ -100,7 +99,7 @@ class Constraint:
         properties appear in the order of the schema, and no others are added. Raises ``DgemmaError``, which gives the
         path within the schema, for a keyword that is not supported.
         """
-        return cls(languages.of_schema(_json_value(schema, "the JSON schema")), "the JSON schema")
+        return cls(languages.of_schema(json.dumps(_json_value(schema, "the JSON schema"))), "the JSON schema")
 
     @classmethod
     def grammar(cls, grammar: str) -> Constraint:
@@ -133,7 +132,7 @@ class Constraint:
         if kind == "text":
             return None
         if kind == "json_object":
-            return cls(languages.of_schema({"type": "object"}), "the JSON object")
+            return cls(languages.of_schema('{"type": "object"}'), "the JSON object")
         if kind == "json_schema":
             outer = response_format.get("json_schema")
             if isinstance(outer, Mapping) and "schema" in outer:
@@ -143,8 +142,8 @@ class Constraint:
             f"response_format must be of type text, json_object or json_schema, not {shown(kind)}", _FORMAT_HINT, 2
         )
 
-    def over(self, tokenizer: Tokenizer, config: GenerationConfig, vocab_size: int) -> TokenAutomaton:
-        """Return the constraint as an automaton over a model's tokens.
+    def over(self, tokenizer: Tokenizer, config: GenerationConfig, vocab_size: int) -> TokenMachine:
+        """Return the constraint over a model's tokens.
 
         ``vocab_size`` is the model's vocabulary size. The end-of-text ids of ``config`` end a text, except
         ``<|tool_response>``, which ends a tool call. Constraints with the same machine share the result: the last
@@ -156,10 +155,10 @@ class Constraint:
         eos_ids = tuple(id for id in config.eos_token_ids if id != tool_response_id)
         key = (self.machine, eos_ids, config.pad_token_id, vocab_size)
         with _lock:  # two threads with the same constraint compile it once
-            kept = _token_automata.setdefault(tokenizer, {})
+            kept = _token_machines.setdefault(tokenizer, {})
             if key not in kept:
                 with compiling("the constraint"):
-                    kept[key] = TokenAutomaton(automaton_of(self.machine), tokenizer, *key[1:])
+                    kept[key] = TokenMachine(self.machine, tokenizer, *key[1:])
             kept[key] = kept.pop(key)  # to the end; the first entry was then not used for the longest time
             if len(kept) > _MAX_KEPT:
                 del kept[next(iter(kept))]
@@ -168,7 +167,7 @@ class Constraint:
 
 _MAX_KEPT = 8
 _lock = Lock()
-_token_automata: WeakKeyDictionary[Tokenizer, dict[tuple[Machine, tuple[int, ...], int, int], TokenAutomaton]] = (
+_token_machines: WeakKeyDictionary[Tokenizer, dict[tuple[Machine, tuple[int, ...], int, int], TokenMachine]] = (
     WeakKeyDictionary()
 )
 _FORMAT_HINT = 'Give {"type": "json_schema", "json_schema": {"schema": {...}}}, or the type json_object or text.'

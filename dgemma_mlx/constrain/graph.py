@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dgemma_mlx.constrain.limits import check_time
-
-Ids = NDArray[np.int32]
-Indices = NDArray[np.intp]  # numpy indexes with 64 bits much faster than with 32
+from dgemma_mlx.constrain.paths import Indices, Layer
 
 
 class Edges:
@@ -53,21 +50,6 @@ class Edges:
         self.kind = np.array(kind)
         self.kind_classes = np.concatenate(sets)
         self.kind_sizes = np.array([len(members) for members in sets])
-
-
-class Layer(NamedTuple):
-    """The edges that leave one layer of a graph, one for each position.
-
-    Attributes:
-        edges: The layer's edges among all edges of the graph.
-        first: The first edge of each node, as an index into the layer's edges.
-        source, target: The source of each edge, as an index into the layer's nodes, and its target in the next layer.
-    """
-
-    edges: slice
-    first: Indices
-    source: Indices
-    target: Indices
 
 
 class CanvasGraph:

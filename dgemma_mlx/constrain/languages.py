@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
 from functools import lru_cache
-from typing import Any
 
 from dgemma_mlx.constrain.leaf import Letters, bytes_of, sets_of, term_of, utf8
 from dgemma_mlx.constrain.machine import BYTES, Machine
@@ -30,20 +29,22 @@ def of_regex(pattern: str) -> Machine:
     return Machine(terms, bytes_of(letters, term_of(letters, tree), terms, utf8(terms)))
 
 
-def of_choices(texts: Iterable[str]) -> Machine:
-    """Return the machine of a list of texts."""
+@lru_cache(maxsize=8)
+def of_choices(texts: tuple[str, ...]) -> Machine:
+    """Return the machine of some texts."""
     terms = Terms(BYTES)
     words = (terms.sequence(*(terms.symbols(1 << byte) for byte in text.encode())) for text in texts)
     return Machine(terms, terms.either(words))
 
 
-def of_schema(schema: Any) -> Machine:
-    """Return the machine of the JSON texts that validate against a JSON schema.
+@lru_cache(maxsize=8)
+def of_schema(schema: str) -> Machine:
+    """Return the machine of the JSON texts that validate against a JSON schema, given as JSON text.
 
-    ``schema`` is the schema as parsed JSON. Raises ``DgemmaError`` (exit code 2), which gives the path within the
+    Raises ``DgemmaError`` (exit code 2), which gives the path within the
     schema, when it is malformed or uses what is not supported.
     """
     from dgemma_mlx.constrain.writing import Writer
 
-    writer = Writer(schema)
+    writer = Writer(json.loads(schema))
     return Machine(writer.bytes, writer.start)

@@ -9,6 +9,7 @@ text may end in a state, and the shortest text that ends it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from threading import RLock
 from typing import NamedTuple
 
 import numpy as np
@@ -39,11 +40,13 @@ class Machine:
         terms: The algebra that the states belong to.
         start: The first state.
         controls: The control tokens that are symbols, by number.
+        lock: Held by a thread that asks for states which may be new; threads share machines.
     """
 
     def __init__(self, terms: Terms, start: Term, controls: Sequence[str] = ()) -> None:
         """Create the machine of the language ``start``, a term over 256 + n symbols for n ``controls``."""
         self.terms, self.start, self.controls = terms, start, tuple(controls)
+        self.lock = RLock()
         self._rows: dict[Term, Row] = {}
 
     def is_alive(self, state: Term) -> bool:
@@ -81,18 +84,17 @@ class Machine:
         state = self.after(self.start, symbols)
         return state is not None and state.nullable
 
-    def completion(self, state: Term, most: int | None = None) -> list[int]:
-        """Return the symbols of the shortest text that ends from a state on, or its first ``most`` symbols.
+    def step(self, state: Term) -> tuple[int, Term]:
+        """Return the first symbol of the shortest text that ends from a state on, and the state after it.
 
-        It goes on with the completion of the state after its first symbol.
+        Of several such texts it is the first in the order of the symbols. The state must not be accepting.
         """
-        found: list[int] = []
-        while not state.nullable and (most is None or len(found) < most):
-            row, distance = self.row(state), self.terms.least(state)
-            place = next(n for n, after in enumerate(row.states) if self.terms.least(after) == distance - 1)
-            found.append(int((row.index == place).argmax()))
-            state = row.states[place]
-        return found
+        row, distance = self.row(state), self.terms.least(state)
+        steps = [
+            (int((row.index == place).argmax()), after)
+            for place, after in enumerate(row.states) if self.terms.least(after) == distance - 1
+        ]
+        return min(steps, key=lambda step: step[0])
 
     def explore(self, most: int) -> list[Term] | None:
         """Return all states, the first one first, or None when there are more than ``most``."""

@@ -19,22 +19,15 @@ uncertain, and a later step decides it, in which the model sees more of the canv
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dgemma_mlx.constrain.graph import CanvasGraph, Ids, Indices
+from dgemma_mlx.constrain.graph import CanvasGraph
+from dgemma_mlx.constrain.paths import FAR, MAX_SCORE, TINY, Floats, Ids, Indices, Paths, pick, weighted
 from dgemma_mlx.constrain.vocabulary import TokenAutomaton
-
-Floats = NDArray[np.float64]
-_MAX_SCORE = 1e6  # scores are clipped to +-1e6, so that sums over a canvas stay finite and above -_FAR
-_FAR = 1e12
-_TINY = 1e-300
-_LEAST = 1e-30  # floor of the probability of an edge that a path may take
-_BELOW_ONE = 1 - 2.0**-53
 
 
 class Projected(NamedTuple):
@@ -60,6 +53,9 @@ class Projector:
 
     The results cover all canvases that begin in one state of the automaton and leave enough room to end the text. What
     does not depend on the scores is computed in the first step, and again after steps with tokens of new classes.
+
+    Attributes:
+        skeleton: (S,) int32, sorted. Tokens whose logits a step needs besides the probable ones: the automaton's.
     """
 
     def __init__(self, automaton: TokenAutomaton, state: int, room: int) -> None:
@@ -69,29 +65,24 @@ class Projector:
         token. ``room`` must be at least ``automaton.shortest[state]``.
         """
         self._automaton, self._state, self._room = automaton, state, room
+        self.skeleton = automaton.skeleton
         self._graph: CanvasGraph | None = None
 
     def __call__(self, skeleton_scores: Floats, ids: Ids, scores: Floats, uniforms: Floats) -> Projected:
         """Project one canvas of C positions.
 
-        ``skeleton_scores`` (C, S) float64 are logits of the tokens ``automaton.skeleton``. ``scores`` (C, k) float64
+        ``skeleton_scores`` (C, S) float64 are logits of the tokens ``skeleton``. ``scores`` (C, k) float64
         are logits of further candidates ``ids`` (C, k) int32, which may repeat tokens of the skeleton. ``uniforms``
         (C,) float64 are random numbers in [0, 1) that determine the sample. C must be the same in all steps.
         """
         classes = self._automaton.classes(ids)
         graph = self._current_graph(len(ids))
         candidates = _Candidates(self._automaton, graph.edges.classes, classes, skeleton_scores, ids, scores)
-        paths = _Paths(graph, candidates, self._state)
+        paths = _StatePaths(graph, candidates, self._state)
         marginals, possible = paths.marginals()
         q, r = candidates.probabilities(marginals), candidates.restricted_probabilities(possible)  # (C, N)
-        surprise = -np.log(np.maximum(r, _TINY))
-        entropy = np.maximum((q * surprise).sum(axis=1), (r * surprise).sum(axis=1))
-        best = q.argmax(axis=1)
-        gap = np.minimum(_lead(q, best), _lead(r, best))
         sample = candidates.draw(*paths.draw(uniforms))
-        return Projected(
-            candidates.most_probable(paths.best()), sample, np.maximum(entropy, 0), np.maximum(gap, 0)
-        )
+        return judged(q, r, candidates.most_probable(paths.best()), sample)
 
     def _current_graph(self, length: int) -> CanvasGraph:
         """Return the graph of the canvas, of ``length`` positions, with all classes that the automaton knows."""
@@ -101,6 +92,18 @@ class Projector:
             allowed = self._automaton.shortest <= self._room - limit
             self._graph = CanvasGraph(edges, self._state, length, limit, allowed)
         return self._graph
+
+
+def judged(q: Floats, r: Floats, argmax: Ids, sample: Ids) -> Projected:
+    """Return a canvas with the uncertainty of each position.
+
+    ``q`` and ``r`` (C, N) are the distributions of the module's description over the candidates of each position.
+    """
+    surprise = -np.log(np.maximum(r, TINY))
+    entropy = np.maximum((q * surprise).sum(axis=1), (r * surprise).sum(axis=1))
+    best = q.argmax(axis=1)
+    gap = np.minimum(_lead(q, best), _lead(r, best))
+    return Projected(argmax, sample, np.maximum(entropy, 0), np.maximum(gap, 0))
 
 
 def _lead(probability: Floats, best: Indices) -> Floats:
@@ -143,19 +146,19 @@ class _Candidates:
         self.cell += m * np.arange(C)[:, None]
         z = np.empty(self.ids.shape)
         z[:, :S], z[:, S:] = skeleton_scores, scores
-        np.minimum(np.fmax(z, -_MAX_SCORE, out=z), _MAX_SCORE, out=z)  # NaN becomes -_MAX_SCORE
+        np.minimum(np.fmax(z, -MAX_SCORE, out=z), MAX_SCORE, out=z)  # NaN becomes -MAX_SCORE
         z[:, S:][unusable] = -np.inf
         cell = self.cell.ravel()
         largest = np.full(C * m, -np.inf)
         np.maximum.at(largest, cell, z.ravel())
-        z -= np.maximum(largest, -_MAX_SCORE).take(self.cell)
+        z -= np.maximum(largest, -MAX_SCORE).take(self.cell)
         self.weights = np.exp(z, out=z)
         self.largest = largest.reshape(C, m)
-        self.sums = _weighted(cell, z.ravel(), C * m).reshape(C, m)
+        self.sums = weighted(cell, z.ravel(), C * m).reshape(C, m)
 
     def probabilities(self, class_probabilities: Floats) -> Floats:
         """Distribute the probabilities of classes over their candidates: (C, m) -> (C, N)."""
-        share = class_probabilities / np.maximum(self.sums, _TINY)
+        share = class_probabilities / np.maximum(self.sums, TINY)
         probabilities: Floats = share.take(self.cell)
         probabilities *= self.weights
         return probabilities
@@ -179,7 +182,7 @@ class _Candidates:
         """Draw a token of one class per position: (C,) indices like ``cell`` and (C,) in [0, 1) -> (C,) token ids."""
         cumulative = np.where(self.cell == cells[:, None], self.weights, 0).cumsum(axis=1)
         total = cumulative[:, -1:]
-        # The inverse CDF, as in ``_pick``.
+        # The inverse CDF, as in ``pick``.
         columns = np.minimum(
             (cumulative <= uniforms[:, None] * total).sum(axis=1), (cumulative < total).sum(axis=1)
         )
@@ -187,7 +190,7 @@ class _Candidates:
         return ids
 
 
-class _Paths:
+class _StatePaths:
     """The paths of a canvas's graph, weighed by the scores of the candidates. F is the number of the graph's edges."""
 
     def __init__(self, graph: CanvasGraph, candidates: _Candidates, state: int) -> None:
@@ -200,72 +203,29 @@ class _Paths:
         # A kind of edge at a position: its best class, and its weight and its classes' weights relative to that.
         scores = candidates.largest.take(graph.cell)
         best = np.maximum.reduceat(scores, graph.kind_first)
-        scores -= np.maximum(best, -_FAR).take(graph.cell_kind)
+        scores -= np.maximum(best, -FAR).take(graph.cell_kind)
         self._weights = np.exp(scores) * candidates.sums.take(graph.cell)
         self._sums = np.add.reduceat(self._weights, graph.kind_first)
-        self._alive, self._probability = self._weigh(np.append(best, -np.inf), np.append(self._sums, 0))
-
-    def _weigh(self, best: Floats, sums: Floats) -> tuple[NDArray[np.bool_], Floats]:
-        """Follow all paths from the last layer back to the first.
-
-        ``best`` and ``sums`` (C * G + 1,) are the best score and the relative weight of each position and kind of edge.
-        Return for each edge (F,) whether a path to the last layer begins with it, and its probability, given its source
-        and that the rest of the canvas matches.
-        """
-        graph = self._graph
-        scores = best.take(graph.kind)  # (F,): best score of a path from the edge's source by the edge
-        ahead = np.zeros(graph.ends)
-        bests = [ahead]  # best score of a path from each node to the last layer, layer by layer
-        for edges, first, _, target in reversed(graph.layers):
-            part = scores[edges]
-            part += ahead.take(target)
-            ahead = np.maximum.reduceat(part, first)
-            bests.append(ahead)
-        potential = np.concatenate(bests[::-1])
-        alive = scores > -np.inf
-        # Weights relative to the best path from the source: the largest of a node is at least 1.
-        scores -= np.maximum(potential[: -graph.ends], -_FAR).repeat(graph.degrees)
-        weights = np.exp(scores, out=scores)
-        weights *= sums.take(graph.kind)
-        ahead = np.ones(graph.ends)
-        sums_ahead = [ahead]  # sum over all paths from each node to the last layer, relative to the best one
-        for i, (edges, first, _, target) in enumerate(reversed(graph.layers)):
-            part = weights[edges]
-            part *= ahead.take(target)
-            ahead = np.add.reduceat(part, first)
-            sums_ahead.append(ahead)
-            if i % 16 == 15:
-                ahead = np.maximum(ahead / ahead.max(), _TINY)
-        totals = np.maximum(np.concatenate(sums_ahead[::-1]), _TINY)
-        weights /= totals[: -graph.ends].repeat(graph.degrees)
-        logarithms = np.append(potential + np.log(totals), -np.inf)  # the last is that of states without a node
-        self._best: Floats = np.append(potential, -np.inf).take(graph.node)  # (C + 1, Q + 1)
-        self._logarithm: Floats = logarithms.take(graph.node)  # (C + 1, Q + 1)
-        return alive, weights
+        sums = np.append(self._sums, 0).take(graph.kind)
+        self._paths = Paths(graph.layers, graph.degrees, graph.ends, np.append(best, -np.inf).take(graph.kind), sums)
+        # The last of the nodes is that of states without one. Both are (C + 1, Q + 1).
+        self._best: Floats = np.append(self._paths.potential, -np.inf).take(graph.node)
+        self._logarithm: Floats = np.append(self._paths.logarithm, -np.inf).take(graph.node)
 
     def marginals(self) -> tuple[Floats, NDArray[np.bool_]]:
-        """Compute the distribution over classes at each position, forwards from the first state.
+        """Compute the distribution over classes at each position.
 
         Return (C, m) float64, the probability of each class, and (C, m) bool, whether any matching canvas has the class
         at the position.
         """
         graph, sums = self._graph, self._candidates.sums
-        # Floors keep what a path reaches above 0: 1e-30 for an edge, and 1e-60 for a node after every eighth position.
-        taken = np.maximum(self._probability, _LEAST) * self._alive
-        occupancy: Floats = np.ones(1)  # probability of each node of a layer
-        for i, (edges, _, source, target) in enumerate(graph.layers):
-            layer = taken[edges]
-            layer *= occupancy.take(source)
-            occupancy = _weighted(target, layer)
-            if i % 8 == 7:
-                occupancy = np.maximum(occupancy, _LEAST**2 * (occupancy > 0))
-        flows = _weighted(graph.kind, taken, len(self._sums) + 1)  # of each position and kind
+        flows = weighted(graph.kind, self._paths.taken(), len(self._sums) + 1)  # of each position and kind
         through = flows.take(graph.cell_kind)
         size = sums.size
-        possible = (_weighted(graph.cell, through, size) > 0).reshape(sums.shape) & (sums > 0)
+        possible = (weighted(graph.cell, through, size) > 0).reshape(sums.shape) & (sums > 0)
         through *= self._weights
-        through /= np.maximum(self._sums, _TINY).take(graph.cell_kind)
-        return _weighted(graph.cell, through, size).reshape(sums.shape), possible
+        through /= np.maximum(self._sums, TINY).take(graph.cell_kind)
+        return weighted(graph.cell, through, size).reshape(sums.shape), possible
 
     def best(self) -> Indices:
         """Return the most probable path (Viterbi's algorithm), as indices (C,) into a flat (C, m) array."""
@@ -285,13 +245,13 @@ class _Paths:
         """
         candidates = self._candidates
         first, state, path, rest = self._graph.edges.first, self._state, [], []
-        logarithms = candidates.largest + np.log(np.maximum(candidates.sums, _TINY))
+        logarithms = candidates.largest + np.log(np.maximum(candidates.sums, TINY))
         for i, uniform in enumerate(uniforms.tolist()):
             leaving = slice(first[state], first[state + 1])
             weights = logarithms[i].take(self._number[leaving])
             weights += self._logarithm[i + 1].take(self._target[leaving])
             weights -= self._best[i, state]
-            offset, left = _pick(np.exp(weights, out=weights), uniform)
+            offset, left = pick(np.exp(weights, out=weights), uniform)
             path.append(leaving.start + offset)
             rest.append(left)
             state = int(self._target[path[-1]])
@@ -301,21 +261,3 @@ class _Paths:
         """Return the classes of one transition per position, as indices (C,) into a flat (C, m) array."""
         cells: Indices = self._number.take(path) + self._graph.edges.classes * np.arange(len(path))
         return cells
-
-
-def _weighted(index: Indices, weights: Floats, size: int = 0) -> Floats:
-    """Return the sum of the weights (n,) with each index, as an array of at least this size."""
-    return cast("Floats", np.bincount(index, weights, size))
-
-
-def _pick(weights: Floats, uniform: float) -> tuple[int, float]:
-    """Draw an index in proportion to ``weights`` (n,) by inverse CDF. An index with weight 0 is never drawn.
-
-    Return the index, and a number in [0, 1) that is uniform again, for one more draw.
-    """
-    cumulative: list[float] = weights.cumsum().tolist()
-    target = uniform * cumulative[-1]
-    index = min(bisect_right(cumulative, target), bisect_left(cumulative, cumulative[-1]))
-    weight = float(weights[index])
-    rest = (target - cumulative[index] + weight) / weight
-    return index, min(max(rest, 0.0), _BELOW_ONE)

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dgemma_mlx.constrain.automaton import DEAD, Automaton, equal_columns, steps_to
-from dgemma_mlx.constrain.graph import Edges, Ids, Indices
+from dgemma_mlx.constrain.graph import Edges
 from dgemma_mlx.constrain.limits import TooLargeError, check_time
+from dgemma_mlx.constrain.paths import Ids, Indices
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.text.tokenizer import Tokenizer
 

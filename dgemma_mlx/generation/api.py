@@ -351,7 +351,7 @@ def _runner(
     work = Work(len(prompts), verifies=options.verify != "off")
     longest = max(len(asked.ids) for asked in prompts)
     budget = fit_to_memory(model, longest, work, options.memory_limit, options.prefill_step_size)
-    automaton = options.token_automaton(model)
+    machine = options.token_machine(model)
     marks = frozenset((*model.tokenizer.special_ids.values(), config.pad_token_id, *config.eos_token_ids))
     drawn = [secrets.randbits(32) if seed is None else seed for seed in seeds]
     answers = [
@@ -360,7 +360,7 @@ def _runner(
             PartsParser(
                 model.tokenizer, call_prefix(asked.ids, seed), reads_calls=asked.reads_calls, opening=asked.opening
             ),
-            marks, None if automaton is None else ConstraintState(automaton),
+            marks, None if machine is None else ConstraintState.first(machine),
         )
         for asked, seed, limit in zip(prompts, drawn, max_tokens, strict=True)
     ]  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.checks import check_count, check_temperature, shown
 from dgemma_mlx.constrain.constraint import Constraint
-from dgemma_mlx.constrain.vocabulary import TokenAutomaton
+from dgemma_mlx.constrain.tokens import TokenMachine
 from dgemma_mlx.diffusion.denoiser import Denoiser
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED, SPEEDS
 from dgemma_mlx.errors import DgemmaError
@@ -92,7 +92,7 @@ class GenerationOptions:
                 "The thoughts would have to match the constraint as well. Use thinking=False, or --no-thinking.", 2,
             )
 
-    def token_automaton(self, model: Model) -> TokenAutomaton | None:
+    def token_machine(self, model: Model) -> TokenMachine | None:
         """Return what every answer must match, over the model's tokens; None without a constraint."""
         constraint = self.constraint
         if self.response_format is not None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from dgemma_mlx.constrain.projection import Floats, Projected
-from dgemma_mlx.constrain.vocabulary import Ids, TokenAutomaton
+from dgemma_mlx.constrain.paths import Floats, Ids
+from dgemma_mlx.constrain.projection import Projected
+from dgemma_mlx.constrain.vocabulary import TokenAutomaton
 
 _MAX_SCORE = 1e6  # scores are clipped to +-1e6, so that sums over a canvas stay finite and above -_FAR
 _FAR = 1e12

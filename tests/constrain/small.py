@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dgemma_mlx.constrain.automaton import Automaton
+from dgemma_mlx.constrain.automaton import Automaton, automaton_of
+from dgemma_mlx.constrain.languages import of_regex
+from dgemma_mlx.constrain.machine import Machine
 from dgemma_mlx.text.tokenizer import Tokenizer
 
 PAD, EOS, TURN = 0, 1, 2
@@ -68,18 +70,25 @@ def shares(found: list[tuple[int, ...]], logits: NDArray[np.float64]) -> NDArray
     return np.asarray(weights / weights.sum())
 
 
-def text_of(automaton: Automaton, rng: np.random.Generator, steps: int = 60) -> bytes:
-    """Return a text that the automaton accepts.
+def automaton_of_regex(regex: str) -> Automaton:
+    """Return all states of a regular expression's machine."""
+    return automaton_of(of_regex(regex), 20_000)[0]
+
+
+def text_of(machine: Machine, rng: np.random.Generator, steps: int = 60) -> bytes:
+    """Return a text that the machine accepts.
 
     It is a random walk of up to ``steps`` bytes, followed by the shortest way to an accepting state.
     """
-    text, state, completions = b"", 0, automaton.completions()
+    text, state = [], machine.start
     for _ in range(int(rng.integers(1, steps + 1))):
-        following = np.flatnonzero(automaton.table[state] >= 0)
-        if not following.size or (automaton.accepting[state] and rng.random() < 0.1):
+        row = machine.row(state)
+        if not row.states or (state.nullable and rng.random() < 0.1):
             break
-        ends = rng.random() < 0.2 and completions[state]  # otherwise strings would hardly ever end
-        byte = completions[state][0] if ends else int(rng.choice(following))
-        text += bytes([byte])
-        state = int(automaton.table[state, byte])
-    return text + completions[state]
+        ends = rng.random() < 0.2 and not state.nullable  # otherwise strings would hardly ever end
+        text.append(machine.step(state)[0] if ends else int(rng.choice((row.index >= 0).nonzero()[0])))
+        state = row.states[row.index[text[-1]]]
+    while not state.nullable:
+        symbol, state = machine.step(state)
+        text.append(symbol)
+    return bytes(text)

@@ -6,9 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dgemma_mlx.constrain.automaton import automaton_of
 from dgemma_mlx.constrain.canvas import CanvasProjection, ConstraintState, RowStart
-from dgemma_mlx.constrain.vocabulary import TokenAutomaton
+from dgemma_mlx.constrain.languages import of_regex
+from dgemma_mlx.constrain.tokens import TokenMachine
 from dgemma_mlx.diffusion.stopping import gap
 from dgemma_mlx.kernels import CanvasSample, canvas_sampler
 from tests.constrain.small import EOS, PAD, TURN, tokenizer_of
@@ -19,8 +19,8 @@ C = 3
 def projected(regex: str, logits: np.ndarray, temperature: float) -> tuple[CanvasSample, CanvasSample]:
     """Return the model's own sample of the logits (C, V), and its projection."""
     tokenizer = tokenizer_of("a", "b", "c")
-    automaton = TokenAutomaton(automaton_of(regex, "it"), tokenizer, (EOS, TURN), PAD, tokenizer.vocab_size)
-    projection = CanvasProjection([RowStart(ConstraintState(automaton), 100)])
+    machine = TokenMachine(of_regex(regex), tokenizer, (EOS, TURN), PAD, tokenizer.vocab_size)
+    projection = CanvasProjection([RowStart(ConstraintState.first(machine), 100)])
     raw, uniforms = mx.array(logits[None].astype(np.float32)), mx.full((1, C), 0.5)
     own = canvas_sampler(raw, uniforms, None, temperature)
     return own, projection(own, projection.gather(raw, None), uniforms, temperature)

@@ -17,14 +17,14 @@ from dgemma_mlx.constrain.vocabulary import TokenAutomaton
 from dgemma_mlx.text import load_tokenizer
 from dgemma_mlx.text.tokenizer import Tokenizer
 from tests.constrain import plain
-from tests.constrain.small import EOS, PAD, TURN, canvases, shares, tokenizer_of
+from tests.constrain.small import EOS, PAD, TURN, automaton_of_regex, canvases, shares, tokenizer_of
 
 REGEXES = ("a*", "(ab|ba)*", "a?b{0,2}", "b+a", "aab|bba?", "(a|bb)*b", "[ab]{2,4}", "(aaa)*", "", "ab*|ba*")
 EXTRA = ("ab", "ba", "aa", "abb", "bab")
 
 
 def token_automaton_of(regex: str, tokenizer: Tokenizer) -> TokenAutomaton:
-    return TokenAutomaton(automaton_of(regex, "it"), tokenizer, (EOS, TURN), PAD, tokenizer.vocab_size)
+    return TokenAutomaton(automaton_of_regex(regex), tokenizer, (EOS, TURN), PAD, tokenizer.vocab_size)
 
 
 def projected(
@@ -45,7 +45,7 @@ def test_projection_equals_all_canvases(data: st.DataObject) -> None:
     regex = data.draw(st.sampled_from(REGEXES))
     tokenizer = tokenizer_of("a", "b", *data.draw(st.lists(st.sampled_from(EXTRA), max_size=2, unique=True)))
     token_automaton = token_automaton_of(regex, tokenizer)
-    automaton = automaton_of(regex, "it")
+    automaton = automaton_of_regex(regex)
     text = data.draw(st.text("ab", max_size=3)).encode()
     state = automaton.after(0, text)
     assume(state >= 0)
@@ -90,8 +90,9 @@ PROPERTIES: tuple[dict[str, Any], ...] = (
 def test_projection_equals_its_plain_form(data: st.DataObject) -> None:
     """On automata and vocabularies that are too large to enumerate, with a part of the vocabulary as candidates."""
     tokenizer, vocab_size = load_tokenizer(DEMO_FOLDER), 768
-    schema = {"type": "object", "properties": data.draw(st.sampled_from(PROPERTIES))}
-    automaton = Constraint.json_schema(schema).automaton
+    properties = data.draw(st.sampled_from(PROPERTIES))
+    schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    automaton = automaton_of(Constraint.json_schema(schema).machine, 2000)[0]
     token_automaton = TokenAutomaton(automaton, tokenizer, (1, 106), 0, vocab_size)
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     state = data.draw(st.integers(0, automaton.size))
@@ -125,7 +126,7 @@ def test_a_sample_does_not_depend_on_earlier_answers() -> None:
 
 def test_samples_are_drawn_in_proportion() -> None:
     tokenizer = tokenizer_of("a", "b", "ab")
-    token_automaton, automaton = token_automaton_of("(ab|ba)*", tokenizer), automaton_of("(ab|ba)*", "it")
+    token_automaton, automaton = token_automaton_of("(ab|ba)*", tokenizer), automaton_of_regex("(ab|ba)*")
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(3, tokenizer.vocab_size))
     every = list(canvases(automaton, tokenizer, b"", 3, 5, dict(enumerate(token_automaton.shortest.tolist()))))

@@ -15,13 +15,19 @@ import pytest
 import dgemma_mlx
 from dgemma_mlx import Constraint, DgemmaError
 from dgemma_mlx.checkpoint.config import GenerationConfig
+from dgemma_mlx.constrain.automaton import Automaton, automaton_of
 from dgemma_mlx.constrain.candidates import top_ids
+from dgemma_mlx.constrain.languages import of_regex
+from dgemma_mlx.constrain.tokens import TokenMachine
 from dgemma_mlx.constrain.vocabulary import TokenAutomaton
 from dgemma_mlx.text import Tokenizer, load_tokenizer
 from tests.constrain.small import EOS, PAD, TURN, tokenizer_of
 
 DEMO = Path(dgemma_mlx.__file__).parent / "demo"
-RECORD = {"type": "object", "properties": {"é": {"type": "string"}, "n": {"type": "number"}}, "required": ["é"]}
+RECORD = {
+    "type": "object", "properties": {"é": {"type": "string"}, "n": {"type": "number"}}, "required": ["é"],
+    "additionalProperties": False,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +35,18 @@ def demo() -> Tokenizer:
     return load_tokenizer(DEMO)
 
 
-def over(constraint: Constraint, tokenizer: Tokenizer, vocab_size: int = 768) -> TokenAutomaton:
+def over(constraint: Constraint, tokenizer: Tokenizer, vocab_size: int = 768) -> TokenMachine:
     return constraint.over(tokenizer, GenerationConfig(eos_token_ids=(1, 106, 50)), vocab_size)
+
+
+def automata(constraint: Constraint, tokenizer: Tokenizer, vocab_size: int = 768) -> tuple[Automaton, TokenAutomaton]:
+    automaton = automaton_of(constraint.machine, 2000)[0]
+    return automaton, TokenAutomaton(automaton, tokenizer, (1, 106), 0, vocab_size)
 
 
 @pytest.mark.parametrize("constraint", [Constraint.json_schema(RECORD), Constraint.regex(".*[é京]?[a-f ]{2}")])
 def test_every_token_leads_where_its_bytes_lead(demo: Tokenizer, constraint: Constraint) -> None:
-    token_automaton, automaton = over(constraint, demo), constraint.automaton
+    automaton, token_automaton = automata(constraint, demo)
     classes = token_automaton.classes(np.arange(768, dtype=np.int32))
     for id in range(768):
         _, source, target = token_automaton.transitions(classes[id : id + 1])
@@ -48,13 +59,11 @@ def test_every_token_leads_where_its_bytes_lead(demo: Tokenizer, constraint: Con
         if id in (0, 1, 106):
             expected[token_automaton.end] = token_automaton.end
         assert found == expected, demo.token(id)
-        for state in range(token_automaton.end):
-            assert token_automaton.advance(state, [id]) == expected.get(state, -1)
 
 
 def test_shortest_counts_the_skeleton_tokens_to_the_end(demo: Tokenizer) -> None:
     """From each state some skeleton token leads to a state that is one token nearer to the end."""
-    token_automaton = over(Constraint.json_schema(RECORD), demo)
+    token_automaton = automata(Constraint.json_schema(RECORD), demo)[1]
     index, source, target = token_automaton.transitions(token_automaton.classes(token_automaton.skeleton))
     assert len(index)
     nearest = np.full(token_automaton.end + 1, 1 << 40)
@@ -77,11 +86,11 @@ def test_ids_of_bytes(demo: Tokenizer) -> None:
 
 def test_a_vocabulary_that_cannot_write_the_texts_is_an_error() -> None:
     with pytest.raises(DgemmaError, match="lacks tokens"):
-        TokenAutomaton(Constraint.regex("a|xy").automaton, tokenizer_of("a", "x"), (EOS, TURN), PAD, 5)
+        TokenMachine(of_regex("a|xy"), tokenizer_of("a", "x"), (EOS, TURN), PAD, 5)
 
 
 def test_a_model_may_have_fewer_tokens_than_its_tokenizer(demo: Tokenizer) -> None:
-    token_automaton = over(Constraint.regex("[a-z]{40}"), demo, 500)
+    token_automaton = automata(Constraint.regex("[a-z]{40}"), demo, 500)[1]
     assert token_automaton.skeleton.max() < 500
 
 
@@ -90,7 +99,7 @@ def test_equal_constraints_are_compiled_once(demo: Tokenizer) -> None:
     asked = Constraint.response_format({"type": "json_schema", "json_schema": {"schema": schema}})
     assert asked is not None
     constraints = [Constraint.json_schema(schema), Constraint.json_schema(dict(schema)), asked]
-    assert len({id(constraint.automaton) for constraint in constraints}) == 1
+    assert len({id(constraint.machine) for constraint in constraints}) == 1
     assert len({id(over(constraint, demo)) for constraint in constraints}) == 1
     turned = {**schema, "properties": dict(reversed(schema["properties"].items()))}  # other texts match this one
     assert over(Constraint.json_schema(turned), demo) is not over(constraints[0], demo)
@@ -122,19 +131,22 @@ def test_threads_share_an_automaton(demo: Tokenizer) -> None:
     """All threads compile the same constraint and ask for all classes at the same time."""
     pattern = "([a-z]{1,3} ?){1,9}!"
     ids, begin = np.arange(768, dtype=np.int32), threading.Barrier(4)
+    shared, kept = automata(Constraint.regex(pattern), demo)[1], []
 
     def ask(shift: int) -> tuple[TokenAutomaton, list[str]]:
         begin.wait()
-        automaton = over(Constraint.regex(pattern), demo)
-        automaton.classes(np.roll(ids, shift))
-        return automaton, transitions(automaton)
+        machine = over(Constraint.regex(pattern), demo)
+        kept.append(machine)
+        shared.classes(np.roll(ids, shift))
+        return shared, transitions(shared)
 
     def transitions(automaton: TokenAutomaton) -> list[str]:
         return [str(automaton.transitions(automaton.classes(ids[id : id + 1]))[1:]) for id in range(768)]
 
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(ask, (0, 100, 300, 500)))
-    alone = TokenAutomaton(Constraint.regex(pattern).automaton, demo, (1, 106), 0, 768)
+    alone = automata(Constraint.regex(pattern), demo)[1]
+    assert all(machine is kept[0] for machine in kept)
     for automaton, each in found:
         assert automaton is found[0][0] and each == transitions(alone)
 

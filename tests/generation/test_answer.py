@@ -10,7 +10,7 @@ import pytest
 import dgemma_mlx
 from dgemma_mlx import Constraint, Draft, Model
 from dgemma_mlx.constrain.canvas import ConstraintState
-from dgemma_mlx.constrain.vocabulary import TokenAutomaton
+from dgemma_mlx.constrain.tokens import TokenMachine
 from dgemma_mlx.generation.answer import Answer, call_prefix
 from dgemma_mlx.generation.api import _Asked, _runner
 from dgemma_mlx.generation.options import GenerationOptions
@@ -66,8 +66,8 @@ def test_the_steps_of_a_canvas_are_counted_from_its_own_first_step(demo: Model) 
 def test_what_is_written_takes_from_the_positions_that_a_constrained_answer_may_still_fill(demo: Model) -> None:
     """Of 15 positions, three are the prompt's: three canvases of four fit, and after the first one two."""
     ends, vocab_size = demo.generation.eos_token_ids, demo.config.text.vocab_size
-    automaton = TokenAutomaton(Constraint.regex("[a-z]*").automaton, demo.tokenizer, ends, 0, vocab_size)
-    answer = answer_of(demo, max_positions=15, constraint=ConstraintState(automaton))
+    machine = TokenMachine(Constraint.regex("[a-z]*").machine, demo.tokenizer, ends, 0, vocab_size)
+    answer = answer_of(demo, max_positions=15, constraint=ConstraintState.first(machine))
     rooms = []
     for _ in range(2):
         start = answer.row_start(4)
