@@ -63,7 +63,7 @@ class BeamProjector:
         self.skeleton = self._ids_of(self._near())
 
     def _near(self) -> Indices:
-        """Return the states that the skeletons of the first state lead to, directly or through others, up to a number."""
+        """Return the first state and those that skeletons lead to from there, the nearest ones."""
         found = {self._start: None, ENDED: None}
         for state in (waiting := [self._start]):  # grows
             targets = self._visited.skeletons(np.array([state]))[2]
@@ -130,12 +130,12 @@ class BeamProjector:
     ) -> _Layer:
         """Build one layer. ``states``, ``full`` and ``scores`` are those of the layer before (``_Layer``)."""
         visited = self._visited
-        tokens = candidates.tokens[position]
-        moves = visited.moves(states[:full], tokens)
-        source, column = (moves >= 0).nonzero()
-        target: Indices = moves[source, column].astype(np.intp)
-        more = candidates.skeleton_edges(position, states, full)
-        source, column, target = (np.concatenate(pair) for pair in zip((source, column, target), more, strict=True))
+        source, column, target = candidates.skeleton_edges(position, states, full)
+        if len(states) > 1 or states[0] != ENDED:  # end-of-text tokens and padding are the skeleton of ``ENDED``
+            moves = visited.moves(states[:full], candidates.tokens[position])
+            row, probable = (moves >= 0).nonzero()
+            source, column = np.concatenate([source, row]), np.concatenate([column, probable])
+            target = np.concatenate([target, moves[row, probable]])
         unique, place = self._numbered(target)
         best = np.full(len(unique), -np.inf)
         np.maximum.at(best, place, scores[source] + candidates.scores[position].take(column))
@@ -199,34 +199,38 @@ class _Columns:
         self._least = self.scores[:, :k].min(axis=1, keepdims=True) - _SHORTFALL
         self._ids = ids
         self._numbers = own.tolist()  # the tokens of the columns after the first k
-        # The column of each token after the first k, and its column among the first k at the current position.
-        self._column, self._probable = np.full(len(visited.ids), -1), np.full(len(visited.ids), -1)
+        # The column of each token after the first k, and its column among the first k at each position; -1 without one.
+        self._column = np.full(len(visited.ids), -1)
         self._column[own] = np.arange(k, k + len(own))
+        self._probable = np.full((self.length, len(visited.ids)), -1, np.int16)
+        self._probable[np.arange(self.length)[:, None], self.tokens] = np.arange(k)
 
     def skeleton_edges(self, position: int, states: Indices, full: int) -> tuple[Indices, Indices, Indices]:
         """Return edges by the skeletons of ``full`` states and by the first tokens of the spellings of the others.
 
-        A token of a full state that is a probable one is left out: it has an edge already. The arrays (E,) are as in
+        A token of a full state that is a probable one is left out, except for ``ENDED`` alone: ``Visited.moves`` has
+        its edge. The arrays (E,) are as in
         ``_Layer``, with target states by number.
         """
         source, token, target = self._visited.skeletons(states[:full])
         others, following = self._visited.canonical(states[full:])
         source = np.concatenate([source, np.arange(full, len(states))])
         token, target = np.concatenate([token, others]), np.concatenate([target, following])
-        self._make_room(token)
-        probable = self.tokens[position]
-        self._probable[probable] = np.arange(len(probable))
-        column = self._probable[token]
-        self._probable[probable] = -1
-        kept = ((column < 0) | (source >= full)).nonzero()[0]
-        source, token, target, column = source[kept], token[kept], target[kept].astype(np.intp), column[kept]
-        return source, np.where(column < 0, self._column[token], column), target
+        if len(self._visited.ids) > len(self._column) or self._column.take(token).min() < 0:
+            self._make_room(token)
+        probable = self._probable[position].take(token)
+        column = np.where(probable < 0, self._column.take(token), probable)
+        if len(states) == 1 and states[0] == ENDED:
+            return source, column, target
+        kept = ((probable < 0) | (source >= full)).nonzero()[0]
+        return source.take(kept), column.take(kept), target.take(kept)
 
     def _make_room(self, tokens: Indices) -> None:
         """Add columns for tokens that have none."""
         more = len(self._visited.ids) - len(self._column)
         if more:
-            self._column, self._probable = (np.pad(each, (0, more), constant_values=-1) for each in (self._column, self._probable))
+            self._column = np.pad(self._column, (0, more), constant_values=-1)
+            self._probable = np.pad(self._probable, [(0, 0), (0, more)], constant_values=-1)
         new = np.unique(tokens[self._column[tokens] < 0])
         if len(new):
             self._column[new] = np.arange(self.scores.shape[1], self.scores.shape[1] + len(new))
@@ -236,8 +240,9 @@ class _Columns:
     def ids_at(self, columns: Indices) -> Ids:
         """Return the token id of one column of each position (C,)."""
         k = self._ids.shape[1]
-        later = np.array([self._visited.ids[number] for number in self._numbers], np.int32)[np.maximum(columns - k, 0)]
-        return np.where(columns < k, self._ids[np.arange(self.length), np.minimum(columns, k - 1)], later)
+        later = np.array([self._visited.ids[number] for number in self._numbers], np.int32)
+        probable = self._ids[np.arange(self.length), np.minimum(columns, k - 1)]
+        return np.where(columns < k, probable, later[np.maximum(columns - k, 0)])
 
 
 def _followed(paths: Paths, scores: Floats, uniforms: Floats) -> tuple[Indices, Indices]:

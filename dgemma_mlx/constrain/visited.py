@@ -77,7 +77,7 @@ class Visited:
         self.spell = np.full(256, _UNKNOWN, np.int64)
         self._followers: dict[int, tuple[int, int]] = {}  # first symbol of a state's completion, and the state after it
         self._canonical_tokens, self._canonical_targets = np.zeros(256, np.intp), np.zeros(256, np.intp)
-        self._skeletons = np.zeros((1024, 2), np.intp)  # pairs of token and target
+        self._skeletons = np.zeros((2, 1024), np.intp)  # token and target
         self._skeletons_used = 0
         self._skeleton_firsts, self._skeleton_counts = np.zeros(256, np.intp), np.zeros(256, np.intp)
         self._local = np.full(spelling.vocab_size, -1, np.intp)
@@ -143,8 +143,8 @@ class Visited:
         return number
 
     def _expand(self, states: Indices) -> None:
-        """Fill the rows of states that have none."""
-        for state in states[~self._expanded[states]].tolist():
+        """Fill the rows of different states."""
+        for state in states.tolist():
             row = self._machine.row(self._terms[state])
             targets = np.array([*map(self.number, row.states), _DEAD], np.int32)
             self._table[state], self._expanded[state] = targets[row.index], True
@@ -168,7 +168,7 @@ class Visited:
             )
         new = states[self._move_rows[states] < 0]
         if (self._rows_used + len(new)) * self._moves.shape[1] > _MOST_MOVES:
-            self._reset_moves()
+            self._reset_moves(self._moves.shape[1])
             new = states
         if self._rows_used + len(new) > len(self._moves):
             self._moves = _grown(self._moves, _UNKNOWN, self._rows_used + len(new))
@@ -176,9 +176,9 @@ class Visited:
         self._rows_used += len(new)
         return self._move_rows[states]
 
-    def _reset_moves(self) -> None:
-        """Forget all moves."""
-        self._moves = np.full((64, 1024), _UNKNOWN, np.int32)
+    def _reset_moves(self, width: int = 1024) -> None:
+        """Forget all moves. The array of moves then has columns for ``width`` tokens."""
+        self._moves = np.full((64, width), _UNKNOWN, np.int32)
         self._move_rows = np.full(len(self._expanded), -1, np.intp)
         self._rows_used = 0
 
@@ -192,7 +192,9 @@ class Visited:
         position = 0
         while len(pair):
             check_time()
-            self._expand(np.unique(state))
+            new = state[~self._expanded.take(state)]
+            if len(new):
+                self._expand(np.unique(new))
             state = self._table[state, self._texts[token, position]]
             live = (state >= 0).nonzero()[0]
             pair, state, token = pair[live], state[live], token[live]
@@ -262,14 +264,14 @@ class Visited:
         for state in states[self._skeleton_counts[states] == 0].tolist():
             tokens = self._skeleton(state)
             first, self._skeletons_used = self._skeletons_used, self._skeletons_used + len(tokens)
-            if self._skeletons_used > len(self._skeletons):
-                self._skeletons = _grown(self._skeletons, 0, self._skeletons_used)
-            self._skeletons[first : self._skeletons_used] = list(tokens.items())
+            if self._skeletons_used > self._skeletons.shape[1]:
+                self._skeletons = _grown(self._skeletons.T, 0, self._skeletons_used).T.copy()
+            self._skeletons[:, first : self._skeletons_used] = list(tokens), list(tokens.values())
             self._skeleton_firsts[state], self._skeleton_counts[state] = first, len(tokens)
-        counts = self._skeleton_counts[states]
+        counts = self._skeleton_counts.take(states)
         source = np.arange(len(states)).repeat(counts)
-        within = np.arange(len(source)) - (counts.cumsum() - counts).repeat(counts)
-        token, target = self._skeletons[self._skeleton_firsts[states].repeat(counts) + within].T
+        firsts = self._skeleton_firsts.take(states)
+        token, target = self._skeletons[:, (firsts + counts - counts.cumsum()).repeat(counts) + np.arange(len(source))]
         return source, token, target
 
     def _skeleton(self, state: int) -> dict[int, int]:
