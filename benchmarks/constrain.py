@@ -1,17 +1,22 @@
 """Constrained output: whether all of it matches, whether as many answers are right, and what it costs.
 
     python benchmarks/constrain.py [json] [--prompts 500] [--speed MODE]
-    python benchmarks/constrain.py random [--outputs 200] [--each]
+    python benchmarks/constrain.py random [--outputs 200] [--each N]
     python benchmarks/constrain.py cost [--steps 8]
     python benchmarks/constrain.py patterns [--vocabulary runs/gemma4]
+    python benchmarks/constrain.py schemas FILE.jsonl [--count 300]
+    python benchmarks/constrain.py outputs FILE.jsonl [--count 300] [--each 3]
 
 ``json``: the demo model writes JSON with and without a schema, for the same held-out prompts and seeds. ``random``: a
 model with random weights, a generated vocabulary of 262,144 tokens and a canvas of 32 writes under ten schemas and 20
 regular expressions. ``--outputs`` counts the outputs of all schemas together and of all regular expressions together,
-or with ``--each`` those of each one. ``jsonschema`` and ``re`` check them. ``cost``: the time of steps with and without
+or ``--each`` those of each one. ``jsonschema`` and ``re`` check them. ``cost``: the time of steps with and without
 a constraint on the checkpoint small-262k (canvas 256), and of the projection
 within them. ``patterns``: what some 60 regular expressions take to compile, and to project a first canvas onto, with
-Gemma's own vocabulary, which ``make runs/gemma4/tokenizer.json`` fetches.
+Gemma's own vocabulary, which ``make runs/gemma4/tokenizer.json`` fetches. ``schemas`` and ``outputs`` take a file of
+JSON schemas, an object with "name" and "schema" on each line, such as JSONSchemaBench's. ``schemas``: what each takes
+to compile and to project canvases of 256 onto, with the same vocabulary. ``outputs``: a random model with this
+vocabulary and canvases of 64 writes under each schema, and ``jsonschema`` checks the answers, with their formats.
 
 The exit code is 1 when an output does not match, when fewer constrained answers are right, or when the projection takes
 15 % of a step or more for the typical schema.
@@ -37,6 +42,7 @@ import mlx.core as mx
 from jsonschema import Draft202012Validator
 from measured import checkpoints
 from measured.patterns import patterns
+from measured.schemas import schema_costs, schema_outputs
 from measured.vocabulary import write_tokenizer
 
 from dgemma_mlx import Constraint, Draft, Model, generate, generate_batch, load, stream
@@ -116,7 +122,7 @@ def validates(validator: Draft202012Validator, text: str) -> bool:
         return False
 
 
-def random_outputs(outputs: int, each: bool) -> bool:
+def random_outputs(outputs: int, each: int) -> bool:
     cases: list[tuple[str, Constraint, Any]] = [
         (name, Constraint.json_schema(schema), partial(validates, Draft202012Validator(schema)))
         for name, schema in SCHEMAS.items()
@@ -125,7 +131,7 @@ def random_outputs(outputs: int, each: bool) -> bool:
     good = True
     with checkpoint("tiny-262k") as model:
         for place, (name, constraint, matches) in enumerate(cases):
-            share = outputs if each else -(-outputs // (len(SCHEMAS) if place < len(SCHEMAS) else len(REGEXES)))
+            share = each or -(-outputs // (len(SCHEMAS) if place < len(SCHEMAS) else len(REGEXES)))
             began = time.perf_counter()
             texts = [done.text for first in range(0, share, 10) for done in answers(model, constraint, first, share)]
             matching, seconds = sum(is_match(matches, text) for text in texts), time.perf_counter() - began
@@ -222,11 +228,14 @@ def step_times(model: Model, constraint: Constraint | None, steps: int) -> Itera
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("json", "random", "cost", "patterns"), nargs="?", default="json")
+    kinds = ("json", "random", "cost", "patterns", "schemas", "outputs")
+    parser.add_argument("what", choices=kinds, nargs="?", default="json")
+    parser.add_argument("file", type=Path, nargs="?", help="JSONL of schemas and outputs")
+    parser.add_argument("--count", type=int, default=300, help="number of schemas")
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--speed", default="balanced")
     parser.add_argument("--outputs", type=int, default=200)
-    parser.add_argument("--each", action="store_true")
+    parser.add_argument("--each", type=int, default=0, help="outputs of each case")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--vocabulary", type=Path, default=Path("runs/gemma4"))
     arguments = parser.parse_args()
@@ -235,6 +244,8 @@ def main() -> None:
         "random": lambda: random_outputs(arguments.outputs, arguments.each),
         "cost": lambda: cost(arguments.steps),
         "patterns": lambda: patterns(arguments.vocabulary),
+        "schemas": lambda: schema_costs(arguments.file, arguments.vocabulary, arguments.count),
+        "outputs": lambda: schema_outputs(arguments.file, arguments.vocabulary, arguments.count, arguments.each or 3),
     }  # fmt: skip
     sys.exit(not parts[arguments.what]())
 
