@@ -91,7 +91,7 @@ def automaton_of(machine: Machine, most: int) -> tuple[Automaton, dict[Term, int
     table = np.empty((len(states), BYTES), np.int32)
     for number, state in enumerate(states):
         row = machine.row(state)
-        table[number] = np.array([*(numbers[after] for after in row.states), DEAD], np.int32)[row.index]
+        table[number] = np.array([*(numbers[after] for after in row.states), DEAD], np.int32)[row.place]
     accepting = np.array([state.nullable for state in states])
     automaton, classes = _minimized(table, accepting)
     return automaton, dict(zip(states, classes.tolist(), strict=True))
@@ -150,4 +150,5 @@ def _minimized(
     order = np.argsort(firsts)  # number the classes by their first states, so that the start stays 0
     numbers = np.append(np.argsort(order), DEAD).astype(np.int32)
     states = firsts[order]
-    return Automaton(numbers[np.append(classes, DEAD)[table[states]]], accepting[states]), numbers[classes]
+    automaton = Automaton(numbers[np.append(classes, DEAD)[table[states]]], accepting[states])
+    return automaton, numbers[classes].astype(np.intp)

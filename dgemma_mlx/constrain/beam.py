@@ -242,7 +242,8 @@ class _Columns:
         k = self._ids.shape[1]
         later = np.array([self._visited.ids[number] for number in self._numbers], np.int32)
         probable = self._ids[np.arange(self.length), np.minimum(columns, k - 1)]
-        return np.where(columns < k, probable, later[np.maximum(columns - k, 0)])
+        found: Ids = np.where(columns < k, probable, later[np.maximum(columns - k, 0)])
+        return found
 
 
 def _followed(paths: Paths, scores: Floats, uniforms: Floats) -> tuple[Indices, Indices]:

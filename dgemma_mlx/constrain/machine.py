@@ -25,11 +25,11 @@ class Row(NamedTuple):
     """What follows a state.
 
     Attributes:
-        index: For each symbol, an index into ``states``, or -1 where no text goes on: (size,) int16.
+        place: For each symbol, an index into ``states``, or -1 where no text goes on: (size,) int16.
         states: The different states that follow.
     """
 
-    index: NDArray[np.int16]
+    place: NDArray[np.int16]
     states: tuple[Term, ...]
 
 
@@ -58,15 +58,15 @@ class Machine:
         row = self._rows.get(state)
         if row is None:
             check_time()
-            index = np.full(self.terms.size, -1, np.int16)
-            states = []
+            place = np.full(self.terms.size, -1, np.int16)
+            states: list[Term] = []
             for mask, after in self.terms.row(state):
                 if self.is_alive(after):
                     members = mask.to_bytes((self.terms.size + 7) // 8, "little")
                     bits = np.unpackbits(np.frombuffer(members, np.uint8), bitorder="little")[: self.terms.size]
-                    index[bits.view(np.bool_)] = len(states)
+                    place[bits.view(np.bool_)] = len(states)
                     states.append(after)
-            row = self._rows[state] = Row(index, tuple(states))
+            row = self._rows[state] = Row(place, tuple(states))
         return row
 
     def after(self, state: Term | None, symbols: Iterable[int]) -> Term | None:
@@ -75,7 +75,7 @@ class Machine:
             if state is None:
                 break
             row = self.row(state)
-            place = int(row.index[symbol])
+            place = int(row.place[symbol])
             state = row.states[place] if place >= 0 else None
         return state
 
@@ -91,8 +91,8 @@ class Machine:
         """
         row, distance = self.row(state), self.terms.least(state)
         steps = [
-            (int((row.index == place).argmax()), after)
-            for place, after in enumerate(row.states) if self.terms.least(after) == distance - 1
+            (int((row.place == number).argmax()), after)
+            for number, after in enumerate(row.states) if self.terms.least(after) == distance - 1
         ]
         return min(steps, key=lambda step: step[0])
 

@@ -84,7 +84,9 @@ class Visited:
         self.ids: list[int] = []
         self._lengths = np.zeros(1024, np.int32)
         self._texts = np.zeros((1024, _MAX_TOKEN_BYTES), np.int16)
-        self._reset_moves()
+        # The state that each token leads to from some states: the rows in use, and the row of each state; -1 without one.
+        self._moves = np.full((64, 1024), _UNKNOWN, np.int32)
+        self._rows_used, self._move_rows = 0, np.full(256, -1, np.intp)
         self.number(machine.terms.none)  # ENDED
         self.spell[ENDED], self._expanded[ENDED] = 0, True
         self._canonical_tokens[ENDED] = self._add_token(spelling.pad_id)
@@ -147,7 +149,7 @@ class Visited:
         for state in states.tolist():
             row = self._machine.row(self._terms[state])
             targets = np.array([*map(self.number, row.states), _DEAD], np.int32)
-            self._table[state], self._expanded[state] = targets[row.index], True
+            self._table[state], self._expanded[state] = targets[row.place], True
 
     def moves(self, states: Indices, tokens: Indices) -> NDArray[np.int32]:
         """Return the state that each token (k,) leads to from each state (n,): (n, k), -1 where it leads nowhere."""
@@ -168,19 +170,15 @@ class Visited:
             )
         new = states[self._move_rows[states] < 0]
         if (self._rows_used + len(new)) * self._moves.shape[1] > _MOST_MOVES:
-            self._reset_moves(self._moves.shape[1])
+            self._moves = np.full((64, self._moves.shape[1]), _UNKNOWN, np.int32)
+            self._move_rows[:], self._rows_used = -1, 0
             new = states
         if self._rows_used + len(new) > len(self._moves):
             self._moves = _grown(self._moves, _UNKNOWN, self._rows_used + len(new))
         self._move_rows[new] = np.arange(self._rows_used, self._rows_used + len(new))
         self._rows_used += len(new)
-        return self._move_rows[states]
-
-    def _reset_moves(self, width: int = 1024) -> None:
-        """Forget all moves. The array of moves then has columns for ``width`` tokens."""
-        self._moves = np.full((64, width), _UNKNOWN, np.int32)
-        self._move_rows = np.full(len(self._expanded), -1, np.intp)
-        self._rows_used = 0
+        rows: Indices = self._move_rows[states]
+        return rows
 
     def _follow(self, states: Indices, tokens: Indices) -> NDArray[np.int32]:
         """Return the state that a token leads to from a state, for pairs (n,) of them."""
@@ -282,9 +280,9 @@ class Visited:
             found |= {self._add_token(id): ENDED for id in self._spelling.eos_ids}
         if state != ENDED:
             row = self._machine.row(term)
-            symbols = (row.index >= 0).nonzero()[0].tolist()
+            symbols = (row.place >= 0).nonzero()[0].tolist()
             for symbol in symbols if len(symbols) <= _MAX_BRANCHES else ():
-                found |= self._branch(symbol, self.number(row.states[row.index[symbol]]))
+                found |= self._branch(symbol, self.number(row.states[row.place[symbol]]))
         return found
 
     def _branch(self, symbol: int, state: int) -> dict[int, int]:

@@ -86,8 +86,8 @@ def text_of(machine: Machine, rng: np.random.Generator, steps: int = 60) -> byte
         if not row.states or (state.nullable and rng.random() < 0.1):
             break
         ends = rng.random() < 0.2 and not state.nullable  # otherwise strings would hardly ever end
-        text.append(machine.step(state)[0] if ends else int(rng.choice((row.index >= 0).nonzero()[0])))
-        state = row.states[row.index[text[-1]]]
+        text.append(machine.step(state)[0] if ends else int(rng.choice((row.place >= 0).nonzero()[0])))
+        state = row.states[row.place[text[-1]]]
     while not state.nullable:
         symbol, state = machine.step(state)
         text.append(symbol)
