@@ -15,9 +15,9 @@ from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
 from dgemma_mlx.constrain.automaton import automaton_of
 from dgemma_mlx.constrain.beam import BeamProjector
 from dgemma_mlx.constrain.languages import of_regex
-from dgemma_mlx.constrain.machine import Machine
+from dgemma_mlx.constrain.machine import BYTES, Machine
 from dgemma_mlx.constrain.projection import Projected
-from dgemma_mlx.constrain.terms import Term
+from dgemma_mlx.constrain.terms import Term, Terms
 from dgemma_mlx.constrain.tokens import TokenMachine
 from dgemma_mlx.constrain.visited import Spelling, Visited
 from dgemma_mlx.text import load_tokenizer
@@ -135,3 +135,47 @@ def test_answers_of_several_canvases_match_and_end_in_time(schema: Any, sharpnes
             assert set(committed[ends:]) <= {0, 1, 106}
         assert constraint.matches(text.decode())
         json.loads(text)
+
+
+def test_a_projection_does_not_depend_on_earlier_answers() -> None:
+    """States and tokens of a machine that was used before have other numbers."""
+    tokenizer, machine = load_tokenizer(DEMO_FOLDER), Constraint.json_schema(TREE).machine
+    rng = np.random.default_rng(1)
+    logits, uniforms = 3 * rng.normal(size=(20, 768)), rng.random(20)
+    ids = np.stack([rng.permutation(768)[:12] for _ in range(20)]).astype(np.int32)
+    used = visited_of(machine, tokenizer, (1, 106))
+    for seed in range(3):
+        other = np.random.default_rng(seed)
+        begin = machine.after(machine.start, b'{"v": "' + b"x" * seed)
+        assert begin is not None
+        projected(used, begin, 200, 3 * other.normal(size=(20, 768)), 24, other.random(20))
+    found = []
+    for visited in (visited_of(machine, tokenizer, (1, 106)), used):
+        projector = BeamProjector(visited, machine.start, 100)
+        for _ in range(2):
+            scores = np.take_along_axis(logits, ids, axis=1)
+            found.append(projector(logits[:, projector.skeleton], ids, scores, uniforms))
+    for fresh, after in zip(found[:2], found[2:], strict=True):
+        np.testing.assert_array_equal(fresh.argmax, after.argmax)
+        np.testing.assert_array_equal(fresh.sample, after.sample)
+        np.testing.assert_allclose(fresh.entropy, after.entropy, atol=1e-9)
+
+
+def test_control_tokens_are_symbols() -> None:
+    """A text with a control token in it, which the characters of its name are not."""
+    terms = Terms(BYTES + 1)
+    letters, mark = terms.repeat(terms.symbols(0b110 << 96), 1), terms.symbols(1 << BYTES)  # [ab]+ and <turn|>
+    machine = Machine(terms, terms.sequence(letters, mark, letters), ["<turn|>"])
+    tokenizer = tokenizer_of("a", "b", "<turn|", ">")
+    over = TokenMachine(machine, tokenizer, (EOS,), PAD, tokenizer.vocab_size)
+    rng = np.random.default_rng(0)
+    for room in (4, 5, 9):
+        projector = over.projector(machine.start, room)
+        logits = rng.normal(size=(10, tokenizer.vocab_size))
+        ids = np.broadcast_to(np.arange(tokenizer.vocab_size, dtype=np.int32), logits.shape)
+        found = projector(logits[:, projector.skeleton], ids, logits, rng.random(10))
+        for canvas in (found.argmax.tolist(), found.sample.tolist()):
+            end = canvas.index(EOS)
+            assert end < room and canvas.count(TURN) == 1 and set(canvas[:end]) <= {TURN, 3, 4}
+            assert 0 < canvas.index(TURN) < end - 1
+            assert over.advance(machine.start, canvas) is over.ended
