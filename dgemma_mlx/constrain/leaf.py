@@ -87,17 +87,26 @@ class _Translator:
     def _sequence(self, items: Sequence[p.Pattern], first: bool, last: bool) -> Term:
         """Translate items of which some assert something: the text of each one is empty or not."""
         terms = self._terms
-        if not items:
-            return terms.empty
-        if len(items) == 1:
-            return self.term(items[0], first, last)
-        head, tail = items[0], items[1:]
-        found = [terms.sequence(self._full(self.term(head, first, False)), self._full(self._sequence(tail, False, last)))]
+        # of the items from the end to each place, by their context
+        tails = dict.fromkeys(((a, b) for a in (False, True) for b in (False, True)), terms.empty)
+        for n, head in enumerate(reversed(items)):
+            found = {context: self._joined(head, tails, *context, alone=n == 0) for context in tails}
+            tails = found
+        return tails[first, last]
+
+    def _joined(
+        self, head: p.Pattern, tails: dict[tuple[bool, bool], Term], first: bool, last: bool, *, alone: bool
+    ) -> Term:
+        """Translate an item and what follows it, which is given for each context; ``alone`` when nothing follows."""
+        terms = self._terms
+        if alone:
+            return self.term(head, first, last)
+        found = [terms.sequence(self._full(self.term(head, first, False)), self._full(tails[False, last]))]
         if self.term(head, first, False).nullable:
-            found.append(self._full(self._sequence(tail, first, last)))
-        if self._sequence(tail, False, last).nullable:
+            found.append(self._full(tails[first, last]))
+        if tails[False, last].nullable:
             found.append(self._full(self.term(head, first, last)))
-        if self.term(head, first, last).nullable and self._sequence(tail, first, last).nullable:
+        if self.term(head, first, last).nullable and tails[first, last].nullable:
             found.append(terms.empty)
         return terms.either(found)
 
