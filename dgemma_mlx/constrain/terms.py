@@ -15,6 +15,8 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from dgemma_mlx.constrain.limits import check_time
+
 UNBOUNDED = 1 << 60  # more words, symbols or repetitions than anything has
 
 
@@ -160,14 +162,17 @@ class Terms:
             return self.repeat(term.parts[0], min(least, term.parts[1]))
         return self._term("repeat", (term, least, most), least == 0)
 
-    def rule(self, body: Callable[[], Term], name: Any, nullable: bool = False) -> Term:
+    def rule(
+        self, body: Callable[[], Term], name: Any, nullable: bool = False, weigh: Callable[[Term], int] | None = None
+    ) -> Term:
         """Return a term that stands for another one, which is asked for when its row is: this makes recursion.
 
-        ``name`` tells rules apart.
+        ``name`` tells rules apart. The lightest word of a rule is searched by its rows; where rules nest, rows do not
+        end, and ``weigh`` returns the weight.
         """
         found = self._term("rule", (name,), nullable)
         if len(found.parts) == 1:
-            found.parts = (name, body)
+            found.parts = (name, body, weigh)
         return found
 
     def row(self, term: Term) -> Row:
@@ -251,6 +256,9 @@ class Terms:
             return min(self.least(part) for part in parts)
         if kind == "repeat":
             return min(self.least(parts[0]) * parts[1], UNBOUNDED)
+        if kind == "rule" and parts[2]:
+            weight: int = parts[2](term)
+            return weight
         if kind in ("all", "not", "rule"):
             return self._search(term)
         return UNBOUNDED
@@ -266,7 +274,7 @@ class Terms:
         if term.kind == "any":
             return min(self._hope(part) for part in term.parts)
         if term.kind in ("not", "rule"):
-            return 0
+            return 0 if term.nullable else 1
         return self.least(term)
 
     def _search(self, start: Term) -> int:
@@ -275,6 +283,7 @@ class Terms:
         before: dict[Term, Term] = {}
         waiting = [(self._hope(start), 0, start.number, start)]
         while waiting:
+            check_time()
             hope, weight, _, term = heapq.heappop(waiting)
             if term in done or hope >= UNBOUNDED:
                 continue
