@@ -436,6 +436,9 @@ class Normalizer:
         required = schema.get("required")
         for name in required if isinstance(required, list) else []:
             yield shape(properties=((name, NOTHING, False),))
+        for names, inner in self._excluded_members(schema, path):
+            if inner != NOTHING and a.strings.least(names) < UNBOUNDED:
+                yield shape(some=(Region(names, inner),))
         if (least := self._count(schema, "minProperties", path)):
             yield shape(most=least - 1)
         if (most := self._count(schema, "maxProperties", path)) is not None:
@@ -466,6 +469,21 @@ class Normalizer:
         if "if" in schema:
             yield self.values(node(schema["if"], path) | node(schema.get("then", True), path, negated=True))
             yield self.values(node(schema["if"], path, negated=True) | node(schema.get("else", True), path, negated=True))
+
+    def _excluded_members(self, schema: Mapping[str, Any], path: str) -> Iterator[tuple[Term, Node]]:
+        """Yield names and values of which no property of an object may be, by the keywords that judge all properties."""
+        a, node = self._algebra, self._document.node
+        others = a.strings.other(a.strings.either(map(self._strings.text, schema.get("properties") or ())))
+        for pattern, part in (schema.get("patternProperties") or {}).items():
+            names, exact = self._strings.searched(pattern, f"{path}/patternProperties")
+            yield names, node(part, f"{path}/patternProperties/{pattern}", negated=True)
+            others = a.strings.every([others, a.strings.other(exact)])
+        if "additionalProperties" in schema:
+            others = a.strings.every([others, self._strings.everything])
+            yield others, node(schema["additionalProperties"], f"{path}/additionalProperties", negated=True)
+        if "propertyNames" in schema:
+            names = self.values(node(schema["propertyNames"], f"{path}/propertyNames", negated=True)).strings
+            yield a.strings.every([names, self._strings.everything]), ANYTHING
 
     def _other_types(self, named: Any, path: str) -> Values:
         a, types = self._algebra, named if isinstance(named, list) else [named]

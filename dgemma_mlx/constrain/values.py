@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from dgemma_mlx.constrain.terms import UNBOUNDED, Term, Terms
 
@@ -81,6 +82,7 @@ class Object:
         regions: A division of all names; what is said of a named property does not stand here.
         required: Names that must be there.
         least, most: Numbers of properties.
+        some: For each of these regions, an object has a property whose name and value it allows.
     """
 
     properties: tuple[tuple[str, Node, bool], ...] = ()
@@ -88,9 +90,11 @@ class Object:
     required: frozenset[str] = frozenset()
     least: int = 0
     most: int = UNBOUNDED
+    some: tuple[Region, ...] = ()
 
-    def names(self) -> dict[str, tuple[Node, bool]]:
-        """Return the named properties."""
+    @cached_property
+    def named(self) -> dict[str, tuple[Node, bool]]:
+        """The named properties: what the value of each one must be, and whether a keyword has judged it."""
         return {name: (node, evaluated) for name, node, evaluated in self.properties}
 
 
@@ -151,7 +155,7 @@ class Algebra:
 
     def applied(self, shape: Object, name: str) -> tuple[Node, bool]:
         """Return what a shape says of a property, and whether a keyword has judged it."""
-        found = shape.names().get(name)
+        found = shape.named.get(name)
         if found is None:
             found = next((region.node, region.evaluated) for region in shape.regions if self.contains(region.names, name))
         return found
@@ -162,7 +166,7 @@ class Algebra:
             return other
         if other == self.any_object:
             return one
-        known, others = one.names(), other.names()
+        known, others = one.named, other.named
         properties = []
         for name in dict.fromkeys([*known, *others]):
             (a, judged), (b, also) = known.get(name) or self.applied(one, name), others.get(name) or self.applied(other, name)
@@ -173,7 +177,7 @@ class Algebra:
         ]  # fmt: skip
         return Object(
             tuple(properties), tuple(regions), one.required | other.required, max(one.least, other.least),
-            min(one.most, other.most),
+            min(one.most, other.most), tuple(dict.fromkeys([*one.some, *other.some])),
         )
 
     def names_in_both(self, one: Term, other: Term) -> Term:
