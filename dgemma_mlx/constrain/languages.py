@@ -6,6 +6,7 @@ import json
 from functools import lru_cache
 
 from dgemma_mlx.constrain.leaf import Letters, bytes_of, sets_of, term_of, utf8
+from dgemma_mlx.constrain.limits import compiling
 from dgemma_mlx.constrain.machine import BYTES, Machine
 from dgemma_mlx.constrain.pattern import read_pattern
 from dgemma_mlx.constrain.terms import Terms
@@ -23,7 +24,8 @@ def of_regex(pattern: str) -> Machine:
     except ValueError as error:
         raise DgemmaError(
             f"the regular expression cannot be compiled: {error}",
-            "Use the syntax of Rust's regex crate, without look-arounds, back references and word boundaries.", 2,
+            "Use the syntax of Rust's regex crate, without look-arounds, back references and word boundaries.",
+            2,
         ) from None
     letters, terms = Letters(sets_of(tree)), Terms(BYTES)
     return Machine(terms, bytes_of(letters, term_of(letters, tree), terms, utf8(terms)))
@@ -46,5 +48,8 @@ def of_schema(schema: str) -> Machine:
     """
     from dgemma_mlx.constrain.writing import Writer
 
-    writer = Writer(json.loads(schema))
-    return Machine(writer.bytes, writer.start)
+    with compiling("the JSON schema"):
+        writer = Writer(json.loads(schema))
+        terms = writer.context.spelling.terms
+        terms.least(writer.start)  # translates what the shortest text needs
+    return Machine(terms, writer.start)
