@@ -9,12 +9,13 @@ from typing import Any
 
 from dgemma_mlx.constrain.characters import Ranges, byte_sequences, ranges, without
 from dgemma_mlx.constrain.document import Document, reject
+from dgemma_mlx.constrain.hints import warn
 from dgemma_mlx.constrain.leaf import Letters, bytes_of, utf8
 from dgemma_mlx.constrain.normal import Normalizer
 from dgemma_mlx.constrain.terms import UNBOUNDED, Term, Terms
 from dgemma_mlx.constrain.texts import Numbers, Strings
 from dgemma_mlx.constrain.wellformed import check
-from dgemma_mlx.constrain.values import ANYTHING, NOTHING, Algebra, Array, Node, Object, TooManyShapesError
+from dgemma_mlx.constrain.values import ANYTHING, NOTHING, Algebra, Array, Node, Object, TooManyShapesError, complement
 from dgemma_mlx.errors import DgemmaError
 
 _PROSE = frozenset({"$comment", "$ref", "$schema", "description", "format", "pattern", "title"})
@@ -32,6 +33,7 @@ class Writer:
         # all strings are strings of characters, not of any symbols
         self.document = Document(schema)
         check(self.document)
+        warn(self.document, stacklevel=4)
         self.normal = Normalizer(self.document, self.algebra, self.strings, self.numbers)
         self.bytes = Terms(256)
         self._utf8 = utf8(self.bytes)
@@ -250,7 +252,7 @@ class Writer:
                     if count < least or True:
                         options.append(b.sequence(*comma, self.value(inner), after(place + 1, count)))
                 else:
-                    outside = self.normal.negation(node) if len(node) == 1 else NOTHING
+                    outside = complement(node) if len(node) == 1 else NOTHING
                     options.append(b.sequence(*comma, self.value(inner | outside), after(place + 1, count)))
             return b.either(options)
 
@@ -276,6 +278,8 @@ class Writer:
 
     def _object(self, shape: Object) -> Term:
         b = self.bytes
+        if shape.some:
+            return b.none
         names = shape.names()
         required = [name for name in shape.required if name not in names]
         properties = [(name, node) for name, (node, _) in names.items()]
