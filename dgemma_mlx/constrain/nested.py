@@ -35,7 +35,7 @@ class NestedRules:
         known, the fewer rules are opened.
         """
         body = cache(body)
-        rule = self._terms.rule(body, name, False, self._weigh)
+        rule = self._terms.rule(body, name, False, self._weigh, at_least)
         self._bodies.setdefault(rule, cache(lightest) if lightest else body)
         self._at_least[rule] = at_least
         return rule
@@ -56,7 +56,7 @@ class NestedRules:
             missing = [rule for rule in needed if rule not in opened]
         for rule, weight in weights.items():
             if weight >= UNBOUNDED or rule in needed:
-                rule.least = weight
+                rule.least = rule.hope = weight
         return weights[start]
 
     def _weights(self, opened: dict[Term, Term]) -> dict[Term, int]:

@@ -64,7 +64,7 @@ class Numbers:
         Raises ``DgemmaError``, which gives ``path``, for NaN and infinity.
         """
         if isinstance(value, float) and not math.isfinite(value):
-            from dgemma_mlx.constrain.normal import reject
+            from dgemma_mlx.constrain.document import reject
 
             reject(path, "NaN and infinity are not valid JSON", "Use finite numbers.")
         texts = {json.dumps(value)}
@@ -193,7 +193,7 @@ class Numbers:
         """Return the decimals that are multiples of a step."""
         places = _places(step) if step > 0 else 0
         if step <= 0 or places >= _SIGNIFICANT:
-            from dgemma_mlx.constrain.normal import reject
+            from dgemma_mlx.constrain.document import reject
 
             reject(f"{path}/multipleOf", "multipleOf must be above 0 and have at most 14 decimals")
         return self.terms.sequence(self._sign, _Multiples(self, int(step * 10**places), places).after(0, None, False))

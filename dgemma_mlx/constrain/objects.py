@@ -31,7 +31,7 @@ class ObjectTexts:
         ``narrowed`` is the name of a property, and the strings that it may be.
         """
         self._context, self._shape, self._narrowed = context, shape, narrowed
-        names = {name: node for name, (node, _) in shape.named.items()}
+        names = {name: node for name, (node, _) in shape.names().items()}
         names |= {name: context.algebra.applied(shape, name)[0] for name in sorted(shape.required - set(names))}
         self._named = [(name, node) for name, node in names.items() if node != NOTHING]
         self._free = self._other_names(list(names))
@@ -186,7 +186,7 @@ def _subsets(demands: tuple[Region, ...]) -> Iterator[tuple[Region, ...]]:
 
 def with_demands_at_names(shape: Object, algebra: Algebra) -> Iterator[Object]:
     """Yield shapes in which named properties meet some of the demands, or none; of very many, the first ones."""
-    named = {name: node for name, (node, _) in shape.named.items()}
+    named = {name: node for name, (node, _) in shape.names().items()}
     named |= {name: algebra.applied(shape, name)[0] for name in sorted(shape.required - set(named))}
     fitting = [[None, *(name for name in named if algebra.contains(each.names, name))] for each in shape.some]
     for chosen in islice(product(*fitting), MOST_WAYS):

@@ -61,7 +61,7 @@ class Strings:
 
         Raises ``DgemmaError``, which gives ``path``, when the pattern cannot be read.
         """
-        from dgemma_mlx.constrain.normal import reject
+        from dgemma_mlx.constrain.document import reject
 
         if not isinstance(pattern, str):
             reject(path, "a pattern must be text")

@@ -11,13 +11,16 @@ from typing import Any
 
 from dgemma_mlx.constrain.arrays import ArrayTexts
 from dgemma_mlx.constrain.context import Context
+from dgemma_mlx.constrain.document import Document, reject
+from dgemma_mlx.constrain.hints import warn
 from dgemma_mlx.constrain.nested import NestedRules
-from dgemma_mlx.constrain.normal import Document, Normalizer, reject
+from dgemma_mlx.constrain.normal import Normalizer
 from dgemma_mlx.constrain.objects import ObjectTexts, with_demands_at_names
 from dgemma_mlx.constrain.spelling import JsonSpelling
 from dgemma_mlx.constrain.terms import Term
 from dgemma_mlx.constrain.texts import Numbers, Strings
-from dgemma_mlx.constrain.values import NOTHING, Algebra, Node, Object, TooManyShapes, Values
+from dgemma_mlx.constrain.values import NOTHING, Algebra, Node, Object, TooManyShapesError, Values
+from dgemma_mlx.constrain.wellformed import check
 
 _BEGINNINGS = frozenset(string.ascii_letters + string.digits)  # told apart where values must be different
 _PROSE = frozenset({"$comment", "$ref", "$schema", "description", "format", "pattern", "title"})
@@ -37,13 +40,15 @@ class Writer:
         strings, numbers = Strings(patterns, formats, set().union(*texts)), Numbers()  # its characters suffice
         algebra = Algebra(strings.terms, numbers.terms, numbers.number, strings.text)
         document = Document(schema)
+        check(document)
+        warn(document, stacklevel=4)
         self._normal = Normalizer(document, algebra, strings, numbers)
         spelling = JsonSpelling(strings, numbers)
         rules = NestedRules(spelling.terms)
         self.context = Context(
             strings, numbers, algebra, spelling, rules, self._values, self._value, self._written, self._objects
         )
-        self.start = self._value(document.node(schema, "#"))
+        self.start = self._value(document.start)
 
     def _value(self, node: Node) -> Term:
         if node == NOTHING:
@@ -53,7 +58,7 @@ class Writer:
     def _values(self, node: Node) -> Values:
         try:
             return self._normal.values(node)
-        except TooManyShapes:
+        except TooManyShapesError:
             reject("#", "the alternatives of the schema multiply beyond the limit", "Use fewer anyOf and oneOf.")
 
     def _written(self, values: Values) -> Term:
