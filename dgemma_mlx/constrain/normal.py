@@ -46,7 +46,7 @@ class Normalizer:
         """Return what a node allows, or less.
 
         Raises ``DgemmaError`` (exit code 2), with the path, for a malformed schema and one that refers to itself for
-        the same value; and ``TooManyShapesError`` where alternatives multiply.
+        the same value.
         """
         if node not in self._nodes:
             parts = [self._literal(literal) for literal in sorted(node)]

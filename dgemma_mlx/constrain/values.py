@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from dgemma_mlx.constrain.limits import check_time
 from dgemma_mlx.constrain.terms import UNBOUNDED, Term, Terms
 
 Node = frozenset[int]  # literals, all of which hold: 2 n for schema n, and 2 n + 1 for its negation
 ANYTHING: Node = frozenset()
 NOTHING: Node = frozenset({-1})  # -1 stands for false
-MOST_SHAPES = 400
+MOST_SHAPES = 400  # of a set; alternatives may multiply, and then the first ones are kept: less than is allowed
 
 
 def meet(one: Node, other: Node) -> Node:
@@ -30,10 +31,6 @@ def complement(node: Node) -> Node:
         return ANYTHING if node else NOTHING
     (literal,) = node
     return frozenset({literal ^ 1})
-
-
-class TooManyShapesError(Exception):
-    """The alternatives of a schema multiply."""
 
 
 @dataclass(frozen=True)
@@ -158,38 +155,34 @@ class Algebra:
         return replace(self.all, **kinds)
 
     def both(self, one: Values, other: Values) -> Values:
-        """Return the values that belong to both sets. Raises ``TooManyShapesError``."""
+        """Return the values that belong to both sets, or fewer (``MOST_SHAPES``)."""
         if one is self.all or other is self.none:
             return other
         if other is self.all or one is self.none:
             return one
-        arrays = dict.fromkeys(a & b for a in one.arrays for b in other.arrays)
-        objects = dict.fromkeys(self.both_objects(a, b) for a in one.objects for b in other.objects)
-        return _bounded(
-            Values(
-                one.null and other.null,
-                one.booleans & other.booleans,
-                self.numbers.every([one.numbers, other.numbers]),
-                self.strings.every([one.strings, other.strings]),
-                tuple(filter(Array.is_possible, arrays)),
-                tuple(filter(self.is_possible, objects)),
-            )
+        arrays = (a & b for a in one.arrays for b in other.arrays)
+        objects = (self.both_objects(a, b) for a in one.objects for b in other.objects)
+        return Values(
+            one.null and other.null,
+            one.booleans & other.booleans,
+            self.numbers.every([one.numbers, other.numbers]),
+            self.strings.every([one.strings, other.strings]),
+            _different(filter(Array.is_possible, arrays)),
+            _different(filter(self.is_possible, objects)),
         )
 
     def either(self, several: Iterable[Values]) -> Values:
-        """Return the values that belong to at least one of the sets. Raises ``TooManyShapesError``."""
+        """Return the values that belong to at least one of the sets, or fewer (``MOST_SHAPES``)."""
         parts = [part for part in several if part is not self.none]
         if len(parts) < 2:
             return parts[0] if parts else self.none
-        return _bounded(
-            Values(
-                any(part.null for part in parts),
-                frozenset().union(*(part.booleans for part in parts)),
-                self.numbers.either(part.numbers for part in parts),
-                self.strings.either(part.strings for part in parts),
-                _different(shape for part in parts for shape in part.arrays),
-                _different(shape for part in parts for shape in part.objects),
-            )
+        return Values(
+            any(part.null for part in parts),
+            frozenset().union(*(part.booleans for part in parts)),
+            self.numbers.either(part.numbers for part in parts),
+            self.strings.either(part.strings for part in parts),
+            _different(shape for part in parts for shape in part.arrays),
+            _different(shape for part in parts for shape in part.objects),
         )
 
     def applied(self, shape: Object, name: str) -> tuple[Node, bool]:
@@ -281,15 +274,15 @@ def unjudged(values: Values) -> Values:
     return replace(values, arrays=_different(arrays), objects=_different(objects))
 
 
-def _bounded(values: Values) -> Values:
-    if max(len(values.arrays), len(values.objects)) > MOST_SHAPES:
-        raise TooManyShapesError
-    return values
-
-
 _Shape = TypeVar("_Shape")
 
 
 def _different(shapes: Iterable[_Shape]) -> tuple[_Shape, ...]:
-    """Return the different ones among some shapes, in their order."""
-    return tuple(dict.fromkeys(shapes))
+    """Return the different ones among some shapes, in their order, up to ``MOST_SHAPES``."""
+    found: dict[_Shape, None] = {}
+    for shape in shapes:
+        check_time()
+        found[shape] = None
+        if len(found) == MOST_SHAPES:
+            break
+    return tuple(found)

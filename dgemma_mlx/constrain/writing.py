@@ -7,11 +7,12 @@ translated when a text comes to it.
 from __future__ import annotations
 
 import string
+from itertools import islice
 from typing import Any
 
 from dgemma_mlx.constrain.arrays import ArrayTexts
 from dgemma_mlx.constrain.context import Context
-from dgemma_mlx.constrain.document import Document, reject
+from dgemma_mlx.constrain.document import Document
 from dgemma_mlx.constrain.hints import warn
 from dgemma_mlx.constrain.nested import NestedRules
 from dgemma_mlx.constrain.normal import Normalizer
@@ -19,10 +20,11 @@ from dgemma_mlx.constrain.objects import ObjectTexts, with_demands_at_names
 from dgemma_mlx.constrain.spelling import JsonSpelling
 from dgemma_mlx.constrain.terms import Term
 from dgemma_mlx.constrain.texts import Numbers, Strings
-from dgemma_mlx.constrain.values import NOTHING, Algebra, Node, Object, TooManyShapesError, Values
+from dgemma_mlx.constrain.values import NOTHING, Algebra, Node, Object, Values
 from dgemma_mlx.constrain.wellformed import check
 
 _BEGINNINGS = frozenset(string.ascii_letters + string.digits)  # told apart where values must be different
+MOST_EARLY = 200  # parts of a schema that are looked at before a text comes to them
 _PROSE = frozenset({"$comment", "$ref", "$schema", "description", "format", "pattern", "title"})
 
 
@@ -46,20 +48,32 @@ class Writer:
         spelling = JsonSpelling(strings, numbers)
         rules = NestedRules(spelling.terms)
         self.context = Context(
-            strings, numbers, algebra, spelling, rules, self._values, self._value, self._written, self._objects
+            strings, numbers, algebra, spelling, rules, self._normal.values, self._value, self._written, self._objects
         )
+        self._look_through(document.start)
         self.start = self._value(document.start)
 
     def _value(self, node: Node) -> Term:
         if node == NOTHING:
             return self.context.spelling.terms.none
-        return self.context.rules.rule(("value", node), lambda: self._written(self._values(node)))
+        return self.context.rules.rule(("value", node), lambda: self._written(self._normal.values(node)))
 
-    def _values(self, node: Node) -> Values:
-        try:
-            return self._normal.values(node)
-        except TooManyShapesError:
-            reject("#", "the alternatives of the schema multiply beyond the limit", "Use fewer anyOf and oneOf.")
+    def _look_through(self, start: Node) -> None:
+        """Look at the parts of the schema, the outer ones first, so that their errors are raised now.
+
+        Of a large schema, the parts after the first ``MOST_EARLY`` wait until a text comes to them.
+        """
+        known = {start}
+        waiting = [start]
+        for node in islice(waiting, MOST_EARLY):  # grows
+            values = self._normal.values(node)
+            parts = [part for shape in values.arrays for part in (*shape.prefix, shape.items)]
+            parts += [part for shape in values.arrays for part, _, _ in shape.contains]
+            parts += [part for shape in values.objects for _, part, _ in shape.properties]
+            parts += [region.node for shape in values.objects for region in (*shape.regions, *shape.some)]
+            new = dict.fromkeys(part for part in parts if part not in known)
+            known.update(new)
+            waiting += new
 
     def _written(self, values: Values) -> Term:
         spelling = self.context.spelling
