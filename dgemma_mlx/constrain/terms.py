@@ -125,7 +125,8 @@ class Terms:
         for part in found:
             if part.kind == "both" and (shared or part.parts[0].kind == "rule"):
                 groups.setdefault(part.parts[shared], []).append(part)
-        for each, parts in groups.items():
+        for each, group in groups.items():
+            parts = [part for part in group if part in found]  # another group may have taken one
             rests = [part.parts[1 - shared] for part in parts]
             if each in found:
                 parts.append(each)

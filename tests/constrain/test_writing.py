@@ -13,6 +13,7 @@ from jsonschema import Draft202012Validator
 
 from dgemma_mlx import Constraint, DgemmaError
 from dgemma_mlx.constrain.machine import Machine
+from dgemma_mlx.constrain.terms import Terms
 from tests.constrain.small import text_of
 
 INTEGER, STRING = {"type": "integer"}, {"type": "string"}
@@ -231,3 +232,11 @@ def test_many_required_properties_are_weighed_at_once() -> None:
 def test_a_constant_with_a_prose_keyword_in_it_is_written_whole() -> None:
     value = {"title": "é", "pattern": "ß", "format": "ø", "description": "å", "$ref": "#/ñ"}
     assert Constraint.json_schema({"const": value}).matches(json.dumps(value, ensure_ascii=False))
+
+
+def test_alternatives_of_which_one_is_the_rest_of_another_are_joined() -> None:
+    terms = Terms(4)
+    x, y, z, w = (terms.symbols(1 << n) for n in range(4))
+    rest = terms.sequence(y, z)
+    both = terms.either([terms.sequence(x, rest), rest, terms.sequence(w, z)])  # xyz|yz|wz
+    assert terms.least(both) == 2
