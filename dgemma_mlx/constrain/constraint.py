@@ -22,6 +22,7 @@ from dgemma_mlx.constrain.tokens import TokenMachine
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import parse_json
 from dgemma_mlx.text.tokenizer import Tokenizer
+from dgemma_mlx.text.tools import OPEN_CALL
 
 
 class Constraint:
@@ -146,12 +147,13 @@ class Constraint:
         """Return the constraint over a model's tokens.
 
         ``vocab_size`` is the model's vocabulary size. The end-of-text ids of ``config`` end a text, except
-        ``<|tool_response>``, which ends a tool call. Constraints with the same machine share the result: the last
-        ``_MAX_KEPT`` results are kept for each tokenizer, as long as the tokenizer exists. Threads may share it too.
-        Raises ``DgemmaError`` (exit code 2) when the tokenizer lacks tokens for bytes that the constraint needs, and
-        when the automaton is too large.
+        ``<|tool_response>``, which ends tool calls, in a constraint without these. Constraints with the same machine
+        share the result: the last ``_MAX_KEPT`` results are kept for each tokenizer, as long as the tokenizer exists.
+        Threads may share it too. Raises ``DgemmaError`` (exit code 2) when the tokenizer lacks tokens for bytes that
+        the constraint needs, and when the automaton is too large.
         """
-        tool_response_id = tokenizer.special_ids.get("<|tool_response>")
+        has_calls = OPEN_CALL in self.machine.controls
+        tool_response_id = None if has_calls else tokenizer.special_ids.get("<|tool_response>")
         eos_ids = tuple(id for id in config.eos_token_ids if id != tool_response_id)
         key = (self.machine, eos_ids, config.pad_token_id, vocab_size)
         with _lock:  # two threads with the same constraint compile it once

@@ -2,46 +2,42 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from itertools import permutations
 from typing import Any
 
 from dgemma_mlx.constrain.apart import Apart
-from dgemma_mlx.constrain.characters import Ranges, byte_sequences, ranges, without
-from dgemma_mlx.constrain.leaf import Letters, bytes_of, utf8
+from dgemma_mlx.constrain.leaf import bytes_of, utf8
 from dgemma_mlx.constrain.normal import Document, Normalizer, reject
+from dgemma_mlx.constrain.notation import JsonNotation, Notation
 from dgemma_mlx.constrain.terms import UNBOUNDED, Term, Terms
 from dgemma_mlx.constrain.texts import Numbers, Strings
 from dgemma_mlx.constrain.values import ANYTHING, NOTHING, Algebra, Array, Node, Object, TooManyShapes
 from dgemma_mlx.errors import DgemmaError
 
-_SHORT = {8: "b", 9: "t", 10: "n", 12: "f", 13: "r", 34: '"', 92: "\\"}
-_ESCAPED = ranges([(0, 31), (34, 34), (92, 92)])
-
-
 class Writer:
     """The texts of one document's values."""
 
-    def __init__(self, schema: Any) -> None:
+    def __init__(self, schema: Any, notation: Notation | None = None) -> None:
+        """Prepare the texts of a schema's values. ``notation`` says how they are written: as JSON, by default."""
+        self.notation = notation = JsonNotation() if notation is None else notation
         patterns, formats, texts = _strings_in(schema)
-        self.strings, self.numbers = Strings(patterns, formats, texts), Numbers()
+        self.strings, self.numbers = Strings(patterns | notation.patterns, formats, texts), Numbers()
+        notation.strings = self.strings
         self.algebra = Algebra(self.strings.terms, self.numbers.terms, self.numbers.number, self.strings.text)
         # all strings are strings of characters, not of any symbols
         self.document = Document(schema)
         self.normal = Normalizer(self.document, self.algebra, self.strings, self.numbers)
-        self.bytes = Terms(256)
+        self.bytes, self.literal, self.comma, self.colon = (
+            notation.terms, notation.literal, notation.comma, notation.colon,
+        )  # fmt: skip
         self._utf8 = utf8(self.bytes)
-        self._escapes: dict[Ranges, Term] = {}
         self._bodies: dict[Node, Term] = {}
         self._rules: dict[Node, Term] = {}
         self._extra: list[tuple[Term, Term]] = []
         self._waiting: list[Node] = []
         self.start = self.value(self.document.node(schema, "#"))
         self._settle()
-
-    def literal(self, text: str) -> Term:
-        return self.bytes.sequence(*(self.bytes.symbols(1 << byte) for byte in text.encode()))
 
     def value(self, node: Node) -> Term:
         """Return the texts of a node's values."""
@@ -109,31 +105,13 @@ class Writer:
         options += [self._object(shape) for shape in values.objects]
         return b.either(options)
 
-    def _string(self, term: Term) -> Term:
+    def _string(self, term: Term, spelled: Callable[[Term], Term] | None = None) -> Term:
+        """Return the texts of the strings of a term; ``spelled`` says how they are written."""
         s = self.strings
         term = s.terms.every([term, s.everything])
         if s.terms.least(term) >= UNBOUNDED:
             return self.bytes.none
-        quote = self.literal('"')
-        return self.bytes.sequence(quote, bytes_of(s.letters, term, self.bytes, self.escaped), quote)
-
-    def escaped(self, characters: Ranges) -> Term:
-        """Return the ways in which JSON writes one of the characters."""
-        if characters not in self._escapes:
-            options = [self._utf8(plain)] if (plain := without(characters, _ESCAPED)) else []
-            for code in (*range(32), 34, 92):
-                if any(first <= code <= last for first, last in characters):
-                    options.append(self.literal("\\" + _SHORT[code] if code in _SHORT else f"\\u{code:04x}"))
-            self._escapes[characters] = self.bytes.either(options)
-        return self._escapes[characters]
-
-    @property
-    def comma(self) -> Term:
-        return self.bytes.sequence(self.literal(","), self.bytes.repeat(self.literal(" "), 0, 1))
-
-    @property
-    def colon(self) -> Term:
-        return self.bytes.sequence(self.literal(":"), self.bytes.repeat(self.literal(" "), 0, 1))
+        return (spelled or self.notation.string)(term)
 
     def _array(self, shape: Array) -> Term:
         b = self.bytes
@@ -281,12 +259,14 @@ class Writer:
             return b.none
         all_names = [name for name, _ in properties]
         written = [(name, node) for name, node in properties if node != NOTHING]
+        if self.notation.sorts_names:
+            written.sort(key=lambda pair: pair[0].lower())
         other_names = self.strings.terms.other(self.strings.terms.either(self.strings.text(name) for name in all_names))
         free = []
         for region in shape.regions:
             term = self.strings.terms.every([region.names, other_names])
             if region.node != NOTHING:
-                key = self._string(term)
+                key = self._string(term, self.notation.names)
                 if key is not b.none:
                     free.append(b.sequence(key, self.colon, self.value(region.node)))
         member = b.either(free)
@@ -326,7 +306,7 @@ class Writer:
                 name, node = written[n]
                 options = []
                 if count < most:
-                    text = self.literal(json.dumps(name, ensure_ascii=False))
+                    text = self.notation.name(name)
                     options.append(b.sequence(*([self.comma] if count else []), text, self.colon, self.value(node), T[n + 1, key_of(count + 1)]))
                 if name not in shape.required:
                     options.append(T[n + 1, count])
@@ -347,7 +327,7 @@ class Writer:
                 if region.node == NOTHING:
                     continue
                 lengths = s.lengths(2 * n + 1, 2 * n + 2) if n + 1 < needed else s.lengths(2 * n + 1, UNBOUNDED)
-                key = self._string(s.terms.every([region.names, other_names, lengths]))
+                key = self._string(s.terms.every([region.names, other_names, lengths]), self.notation.names)
                 if key is not b.none:
                     options.append(b.sequence(key, self.colon, self.value(region.node)))
             parts += ([self.comma] if count or n else []) + [b.either(options)]
