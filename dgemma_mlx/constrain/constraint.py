@@ -17,6 +17,7 @@ from dgemma_mlx.checks import shown
 from dgemma_mlx.constrain import languages
 from dgemma_mlx.constrain.limits import compiling
 from dgemma_mlx.constrain.machine import Machine
+from dgemma_mlx.constrain.own_types import is_own_type, schema_of
 from dgemma_mlx.constrain.regex import checked_text
 from dgemma_mlx.constrain.tokens import TokenMachine
 from dgemma_mlx.errors import DgemmaError
@@ -87,7 +88,7 @@ class Constraint:
         return cls(languages.of_choices(tuple(checked_text(text, "a choice") for text in choices)), "the choice")
 
     @classmethod
-    def json_schema(cls, schema: Mapping[str, Any] | str | bool) -> Constraint:
+    def json_schema(cls, schema: Any) -> Constraint:
         """Create a constraint that allows JSON texts that validate against a JSON schema (draft 2020-12).
 
             Constraint.json_schema({
@@ -96,10 +97,14 @@ class Constraint:
                 "required": ["name"],
             })
 
-        ``schema`` is a dict, a boolean, or JSON text. The constraint may be narrower than the schema, never wider:
-        properties appear in the order of the schema, and no others are added. Raises ``DgemmaError``, which gives the
-        path within the schema, for a keyword that is not supported.
+        ``schema`` is a dict, a boolean, or JSON text. With pydantic it may also be a model, a dataclass, a TypedDict,
+        another type hint such as ``list[Person]``, or a function, whose arguments by name the text then holds. The
+        constraint may be narrower than the schema, never wider: properties appear in the order of the schema, and no
+        others are added. Raises ``DgemmaError``, which gives the path within the schema, for a keyword that is not
+        supported.
         """
+        if is_own_type(schema):
+            schema = schema_of(schema)
         return cls(languages.of_schema(json.dumps(_json_value(schema, "the JSON schema"))), "the JSON schema")
 
     @classmethod

@@ -31,7 +31,7 @@ class Answer:
         parser: Turns ids into text, thinking and tool calls.
         marks: Ids that are not text: padding and all control tokens.
         constraint: Where the answer stands in its constraint; None without one.
-        is_free: Whether the answer may be blank, and be cut off by ``max_tokens``. One that must match ends in time.
+        is_free: Whether an answer with a constraint may be blank, and be cut off by ``max_tokens``, as one without.
         tokens: Committed ids.
         parts: Committed text, thinking and tool calls.
         finish_reason: Why the answer has ended; None while it is written.
@@ -50,7 +50,7 @@ class Answer:
     parser: PartsParser
     marks: frozenset[int] = frozenset()
     constraint: ConstraintState | None = None
-    is_free: bool = True
+    is_free: bool = False
     tokens: list[int] = field(default_factory=list)
     parts: Parts = field(default_factory=Parts)
     finish_reason: FinishReason | None = None
@@ -98,7 +98,7 @@ class Answer:
         """
         ids = text_ids(draft.tokens, self.config.eos_token_ids)
         may_end = bool(self.tokens) and ids[-1] in self.config.eos_token_ids
-        can_be_blank = self.is_free and bool(self.config.eos_token_ids)
+        can_be_blank = (self.constraint is None or self.is_free) and bool(self.config.eos_token_ids)
         return can_be_blank and not may_end and self.marks.issuperset(ids)
 
     def count_step(self) -> None:

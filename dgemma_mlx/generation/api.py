@@ -367,7 +367,7 @@ def _runner(
             asked.ids, seed, limit, model.config.text.max_position_embeddings, config,
             PartsParser(model.tokenizer, call_prefix(asked.ids, seed), reads_calls=asked.reads_calls), marks,
             None if asked.held is None else ConstraintState.first(asked.held.machine),
-            is_free=asked.held is None or asked.held.is_free,
+            is_free=asked.held is not None and asked.held.is_free,
         )
         for asked, seed, limit in zip(prompts, drawn, max_tokens, strict=True)
     ]  # fmt: skip
