@@ -6,6 +6,7 @@ Gemma 4 writes ``<|channel>thought\\n...<channel|>``, then its answer, or calls 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +19,7 @@ from dgemma_mlx.constrain.machine import BYTES, Machine
 from dgemma_mlx.constrain.terms import UNBOUNDED, Term, Terms
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import parse_json
-from dgemma_mlx.text.tools import CLOSE_CALL, OPEN_CALL
+from dgemma_mlx.text.tools import CLOSE_CALL, OPEN_CALL, Tool, signatures
 
 THOUGHT = ("<|channel>", "<channel|>")
 CALL = (OPEN_CALL, CLOSE_CALL)
@@ -45,6 +46,11 @@ class Turn:
     def is_free(self) -> bool:
         """Whether the answer is free, so that only its calls must match."""
         return self.answer is None and not self.must_call
+
+
+def calls_of(tools: Sequence[Tool] | None, names: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Return the ``Turn.calls`` of the tools with these names, which ``declarations`` has accepted."""
+    return tuple((each.name, json.dumps(each.schema)) for each in signatures(tools) if each.name in names)
 
 
 @lru_cache(maxsize=16)

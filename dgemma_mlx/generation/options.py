@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -11,7 +10,7 @@ from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.checks import check_count, check_temperature, shown
 from dgemma_mlx.constrain.constraint import Constraint
 from dgemma_mlx.constrain.tokens import TokenMachine
-from dgemma_mlx.constrain.turns import THOUGHT, Turn, of_turn
+from dgemma_mlx.constrain.turns import THOUGHT, Turn, calls_of, of_turn
 from dgemma_mlx.diffusion.denoiser import Denoiser
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED, SPEEDS
 from dgemma_mlx.errors import DgemmaError
@@ -106,15 +105,14 @@ class GenerationOptions:
                 f"the model's tokenizer has no {OPEN_CALL}, so a call cannot be required", 'Use "auto" or "none".', 2
             )
         names = chosen_tools.names if OPEN_CALL in special else ()
-        offered = [each for each in signatures(tools) if each.name in names]
         is_free = constraint is None and not chosen_tools.must_call
-        if is_free and not any(each.is_strict for each in offered):
+        if is_free and not any(each.is_strict for each in signatures(tools) if each.name in names):
             return None
         thinks = (thinking or is_free) and set(THOUGHT) <= special.keys()
-        if constraint is None or offered or thinks:
-            calls = tuple((each.name, json.dumps(each.schema)) for each in offered)
+        if constraint is None or names or thinks:
             answer = None if constraint is None else constraint.machine
-            constraint = Constraint(of_turn(Turn(answer, calls, thinks, chosen_tools.must_call)), "the answer")
+            turn = Turn(answer, calls_of(tools, names), thinks, chosen_tools.must_call)
+            constraint = Constraint(of_turn(turn), "the answer")
         return Held(constraint.over(model.tokenizer, self.config(model), model.config.text.vocab_size), is_free)
 
     def config(self, model: Model) -> GenerationConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from typing import Any
 
@@ -15,7 +14,7 @@ from dgemma_mlx import Constraint, DgemmaError
 from dgemma_mlx.constrain.machine import BYTES, Machine
 from dgemma_mlx.constrain.notation import DELIMITER
 from dgemma_mlx.constrain.terms import UNBOUNDED, Term
-from dgemma_mlx.constrain.turns import Turn, of_turn
+from dgemma_mlx.constrain.turns import Turn, calls_of, of_turn
 from dgemma_mlx.text.tool_calls import _strict_call
 from dgemma_mlx.text.tools import call_text, signatures
 
@@ -39,8 +38,7 @@ SCHEMAS: list[dict[str, Any]] = [
 
 
 def turn(*tools: dict[str, Any], **options: Any) -> Machine:
-    calls = tuple((each.name, json.dumps(each.schema)) for each in signatures(list(tools)))
-    return of_turn(Turn(calls=calls, **options))
+    return of_turn(Turn(calls=calls_of(tools, [tool["name"] for tool in tools]), **options))
 
 
 def symbols(machine: Machine, text: str) -> list[int]:
