@@ -76,6 +76,8 @@ class GenerationOptions:
             raise DgemmaError(
                 f"not a constraint: {shown(self.constraint)}", "Write Constraint.regex(...), for example.", exit_code=2
             )
+        if self.response_format is not None:
+            Constraint.response_format(self.response_format)  # raises when it is malformed
         for name in ("prefill_step_size", "memory_limit"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))

@@ -33,7 +33,8 @@ SCHEMAS: list[dict[str, Any]] = [
         "type": "object", "properties": {"v": {"type": ["integer", "null"]}, "next": {"$ref": "#/$defs/node"}},
         "required": ["v"], "additionalProperties": False}}},
     {"allOf": [{"properties": {"p": {"type": "integer"}}}, {"properties": {"q": {"anyOf": [{"type": "string"}]}}}]},
-    {"properties": {"d": {"type": "string", "format": "date", "nullable": True}, "n": {"multipleOf": 5, "minimum": -100, "maximum": 100}}},
+    {"properties": {"d": {"type": "string", "format": "date", "nullable": True},
+                    "n": {"multipleOf": 5, "minimum": -100, "maximum": 100}}},
 ]  # fmt: skip
 
 
@@ -103,13 +104,14 @@ def test_a_thought_may_stand_before_what_must_match() -> None:
 def test_a_free_answer_holds_thoughts_and_ends_with_calls() -> None:
     machine = turn({"name": "add", "parameters": ADD}, CLOCK, thinks=True)
     call, clock = '<|tool_call>call:add{a:<|"|>x"{}<|"|>,b:3}<tool_call|>', "<|tool_call>call:clock{}<tool_call|>"
-    for text in ("", "Hi.", "a<|channel>thought\nb<channel|>c<|channel><channel|>", call, f"Let me see.{call}{clock}{call}"):
+    thoughts = "a<|channel>thought\nb<channel|>c<|channel><channel|>"
+    for text in ("", "Hi.", thoughts, call, f"Let me see.{call}{clock}{call}"):
         assert accepts(machine, text), text
     for text in (
         "<|channel>a", "<|tool_call>", clock + "Hi.", clock.replace("clock", "time"), clock.replace("{}", ""),
         clock.replace("{}", "{a:1}"), call.replace("<tool_call|>", ""), call.replace(",b:3", ",b:3.5"),
         call.replace(",b:3", ",c:3"), '<|tool_call>call:add{b:3}<tool_call|>', clock.replace("call:", ""),
-        f"<|tool_call>call:clock{{}}call:clock{{}}<tool_call|>", call.replace('<|"|>', '"'),
+        "<|tool_call>call:clock{}call:clock{}<tool_call|>", call.replace('<|"|>', '"'),
         "<|channel>" + clock + "<channel|>",
     ):  # fmt: skip
         assert not accepts(machine, text), text
@@ -146,21 +148,21 @@ def test_every_call_that_is_allowed_is_read_by_the_grammar_and_validates(paramet
 
 def _without_nullable(arguments: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
     """Leave out nulls that only OpenAPI's ``nullable`` allows, which jsonschema does not know."""
-    properties = parameters.get("properties", {})
-    return {
-        name: value for name, value in arguments.items() if value is not None or not properties.get(name, {}).get("nullable")
-    }
+    may_be_null = {name for name, schema in parameters.get("properties", {}).items() if schema.get("nullable")}
+    return {name: value for name, value in arguments.items() if value is not None or name not in may_be_null}
 
 
+NAMES = st.from_regex("[A-Za-z_][a-z0-9_.-]{0,3}", fullmatch=True)
+NUMBERS = st.integers(-(10**6), 10**6) | st.sampled_from([0.5, -2.25, 1e10])
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**6), 10**6) | st.sampled_from([0.5, -2.25, 1e10]) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.from_regex("[A-Za-z_][a-z0-9_.-]{0,3}", fullmatch=True), inner, max_size=3),
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
     max_leaves=8,
-)  # fmt: skip
+)
 
 
 @settings(deadline=None, max_examples=30)
-@given(arguments=st.dictionaries(st.from_regex("[A-Za-z_][a-z0-9_.-]{0,3}", fullmatch=True), JSON, max_size=3))
+@given(arguments=st.dictionaries(NAMES, JSON, max_size=3))
 def test_calls_as_the_template_writes_them_are_allowed_where_anything_is(arguments: dict[str, Any]) -> None:
     call = call_text("f", arguments).replace("None", "null")
     machine = turn({"name": "f", "strict": False}, must_call=True)

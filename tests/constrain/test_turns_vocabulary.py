@@ -1,4 +1,4 @@
-"""Turns over Gemma's own vocabulary: canvases of random logits hold valid calls, and the template's calls are allowed."""
+"""Turns over Gemma's own vocabulary: canvases of random logits hold valid calls, and the template's calls match."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SEARCH = {"name": "search", "parameters": {
         }}},
     "required": ["query", "filters"],
 }}  # fmt: skip
-TOOLS = [WEATHER, SEARCH, {"name": "clock"}]
+TOOLS: list[Any] = [WEATHER, SEARCH, {"name": "clock"}]
 
 
 def over(tokenizer: Tokenizer, turn: Turn) -> TokenMachine:
@@ -54,8 +54,10 @@ def random_answer(machine: TokenMachine, tokenizer: Tokenizer, seed: int, room: 
     while state is not machine.ended:
         projector = machine.projector(state, room - len(written))
         for _ in range(2):
-            ids = np.stack([np.unique(np.r_[favoured, rng.integers(200, SIZE, 64)])[:64] for _ in range(C)]).astype(np.int32)
-            canvas = projector(rng.normal(size=(C, len(projector.skeleton))), ids, rng.normal(size=ids.shape), rng.random(C))
+            rows = [np.unique(np.r_[favoured, rng.integers(200, SIZE, 64)])[:64] for _ in range(C)]
+            ids = np.stack(rows).astype(np.int32)
+            skeleton = rng.normal(size=(C, len(projector.skeleton)))
+            canvas = projector(skeleton, ids, rng.normal(size=ids.shape), rng.random(C))
         tokens = canvas.sample.tolist()
         after = machine.advance(state, tokens)
         assert after is not None
@@ -95,7 +97,8 @@ def test_calls_as_the_published_template_writes_them_are_allowed(gemma4: Tokeniz
     template = ChatTemplate.load(gemma4_folder)
     made = [
         ("get_weather", {"city": "São Paulo, \"BR\"", "unit": "celsius"}), ("clock", {}),
-        ("search", {"query": "a\n{b}: [c]", "filters": [{"value": True, "field": "ü b"}, {"field": "c\"}", "value": -1.5}]}),
+        ("search", {"query": "a\n{b}: [c]",
+                    "filters": [{"value": True, "field": "ü b"}, {"field": "c\"}", "value": -1.5}]}),
     ]  # fmt: skip
     calls = [{"type": "function", "function": {"name": name, "arguments": arguments}} for name, arguments in made]
     messages: list[Any] = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": calls}]

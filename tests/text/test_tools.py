@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from enum import Enum
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.text import PartsParser, Tokenizer, load_tokenizer
+from dgemma_mlx.text import PartsParser, Tokenizer
 from dgemma_mlx.text.functions import declare_function
 from dgemma_mlx.text.parameters import object_schema
 from dgemma_mlx.text.tools import call_text, chosen, declarations, signatures
@@ -199,7 +198,8 @@ def test_signatures_close_the_parameters_unless_they_speak_of_other_names() -> N
     one = {"properties": {"a": {"type": "string"}}}
     assert schema(one) == schema(one, strict=True) == {**closed, **one}
     assert schema({"allOf": [one]}) == {"type": "object", "allOf": [one], "unevaluatedProperties": False}
-    for parameters in ({**one, "additionalProperties": True}, {"patternProperties": {}}, {**one, "required": ["a", "b"]}):
+    open_ones = ({**one, "additionalProperties": True}, {"patternProperties": {}}, {**one, "required": ["a", "b"]})
+    for parameters in open_ones:
         assert schema(parameters) == {"type": "object", **parameters}
     assert schema(one, strict=False) == {"type": "object"}
     loud = {"type": "OBJECT", "properties": {"type": {"type": "STRING", "enum": ["A"], "default": {"type": "X"}}}}
