@@ -69,19 +69,16 @@ def test_a_thought_is_written_where_the_model_begins_one(demo: Model) -> None:
 @pytest.mark.parametrize("constraint", [NUMBERS, RECORD, LONG])
 def test_a_repaired_canvas_matches(demo: Model, constraint: Constraint) -> None:
     options: Any = {"constraint": constraint, "max_tokens": 40, "generation": in_few_steps(demo, 1)}
-    repairs = 0
-    for seed in (0, 2):
-        events = list(stream(demo, "Sort 5 2 1 44 31 8 67 5", seed=seed, verify="repair", speed="reference", **options))
-        done = events[-1]
-        assert isinstance(done, Done) and constraint.matches(done.text) and done.finish_reason == "stop"
-        repairs += max(event.attempt for event in events if isinstance(event, Draft)) > 1
-    assert repairs
+    events = list(stream(demo, "Sort 5 2 1 44 31 8 67 5", seed=0, verify="repair", speed="reference", **options))
+    done = events[-1]
+    assert isinstance(done, Done) and constraint.matches(done.text) and done.finish_reason == "stop"
+    assert max(event.attempt for event in events if isinstance(event, Draft)) > 1
 
 
 def test_repair_ends_in_what_the_encoder_would_write_where_it_matches(demo: Model) -> None:
     """Of canvases that one step has written, every token that is still doubted is one that could not be replaced."""
     replaced = 0
-    for number in range(3):
+    for number in range(2):
         prompt = f"Sort 5 2 {number} 44 31 8 67 {5 * number}"
         options: Any = {"constraint": NUMBERS, "generation": in_few_steps(demo, 1), "speed": "reference", "seed": 3}
         flagged = generate(demo, prompt, verify="flag", **options)
