@@ -112,17 +112,17 @@ def lifted(terms: Terms, controls: Sequence[str], machine: Machine) -> Term:
         return lift(machine.start)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _arguments(name: str, schema: str) -> Machine:
     """Return the machine of a tool's arguments, spelled as in a call."""
-    from dgemma_mlx.constrain.notation import CallNotation
+    from dgemma_mlx.constrain.call_spelling import CallSpelling
     from dgemma_mlx.constrain.writing import Writer
 
     value: Any = parse_json(schema)
     try:
         with compiling("the schema of its arguments"):
-            writer = Writer(value, CallNotation())
-            machine = Machine(writer.bytes, writer.start, writer.notation.controls)
+            writer = Writer(value, CallSpelling)
+            machine = Machine(writer.bytes, writer.start, CallSpelling.controls)
     except DgemmaError as error:
         raise DgemmaError(f"tool {name}: {error.message}", _HINT, exit_code=2) from None
     if not machine.is_alive(machine.start):

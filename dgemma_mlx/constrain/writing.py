@@ -7,9 +7,8 @@ from itertools import permutations
 from typing import Any
 
 from dgemma_mlx.constrain.apart import Apart
-from dgemma_mlx.constrain.leaf import bytes_of, utf8
 from dgemma_mlx.constrain.normal import Document, Normalizer, reject
-from dgemma_mlx.constrain.notation import JsonNotation, Notation
+from dgemma_mlx.constrain.spelling import JsonSpelling
 from dgemma_mlx.constrain.terms import UNBOUNDED, Term, Terms
 from dgemma_mlx.constrain.texts import Numbers, Strings
 from dgemma_mlx.constrain.values import ANYTHING, NOTHING, Algebra, Array, Node, Object, TooManyShapes
@@ -18,20 +17,18 @@ from dgemma_mlx.errors import DgemmaError
 class Writer:
     """The texts of one document's values."""
 
-    def __init__(self, schema: Any, notation: Notation | None = None) -> None:
-        """Prepare the texts of a schema's values. ``notation`` says how they are written: as JSON, by default."""
-        self.notation = notation = JsonNotation() if notation is None else notation
+    def __init__(self, schema: Any, spelling: type[JsonSpelling] = JsonSpelling) -> None:
+        """Write the values of a schema, which is given as parsed JSON, as ``spelling`` spells them."""
         patterns, formats, texts = _strings_in(schema)
-        self.strings, self.numbers = Strings(patterns | notation.patterns, formats, texts), Numbers()
-        notation.strings = self.strings
+        self.strings, self.numbers = Strings(patterns | spelling.patterns, formats, texts), Numbers()
+        self.spelling = spelling(self.strings, self.numbers)
         self.algebra = Algebra(self.strings.terms, self.numbers.terms, self.numbers.number, self.strings.text)
         # all strings are strings of characters, not of any symbols
         self.document = Document(schema)
         self.normal = Normalizer(self.document, self.algebra, self.strings, self.numbers)
-        self.bytes, self.literal, self.comma, self.colon = (
-            notation.terms, notation.literal, notation.comma, notation.colon,
+        self.bytes, self.literal, self.comma, self.colon, self._string = (
+            self.spelling.terms, self.spelling.literal, self.spelling.comma, self.spelling.colon, self.spelling.string,
         )  # fmt: skip
-        self._utf8 = utf8(self.bytes)
         self._bodies: dict[Node, Term] = {}
         self._rules: dict[Node, Term] = {}
         self._extra: list[tuple[Term, Term]] = []
@@ -97,21 +94,11 @@ class Writer:
         b, values = self.bytes, self.normal.values(node)
         options = [self.literal("null")] if values.null else []
         options += [self.literal("true" if each else "false") for each in sorted(values.booleans)]
-        n = self.numbers
-        if n.terms.least(values.numbers) < UNBOUNDED:
-            options.append(bytes_of(n.letters, values.numbers, b, self._utf8))
+        options.append(self.spelling.number(values.numbers))
         options.append(self._string(values.strings))
         options += [self._array(shape) for shape in values.arrays]
         options += [self._object(shape) for shape in values.objects]
         return b.either(options)
-
-    def _string(self, term: Term, spelled: Callable[[Term], Term] | None = None) -> Term:
-        """Return the texts of the strings of a term; ``spelled`` says how they are written."""
-        s = self.strings
-        term = s.terms.every([term, s.everything])
-        if s.terms.least(term) >= UNBOUNDED:
-            return self.bytes.none
-        return (spelled or self.notation.string)(term)
 
     def _array(self, shape: Array) -> Term:
         b = self.bytes
@@ -259,14 +246,14 @@ class Writer:
             return b.none
         all_names = [name for name, _ in properties]
         written = [(name, node) for name, node in properties if node != NOTHING]
-        if self.notation.sorts_names:
+        if self.spelling.sorts_names:
             written.sort(key=lambda pair: pair[0].lower())
         other_names = self.strings.terms.other(self.strings.terms.either(self.strings.text(name) for name in all_names))
         free = []
         for region in shape.regions:
             term = self.strings.terms.every([region.names, other_names])
             if region.node != NOTHING:
-                key = self._string(term, self.notation.names)
+                key = self.spelling.names(term)
                 if key is not b.none:
                     free.append(b.sequence(key, self.colon, self.value(region.node)))
         member = b.either(free)
@@ -306,7 +293,7 @@ class Writer:
                 name, node = written[n]
                 options = []
                 if count < most:
-                    text = self.notation.name(name)
+                    text = self.spelling.name(name)
                     options.append(b.sequence(*([self.comma] if count else []), text, self.colon, self.value(node), T[n + 1, key_of(count + 1)]))
                 if name not in shape.required:
                     options.append(T[n + 1, count])
@@ -327,7 +314,7 @@ class Writer:
                 if region.node == NOTHING:
                     continue
                 lengths = s.lengths(2 * n + 1, 2 * n + 2) if n + 1 < needed else s.lengths(2 * n + 1, UNBOUNDED)
-                key = self._string(s.terms.every([region.names, other_names, lengths]), self.notation.names)
+                key = self.spelling.names(s.terms.every([region.names, other_names, lengths]))
                 if key is not b.none:
                     options.append(b.sequence(key, self.colon, self.value(region.node)))
             parts += ([self.comma] if count or n else []) + [b.either(options)]

@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 
 from dgemma_mlx import Constraint, DgemmaError
 from dgemma_mlx.constrain.machine import BYTES, Machine
-from dgemma_mlx.constrain.notation import DELIMITER
+from dgemma_mlx.constrain.call_spelling import DELIMITER
 from dgemma_mlx.constrain.terms import UNBOUNDED, Term
 from dgemma_mlx.constrain.turns import Turn, calls_of, of_turn
 from dgemma_mlx.text.tool_calls import _strict_call
@@ -80,7 +80,7 @@ def walk(machine: Machine, rng: random.Random, most: int = 60) -> list[int]:
         if not row.states:
             break
         place = rng.randrange(len(row.states))
-        choices = [symbol for symbol in range(machine.terms.size) if row.index[symbol] == place]
+        choices = [symbol for symbol in range(machine.terms.size) if row.place[symbol] == place]
         path.append(rng.choice(choices))
         state = row.states[place]
     return path + completion(machine, state)
