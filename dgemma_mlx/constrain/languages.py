@@ -8,6 +8,7 @@ from functools import lru_cache
 from dgemma_mlx.constrain.leaf import Letters, bytes_of, sets_of, term_of, utf8
 from dgemma_mlx.constrain.machine import BYTES, Machine
 from dgemma_mlx.constrain.pattern import read_pattern
+from dgemma_mlx.constrain.spelling import JsonSpelling
 from dgemma_mlx.constrain.terms import Terms
 from dgemma_mlx.errors import DgemmaError
 
@@ -38,13 +39,13 @@ def of_choices(texts: tuple[str, ...]) -> Machine:
 
 
 @lru_cache(maxsize=8)
-def of_schema(schema: str) -> Machine:
-    """Return the machine of the JSON texts that validate against a JSON schema, given as JSON text.
+def of_schema(schema: str, spelling: type[JsonSpelling] = JsonSpelling) -> Machine:
+    """Return the machine of the values that validate against a JSON schema, given as JSON text.
 
-    Raises ``DgemmaError`` (exit code 2), which gives the path within the
-    schema, when it is malformed or uses what is not supported.
+    The values are spelled as JSON or in another way. Raises ``DgemmaError`` (exit code 2), which gives the path within
+    the schema, when it is malformed or uses what is not supported.
     """
     from dgemma_mlx.constrain.writing import Writer
 
-    writer = Writer(json.loads(schema))
-    return Machine(writer.bytes, writer.start)
+    writer = Writer(json.loads(schema), spelling)
+    return Machine(writer.bytes, writer.start, spelling.controls)

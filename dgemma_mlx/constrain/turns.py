@@ -10,15 +10,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from dgemma_mlx.constrain.characters import ALL
+from dgemma_mlx.constrain.languages import of_schema
 from dgemma_mlx.constrain.leaf import utf8
 from dgemma_mlx.constrain.limits import compiling
 from dgemma_mlx.constrain.machine import BYTES, Machine
 from dgemma_mlx.constrain.terms import UNBOUNDED, Term, Terms
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.json_text import parse_json
 from dgemma_mlx.text.tools import CLOSE_CALL, OPEN_CALL, Tool, signatures
 
 THOUGHT = ("<|channel>", "<channel|>")
@@ -116,13 +115,10 @@ def lifted(terms: Terms, controls: Sequence[str], machine: Machine) -> Term:
 def _arguments(name: str, schema: str) -> Machine:
     """Return the machine of a tool's arguments, spelled as in a call."""
     from dgemma_mlx.constrain.call_spelling import CallSpelling
-    from dgemma_mlx.constrain.writing import Writer
 
-    value: Any = parse_json(schema)
     try:
         with compiling("the schema of its arguments"):
-            writer = Writer(value, CallSpelling)
-            machine = Machine(writer.bytes, writer.start, CallSpelling.controls)
+            machine = of_schema(schema, CallSpelling)
     except DgemmaError as error:
         raise DgemmaError(f"tool {name}: {error.message}", _HINT, exit_code=2) from None
     if not machine.is_alive(machine.start):
