@@ -35,7 +35,7 @@ from dgemma_mlx.text.parts import PartsParser
 from dgemma_mlx.text.tokenizer import Tokenizer, load_tokenizer
 from dgemma_mlx.text.tools import Tool, ToolChoice
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 DEFAULT_MAX_TOKENS = 1024
 _ONE_THREAD = "Read a stream in the thread that began it, or let a dgemma_mlx.Worker own the model."
@@ -317,7 +317,7 @@ def generate_batch(
     return [done[number] for number in range(count)]
 
 
-def _at(places: Sequence[int], values: Sequence[T]) -> list[T]:
+def _at(places: Sequence[int], values: Sequence[_T]) -> list[_T]:
     return [values[place] for place in places]
 
 

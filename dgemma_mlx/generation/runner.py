@@ -173,11 +173,13 @@ class Runner:
         for repair in range(MAX_REPAIRS + 1):
             before = cache.snapshot()
             readings, hidden = verifier.read(cache, drafts.values())
+            if self._options.verify == "flag" or repair == MAX_REPAIRS:
+                break
             places = {
                 row: place for row, reading in zip(drafts, readings, strict=True)
                 if (place := self._repair_place(row, drafts[row], reading)) is not None
             }  # fmt: skip
-            if self._options.verify == "flag" or not places or repair == MAX_REPAIRS:
+            if not places:
                 break
             cache.restore(before)
             rows = list(places)
