@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from dgemma_mlx import Constraint, DgemmaError
-from dgemma_mlx.constrain.machine import BYTES, Machine
 from dgemma_mlx.constrain.call_spelling import DELIMITER
+from dgemma_mlx.constrain.machine import BYTES, Machine
 from dgemma_mlx.constrain.terms import UNBOUNDED, Term
 from dgemma_mlx.constrain.turns import Turn, calls_of, of_turn
 from dgemma_mlx.text.tool_calls import _strict_call
