@@ -181,16 +181,17 @@ class Terms:
         return self._term("repeat", (term, least, most), least == 0)
 
     def rule(
-        self, body: Callable[[], Term], name: Any, nullable: bool = False, least: int | None = None
+        self, body: Callable[[], Term], name: Any, nullable: bool = False, weigh: Callable[[Term], int] | None = None
     ) -> Term:
         """Return a term that stands for another one, which is asked for when its row is: this makes recursion.
 
-        ``name`` tells rules apart. ``nullable`` says whether the empty word belongs to the rule. ``least`` is the weight
-        of its lightest word. A rule whose word may contain a word of the same rule must give it.
+        ``name`` tells rules apart. ``nullable`` says whether the empty word belongs to the rule. The lightest word of a
+        rule is searched by its rows; where rules nest, rows do not end, and ``weigh`` returns the weight.
         """
         found = self._term("rule", (name,), nullable)
         if len(found.parts) == 1:
-            found.parts, found.least = (name, body), least
+            found.parts = (name, body)
+            found.least = weigh(found) if weigh else None
         return found
 
     def row(self, term: Term) -> Row:
