@@ -231,7 +231,8 @@ _PUNCTUATION = "".join(chr(code) for code in range(33, 127) if not chr(code).isa
 _EBNF = re.compile(
     r"""(?P<space>\s+|\#[^\n]*)|(?P<head>[A-Za-z0-9_][\w-]*\s*(?:::=|=|:))|(?P<name>[A-Za-z0-9_][\w-]*)
     |(?P<literal>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')|(?P<class>\[\^?\]?(?:[^\]\\\n]|\\.)*\])
-    |(?P<repeat>[?*+]|\{\s*\d+\s*(?:,\s*\d*\s*)?\})|(?P<any>\.)|(?P<mark>[|;])|(?P<open>\()|(?P<close>\))|(?P<token>!?<)""",
+    |(?P<repeat>[?*+]|\{\s*\d+\s*(?:,\s*\d*\s*)?\})|(?P<any>\.)|(?P<mark>[|;])|(?P<open>\()|(?P<close>\))
+    |(?P<token>!?<[^<>\n]*>)""",
     re.VERBOSE,
 )
 

@@ -88,6 +88,8 @@ class LarkReader(RuleReader):
         """Read all rules. Return the one of the whole text, which consists of ``start`` and what may be ignored."""
         parts: list[tuple[Lexeme, list[Lexeme]]] = []
         for lexeme in lexemes(grammar, _LARK):
+            if lexeme.kind == "directive" and lexeme.text != "%ignore":
+                reject(lexeme.line, f"{lexeme.text} is not supported", "Only %import and %ignore are.")
             if lexeme.kind in ("head", "directive", "import"):
                 parts.append((lexeme, []))
             elif lexeme.kind in _UNSUPPORTED:
@@ -106,10 +108,8 @@ class LarkReader(RuleReader):
                 name = self._name(head)
                 self._in_rule = not _is_terminal(name)
                 self.define(head, name, body)
-            elif head.text == "%ignore":
-                ignored += self.expression(head, body)
             else:
-                reject(head.line, f"{head.text} is not supported", "Only %import and %ignore are.")
+                ignored += self.expression(head, body)
         if "start" not in self.rules:
             raise DgemmaError("the grammar has no rule start", 'Write a rule like start: "yes" | "no".', exit_code=2)
         if not self._skips:
