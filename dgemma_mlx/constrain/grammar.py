@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dgemma_mlx.checks import shown
 from dgemma_mlx.constrain.grammar_reader import EbnfReader, reject
+from dgemma_mlx.constrain.limits import check_time
 from dgemma_mlx.constrain.rules import Alternative, Item, Name, lengths, without_left_recursion
 from dgemma_mlx.constrain.terms import UNBOUNDED, Term, Terms
 
@@ -47,4 +48,32 @@ def term_of_grammar(grammar: str, terms: Terms) -> Term:
         atom = item.atom if isinstance(item.atom, Term) else of_rule(item.atom)
         return terms.repeat(atom, item.least, item.most)
 
+    if reader.ignored is not None and _goes_on(of_rule(reader.ignored), terms):
+        reject(reader.lines[reader.ignored], "what is ignored could go on in a way that is not ignored itself",
+               "Let it include its end, as in /#[^\\n]*\\n/.")
     return of_rule(start)
+
+
+def _goes_on(ignored: Term, terms: Terms) -> bool:
+    """Return whether an ignored text can become a longer one, of which the rest is not a sequence of ignored texts.
+
+    Lark ignores the longest text that it can. Otherwise each text that it could ignore is as good.
+    """
+    states, sequence = [ignored], terms.repeat(ignored, 0)
+    for state in states:  # grows
+        check_time()
+        states += [after for _, after in terms.row(state) if after not in states]
+    pairs = [(state, sequence) for state in states if state.nullable]  # a rest, and what may be ignored there
+    for rest, allowed in pairs:  # grows
+        check_time()
+        if rest.nullable and not allowed.nullable:
+            return True
+        for mask, after in terms.row(rest):
+            left = mask
+            for other, following in terms.row(allowed):
+                if mask & other and (after, following) not in pairs:
+                    pairs.append((after, following))
+                left &= ~other
+            if left:
+                return True
+    return False

@@ -88,12 +88,14 @@ class RuleReader:
     Attributes:
         rules: What was read so far.
         lines: The first line that uses each rule.
+        ignored: The rule of a text that may stand between terminals, if the spelling has such texts.
     """
 
     def __init__(self, terms: Terms) -> None:
         """Create a reader that makes terms over bytes."""
         self.rules: Rules = {}
         self.lines: dict[Name, int] = {}
+        self.ignored: Name | None = None
         self._terms, self._encode = terms, utf8(terms)
         self._made: dict[tuple[Alternative, ...], str] = {}
 

@@ -114,7 +114,9 @@ class LarkReader(RuleReader):
             raise DgemmaError("the grammar has no rule start", 'Write a rule like start: "yes" | "no".', exit_code=2)
         if not self._skips:
             return "start"
-        self.rules[_SKIP] = ((Item(self.made(tuple(ignored)), 0, UNBOUNDED),),)
+        line = next(head.line for head, _ in parts if head.text == "%ignore")
+        self.ignored = self.use(self.made(tuple(ignored)), line)
+        self.rules[_SKIP] = ((Item(self.ignored, 0, UNBOUNDED),),)
         return self.made(((Item(_SKIP), Item("start")),))
 
     def atom(self, lexeme: Lexeme) -> Name | Term:

@@ -101,8 +101,8 @@ cell  ::= [^|\n \t] ([^|\n]{0,38} [^|\n \t])?
          ["", "1 +", "1 2", "x==1", "a = b = 1"]),
         ('start: A ["," start] ";"~2..3 B?  // c\nA: "ab"i | "0".."9" | /x[^\\/]\\/y+/s\nB: ("é" | "\\u0041"){,2}',
          ["ab;;", "aB,7;;;A;;éA", "x\n/yy;;;é"], ["ab;", "ab ;;", "x/y;;", "a;;"]),
-        ("start: WORD (_sep WORD)*\n_sep: \",\"\n%import common (WORD, WS)\n%ignore WS\n%ignore /#[^\\n]*/",
-         ["a,b", "  a , b#x,\n,c#"], ["a b", "a,", "#"]),
+        ("start: WORD (_sep WORD)*\n_sep: \",\"\n%import common (WORD, WS)\n%ignore WS\n%ignore /#[^\\n]*\\n/",
+         ["a,b", "  a , b#x,\n,c #\n"], ["a b", "a,", "#a", "#\n"]),
         (TABLE, ["| a | b |\n| --- | :---: |\n| 1 | 2 3 |\n"], ["| a | b |\n| -- | --- |\n| 1 | 2 |\n", "| a |\n"]),
     ],
 )  # fmt: skip
@@ -145,13 +145,13 @@ def random_json(rng: random.Random, depth: int) -> object:
 
 def test_llama_cpps_grammar_of_json_nests_without_a_limit() -> None:
     constraint, rng = Constraint.grammar(LLAMA_JSON), random.Random(0)
-    for _ in range(100):
+    for _ in range(40):
         text = json.dumps({"a": random_json(rng, 5)}, ensure_ascii=rng.random() < 0.5)
         assert constraint.matches(text)
         assert not constraint.matches(text[:-1]) and not constraint.matches(text.replace(":", "=", 1))
-    assert constraint.matches('{"a":' + "[" * 3000 + "]" * 3000 + "}")
+    assert constraint.matches('{"a":' + "[" * 1000 + "]" * 1000 + "}")
     numbers = np.random.default_rng(0)
-    for _ in range(50):
+    for _ in range(30):
         assert isinstance(json.loads(text_of(constraint.machine, numbers)), dict)
 
 
@@ -213,6 +213,7 @@ def test_a_terminal_of_larks_common(name: str) -> None:
      ("start: @other", "grammars"),
      ("start: (/a/]", r"unexpected \]"), ('start: X\nX: "a"\n%import common.INT -> X', "defined twice"),
      ("start: [a-z]", "'a-z' does not exist"), ("start: INT", "'INT' does not exist"),
+     ('start: "a"\n%ignore " "\n%ignore /#.*/', "line 2: what is ignored could go on"),
      ('%ignore " "\n%ignore ("a"\nstart: "b"', "closed")],
 )  # fmt: skip
 def test_an_error_gives_the_line_and_the_problem(grammar: str, says: str) -> None:
@@ -228,7 +229,7 @@ def test_an_error_gives_the_line_and_the_problem(grammar: str, says: str) -> Non
         ("\n".join(f'r{n} ::= "a" r{n + 1}' for n in range(3000)) + '\nr3000 ::= "x"', "a" * 3000 + "x"),
         ("a ::= " + '("a" ' * 3000 + '"x"' + ")?" * 3000, "a" * 3000 + "x"),
         ("\n".join(f'r{n} ::= r{(n + 1) % 60} "a" | r{n * 7 % 60} "b" | "x"' for n in range(60)), "xa"),
-        ('a ::= "a" a "a" | "b"', "a" * 2000 + "b" + "a" * 2000),
+        ('a ::= "a" a "a" | "b"', "a" * 1000 + "b" + "a" * 1000),
         ("\n".join(f"r{n} ::= r{n + 1} r{n + 1}" for n in range(11)) + "\nr11 ::= 'x'", "x" * 2048),
         ('s ::= "a" s "b" | "a" s "c" | "x"', "a" * 200 + "x" + "bc" * 100),
     ],
