@@ -8,7 +8,8 @@ r"""Reading of the rules of a grammar in the spelling of Lark and of llguidance.
 
 What is described here is the set of texts, so everything about trees (``?``, ``!``, ``_``, ``-> alias``) says nothing.
 A text belongs to the grammar if it can be divided into terminals in any way, as with Lark's Earley parser and its
-lexer ``dynamic_complete``. What is ignored may stand at the beginning and after each terminal of a rule.
+lexer ``dynamic_complete``. What is ignored may stand at the beginning and after each terminal of a rule; Lark ignores
+the longest text it can, so what could go on in a way that is not ignored itself is refused.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ class LarkReader(RuleReader):
             return self.use(lexeme.text, lexeme.line)
         if lexeme.kind == "regex":
             text, _, flags = lexeme.text[1:].rpartition("/")
-            return self._regex(f"(?{flags}:{text})" if flags else text, lexeme)
+            return self._regex(f"(?{flags}){text}" if flags else text, lexeme)
         texts = [unescaped(each, lexeme.line, _PLAIN) for each in re.findall(r'"((?:[^"\\\n]|\\.)*)"', lexeme.text)]
         if lexeme.kind == "literal":
             return self._regex(f"(?i){re.escape(texts[0])}", lexeme) if lexeme.text[-1] == "i" else self.literal(*texts)

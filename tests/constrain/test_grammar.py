@@ -103,6 +103,7 @@ cell  ::= [^|\n \t] ([^|\n]{0,38} [^|\n \t])?
          ["ab;;", "aB,7;;;A;;éA", "x\n/yy;;;é"], ["ab;", "ab ;;", "x/y;;", "a;;"]),
         ("start: WORD (_sep WORD)*\n_sep: \",\"\n%import common (WORD, WS)\n%ignore WS\n%ignore /#[^\\n]*\\n/",
          ["a,b", "  a , b#x,\n,c #\n"], ["a b", "a,", "#a", "#\n"]),
+        ("start: /a b|c # a comment/xi", ["AB", "c"], ["a b", "ac"]),
         (TABLE, ["| a | b |\n| --- | :---: |\n| 1 | 2 3 |\n"], ["| a | b |\n| -- | --- |\n| 1 | 2 |\n", "| a |\n"]),
     ],
 )  # fmt: skip
