@@ -109,16 +109,15 @@ class Constraint:
 
     @classmethod
     def grammar(cls, grammar: str) -> Constraint:
-        """Create a constraint from a grammar in EBNF without recursion. The first rule describes the whole answer.
+        """Create a constraint from a context-free grammar. Its first rule describes the whole answer.
 
-            Constraint.grammar('answer ::= "(" n ", " n ")"  n ::= [1-9] [0-9]*')
+            Constraint.grammar('sum ::= number ("+" number | "+(" sum ")")*  number ::= [1-9] [0-9]*')
 
-        ``dgemma_mlx.constrain.grammar`` describes the syntax. Raises ``DgemmaError``, which gives the line, when the
-        grammar is malformed or recursive.
+        The grammar is EBNF, or has the spelling of llama.cpp (GBNF) or of Lark, where the rule ``root`` or ``start``
+        describes the whole answer. docs/constrained.md describes the syntax. Raises ``DgemmaError``, which gives the
+        line, when the grammar is malformed or uses what is not supported, and when a rule has no text.
         """
-        from dgemma_mlx.constrain.grammar import regex_of_grammar
-
-        return cls(languages.of_regex(regex_of_grammar(grammar)), "the grammar")
+        return cls(languages.of_grammar(checked_text(grammar, "a grammar")), "the grammar")
 
     @classmethod
     def response_format(cls, response_format: Mapping[str, Any]) -> Constraint | None:

@@ -1,4 +1,4 @@
-"""Machines of the kinds of constraints: regular expressions, choices and JSON schemas."""
+"""Machines of the kinds of constraints: regular expressions, choices, JSON schemas and grammars."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from functools import lru_cache
 
 from dgemma_mlx.constrain.leaf import Letters, bytes_of, sets_of, term_of, utf8
+from dgemma_mlx.constrain.limits import compiling
 from dgemma_mlx.constrain.machine import BYTES, Machine
 from dgemma_mlx.constrain.pattern import read_pattern
 from dgemma_mlx.constrain.spelling import JsonSpelling
@@ -49,3 +50,16 @@ def of_schema(schema: str, spelling: type[JsonSpelling] = JsonSpelling) -> Machi
 
     writer = Writer(json.loads(schema), spelling)
     return Machine(writer.bytes, writer.start, spelling.controls)
+
+
+@lru_cache(maxsize=8)
+def of_grammar(grammar: str) -> Machine:
+    """Return the machine of a context-free grammar, in the spelling of EBNF, of GBNF or of Lark.
+
+    Raises ``DgemmaError`` (exit code 2), which gives the line, when the grammar is malformed.
+    """
+    from dgemma_mlx.constrain.grammar import term_of_grammar
+
+    terms = Terms(BYTES)
+    with compiling("the grammar"):
+        return Machine(terms, term_of_grammar(grammar, terms))

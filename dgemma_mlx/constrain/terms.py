@@ -57,6 +57,7 @@ class Terms:
         self.size = size
         self.weights = [1] * size  # of each symbol, for ``least``
         self._all_symbols = (1 << size) - 1
+        self._joined: dict[frozenset[Term], Term] = {}  # alternatives, for what many ambiguous texts share
         self._known: dict[tuple[Any, ...], Term] = {}
         self.none = self._term("none", (), False)
         self.empty = self._term("empty", (), True)
@@ -90,6 +91,9 @@ class Terms:
             return first
         if first.kind == "both":
             return self._both(first.parts[0], self._both(first.parts[1], second))
+        if first.kind == "repeat" and first.parts[1:] == (0, UNBOUNDED):  # a*a* = a*
+            if first is second or (second.kind == "both" and second.parts[0] is first):
+                return second
         return self._term("both", (first, second), first.nullable and second.nullable)
 
     def either(self, terms: Iterable[Term]) -> Term:
@@ -106,15 +110,15 @@ class Terms:
                     found[part] = None
         if mask:
             found[self.symbols(mask)] = None
-        tails: dict[Term, list[Term]] = {}
-        for part in found:  # ac|bc = (a|b)c
-            if part.kind == "both":
-                tails.setdefault(part.parts[1], []).append(part)
-        for tail, parts in tails.items():
-            if len(parts) > 1:
-                for part in parts:
-                    del found[part]
-                found[self._both(self.either(part.parts[0] for part in parts), tail)] = None
+        key = frozenset(found)
+        if key not in self._joined:
+            self._joined[key] = self._join(found)
+        return self._joined[key]
+
+    def _join(self, found: dict[Term, None]) -> Term:
+        """Return the alternatives of ``either`` as one term."""
+        self._factor(found, 1)
+        self._factor(found, 0)
         kept = sorted(found, key=lambda term: term.number)
         if not kept:
             return self.none
@@ -123,6 +127,22 @@ class Terms:
         if self.empty in found and any(term.nullable for term in kept if term is not self.empty):
             return self.either(term for term in kept if term is not self.empty)
         return self._term("any", tuple(kept), any(term.nullable for term in kept))
+
+    def _factor(self, found: dict[Term, None], shared: int) -> None:
+        """Replace alternatives by ac|bc = (a|b)c, for ``shared`` 1, or ca|cb = c(a|b) for a rule c, for ``shared`` 0.
+
+        The second law keeps the alternatives few where a grammar is ambiguous for long.
+        """
+        groups: dict[Term, list[Term]] = {}
+        for part in found:
+            if part.kind == "both" and (shared or part.parts[0].kind == "rule"):
+                groups.setdefault(part.parts[shared], []).append(part)
+        for each, parts in groups.items():
+            if len(parts) > 1:
+                for part in parts:
+                    del found[part]
+                rest = self.either(part.parts[1 - shared] for part in parts)
+                found[self._both(rest, each) if shared else self._both(each, rest)] = None
 
     def every(self, terms: Iterable[Term]) -> Term:
         """Return the words that belong to all of the terms."""
@@ -160,14 +180,18 @@ class Terms:
             return self.repeat(term.parts[0], min(least, term.parts[1]))
         return self._term("repeat", (term, least, most), least == 0)
 
-    def rule(self, body: Callable[[], Term], name: Any, nullable: bool = False) -> Term:
+    def rule(
+        self, body: Callable[[], Term], name: Any, nullable: bool = False, weigh: Callable[[Term], int] | None = None
+    ) -> Term:
         """Return a term that stands for another one, which is asked for when its row is: this makes recursion.
 
-        ``name`` tells rules apart.
+        ``name`` tells rules apart. ``nullable`` says whether the empty word belongs to the rule. The lightest word of a
+        rule is searched by its rows; where rules nest, rows do not end, and ``weigh`` returns the weight.
         """
         found = self._term("rule", (name,), nullable)
         if len(found.parts) == 1:
             found.parts = (name, body)
+            found.least = weigh(found) if weigh else None
         return found
 
     def row(self, term: Term) -> Row:
