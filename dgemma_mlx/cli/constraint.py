@@ -32,7 +32,7 @@ JsonSchema = Annotated[
 Grammar = Annotated[
     str | None,
     constraint_option(
-        "--grammar", metavar="EBNF", help="The answer follows this grammar without recursion: a file or the text."
+        "--grammar", metavar="GRAMMAR", help="The answer follows this grammar (EBNF, GBNF or Lark): a file or the text."
     ),
 ]
 
@@ -69,7 +69,7 @@ def constraint_of(
     if json_schema is not None:
         return Constraint.json_schema(_read(json_schema, inline=json_schema.lstrip()[:1] in ("{", "t", "f")))
     assert grammar is not None
-    return Constraint.grammar(_read(grammar, inline="=" in grammar or "\n" in grammar))
+    return Constraint.grammar(_read(grammar, inline=any(mark in grammar for mark in "=:\n")))
 
 
 def _texts(choice: str) -> list[str]:

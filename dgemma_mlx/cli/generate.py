@@ -169,8 +169,9 @@ def generate(
           lines scroll up as plain text. Without a terminal, or with NO_COLOR or TERM=dumb, no escape codes are written.
         - `--json` prints the text, thinking, tool calls, tokens, finish_reason, seed and statistics. `--jsonl` and
           `--trace` write one object per denoising step and per canvas, and one for the whole answer.
-        - `--tools FILE` holds one tool, or a list of them, as OpenAI or Anthropic declare tools (docs/tools.md). A call
-          is printed to stderr as a line `tool call: name {arguments}`, and `--json` has it in `tool_calls`.
+        - `--tools FILE` holds one tool, or a list of them, as OpenAI or Anthropic declare tools. The arguments of every
+          call validate against the tool's parameters (docs/tools.md). A call is printed to stderr as a line
+          `tool call: name {arguments}`, and `--json` has it in `tool_calls`.
         - A line of a `--batch` file is a JSON string, or an object with `prompt` and optionally `id`, `system`, `seed`,
           `max_tokens`, `tools` and `tool_choice`. The model is loaded once. Every line is checked before the first one
           is answered. With `--batch-size N`, N prompts are answered at a time, each as it would be alone, or fewer when
@@ -184,10 +185,11 @@ def generate(
           started again once. An answer without any text is reported as "the model gave no answer", with exit code 1.
         - `--verify flag` lets the encoder read each canvas and reports the tokens it would have written differently
           (`doubted` in the events). `--verify repair` denoises the canvas again from there. Both help where the answer
-          follows from the prompt, and are of no use for open prose.
+          follows from the prompt, and are of no use for open prose. A repair keeps to a constraint.
         - `--regex`, `--choice`, `--json-schema` and `--grammar` exclude each other. The canvas is projected onto the
-          constraint in every step, so the answer always matches (docs/constrained.md). A schema or grammar is a file,
-          or the text itself. Unsupported features are refused before anything is generated.
+          constraint in every step, so the answer always matches (docs/constrained.md). With `--thinking`, a thought may
+          stand before it; with `--tools`, calls may stand in its place. A schema or grammar is a file, or the text
+          itself. Unsupported features are refused before anything is generated.
         - The same seed gives the same text on one machine. `--temp 0` takes the most probable tokens as the denoiser's
           canvas. Any other value replaces the temperature schedule by a constant.
         - `--trim-canvas` makes the last canvas a multiple of 64 tokens long. The text changes because every canvas is

@@ -36,7 +36,9 @@ def read_tools(path: Path) -> list[dict[str, Any]]:
 
 
 def check_choice(tools: Any, choice: str | Mapping[str, Any] | None) -> None:
-    """Raise `DgemmaError` (exit code 2) when the tools do not offer the choice."""
+    """Raise `DgemmaError` (exit code 2) when the tools do not offer the choice, or calls cannot be held to them."""
+    from dgemma_mlx.constrain.turns import Turn, calls_of, of_turn
     from dgemma_mlx.text.tools import chosen, declarations
 
-    chosen(declarations(tools), choice)
+    if names := chosen(declarations(tools), choice).names:
+        of_turn(Turn(calls=calls_of(tools, names)))

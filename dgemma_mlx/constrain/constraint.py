@@ -17,11 +17,13 @@ from dgemma_mlx.checks import shown
 from dgemma_mlx.constrain import languages
 from dgemma_mlx.constrain.limits import compiling
 from dgemma_mlx.constrain.machine import Machine
+from dgemma_mlx.constrain.own_types import is_own_type, schema_of
 from dgemma_mlx.constrain.regex import checked_text
 from dgemma_mlx.constrain.tokens import TokenMachine
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import parse_json
 from dgemma_mlx.text.tokenizer import Tokenizer
+from dgemma_mlx.text.tools import OPEN_CALL
 
 
 class Constraint:
@@ -86,7 +88,7 @@ class Constraint:
         return cls(languages.of_choices(tuple(checked_text(text, "a choice") for text in choices)), "the choice")
 
     @classmethod
-    def json_schema(cls, schema: Mapping[str, Any] | str | bool) -> Constraint:
+    def json_schema(cls, schema: Any) -> Constraint:
         """Create a constraint that allows JSON texts that validate against a JSON schema (draft 2020-12).
 
             Constraint.json_schema({
@@ -95,24 +97,27 @@ class Constraint:
                 "required": ["name"],
             })
 
-        ``schema`` is a dict, a boolean, or JSON text. The constraint may be narrower than the schema, never wider:
-        properties appear in the order of the schema, and no others are added. Raises ``DgemmaError``, which gives the
-        path within the schema, for a keyword that is not supported.
+        ``schema`` is a dict, a boolean, or JSON text. With pydantic it may also be a model, a dataclass, a TypedDict,
+        another type hint such as ``list[Person]``, or a function, whose arguments by name the text then holds. The
+        constraint may be narrower than the schema, never wider: properties appear in the order of the schema, and no
+        others are added. Raises ``DgemmaError``, which gives the path within the schema, for a keyword that is not
+        supported.
         """
+        if is_own_type(schema):
+            schema = schema_of(schema)
         return cls(languages.of_schema(json.dumps(_json_value(schema, "the JSON schema"))), "the JSON schema")
 
     @classmethod
     def grammar(cls, grammar: str) -> Constraint:
-        """Create a constraint from a grammar in EBNF without recursion. The first rule describes the whole answer.
+        """Create a constraint from a context-free grammar. Its first rule describes the whole answer.
 
-            Constraint.grammar('answer ::= "(" n ", " n ")"  n ::= [1-9] [0-9]*')
+            Constraint.grammar('sum ::= number ("+" number | "+(" sum ")")*  number ::= [1-9] [0-9]*')
 
-        ``dgemma_mlx.constrain.grammar`` describes the syntax. Raises ``DgemmaError``, which gives the line, when the
-        grammar is malformed or recursive.
+        The grammar is EBNF, or has the spelling of llama.cpp (GBNF) or of Lark, where the rule ``root`` or ``start``
+        describes the whole answer. docs/constrained.md describes the syntax. Raises ``DgemmaError``, which gives the
+        line, when the grammar is malformed or uses what is not supported, and when a rule has no text.
         """
-        from dgemma_mlx.constrain.grammar import regex_of_grammar
-
-        return cls(languages.of_regex(regex_of_grammar(grammar)), "the grammar")
+        return cls(languages.of_grammar(checked_text(grammar, "a grammar")), "the grammar")
 
     @classmethod
     def response_format(cls, response_format: Mapping[str, Any]) -> Constraint | None:
@@ -146,12 +151,13 @@ class Constraint:
         """Return the constraint over a model's tokens.
 
         ``vocab_size`` is the model's vocabulary size. The end-of-text ids of ``config`` end a text, except
-        ``<|tool_response>``, which ends a tool call. Constraints with the same machine share the result: the last
-        ``_MAX_KEPT`` results are kept for each tokenizer, as long as the tokenizer exists. Threads may share it too.
-        Raises ``DgemmaError`` (exit code 2) when the tokenizer lacks tokens for bytes that the constraint needs, and
-        when the automaton is too large.
+        ``<|tool_response>``, which ends tool calls, in a constraint without these. Constraints with the same machine
+        share the result: the last ``_MAX_KEPT`` results are kept for each tokenizer, as long as the tokenizer exists.
+        Threads may share it too. Raises ``DgemmaError`` (exit code 2) when the tokenizer lacks tokens for bytes that
+        the constraint needs, and when the automaton is too large.
         """
-        tool_response_id = tokenizer.special_ids.get("<|tool_response>")
+        has_calls = OPEN_CALL in self.machine.controls
+        tool_response_id = None if has_calls else tokenizer.special_ids.get("<|tool_response>")
         eos_ids = tuple(id for id in config.eos_token_ids if id != tool_response_id)
         key = (self.machine, eos_ids, config.pad_token_id, vocab_size)
         with _lock:  # two threads with the same constraint compile it once

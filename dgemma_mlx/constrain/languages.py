@@ -1,4 +1,4 @@
-"""Machines of the kinds of constraints: regular expressions, choices and JSON schemas."""
+"""Machines of the kinds of constraints: regular expressions, choices, JSON schemas and grammars."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dgemma_mlx.constrain.leaf import Letters, bytes_of, sets_of, term_of, utf8
 from dgemma_mlx.constrain.limits import compiling
 from dgemma_mlx.constrain.machine import BYTES, Machine
 from dgemma_mlx.constrain.pattern import read_pattern
+from dgemma_mlx.constrain.spelling import JsonSpelling
 from dgemma_mlx.constrain.terms import Terms
 from dgemma_mlx.errors import DgemmaError
 
@@ -42,16 +43,29 @@ def of_choices(texts: tuple[str, ...]) -> Machine:
 
 
 @lru_cache(maxsize=8)
-def of_schema(schema: str) -> Machine:
-    """Return the machine of the JSON texts that validate against a JSON schema, given as JSON text.
+def of_schema(schema: str, spelling: type[JsonSpelling] = JsonSpelling) -> Machine:
+    """Return the machine of the values that validate against a JSON schema, given as JSON text.
 
-    Raises ``DgemmaError`` (exit code 2), which gives the path within the
-    schema, when it is malformed or uses what is not supported.
+    The values are spelled as JSON or in another way. Raises ``DgemmaError`` (exit code 2), which gives the path within
+    the schema, when it is malformed or uses what is not supported.
     """
     from dgemma_mlx.constrain.writing import Writer
 
     with compiling("the JSON schema"):
-        writer = Writer(json.loads(schema))
-        machine = Machine(writer.context.spelling.terms, writer.start)
+        writer = Writer(json.loads(schema), spelling)
+        machine = Machine(writer.context.spelling.terms, writer.start, spelling.controls)
         machine.is_alive(machine.start)  # translates what the shortest text needs
     return machine
+
+
+@lru_cache(maxsize=8)
+def of_grammar(grammar: str) -> Machine:
+    """Return the machine of a context-free grammar, in the spelling of EBNF, of GBNF or of Lark.
+
+    Raises ``DgemmaError`` (exit code 2), which gives the line, when the grammar is malformed.
+    """
+    from dgemma_mlx.constrain.grammar import term_of_grammar
+
+    terms = Terms(BYTES)
+    with compiling("the grammar"):
+        return Machine(terms, term_of_grammar(grammar, terms))

@@ -34,6 +34,8 @@ class ObjectTexts:
         names = {name: node for name, (node, _) in shape.names().items()}
         names |= {name: context.algebra.applied(shape, name)[0] for name in sorted(shape.required - set(names))}
         self._named = [(name, node) for name, node in names.items() if node != NOTHING]
+        if context.spelling.sorts_names:
+            self._named.sort(key=lambda pair: pair[0].lower())
         self._free = self._other_names(list(names))
         possible = all(names[name] != NOTHING for name in shape.required)
         terms = context.spelling.terms

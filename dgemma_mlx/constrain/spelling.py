@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from dgemma_mlx.constrain.characters import Ranges, ranges, without
 from dgemma_mlx.constrain.leaf import bytes_of, utf8
+from dgemma_mlx.constrain.machine import BYTES
 from dgemma_mlx.constrain.terms import UNBOUNDED, Term, Terms
 from dgemma_mlx.constrain.texts import Numbers, Strings
 
@@ -20,12 +22,19 @@ class JsonSpelling:
         terms: The algebra of the terms.
         comma, colon: What stands between members, and between a name and its value.
         array, object: The first and the last symbols of arrays and objects.
+        controls: The control tokens that are symbols, after the 256 bytes.
+        patterns: Patterns of names that ``strings`` must tell apart.
+        sorts_names: Whether the named properties of an object stand in the order of their names.
     """
+
+    controls: Sequence[str] = ()
+    patterns: frozenset[str] = frozenset()
+    sorts_names = False
 
     def __init__(self, strings: Strings, numbers: Numbers) -> None:
         """Spell ``strings`` and ``numbers``, which are terms over characters."""
         self._strings, self._numbers = strings, numbers
-        self.terms = Terms(256)
+        self.terms = Terms(BYTES + len(self.controls))
         self._utf8 = utf8(self.terms)
         self._known: dict[Ranges, Term] = {}
         space = self.terms.repeat(self.literal(" "), 0, 1)

@@ -36,19 +36,19 @@ class Writer:
         start: The texts of the document.
     """
 
-    def __init__(self, schema: Any) -> None:
-        """Write the values of a schema, which is given as parsed JSON."""
+    def __init__(self, schema: Any, spelling: type[JsonSpelling] = JsonSpelling) -> None:
+        """Write the values of a schema, which is given as parsed JSON, as ``spelling`` spells them."""
         patterns, formats, texts = strings_in(schema)
-        strings, numbers = Strings(patterns, formats, set().union(*texts)), Numbers()  # its characters suffice
+        strings, numbers = Strings(patterns | spelling.patterns, formats, set().union(*texts)), Numbers()
         algebra = Algebra(strings.terms, numbers.terms, numbers.number, strings.text)
         document = Document(schema)
         check(document)
         warn(document, stacklevel=4)
         self._normal = Normalizer(document, algebra, strings, numbers)
-        spelling = JsonSpelling(strings, numbers)
-        rules = NestedRules(spelling.terms)
+        spelled = spelling(strings, numbers)
+        rules = NestedRules(spelled.terms)
         self.context = Context(
-            strings, numbers, algebra, spelling, rules, self._normal.values, self._value, self._written, self._objects
+            strings, numbers, algebra, spelled, rules, self._normal.values, self._value, self._written, self._objects
         )
         self._look_through(document.start)
         self.start = self._value(document.start)

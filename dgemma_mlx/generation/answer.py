@@ -15,6 +15,8 @@ from dgemma_mlx.events import Committed, Done, Draft, FinishReason, Statistics
 from dgemma_mlx.sizes import rate
 from dgemma_mlx.text.parts import Parts, PartsParser
 
+_UNLIMITED = 1 << 30  # tokens: more than any answer has
+
 
 @dataclass
 class Answer:
@@ -29,6 +31,7 @@ class Answer:
         parser: Turns ids into text, thinking and tool calls.
         marks: Ids that are not text: padding and all control tokens.
         constraint: Where the answer stands in its constraint; None without one.
+        is_free: Whether an answer with a constraint may be blank, and be cut off by ``max_tokens``, as one without.
         tokens: Committed ids.
         parts: Committed text, thinking and tool calls.
         finish_reason: Why the answer has ended; None while it is written.
@@ -47,6 +50,7 @@ class Answer:
     parser: PartsParser
     marks: frozenset[int] = frozenset()
     constraint: ConstraintState | None = None
+    is_free: bool = False
     tokens: list[int] = field(default_factory=list)
     parts: Parts = field(default_factory=Parts)
     finish_reason: FinishReason | None = None
@@ -65,10 +69,13 @@ class Answer:
         """Return where the next canvas begins in the constraint; None without a constraint.
 
         Its room counts the tokens, including the end-of-text token, that fit into ``max_tokens`` and into canvases of
-        this length.
+        this length. A free answer need not end in time: a call that is cut off is no call, and one that is cut short
+        might be carried out.
         """
         if self.constraint is None:
             return None
+        if self.is_free:
+            return RowStart(self.constraint, _UNLIMITED)
         written = len(self.prompt_ids) + len(self.tokens)
         canvases = max(1, (self.max_positions - written) // canvas_length)
         return RowStart(self.constraint, min(self.remaining, canvases * canvas_length))
@@ -91,7 +98,7 @@ class Answer:
         """
         ids = text_ids(draft.tokens, self.config.eos_token_ids)
         may_end = bool(self.tokens) and ids[-1] in self.config.eos_token_ids
-        can_be_blank = self.constraint is None and bool(self.config.eos_token_ids)
+        can_be_blank = (self.constraint is None or self.is_free) and bool(self.config.eos_token_ids)
         return can_be_blank and not may_end and self.marks.issuperset(ids)
 
     def count_step(self) -> None:

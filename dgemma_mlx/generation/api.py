@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import get_ident
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import mlx.core as mx
 
@@ -22,7 +22,7 @@ from dgemma_mlx.events import Done, Event
 from dgemma_mlx.generation.answer import Answer, call_prefix
 from dgemma_mlx.generation.memory import Work, fit_to_memory, should_dequantize
 from dgemma_mlx.generation.model import Model
-from dgemma_mlx.generation.options import GenerationOptions, Verify
+from dgemma_mlx.generation.options import GenerationOptions, Held, Verify
 from dgemma_mlx.generation.prompt_cache import PromptCache
 from dgemma_mlx.generation.runner import Runner
 from dgemma_mlx.model.dequantize import dequantize, dequantized_bytes
@@ -34,6 +34,8 @@ from dgemma_mlx.text.messages import Message
 from dgemma_mlx.text.parts import PartsParser
 from dgemma_mlx.text.tokenizer import Tokenizer, load_tokenizer
 from dgemma_mlx.text.tools import Tool, ToolChoice
+
+_T = TypeVar("_T")
 
 DEFAULT_MAX_TOKENS = 1024
 _ONE_THREAD = "Read a stream in the thread that began it, or let a dgemma_mlx.Worker own the model."
@@ -209,13 +211,14 @@ def stream(
             to stay within the memory limit.
         memory_limit: Bytes that the work may take. None is the device's own limit.
         cancelled: A function that is called between any two steps. Once it returns True, the answer ends.
-        constraint: What the answer must match.
+        constraint: What the answer must match. A thought or calls of tools may stand before it or in its place.
         response_format: A constraint in the form of OpenAI's clients; see ``Constraint.response_format``.
         tools: What the model may call: declarations, or functions with type hints; see
-            ``dgemma_mlx.text.tools.declarations``. Not with a constraint.
+            ``dgemma_mlx.text.tools.declarations``. Every call has arguments that validate against the tool's
+            parameters, unless its ``strict`` is false.
         tool_choice: "auto" (or None) leaves it to the model whether it calls a tool. "none" tells it of no tool, and
-            what looks like a call is text. "required" begins the answer with a call, and the name of a tool, or
-            ``{"type": "function", "function": {"name": ...}}``, with a call of this one; not with ``thinking``.
+            what looks like a call is text. With "required" the answer is one or more calls, and with the name of a
+            tool, or ``{"type": "function", "function": {"name": ...}}``, calls of this one.
 
     Raises:
         DgemmaError: For an option out of range, options that exclude each other, a conversation without messages, a
@@ -226,7 +229,6 @@ def stream(
         prefill_step_size=prefill_step_size, memory_limit=memory_limit, cancelled=cancelled, constraint=constraint,
         response_format=response_format,
     )  # fmt: skip
-    options.check_thinking(thinking)
     asked = _asked(model, prompt, options, system, thinking, raw, tools, tool_choice)
     runner = _runner(model, [asked], [seed], [max_tokens], options, prompt_cache)
     return _events(runner)
@@ -294,7 +296,6 @@ def generate_batch(
         prefill_step_size=prefill_step_size, memory_limit=memory_limit, cancelled=cancelled, constraint=constraint,
         response_format=response_format,
     )  # fmt: skip
-    options.check_thinking(thinking)
     asked = []
     for number, (prompt, own, offer, choice) in enumerate(zip(prompts, systems, offers, choices, strict=True), 1):
         try:
@@ -302,22 +303,35 @@ def generate_batch(
         except DgemmaError as error:
             place = f"prompt {number}: " if count > 1 else ""
             raise DgemmaError(f"{place}{error.message}", error.hint, error.exit_code) from None
-    runner = _runner(model, asked, seeds, limits, options)
-    done = {number: event for number, event in runner.events() if isinstance(event, Done)}
+    alike: dict[int, list[int]] = {}  # prompts whose answers are held to the same are answered together
+    for number, each in enumerate(asked):
+        alike.setdefault(id(each.held and each.held.machine), []).append(number)
+    runners = [
+        (group, _runner(model, _at(group, asked), _at(group, seeds), _at(group, limits), options))
+        for group in alike.values()
+    ]
+    done = {
+        group[number]: event
+        for group, runner in runners for number, event in runner.events() if isinstance(event, Done)
+    }  # fmt: skip
     return [done[number] for number in range(count)]
 
 
+def _at(places: Sequence[int], values: Sequence[_T]) -> list[_T]:
+    return [values[place] for place in places]
+
+
 class _Asked(NamedTuple):
-    """An encoded prompt, and how its answer is read.
+    """An encoded prompt, and what its answer is held to.
 
     Attributes:
         ids: Ids of the prompt.
-        opening: The last of them, when the answer begins in the prompt: the beginning of a call.
+        held: What the answer is held to; None when it is free.
         reads_calls: Whether the answer may hold calls.
     """
 
     ids: list[int]
-    opening: list[int]
+    held: Held | None
     reads_calls: bool
 
 
@@ -326,15 +340,10 @@ def _asked(
     raw: bool, tools: Sequence[Tool] | None, tool_choice: ToolChoice | None,
 ) -> _Asked:
     """Encode a prompt. Raises ``DgemmaError`` for arguments that exclude each other."""
-    offered = None if tool_choice == "none" else tools
-    if offered and options.is_constrained:
-        raise DgemmaError(
-            "tools cannot be combined with a constraint", "A call would not match it. Leave one of them out.", 2
-        )
     ids = model.encode_prompt(
         prompt, system=system, thinking=thinking, raw=raw, tools=tools, tool_choice=tool_choice
     )
-    return _Asked(ids, model.opening_ids(tools, tool_choice), tool_choice != "none")
+    return _Asked(ids, options.held(model, tools, tool_choice, thinking), tool_choice != "none")
 
 
 def _runner(
@@ -351,16 +360,14 @@ def _runner(
     work = Work(len(prompts), verifies=options.verify != "off")
     longest = max(len(asked.ids) for asked in prompts)
     budget = fit_to_memory(model, longest, work, options.memory_limit, options.prefill_step_size)
-    machine = options.token_machine(model)
     marks = frozenset((*model.tokenizer.special_ids.values(), config.pad_token_id, *config.eos_token_ids))
     drawn = [secrets.randbits(32) if seed is None else seed for seed in seeds]
     answers = [
         Answer(
             asked.ids, seed, limit, model.config.text.max_position_embeddings, config,
-            PartsParser(
-                model.tokenizer, call_prefix(asked.ids, seed), reads_calls=asked.reads_calls, opening=asked.opening
-            ),
-            marks, None if machine is None else ConstraintState.first(machine),
+            PartsParser(model.tokenizer, call_prefix(asked.ids, seed), reads_calls=asked.reads_calls), marks,
+            None if asked.held is None else ConstraintState.first(asked.held.machine),
+            is_free=asked.held is not None and asked.held.is_free,
         )
         for asked, seed, limit in zip(prompts, drawn, max_tokens, strict=True)
     ]  # fmt: skip

@@ -17,7 +17,7 @@ from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.text.chat import ChatTemplate, encode_chat
 from dgemma_mlx.text.messages import Message
 from dgemma_mlx.text.tokenizer import Tokenizer
-from dgemma_mlx.text.tools import Tool, ToolChoice, chosen, declarations, opening_ids
+from dgemma_mlx.text.tools import Tool, ToolChoice, chosen, declarations
 
 _BLOCK = 64  # with fewer positions, rarely chosen experts leave MLX's fast path
 
@@ -53,8 +53,8 @@ class Model:
         A string is one user turn of the checkpoint's chat template; with ``raw`` it is plain text after a
         beginning-of-text id. A list holds the messages of a conversation (see ``text.messages.conversation``).
         ``system`` adds a system prompt, and ``thinking`` lets the model think first. ``tools`` are those that the model
-        may call, and ``tool_choice`` says whether it must; the ids then end with ``opening_ids``. Raises
-        ``DgemmaError`` (exit code 2) for anything else.
+        may call; with a ``tool_choice`` of "none" the prompt leaves them out, and other choices do not change it.
+        Raises ``DgemmaError`` (exit code 2) for anything else.
         """
         if raw:
             if not isinstance(prompt, str) or system is not None or tools or tool_choice is not None:
@@ -67,21 +67,8 @@ class Model:
         if system is not None:
             check_text("the system prompt", system)
             messages = [{"role": "system", "content": system}, *messages]
-        opening = self.opening_ids(tools, tool_choice)
-        if thinking and opening:
-            raise DgemmaError(
-                "thinking cannot be combined with a required call",
-                "The answer would begin with the call. Use tool_choice auto, thinking=False, or --no-thinking.", 2,
-            )
-        offered = None if tool_choice == "none" else tools
-        return encode_chat(self.tokenizer, self.template, messages, tools=offered, enable_thinking=thinking) + opening
-
-    def opening_ids(self, tools: Sequence[Tool] | None, tool_choice: ToolChoice | None) -> list[int]:
-        """Return the ids with which an answer begins that must be a call, by this choice of a tool; else none.
-
-        Raises ``DgemmaError`` (exit code 2) for malformed tools and for a choice that they do not offer.
-        """
-        return opening_ids(self.tokenizer, chosen(declarations(tools), tool_choice))
+        offered = None if chosen(declarations(tools), tool_choice).names == () else tools
+        return encode_chat(self.tokenizer, self.template, messages, tools=offered, enable_thinking=thinking)
 
     @cached_property
     def template(self) -> ChatTemplate:

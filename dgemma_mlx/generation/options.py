@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.checks import check_count, check_temperature, shown
 from dgemma_mlx.constrain.constraint import Constraint
 from dgemma_mlx.constrain.tokens import TokenMachine
+from dgemma_mlx.constrain.turns import THOUGHT, Turn, calls_of, of_turn
 from dgemma_mlx.diffusion.denoiser import Denoiser
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED, SPEEDS
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model
+from dgemma_mlx.text.tools import OPEN_CALL, Tool, ToolChoice, chosen, declarations, signatures
 
 Verify = Literal["off", "flag", "repair"]
 VERIFY: tuple[Verify, ...] = get_args(Verify)
+
+
+class Held(NamedTuple):
+    """What one answer is held to.
+
+    Attributes:
+        machine: The texts that it may be, over the model's tokens.
+        is_free: Whether it is free apart from its calls, so that it may be blank, and be cut off by ``max_tokens``.
+    """
+
+    machine: TokenMachine
+    is_free: bool
 
 
 @dataclass(frozen=True)
@@ -28,7 +42,8 @@ class GenerationOptions:
     Attributes:
         speed: "reference", "balanced" or "fast"; see ``dgemma_mlx.diffusion.speed``.
         verify: "flag" reports the tokens that the encoder would have written differently, as ``Committed.doubted``;
-            "repair" denoises the canvas again from the first of them, with the encoder's own token there.
+            "repair" denoises the canvas again from the first of them, with the encoder's own token there; under a
+            constraint, from the first of them at which that token may stand.
         temp: A constant temperature. 0 takes the most probable tokens as the denoiser canvas. None keeps the
             checkpoint's schedule.
         generation: Parameters of the denoising loop, in place of the checkpoint's.
@@ -61,11 +76,8 @@ class GenerationOptions:
             raise DgemmaError(
                 f"not a constraint: {shown(self.constraint)}", "Write Constraint.regex(...), for example.", exit_code=2
             )
-        if self.verify == "repair" and self.is_constrained:
-            raise DgemmaError(
-                "verify=repair cannot be combined with a constraint",
-                "The encoder's own tokens may not match the constraint; use flag.", exit_code=2,
-            )
+        if self.response_format is not None:
+            Constraint.response_format(self.response_format)  # raises when it is malformed
         for name in ("prefill_step_size", "memory_limit"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
@@ -77,29 +89,33 @@ class GenerationOptions:
                 )
         check_temperature(self.temp)
 
-    @property
-    def is_constrained(self) -> bool:
-        """Whether the answer must match something. A ``response_format`` of the type text imposes nothing."""
-        form = self.response_format
-        is_text = isinstance(form, Mapping) and form.get("type") == "text"
-        return self.constraint is not None or (form is not None and not is_text)
+    def held(
+        self, model: Model, tools: Sequence[Tool] | None, tool_choice: ToolChoice | None, thinking: bool
+    ) -> Held | None:
+        """Return what an answer is held to, over the model's tokens; None when it is free.
 
-    def check_thinking(self, thinking: bool) -> None:
-        """Raise ``DgemmaError`` when thinking is combined with a constraint."""
-        if thinking and self.is_constrained:
-            raise DgemmaError(
-                "thinking cannot be combined with a constraint",
-                "The thoughts would have to match the constraint as well. Use thinking=False, or --no-thinking.", 2,
-            )
-
-    def token_machine(self, model: Model) -> TokenMachine | None:
-        """Return what every answer must match, over the model's tokens; None without a constraint."""
+        Calls are held to the tools unless all of these have ``strict`` false and the answer is free to call none.
+        Raises ``DgemmaError`` (exit code 2) for a choice that the tools do not offer, when the model's tokenizer has no
+        calls and one must be made, and for a constraint or parameters that are not supported.
+        """
+        chosen_tools, special = chosen(declarations(tools), tool_choice), model.tokenizer.special_ids
         constraint = self.constraint
         if self.response_format is not None:
             constraint = Constraint.response_format(self.response_format)
-        if constraint is None:
+        if chosen_tools.must_call and OPEN_CALL not in special:
+            raise DgemmaError(
+                f"the model's tokenizer has no {OPEN_CALL}, so a call cannot be required", 'Use "auto" or "none".', 2
+            )
+        names = chosen_tools.names if OPEN_CALL in special else ()
+        is_free = constraint is None and not chosen_tools.must_call
+        if is_free and not any(each.is_strict for each in signatures(tools) if each.name in names):
             return None
-        return constraint.over(model.tokenizer, self.config(model), model.config.text.vocab_size)
+        thinks = (thinking or is_free) and set(THOUGHT) <= special.keys()
+        if constraint is None or names or thinks:
+            answer = None if constraint is None else constraint.machine
+            turn = Turn(answer, calls_of(tools, names), thinks, chosen_tools.must_call)
+            constraint = Constraint(of_turn(turn), "the answer")
+        return Held(constraint.over(model.tokenizer, self.config(model), model.config.text.vocab_size), is_free)
 
     def config(self, model: Model) -> GenerationConfig:
         """Return the loop's parameters in force."""

@@ -143,7 +143,7 @@ class Runner:
         """Denoise a canvas for these rows of the batch, each of which has a row of ``noise``."""
         finished: dict[int, Draft] = {}
         index = self._answers[self._live[0]].canvases
-        edits = Edits(pins=pins, projection=self._projection(rows))
+        edits = Edits(pins=pins, projection=self._projection(rows, pins))
         if len(rows) < len(self._live):
             cache = cache.rows(rows)
         steps = self._denoiser.denoise(
@@ -166,19 +166,25 @@ class Runner:
     ) -> Generator[tuple[int, Event], None, list[Reading]]:
         """Encode the canvases, and ask what the encoder would have written at each position.
 
-        To repair, the first token that the encoder doubts is replaced by its own, those before it stay, and the rest is
-        denoised again, until the encoder agrees or ``MAX_REPAIRS`` are used. ``drafts`` then holds the repaired
-        canvases. A repair that is cancelled leaves the cache as it was before the canvas.
+        To repair, the first token that the encoder doubts, and may replace, is replaced by its own, those before it
+        stay, and the rest is denoised again, until the encoder agrees or ``MAX_REPAIRS`` are used. ``drafts`` then
+        holds the repaired canvases. A repair that is cancelled leaves the cache as it was before the canvas.
         """
         for repair in range(MAX_REPAIRS + 1):
             before = cache.snapshot()
             readings, hidden = verifier.read(cache, drafts.values())
-            doubtful = [row for row, reading in zip(drafts, readings, strict=True) if reading.doubted]
-            if self._options.verify == "flag" or not doubtful or repair == MAX_REPAIRS:
+            if self._options.verify == "flag" or repair == MAX_REPAIRS:
+                break
+            places = {
+                row: place for row, reading in zip(drafts, readings, strict=True)
+                if (place := self._repair_place(row, drafts[row], reading)) is not None
+            }  # fmt: skip
+            if not places:
                 break
             cache.restore(before)
-            pins = repair_pins([drafts[row] for row in doubtful], [readings[row] for row in doubtful])
-            drafts |= yield from self._attempt(cache, attempts.fork(doubtful), doubtful, 2 + repair, pins)
+            rows = list(places)
+            pins = repair_pins([drafts[row] for row in rows], [readings[row] for row in rows], list(places.values()))
+            drafts |= yield from self._attempt(cache, attempts.fork(rows), rows, 2 + repair, pins)
         verifier.start_after(hidden)
         return readings
 
@@ -220,11 +226,18 @@ class Runner:
             self._prompt_cache.append(drafts[0].tokens, mark="canvas")
         return cache
 
-    def _projection(self, rows: Sequence[int]) -> CanvasProjection | None:
+    def _repair_place(self, row: int, draft: Draft, reading: Reading) -> int | None:
+        """Return the first doubted position of a canvas at which the encoder's token may stand; None without one."""
+        start = self._answers[self._live[row]].row_start(self._canvas_length())
+        if start is None:
+            return reading.doubted[0] if reading.doubted else None
+        return start.first_allowed(draft.tokens, {place: reading.expected[place] for place in reading.doubted})
+
+    def _projection(self, rows: Sequence[int], pins: Pins | None) -> CanvasProjection | None:
         """Return the projection of the next canvas of these rows of the batch; None without a constraint."""
         starts = [self._answers[self._live[row]].row_start(self._canvas_length()) for row in rows]
         constrained = [start for start in starts if start is not None]
-        return CanvasProjection(constrained) if constrained else None
+        return CanvasProjection(constrained, pins) if constrained else None
 
     def _canvas_length(self) -> int:
         """Return the length of the next canvas."""

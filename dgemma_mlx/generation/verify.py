@@ -67,16 +67,15 @@ class Verifier:
         return readings, hidden[:, -1:]
 
 
-def repair_pins(drafts: Collection[Draft], readings: Sequence[Reading]) -> Pins:
-    """Return pins that keep each canvas up to its first doubt, with the encoder's token there.
+def repair_pins(drafts: Sequence[Draft], readings: Sequence[Reading], places: Sequence[int]) -> Pins:
+    """Return pins that keep each canvas up to its place of repair, with the encoder's token there.
 
-    Every reading must have a doubt. The positions after it are free.
+    The positions after it are free.
     """
     ids, free = [], []
-    for draft, reading in zip(drafts, readings, strict=True):
+    for draft, reading, place in zip(drafts, readings, places, strict=True):
         tokens = list(draft.tokens)
-        first = reading.doubted[0]
-        tokens[first] = reading.expected[first]
+        tokens[place] = reading.expected[place]
         ids.append(tokens)
-        free.append([position > first for position in range(len(tokens))])
+        free.append([position > place for position in range(len(tokens))])
     return Pins(mx.array(ids, mx.int32), mx.array(free))

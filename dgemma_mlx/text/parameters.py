@@ -17,6 +17,8 @@ _MOST_SCHEMAS = 10_000  # of one tool, with all references expanded
 _SHOWN = {"description", "type", "properties", "required", "nullable"}  # all that the template shows of an object
 _DATA = ("enum", "const", "default", "examples")  # keywords whose values are no schemas
 _HIDDEN = ("$defs", "definitions", *_DATA)  # keywords of items that are resolved, or kept as they are
+_OTHER_NAMES = {"additionalProperties", "unevaluatedProperties", "patternProperties"}
+_COMBINED = {"$ref", "allOf", "anyOf", "oneOf", "if", "dependentSchemas"}
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
 _HINT = "Parameters are JSON Schema, as OpenAI's and Anthropic's tools have it."
 
@@ -33,6 +35,32 @@ def object_schema(schema: Any, place: str) -> dict[str, Any]:
     if not isinstance(schema, dict):
         raise _wrong(place, f"parameters must be an object, not {shown(schema)}")
     return _Schemas(schema, place).parameters() if schema else {}
+
+
+def closed_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema that a tool's arguments must validate against, given the tool's parameters, plain JSON.
+
+    Names that the parameters do not declare are excluded, unless the parameters speak of other names themselves: a
+    function takes no others. Types may be in capitals.
+    """
+    found: dict[str, Any] = {**_in_lower_case(schema), "type": "object"}
+    required, properties = found.get("required"), found.get("properties", {})
+    if not _OTHER_NAMES.isdisjoint(found) or not set(required or ()) <= set(properties or ()):
+        return found
+    keyword = "additionalProperties" if _COMBINED.isdisjoint(found) else "unevaluatedProperties"
+    return {**found, keyword: False}
+
+
+def _in_lower_case(schema: Any) -> Any:
+    """Return a schema whose types are in lower case."""
+    if isinstance(schema, list):
+        return [_in_lower_case(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: part if key in _DATA else _in_lower_case(part) for key, part in schema.items()}
+    if isinstance(kind := schema.get("type"), str):
+        found["type"] = kind.lower()
+    return found
 
 
 class _Schemas:

@@ -75,15 +75,10 @@ class PartsParser:
     parsed when the next call begins or the answer ends.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, call_prefix: str = "call_", *, reads_calls: bool = True,
-        opening: Iterable[int] = (),
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, call_prefix: str = "call_", *, reads_calls: bool = True) -> None:
         """Create a parser for one answer. The ids of its calls are ``call_prefix`` and the call's number, from 0.
 
-        Without ``reads_calls``, what looks like a call is text. ``opening`` holds the ids with which the answer begins
-        because its prompt ends with them, such as the beginning of a call; none of its parts may be complete. A call
-        to which the answer adds nothing is left out.
+        Without ``reads_calls``, what looks like a call is text.
         """
         special = tokenizer.special_ids
         self._tokenizer = tokenizer
@@ -99,9 +94,6 @@ class PartsParser:
         self._call: list[list[int]] | None = None  # ids of the open call, split at the string delimiters
         self._call_prefix, self._calls = call_prefix, 0
         self._reads_calls = reads_calls
-        self._begun: list[list[int]] | None = None  # the open call as far as the prompt has it
-        self.feed(opening)
-        self._begun = self._call and [list(ids) for ids in self._call]
 
     def feed(self, ids: Iterable[int]) -> Parts:
         """Return the parts that these ids complete."""
@@ -180,8 +172,8 @@ class PartsParser:
 
     def _end_call(self, is_cut: bool = False) -> Parts:
         """End the open block of calls, if any. Return its calls, or its text when it is not a call or is cut off."""
-        ids, self._call, begun, self._begun = self._call, None, self._begun, None
-        if ids is None or ids == begun:
+        ids, self._call = self._call, None
+        if ids is None:
             return Parts()
         pieces = [self._tokenizer.decode(piece) for piece in ids]
         found = parse_calls(pieces) if self._reads_calls and not is_cut else []

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from dgemma_mlx.checks import shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.text.functions import declare_function
 from dgemma_mlx.text.messages import json_data
-from dgemma_mlx.text.parameters import object_schema
-from dgemma_mlx.text.tokenizer import Tokenizer
+from dgemma_mlx.text.parameters import closed_schema, object_schema
 
 # A declaration, or a function with type hints.
 Tool = Mapping[str, Any] | Callable[..., Any]
@@ -30,7 +29,33 @@ _OUTER = ("type", "function")
 _INNER = ("name", "description", "parameters", "input_schema", "response", "return", "strict")
 _EXAMPLE = 'Declare a tool as {"name": "...", "description": "...", "parameters": {"type": "object", ...}}.'
 _CHOICES = "Use auto, none, required, or the name of a tool."
-OPEN_CALL = "<|tool_call>"
+OPEN_CALL, CLOSE_CALL = "<|tool_call>", "<tool_call|>"
+
+
+class Signature(NamedTuple):
+    """What the calls of one tool must look like.
+
+    Attributes:
+        name: Name of the tool.
+        schema: JSON schema of the arguments, an object.
+        is_strict: Whether the arguments are held to the tool's parameters. Otherwise ``schema`` allows any object.
+    """
+
+    name: str
+    schema: dict[str, Any]
+    is_strict: bool
+
+
+class Chosen(NamedTuple):
+    """What a choice among tools means.
+
+    Attributes:
+        names: Names of the tools that may be called.
+        must_call: Whether one of them must be called.
+    """
+
+    names: tuple[str, ...]
+    must_call: bool
 
 
 def declarations(tools: Sequence[Tool] | None) -> list[dict[str, Any]]:
@@ -41,7 +66,7 @@ def declarations(tools: Sequence[Tool] | None) -> list[dict[str, Any]]:
 
     Raises ``DgemmaError`` (exit code 2), which names the tool, for other keys, a name with characters that the template
     cannot write, two tools of one name, parameters that are not an object schema, and functions that cannot be
-    described. ``strict`` is refused as well, because nothing holds the arguments to the schema.
+    described.
     """
     if tools is None:
         return []
@@ -86,8 +111,8 @@ def _declaration(tool: Any, place: str) -> dict[str, Any]:
     place = f"tool {name}"
     if not isinstance(description, str):
         raise _wrong(place, f"description must be a text, not {shown(description)}", _EXAMPLE)
-    if inner.get("strict"):
-        raise _wrong(place, "strict is not supported", "Arguments are not held to the schema yet; check them yourself.")
+    if not isinstance(inner.get("strict"), (bool, type(None))):
+        raise _wrong(place, f"strict must be true or false, not {shown(inner['strict'])}", "Leave it out for true.")
     if "parameters" in given and "input_schema" in given:
         raise _wrong(place, "it has parameters and input_schema", "Give one of them.")
     function = {"name": name, "description": json_data(description, place)}
@@ -101,12 +126,29 @@ def _declaration(tool: Any, place: str) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def chosen(tools: Sequence[Mapping[str, Any]], choice: ToolChoice | None) -> str | None:
-    """Return how an answer begins that makes the chosen call, without its control token: "" to leave it to the model.
+def signatures(tools: Sequence[Tool] | None) -> list[Signature]:
+    """Return what the calls of the tools must look like.
 
-    None means that the model may call nothing, and is not told about the tools. ``tools`` are ``declarations``. Raises
-    ``DgemmaError`` (exit code 2) for a choice without tools, and for an unknown one.
+    ``tools`` are those of ``declarations``, which must have accepted them: the declarations say what a template can
+    show, and these schemas are the whole ones.
     """
+    found = []
+    for tool in tools or ():
+        given: Any = declare_function(tool) if callable(tool) else tool
+        inner = given.get("function", given)
+        is_strict = inner.get("strict") is not False
+        parameters = inner.get("parameters") or inner.get("input_schema") or {}
+        schema = closed_schema(json_data(parameters, f"tool {inner['name']}")) if is_strict else {"type": "object"}
+        found.append(Signature(inner["name"], schema, is_strict))
+    return found
+
+
+def chosen(tools: Sequence[Mapping[str, Any]], choice: ToolChoice | None) -> Chosen:
+    """Return which of the ``declarations`` a choice offers.
+
+    Raises ``DgemmaError`` (exit code 2) for a choice that is malformed, or that names a tool that does not exist.
+    """
+    names = [tool["function"]["name"] for tool in tools]
     name = choice
     if isinstance(choice, Mapping):
         function = choice.get("function")
@@ -115,37 +157,22 @@ def chosen(tools: Sequence[Mapping[str, Any]], choice: ToolChoice | None) -> str
             raise DgemmaError(f"not a tool_choice: {shown(choice)}", _CHOICES, exit_code=2)
         name = function["name"]
     elif choice in (None, "auto", "none"):
-        return None if choice == "none" else ""
+        return Chosen((), False) if choice == "none" else Chosen(tuple(names), False)
     if not isinstance(name, str):
         raise DgemmaError(f"not a tool_choice: {shown(choice)}", _CHOICES, exit_code=2)
     if not tools:
         raise DgemmaError(f"tool_choice is {shown(name)}, but there are no tools", "Declare them in tools.", 2)
     if name == "required" and not isinstance(choice, Mapping):
-        return "call:"
-    names = [tool["function"]["name"] for tool in tools]
+        return Chosen(tuple(names), True)
     if name not in names:
         hint = f"Use auto, none, required, or the name of a tool: {', '.join(names)}."
         raise DgemmaError(f"tool_choice names {shown(name)}, which no tool has", hint, 2)
-    return f"call:{name}{{"
-
-
-def opening_ids(tokenizer: Tokenizer, opening: str | None) -> list[int]:
-    """Return the ids with which an answer begins that ``chosen`` has described. They are the last ones of its prompt.
-
-    Raises ``DgemmaError`` (exit code 2) when the tokenizer has no tool calls.
-    """
-    if not opening:
-        return []
-    if OPEN_CALL not in tokenizer.special_ids:
-        raise DgemmaError(
-            f"the model's tokenizer has no {OPEN_CALL}, so a call cannot be required", 'Use "auto" or "none".', 2
-        )
-    return [tokenizer.special_ids[OPEN_CALL], *tokenizer.encode(opening)]
+    return Chosen((name,), True)
 
 
 def call_text(name: str, arguments: Mapping[str, Any]) -> str:
     """Return a call as Gemma writes it: ``<|tool_call>call:name{key:<|"|>text<|"|>,n:3}<tool_call|>``."""
-    return f"{OPEN_CALL}call:{name}{_written(arguments)}<tool_call|>"
+    return f"{OPEN_CALL}call:{name}{_written(arguments)}{CLOSE_CALL}"
 
 
 def _written(value: Any) -> str:

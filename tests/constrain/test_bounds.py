@@ -35,9 +35,8 @@ def test_a_regular_expression_that_explodes_or_is_malformed_is_one_error(regex: 
 
 
 @pytest.mark.parametrize(
-    "grammar", ["a ::= " + "(" * 5000 + '"x"' + ")" * 5000, f'a ::= "x"{{{_MANY}}}', f'a ::= ({"x" * 5000}',
-                "\n".join(f'r{n} ::= r{n + 1} "a"' for n in range(3000)) + '\nr3000 ::= "x"',
-                "\n".join(f"r{n} ::= r{n + 1} r{n + 1}" for n in range(40)) + '\nr40 ::= "x"'],
+    "grammar", ["a ::= " + "(" * 5000 + '"x"', f'a ::= "x"{{{_MANY}}}', f'a ::= ({"x" * 5000}',
+                "a ::= " + '"x" ' * 1_000_000, "\n".join(f"r{n} ::= r{n + 1}" for n in range(3000))],
 )  # fmt: skip
 def test_a_grammar_that_explodes_is_one_error(grammar: str) -> None:
     _refused(lambda: Constraint.grammar(grammar))

@@ -150,7 +150,6 @@ def test_response_format_is_a_constraint(demo: Model) -> None:
     ("options", "says"),
     [
         ({"max_tokens": 5}, "shortest answer that matches takes 16 tokens; 5 may be written"),
-        ({"thinking": True}, "thinking"), ({"verify": "repair"}, "repair"),
         ({"response_format": {"type": "json_object"}}, "exclude"),
     ],
 )  # fmt: skip

@@ -145,7 +145,7 @@ def test_ids_of_calls_are_those_of_the_prompt_alone_also_in_a_batch(demo: Model)
     call = demo.tokenizer.encode_control("<|tool_call>call:f{}<tool_call|>")
 
     def ids(prompts: list[list[int]], seeds: list[int]) -> list[str]:
-        asked = [_Asked(prompt, [], True) for prompt in prompts]
+        asked = [_Asked(prompt, None, True) for prompt in prompts]
         runner = _runner(demo, asked, seeds, [8] * len(prompts), GenerationOptions())
         return [answer.parser.feed(call).tool_calls[0].id for answer in runner._answers]
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from enum import Enum
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.text import PartsParser, Tokenizer, load_tokenizer
+from dgemma_mlx.text import PartsParser, Tokenizer
 from dgemma_mlx.text.functions import declare_function
 from dgemma_mlx.text.parameters import object_schema
-from dgemma_mlx.text.tools import call_text, chosen, declarations, opening_ids
+from dgemma_mlx.text.tools import call_text, chosen, declarations, signatures
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "Weather", "parameters": SCHEMA}}
@@ -106,7 +105,7 @@ GROWING = {f"d{n}": {"properties": {key: {"$ref": f"#/$defs/d{n + 1}"} for key i
         ([{"type": "web_search", "name": "f"}], "the type 'web_search' is not known"),
         ([{"type": "function", "function": {"name": "f"}, "extra": 1}], "'extra' is not read"),
         ([WEATHER, WEATHER], "two tools have the name 'weather'"),
-        ([{"name": "f", "strict": True}], "strict is not supported"),
+        ([{"name": "f", "strict": "yes"}], "tool f: strict must be true or false, not 'yes'"),
         ([{"name": "f", "description": 5}], "tool f: description must be a text"),
         ([{"name": "f", "parameters": {}, "input_schema": {}}], "it has parameters and input_schema"),
         ([{"name": "f", "parameters": [1]}], "parameters must be an object"),
@@ -163,12 +162,14 @@ def test_functions_that_cannot_be_described(function: Any, words: str) -> None:
 
 
 def test_the_choice_among_tools() -> None:
-    tools = declarations([WEATHER, {"name": "required"}])
-    assert [chosen(tools, choice) for choice in (None, "auto", "none", "required")] == ["", "", None, "call:"]
+    tools, both = declarations([WEATHER, {"name": "required"}]), ("weather", "required")
+    assert [chosen(tools, choice) for choice in (None, "auto", "none", "required")] == [
+        (both, False), (both, False), ((), False), (both, True)
+    ]  # fmt: skip
     by_name = {"type": "function", "function": {"name": "weather"}}
-    assert chosen(tools, "weather") == chosen(tools, by_name) == "call:weather{"
-    assert chosen(tools, {"type": "function", "function": {"name": "required"}}) == "call:required{"
-    assert chosen([], "none") is None and chosen([], "auto") == ""
+    assert chosen(tools, "weather") == chosen(tools, by_name) == (("weather",), True)
+    assert chosen(tools, {"type": "function", "function": {"name": "required"}}) == (("required",), True)
+    assert chosen([], "none") == chosen([], "auto") == ((), False)
     for choice, offered, words in (
         ("required", [], "there are no tools"), ("clock", tools, "names 'clock', which no tool has"),
         (5, tools, "not a tool"),
@@ -180,28 +181,48 @@ def test_the_choice_among_tools() -> None:
         assert error.value.exit_code == 2 and error.value.hint
 
 
-def test_an_answer_that_begins_in_its_prompt(gemma: Tokenizer) -> None:
-    opening = opening_ids(gemma, "call:weather{")
-    for text in ('city:<|"|>Rome<|"|>}<tool_call|><|tool_response>', 'city:<|"|>Rome<|"|>}<tool_call|>Then.'):
-        parser = PartsParser(gemma, opening=opening)
-        parts = parser.feed(gemma.encode_control(text)) + parser.finish()
-        calls = [(call.name, call.arguments) for call in parts.tool_calls]
-        assert (calls, parts.text) == ([("weather", {"city": "Rome"})], "Then." if "Then" in text else "")
-    assert PartsParser(gemma, opening=opening).finish().text == ""  # the answer has added nothing
+def test_a_parser_that_reads_no_calls(gemma: Tokenizer) -> None:
     parser = PartsParser(gemma, reads_calls=False)
     parts = parser.feed(gemma.encode_control(call_text("weather", {"city": "Rome"}))) + parser.finish()
     assert (parts.tool_calls, parts.text) == ((), 'call:weather{city:"Rome"}')
-    assert opening_ids(gemma, "") == opening_ids(gemma, None) == []
 
 
-def test_a_call_cannot_be_required_of_a_tokenizer_without_calls(folders: dict[str, Path], tmp_path: Path) -> None:
-    source = (folders["json"] / "tokenizer.json").read_text().replace("<|tool_call>", "<|other>")
-    (tmp_path / "tokenizer.json").write_text(source)
-    tokenizer = load_tokenizer(tmp_path)
-    assert opening_ids(tokenizer, "") == []
-    with pytest.raises(DgemmaError, match="has no <|tool_call>".replace("|", "[|]")) as error:
-        opening_ids(tokenizer, "call:")
-    assert error.value.exit_code == 2
+def test_signatures_close_the_parameters_unless_they_speak_of_other_names() -> None:
+    def schema(parameters: Any, **keys: Any) -> dict[str, Any]:
+        [(name, found, is_strict)] = signatures([{"name": "f", "parameters": parameters, **keys}])
+        assert name == "f" and is_strict == (keys.get("strict") is not False)
+        return found
+
+    closed = {"type": "object", "additionalProperties": False}
+    assert schema(None) == schema({}) == schema({"type": "object"}) == schema({"type": ["object", "null"]}) == closed
+    one = {"properties": {"a": {"type": "string"}}}
+    assert schema(one) == schema(one, strict=True) == {**closed, **one}
+    assert schema({"allOf": [one]}) == {"type": "object", "allOf": [one], "unevaluatedProperties": False}
+    open_ones = ({**one, "additionalProperties": True}, {"patternProperties": {}}, {**one, "required": ["a", "b"]})
+    for parameters in open_ones:
+        assert schema(parameters) == {"type": "object", **parameters}
+    assert schema(one, strict=False) == {"type": "object"}
+    loud = {"type": "OBJECT", "properties": {"type": {"type": "STRING", "enum": ["A"], "default": {"type": "X"}}}}
+    quiet = {"properties": {"type": {"type": "string", "enum": ["A"], "default": {"type": "X"}}}}
+    assert schema(loud) == {**closed, **quiet}
+
+
+def test_signatures_have_the_whole_schema_and_not_what_a_template_shows() -> None:
+    limits = {"type": "integer", "minimum": 1, "maximum": 7}
+    tools: list[Any] = [
+        {"type": "function", "function": {"name": "a", "parameters": {"properties": {"days": limits}}}},
+        {"name": "b", "input_schema": {"properties": {"x": {"$ref": "#/$defs/x"}}, "$defs": {"x": {"const": 5}}}},
+        has_a_default,
+    ]
+    first, second, third = (each.schema for each in signatures(tools))
+    assert first["properties"]["days"] == limits
+    assert second["properties"]["x"] == {"$ref": "#/$defs/x"} and second["$defs"]["x"] == {"const": 5}
+    assert third["properties"] == {"city": {"type": "string"}, "days": {"type": "integer"}}
+    assert third["required"] == ["city"] and third["additionalProperties"] is False
+    assert signatures(None) == signatures([]) == []
+
+
+def has_a_default(city: str, days: int = 1) -> None: ...
 
 
 def test_calls_are_written_as_they_are_read(gemma: Tokenizer) -> None:
