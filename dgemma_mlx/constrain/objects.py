@@ -176,7 +176,7 @@ class ObjectTexts:
                     ]
             return spelling.terms.either(options)
 
-        return context.rules.rule((self, count, demands, used), body, at_least=5 + (count > 0))  # `,"":0}`
+        return context.rules.rule((self, count, demands, used), body, at_least=4 + (count > 0))  # `,a:0}`
 
 
 def _subsets(demands: tuple[Region, ...]) -> Iterator[tuple[Region, ...]]:
