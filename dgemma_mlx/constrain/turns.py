@@ -104,7 +104,7 @@ def lifted(terms: Terms, controls: Sequence[str], machine: Machine) -> Term:
         if state is inner.empty:
             return terms.empty
         rule = terms.rule(lambda: body(state), ("lifted", state), state.nullable)
-        rule.least = inner.least(state)
+        rule.least = rule.hope = inner.least(state)
         return rule
 
     with machine.lock:
