@@ -1,111 +1,122 @@
-"""Whether two schemas exclude each other, as far as that is plain to see."""
+"""Whether two schemas exclude each other, as far as that is plain to see: for ``oneOf``."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from dgemma_mlx.constrain.values import NOTHING, Node
+from dgemma_mlx.constrain.document import Document, Place
+from dgemma_mlx.constrain.keywords import required_names
+from dgemma_mlx.constrain.values import NOTHING, Node, meet
 
-_DEPTH = 6
+_DEPTH = 6  # of nested schemas
+_TYPES = frozenset(("null", "boolean", "number", "string", "array", "object"))
+_NAMES = {
+    type(None): "null", bool: "boolean", int: "number", float: "number", str: "string", list: "array", dict: "object",
+}  # fmt: skip
 
 
 class Apart:
-    def __init__(self, document: Any) -> None:
+    """Comparison of the schemas of a document."""
+
+    def __init__(self, document: Document) -> None:
         self._document = document
 
-    def apart(self, one: Node, other: Node) -> bool:
-        if NOTHING in (one, other):
+    def apart(self, one: Node, other: Node, depth: int = 0) -> bool:
+        """Return True when no value belongs to both nodes, False where that is not plain to see."""
+        both = meet(one, other)
+        if both == NOTHING:
             return True
-        return self._apart(self._schemas(one), self._schemas(other), 0)
-
-    def _schemas(self, node: Node) -> list[Any]:
-        return [self._document.schemas[n // 2] for n in node if n >= 0 and n % 2 == 0]
-
-    def _all(self, schemas: list[Any], depth: int = 0) -> list[dict[str, Any]]:
-        """Return all schemas that hold together with these."""
-        found = []
-        for schema in schemas:
-            if isinstance(schema, dict) and depth < _DEPTH:
-                found.append(schema)
-                more = list(schema.get("allOf") or ()) if isinstance(schema.get("allOf"), list) else []
-                if "$ref" in schema:
-                    try:
-                        more.append(self._document.resolve(schema["$ref"], schema, "#"))
-                    except Exception:
-                        pass
-                found += self._all(more, depth + 1)
-        return found
-
-    def _apart(self, one: list[Any], other: list[Any], depth: int) -> bool:
-        if depth > _DEPTH:
+        if depth > _DEPTH or one == other:
             return False
-        if any(schema is False for schema in [*one, *other]):
-            return True
-        ones, others = self._all(one), self._all(other)
+        ones, others = self._all(one, depth), self._all(other, depth)
         types = _types(ones) & _types(others)
         if not types:
             return True
-        values, more = _constants(ones), _constants(others)
-        if values is not None and more is not None and not any(_same(a, b) for a in values for b in more):
+        constants = _constants([*ones, *others])
+        if constants is not None and not any(_type(value) in types for value in constants):
             return True
-        if values is not None and more is None and not any(_of_type(v) & types for v in values):
-            return True
-        if more is not None and values is None and not any(_of_type(v) & types for v in more):
-            return True
-        if types == {"object"}:
-            required = _required(ones) | _required(others)
-            both = [*ones, *others]
-            for name in required:
-                a = [s["properties"][name] for s in ones if name in (s.get("properties") or {})]
-                b = [s["properties"][name] for s in others if name in (s.get("properties") or {})]
-                if a and b and self._apart(a, b, depth + 1):
-                    return True
-                if any(s.get("additionalProperties") is False and name not in (s.get("properties") or {}) and not s.get("patternProperties") for s in both):
-                    return True
-                for s in both:
-                    other_side = s.get("not")
-                    if isinstance(other_side, dict) and set(other_side) == {"required"} and other_side["required"] == [name]:
-                        return True
+        return types == {"object"} and self._objects_apart(ones, others, depth)
+
+    def _all(self, node: Node, depth: int) -> list[Place]:
+        """Return the schemas that all hold for the values of a node, as far as ``allOf`` and references show them."""
+        found: dict[Place, None] = {}
+        waiting = [(literal, depth) for literal in node]
+        while waiting:
+            literal, level = waiting.pop()
+            if literal < 0 or literal % 2 or level > _DEPTH:
+                continue
+            place = self._document.places[literal // 2]
+            if place in found:
+                continue
+            found[place] = None
+            parts = enumerate(place.keywords.get("allOf", ()))
+            nodes = [self._document.node(place, part, "allOf", n) for n, part in parts]
+            if "$ref" in place.keywords:
+                nodes.append(self._document.node(place, self._document.target(place, "$ref"), "$ref"))
+            waiting += [(each, level + 1) for node in nodes for each in node]
+        return list(found)
+
+    def _objects_apart(self, ones: list[Place], others: list[Place], depth: int) -> bool:
+        """Return whether a property that both need must be of schemas that exclude each other, or must be absent."""
+        places = [*ones, *others]
+        for name in dict.fromkeys(name for place in places for name in required_names(place)):
+            if any(_refuses(place, name) for place in places):
+                return True
+            one, other = self._property(ones, name), self._property(others, name)
+            if self.apart(one, other, depth + 1):
+                return True
         return False
 
+    def _property(self, places: list[Place], name: str) -> Node:
+        """Return what schemas say of a property under ``properties``."""
+        node: Node = frozenset()
+        for place in places:
+            properties = place.keywords.get("properties", {})
+            if name in properties:
+                node = meet(node, self._document.node(place, properties[name], "properties", name))
+        return node
 
-def _types(schemas: list[dict[str, Any]]) -> set[str]:
-    found = {"null", "boolean", "number", "string", "array", "object"}
-    for schema in schemas:
-        named = schema.get("type")
-        if named is not None:
-            names = {("number" if kind == "integer" else kind) for kind in (named if isinstance(named, list) else [named]) if isinstance(kind, str)}
-            if schema.get("nullable") is True:
-                names.add("null")
-            found &= names
-    values = _constants(schemas)
-    if values is not None:
-        found &= set().union(*(_of_type(value) for value in values)) if values else set()
+
+def _refuses(place: Place, name: str) -> bool:
+    """Return whether objects with a property of this name are plainly refused."""
+    words, other = place.keywords, place.keywords.get("not")
+    if isinstance(other, dict) and set(other) == {"required"} and other["required"] == [name]:
+        return True
+    closed = words.get("additionalProperties") is False and not words.get("patternProperties")
+    return closed and name not in words.get("properties", {})
+
+
+def _types(places: Iterable[Place]) -> set[str]:
+    """Return the types that values of all the schemas may have."""
+    found = set(_TYPES)
+    for place in places:
+        named = place.keywords.get("type", list(_TYPES))
+        kinds = [*(named if isinstance(named, list) else [named]), *(["null"] if "nullable" in place.keywords else [])]
+        found &= {"number" if kind == "integer" else kind for kind in kinds}
     return found
 
 
-def _constants(schemas: list[dict[str, Any]]) -> list[Any] | None:
-    found = None
-    for schema in schemas:
-        for name in ("const", "enum"):
-            if name in schema:
-                values = [schema["const"]] if name == "const" else schema["enum"]
-                if isinstance(values, list):
-                    found = values if found is None else [v for v in found if any(_same(v, w) for w in values)]
-    return found
+def _constants(places: Iterable[Place]) -> list[Any] | None:
+    """Return the values that belong to all ``enum`` and ``const`` of the schemas; None when there are none of these."""
+    found: dict[Any, Any] | None = None
+    for place in places:
+        words = place.keywords
+        for listed in ([words["const"]] if "const" in words else None, words.get("enum")):
+            if listed is not None:
+                known = {_key(value): value for value in listed}
+                found = known if found is None else {key: value for key, value in found.items() if key in known}
+    return None if found is None else list(found.values())
 
 
-def _required(schemas: list[dict[str, Any]]) -> set[str]:
-    return {name for schema in schemas for name in (schema.get("required") if isinstance(schema.get("required"), list) else ()) if isinstance(name, str)}
+def _type(value: Any) -> str:
+    return _NAMES[type(value)]
 
 
-def _of_type(value: Any) -> set[str]:
-    if value is None:
-        return {"null"}
-    if isinstance(value, bool):
-        return {"boolean"}
-    return {{int: "number", float: "number", str: "string", list: "array", dict: "object"}[type(value)]}
-
-
-def _same(one: Any, other: Any) -> bool:
-    return bool(_of_type(one) & _of_type(other)) and one == other
+def _key(value: Any) -> Any:
+    """Return something hashable that is equal for equal JSON values: 1 and 1.0 are, 1 and true are not."""
+    if isinstance(value, list):
+        return ("array", tuple(map(_key, value)))
+    if isinstance(value, dict):
+        return ("object", frozenset((name, _key(part)) for name, part in value.items()))
+    return (_type(value), value)

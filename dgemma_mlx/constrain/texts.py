@@ -79,7 +79,7 @@ class Strings:
         return self.searched(pattern, path)[0]
 
     def searched(self, pattern: Any, path: str) -> tuple[Term, Term]:
-        from dgemma_mlx.constrain.normal import reject
+        from dgemma_mlx.constrain.document import reject
 
         if not isinstance(pattern, str):
             reject(path, "a pattern must be text")
@@ -155,14 +155,15 @@ class Numbers:
         self.number = t.sequence(sign, self.natural, t.repeat(t.sequence(self.dot, t.repeat(self.digit, 1, 17)), 0, 1), t.repeat(exponent, 0, 1))
         small = t.either([self._one["0"], t.sequence(nonzero, t.repeat(self.digit, 0, 8))])
         zeros = t.repeat(t.sequence(self.dot, self._one["0"]), 0, 1)
-        self.integers = t.sequence(sign, self.natural, zeros)
+        self.whole = t.sequence(sign, self.natural)  # without a fraction
+        self.integers = t.sequence(self.whole, zeros)
         self.decimals = t.either([self.integers, t.sequence(sign, small, t.repeat(t.sequence(self.dot, t.repeat(self.digit, 1, 6)), 0, 1))])
 
     def text(self, text: str) -> Term:
         return self.terms.sequence(*(self._one[c] for c in text))
 
     def equal(self, value: int | float, path: str) -> Term:
-        from dgemma_mlx.constrain.normal import reject
+        from dgemma_mlx.constrain.document import reject
 
         if isinstance(value, float) and not math.isfinite(value):
             reject(path, "NaN and infinity are not valid JSON", "Use finite numbers.")
@@ -265,7 +266,7 @@ class Numbers:
 
     def multiples(self, step: Fraction, path: str) -> Term:
         """Return the decimals that are multiples of a step."""
-        from dgemma_mlx.constrain.normal import reject
+        from dgemma_mlx.constrain.document import reject
 
         t = self.terms
         if step <= 0:

@@ -6,8 +6,9 @@ schemas that all must hold, which are normalised when they are needed. This is h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from dgemma_mlx.constrain.terms import UNBOUNDED, Term, Terms
 
@@ -17,7 +18,13 @@ NOTHING: Node = frozenset({-1})  # -1 stands for false
 MOST_SHAPES = 400
 
 
-class TooManyShapes(Exception):
+def meet(one: Node, other: Node) -> Node:
+    """Return the node of the values that belong to both nodes."""
+    both = one | other
+    return NOTHING if -1 in both or any(literal ^ 1 in both for literal in both) else both
+
+
+class TooManyShapesError(Exception):
     """The alternatives of a schema multiply."""
 
 
@@ -46,12 +53,21 @@ class Array:
         """Return what the item at a place must be."""
         return self.prefix[place] if place < len(self.prefix) else self.items
 
+    def is_possible(self) -> bool:
+        """Return False when no array has the shape, True where that is not plain to see."""
+        needed = range(min(self.least, len(self.prefix) + 1))
+        return self.least <= self.most and all(NOTHING.isdisjoint(self.item(n)) for n in needed)
+
     def __and__(self, other: Array) -> Array:
         length = max(len(self.prefix), len(other.prefix))
-        prefix = tuple(self.item(n) | other.item(n) for n in range(length))
+        prefix = tuple(meet(self.item(n), other.item(n)) for n in range(length))
         return Array(
-            prefix, self.items | other.items, max(self.least, other.least), min(self.most, other.most),
-            tuple(dict.fromkeys([*self.contains, *other.contains])), self.unique or other.unique,
+            prefix,
+            meet(self.items, other.items),
+            max(self.least, other.least),
+            min(self.most, other.most),
+            _different([*self.contains, *other.contains]),
+            self.unique or other.unique,
             max(self.evaluated, other.evaluated),
         )
 
@@ -123,37 +139,54 @@ class Algebra:
         self.all = Values(True, frozenset({True, False}), number, strings.everything, (Array(),), (self.any_object,))
         self.none = Values(False, frozenset(), numbers.none, strings.none, (), ())
 
+    def only(self, **kinds: Any) -> Values:
+        """Return the values of some types: fields of ``Values``, of which the others are empty."""
+        return replace(self.none, **kinds)
+
+    def but(self, **kinds: Any) -> Values:
+        """Return all values, of which some types are restricted: fields of ``Values``."""
+        return replace(self.all, **kinds)
+
     def both(self, one: Values, other: Values) -> Values:
-        """Return the values that belong to both sets."""
+        """Return the values that belong to both sets. Raises ``TooManyShapesError``."""
         if one is self.all or other is self.none:
             return other
         if other is self.all or one is self.none:
             return one
         arrays = dict.fromkeys(a & b for a in one.arrays for b in other.arrays)
         objects = dict.fromkeys(self.both_objects(a, b) for a in one.objects for b in other.objects)
-        return self._bounded(Values(
-            one.null and other.null, one.booleans & other.booleans, self.numbers.every([one.numbers, other.numbers]),
-            self.strings.every([one.strings, other.strings]),
-            tuple(a for a in arrays if a.least <= a.most and all(NOTHING.isdisjoint(a.item(n)) for n in range(min(a.least, len(a.prefix) + 1)))),
-            tuple(o for o in objects if self._possible(o)),
-        ))  # fmt: skip
+        return _bounded(
+            Values(
+                one.null and other.null,
+                one.booleans & other.booleans,
+                self.numbers.every([one.numbers, other.numbers]),
+                self.strings.every([one.strings, other.strings]),
+                tuple(filter(Array.is_possible, arrays)),
+                tuple(filter(self.is_possible, objects)),
+            )
+        )
 
     def either(self, several: Iterable[Values]) -> Values:
-        """Return the values that belong to at least one of the sets."""
+        """Return the values that belong to at least one of the sets. Raises ``TooManyShapesError``."""
         parts = [part for part in several if part is not self.none]
-        if len(parts) == 1:
-            return parts[0]
-        return self._bounded(Values(
-            any(part.null for part in parts), frozenset().union(*(part.booleans for part in parts)),
-            self.numbers.either(part.numbers for part in parts), self.strings.either(part.strings for part in parts),
-            _shapes(part.arrays for part in parts), _shapes(part.objects for part in parts),
-        ))  # fmt: skip
+        if len(parts) < 2:
+            return parts[0] if parts else self.none
+        return _bounded(
+            Values(
+                any(part.null for part in parts),
+                frozenset().union(*(part.booleans for part in parts)),
+                self.numbers.either(part.numbers for part in parts),
+                self.strings.either(part.strings for part in parts),
+                _different(shape for part in parts for shape in part.arrays),
+                _different(shape for part in parts for shape in part.objects),
+            )
+        )
 
     def applied(self, shape: Object, name: str) -> tuple[Node, bool]:
         """Return what a shape says of a property, and whether a keyword has judged it."""
         found = shape.names().get(name)
         if found is None:
-            found = next((region.node, region.evaluated) for region in shape.regions if self.contains(region.names, name))
+            found = next((each.node, each.evaluated) for each in shape.regions if self.contains(each.names, name))
         return found
 
     def both_objects(self, one: Object, other: Object) -> Object:
@@ -165,14 +198,20 @@ class Algebra:
         known, others = one.names(), other.names()
         properties = []
         for name in dict.fromkeys([*known, *others]):
-            (a, judged), (b, also) = known.get(name) or self.applied(one, name), others.get(name) or self.applied(other, name)
-            properties.append((name, a | b, judged or also))
+            a, judged = known.get(name) or self.applied(one, name)
+            b, also = others.get(name) or self.applied(other, name)
+            properties.append((name, meet(a, b), judged or also))
         regions = [
-            Region(names, a.node | b.node, a.evaluated or b.evaluated)
-            for a in one.regions for b in other.regions if (names := self.names_in_both(a.names, b.names)) is not self.strings.none
-        ]  # fmt: skip
+            Region(names, meet(a.node, b.node), a.evaluated or b.evaluated)
+            for a in one.regions
+            for b in other.regions
+            if (names := self.names_in_both(a.names, b.names)) is not self.strings.none
+        ]
         return Object(
-            tuple(properties), tuple(regions), one.required | other.required, max(one.least, other.least),
+            tuple(properties),
+            tuple(regions),
+            one.required | other.required,
+            max(one.least, other.least),
             min(one.most, other.most),
         )
 
@@ -186,17 +225,60 @@ class Algebra:
         both = self.strings.every([names, self._word(name)])
         return self.strings.least(both) < UNBOUNDED
 
-    def _possible(self, shape: Object) -> bool:
-        """Return whether an object of the shape may exist, as far as that is plain to see."""
-        if shape.least > shape.most or len(shape.required) > shape.most:
+    def is_possible(self, shape: Object) -> bool:
+        """Return False when no object has the shape, True where that is not plain to see."""
+        if max(shape.least, len(shape.required)) > shape.most:
             return False
         return all(NOTHING.isdisjoint(self.applied(shape, name)[0]) for name in shape.required)
 
-    def _bounded(self, values: Values) -> Values:
-        if max(len(values.arrays), len(values.objects)) > MOST_SHAPES:
-            raise TooManyShapes
-        return values
+    def judged_properties(self, values: Values, node: Node) -> Values:
+        """Return the values whose properties fulfil a node where no keyword has judged them."""
+
+        def judged(known: Node, evaluated: bool) -> Node:
+            return known if evaluated else meet(known, node)
+
+        shapes = []
+        for shape in values.objects:
+            properties = tuple((name, judged(known, done), True) for name, known, done in shape.properties)
+            regions = tuple(Region(each.names, judged(each.node, each.evaluated), True) for each in shape.regions)
+            shapes.append(replace(shape, properties=properties, regions=regions))
+        return replace(values, objects=tuple(filter(self.is_possible, shapes)))
 
 
-def _shapes(several: Iterable[tuple]) -> tuple:
-    return tuple(dict.fromkeys(shape for shapes in several for shape in shapes))
+def judged_items(values: Values, node: Node) -> Values:
+    """Return the values whose items fulfil a node where no keyword has judged them."""
+    shapes = []
+    for shape in values.arrays:
+        done = shape.evaluated
+        prefix = tuple(inner if n < done else meet(inner, node) for n, inner in enumerate(shape.prefix))
+        items = shape.items if done == UNBOUNDED else meet(shape.items, node)
+        shapes.append(replace(shape, prefix=prefix, items=items, evaluated=UNBOUNDED))
+    return replace(values, arrays=tuple(filter(Array.is_possible, shapes)))
+
+
+def unjudged(values: Values) -> Values:
+    """Return the same values, as if no keyword had judged an item or a property: so they come out of a negation."""
+    arrays = (replace(shape, evaluated=0) for shape in values.arrays)
+    objects = (
+        replace(
+            shape,
+            properties=tuple((name, node, False) for name, node, _ in shape.properties),
+            regions=tuple(Region(each.names, each.node) for each in shape.regions),
+        )
+        for shape in values.objects
+    )
+    return replace(values, arrays=_different(arrays), objects=_different(objects))
+
+
+def _bounded(values: Values) -> Values:
+    if max(len(values.arrays), len(values.objects)) > MOST_SHAPES:
+        raise TooManyShapesError
+    return values
+
+
+_Shape = TypeVar("_Shape")
+
+
+def _different(shapes: Iterable[_Shape]) -> tuple[_Shape, ...]:
+    """Return the different ones among some shapes, in their order."""
+    return tuple(dict.fromkeys(shapes))
