@@ -10,7 +10,7 @@ from urllib.parse import unquote, urldefrag, urljoin
 from dgemma_mlx.checks import shown
 from dgemma_mlx.constrain import drafts
 from dgemma_mlx.constrain.limits import check_time
-from dgemma_mlx.constrain.values import ANYTHING, NOTHING, Node
+from dgemma_mlx.constrain.values import ANYTHING, NOTHING, Node, complement
 from dgemma_mlx.errors import DgemmaError
 
 _SCHEMAS = frozenset(
@@ -27,8 +27,12 @@ Scope = tuple[tuple[str, int], ...]  # for each dynamic anchor, the identity of 
 
 def reject(path: str, problem: str, hint: str = "docs/constrained.md lists what is supported.") -> NoReturn:
     """Raise ``DgemmaError`` (exit code 2) about the schema at a path."""
-    place = path if len(path) <= 100 else f"{path[:50]}…{path[-49:]}"
-    raise DgemmaError(f"the JSON schema at {place}: {problem}", hint, exit_code=2)
+    raise DgemmaError(f"the JSON schema at {short(path)}: {problem}", hint, exit_code=2)
+
+
+def short(path: str) -> str:
+    """Return a path as messages show it: of a long one, both ends."""
+    return path if len(path) <= 100 else f"{path[:50]}…{path[-49:]}"
 
 
 def escaped(step: object) -> str:
@@ -78,6 +82,7 @@ class Document:
     def __init__(self, root: Any) -> None:
         self.places: list[Place] = []
         self._numbers: dict[tuple[int, Scope], int] = {}
+        self._ends: dict[int, Node] = {}  # where references lead that have no other keywords next to them
         self._known: dict[int, _Known] = {}
         self._resources: dict[str, Any] = {"": root}
         self._anchors: dict[tuple[str, str], dict[str, Any]] = {}
@@ -143,34 +148,36 @@ class Document:
         (exit code 2) for what is not a schema, and for a reference that leads nowhere or only to itself.
         """
         scope: Scope = () if near is None else near.scope
-        seen = set()
+        followed: dict[int, None] = {}  # numbers of the references on the way
         while isinstance(schema, dict):
-            known = self._known[id(schema)] if id(schema) in self._known else self._constant(schema, near, steps)
-            scope = self._entered(scope, known.base)
-            key = (id(schema), scope)
-            if key not in self._numbers:
-                keywords = drafts.current(known.schema, known.draft)
-                self._numbers[key] = len(self.places)
-                self.places.append(Place(keywords, known.path, known.base, known.draft, scope))
-            place = self.places[self._numbers[key]]
-            if not place.keywords:
-                return NOTHING if negated else ANYTHING
-            if len(place.keywords) > 1 or "$ref" not in place.keywords:
-                return frozenset({2 * self._numbers[key] + negated})
-            if key in seen:
-                reject(place.path, "the reference leads to itself")
-            seen.add(key)
-            near, steps, schema = place, ("$ref",), self.target(place, "$ref")
-        if not isinstance(schema, bool):
-            path = "/".join(["#" if near is None else near.path, *map(escaped, steps)])
-            reject(path, f"a schema must be an object, true or false, not {shown(schema)}")
-        return NOTHING if schema is negated else ANYTHING
+            number = self._number(schema, scope, near, steps)
+            near = self.places[number]
+            if number in followed:
+                reject(near.path, "the reference leads to itself")
+            if number in self._ends or len(near.keywords) != 1 or "$ref" not in near.keywords:
+                found = self._ends.get(number, frozenset({2 * number}) if near.keywords else ANYTHING)
+                break
+            followed[number] = None
+            scope, steps, schema = near.scope, ("$ref",), self.target(near, "$ref")
+        else:
+            if not isinstance(schema, bool):
+                reject(_path(near, steps), f"a schema must be an object, true or false, not {shown(schema)}")
+            found = ANYTHING if schema else NOTHING
+        self._ends.update(dict.fromkeys(followed, found))
+        return complement(found) if negated else found
 
-    def _constant(self, schema: dict[str, Any], near: Place | None, steps: tuple[object, ...]) -> _Known:
-        """Return a schema that does not stand in the document: one made from a constant."""
-        path = "/".join(["#" if near is None else near.path, *map(escaped, steps)])
-        known = self._known[id(schema)] = _Known(schema, path, "" if near is None else near.base, drafts.UNDECLARED)
-        return known
+    def _number(self, schema: dict[str, Any], scope: Scope, near: Place | None, steps: tuple[object, ...]) -> int:
+        """Return the number of the place of a schema, which is entered with a scope."""
+        known = self._known.get(id(schema))
+        if known is None:  # it is made from a constant
+            base = "" if near is None else near.base
+            known = self._known[id(schema)] = _Known(schema, _path(near, steps), base, drafts.UNDECLARED)
+        scope = self._entered(scope, known.base)
+        number = self._numbers.setdefault((id(schema), scope), len(self.places))
+        if number == len(self.places):
+            keywords = drafts.current(schema, known.draft)
+            self.places.append(Place(keywords, known.path, known.base, known.draft, scope))
+        return number
 
     def _entered(self, scope: Scope, base: str) -> Scope:
         """Return what the dynamic anchors name after a schema with this base is entered: the outermost ones stay."""
@@ -244,6 +251,11 @@ def _within(schema: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
             yield from ((each, f"{key}/{n}") for n, each in enumerate(part))
         elif key in _SCHEMAS:
             yield part, key
+
+
+def _path(near: Place | None, steps: tuple[object, ...]) -> str:
+    """Return the path of the schema that steps lead to from a place."""
+    return "/".join(["#" if near is None else near.path, *map(escaped, steps)])
 
 
 def _joined(base: str, reference: str, path: str) -> str:

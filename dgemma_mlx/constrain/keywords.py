@@ -76,9 +76,9 @@ class Keywords:
         value = place.keywords[name]
         return [(value,)] if name == "const" else [(each, n) for n, each in enumerate(value)]
 
-    def pattern(self, place: Place) -> Term:
-        """Return the strings in which the pattern is found."""
-        return self._strings.searched(place.keywords["pattern"], f"{place.path}/pattern")[0]
+    def searched(self, place: Place, keyword: str, pattern: str) -> Term:
+        """Return the strings in which a pattern is found. ``keyword`` says where the pattern stands."""
+        return self._strings.searched(pattern, f"{place.path}/{keyword}")[0]
 
     # --- types and constants
 
@@ -136,7 +136,7 @@ class Keywords:
         if least is not None or most is not None:
             terms.append(strings.lengths(least or 0, UNBOUNDED if most is None else most))
         if "pattern" in words:
-            terms.append(self.pattern(place))
+            terms.append(self.searched(place, "pattern", words["pattern"]))
         if "format" in words:
             terms.append(strings.format(words["format"]))
         return self._algebra.strings.every(terms)
@@ -182,7 +182,7 @@ class Keywords:
         a = self._algebra
         regions = [Region(a.strings.everything)]
         for pattern, part in place.keywords.get("patternProperties", {}).items():
-            matching = self._strings.searched(pattern, f"{place.path}/patternProperties")[0]
+            matching = self.searched(place, "patternProperties", pattern)
             node, divided = self._document.node(place, part, "patternProperties", pattern), []
             for each in regions:
                 inside = a.names_in_both(each.names, matching)

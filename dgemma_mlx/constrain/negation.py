@@ -11,19 +11,21 @@ from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 from functools import reduce
+from itertools import combinations
 from typing import Any
 
 from dgemma_mlx.constrain.document import REFERENCES, Document, Place
 from dgemma_mlx.constrain.keywords import Keywords, required_names
 from dgemma_mlx.constrain.terms import UNBOUNDED, Term
 from dgemma_mlx.constrain.texts import Numbers, Strings
-from dgemma_mlx.constrain.values import ANYTHING, NOTHING, Algebra, Array, Node, Values, meet
+from dgemma_mlx.constrain.values import ANYTHING, NOTHING, Algebra, Array, Node, Region, Values, meet
 from dgemma_mlx.constrain.wellformed import is_number
 
 _OPPOSITE = {
     "minimum": "exclusiveMaximum", "maximum": "exclusiveMinimum",
     "exclusiveMinimum": "maximum", "exclusiveMaximum": "minimum",
 }  # fmt: skip
+_MOST_PAIRED = 5  # branches of a oneOf, of which any two may hold; pairs of more are left out
 
 
 class Negation:
@@ -107,14 +109,15 @@ class Negation:
 
     def _strings_outside(self, place: Place) -> Iterator[Term]:
         """Yield strings. What is not of a format is left out: formats are only checked by some validators."""
+        words = place.keywords
         least, most = self._keywords.count(place, "minLength"), self._keywords.count(place, "maxLength")
         if least:
             yield self._strings.lengths(0, least - 1)
         if most is not None:
             yield self._strings.lengths(most + 1, UNBOUNDED)
-        if "pattern" in place.keywords:
-            terms = self._algebra.strings
-            yield terms.every([self._strings.everything, terms.other(self._keywords.pattern(place))])
+        if "pattern" in words:
+            matching = self._keywords.searched(place, "pattern", words["pattern"])
+            yield self._algebra.strings.every([self._strings.everything, self._algebra.strings.other(matching)])
 
     def _numbers_outside(self, place: Place) -> Iterator[Term]:
         for name, bound in self._keywords.bounds(place).items():
@@ -153,16 +156,16 @@ class Negation:
     def _objects_outside(self, place: Place) -> Iterator[Values]:
         a, words, keywords = self._algebra, place.keywords, self._keywords
         objects = []
-        properties = words.get("properties", {})
-        for name, part in properties.items():
+        for name, part in words.get("properties", {}).items():
             objects.append(keywords.with_name(name, self._node(place, part, "properties", name), needed=True))
         objects += [keywords.with_name(name, NOTHING, needed=False) for name in required_names(place)]
         if least := keywords.count(place, "minProperties"):
             objects.append(replace(a.any_object, most=least - 1))
         if (most := keywords.count(place, "maxProperties")) is not None:
             objects.append(replace(a.any_object, least=most + 1))
-        if words.get("additionalProperties") is False and not words.get("patternProperties"):
-            objects.append(replace(a.any_object, least=len(properties) + 1))
+        for names, other in self._members_outside(place):
+            if other != NOTHING and a.strings.least(names) < UNBOUNDED:
+                objects.append(replace(a.any_object, some=(Region(names, other),)))
         for name, needs in words.get("dependentRequired", {}).items():
             for needed in needs:
                 with_it = keywords.with_name(name, ANYTHING, needed=True)
@@ -172,6 +175,21 @@ class Negation:
             present = a.only(objects=(keywords.with_name(name, ANYTHING, needed=True),))
             yield a.both(present, self._values(self._node(place, part, "dependentSchemas", name)))
 
+    def _members_outside(self, place: Place) -> Iterator[tuple[Term, Node]]:
+        """Yield names and values that no property may have, by the keywords that judge properties without a name."""
+        words, terms = place.keywords, self._algebra.strings
+        rest = terms.other(terms.either(map(self._strings.text, words.get("properties", {}))))
+        for pattern, part in words.get("patternProperties", {}).items():
+            names = self._keywords.searched(place, "patternProperties", pattern)
+            yield names, self._node(place, part, "patternProperties", pattern)
+            rest = terms.every([rest, terms.other(names)])
+        if "additionalProperties" in words:
+            other = self._node(place, words["additionalProperties"], "additionalProperties")
+            yield terms.every([rest, self._strings.everything]), other
+        if "propertyNames" in words:
+            names = self._values(self._node(place, words["propertyNames"], "propertyNames")).strings
+            yield terms.every([names, self._strings.everything]), ANYTHING
+
     # --- combinations
 
     def _combined(self, place: Place) -> Iterator[Values]:
@@ -179,6 +197,9 @@ class Negation:
         for name in ("anyOf", "oneOf"):
             if name in words:
                 yield values(reduce(meet, (self._node(place, part, name, n) for n, part in enumerate(words[name]))))
+        if len(words.get("oneOf", ())) <= _MOST_PAIRED:
+            nodes = [node(place, part, "oneOf", n) for n, part in enumerate(words.get("oneOf", ()))]
+            yield from (values(meet(one, other)) for one, other in combinations(nodes, 2))
         for n, part in enumerate(words.get("allOf", ())):
             yield values(self._node(place, part, "allOf", n))
         if "not" in words:

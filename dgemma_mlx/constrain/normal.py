@@ -18,10 +18,10 @@ from dgemma_mlx.constrain.negation import Negation
 from dgemma_mlx.constrain.texts import Numbers, Strings
 from dgemma_mlx.constrain.values import (
     ANYTHING,
-    NOTHING,
     Algebra,
     Node,
     Values,
+    complement,
     judged_items,
     unjudged,
 )
@@ -52,13 +52,6 @@ class Normalizer:
             parts = [self._literal(literal) for literal in sorted(node)]
             self._nodes[node] = reduce(self._algebra.both, parts, self._algebra.all)
         return self._nodes[node]
-
-    def negation(self, node: Node) -> Node:
-        """Return the complement of a node of at most one literal."""
-        if not node or node == NOTHING:
-            return NOTHING if node == ANYTHING else ANYTHING
-        (literal,) = node
-        return frozenset({literal ^ 1})
 
     def _literal(self, literal: int) -> Values:
         if literal < 0:
@@ -119,7 +112,7 @@ class Normalizer:
             found = self.values(node)
             for m, other in enumerate(nodes):
                 if m != n and found is not a.none and not self._apart.apart(node, other):
-                    found = a.both(found, self.values(self.negation(other)))
+                    found = a.both(found, self.values(complement(other)))
             branches.append(found)
         return a.either(branches)
 
@@ -129,7 +122,7 @@ class Normalizer:
         if then == other == ANYTHING and not self._document.judges:
             return a.all
         yes = node(place, words["if"], "if")
-        no = self.negation(yes)
+        no = complement(yes)
         # Values that fulfil `then` need not fulfil `if` where there is no `else`, unless `if` judges them.
         if self._document.judges or other != ANYTHING:
             first = a.both(self.values(yes), self.values(then))

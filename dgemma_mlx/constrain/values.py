@@ -24,6 +24,14 @@ def meet(one: Node, other: Node) -> Node:
     return NOTHING if -1 in both or any(literal ^ 1 in both for literal in both) else both
 
 
+def complement(node: Node) -> Node:
+    """Return the node of the values that do not belong to a node of at most one literal."""
+    if not node or node == NOTHING:
+        return ANYTHING if node else NOTHING
+    (literal,) = node
+    return frozenset({literal ^ 1})
+
+
 class TooManyShapesError(Exception):
     """The alternatives of a schema multiply."""
 
@@ -97,6 +105,7 @@ class Object:
         regions: A division of all names; what is said of a named property does not stand here.
         required: Names that must be there.
         least, most: Numbers of properties.
+        some: For each of these regions, an object has a property whose name and value it allows.
     """
 
     properties: tuple[tuple[str, Node, bool], ...] = ()
@@ -104,6 +113,7 @@ class Object:
     required: frozenset[str] = frozenset()
     least: int = 0
     most: int = UNBOUNDED
+    some: tuple[Region, ...] = ()
 
     def names(self) -> dict[str, tuple[Node, bool]]:
         """Return the named properties."""
@@ -213,6 +223,7 @@ class Algebra:
             one.required | other.required,
             max(one.least, other.least),
             min(one.most, other.most),
+            _different([*one.some, *other.some]),
         )
 
     def names_in_both(self, one: Term, other: Term) -> Term:
