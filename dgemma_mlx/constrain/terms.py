@@ -168,6 +168,8 @@ class Terms:
 
     def repeat(self, term: Term, least: int, most: int = UNBOUNDED) -> Term:
         """Return the words that consist of ``least`` to ``most`` words of the term."""
+        if least > most:
+            return self.none
         if most == 0 or term is self.empty:
             return self.empty
         if term is self.none:
