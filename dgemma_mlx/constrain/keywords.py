@@ -224,6 +224,8 @@ class Keywords:
                     present = replace(a.any_object, required=frozenset([name, *needs]))
                     yield a.but(objects=(present, absent))
                 else:
-                    here = self._values(self._document.node(place, needs, keyword, name))
-                    here = a.both(here, a.but(objects=(self.with_name(name, ANYTHING, needed=True),)))
+                    present = self.with_name(name, ANYTHING, needed=True)
+                    here = a.both(
+                        a.but(objects=(present,)), self._values(self._document.node(place, needs, keyword, name))
+                    )
                     yield a.either([a.but(objects=(absent,)), a.only(objects=here.objects)])
