@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, TypeVar
 
 from dgemma_mlx.constrain.terms import UNBOUNDED, Term, Terms
@@ -15,7 +16,8 @@ from dgemma_mlx.constrain.terms import UNBOUNDED, Term, Terms
 Node = frozenset[int]  # literals, all of which hold: 2 n for schema n, and 2 n + 1 for its negation
 ANYTHING: Node = frozenset()
 NOTHING: Node = frozenset({-1})  # -1 stands for false
-MOST_SHAPES = 400
+MOST_SHAPES = 400  # of a set
+_SOME_SHAPES = 60  # of a complement, which may leave out others
 
 
 def meet(one: Node, other: Node) -> Node:
@@ -159,21 +161,26 @@ class Algebra:
 
     def both(self, one: Values, other: Values) -> Values:
         """Return the values that belong to both sets. Raises ``TooManyShapesError``."""
+        return _bounded(self._both(one, other, MOST_SHAPES + 1))
+
+    def some_of_both(self, one: Values, other: Values) -> Values:
+        """Return values that belong to both sets: of very many shapes only the first ones. For complements."""
+        return self._both(one, other, _SOME_SHAPES)
+
+    def _both(self, one: Values, other: Values, most: int) -> Values:
         if one is self.all or other is self.none:
             return other
         if other is self.all or one is self.none:
             return one
-        arrays = dict.fromkeys(a & b for a in one.arrays for b in other.arrays)
-        objects = dict.fromkeys(self.both_objects(a, b) for a in one.objects for b in other.objects)
-        return _bounded(
-            Values(
-                one.null and other.null,
-                one.booleans & other.booleans,
-                self.numbers.every([one.numbers, other.numbers]),
-                self.strings.every([one.strings, other.strings]),
-                tuple(filter(Array.is_possible, arrays)),
-                tuple(filter(self.is_possible, objects)),
-            )
+        arrays = (a & b for a in one.arrays for b in other.arrays)
+        objects = (self.both_objects(a, b) for a in one.objects for b in other.objects)
+        return Values(
+            one.null and other.null,
+            one.booleans & other.booleans,
+            self.numbers.every([one.numbers, other.numbers]),
+            self.strings.every([one.strings, other.strings]),
+            _different(islice(filter(Array.is_possible, arrays), most)),
+            _different(islice(filter(self.is_possible, objects), most)),
         )
 
     def either(self, several: Iterable[Values]) -> Values:
