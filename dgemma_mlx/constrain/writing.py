@@ -6,25 +6,31 @@ from collections.abc import Callable, Mapping
 from itertools import permutations
 from typing import Any
 
-from dgemma_mlx.constrain.apart import Apart
-from dgemma_mlx.constrain.normal import Document, Normalizer, reject
+from dgemma_mlx.constrain.document import Document, reject
+from dgemma_mlx.constrain.hints import warn
+from dgemma_mlx.constrain.normal import Normalizer
 from dgemma_mlx.constrain.spelling import JsonSpelling
 from dgemma_mlx.constrain.terms import UNBOUNDED, Term, Terms
 from dgemma_mlx.constrain.texts import Numbers, Strings
-from dgemma_mlx.constrain.values import ANYTHING, NOTHING, Algebra, Array, Node, Object, TooManyShapes
+from dgemma_mlx.constrain.values import ANYTHING, NOTHING, Algebra, Array, Node, Object, TooManyShapesError, complement
+from dgemma_mlx.constrain.wellformed import check
 from dgemma_mlx.errors import DgemmaError
+_PROSE = frozenset({"$comment", "$ref", "$schema", "description", "format", "pattern", "title"})
+
 
 class Writer:
     """The texts of one document's values."""
 
     def __init__(self, schema: Any, spelling: type[JsonSpelling] = JsonSpelling) -> None:
         """Write the values of a schema, which is given as parsed JSON, as ``spelling`` spells them."""
-        patterns, formats, texts = _strings_in(schema)
+        patterns, formats, texts = strings_in(schema)
         self.strings, self.numbers = Strings(patterns | spelling.patterns, formats, texts), Numbers()
         self.spelling = spelling(self.strings, self.numbers)
         self.algebra = Algebra(self.strings.terms, self.numbers.terms, self.numbers.number, self.strings.text)
         # all strings are strings of characters, not of any symbols
         self.document = Document(schema)
+        check(self.document)
+        warn(self.document, stacklevel=4)
         self.normal = Normalizer(self.document, self.algebra, self.strings, self.numbers)
         self.bytes, self.literal, self.comma, self.colon, self._string = (
             self.spelling.terms, self.spelling.literal, self.spelling.comma, self.spelling.colon, self.spelling.string,
@@ -33,7 +39,7 @@ class Writer:
         self._rules: dict[Node, Term] = {}
         self._extra: list[tuple[Term, Term]] = []
         self._waiting: list[Node] = []
-        self.start = self.value(self.document.node(schema, "#"))
+        self.start = self.value(self.document.start)
         self._settle()
 
     def value(self, node: Node) -> Term:
@@ -48,7 +54,7 @@ class Writer:
         for node in self._waiting:  # grows
             try:
                 self._bodies[node] = self._body(node)
-            except TooManyShapes:
+            except TooManyShapesError:
                 reject("#", "the alternatives of the schema multiply beyond the limit", "Use fewer anyOf and oneOf.")
             if len(self._bodies) > 20000:
                 reject("#", "the schema is too large")
@@ -212,7 +218,7 @@ class Writer:
                     if count < least or True:
                         options.append(b.sequence(*comma, self.value(inner), after(place + 1, count)))
                 else:
-                    outside = self.normal.negation(node) if len(node) == 1 else NOTHING
+                    outside = complement(node) if len(node) == 1 else NOTHING
                     options.append(b.sequence(*comma, self.value(inner | outside), after(place + 1, count)))
             return b.either(options)
 
@@ -238,6 +244,8 @@ class Writer:
 
     def _object(self, shape: Object) -> Term:
         b = self.bytes
+        if shape.some:
+            return b.none
         names = shape.names()
         required = [name for name in shape.required if name not in names]
         properties = [(name, node) for name, (node, _) in names.items()]
@@ -329,23 +337,26 @@ def _is_word(term: Term) -> bool:
     return term.kind in ("set", "empty")
 
 
-def _strings_in(schema: Any) -> tuple[set[str], set[str], set[str]]:
-    """Return the patterns, formats and texts that a schema names."""
-    patterns, formats, texts = set(), set(), set()
-    waiting, seen = [schema], set()
+def strings_in(schema: Any) -> tuple[set[str], set[str], set[str]]:
+    """Return the patterns, the formats and the texts that a schema names, which may be JSON of any form."""
+    patterns: set[str] = set()
+    formats: set[str] = set()
+    texts: set[str] = set()
+    waiting = [(schema, False)]
     while waiting:
-        part = waiting.pop()
-        if isinstance(part, list):
-            waiting += part
-            texts |= {each for each in part if isinstance(each, str)}
-        if isinstance(part, dict):
-            texts |= set(part)
+        part, is_value = waiting.pop()  # is_value: whether it stands within an enum or a const
+        if isinstance(part, str):
+            texts.add(part)
+        elif isinstance(part, list):
+            waiting += [(each, is_value) for each in part]
+        elif isinstance(part, dict):
+            texts.update(part)
+            if isinstance(part.get("patternProperties"), dict):
+                patterns.update(part["patternProperties"])
             for key, value in part.items():
-                if key == "patternProperties" and isinstance(value, dict):
-                    patterns |= set(value)
-                if isinstance(value, str):
-                    {"pattern": patterns, "format": formats, "const": texts}.get(key, set()).add(value)
-                    texts.add(value) if key not in ("description", "title", "$schema", "$ref", "pattern") else None
-                else:
-                    waiting.append(value)
+                if key in ("pattern", "format") and isinstance(value, str):
+                    (patterns if key == "pattern" else formats).add(value)
+                if is_value or key not in _PROSE or not isinstance(value, str):
+                    waiting.append((value, is_value or key in ("enum", "const")))
     return patterns, formats, texts
+
