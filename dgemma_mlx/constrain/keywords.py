@@ -225,7 +225,8 @@ class Keywords:
                     yield a.but(objects=(present, absent))
                 else:
                     present = self.with_name(name, ANYTHING, needed=True)
-                    here = a.both(
-                        a.but(objects=(present,)), self._values(self._document.node(place, needs, keyword, name))
-                    )
-                    yield a.either([a.but(objects=(absent,)), a.only(objects=here.objects)])
+                    shapes = [  # the name is written first, unless the schema says where
+                        a.both_objects(shape, present) if name in shape.names() else a.both_objects(present, shape)
+                        for shape in self._values(self._document.node(place, needs, keyword, name)).objects
+                    ]
+                    yield a.but(objects=(*filter(a.is_possible, shapes), absent))

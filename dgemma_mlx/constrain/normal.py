@@ -49,8 +49,10 @@ class Normalizer:
         the same value.
         """
         if node not in self._nodes:
-            parts = [self._literal(literal) for literal in sorted(node)]
-            self._nodes[node] = reduce(self._algebra.both, parts, self._algebra.all)
+            a = self._algebra
+            found = reduce(a.both, (self._literal(each) for each in sorted(node) if each % 2 == 0 or each < 0), a.all)
+            others = (self._literal(each) for each in sorted(node) if each % 2 and each > 0)
+            self._nodes[node] = reduce(a.some_of_both, others, found)
         return self._nodes[node]
 
     def _literal(self, literal: int) -> Values:
@@ -112,7 +114,7 @@ class Normalizer:
             found = self.values(node)
             for m, other in enumerate(nodes):
                 if m != n and found is not a.none and not self._apart.apart(node, other):
-                    found = a.both(found, self.values(complement(other)))
+                    found = a.some_of_both(found, self.values(complement(other)))
             branches.append(found)
         return a.either(branches)
 

@@ -17,6 +17,7 @@ Node = frozenset[int]  # literals, all of which hold: 2 n for schema n, and 2 n 
 ANYTHING: Node = frozenset()
 NOTHING: Node = frozenset({-1})  # -1 stands for false
 MOST_SHAPES = 400  # of a set; alternatives may multiply, and then the first ones are kept: less than is allowed
+_SOME_SHAPES = 60  # of a complement, which may leave out others
 
 
 def meet(one: Node, other: Node) -> Node:
@@ -156,6 +157,13 @@ class Algebra:
 
     def both(self, one: Values, other: Values) -> Values:
         """Return the values that belong to both sets, or fewer (``MOST_SHAPES``)."""
+        return self._both(one, other, MOST_SHAPES)
+
+    def some_of_both(self, one: Values, other: Values) -> Values:
+        """Return values that belong to both sets: of very many shapes only the first ones. For complements."""
+        return self._both(one, other, _SOME_SHAPES)
+
+    def _both(self, one: Values, other: Values, most: int) -> Values:
         if one is self.all or other is self.none:
             return other
         if other is self.all or one is self.none:
@@ -167,8 +175,8 @@ class Algebra:
             one.booleans & other.booleans,
             self.numbers.every([one.numbers, other.numbers]),
             self.strings.every([one.strings, other.strings]),
-            _different(filter(Array.is_possible, arrays)),
-            _different(filter(self.is_possible, objects)),
+            _different(filter(Array.is_possible, arrays), most),
+            _different(filter(self.is_possible, objects), most),
         )
 
     def either(self, several: Iterable[Values]) -> Values:
@@ -277,12 +285,12 @@ def unjudged(values: Values) -> Values:
 _Shape = TypeVar("_Shape")
 
 
-def _different(shapes: Iterable[_Shape]) -> tuple[_Shape, ...]:
-    """Return the different ones among some shapes, in their order, up to ``MOST_SHAPES``."""
+def _different(shapes: Iterable[_Shape], most: int = MOST_SHAPES) -> tuple[_Shape, ...]:
+    """Return the different ones among some shapes, in their order, up to ``most``."""
     found: dict[_Shape, None] = {}
     for shape in shapes:
         check_time()
         found[shape] = None
-        if len(found) == MOST_SHAPES:
+        if len(found) == most:
             break
     return tuple(found)

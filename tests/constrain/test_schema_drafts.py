@@ -77,6 +77,18 @@ def test_dependencies_narrow_in_late_drafts_but_their_complement_is_empty() -> N
         Constraint.json_schema({"not": {"dependencies": {"a": ["b"]}}})
 
 
+@pytest.mark.parametrize("outer_anchor", [True, False])
+def test_the_outermost_recursive_anchor_is_meant(outer_anchor: bool) -> None:
+    """``$recursiveRef``, as in the test suite of draft 2019-09: extended trees are trees of extended nodes."""
+    inner = {"$id": "tree", "$recursiveAnchor": True, "type": "object", "properties": {
+        "data": True, "children": {"type": "array", "items": {"$recursiveRef": "#"}}}}
+    schema = {"$schema": URIS[2019], "$id": "https://example.com/extended", "$recursiveAnchor": outer_anchor,
+              "$ref": "tree", "required": ["data"], "$defs": {"tree": inner}}  # fmt: skip
+    constraint = Constraint.json_schema(schema)
+    assert constraint.matches('{"data": 1, "children": [{"data": 2}]}')
+    assert constraint.matches('{"data": 1, "children": [{}]}') is not outer_anchor
+
+
 def test_embedded_schemas_may_declare_another_draft() -> None:
     inner = {"$id": "https://example.com/old", "$schema": URIS[7], "items": [{"type": "null"}]}
     schema = {"$schema": URIS[2020], "$ref": "https://example.com/old", "type": "array", "$defs": {"old": inner}}
