@@ -1,6 +1,6 @@
 """Sets of characters, and how their UTF-8 bytes continue.
 
-A set is a sorted tuple of disjoint ranges (first, last) of code points, without surrogates.
+A set is a sorted tuple of disjoint ranges (first, last) of code points.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 Ranges = tuple[tuple[int, int], ...]
 LAST = 0x10FFFF
-ALL: Ranges = ((0, 0xD7FF), (0xE000, LAST))
+ALL: Ranges = ((0, 0xD7FF), (0xE000, LAST))  # surrogates are code points, but not characters
 
 
 def ranges(pairs: Iterable[tuple[int, int]]) -> Ranges:
@@ -23,13 +23,20 @@ def ranges(pairs: Iterable[tuple[int, int]]) -> Ranges:
     return tuple((first, last) for first, last in merged)
 
 
+def single(character: str) -> Ranges:
+    """Return the set of one character."""
+    return ((ord(character), ord(character)),)
+
+
 def without(one: Ranges, other: Ranges) -> Ranges:
     """Return the characters of one set that are not in the other."""
-    found = []
+    found, place = [], 0
     for first, last in one:
-        for begin, end in other:
-            if end < first or begin > last:
-                continue
+        while place < len(other) and other[place][1] < first:
+            place += 1
+        for begin, end in other[place:]:
+            if begin > last:
+                break
             if begin > first:
                 found.append((first, begin - 1))
             first = end + 1
@@ -38,25 +45,28 @@ def without(one: Ranges, other: Ranges) -> Ranges:
     return tuple(found)
 
 
-def minterms(sets: Sequence[Ranges]) -> list[Ranges]:
-    """Return the coarsest division of all characters in which each of the sets is a union of parts.
+def minterms(sets: Sequence[Ranges]) -> tuple[list[Ranges], list[int]]:
+    """Return the coarsest division of ``ALL`` in which each of the sets is a union of parts.
 
-    The part of characters in none of the sets is the last one.
+    Return the parts, and a mask for each set, of which bit i says whether part i belongs to it. Code points that are not
+    characters are left out.
     """
-    starts: dict[int, int] = {0: 0}
+    starts: dict[int, int] = {first: 0 for first, _ in ALL}
     for number, each in enumerate(sets):
         for first, last in each:
             starts[first] = starts.get(first, 0) ^ 1 << number
             starts[last + 1] = starts.get(last + 1, 0) ^ 1 << number
-    parts: dict[int, list[tuple[int, int]]] = {}
+    parts: dict[int, list[tuple[int, int]]] = {}  # by the sets that a part belongs to
     inside = 0
     places = sorted(starts)
-    for place, following in zip(places, [*places[1:], LAST + 1]):
+    for place, following in zip(places, [*places[1:], LAST + 1], strict=True):
         inside ^= starts[place]
         if place < following:
             parts.setdefault(inside, []).append((place, following - 1))
-    rest = parts.pop(0, [])
-    return [*(ranges(part) for part in parts.values()), ranges(rest)]
+    surrogates = without(((0, LAST),), ALL)
+    characters = {inside: found for inside, part in parts.items() if (found := without(ranges(part), surrogates))}
+    masks = [sum(1 << n for n, inside in enumerate(characters) if inside >> number & 1) for number in range(len(sets))]
+    return list(characters.values()), masks
 
 
 def byte_sequences(characters: Ranges) -> list[tuple[tuple[int, int], ...]]:
@@ -66,23 +76,15 @@ def byte_sequences(characters: Ranges) -> list[tuple[tuple[int, int], ...]]:
     later bytes are not whole ranges 0x80 to 0xBF.
     """
     found = []
-    waiting = [pair for pair in without(characters, ((0xD800, 0xDFFF),))][::-1]
+    waiting = list(without(characters, without(((0, LAST),), ALL)))[::-1]
     while waiting:
         first, last = waiting.pop()
-        for limit in (0x7F, 0x7FF, 0xFFFF):
-            if first <= limit < last:
-                waiting += [(limit + 1, last), (first, limit)]
-                break
+        cuts = [limit + 1 for limit in (0x7F, 0x7FF, 0xFFFF) if first <= limit < last]
+        for mask in (0x3F, 0xFFF, 0x3FFFF) if last > 0x7F else ():
+            if first & ~mask != last & ~mask:
+                cuts += [(first | mask) + 1] if first & mask else [last & ~mask] if last & mask != mask else []
+        if cuts:
+            waiting += [(cuts[0], last), (first, cuts[0] - 1)]
         else:
-            for bits in (6, 12, 18):
-                mask = (1 << bits) - 1
-                if last > 0x7F and (first & ~mask) != (last & ~mask):
-                    if first & mask:
-                        waiting += [((first | mask) + 1, last), (first, first | mask)]
-                        break
-                    if last & mask != mask:
-                        waiting += [(last & ~mask, last), (first, (last & ~mask) - 1)]
-                        break
-            else:
-                found.append(tuple(zip(chr(first).encode(), chr(last).encode())))
+            found.append(tuple(zip(chr(first).encode(), chr(last).encode(), strict=True)))
     return found

@@ -1,19 +1,22 @@
 """Reading of regular expressions, in the syntax of Rust's ``regex`` crate, as trees.
 
 Groups, alternatives and repetitions are read here, without recursion. What matches one character (a class, ``.``,
-``\\w``) is compiled by outlines-core, which knows Unicode.
+``\\w``) is compiled by outlines-core, which knows Unicode. Look-aheads are read, too, although Rust has none.
 """
 
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple, NoReturn
 
-from dgemma_mlx.constrain.characters import Ranges, ranges
+from dgemma_mlx.checks import shown
+from dgemma_mlx.constrain.characters import ALL, Ranges, ranges, single
 
 _MOST_CHARACTERS = 1_000_000
 _MOST_DEPTH = 250  # of groups, as in Rust
+_MOST_LOOKING = 40  # of groups around and within a look-ahead
+_MOST_CLASS = 12_000  # characters of a class; outlines-core is slow with more
 
 _FLAGS = re.compile(r"\?([imsuxRU]*)(?:-([imsuxRU]+))?([:)])")
 _NAME = re.compile(r"\?P?<[A-Za-z_][\w.\[\]]*>")
@@ -58,141 +61,227 @@ class Repeated(NamedTuple):
     most: int | None
 
 
-Pattern = One | Begin | End | Sequence | Either | Repeated
+class Ahead(NamedTuple):
+    """A look-ahead: from here to its end, the text begins so, or does not."""
+
+    item: Pattern
+    negative: bool
+
+
+Pattern = One | Begin | End | Sequence | Either | Repeated | Ahead
+ANYTHING = Repeated(One(ALL), 0, None)
+
+
+def parts(node: Pattern) -> tuple[Pattern, ...]:
+    """Return the patterns that a pattern consists of."""
+    if isinstance(node, Sequence):
+        return node.items
+    if isinstance(node, Either):
+        return node.branches
+    return (node.item,) if isinstance(node, (Repeated, Ahead)) else ()
+
+
+def nodes(tree: Pattern) -> list[Pattern]:
+    """Return a pattern and all that it consists of, each one once, and after its parts."""
+    found: dict[int, Pattern] = {}
+    waiting = [(tree, False)]
+    while waiting:
+        node, opened = waiting.pop()
+        if opened:
+            found.setdefault(id(node), node)
+        elif id(node) not in found:
+            waiting.append((node, True))
+            waiting += [(part, False) for part in parts(node)]
+    return list(found.values())
+
+
+def matched(tree: Pattern) -> Pattern:
+    """Return a pattern that must match a whole text, with its look-aheads where all that follows them is known.
+
+    Look-aheads then are items of sequences that end with the text: ``(?:(?=a)b|c)d`` becomes ``(?=a)bd|cd``. Raises
+    ``ValueError`` for a look-ahead within a repetition.
+    """
+    looking: set[int] = set()
+    for node in nodes(tree):
+        if isinstance(node, Ahead) or any(id(part) in looking for part in parts(node)):
+            looking.add(id(node))
+
+    def followed(node: Pattern, rest: list[Pattern]) -> Pattern:
+        """Return a pattern that looks ahead, followed by the rest."""
+        if isinstance(node, Ahead):
+            seen = followed(node.item, [ANYTHING]) if id(node.item) in looking else Sequence((node.item, ANYTHING))
+            return Sequence((Ahead(seen, node.negative), *rest))
+        if isinstance(node, Sequence):
+            tail = rest[::-1]
+            for item in reversed(node.items):
+                tail = [followed(item, tail[::-1])] if id(item) in looking else [*tail, item]
+            return Sequence(tuple(tail[::-1]))
+        if isinstance(node, Repeated):
+            if node.most != 1:
+                raise ValueError("a look-ahead within a repetition is not supported")
+            branches = (node.item, Sequence(())) if node.least == 0 else (node.item,)
+        else:
+            branches = node.branches
+        after = Sequence(tuple(rest))
+        return Either(tuple(followed(b, [after]) if id(b) in looking else Sequence((b, after)) for b in branches))
+
+    return followed(tree, []) if looking else tree
 
 
 class _Group(NamedTuple):
-    """A group that is being read: the flags around it, its complete branches, and the items of the current one."""
+    """A group that is being read.
+
+    Attributes:
+        flags: The flags around it.
+        branches: Its complete branches.
+        items: The items of the current branch.
+        looks: Whether it is a look-ahead: (), (False,), or (True,) for a negative one.
+    """
 
     flags: frozenset[str]
     branches: list[Pattern]
     items: list[Pattern]
+    looks: tuple[bool, ...] = ()
 
     def closed(self) -> Pattern:
         """Return the group."""
         branches = [*self.branches, _joined(self.items)]
-        return branches[0] if len(branches) == 1 else Either(tuple(branches))
+        group = branches[0] if len(branches) == 1 else Either(tuple(branches))
+        return Ahead(group, *self.looks) if self.looks else group
 
 
 def _joined(items: list[Pattern]) -> Pattern:
     return items[0] if len(items) == 1 else Sequence(tuple(items))
 
 
-class _Reader:
-    """A reader of one expression."""
+class Reader:
+    """A reader of one expression, in Rust's syntax. ``dgemma_mlx.constrain.ecma`` reads another one."""
 
     def __init__(self, text: str) -> None:
-        self._text, self._place = text, 0
-        self._flags: frozenset[str] = frozenset("u")
+        self.text, self.place = text, 0
+        self.flags: frozenset[str] = frozenset("u")
 
     def read(self) -> Pattern:
-        """Read the whole expression."""
-        if len(self._text) > _MOST_CHARACTERS:
-            self._fail("the expression is too long")
-        groups = [_Group(self._flags, [], [])]
-        while self._place < len(self._text):
+        """Read the whole expression. Raises ``ValueError`` when it is malformed or uses what is not supported."""
+        if len(self.text) > _MOST_CHARACTERS:
+            self.fail("the expression is too long")
+        groups = [_Group(self.flags, [], [])]
+        while self.place < len(self.text):
             self._read(groups)
         if len(groups) > 1:
-            self._fail("a group is not closed")
+            self.fail("a group is not closed")
         return groups.pop().closed()
 
     def _read(self, groups: list[_Group]) -> None:
         """Read what is next in the text."""
-        text, place = self._text, self._place
+        text, place = self.text, self.place
         character, group = text[place], groups[-1]
-        if "x" in self._flags and (space := _VERBOSE.match(text, place)):
-            self._place = space.end()
+        if "x" in self.flags and (space := _VERBOSE.match(text, place)):
+            self.place = space.end()
         elif character == "(":
             self._open(groups)
         elif character == ")":
             if len(groups) == 1:
-                self._fail("a group is closed that was not opened")
-            self._place += 1
-            self._flags = group.flags
+                self.fail("a group is closed that was not opened")
+            self.place += 1
+            self.flags = group.flags
             closed = groups.pop().closed()
+            self.looked(*group.looks)
             groups[-1].items.append(closed)
         elif character == "|":
-            self._place += 1
+            self.place += 1
             group.branches.append(_joined(group.items))
             group.items.clear()
-        elif character in "*+?{":
+        elif character in "*+?" or (character == "{" and self.counts()):
             if not group.items:
-                self._fail("a repetition has nothing to repeat")
+                self.fail("a repetition has nothing to repeat")
             group.items.append(self._repetition(group.items.pop()))
         else:
-            group.items.append(self._atom())
+            group.items.append(self.atom())
 
     def _open(self, groups: list[_Group]) -> None:
         """Read the beginning of a group, or flags."""
-        self._place += 1
-        found = _FLAGS.match(self._text, self._place)
-        flags = self._flags
-        if found:
-            self._place = found.end()
+        self.place += 1
+        flags, looks = self.flags, ()
+        if found := _FLAGS.match(self.text, self.place):
+            self.place = found.end()
             on, off = found[1], found[2] or ""
             if found[3] == ")" and not on + off:
-                self._fail("flags are empty")
-            self._flags = (flags | set(on)) - set(off)
+                self.fail("flags are empty")
+            self.flags = (flags | set(on)) - set(off)
             if found[3] == ")":
                 return
-        elif name := _NAME.match(self._text, self._place):
-            self._place = name.end()
-        elif self._text.startswith("?", self._place):
-            self._fail("look-around is not supported")
-        if len(groups) > _MOST_DEPTH:
-            self._fail(f"groups are nested deeper than {_MOST_DEPTH}")
-        groups.append(_Group(flags, [], []))
+        elif name := _NAME.match(self.text, self.place):
+            self.place = name.end()
+        elif self.text.startswith(("?=", "?!"), self.place):
+            looks = (self.text[self.place + 1] == "!",)
+            self.place += 2
+            self.looked(*looks)
+        elif self.text.startswith("?", self.place):
+            self.fail(f"({self.text[self.place : self.place + 3]} begins no group that is supported")
+        depth = _MOST_LOOKING if any(group.looks for group in groups) else _MOST_DEPTH
+        if len(groups) > depth:
+            self.fail(f"groups are nested deeper than {depth}")
+        groups.append(_Group(flags, [], [], looks))
 
     def _repetition(self, item: Pattern) -> Pattern:
         """Read a repetition of the item."""
-        least, most = 0, None
-        character = self._text[self._place]
+        character, text = self.text[self.place], self.text
+        least, most = int(character == "+"), 1 if character == "?" else None
         if character == "{":
-            found = _COUNTS.match(self._text, self._place)
+            found = _COUNTS.match(text, self.place)
             if found is None:
-                self._fail("a count is malformed")
+                self.fail("a count is malformed")
             if max(len(found[1]), len(found[3] or "")) > 9:
-                self._fail("a count is too large")
+                self.fail("a count has more than nine digits")
             least = int(found[1])
             most = least if found[2] is None else int(found[3]) if found[3] else None
             if most is not None and most < least:
-                self._fail("a count ends before it begins")
-            self._place = found.end()
+                self.fail("a count ends before it begins")
+            self.place = found.end()
         else:
-            least, most = int(character == "+"), 1 if character == "?" else None
-            self._place += 1
-        if self._text.startswith("?", self._place):  # lazy, which matches the same texts
-            self._place += 1
+            self.place += 1
+        if text.startswith("?", self.place):  # lazy, which matches the same texts
+            self.place += 1
         return Repeated(item, least, most)
 
-    def _atom(self) -> Pattern:
+    def counts(self) -> bool:
+        """Return whether the brace that is next begins a count."""
+        return True
+
+    def looked(self, *negative: bool) -> None:
+        """Take note that a look-ahead begins or ends."""
+
+    def atom(self) -> Pattern:
         """Read what matches one character, or the beginning or the end of the text."""
-        text, place = self._text, self._place
+        text, place = self.text, self.place
         character = text[place]
         if character == "[":
-            self._place = self._class_end(place)
+            self.place = self._class_end(place)
         elif character == "\\":
-            single = _SINGLE.match(text, place)
-            self._place = place + 2 if single is None else single.end()
+            escape = _SINGLE.match(text, place)
+            self.place = place + 2 if escape is None else escape.end()
             if place + 1 == len(text):
-                self._fail("a backslash is the last character")
+                self.fail("a backslash is the last character")
         else:
-            self._place += 1
-        atom = text[place : self._place]
+            self.place += 1
+        atom = text[place : self.place]
         if atom in ("^", "$", r"\A", r"\z"):
-            if atom in "^$" and "m" in self._flags:
-                self._fail("line anchors are not supported")
-            return Begin() if atom in ("^", r"\A") else End()
+            return self.anchor(atom)
         if atom[0] == "\\" and (atom[1].isalnum() or atom[1] in "<>") and len(atom) == 2 and not _SINGLE.match(atom):
-            self._fail(f"{atom} is not supported")
-        return One(self._characters(atom))
+            self.fail(f"{atom} is not supported", place)
+        return One(self._characters(atom, place))
+
+    def anchor(self, atom: str) -> Pattern:
+        """Return what an anchor stands for."""
+        if atom in "^$" and "m" in self.flags:
+            self.fail("line anchors are not supported")
+        return Begin() if atom in ("^", r"\A") else End()
 
     def _class_end(self, place: int) -> int:
         """Return where the character class that begins at ``place`` ends."""
-        text, depth = self._text, 0
-        while True:
-            if place >= len(text):
-                self._fail("a character class is not closed")
+        text, depth, begin = self.text, 0, place
+        while place < len(text):
             character = text[place]
             place += 1
             if character == "\\":
@@ -207,24 +296,33 @@ class _Reader:
                 depth -= 1
                 if not depth:
                     return place
+        self.fail("a character class is not closed", begin)
 
-    def _characters(self, atom: str) -> Ranges:
+    def _characters(self, atom: str, place: int) -> Ranges:
         """Return the set of characters that an atom matches."""
         plain = atom if len(atom) == 1 and atom != "." else atom[1:] if len(atom) == 2 and not atom[1].isalnum() else ""
-        flags = "".join(sorted(self._flags & set("isuxR")))
-        if plain and atom[0] not in "[" and not ("i" in flags and plain.isalpha()):
-            return ranges([(ord(plain), ord(plain))])
+        flags = "".join(sorted(self.flags & set("isuxR")))
+        if plain and atom[0] != "[" and not ("i" in flags and plain.isalpha()):
+            return single(plain)
+        if len(atom) > _MOST_CLASS:
+            self.fail(f"a character class has more than {_MOST_CLASS:,} characters", place)
         off = "".join(sorted(set("isuxR") - set(flags)))
-        return characters_of(f"(?{flags}{'-' * bool(off)}{off}:{atom})")
+        try:
+            return characters_of(f"(?{flags}{'-' * bool(off)}{off}:{atom})")
+        except ValueError as error:
+            self.fail(f"{shown(atom)} {error}", place)
 
-    def _fail(self, problem: str) -> NoReturn:
-        """Raise ``ValueError``."""
-        raise ValueError(f"{problem}, at character {self._place + 1}")
+    def fail(self, problem: str, place: int | None = None) -> NoReturn:
+        """Raise ``ValueError`` with the place of a problem, which is the current one if none is given."""
+        raise ValueError(f"{problem}, at character {(self.place if place is None else place) + 1}")
 
 
 def read_pattern(text: str) -> Pattern:
-    """Read a regular expression. Raises ``ValueError`` when it is malformed or uses what is not supported."""
-    return _Reader(text).read()
+    """Read a regular expression that must match whole texts.
+
+    Raises ``ValueError`` when it is malformed or uses what is not supported.
+    """
+    return matched(Reader(text).read())
 
 
 @lru_cache(maxsize=256)
@@ -235,21 +333,24 @@ def characters_of(atom: str) -> Ranges:
     """
     from outlines_core import Index, Vocabulary
 
-    index = Index(atom, Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)}))
-    transitions, final = index.get_transitions(), set(index.get_final_states())
-    known: dict[int, Ranges] = {}
+    try:
+        index = Index(atom, Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)}))
+    except ValueError:
+        raise ValueError("is malformed or not supported") from None
+    if not index.get_final_states():
+        raise ValueError("matches no character")
+    transitions = index.get_transitions()
 
+    @cache
     def rest(state: int, length: int) -> Ranges:
         """Return the low bits of the characters of which ``length`` bytes follow in a state."""
-        if state not in known:
-            pairs = []
-            for byte, to in transitions.get(state, {}).items():
-                if 0x80 <= byte < 0xC0:
-                    shift = (byte & 0x3F) << 6 * (length - 1)
-                    after = ((0, 0),) if length == 1 else rest(to, length - 1)
-                    pairs += [(shift + first, shift + last) for first, last in after]
-            known[state] = ranges(pairs)
-        return known[state]
+        pairs = []
+        for byte, to in transitions.get(state, {}).items():
+            if 0x80 <= byte < 0xC0:
+                shift = (byte & 0x3F) << 6 * (length - 1)
+                after = ((0, 0),) if length == 1 else rest(to, length - 1)
+                pairs += [(shift + first, shift + last) for first, last in after]
+        return ranges(pairs)
 
     found = []
     for byte, to in transitions.get(index.get_initial_state(), {}).items():
@@ -259,6 +360,4 @@ def characters_of(atom: str) -> Ranges:
             length = 1 if byte < 0xE0 else 2 if byte < 0xF0 else 3
             shift = (byte & 0x3F >> length) << 6 * length
             found += [(shift + first, shift + last) for first, last in rest(to, length)]
-    if not final:
-        raise ValueError(f"{atom} matches no character")
     return ranges(found)

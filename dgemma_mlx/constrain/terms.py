@@ -1,74 +1,58 @@
 """Languages as terms, and what is left of a language after a symbol: Brzozowski's derivatives.
 
 A term describes a set of words over an alphabet of ``size`` symbols: characters, or bytes. Equal terms are one object,
-and small laws (``a|a = a``, ``a|b = b|a``, ``(ab)c = a(bc)``) are applied when a term is made, so that words lead to few
-different terms. A term is the state of a deterministic automaton: the *row* of a term gives, for every symbol, the term
-that describes what may follow it. Rows are computed when they are asked for, so an automaton costs what is visited of
-it, not what it has (Brzozowski, *Derivatives of regular expressions*, 1964; Owens et al. 2009).
+and small laws (``a|a = a``, ``a|b = b|a``, ``(ab)c = a(bc)``) are applied when a term is made, so that words lead to
+few different terms. A term is the state of a deterministic automaton: the *row* of a term gives, for every symbol, the
+term that describes what may follow it. Rows are computed when they are asked for, so an automaton costs what is visited
+of it, not what it has (Brzozowski, *Derivatives of regular expressions*, 1964; Owens et al. 2009).
 
-A set of symbols is an int, whose bit i says whether symbol i belongs to it.
+A set of symbols is an int, whose bit i says whether symbol i belongs to it. Nothing here recurses into a term, so terms
+may be as long and as deep as memory allows.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
-UNBOUNDED = 1 << 60  # more words, symbols or repetitions than anything has
+from dgemma_mlx.constrain.lightest import Lightest
+from dgemma_mlx.constrain.limits import check_time
+from dgemma_mlx.constrain.term import UNBOUNDED, Row, Term
 
-
-class Term:
-    """A set of words. ``Terms`` makes all terms of an alphabet.
-
-    Attributes:
-        kind: What the term is: none, empty, set, both (concatenation), any (alternatives), all (intersection), not,
-            repeat, or rule.
-        parts: The terms and numbers it consists of.
-        number: Its number among the terms of its alphabet, by time.
-        nullable: Whether the empty word belongs to it.
-    """
-
-    __slots__ = ("kind", "least", "nullable", "number", "parts", "row")
-
-    def __init__(self, kind: str, parts: tuple[Any, ...], number: int, nullable: bool) -> None:
-        self.kind, self.parts, self.number, self.nullable = kind, parts, number, nullable
-        self.row: Row | None = None
-        self.least: int | None = None
-
-    def __repr__(self) -> str:
-        return f"{self.kind}{self.parts}" if self.parts else self.kind
-
-
-Row = tuple[tuple[int, Term], ...]  # disjoint sets of symbols, and the term after each symbol of a set
+__all__ = ["UNBOUNDED", "Row", "Term", "Terms"]
 
 
 class Terms:
-    """The terms over one alphabet.
+    """The terms over one alphabet. It holds a term only as long as something else does, such as the row of another.
 
     Attributes:
         size: Number of symbols.
         none: No word.
         empty: The empty word alone.
         everything: All words.
+        within: Algebras over other alphabets, of which rules of this one hold terms.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, weights: Sequence[int] | None = None) -> None:
+        """Create the algebra. ``weights`` are those of the symbols, at least 1; without them, each weighs 1."""
         self.size = size
-        self.weights = [1] * size  # of each symbol, for ``least``
+        self.within: set[Terms] = set()
+        self._lightest = Lightest([1] * size if weights is None else weights, self.row)
         self._all_symbols = (1 << size) - 1
-        self._joined: dict[frozenset[Term], Term] = {}  # alternatives, for what many ambiguous texts share
-        self._known: dict[tuple[Any, ...], Term] = {}
+        self._known: WeakValueDictionary[tuple[Any, ...], Term] = WeakValueDictionary()
+        self._count = 0
         self.none = self._term("none", (), False)
         self.empty = self._term("empty", (), True)
         self.everything = self._term("not", (self.none,), True)
 
     def _term(self, kind: str, parts: tuple[Any, ...], nullable: bool) -> Term:
         """Return the one term of this kind and parts."""
-        key = (kind, *parts)
-        found = self._known.get(key)
+        found = self._known.get((kind, parts))
         if found is None:
-            found = self._known[key] = Term(kind, parts, len(self._known), nullable)
+            found = self._known[kind, parts] = Term(kind, parts, self._count, nullable)
+            self._count += 1
+            self._lightest.begin(found)
         return found
 
     def symbols(self, mask: int) -> Term:
@@ -83,18 +67,29 @@ class Terms:
         return result
 
     def _both(self, first: Term, second: Term) -> Term:
-        if first is self.none or second is self.none:
+        """Return the concatenation of two terms, of which the first item is not one itself."""
+        items = []
+        while first.kind == "both":
+            items.append(first.parts[0])
+            first = first.parts[1]
+        for item in (first, *reversed(items)):
+            second = self._before(item, second)
+        return second
+
+    def _before(self, item: Term, rest: Term) -> Term:
+        """Return the concatenation of an item that is not a concatenation, and a term."""
+        if item is self.none or rest is self.none:
             return self.none
-        if first is self.empty:
-            return second
-        if second is self.empty:
-            return first
-        if first.kind == "both":
-            return self._both(first.parts[0], self._both(first.parts[1], second))
-        if first.kind == "repeat" and first.parts[1:] == (0, UNBOUNDED):  # a*a* = a*
-            if first is second or (second.kind == "both" and second.parts[0] is first):
-                return second
-        return self._term("both", (first, second), first.nullable and second.nullable)
+        if item is self.empty:
+            return rest
+        if rest is self.empty:
+            return item
+        following, tail = rest.parts if rest.kind == "both" else (rest, self.empty)
+        if item.kind == following.kind == "repeat" and item.parts[0] is following.parts[0]:  # a{1,2}a{3,4} = a{4,6}
+            inner, least, most = item.parts
+            least, most = min(least + following.parts[1], UNBOUNDED), min(most + following.parts[2], UNBOUNDED)
+            return self._before(self._term("repeat", (inner, least, most), least == 0), tail)
+        return self._term("both", (item, rest), item.nullable and rest.nullable)
 
     def either(self, terms: Iterable[Term]) -> Term:
         """Return the words that belong to at least one of the terms."""
@@ -110,56 +105,77 @@ class Terms:
                     found[part] = None
         if mask:
             found[self.symbols(mask)] = None
-        key = frozenset(found)
-        if key not in self._joined:
-            self._joined[key] = self._join(found)
-        return self._joined[key]
-
-    def _join(self, found: dict[Term, None]) -> Term:
-        """Return the alternatives of ``either`` as one term."""
-        self._factor(found, 1)
-        self._factor(found, 0)
+        if len(found) > 1:
+            self._join_repeats(found)
+            self._join_sequences(found, 1)
+            self._join_sequences(found, 0)
+        if self.empty in found and any(term.nullable for term in found if term is not self.empty):
+            del found[self.empty]
+        if len(found) < 2:
+            return next(iter(found), self.none)
         kept = sorted(found, key=lambda term: term.number)
-        if not kept:
-            return self.none
-        if len(kept) == 1:
-            return kept[0]
-        if self.empty in found and any(term.nullable for term in kept if term is not self.empty):
-            return self.either(term for term in kept if term is not self.empty)
         return self._term("any", tuple(kept), any(term.nullable for term in kept))
 
-    def _factor(self, found: dict[Term, None], shared: int) -> None:
-        """Replace alternatives by ac|bc = (a|b)c, for ``shared`` 1, or ca|cb = c(a|b) for a rule c, for ``shared`` 0.
+    def _join_sequences(self, found: dict[Term, None], shared: int) -> None:
+        """Join alternatives: ac|bc|c = (a|b|)c with ``shared`` 1; ca|cb|c = c(a|b|) with ``shared`` 0, if c is a rule.
 
-        The second law keeps the alternatives few where a grammar is ambiguous for long.
+        The first law keeps the terms few that repetitions lead to, the second those of grammars with long ambiguities.
         """
         groups: dict[Term, list[Term]] = {}
         for part in found:
             if part.kind == "both" and (shared or part.parts[0].kind == "rule"):
                 groups.setdefault(part.parts[shared], []).append(part)
         for each, parts in groups.items():
+            rests = [part.parts[1 - shared] for part in parts]
+            if each in found:
+                parts.append(each)
+                rests.append(self.empty)
             if len(parts) > 1:
                 for part in parts:
                     del found[part]
-                rest = self.either(part.parts[1 - shared] for part in parts)
+                rest = self.either(rests)
                 found[self._both(rest, each) if shared else self._both(each, rest)] = None
+
+    def _join_repeats(self, found: dict[Term, None]) -> None:
+        """Join alternatives: a{1,3}|a{2,5} = a{1,5}."""
+        groups: dict[Term, list[Term]] = {}
+        for part in found:
+            if part.kind == "repeat":
+                groups.setdefault(part.parts[0], []).append(part)
+        for inner, parts in groups.items():
+            if len(parts) > 1:
+                for part in parts:
+                    del found[part]
+                ranges = sorted(part.parts[1:] for part in parts)
+                least, most = ranges[0]
+                for begin, end in ranges[1:]:
+                    if begin > most + 1:
+                        found[self._term("repeat", (inner, least, most), least == 0)] = None
+                        least = begin
+                    most = max(most, end)
+                found[self._term("repeat", (inner, least, most), least == 0 or inner.nullable)] = None
 
     def every(self, terms: Iterable[Term]) -> Term:
         """Return the words that belong to all of the terms."""
         found: dict[Term, None] = {}
+        mask = self._all_symbols
         for term in terms:
             for part in term.parts if term.kind == "all" else (term,):
                 if part is self.none:
                     return part
+                if part.kind == "set":
+                    mask &= part.parts[0]
                 if part is not self.everything:
                     found[part] = None
-        kept = sorted(found, key=lambda term: term.number)
-        if not kept:
-            return self.everything
-        if len(kept) == 1:
-            return kept[0]
+        if any(part.kind == "set" for part in found):
+            found = {part: None for part in found if part.kind != "set"} | {self.symbols(mask): None}
+        if self.none in found or any(part.kind == "not" and part.parts[0] in found for part in found):
+            return self.none
         if self.empty in found:
-            return self.empty if all(term.nullable for term in kept) else self.none
+            return self.empty if all(term.nullable for term in found) else self.none
+        if len(found) < 2:
+            return next(iter(found), self.everything)
+        kept = sorted(found, key=lambda term: term.number)
         return self._term("all", tuple(kept), all(term.nullable for term in kept))
 
     def other(self, term: Term) -> Term:
@@ -176,78 +192,79 @@ class Terms:
             least = 0
         if least == most == 1:
             return term
-        if term.kind == "repeat" and least <= 1 and most == UNBOUNDED and term.parts[1] <= 1 and term.parts[2] == UNBOUNDED:
-            return self.repeat(term.parts[0], min(least, term.parts[1]))
+        if term.kind == "repeat":
+            inner, low, high = term.parts
+            if least == most or (least + 1) * low <= least * high + 1:  # a{1,3}{2,4} = a{2,12}: no number is left out
+                return self.repeat(inner, min(least * low, UNBOUNDED), min(most * high, UNBOUNDED))
         return self._term("repeat", (term, least, most), least == 0)
 
     def rule(
-        self, body: Callable[[], Term], name: Any, nullable: bool = False, weigh: Callable[[Term], int] | None = None
+        self, body: Callable[[], Term], name: Hashable, nullable: bool = False,
+        weigh: Callable[[Term], int] | None = None, hope: int = 1,
     ) -> Term:
         """Return a term that stands for another one, which is asked for when its row is: this makes recursion.
 
         ``name`` tells rules apart. ``nullable`` says whether the empty word belongs to the rule. The lightest word of a
-        rule is searched by its rows; where rules nest, rows do not end, and ``weigh`` returns the weight.
+        rule is searched by its rows; where rules nest, rows do not end, and ``weigh`` returns the weight. ``hope`` is a
+        weight that no word but the empty one is lighter than.
         """
         found = self._term("rule", (name,), nullable)
         if len(found.parts) == 1:
-            found.parts = (name, body)
-            found.least = weigh(found) if weigh else None
+            found.parts = (name, body, weigh)
+            if not nullable:
+                found.hope = hope
         return found
 
     def row(self, term: Term) -> Row:
         """Return what may follow each symbol. Symbols that no word begins with are left out."""
-        if term.row is None:
-            term.row = self._merged(self._parts(term))
+        waiting, bodies = [term], {}
+        while waiting:
+            last = waiting[-1]
+            if last.row is None:
+                if last.kind == "rule" and last not in bodies:
+                    bodies[last] = last.parts[1]()
+                opened = (bodies[last],) if last in bodies else self._opened(last)
+                missing = [part for part in opened if part.row is None]
+                if missing:
+                    waiting += missing
+                    continue
+                check_time()
+                last.row = opened[0].row if last in bodies else self._merged(self._divided(last))
+            waiting.pop()
+        assert term.row is not None
         return term.row
 
-    def _parts(self, term: Term) -> Iterable[tuple[int, Term]]:
-        """Return disjoint sets of symbols, with what follows."""
+    @staticmethod
+    def _opened(term: Term) -> Sequence[Term]:
+        """Return the parts of a term whose rows its own consists of."""
+        if term.kind == "both":
+            return term.parts if term.parts[0].nullable else term.parts[:1]
+        if term.kind in ("any", "all", "not"):
+            return term.parts
+        return term.parts[:1] if term.kind == "repeat" else ()
+
+    def _divided(self, term: Term) -> Iterable[tuple[int, Term]]:
+        """Return disjoint sets of symbols, with what follows. The rows of the parts are known."""
         kind, parts = term.kind, term.parts
+        rows = [part.row or () for part in self._opened(term)]
         if kind == "set":
             return [(parts[0], self.empty)]
         if kind == "both":
-            first = [(mask, self._both(after, parts[1])) for mask, after in self.row(parts[0])]
-            return self._together([first, self.row(parts[1])], self.either) if parts[0].nullable else first
+            first = [(mask, self._both(after, parts[1])) for mask, after in rows[0]]
+            return _together([first, rows[1]], self.either) if len(rows) > 1 else first
         if kind == "any":
-            return self._together([self.row(part) for part in parts], self.either)
+            return _together(rows, self.either)
         if kind == "all":
-            rows = [self.row(part) for part in parts]
-            return self._together(rows, lambda terms: self.every(terms) if len(terms) == len(rows) else self.none)
+            return _together(rows, lambda terms: self.every(terms) if len(terms) == len(rows) else self.none)
         if kind == "not":
-            known = [(mask, self.other(after)) for mask, after in self.row(parts[0])]
-            left = self._all_symbols
-            for mask, _ in known:
-                left &= ~mask
+            known = [(mask, self.other(after)) for mask, after in rows[0]]
+            left = self._all_symbols & ~sum(mask for mask, _ in known)
             return [*known, (left, self.everything)] if left else known
         if kind == "repeat":
             inner, least, most = parts
             rest = self.repeat(inner, max(least - 1, 0), most if most == UNBOUNDED else most - 1)
-            return [(mask, self._both(after, rest)) for mask, after in self.row(inner)]
-        if kind == "rule":
-            return self.row(parts[1]())
+            return [(mask, self._both(after, rest)) for mask, after in rows[0]]
         return []
-
-    @staticmethod
-    def _together(rows: list[Any], join: Callable[[list[Term]], Term]) -> Iterator[tuple[int, Term]]:
-        """Yield the pieces into which several rows divide the symbols, with the terms of all rows joined."""
-        pieces: list[tuple[int, list[Term]]] = []
-        for row in rows:
-            for mask, after in row:
-                new = []
-                for known, terms in pieces:
-                    shared = known & mask
-                    if shared:
-                        new.append((shared, [*terms, after]))
-                        if known != shared:
-                            new.append((known & ~shared, terms))
-                        mask &= ~shared
-                    else:
-                        new.append((known, terms))
-                if mask:
-                    new.append((mask, [after]))
-                pieces = new
-        for mask, terms in pieces:
-            yield mask, terms[0] if len(terms) == 1 and join is None else join(terms)
 
     def _merged(self, parts: Iterable[tuple[int, Term]]) -> Row:
         """Return a row in which each term occurs once, and ``none`` does not."""
@@ -257,63 +274,53 @@ class Terms:
                 masks[after] = masks.get(after, 0) | mask
         return tuple((mask, after) for after, mask in masks.items())
 
+    def forget(self) -> None:
+        """Drop all rows, which are computed again when they are asked for. This frees the terms that only rows hold."""
+        for term in list(self._known.values()):
+            term.row = None
+        for other in self.within:
+            other.forget()
+
+
     def least(self, term: Term) -> int:
-        """Return the weight of the lightest word of a term; ``UNBOUNDED`` when it has no word."""
-        if term.least is None:
-            term.least = self._least(term)
-        return term.least
+        """Return the weight of the lightest word of a term; ``UNBOUNDED`` when it has no word.
 
-    def _least(self, term: Term) -> int:
-        kind, parts = term.kind, term.parts
-        if term.nullable:
-            return 0
-        if kind == "set":
-            return min(weight for n, weight in enumerate(self.weights) if parts[0] >> n & 1)
-        if kind == "both":
-            return min(self.least(parts[0]) + self.least(parts[1]), UNBOUNDED)
-        if kind == "any":
-            return min(self.least(part) for part in parts)
-        if kind == "repeat":
-            return min(self.least(parts[0]) * parts[1], UNBOUNDED)
-        if kind in ("all", "not", "rule"):
-            return self._search(term)
-        return UNBOUNDED
+        A term of which no word is found after a long search counts as one without any. While a constraint is compiled,
+        that raises ``TooLargeError``.
+        """
+        return self._lightest.least(term)
 
-    def _hope(self, term: Term) -> int:
-        """Return a weight that no word of a term is lighter than."""
-        if term.least is not None:
-            return term.least
-        if term.kind == "all":
-            return max(self._hope(part) for part in term.parts)
-        if term.kind == "both":
-            return min(self._hope(term.parts[0]) + self._hope(term.parts[1]), UNBOUNDED)
-        if term.kind == "any":
-            return min(self._hope(part) for part in term.parts)
-        if term.kind in ("not", "rule"):
-            return 0
-        return self.least(term)
 
-    def _search(self, start: Term) -> int:
-        """Find the lightest word by A*."""
-        best, done = {start: 0}, set()
-        before: dict[Term, Term] = {}
-        waiting = [(self._hope(start), 0, start.number, start)]
-        while waiting:
-            hope, weight, _, term = heapq.heappop(waiting)
-            if term in done or hope >= UNBOUNDED:
-                continue
-            if term.nullable or (term.least is not None and term is not start):
-                total = weight + (term.least or 0)
-                if total >= UNBOUNDED:
-                    continue
-                while term is not start:  # what the lightest word passes through is known now
-                    term.least = total - best[term]
-                    term = before[term]
-                return total
-            done.add(term)
-            for mask, after in self.row(term):
-                step = weight + min(each for n, each in enumerate(self.weights) if mask >> n & 1)
-                if after not in done and step < best.get(after, UNBOUNDED):
-                    best[after], before[after] = step, term
-                    heapq.heappush(waiting, (step + self._hope(after), step, after.number, after))
-        return UNBOUNDED
+def _together(
+    rows: Iterable[Iterable[tuple[int, Term]]], join: Callable[[list[Term]], Term]
+) -> Iterator[tuple[int, Term]]:
+    """Yield the pieces into which several rows divide the symbols, with the terms of all rows joined."""
+    pieces: dict[int, list[Term]] = {}  # disjoint
+    covered = 0
+    for row in rows:
+        for mask, after in row:
+            if mask in pieces:
+                pieces[mask].append(after)
+            elif not mask & covered:
+                pieces[mask] = [after]
+                covered |= mask
+            else:
+                pieces = _divided(pieces, mask, after)
+                covered |= mask
+    for mask, terms in pieces.items():
+        yield mask, join(terms)
+
+
+def _divided(pieces: dict[int, list[Term]], mask: int, after: Term) -> dict[int, list[Term]]:
+    """Return the pieces divided by one more set of symbols, and with the term after it."""
+    divided = {}
+    for piece, terms in pieces.items():
+        shared = piece & mask
+        if shared:
+            divided[shared] = [*terms, after]
+        if piece != shared:
+            divided[piece ^ shared] = terms
+        mask ^= shared
+    if mask:
+        divided[mask] = [after]
+    return divided
