@@ -5,6 +5,7 @@ The symbols of such a language are classes of characters: the parts into which i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 
 from dgemma_mlx.constrain import pattern as p
@@ -43,10 +44,13 @@ class Letters:
         return self._known[mask]
 
     def weighs(self, bytes_: Terms, encode: Callable[[Ranges], Term]) -> bool:
-        """Return whether each symbol weighs as much as its lightest encoding."""
+        """Return whether each symbol is known to weigh as much as its lightest encoding."""
         if encode not in self._exact:
             pairs = zip(self._classes, self._weights, strict=True)
-            self._exact[encode] = all(bytes_.least(encode(part)) == weight for part, weight in pairs)
+            self._exact[encode] = all(
+                any(bytes_.least(encode(((code, code),))) == weight for code in itertools.chain(*part[:3]))
+                for part, weight in pairs
+            )
         return self._exact[encode]
 
 

@@ -25,19 +25,26 @@ class Lightest:
 
     def begin(self, term: Term) -> None:
         """Set what the parts of a new term tell of its weight."""
-        kind, parts = term.kind, term.parts
-        if term.nullable or kind == "none":
-            term.least = term.hope = 0 if term.nullable else UNBOUNDED
-        elif kind == "set":
-            term.least = term.hope = self._lightest(parts[0])
+        kind, parts = term.kind, [part for part in term.parts if isinstance(part, Term)]
+        if kind == "set":
+            weights = [self._weights[n] for n in bits(term.parts[0])]
+            term.least, term.longest = min(weights), max(weights)
+        elif kind in ("none", "empty"):
+            term.least, term.longest = 0 if term.nullable else UNBOUNDED, 0
         elif kind == "all":
-            term.hope = max(part.hope for part in parts)
+            term.hope, term.longest = max(part.hope for part in parts), min(part.longest for part in parts)
         elif kind in ("not", "rule"):
             term.hope = 1
         else:
-            weights = [part.least for part in parts if isinstance(part, Term)]
-            term.hope = self._combined(term, [part.hope for part in parts if isinstance(part, Term)])
-            term.least = None if None in weights else term.hope
+            term.hope = self._combined(term, [part.hope for part in parts])
+            term.least = None if None in [part.least for part in parts] else term.hope
+            longest = [part.longest for part in parts]
+            repeated = term.parts[2] if kind == "repeat" else 1
+            term.longest = max(longest) if kind == "any" else min(sum(longest) * repeated, UNBOUNDED)
+        if term.nullable:
+            term.least = 0
+        if term.least is not None:
+            term.hope = term.least
 
     def least(self, term: Term) -> int:
         """Return the weight of the lightest word of a term; ``UNBOUNDED`` when it has no word.
@@ -94,10 +101,11 @@ class Lightest:
         """Find the lightest word by A*."""
         best = {start: 0}
         before: dict[Term, Term] = {}  # each term on its lightest known way
-        waiting = [(start.hope, 0, start.number, start)]
+        waiting = [(start.hope, 0, start.number, start)]  # of equal estimates, the longest first
         opened = 0
         while waiting:
-            _, weight, _, term = heapq.heappop(waiting)
+            _, minus, _, term = heapq.heappop(waiting)
+            weight = -minus
             if weight > best[term]:
                 continue
             if term.least is not None:
@@ -114,7 +122,7 @@ class Lightest:
                 step = weight + self._lightest(mask)
                 if after.hope < UNBOUNDED and step < best.get(after, UNBOUNDED):
                     best[after], before[after] = step, term
-                    heapq.heappush(waiting, (step + after.hope, step, after.number, after))
+                    heapq.heappush(waiting, (step + after.hope, -step, after.number, after))
         for term in best:
             term.least = term.hope = UNBOUNDED
         return UNBOUNDED

@@ -205,7 +205,7 @@ class Normalizer:
             if kind not in TYPES:
                 reject(f"{path}/type", f"{shown(kind)} is not a type", f"The types are {', '.join(TYPES)}.")
         a = self._algebra
-        numbers = a.all.numbers if "number" in types else self._numbers.integers if "integer" in types else a.numbers.none
+        numbers = a.all.numbers if "number" in types else self._numbers.whole if "integer" in types else a.numbers.none
         return Values(
             "null" in types or nullable, frozenset({True, False} if "boolean" in types else ()), numbers,
             a.strings.everything if "string" in types else a.strings.none,

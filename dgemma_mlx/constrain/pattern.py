@@ -12,6 +12,7 @@ from typing import NamedTuple, NoReturn
 
 from dgemma_mlx.checks import shown
 from dgemma_mlx.constrain.characters import ALL, Ranges, ranges, single
+from dgemma_mlx.constrain.limits import check_time
 
 _MOST_CHARACTERS = 1_000_000
 _MOST_DEPTH = 250  # of groups, as in Rust
@@ -69,7 +70,8 @@ class Ahead(NamedTuple):
 
 
 Pattern = One | Begin | End | Sequence | Either | Repeated | Ahead
-ANYTHING = Repeated(One(ALL), 0, None)
+CHARACTER = One(ALL)
+ANYTHING = Repeated(CHARACTER, 0, None)
 
 
 def parts(node: Pattern) -> tuple[Pattern, ...]:
@@ -160,6 +162,7 @@ class Reader:
     def __init__(self, text: str) -> None:
         self.text, self.place = text, 0
         self.flags: frozenset[str] = frozenset("u")
+        self._known: dict[Ranges, One] = {}
 
     def read(self) -> Pattern:
         """Read the whole expression. Raises ``ValueError`` when it is malformed or uses what is not supported."""
@@ -167,6 +170,7 @@ class Reader:
             self.fail("the expression is too long")
         groups = [_Group(self.flags, [], [])]
         while self.place < len(self.text):
+            check_time()
             self._read(groups)
         if len(groups) > 1:
             self.fail("a group is not closed")
@@ -195,9 +199,10 @@ class Reader:
         elif character in "*+?" or (character == "{" and self.counts()):
             if not group.items:
                 self.fail("a repetition has nothing to repeat")
-            group.items.append(self._repetition(group.items.pop()))
+            group.items.append(self.repetition(group.items.pop()))
         else:
-            group.items.append(self.atom())
+            atom = self.atom()
+            group.items.append(self._known.setdefault(atom.characters, atom) if isinstance(atom, One) else atom)
 
     def _open(self, groups: list[_Group]) -> None:
         """Read the beginning of a group, or flags."""
@@ -224,7 +229,7 @@ class Reader:
             self.fail(f"groups are nested deeper than {depth}")
         groups.append(_Group(flags, [], [], looks))
 
-    def _repetition(self, item: Pattern) -> Pattern:
+    def repetition(self, item: Pattern) -> Pattern:
         """Read a repetition of the item."""
         character, text = self.text[self.place], self.text
         least, most = int(character == "+"), 1 if character == "?" else None

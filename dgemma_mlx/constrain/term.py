@@ -19,16 +19,17 @@ class Term:
         nullable: Whether the empty word belongs to it.
         least: Weight of its lightest word, once it is known; ``Terms.least`` finds it.
         hope: A weight that no word of it is lighter than.
+        longest: A weight that no word of it is heavier than.
         row: What may follow each symbol, once it is known; ``Terms.row`` finds it.
     """
 
-    __slots__ = ("__weakref__", "hope", "kind", "least", "nullable", "number", "parts", "row")
+    __slots__ = ("__weakref__", "hope", "kind", "least", "longest", "nullable", "number", "parts", "row")
 
     def __init__(self, kind: str, parts: tuple[Any, ...], number: int, nullable: bool) -> None:
         self.kind, self.parts, self.number, self.nullable = kind, parts, number, nullable
         self.row: Row | None = None
         self.least: int | None = None
-        self.hope = 0
+        self.hope, self.longest = 0, UNBOUNDED
 
     def __repr__(self) -> str:
         return f"<{self.kind} {self.number}>"

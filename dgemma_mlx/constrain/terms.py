@@ -175,6 +175,8 @@ class Terms:
             return self.empty if all(term.nullable for term in found) else self.none
         if len(found) < 2:
             return next(iter(found), self.everything)
+        if max(term.hope for term in found) > min(term.longest for term in found):
+            return self.none
         kept = sorted(found, key=lambda term: term.number)
         return self._term("all", tuple(kept), all(term.nullable for term in kept))
 
