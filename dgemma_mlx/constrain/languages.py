@@ -20,15 +20,18 @@ def of_regex(pattern: str) -> Machine:
 
     The syntax is that of Rust's ``regex`` crate. Raises ``DgemmaError`` (exit code 2) when the expression is malformed.
     """
-    try:
-        tree = read_pattern(pattern)
-    except ValueError as error:
-        raise DgemmaError(
-            f"the regular expression cannot be compiled: {error}",
-            "Use the syntax of Rust's regex crate, without look-arounds, back references and word boundaries.", 2,
-        ) from None
-    letters, terms = Letters(sets_of(tree)), Terms(BYTES)
-    return Machine(terms, bytes_of(letters, term_of(letters, tree), terms, utf8(terms)))
+    with compiling("the regular expression"):
+        try:
+            tree = read_pattern(pattern)
+        except ValueError as error:
+            raise DgemmaError(
+                f"the regular expression cannot be compiled: {error}",
+                "Use the syntax of Rust's regex crate, without look-behinds, back references and word boundaries.", 2,
+            ) from None
+        letters, terms = Letters(sets_of(tree)), Terms(BYTES)
+        machine = Machine(terms, bytes_of(letters, term_of(letters, tree), terms, utf8(terms)))
+        machine.is_alive(machine.start)  # a search, which is bounded here
+    return machine
 
 
 @lru_cache(maxsize=8)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dgemma_mlx.constrain.limits import give_up
 from dgemma_mlx.constrain.term import UNBOUNDED, Row, Term, bits
 
-_MOST_SEARCHED = 20_000  # terms that a search opens, apart from those of the word itself
+_MOST_SEARCHED = 5_000  # terms that a search opens, apart from those of the word itself
 
 
 class Lightest:

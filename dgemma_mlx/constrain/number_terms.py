@@ -80,8 +80,11 @@ class Numbers:
         """
         t = self.terms
         whole, fractional = self._written(bounds)
-        found = []
+        found: list[Term] = []
         for options, fraction in ((whole, False), (fractional, True)):
+            digits = _SIGNIFICANT - _DECIMALS if fraction else max(option.longest for option in options)
+            if not _may_hold(bounds, 10**digits, whole=not fraction):
+                continue
             parts = [t.either(options)]
             for name, bound in bounds.items():
                 if name == "multipleOf":
@@ -252,6 +255,19 @@ class _Multiples:
         """Return whether some digits make a multiple, if ``left`` zeros are added to them."""
         unit = self._unit // math.gcd(self._unit, 10**left)
         return -rest * 10**digits % unit < 10**digits
+
+
+def _may_hold(bounds: Mapping[str, Fraction], largest: int, *, whole: bool) -> bool:
+    """Return whether a number, or a whole one, up to ``largest`` is within the bounds, some of which may be strict.
+
+    A search would find that out, too, but it may be a long one where there are none.
+    """
+    least = max([-largest, *(bound for name, bound in bounds.items() if name in ("minimum", "exclusiveMinimum"))])
+    most = min([largest, *(bound for name, bound in bounds.items() if name in ("maximum", "exclusiveMaximum"))])
+    step = bounds.get("multipleOf", Fraction(0))
+    if whole:
+        step = Fraction(max(step.numerator, 1))
+    return least <= most and (step <= 0 or math.ceil(least / step) * step <= most)
 
 
 def _places(value: Fraction) -> int:

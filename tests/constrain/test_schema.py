@@ -12,7 +12,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from dgemma_mlx import Constraint, DgemmaError
-from dgemma_mlx.constrain.strings import FORMATS
+from dgemma_mlx.constrain.formats import FORMATS
 from tests.constrain.small import text_of
 
 NAMED = {"$defs": {"name": {"type": "string", "maxLength": 4}}}
