@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 
-from dgemma_mlx.constrain.characters import ranges, single
+from dgemma_mlx.constrain.characters import single
 from dgemma_mlx.constrain.leaf import Letters
 from dgemma_mlx.constrain.terms import UNBOUNDED, Term
 
@@ -128,9 +128,13 @@ class Numbers:
         return self.terms.repeat(self.terms.sequence(self.dot, self.terms.repeat(self.digit, least, most)), 0, 1)
 
     def _beyond(self, bound: Fraction, strict: bool, *, above: bool, fraction: bool) -> Term:
-        """Return the decimals above or below a bound, or equal to it unless ``strict``; integers without ``fraction``."""
+        """Return the decimals above or below a bound, or equal to it unless ``strict``.
+
+        Without ``fraction``, these are the whole ones.
+        """
         t = self.terms
-        if _EXACT <= abs(bound) < 10**308 and len(str(abs(bound)).rstrip("0")) <= _OF_DOUBLE:  # it may stand for a double
+        # A reader that uses doubles sees another bound, if this one was written as a double.
+        if _EXACT <= abs(bound) < 10**308 and len(str(abs(bound)).rstrip("0")) <= _OF_DOUBLE:
             double = Fraction(float(bound))
             bound = max(bound, double) if above else min(bound, double)
         near, far = (self.minus, t.empty) if above else (t.empty, self.minus)  # signs

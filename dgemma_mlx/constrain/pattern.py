@@ -300,8 +300,10 @@ class Reader:
             elif character == "]":
                 depth -= 1
                 if not depth:
-                    return place
-        self.fail("a character class is not closed", begin)
+                    break
+        if depth:
+            self.fail("a character class is not closed", begin)
+        return place
 
     def _characters(self, atom: str, place: int) -> Ranges:
         """Return the set of characters that an atom matches."""
@@ -341,9 +343,7 @@ def characters_of(atom: str) -> Ranges:
     try:
         index = Index(atom, Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)}))
     except ValueError:
-        raise ValueError("is malformed or not supported") from None
-    if not index.get_final_states():
-        raise ValueError("matches no character")
+        raise ValueError("is malformed or not supported, or matches no character") from None
     transitions = index.get_transitions()
 
     @cache

@@ -46,6 +46,10 @@ class Terms:
         self.empty = self._term("empty", (), True)
         self.everything = self._term("not", (self.none,), True)
 
+    def __len__(self) -> int:
+        """Return the number of terms that something holds."""
+        return len(self._known)
+
     def _term(self, kind: str, parts: tuple[Any, ...], nullable: bool) -> Term:
         """Return the one term of this kind and parts."""
         found = self._known.get((kind, parts))
