@@ -225,7 +225,7 @@ class _Multiples:
         return self._numbers.terms.rule(lambda: self._body(rest, left, ended), name, nullable, lambda _: weight, weight)
 
     def _is_multiple(self, rest: int, left: int) -> bool:
-        return rest * 10**left % self._unit == 0
+        return rest * int(10**left) % self._unit == 0
 
     def _body(self, rest: int, left: int | None, ended: bool) -> Term:
         t, options = self._numbers.terms, []
@@ -258,7 +258,7 @@ class _Multiples:
     def _completes(self, rest: int, digits: int, left: int) -> bool:
         """Return whether some digits make a multiple, if ``left`` zeros are added to them."""
         unit = self._unit // math.gcd(self._unit, 10**left)
-        return -rest * 10**digits % unit < 10**digits
+        return -rest * int(10**digits) % unit < int(10**digits)
 
 
 def _may_hold(bounds: Mapping[str, Fraction], largest: int, *, whole: bool) -> bool:
@@ -266,8 +266,8 @@ def _may_hold(bounds: Mapping[str, Fraction], largest: int, *, whole: bool) -> b
 
     A search would find that out, too, but it may be a long one where there are none.
     """
-    least = max([-largest, *(bound for name, bound in bounds.items() if name in ("minimum", "exclusiveMinimum"))])
-    most = min([largest, *(bound for name, bound in bounds.items() if name in ("maximum", "exclusiveMaximum"))])
+    least = max([Fraction(-largest), *(bound for name, bound in bounds.items() if name in ("minimum", "exclusiveMinimum"))])
+    most = min([Fraction(largest), *(bound for name, bound in bounds.items() if name in ("maximum", "exclusiveMaximum"))])
     step = bounds.get("multipleOf", Fraction(0))
     if whole:
         step = Fraction(max(step.numerator, 1))

@@ -121,9 +121,9 @@ def matched(tree: Pattern) -> Pattern:
         if isinstance(node, Repeated):
             if node.most != 1:
                 raise ValueError("a look-ahead within a repetition is not supported")
-            branches = (node.item, Sequence(())) if node.least == 0 else (node.item,)
+            branches: tuple[Pattern, ...] = (node.item, Sequence(())) if node.least == 0 else (node.item,)
         else:
-            branches = node.branches
+            branches = parts(node)
         after = Sequence(tuple(rest))
         return Either(tuple(followed(b, [after]) if id(b) in looking else Sequence((b, after)) for b in branches))
 
@@ -207,7 +207,8 @@ class Reader:
     def _open(self, groups: list[_Group]) -> None:
         """Read the beginning of a group, or flags."""
         self.place += 1
-        flags, looks = self.flags, ()
+        flags = self.flags
+        looks: tuple[bool, ...] = ()
         if found := _FLAGS.match(self.text, self.place):
             self.place = found.end()
             on, off = found[1], found[2] or ""
