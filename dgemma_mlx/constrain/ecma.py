@@ -34,7 +34,7 @@ _COUNT = re.compile(r"\{\d+(?:,\d*)?\}")
 _PYTHON_COUNT = re.compile(r"\{,\d*\}")
 _CONTROL = {"0": 0, "t": 9, "n": 10, "v": 11, "f": 12, "r": 13}
 _ANCHORS: dict[str, Pattern] = {"^": Begin(), r"\A": Begin(), "$": End(), r"\Z": End(), r"\z": End()}
-_END_OF_PYTHON: Pattern = Either((End(), Sequence((One(single("\n")), End()))))  # also before a line break that ends the text
+_END_OF_PYTHON: Pattern = Either((End(), Sequence((One(single("\n")), End()))))  # or before a last line break
 
 _FOREIGN = ((0x80, LAST),)
 _SPACE = ((9, 13), (32, 32), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029), (0x202F, 0x202F),

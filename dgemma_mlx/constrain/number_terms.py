@@ -266,8 +266,8 @@ def _may_hold(bounds: Mapping[str, Fraction], largest: int, *, whole: bool) -> b
 
     A search would find that out, too, but it may be a long one where there are none.
     """
-    least = max([Fraction(-largest), *(bound for name, bound in bounds.items() if name in ("minimum", "exclusiveMinimum"))])
-    most = min([Fraction(largest), *(bound for name, bound in bounds.items() if name in ("maximum", "exclusiveMaximum"))])
+    least = max(bounds.get("minimum", -largest), bounds.get("exclusiveMinimum", -largest), -largest)
+    most = min(bounds.get("maximum", largest), bounds.get("exclusiveMaximum", largest), largest)
     step = bounds.get("multipleOf", Fraction(0))
     if whole:
         step = Fraction(max(step.numerator, 1))
