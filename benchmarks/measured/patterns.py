@@ -48,7 +48,7 @@ def patterns(vocabulary: Path) -> bool:
     ``vocabulary`` is a folder with a tokenizer.json.
     """
     tokenizer = load_tokenizer(vocabulary)
-    print(f"{'pattern':45} {'states':>6} {'bytes':>7} {'tokens':>7} {'canvas':>7} {'next':>7} {'MB':>5}", flush=True)
+    print(f"{'pattern':45} {"terms":>6} {'bytes':>7} {'tokens':>7} {'canvas':>7} {'next':>7} {'MB':>5}", flush=True)
     for pattern in PATTERNS:
         child = multiprocessing.get_context("fork").Process(target=_row, args=(pattern, tokenizer))
         child.start()
@@ -62,7 +62,7 @@ def _row(pattern: str, tokenizer: Tokenizer) -> None:
     states: Any = "-"
     try:
         constraint = Constraint.regex(pattern)
-        states = constraint.automaton.size
+        states = len(constraint.machine.terms)
         times.append(time.thread_time())
         config = GenerationConfig(eos_token_ids=(1, 106), pad_token_id=0)
         automaton = constraint.over(tokenizer, config, VOCABULARY_SIZE)
