@@ -14,7 +14,6 @@ import numpy as np
 from dgemma_mlx import Constraint, DgemmaError
 from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.constrain.canvas import CANDIDATES
-from dgemma_mlx.constrain.projection import Projector
 from dgemma_mlx.text.tokenizer import Tokenizer, load_tokenizer
 
 CANVAS, MAX_TOKENS, VOCABULARY_SIZE = 256, 4096, 262_144
@@ -48,7 +47,7 @@ def patterns(vocabulary: Path) -> bool:
     ``vocabulary`` is a folder with a tokenizer.json.
     """
     tokenizer = load_tokenizer(vocabulary)
-    print(f"{'pattern':45} {'states':>6} {'bytes':>7} {'tokens':>7} {'canvas':>7} {'next':>7} {'MB':>5}", flush=True)
+    print(f"{'pattern':45} {'terms':>6} {'bytes':>7} {'tokens':>7} {'canvas':>7} {'next':>7} {'MB':>5}", flush=True)
     for pattern in PATTERNS:
         child = multiprocessing.get_context("fork").Process(target=_row, args=(pattern, tokenizer))
         child.start()
@@ -59,28 +58,28 @@ def patterns(vocabulary: Path) -> bool:
 def _row(pattern: str, tokenizer: Tokenizer) -> None:
     """Print the CPU time of each part, and the memory that they take together at most."""
     before, times, note = _peak(), [time.thread_time()], ""
-    states: Any = "-"
+    terms: Any = "-"
     try:
         constraint = Constraint.regex(pattern)
-        states = constraint.automaton.size
         times.append(time.thread_time())
         config = GenerationConfig(eos_token_ids=(1, 106), pad_token_id=0)
-        automaton = constraint.over(tokenizer, config, VOCABULARY_SIZE)
+        machine = constraint.over(tokenizer, config, VOCABULARY_SIZE)
         times.append(time.thread_time())
         rng, shape = np.random.default_rng(0), (CANVAS, CANDIDATES)
-        projector = Projector(automaton, 0, MAX_TOKENS)
+        projector = machine.projector(machine.start, MAX_TOKENS)
         for _ in range(2):  # the second canvas has the same candidates, as most steps do
             ids = np.random.default_rng(1).integers(0, VOCABULARY_SIZE, shape).astype(np.int32)
-            skeleton = rng.normal(size=(CANVAS, len(automaton.skeleton)))
+            skeleton = rng.normal(size=(CANVAS, len(projector.skeleton)))
             projector(skeleton, ids, rng.normal(size=shape), rng.random(CANVAS))
             times.append(time.thread_time())
+        terms = len(constraint.machine.terms)
     except DgemmaError as error:
         times.append(time.thread_time())
         note = error.message
     cells = [f"{seconds:5.2f} s" for seconds in np.diff(times)] + [""] * (5 - len(times))
     shown = pattern.replace("\n", "\\n")
     row = " ".join(f"{cell:>7}" for cell in cells)
-    print(f"{shown:45} {states:>6} {row} {_peak() - before:5.0f} {note}", flush=True)
+    print(f"{shown:45} {terms:>6} {row} {_peak() - before:5.0f} {note}", flush=True)
 
 
 def _peak() -> float:

@@ -5,6 +5,7 @@ A set is a sorted tuple of disjoint ranges (first, last) of code points.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 Ranges = tuple[tuple[int, int], ...]
@@ -31,10 +32,11 @@ def single(character: str) -> Ranges:
 def without(one: Ranges, other: Ranges) -> Ranges:
     """Return the characters of one set that are not in the other."""
     found, place = [], 0
-    for first, last in one:
+    for start, last in one:
+        first = start
         while place < len(other) and other[place][1] < first:
             place += 1
-        for begin, end in other[place:]:
+        for begin, end in itertools.islice(other, place, None):
             if begin > last:
                 break
             if begin > first:
@@ -48,8 +50,8 @@ def without(one: Ranges, other: Ranges) -> Ranges:
 def minterms(sets: Sequence[Ranges]) -> tuple[list[Ranges], list[int]]:
     """Return the coarsest division of ``ALL`` in which each of the sets is a union of parts.
 
-    Return the parts, and a mask for each set, of which bit i says whether part i belongs to it. Code points that are not
-    characters are left out.
+    Return the parts, and a mask for each set, of which bit i says whether part i belongs to it. Code points that are
+    not characters are left out.
     """
     starts: dict[int, int] = {first: 0 for first, _ in ALL}
     for number, each in enumerate(sets):

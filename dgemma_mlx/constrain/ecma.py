@@ -15,6 +15,7 @@ from dgemma_mlx.constrain.characters import ALL, LAST, Ranges, ranges, single, w
 from dgemma_mlx.constrain.pattern import (
     ANYTHING,
     Begin,
+    Either,
     End,
     One,
     Pattern,
@@ -32,7 +33,8 @@ _ESCAPE = re.compile(
 _COUNT = re.compile(r"\{\d+(?:,\d*)?\}")
 _PYTHON_COUNT = re.compile(r"\{,\d*\}")
 _CONTROL = {"0": 0, "t": 9, "n": 10, "v": 11, "f": 12, "r": 13}
-_ANCHORS = {"^": Begin(), r"\A": Begin(), "$": End(), r"\Z": End(), r"\z": End()}
+_ANCHORS: dict[str, Pattern] = {"^": Begin(), r"\A": Begin(), "$": End(), r"\Z": End(), r"\z": End()}
+_END_OF_PYTHON: Pattern = Either((End(), Sequence((One(single("\n")), End()))))  # or before a last line break
 
 _FOREIGN = ((0x80, LAST),)
 _SPACE = ((9, 13), (32, 32), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029), (0x202F, 0x202F),
@@ -87,7 +89,7 @@ class _Reader(Reader):
     def anchor(self, atom: str) -> Pattern:
         if "m" in self.flags:
             self.fail("line anchors are not supported")
-        return _ANCHORS[atom]
+        return _END_OF_PYTHON if atom == "$" and self._wide else _ANCHORS[atom]
 
     def _dot(self) -> Ranges:
         return ALL if "s" in self.flags else without(ALL, single("\n") if self._wide else _BREAKS)
@@ -169,7 +171,8 @@ class _Reader(Reader):
         """Return the characters, of upper and of lower case where the flag i says so."""
         if "i" not in self.flags or not characters:
             return characters
-        members = "".join(f"\\x{{{first:x}}}-\\x{{{last:x}}}" for first, last in without(characters, ((0xD800, 0xDFFF),)))
+        pairs = without(characters, ((0xD800, 0xDFFF),))
+        members = "".join(f"\\x{{{first:x}}}-\\x{{{last:x}}}" for first, last in pairs)
         return characters_of(f"(?i:[{members}])") if members else ()
 
 

@@ -42,7 +42,7 @@ _AUTHORITY = (
 )
 _SCHEME = r"[A-Za-z][A-Za-z0-9+\-.]*"
 _URI = rf"{_SCHEME}:(?://{_AUTHORITY}(?:/{_PATH})?|/?(?:{_PLAIN}{_PATH})?){_TAIL}"
-_REFERENCE = rf"(?:{_URI}|(?://{_AUTHORITY}(?:/{_PATH})?|/?(?:{_PLAIN}+(?:/{_PATH})?)?){_TAIL})"
+_REFERENCE = rf"(?:{_URI}|(?://{_AUTHORITY}(?:/{_PATH})?|(?:/(?:{_PLAIN}{_PATH})?|{_PLAIN}+(?:/{_PATH})?)?){_TAIL})"
 _VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*(?:\*|:[1-9][0-9]{0,2})?"
 _TEMPLATE = rf"(?:[A-Za-z0-9\-._~:/?#@=&]|\{{[+#./;?&]?{_VARIABLE}(?:,{_VARIABLE})*\}})*"
 _POINTER = "(?:/(?:[^~/]|~[01])*)*"

@@ -94,7 +94,7 @@ class Keywords:
         if "number" in types:
             numbers = a.all.numbers
         elif "integer" in types:  # in draft 4, 1.0 is not an integer
-            numbers = self._numbers.whole if place.draft == 4 else self._numbers.integers
+            numbers = self._numbers.whole  # 1.0 is an integer from draft 6 on, but few readers make an int of it
         return Values(
             "null" in types or "nullable" in place.keywords,
             frozenset({True, False} if "boolean" in types else ()),

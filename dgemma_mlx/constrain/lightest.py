@@ -32,19 +32,17 @@ class Lightest:
         elif kind in ("none", "empty"):
             term.least, term.longest = 0 if term.nullable else UNBOUNDED, 0
         elif kind == "all":
-            term.hope, term.longest = max(part.hope for part in parts), min(part.longest for part in parts)
+            term.hope, term.longest = max(map(estimate, parts)), min(part.longest for part in parts)
         elif kind in ("not", "rule"):
             term.hope = 1
         else:
-            term.hope = self._combined(term, [part.hope for part in parts])
+            term.hope = self._combined(term, list(map(estimate, parts)))
             term.least = None if None in [part.least for part in parts] else term.hope
             longest = [part.longest for part in parts]
             repeated = term.parts[2] if kind == "repeat" else 1
             term.longest = max(longest) if kind == "any" else min(sum(longest) * repeated, UNBOUNDED)
         if term.nullable:
             term.least = 0
-        if term.least is not None:
-            term.hope = term.least
 
     def least(self, term: Term) -> int:
         """Return the weight of the lightest word of a term; ``UNBOUNDED`` when it has no word.
@@ -60,7 +58,7 @@ class Lightest:
                 if part is not None:
                     waiting.append(part)
                     continue
-                last.least = last.hope = self._weight(last)
+                last.least = self._weight(last)
             waiting.pop()
         assert term.least is not None
         return term.least
@@ -85,14 +83,14 @@ class Lightest:
         unknown = [part for part in parts if part.least is None]
         if term.kind == "any" and unknown:
             best = min((part.least for part in parts if part.least is not None), default=UNBOUNDED)
-            unknown = [min(unknown, key=lambda part: part.hope)]
+            unknown = [min(unknown, key=estimate)]
             return unknown[0] if unknown[0].hope < best else None
         return unknown[0] if unknown else None
 
     def _weight(self, term: Term) -> int:
         """Return the weight of the lightest word of a term whose parts are weighed."""
         if term.kind in ("both", "any", "repeat"):
-            return self._combined(term, [part.hope for part in term.parts if isinstance(part, Term)])
+            return self._combined(term, [estimate(part) for part in term.parts if isinstance(part, Term)])
         if term.kind == "rule" and term.parts[2]:
             return int(term.parts[2](term))
         return self._search(term)
@@ -111,7 +109,7 @@ class Lightest:
             if term.least is not None:
                 total = weight + term.least
                 while term is not start:  # what the lightest word passes through is known now
-                    term.least = term.hope = total - best[term]
+                    term.least = total - best[term]
                     term = before[term]
                 return total
             opened += 1
@@ -120,9 +118,14 @@ class Lightest:
                 return UNBOUNDED
             for mask, after in self._row(term):
                 step = weight + self._lightest(mask)
-                if after.hope < UNBOUNDED and step < best.get(after, UNBOUNDED):
+                if estimate(after) < UNBOUNDED and step < best.get(after, UNBOUNDED):
                     best[after], before[after] = step, term
-                    heapq.heappush(waiting, (step + after.hope, -step, after.number, after))
+                    heapq.heappush(waiting, (step + estimate(after), -step, after.number, after))
         for term in best:
-            term.least = term.hope = UNBOUNDED
+            term.least = UNBOUNDED
         return UNBOUNDED
+
+
+def estimate(term: Term) -> int:
+    """Return the weight of a term's lightest word, or one that it is not lighter than."""
+    return term.hope if term.least is None else term.least

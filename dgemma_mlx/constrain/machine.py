@@ -96,6 +96,12 @@ class Machine:
         ]
         return min(steps, key=lambda step: step[0])
 
+    def forget(self) -> None:
+        """Drop all rows, which are made again when they are asked for. States that nothing else holds are freed."""
+        with self.lock:
+            self._rows.clear()
+            self.terms.forget()
+
     def explore(self, most: int) -> list[Term] | None:
         """Return all states, the first one first, or None when there are more than ``most``."""
         found = {self.start: None}

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 
-from dgemma_mlx.constrain.characters import ranges, single
+from dgemma_mlx.constrain.characters import single
 from dgemma_mlx.constrain.leaf import Letters
 from dgemma_mlx.constrain.terms import UNBOUNDED, Term
 
@@ -128,9 +128,13 @@ class Numbers:
         return self.terms.repeat(self.terms.sequence(self.dot, self.terms.repeat(self.digit, least, most)), 0, 1)
 
     def _beyond(self, bound: Fraction, strict: bool, *, above: bool, fraction: bool) -> Term:
-        """Return the decimals above or below a bound, or equal to it unless ``strict``; integers without ``fraction``."""
+        """Return the decimals above or below a bound, or equal to it unless ``strict``.
+
+        Without ``fraction``, these are the whole ones.
+        """
         t = self.terms
-        if _EXACT <= abs(bound) < 10**308 and len(str(abs(bound)).rstrip("0")) <= _OF_DOUBLE:  # it may stand for a double
+        # A reader that uses doubles sees another bound, if this one was written as a double.
+        if _EXACT <= abs(bound) < 10**308 and len(str(abs(bound)).rstrip("0")) <= _OF_DOUBLE:
             double = Fraction(float(bound))
             bound = max(bound, double) if above else min(bound, double)
         near, far = (self.minus, t.empty) if above else (t.empty, self.minus)  # signs
@@ -221,7 +225,7 @@ class _Multiples:
         return self._numbers.terms.rule(lambda: self._body(rest, left, ended), name, nullable, lambda _: weight, weight)
 
     def _is_multiple(self, rest: int, left: int) -> bool:
-        return rest * 10**left % self._unit == 0
+        return rest * int(10**left) % self._unit == 0
 
     def _body(self, rest: int, left: int | None, ended: bool) -> Term:
         t, options = self._numbers.terms, []
@@ -254,7 +258,7 @@ class _Multiples:
     def _completes(self, rest: int, digits: int, left: int) -> bool:
         """Return whether some digits make a multiple, if ``left`` zeros are added to them."""
         unit = self._unit // math.gcd(self._unit, 10**left)
-        return -rest * 10**digits % unit < 10**digits
+        return -rest * int(10**digits) % unit < int(10**digits)
 
 
 def _may_hold(bounds: Mapping[str, Fraction], largest: int, *, whole: bool) -> bool:
@@ -262,8 +266,8 @@ def _may_hold(bounds: Mapping[str, Fraction], largest: int, *, whole: bool) -> b
 
     A search would find that out, too, but it may be a long one where there are none.
     """
-    least = max([-largest, *(bound for name, bound in bounds.items() if name in ("minimum", "exclusiveMinimum"))])
-    most = min([largest, *(bound for name, bound in bounds.items() if name in ("maximum", "exclusiveMaximum"))])
+    least = max(bounds.get("minimum", -largest), bounds.get("exclusiveMinimum", -largest), -largest)
+    most = min(bounds.get("maximum", largest), bounds.get("exclusiveMaximum", largest), largest)
     step = bounds.get("multipleOf", Fraction(0))
     if whole:
         step = Fraction(max(step.numerator, 1))

@@ -121,9 +121,9 @@ def matched(tree: Pattern) -> Pattern:
         if isinstance(node, Repeated):
             if node.most != 1:
                 raise ValueError("a look-ahead within a repetition is not supported")
-            branches = (node.item, Sequence(())) if node.least == 0 else (node.item,)
+            branches: tuple[Pattern, ...] = (node.item, Sequence(())) if node.least == 0 else (node.item,)
         else:
-            branches = node.branches
+            branches = parts(node)
         after = Sequence(tuple(rest))
         return Either(tuple(followed(b, [after]) if id(b) in looking else Sequence((b, after)) for b in branches))
 
@@ -207,7 +207,8 @@ class Reader:
     def _open(self, groups: list[_Group]) -> None:
         """Read the beginning of a group, or flags."""
         self.place += 1
-        flags, looks = self.flags, ()
+        flags = self.flags
+        looks: tuple[bool, ...] = ()
         if found := _FLAGS.match(self.text, self.place):
             self.place = found.end()
             on, off = found[1], found[2] or ""
@@ -300,8 +301,10 @@ class Reader:
             elif character == "]":
                 depth -= 1
                 if not depth:
-                    return place
-        self.fail("a character class is not closed", begin)
+                    break
+        if depth:
+            self.fail("a character class is not closed", begin)
+        return place
 
     def _characters(self, atom: str, place: int) -> Ranges:
         """Return the set of characters that an atom matches."""
@@ -341,9 +344,7 @@ def characters_of(atom: str) -> Ranges:
     try:
         index = Index(atom, Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)}))
     except ValueError:
-        raise ValueError("is malformed or not supported") from None
-    if not index.get_final_states():
-        raise ValueError("matches no character")
+        raise ValueError("is malformed or not supported, or matches no character") from None
     transitions = index.get_transitions()
 
     @cache

@@ -1,22 +1,8 @@
-"""Functions that build regular expressions, in the syntax of Rust's ``regex`` crate."""
+"""The texts that describe a constraint."""
 
 from __future__ import annotations
 
-import re
-
 from dgemma_mlx.errors import DgemmaError
-
-_SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&\-~]")
-
-
-def quoted(text: str) -> str:
-    """Return a regular expression that matches exactly this text."""
-    return _SPECIAL.sub(r"\\\g<0>", text)
-
-
-def any_of(*alternatives: str) -> str:
-    """Return a group that matches any of the alternatives."""
-    return f"(?:{'|'.join(alternatives)})"
 
 
 def checked_text(value: object, label: str) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
-from dgemma_mlx.constrain.lightest import Lightest
+from dgemma_mlx.constrain.lightest import Lightest, estimate
 from dgemma_mlx.constrain.limits import check_time
 from dgemma_mlx.constrain.term import UNBOUNDED, Row, Term
 
@@ -45,6 +45,10 @@ class Terms:
         self.none = self._term("none", (), False)
         self.empty = self._term("empty", (), True)
         self.everything = self._term("not", (self.none,), True)
+
+    def __len__(self) -> int:
+        """Return the number of terms that something holds."""
+        return len(self._known)
 
     def _term(self, kind: str, parts: tuple[Any, ...], nullable: bool) -> Term:
         """Return the one term of this kind and parts."""
@@ -125,14 +129,14 @@ class Terms:
         for part in found:
             if part.kind == "both" and (shared or part.parts[0].kind == "rule"):
                 groups.setdefault(part.parts[shared], []).append(part)
-        for each, group in groups.items():
-            parts = [part for part in group if part in found]  # another group may have taken one
-            rests = [part.parts[1 - shared] for part in parts]
+        for each, parts in groups.items():
+            left = [part for part in parts if part in found]  # another group may have joined the others
+            rests = [part.parts[1 - shared] for part in left]
             if each in found:
-                parts.append(each)
+                left.append(each)
                 rests.append(self.empty)
-            if len(parts) > 1:
-                for part in parts:
+            if len(left) > 1:
+                for part in left:
                     del found[part]
                 rest = self.either(rests)
                 found[self._both(rest, each) if shared else self._both(each, rest)] = None
@@ -176,7 +180,7 @@ class Terms:
             return self.empty if all(term.nullable for term in found) else self.none
         if len(found) < 2:
             return next(iter(found), self.everything)
-        if max(term.hope for term in found) > min(term.longest for term in found):
+        if max(map(estimate, found)) > min(term.longest for term in found):
             return self.none
         kept = sorted(found, key=lambda term: term.number)
         return self._term("all", tuple(kept), all(term.nullable for term in kept))

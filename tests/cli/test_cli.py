@@ -167,7 +167,7 @@ def test_generating_imports_only_the_parts_that_it_uses() -> None:
     """Constraints, adapters, prompt caches in files and infilling are imported when they are asked for."""
     imported = imported_by("generate", "-m", "demo", "-q", "Sort 7 3 5")
     unused = (
-        "constrain.grammar", "constrain.schema", "model.adapter_file", "generation.prompt_cache_file",
+        "constrain.grammar", "constrain.writing", "model.adapter_file", "generation.prompt_cache_file",
         "generation.identity", "train", "infill.fill",
     )  # fmt: skip
     assert not [name for name in imported if name.startswith(tuple(f"dgemma_mlx.{part}" for part in unused))]

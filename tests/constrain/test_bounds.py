@@ -25,9 +25,7 @@ def _references(levels: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "regex", [r"[\w\W]{1,5000}", "(a|b)*a(a|b){30}", f"a{{{_MANY}}}", "((a{99}){99}){99}", "(?:.?){2000}",
-              "(" * 5000 + "x" + ")" * 5000, "a|" * 600_000,
-              r"\p{L}\p{N}" + "".join(f"[\\p{{L}}{n}]" for n in range(40)),
+    "regex", [f"a{{{_MANY}}}", "(" * 5000 + "x" + ")" * 5000, "a|" * 600_000,
               "[", "a{2", "(?<a", "(?i", "\\", "[[:alpha:]", "a{2,1}", "*", r"\p{Nothing}", "(?P<1>a)", r"\x{110000}"],
 )  # fmt: skip
 def test_a_regular_expression_that_explodes_or_is_malformed_is_one_error(regex: str) -> None:
@@ -82,7 +80,7 @@ def test_a_keyword_with_a_value_of_any_kind_is_a_constraint_or_one_error(keyword
      ("a{ 1 , 2 }", "aa"), ("(?P<n>a)(?<m>b)", "ab"), ("(?i)é(?-i)K", "ÉK")],
 )  # fmt: skip
 def test_a_large_or_unusual_expression_matches(regex: str, text: str) -> None:
-    assert Constraint.regex(regex).automaton.matches(text.encode())
+    assert Constraint.regex(regex).matches(text)
 
 
 def _refused(compile: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import re
@@ -13,50 +14,35 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dgemma_mlx import Constraint, DgemmaError
 from dgemma_mlx.constrain import limits
-from dgemma_mlx.constrain.automaton import DEAD, Automaton, automaton_of
+from dgemma_mlx.constrain.languages import of_regex
+from tests.constrain.small import automaton_of_regex, text_of
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks/measured/patterns.py"
-# Python's re has no \p, and two of the patterns are refused as too large.
-PATTERNS = [
-    pattern for pattern in runpy.run_path(str(BENCHMARK))["PATTERNS"]
-    if r"\p" not in pattern and "{30}" not in pattern[6:] and pattern not in (r"\w{1,100}", "(a?){3000}")
-    and "5000" not in pattern
+PATTERNS = [  # Python's re has no \p
+    pattern for pattern in runpy.run_path(str(BENCHMARK))["PATTERNS"] if r"\p" not in pattern
 ]  # fmt: skip
+BACKTRACKING = ("(a?){3000}", "(a?){30}a{30}", "(x+x+)+y", "(.*)(.*)(.*)(.*)z", "(.*a){12}", "(a{1,1000}){1,1000}")
 
 
-def a_text(automaton: Automaton, ends: list[bytes], rng: random.Random, printable_only: bool) -> str:
-    """Return a text that the automaton accepts, from a random walk that ends the shortest way."""
-    state, text = 0, b""
-    for _ in range(rng.randrange(40)):
-        bytes_on = np.flatnonzero(automaton.table[state] != DEAD).tolist()
-        if not bytes_on:
-            break
-        printable = [byte for byte in bytes_on if 32 <= byte < 127] or bytes_on
-        byte = rng.choice(printable if printable_only or rng.random() < 0.8 else bytes_on)
-        state, text = int(automaton.table[state, byte]), text + bytes([byte])
-    return (text + ends[state]).decode()
-
-
-LARGE = (r"(\w+ ){50}", r"<think>(?s:.{0,500})</think>\n(yes|no)", r"\w{3,16}")
-
-
-@pytest.mark.parametrize(
-    "pattern", [pytest.param(pattern, marks=pytest.mark.slow) if pattern in LARGE else pattern for pattern in PATTERNS]
-)
+@pytest.mark.parametrize("pattern", [pattern for pattern in PATTERNS if pattern not in BACKTRACKING])
 def test_the_language_is_that_of_python(pattern: str) -> None:
-    automaton, rng, matches = Constraint.regex(pattern).automaton, random.Random(pattern), re.compile(pattern).fullmatch
-    ends = automaton.completions()
+    constraint, rng, numbers = Constraint.regex(pattern), random.Random(pattern), np.random.default_rng(0)
+    matches = re.compile(pattern).fullmatch
     versions_differ = bool(re.search(r"\\[dws]", pattern, re.IGNORECASE))  # of Unicode, and what \w and \s are
-    for _ in range(40):
-        text = a_text(automaton, ends, rng, versions_differ)
-        assert matches(text), text
+    for _ in range(20):
+        text = text_of(constraint.machine, numbers, 40).decode()
+        if text.isascii() or not versions_differ:
+            assert matches(text), text
         place = rng.randrange(len(text) + 1)
         insert = rng.choice(["", rng.choice(text or "a"), rng.choice("aZ0 -_.:\n\"é日")])
         changed = text[:place] + insert + text[place + rng.randrange(2) :]
-        assert automaton.matches(changed.encode()) == bool(matches(changed)), changed
+        if changed.isascii() or not versions_differ:
+            assert constraint.matches(changed) == bool(matches(changed)), changed
 
 
 def test_there_are_at_least_43_patterns() -> None:
@@ -64,16 +50,92 @@ def test_there_are_at_least_43_patterns() -> None:
 
 
 @pytest.mark.parametrize(
+    ("pattern", "states"),
+    [(r"[A-Z]{1,22}", 23), (r".{1,18}", 145), (r"(- [^\n]{1,60}\n){2,5}", 2416), ("[0-9]{4}-[0-9]{2}-[0-9]{2}", 11),
+     (r".{1,300}", 2401), (r"[\w.+-]+@[\w-]+\.[\w.]+", 951), ("(?i)(yes|no)", 6), (r"https?://[^\s/$.?#][^\s]*", 24),
+     pytest.param("(a|b)*a(a|b){12}", 8192, marks=pytest.mark.slow),
+     pytest.param(r"\w{3,16}", 5057, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_the_states_are_those_of_the_minimal_automaton(pattern: str, states: int) -> None:
+    assert automaton_of_regex(pattern).size == states  # counted with another compiler, by subsets and Moore's algorithm
+
+
+ATOMS = st.sampled_from(["a", "b", "[ab]", "c", ".", "^", "$", "a", "b"])
+TREES = st.recursive(
+    ATOMS,
+    lambda inner: st.one_of(
+        st.lists(inner, min_size=1, max_size=3).map("".join),
+        st.lists(inner, min_size=1, max_size=3).map(lambda parts: f"(?:{'|'.join(parts)})"),
+        st.tuples(inner, st.sampled_from(["*", "+", "?", "{2}", "{1,3}", "{0,2}", "{2,}"])).map(
+            lambda parts: f"(?:{parts[0]}){parts[1]}"
+        ),
+    ),
+    max_leaves=10,
+)
+LOOKING = st.tuples(TREES, st.sampled_from(["(?=", "(?!"]), TREES, TREES).map(
+    lambda parts: f"(?:{parts[0]}){parts[1]}{parts[2]})(?:{parts[3]})"
+)
+WORDS = ["".join(word) for length in range(5) for word in itertools.product("abc", repeat=length)]
+
+
+@given(pattern=st.one_of(TREES, LOOKING, st.tuples(LOOKING, LOOKING).map(lambda pair: f"(?:{pair[0]}|{pair[1]})b*")))
+@settings(max_examples=150, deadline=None)
+def test_random_expressions_with_anchors_and_look_aheads_match_as_in_python(pattern: str) -> None:
+    matches, machine = re.compile(pattern.replace("$", r"\Z")).fullmatch, of_regex(pattern)
+    for word in WORDS:
+        assert machine.matches(word.encode()) == bool(matches(word)), word
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fits", "does_not"),
+    [("^71$|^72$", ["71", "72"], ["7", "712"]), ("(^a$|^b$)", ["a", "b"], ["ab", ""]), ("(?i)^yes$", ["yEs"], ["ye"]),
+     (r"\Ayes\z", ["yes"], ["Ayesz"]), ("a(?x) b # c", ["ab"], ["a b"]), ("a(?:$|b)", ["a", "ab"], ["aa"]),
+     ("^(?=.*[0-9])(?=.*[a-z]).{8,}$", ["abcdefg1"], ["abcdefgh", "abc1"]), ("(?!foo)[a-z]+", ["fo", "bar"], ["food"]),
+     ("(?:(?=ab)a|c)[a-z]", ["ab", "cz"], ["ac"]), ("a(?!.*--).*(?<n>z)", ["a-z"], ["a--z"])],
+)  # fmt: skip
+def test_assertions_inside_an_expression(pattern: str, fits: list[str], does_not: list[str]) -> None:
+    constraint = Constraint.regex(pattern)
+    assert all(map(constraint.matches, fits)) and not any(map(constraint.matches, does_not))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fits", "does_not"),
+    [("(a|b)*a(a|b){30}", "ab" * 50 + "a" + "b" * 30, "ab" * 50 + "b" * 31), ("(a{1,1000}){1,1000}", "a" * 300, "b"),
+     (r"[\w\W]{1,5000}", "é\n" * 300, ""), ("(a?){3000}", "a" * 3000, "a" * 3001),
+     ("a?" * 300 + "a" * 300, "a" * 300, "a" * 299),
+     ("(.*a){12}", "xa" * 12, "xa" * 11), ("(x+x+)+y", "x" * 200 + "y", "x" * 200),
+     (r"(\w+ ){50}", "ab " * 50, "ab " * 49),
+     ("(日|本)*日(日|本){30}", "日" * 60, "本" * 60), ("(?:" * 249 + "a?" + ")*" * 249, "aaaa", "b"),
+     ("x" * 5000, "x" * 5000, "x" * 4999), ("a" + "{1,2}" * 5000, "a" * 500, "b"),
+     ("((a{99}){99}){99}", None, "a")],
+)  # fmt: skip
+def test_what_explodes_costs_what_is_visited(pattern: str, fits: str | None, does_not: str) -> None:
+    constraint = Constraint.regex(pattern)
+    assert (fits is None or constraint.matches(fits)) and not constraint.matches(does_not)
+    # a term for each visited state, some for the encoding of characters, and no others
+    assert len(constraint.machine.terms) < 30_000
+
+
+def test_forgetting_frees_what_was_visited() -> None:
+    machine = of_regex(r"(a|b)*c[\w\W]{1,2000}forgotten")
+    first = len(machine.terms)
+    assert machine.matches(b"abc" + b"x" * 1000 + b"forgotten")
+    visited = len(machine.terms)
+    machine.forget()
+    assert first < visited > 1000 > 2 * len(machine.terms)
+    assert machine.matches(b"abc" + b"x" * 1000 + b"forgotten")
+
+
+@pytest.mark.parametrize(
     ("regex", "message"),
     [
-        ("[z-a]", "'[z-a]' is malformed or not supported, at character 1"),
-        (r"ab\b", r"\b is not supported, at character 3"), ("(?=a)", "look-around is not supported"),
-        ("(?P=n)", "(?P begins no group that is supported"), ("(?#c)", "(?# begins no group that is supported"),
-        (r"a\p{Nothing}", "is malformed or not supported, at character 2"), ("a[^\\s\\S]", "no character matches"),
-        pytest.param("(a?){3000}", "more than 1,500,000 moves", marks=pytest.mark.slow),
-        ("a{9999999999}", "more than nine digits"),
+        ("[z-a]", "'[z-a]' is malformed or not supported, or matches no character, at character 1"),
+        (r"ab\b", r"\b is not supported, at character 3"), ("(?<=a)", "(?<= begins no group that is supported"),
+        ("(?P=n)", "(?P= begins no group that is supported"), ("(?#c)", "(?#c begins no group that is supported"),
+        (r"a\p{Nothing}", "matches no character, at character 2"), ("a[^\\s\\S]", "matches no character"),
+        ("a{9999999999}", "more than nine digits"), ("(?:(?=a)b)*", "a look-ahead within a repetition"),
         ("[" + "".join(map(chr, range(0x4E00, 0x8000))) + "]", "a character class has more than 12,000 characters"),
-        ("(a|b)*a(a|b){30}", "more than 20,000 states"), ("((a{99}){99}){99}", "more than 100,000 parts"),
+        ("(?=" * 50 + ")" * 50, "nested deeper than 40"), ("a$b", "matches no text at all"),
     ],
 )  # fmt: skip
 def test_the_message_says_which_part_or_which_bound(regex: str, message: str) -> None:
@@ -84,8 +146,8 @@ def test_the_message_says_which_part_or_which_bound(regex: str, message: str) ->
 
 def test_what_takes_too_long_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MOST_SECONDS", 0.0)
-    with pytest.raises(DgemmaError, match="it is too large: it takes more than 0 seconds to compile") as caught:
-        automaton_of("never compiled before", "it")
+    with pytest.raises(DgemmaError, match="it takes more than 0 seconds to compile") as caught:
+        Constraint.regex("never compiled before")
     assert caught.value.exit_code == 2 and caught.value.hint
     limits.check_time()  # the limit ends with the block
 
@@ -93,6 +155,7 @@ def test_what_takes_too_long_is_one_error(monkeypatch: pytest.MonkeyPatch) -> No
 INTERRUPTED = """
 import sys, threading, time, signal, os
 from dgemma_mlx import Constraint
+from dgemma_mlx.constrain import languages
 Constraint.regex("[a-z]")  # what is imported on first use
 pressed = []
 def press():
@@ -102,8 +165,8 @@ def press():
 threading.Thread(target=press).start()
 try:
     while True:
-        Constraint.regex(sys.argv[1] + f"x{len(pressed)}")
-        Constraint.regex.__func__.__globals__["automaton_of"].cache_clear()
+        Constraint.regex(sys.argv[1] + f"x{len(pressed)}").machine.explore(20_000)
+        languages.of_regex.cache_clear()
 except KeyboardInterrupt:
     print(time.monotonic() - pressed[0])
 """
