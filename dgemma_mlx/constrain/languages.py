@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 
 from dgemma_mlx.constrain.leaf import Letters, bytes_of, sets_of, term_of, utf8
@@ -12,6 +11,7 @@ from dgemma_mlx.constrain.pattern import read_pattern
 from dgemma_mlx.constrain.spelling import JsonSpelling
 from dgemma_mlx.constrain.terms import Terms
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.json_text import parse_json
 
 
 @lru_cache(maxsize=8)
@@ -52,7 +52,7 @@ def of_schema(schema: str, spelling: type[JsonSpelling] = JsonSpelling) -> Machi
     from dgemma_mlx.constrain.writing import Writer
 
     with compiling("the JSON schema"):
-        writer = Writer(json.loads(schema), spelling)
+        writer = Writer(parse_json(schema), spelling)
         machine = Machine(writer.context.spelling.terms, writer.start, spelling.controls)
         machine.is_alive(machine.start)  # translates what the shortest text needs
     return machine

@@ -15,7 +15,7 @@ from dgemma_mlx.constrain.machine import Machine
 from dgemma_mlx.constrain.paths import Floats, Ids
 from dgemma_mlx.constrain.projection import Projected, Projector
 from dgemma_mlx.constrain.terms import Term
-from dgemma_mlx.constrain.visited import UNSPELLABLE, Spelling, Visited
+from dgemma_mlx.constrain.visited import TOO_LONG, UNSPELLABLE, Spelling, Visited
 from dgemma_mlx.constrain.vocabulary import TokenAutomaton
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.text.tokenizer import Tokenizer
@@ -54,7 +54,7 @@ class TokenMachine:
 
         ``eos_ids`` are the tokens that end a text, and ``pad_id`` is the token after them. ``vocab_size`` is the
         model's vocabulary size; it may be smaller than the tokenizer's. Raises ``DgemmaError`` (exit code 2) when the
-        vocabulary lacks the tokens to end a text.
+        vocabulary lacks the tokens to end a text, and when the shortest text is too long for any answer.
         """
         # A weak reference: what is kept for a tokenizer must not keep the tokenizer.
         self._machine = machine
@@ -65,7 +65,13 @@ class TokenMachine:
         self._visited = Visited(machine, self._spelling)
         if not machine.controls:
             self._try_automaton(tokenizer)
-        if self.shortest(self.start) >= UNSPELLABLE:
+        shortest = self.shortest(self.start)
+        if shortest == TOO_LONG:
+            length = machine.terms.least(machine.start)
+            raise DgemmaError(
+                f"the shortest text that matches has {length:,} characters", "Loosen the constraint.", exit_code=2
+            )
+        if shortest >= UNSPELLABLE:
             raise DgemmaError(
                 "this model's tokenizer lacks tokens for bytes that the constraint needs",
                 "Leave out characters that the tokenizer cannot encode.", exit_code=2,

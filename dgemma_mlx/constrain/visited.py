@@ -17,6 +17,8 @@ from dgemma_mlx.text.tokenizer import Tokenizer
 ENDED = 0  # the state after an end-of-text token
 _DEAD, _UNKNOWN = -1, -2
 UNSPELLABLE = 1 << 40  # more than any number of tokens
+TOO_LONG = 1 << 39  # so is this
+_MOST_SPELLED = 200_000  # symbols of a completion; a longer one is too long for any answer
 _MAX_BRANCHES = 40  # a state with at most this many next symbols has a token for each of them
 _MAX_TOKEN_BYTES = 32  # longest token that ``spelling`` considers, in bytes
 _MOST_MOVES = 16_000_000  # known moves, 4 bytes each
@@ -65,7 +67,8 @@ class Visited:
 
     Attributes:
         lock: Held by a thread that uses it; see ``Machine``.
-        spell: (cap,) int64. Number of tokens of each state's spelling; ``UNSPELLABLE`` where the tokenizer has none.
+        spell: (cap,) int64. Number of tokens of each state's spelling; ``UNSPELLABLE`` where the tokenizer has none, and
+            ``TOO_LONG`` where it is too long for any answer.
     """
 
     def __init__(self, machine: Machine, spelling: Spelling) -> None:
@@ -84,7 +87,7 @@ class Visited:
         self.ids: list[int] = []
         self._lengths = np.zeros(1024, np.int32)
         self._texts = np.zeros((1024, _MAX_TOKEN_BYTES), np.int16)
-        # The state that each token leads to from some states: the rows in use, and the row of each state; -1 without one.
+        # The state that each token leads to from some states: the rows in use, and the row of each state or -1.
         self._moves = np.full((64, 1024), _UNKNOWN, np.int32)
         self._rows_used, self._move_rows = 0, np.full(256, -1, np.intp)
         self.number(machine.terms.none)  # ENDED
@@ -220,12 +223,16 @@ class Visited:
 
     def _spell_out(self, state: int) -> None:
         """Compute the spellings along the completion of one state, from its end to its beginning."""
+        if self._machine.terms.least(self._terms[state]) > _MOST_SPELLED:
+            self.spell[state] = TOO_LONG
+            return
         chain, symbols = [state], []
         known = 0  # states at the end of the chain whose spellings are known: no token is longer
         while not self._terms[chain[-1]].nullable and known < _MAX_TOKEN_BYTES:
             symbol, following = self._completion_step(chain[-1])
             symbols.append(symbol)
             chain.append(following)
+            check_time()
             known = known + 1 if self.spell[following] >= 0 else 0
         for place in range(len(chain) - 1, -1, -1):
             here = chain[place]

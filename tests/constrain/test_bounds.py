@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 
 from dgemma_mlx import Constraint, DgemmaError
+from dgemma_mlx.checkpoint.config import GenerationConfig
+from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
+from dgemma_mlx.text import load_tokenizer
 
 _MANY = "9" * 5000
 _ALONE = {"type": "integer"}
@@ -41,15 +44,26 @@ def test_a_grammar_that_explodes_is_one_error(grammar: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "schema", [_nested(10), _references(30), {"properties": {f"p{n}": _ALONE for n in range(10_000)}},
-               {"oneOf": [{"const": n} for n in range(3000)]}, f'{{"type": "string", "maxLength": {_MANY}}}',
+    "schema", [{"oneOf": [{"const": n} for n in range(3000)]}, f'{{"type": "string", "maxLength": {_MANY}}}',
                '{"items":' * 900 + "{}" + "}" * 900, {"type": "string", "pattern": f"a{{{_MANY}}}"},
-               {"$ref": f"#/allOf/{_MANY}", "allOf": []}, {"type": "string", "maxLength": 10**9},
-               {"type": "array", "items": _ALONE, "minItems": 10**6}, {"a" * 100_000: 1},
-               {"$ref": "#/" + "a" * 100_000}],
+               {"$ref": f"#/allOf/{_MANY}", "allOf": []}, {"$ref": "#/" + "a" * 100_000}],
 )  # fmt: skip
 def test_a_schema_that_explodes_is_one_error(schema: Any) -> None:
     _refused(lambda: Constraint.json_schema(schema))
+
+
+@pytest.mark.parametrize(
+    "schema", [_nested(10), _references(30), {"properties": {f"p{n}": _ALONE for n in range(10_000)}},
+               {"type": "string", "maxLength": 10**9}, {"type": "array", "items": _ALONE, "minItems": 10**6},
+               {"a" * 100_000: 1}],
+)  # fmt: skip
+def test_a_schema_of_many_states_costs_what_is_visited_of_it(schema: Any) -> None:
+    machine = Constraint.json_schema(schema).machine
+    state = machine.start
+    for _ in range(50):
+        if not state.nullable:
+            state = machine.step(state)[1]
+    assert len(machine.terms) < 100_000
 
 
 _KEYWORDS = [
@@ -63,6 +77,7 @@ _VALUES: list[Any] = [
 ]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:the JSON schema at")
 @pytest.mark.parametrize("keyword", _KEYWORDS)
 def test_a_keyword_with_a_value_of_any_kind_is_a_constraint_or_one_error(keyword: str) -> None:
     for value in _VALUES:
@@ -89,9 +104,11 @@ def _refused(compile: Any) -> None:
     assert caught.value.exit_code == 2 and len(caught.value.message) < 450 and "\n" not in caught.value.message
 
 
-def test_references_that_multiply_are_one_error() -> None:
+def test_what_only_very_long_texts_match_is_one_error() -> None:
+    """References that multiply make a text of 9^9 items."""
     array = {"type": "array", "items": False, "minItems": 9}
     levels = {f"a{level}": {**array, "prefixItems": [{"$ref": f"#/$defs/a{level + 1}"}] * 9} for level in range(9)}
     schema = {"$ref": "#/$defs/a0", "$defs": {**levels, "a9": {"const": 1}}}
-    with pytest.raises(DgemmaError, match="too large"):
-        Constraint.json_schema(schema)
+    constraint = Constraint.json_schema(schema)
+    with pytest.raises(DgemmaError, match="the shortest text that matches has [0-9,]{11,} characters"):
+        constraint.over(load_tokenizer(DEMO_FOLDER), GenerationConfig(eos_token_ids=(1, 106), pad_token_id=0), 768)

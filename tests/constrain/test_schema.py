@@ -112,7 +112,6 @@ EMPTY: list[Any] = [
 ]  # fmt: skip
 
 
-@pytest.mark.xfail(reason="negated classes of characters are not yet those on which all dialects agree")
 @pytest.mark.parametrize("pattern", [r"^\S\D\W$", r"^[^\d\w]+$"])
 def test_negated_classes_of_characters(pattern: str) -> None:
     test_texts_that_match_validate({"type": "string", "pattern": pattern})

@@ -44,7 +44,7 @@ DIFFERENT: list[dict[str, Any]] = [
 @pytest.mark.parametrize("draft", URIS)
 @pytest.mark.parametrize("schema", DIFFERENT, ids=lambda schema: json.dumps(schema)[:50])
 def test_a_schema_is_read_by_its_draft(schema: dict[str, Any], draft: int) -> None:
-    """Exactly the valid values match; where the old spelling is an error in the draft, the constraint is narrower."""
+    """Exactly the valid values match, but no 1.0 as an integer; where the old spelling is an error in the draft, the constraint is narrower."""
     declared = {"$schema": URIS[draft], **schema}
     validator = jsonschema.validators.validator_for(declared)
     try:
@@ -59,7 +59,8 @@ def test_a_schema_is_read_by_its_draft(schema: dict[str, Any], draft: int) -> No
     matching = [value for value in VALUES if constraint.matches(json.dumps(value))]
     assert [value for value in matching if value not in valid] == []
     if "dependencies" not in schema or draft < 2019:  # later drafts ignore it, but people still mean it
-        assert [repr(value) for value in matching] == [repr(value) for value in valid]
+        written = [value for value in valid if schema.get("type") != "integer" or not isinstance(value, float)]
+        assert [repr(value) for value in matching] == [repr(value) for value in written]
 
 
 def test_old_spellings_are_understood_where_no_draft_is_declared() -> None:
