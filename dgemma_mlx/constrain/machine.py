@@ -19,6 +19,7 @@ from dgemma_mlx.constrain.limits import check_time
 from dgemma_mlx.constrain.terms import UNBOUNDED, Term, Terms
 
 BYTES = 256
+_MOST_ROWS = 50_000  # some 1 KB each
 
 
 class Row(NamedTuple):
@@ -95,6 +96,11 @@ class Machine:
             for number, after in enumerate(row.states) if self.terms.least(after) == distance - 1
         ]
         return min(steps, key=lambda step: step[0])
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so many rows are known that it is time to ``forget`` them."""
+        return len(self._rows) > _MOST_ROWS
 
     def forget(self) -> None:
         """Drop all rows, which are made again when they are asked for. States that nothing else holds are freed."""

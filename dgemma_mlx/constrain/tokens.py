@@ -128,6 +128,7 @@ class TokenMachine:
         if self._exact is not None:
             return Projector(self._exact, self._numbers[state], room)
         with self._machine.lock:
-            if self._visited.is_full:
+            if self._visited.is_full or self._machine.is_full:
                 self._visited = Visited(self._machine, self._spelling)
+                self._machine.forget()
             return BeamProjector(self._visited, state, room)

@@ -67,8 +67,8 @@ class Visited:
 
     Attributes:
         lock: Held by a thread that uses it; see ``Machine``.
-        spell: (cap,) int64. Number of tokens of each state's spelling; ``UNSPELLABLE`` where the tokenizer has none, and
-            ``TOO_LONG`` where it is too long for any answer.
+        spell: (cap,) int64. Number of tokens of each state's spelling; ``UNSPELLABLE`` where the tokenizer has none,
+            and ``TOO_LONG`` where it is too long for any answer.
     """
 
     def __init__(self, machine: Machine, spelling: Spelling) -> None:

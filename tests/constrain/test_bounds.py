@@ -110,5 +110,5 @@ def test_what_only_very_long_texts_match_is_one_error() -> None:
     levels = {f"a{level}": {**array, "prefixItems": [{"$ref": f"#/$defs/a{level + 1}"}] * 9} for level in range(9)}
     schema = {"$ref": "#/$defs/a0", "$defs": {**levels, "a9": {"const": 1}}}
     constraint = Constraint.json_schema(schema)
-    with pytest.raises(DgemmaError, match="the shortest text that matches has [0-9,]{11,} characters"):
+    with pytest.raises(DgemmaError, match=r"the shortest text that matches has [0-9,]{11,} characters"):
         constraint.over(load_tokenizer(DEMO_FOLDER), GenerationConfig(eos_token_ids=(1, 106), pad_token_id=0), 768)

@@ -44,7 +44,10 @@ DIFFERENT: list[dict[str, Any]] = [
 @pytest.mark.parametrize("draft", URIS)
 @pytest.mark.parametrize("schema", DIFFERENT, ids=lambda schema: json.dumps(schema)[:50])
 def test_a_schema_is_read_by_its_draft(schema: dict[str, Any], draft: int) -> None:
-    """Exactly the valid values match, but no 1.0 as an integer; where the old spelling is an error in the draft, the constraint is narrower."""
+    """Exactly the valid values match, but no 1.0 as an integer.
+
+    Where the old spelling is an error in the draft, the constraint is narrower.
+    """
     declared = {"$schema": URIS[draft], **schema}
     validator = jsonschema.validators.validator_for(declared)
     try:
