@@ -41,7 +41,8 @@ class Constraint:
     created, and may be used for many answers and several models. Equal constraints are compiled once.
 
     All class methods raise ``DgemmaError`` (exit code 2) when the description is malformed, uses a feature that is not
-    supported, compiles to too many states, or matches no text at all. docs/constrained.md lists what is supported.
+    supported, takes more than two seconds of CPU time to compile, or matches no text at all. docs/constrained.md lists
+    what is supported.
 
     Attributes:
         machine: The machine that accepts exactly these texts (``dgemma_mlx.constrain.machine``).
@@ -67,9 +68,8 @@ class Constraint:
 
             Constraint.regex("[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
-        The syntax is that of Rust's ``regex`` crate, without look-arounds, back references and word boundaries. A
-        leading ``^`` and a trailing ``$`` are allowed and have no effect. Raises ``DgemmaError`` as described for the
-        class.
+        The syntax is that of Rust's ``regex`` crate, without word boundaries, and with look-aheads outside repetitions.
+        Raises ``DgemmaError`` as described for the class.
         """
         return cls(languages.of_regex(checked_text(pattern, "a regular expression")), "the regular expression")
 
@@ -89,7 +89,7 @@ class Constraint:
 
     @classmethod
     def json_schema(cls, schema: Any) -> Constraint:
-        """Create a constraint that allows JSON texts that validate against a JSON schema (draft 2020-12).
+        """Create a constraint that allows JSON texts that validate against a JSON schema (drafts 4 to 2020-12).
 
             Constraint.json_schema({
                 "type": "object",
@@ -99,9 +99,9 @@ class Constraint:
 
         ``schema`` is a dict, a boolean, or JSON text. With pydantic it may also be a model, a dataclass, a TypedDict,
         another type hint such as ``list[Person]``, or a function, whose arguments by name the text then holds. The
-        constraint may be narrower than the schema, never wider: properties appear in the order of the schema, and no
-        others are added. Raises ``DgemmaError``, which gives the path within the schema, for a keyword that is not
-        supported.
+        constraint may be narrower than the schema, never wider: properties appear in the order of the schema, others
+        after them. A keyword that looks like a typo gives a ``UserWarning``. Raises ``DgemmaError``, which gives the
+        path within the schema, for what is malformed or not supported.
         """
         if is_own_type(schema):
             schema = schema_of(schema)
@@ -129,9 +129,9 @@ class Constraint:
             })
 
         The type ``json_schema`` is the same as ``Constraint.json_schema`` of its ``schema``; other keys, such as
-        ``name`` and ``strict``, are ignored. The type ``json_object`` allows any JSON object with values nested up to
-        two levels deep. The type ``text`` imposes no constraint, so the result is None. Raises ``DgemmaError`` for any
-        other type, and for ``json_schema`` without a schema.
+        ``name`` and ``strict``, are ignored. The type ``json_object`` allows any JSON object. The type ``text`` imposes
+        no constraint, so the result is None. Raises ``DgemmaError`` for any other type, and for ``json_schema`` without
+        a schema.
         """
         kind = response_format.get("type") if isinstance(response_format, Mapping) else None
         if kind == "text":
@@ -154,7 +154,7 @@ class Constraint:
         ``<|tool_response>``, which ends tool calls, in a constraint without these. Constraints with the same machine
         share the result: the last ``_MAX_KEPT`` results are kept for each tokenizer, as long as the tokenizer exists.
         Threads may share it too. Raises ``DgemmaError`` (exit code 2) when the tokenizer lacks tokens for bytes that
-        the constraint needs, and when the automaton is too large.
+        the constraint needs, and when the shortest text is too long for any answer.
         """
         has_calls = OPEN_CALL in self.machine.controls
         tool_response_id = None if has_calls else tokenizer.special_ids.get("<|tool_response>")
