@@ -10,12 +10,36 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from math import inf
 
 from dgemma_mlx.errors import DgemmaError
 
 MOST_SECONDS = 2.0
-_end: ContextVar[float] = ContextVar("end", default=inf)  # CPU time of the thread at which compiling must have ended
+_LEAST_WAIT = 0.001  # seconds between two looks at the CPU time, which costs far more than one at the clock
+
+
+class _Budget:
+    """The CPU time of one block of ``compiling``.
+
+    Attributes:
+        end: CPU time of the thread, in seconds, at which compiling must have ended.
+        due: Time of the clock before which this cannot be: CPU time passes no faster than time.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.thread_time() + seconds
+        self.due = time.monotonic() + seconds
+
+    def is_spent(self) -> bool:
+        """Return whether the time is used up."""
+        now = time.monotonic()
+        if now < self.due:
+            return False
+        left = self.end - time.thread_time()
+        self.due = now + max(left, _LEAST_WAIT)
+        return left <= 0
+
+
+_budget: ContextVar[_Budget | None] = ContextVar("budget", default=None)
 
 
 class TooLargeError(Exception):
@@ -28,7 +52,7 @@ def compiling(label: str) -> Iterator[None]:
 
     A ``TooLargeError`` becomes a ``DgemmaError`` (exit code 2). ``label`` names the constraint in its message.
     """
-    before = _end.set(time.thread_time() + MOST_SECONDS)
+    before = _budget.set(_Budget(MOST_SECONDS))
     try:
         yield
     except TooLargeError as error:
@@ -36,7 +60,7 @@ def compiling(label: str) -> Iterator[None]:
             f"{label} is too large: {error}", "Use smaller repetitions and shorter lengths.", exit_code=2
         ) from None
     finally:
-        _end.reset(before)
+        _budget.reset(before)
 
 
 def check_time() -> None:
@@ -44,11 +68,12 @@ def check_time() -> None:
 
     Every loop of the compiler calls this. Outside such a block it does nothing.
     """
-    if time.thread_time() > _end.get():
+    budget = _budget.get()
+    if budget is not None and budget.is_spent():
         raise TooLargeError(f"it takes more than {MOST_SECONDS:.0f} seconds to compile")
 
 
 def give_up(problem: str) -> None:
     """Raise ``TooLargeError`` in a block of ``compiling``. Outside such a block it does nothing."""
-    if _end.get() < inf:
+    if _budget.get() is not None:
         raise TooLargeError(problem)
