@@ -15,8 +15,8 @@ a constraint on the checkpoint small-262k (canvas 256), and of the projection
 within them. ``patterns``: what some 60 regular expressions take to compile, and to project a first canvas onto, with
 Gemma's own vocabulary, which ``make runs/gemma4/tokenizer.json`` fetches. ``schemas`` and ``outputs`` take a file of
 JSON schemas, an object with "name" and "schema" on each line, such as JSONSchemaBench's. ``schemas``: what each takes
-to compile and to project canvases of 256 onto, with the same vocabulary. ``outputs``: a random model with this
-vocabulary and canvases of 64 writes under each schema, and ``jsonschema`` checks the answers, with their formats.
+to compile and to project canvases of 256 onto, with the same vocabulary. ``outputs``: a random model with canvases of
+64 writes under each schema, and ``jsonschema`` checks the answers, with their formats.
 
 The exit code is 1 when an output does not match, when fewer constrained answers are right, or when the projection takes
 15 % of a step or more for the typical schema.
@@ -245,7 +245,7 @@ def main() -> None:
         "cost": lambda: cost(arguments.steps),
         "patterns": lambda: patterns(arguments.vocabulary),
         "schemas": lambda: schema_costs(arguments.file, arguments.vocabulary, arguments.count),
-        "outputs": lambda: schema_outputs(arguments.file, arguments.vocabulary, arguments.count, arguments.each or 3),
+        "outputs": lambda: schema_outputs(arguments.file, arguments.count, arguments.each or 3),
     }  # fmt: skip
     sys.exit(not parts[arguments.what]())
 

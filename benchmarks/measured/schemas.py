@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import resource
-import shutil
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ from dgemma_mlx import Constraint, DgemmaError, Model, generate_batch, load
 from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.constrain.canvas import CANDIDATES
 from dgemma_mlx.constrain.tokens import TokenMachine
+from dgemma_mlx.json_text import read_json
 from dgemma_mlx.text.tokenizer import Tokenizer, load_tokenizer
 
 CANVAS, VOCABULARY_SIZE, TOKENS, STEPS = 256, 262_144, 4000, 6
@@ -119,17 +119,19 @@ def _peak() -> float:
     return most / 1e6 if sys.platform == "darwin" else most * 1024 / 1e6
 
 
-def schema_outputs(file: Path, vocabulary: Path, count: int, outputs: int) -> bool:
+def schema_outputs(file: Path, count: int, outputs: int) -> bool:
     """Print how many answers of a random model under real schemas validate, and return whether all do.
 
     The canvases have 64 positions, and the answers up to three canvases, or more where the schema needs them.
     """
     total = right = refused = canvases = 0
-    with random_model(vocabulary) as model:
+    with random_model() as model:
         for item in read_schemas(file, count):
             try:
                 constraint = Constraint.json_schema(item["schema"])
-                machine: TokenMachine = constraint.over(model.tokenizer, model.generation, VOCABULARY_SIZE)
+                machine: TokenMachine = constraint.over(
+                    model.tokenizer, model.generation, model.config.text.vocab_size
+                )
             except DgemmaError:
                 refused += 1
                 continue
@@ -161,14 +163,12 @@ def _problem(schema: Any, text: str) -> str:
 
 
 @contextmanager
-def random_model(vocabulary: Path) -> Iterator[Model]:
-    """Yield a random model with a vocabulary of Gemma's and canvases of 64."""
+def random_model() -> Iterator[Model]:
+    """Yield a random model with the demo model's tokens and canvases of 64."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        checkpoints.write("tiny-262k", folder, [16], mx.float32)
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(vocabulary / file, folder / "packed" / file)
-        config = json.loads((folder / "packed/config.json").read_text())
+        checkpoints.write("tiny", folder, [16], mx.float32)
+        config = read_json(folder / "packed/config.json")
         config["canvas_length"] = SHORT_CANVAS
         (folder / "packed/config.json").write_text(json.dumps(config))
         yield load(folder / "packed", cpu_dequantize="on")
