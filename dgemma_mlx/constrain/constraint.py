@@ -100,8 +100,9 @@ class Constraint:
         ``schema`` is a dict, a boolean, or JSON text. With pydantic it may also be a model, a dataclass, a TypedDict,
         another type hint such as ``list[Person]``, or a function, whose arguments by name the text then holds. The
         constraint may be narrower than the schema, never wider: properties appear in the order of the schema, others
-        after them. A keyword that looks like a typo gives a ``UserWarning``. Raises ``DgemmaError``, which gives the
-        path within the schema, for what is malformed or not supported.
+        after them, unless ``"additionalProperties": False`` (pydantic's ``extra="forbid"``) excludes others. A keyword
+        that looks like a typo gives a ``UserWarning``. Raises ``DgemmaError``, which gives the path within the schema,
+        for what is malformed or not supported.
         """
         if is_own_type(schema):
             schema = schema_of(schema)
@@ -130,10 +131,12 @@ class Constraint:
 
         The type ``json_schema`` is the same as ``Constraint.json_schema`` of its ``schema``; other keys, such as
         ``name`` and ``strict``, are ignored. The type ``json_object`` allows any JSON object. The type ``text`` imposes
-        no constraint, so the result is None. Raises ``DgemmaError`` for any other type, and for ``json_schema`` without
-        a schema.
+        no constraint, so the result is None. Raises ``DgemmaError`` for anything but a dict, for any other type, and
+        for ``json_schema`` without a schema.
         """
-        kind = response_format.get("type") if isinstance(response_format, Mapping) else None
+        if not isinstance(response_format, Mapping):
+            raise DgemmaError(f"response_format must be a dict, not {shown(response_format)}", _FORMAT_HINT, 2)
+        kind = response_format.get("type")
         if kind == "text":
             return None
         if kind == "json_object":

@@ -74,7 +74,7 @@ class GenerationOptions:
             raise DgemmaError("constraint and response_format exclude each other", "Give one of them.", exit_code=2)
         if self.constraint is not None and not isinstance(self.constraint, Constraint):
             raise DgemmaError(
-                f"not a constraint: {shown(self.constraint)}", "Write Constraint.regex(...), for example.", exit_code=2
+                f"not a constraint: {shown(self.constraint)}", "Write Constraint.json_schema(...), for example.", 2
             )
         if self.response_format is not None:
             Constraint.response_format(self.response_format)  # raises when it is malformed
