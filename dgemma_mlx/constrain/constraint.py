@@ -143,6 +143,8 @@ class Constraint:
             return cls(languages.of_schema('{"type": "object"}'), "the JSON object")
         if kind == "json_schema":
             outer = response_format.get("json_schema")
+            if outer is None:  # the form of OpenAI's Responses API
+                outer = response_format
             if isinstance(outer, Mapping) and "schema" in outer:
                 return cls.json_schema(outer["schema"])
             raise DgemmaError("response_format has no schema", _FORMAT_HINT, exit_code=2)

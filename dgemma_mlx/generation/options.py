@@ -96,7 +96,8 @@ class GenerationOptions:
 
         Calls are held to the tools unless all of these have ``strict`` false and the answer is free to call none.
         Raises ``DgemmaError`` (exit code 2) for a choice that the tools do not offer, when the model's tokenizer has no
-        calls and one must be made, and for a constraint or parameters that are not supported.
+        calls and one must be made, for a constraint where one must be made, and for a constraint or parameters that are
+        not supported.
         """
         chosen_tools, special = chosen(declarations(tools), tool_choice), model.tokenizer.special_ids
         constraint = self.constraint
@@ -105,6 +106,10 @@ class GenerationOptions:
         if chosen_tools.must_call and OPEN_CALL not in special:
             raise DgemmaError(
                 f"the model's tokenizer has no {OPEN_CALL}, so a call cannot be required", 'Use "auto" or "none".', 2
+            )
+        if chosen_tools.must_call and constraint is not None:
+            raise DgemmaError(
+                "a call that is required excludes a constraint on the answer", 'Use the tool choice "auto".', exit_code=2
             )
         names = chosen_tools.names if OPEN_CALL in special else ()
         is_free = constraint is None and not chosen_tools.must_call

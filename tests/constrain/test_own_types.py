@@ -70,9 +70,15 @@ def test_a_type_allows_what_it_validates(own: Any, allowed: list[str], refused: 
         assert not constraint.matches(text), text
 
 
-def test_the_schema_is_pydantics_own() -> None:
-    assert schema_of(Person) == Person.model_json_schema()
-    assert schema_of(Tree) == pydantic.TypeAdapter(Tree).json_schema()
+class Open(pydantic.BaseModel, extra="allow"):  # type: ignore[misc, name-defined]
+    name: str
+
+
+def test_the_schema_is_pydantics_own_and_its_objects_are_closed() -> None:
+    assert schema_of(Person) == {"additionalProperties": False, **Person.model_json_schema()}
+    assert schema_of(Open) == Open.model_json_schema()
+    assert not Constraint.json_schema(Tree).matches('{"value": 1, "children": [{"value": 2, "age": 3}]}')
+    assert Constraint.json_schema(Open).matches('{"name": "Ana", "age": 3}')
 
 
 def test_json_schemas_are_no_types() -> None:

@@ -213,6 +213,8 @@ def test_response_format() -> None:
     outer = {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": {"type": "integer"}}}
     same = Constraint.response_format(outer)
     assert same is not None and same.matches("12") and not same.matches("1.5")
+    flat = Constraint.response_format({"type": "json_schema", "name": "n", "schema": {"type": "integer"}})
+    assert flat is not None and flat.machine is same.machine
     assert Constraint.response_format({"type": "text"}) is None
     anything = Constraint.response_format({"type": "json_object"})
     assert anything is not None

@@ -163,6 +163,7 @@ def test_a_call_cannot_be_required_of_a_tokenizer_without_calls(demo: Model) -> 
         ({"tool_choice": "auto", "raw": True}, "a raw prompt is one text"),
         ({"tools": [{"name": "f", "parameters": {"properties": {"a": {"pattern": "(?<=b)a"}}}}]}, "tool f: the JSON s"),
         ({"tools": [ADD], "tool_choice": "clock"}, "tool_choice names 'clock', which no tool has"),
+        ({"tools": [ADD], "tool_choice": "required", "constraint": Constraint.choice(["a"])}, "excludes a constraint"),
         ({"tool_choice": "required"}, "there are no tools"), ({"tools": ADD}, "tools must be a list"),
         ({"tools": [ADD, ADD]}, "two tools have the name 'add'"),
     ],
