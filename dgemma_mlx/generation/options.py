@@ -109,7 +109,7 @@ class GenerationOptions:
             )
         if chosen_tools.must_call and constraint is not None:
             raise DgemmaError(
-                "a call that is required excludes a constraint on the answer", 'Use the tool choice "auto".', exit_code=2
+                "a call that is required excludes a constraint on the answer", 'Use the tool choice "auto".', 2
             )
         names = chosen_tools.names if OPEN_CALL in special else ()
         is_free = constraint is None and not chosen_tools.must_call
