@@ -9,7 +9,6 @@ text may end in a state, and the shortest text that ends it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from threading import RLock
 from typing import NamedTuple
 
 import numpy as np
@@ -47,7 +46,7 @@ class Machine:
     def __init__(self, terms: Terms, start: Term, controls: Sequence[str] = ()) -> None:
         """Create the machine of the language ``start``, a term over 256 + n symbols for n ``controls``."""
         self.terms, self.start, self.controls = terms, start, tuple(controls)
-        self.lock = RLock()
+        self.lock = terms.lock
         self._rows: dict[Term, Row] = {}
 
     def is_alive(self, state: Term) -> bool:
@@ -57,8 +56,12 @@ class Machine:
     def row(self, state: Term) -> Row:
         """Return what follows a state, without the states from which no text can end."""
         row = self._rows.get(state)
-        if row is None:
-            check_time()
+        return self._new_row(state) if row is None else row
+
+    def _new_row(self, state: Term) -> Row:
+        """Make the row of a state."""
+        check_time()
+        with self.lock:
             place = np.full(self.terms.size, -1, np.int16)
             states: list[Term] = []
             for mask, after in self.terms.row(state):
@@ -68,7 +71,7 @@ class Machine:
                     place[bits.view(np.bool_)] = len(states)
                     states.append(after)
             row = self._rows[state] = Row(place, tuple(states))
-        return row
+            return row
 
     def after(self, state: Term | None, symbols: Iterable[int]) -> Term | None:
         """Return the state after some symbols; None when no text goes on so."""

@@ -13,6 +13,7 @@ may be as long and as deep as memory allows.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from threading import RLock
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -31,13 +32,15 @@ class Terms:
         none: No word.
         empty: The empty word alone.
         everything: All words.
-        within: Algebras over other alphabets, of which rules of this one hold terms.
+        within: Other algebras, of which rules of this one hold terms.
+        lock: Held by a thread that makes terms; threads share an algebra.
     """
 
     def __init__(self, size: int, weights: Sequence[int] | None = None) -> None:
         """Create the algebra. ``weights`` are those of the symbols, at least 1; without them, each weighs 1."""
         self.size = size
         self.within: set[Terms] = set()
+        self.lock = RLock()
         self._lightest = Lightest([1] * size if weights is None else weights, self.row)
         self._all_symbols = (1 << size) - 1
         self._known: WeakValueDictionary[tuple[Any, ...], Term] = WeakValueDictionary()
@@ -226,6 +229,11 @@ class Terms:
 
     def row(self, term: Term) -> Row:
         """Return what may follow each symbol. Symbols that no word begins with are left out."""
+        with self.lock:
+            return term.row if term.row is not None else self._row(term)
+
+    def _row(self, term: Term) -> Row:
+        """Compute a row that is not known, and those of the parts that it needs."""
         waiting, bodies = [term], {}
         while waiting:
             last = waiting[-1]
@@ -285,11 +293,11 @@ class Terms:
 
     def forget(self) -> None:
         """Drop all rows, which are computed again when they are asked for. This frees the terms that only rows hold."""
-        for term in list(self._known.values()):
-            term.row = None
+        with self.lock:
+            for term in list(self._known.values()):
+                term.row = None
         for other in self.within:
             other.forget()
-
 
     def least(self, term: Term) -> int:
         """Return the weight of the lightest word of a term; ``UNBOUNDED`` when it has no word.
@@ -297,7 +305,8 @@ class Terms:
         A term of which no word is found after a long search counts as one without any. While a constraint is compiled,
         that raises ``TooLargeError``.
         """
-        return self._lightest.least(term)
+        with self.lock:
+            return self._lightest.least(term)
 
 
 def _together(

@@ -64,7 +64,8 @@ class TokenMachine:
         self._numbers: dict[Term, int] = {}
         self._visited = Visited(machine, self._spelling)
         if not machine.controls:
-            self._try_automaton(tokenizer)
+            with machine.lock:
+                self._try_automaton(tokenizer)
         shortest = self.shortest(self.start)
         if shortest == TOO_LONG:
             length = machine.terms.least(machine.start)

@@ -88,6 +88,7 @@ def of_turn(turn: Turn) -> Machine:
 def lifted(terms: Terms, controls: Sequence[str], machine: Machine) -> Term:
     """Return the texts of a machine as a term over a larger alphabet: ``terms`` over bytes and ``controls``."""
     inner = machine.terms
+    terms.within.add(inner)
     numbers = [controls.index(name) for name in machine.controls]
     moved = [(1 << BYTES + n, terms.symbols(1 << BYTES + number)) for n, number in enumerate(numbers)]
 

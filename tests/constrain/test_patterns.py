@@ -10,6 +10,8 @@ import runpy
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +126,30 @@ def test_forgetting_frees_what_was_visited() -> None:
     machine.forget()
     assert first < visited > 1000 > 2 * len(machine.terms)
     assert machine.matches(b"abc" + b"x" * 1000 + b"forgotten")
+
+
+@pytest.fixture
+def switching() -> Iterator[None]:
+    """Threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("switching")
+def test_threads_match_while_another_forgets() -> None:
+    machine = of_regex(r"(?:(a|b)*a(a|b){8}c|[\w\W]{30,90}z)?shared")
+
+    def match(seed: int) -> bool:
+        texts = ["".join(random.Random(seed).choices("ab", k=30)) for seed in range(20 * seed, 20 * seed + 20)]
+        return all(machine.matches(f"{text}zshared".encode()) for text in texts)
+
+    with ThreadPoolExecutor(2) as pool:
+        matching = [pool.submit(match, seed) for seed in range(2)]
+        while not all(each.done() for each in matching):
+            machine.forget()
+        assert all(each.result() for each in matching)
 
 
 @pytest.mark.parametrize(

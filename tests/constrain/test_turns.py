@@ -12,6 +12,7 @@ from jsonschema import Draft202012Validator
 
 from dgemma_mlx import Constraint, DgemmaError
 from dgemma_mlx.constrain.call_spelling import DELIMITER
+from dgemma_mlx.constrain.languages import of_regex
 from dgemma_mlx.constrain.machine import BYTES, Machine
 from dgemma_mlx.constrain.terms import UNBOUNDED, Term
 from dgemma_mlx.constrain.turns import Turn, calls_of, of_turn
@@ -203,6 +204,16 @@ def test_parameters_that_cannot_be_held_are_an_error_that_names_the_tool() -> No
 def test_equal_turns_have_one_machine() -> None:
     assert turn({"name": "add", "parameters": ADD}) is turn({"name": "add", "parameters": ADD})
     assert turn({"name": "add", "parameters": ADD}) is not turn({"name": "sum", "parameters": ADD})
+
+
+def test_forgetting_a_turn_frees_what_was_visited_of_its_answer() -> None:
+    answer = of_regex("[ab]{0,2000}c")
+    machine = of_turn(Turn(answer=answer, thinks=True))
+    assert machine.matches(b"a" * 1000 + b"c")
+    visited = len(answer.terms)
+    machine.forget()
+    assert visited > 1000 > 10 * len(answer.terms)
+    assert machine.matches(b"a" * 1000 + b"c")
 
 
 def test_a_state_within_a_call_costs_the_fewest_symbols_to_its_end() -> None:
