@@ -63,6 +63,17 @@ def compiling(label: str) -> Iterator[None]:
         _budget.reset(before)
 
 
+@contextmanager
+def trying() -> Iterator[None]:
+    """Give the block, which may fail, half of the time that is left of a block of ``compiling`` around it."""
+    budget = _budget.get()
+    before = _budget.set(None if budget is None else _Budget((budget.end - time.thread_time()) / 2))
+    try:
+        yield
+    finally:
+        _budget.reset(before)
+
+
 def check_time() -> None:
     """Raise ``TooLargeError`` when the block of ``compiling`` around the call has used up its time.
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from dgemma_mlx.constrain.automaton import automaton_of
 from dgemma_mlx.constrain.beam import BeamProjector
-from dgemma_mlx.constrain.limits import TooLargeError
+from dgemma_mlx.constrain.limits import TooLargeError, trying
 from dgemma_mlx.constrain.machine import Machine
 from dgemma_mlx.constrain.paths import Floats, Ids
 from dgemma_mlx.constrain.projection import Projected, Projector
@@ -81,7 +81,8 @@ class TokenMachine:
     def _try_automaton(self, tokenizer: Tokenizer) -> None:
         """Make one automaton of the machine if it is small enough."""
         try:
-            automaton, numbers = automaton_of(self._machine, _MOST_EXPLORED)
+            with trying():
+                automaton, numbers = automaton_of(self._machine, _MOST_EXPLORED)
             if automaton.size <= _MOST_STATES:
                 self._exact = TokenAutomaton(
                     automaton, tokenizer, self._spelling.eos_ids, self._spelling.pad_id, self._spelling.vocab_size

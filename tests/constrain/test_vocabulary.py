@@ -167,3 +167,24 @@ def test_top_ids_of_nan_and_infinity_are_valid_ids() -> None:
     for value in (mx.nan, -mx.inf, mx.inf):
         ids = np.array(top_ids(mx.full((1, 2, 5000), value), 8))
         assert ((ids >= 0) & (ids < 5000)).all()
+
+
+def test_states_that_take_long_to_explore_are_left_to_the_beam(demo: Tokenizer) -> None:
+    """All states of this schema (JSONSchemaBench, allOfPProp10) take more time than compiling may; few are visited."""
+    schema = {
+        "type": "object", "maxProperties": 1,
+        "allOf": [
+            {"anyOf": [
+                {"patternProperties": {"^.{1,2}$": True}, "additionalProperties": False},
+                {"patternProperties": {"^...*a$": {"type": "integer", "multipleOf": 2.5, "minimum": 15}},
+                 "additionalProperties": False},
+            ]},
+            {"anyOf": [{"not": {"patternProperties": {"^cdeb": False}}},
+                       {"not": {"patternProperties": {"^11": {"not": {"multipleOf": 7}}}}}]},
+            {"anyOf": [{"not": {"patternProperties": {"^kwjh": False}}},
+                       {"not": {"patternProperties": {"7777": {"multipleOf": 30}}}}]},
+        ],
+        "patternProperties": {"a": {"multipleOf": 10, "not": {"multipleOf": 20}}},
+    }  # fmt: skip
+    over = Constraint.json_schema(schema).over(demo, GenerationConfig(), 768)
+    assert over.shortest(over.start) < 100
