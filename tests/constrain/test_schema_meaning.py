@@ -110,6 +110,27 @@ def test_references_may_be_chained_and_definitions_unused() -> None:
     assert Constraint.json_schema({"$ref": "#/$defs/d0", "$defs": chain}).matches("null")
 
 
+# A schema, and a value that is valid for one of ECMAScript and Python alone.
+READINGS: list[tuple[dict[str, Any], Any]] = [
+    ({"type": "string", "not": {"pattern": r"^\w$"}}, "é"),
+    ({"type": "string", "not": {"pattern": "."}}, "\u2028"),
+    ({"type": "string", "not": {"pattern": "^a$"}}, "a\n"),
+    ({"type": "object", "patternProperties": {r"^\w+$": {"type": "integer"}}}, {"é": None}),
+    ({"properties": {"é": True}, "patternProperties": {r"^\w+$": {"type": "integer"}}}, {"é": None}),
+    ({"patternProperties": {r"^\w+$": True}, "additionalProperties": {"type": "integer"}}, {"é": None}),
+    ({"patternProperties": {r"^\w+$": True}, "unevaluatedProperties": {"type": "integer"}}, {"é": None}),
+    ({"not": {"patternProperties": {r"^\w+$": {"type": "integer"}}}}, {"é": None}),
+    ({"not": {"patternProperties": {r"^\w+$": True}, "additionalProperties": {"type": "integer"}}}, {"é": None}),
+    ({"propertyNames": {"pattern": r"^\w+$"}}, {"é": None}),
+    ({"propertyNames": {"not": {"pattern": r"^\w+$"}}}, {"é": None}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("schema", "value"), READINGS, ids=lambda part: json.dumps(part)[:60])
+def test_what_validators_read_in_different_ways_is_left_out(schema: dict[str, Any], value: Any) -> None:
+    assert not Constraint.json_schema(schema).matches(json.dumps(value, ensure_ascii=False))
+
+
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(schemas)
 def test_random_schemas_are_never_wider(schema: dict[str, Any]) -> None:
