@@ -93,11 +93,11 @@ class Keywords:
     def types(self, place: Place) -> Values:
         """Return the values of the named types."""
         a, types = self._algebra, self.kinds(place)
-        numbers = a.none.numbers
-        if "number" in types:
-            numbers = a.all.numbers
-        elif "integer" in types:  # in draft 4, 1.0 is not an integer
-            numbers = self._numbers.whole  # 1.0 is an integer from draft 6 on, but few readers make an int of it
+        numbers, named = a.none.numbers, not place.keywords.keys().isdisjoint((*BOUNDS, "const", "enum"))
+        if "number" in types:  # of any size, where other keywords say which
+            numbers = self._numbers.terms.everything if named else a.all.numbers
+        elif "integer" in types:  # 1.0 is one from draft 6 on, but few readers make an int of it
+            numbers = self._numbers.any_whole if named else self._numbers.whole
         return Values(
             "null" in types or "nullable" in place.keywords,
             frozenset({True, False} if "boolean" in types else ()),

@@ -73,7 +73,9 @@ CASES: list[tuple[dict[str, Any], list[Any], list[Any]]] = [
             "any": {"$dynamicAnchor": "item"}}}}}, [["a"], []], [[1], 1]),
     ({"enum": [{"$ref": "#/x"}], "x-note": {"$id": "unread", "type": 3}}, [{"$ref": "#/x"}], [1]),
     ({"const": 10**30}, [10**30], [10**30 + 1]),
-    ({"type": "number", "minimum": 10**40, "maximum": 10**40 + 1, "default": 10**99}, [10**40], [10**40 - 1]),
+    ({"type": "integer", "minimum": 10**40, "default": 10**99}, [2 * 10**40], [10**40 - 1]),
+    ({"type": ["number", "null"], "minimum": 10**19}, [10**19, None], [10**19 - 1]),
+    ({"type": "integer", "enum": [10**20, 2.5]}, [10**20], [2.5, 10**20 + 1]),
     ({"javaType": "x", "links": [3], "type": "null", "_format": "y"}, [None], [1]),
 ]  # fmt: skip
 
