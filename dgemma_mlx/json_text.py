@@ -10,18 +10,25 @@ from dgemma_mlx.errors import DgemmaError
 
 MOST_BYTES = 1 << 28  # of a JSON file that is read whole
 MOST_DEPTH = 200  # of nested objects and lists; Python's recursion limit is not far above it
-_MOST_DIGITS = 20  # of an integer; 2^64 has 20
+_MOST_DIGITS = 20  # of an integer that is a count, an id or a size; 2^64 has 20
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, most_digits: int = _MOST_DIGITS) -> Any:
     """Return the value of a JSON text. Bytes are read as UTF-8, and a byte order mark is ignored.
 
     Raises ``ValueError``, with a short message, for a text that is not JSON, is nested deeper than ``MOST_DEPTH``,
-    or holds an integer of more than 20 digits or a string with a lone surrogate, which UTF-8 cannot encode.
+    or holds an integer of more than ``most_digits`` digits or a string with a lone surrogate, which UTF-8 cannot
+    encode.
     """
+
+    def whole(digits: str) -> int:
+        if len(digits) > most_digits + 1:  # with a sign
+            raise ValueError(f"an integer has {len(digits)} digits")
+        return int(digits)
+
     decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")
     try:
-        value = json.loads(decoded, parse_int=_whole)
+        value = json.loads(decoded, parse_int=whole)
     except RecursionError:
         raise ValueError(f"nested deeper than {MOST_DEPTH}") from None
     if decoded.count("[") + decoded.count("{") > MOST_DEPTH:
@@ -54,13 +61,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DgemmaError(f"{path} does not contain a JSON object", "The file may be damaged. Fetch it again.")
     return value
-
-
-def _whole(digits: str) -> int:
-    """Return the integer. Raises ``ValueError`` for more digits than any count, id or size has."""
-    if len(digits) > _MOST_DIGITS + 1:
-        raise ValueError(f"an integer has {len(digits)} digits")
-    return int(digits)
 
 
 def _check_depth(value: Any) -> None:

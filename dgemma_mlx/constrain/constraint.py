@@ -7,7 +7,7 @@ imports this module.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.checks import shown
 from dgemma_mlx.constrain import languages
-from dgemma_mlx.constrain.limits import compiling
+from dgemma_mlx.constrain.limits import MOST_DIGITS, compiling
 from dgemma_mlx.constrain.machine import Machine
 from dgemma_mlx.constrain.own_types import is_own_type, schema_of
 from dgemma_mlx.constrain.regex import checked_text
@@ -79,9 +79,10 @@ class Constraint:
 
             Constraint.choice(["yes", "no", "maybe"])
 
-        Raises ``DgemmaError`` when ``choices`` is empty, is a single string, or contains something other than text.
+        Raises ``DgemmaError`` when ``choices`` is empty, is a single string or a number, or contains something other
+        than text.
         """
-        if isinstance(choices, str) or not choices:
+        if isinstance(choices, str) or not isinstance(choices, Iterable) or not choices:
             raise DgemmaError(
                 "choices must be a list of at least one text", 'Give a list like ["yes", "no"].', exit_code=2
             )
@@ -190,8 +191,9 @@ def _json_value(value: Any, label: str) -> Any:
     Raises ``DgemmaError`` when the value is not JSON. ``label`` names it in the message.
     """
     try:
-        return parse_json(value if isinstance(value, str) else json.dumps(value))
+        return parse_json(value if isinstance(value, str) else json.dumps(value), MOST_DIGITS)
     except (TypeError, ValueError, RecursionError) as error:
+        problem = "nested too deep" if isinstance(error, RecursionError) else str(error)[:200]
         raise DgemmaError(
-            f"{label} is not JSON: {str(error)[:200]}", "Give a dict, a boolean, or valid JSON text.", exit_code=2
+            f"{label} is not JSON: {problem}", "Give a dict, a boolean, or valid JSON text.", exit_code=2
         ) from None

@@ -76,9 +76,12 @@ class Keywords:
         value = place.keywords[name]
         return [(value,)] if name == "const" else [(each, n) for n, each in enumerate(value)]
 
-    def searched(self, place: Place, keyword: str, pattern: str) -> Term:
-        """Return the strings in which a pattern is found. ``keyword`` says where the pattern stands."""
-        return self._strings.searched(pattern, f"{place.path}/{keyword}")[0]
+    def searched(self, place: Place, keyword: str, pattern: str) -> tuple[Term, Term]:
+        """Return the strings in which all validators find a pattern, and those in which any may find it.
+
+        ``keyword`` says where the pattern stands.
+        """
+        return self._strings.searched(pattern, f"{place.path}/{keyword}")
 
     # --- types and constants
 
@@ -90,11 +93,11 @@ class Keywords:
     def types(self, place: Place) -> Values:
         """Return the values of the named types."""
         a, types = self._algebra, self.kinds(place)
-        numbers = a.none.numbers
-        if "number" in types:
-            numbers = a.all.numbers
-        elif "integer" in types:  # in draft 4, 1.0 is not an integer
-            numbers = self._numbers.whole  # 1.0 is an integer from draft 6 on, but few readers make an int of it
+        numbers, named = a.none.numbers, not place.keywords.keys().isdisjoint((*BOUNDS, "const", "enum"))
+        if "number" in types:  # of any size, where other keywords say which
+            numbers = self._numbers.terms.everything if named else a.all.numbers
+        elif "integer" in types:  # 1.0 is one from draft 6 on, but few readers make an int of it
+            numbers = self._numbers.any_whole if named else self._numbers.whole
         return Values(
             "null" in types or "nullable" in place.keywords,
             frozenset({True, False} if "boolean" in types else ()),
@@ -136,7 +139,7 @@ class Keywords:
         if least is not None or most is not None:
             terms.append(strings.lengths(least or 0, UNBOUNDED if most is None else most))
         if "pattern" in words:
-            terms.append(self.searched(place, "pattern", words["pattern"]))
+            terms.append(self.searched(place, "pattern", words["pattern"])[0])
         if "format" in words:
             terms.append(strings.format(words["format"]))
         return self._algebra.strings.every(terms)
@@ -166,32 +169,38 @@ class Keywords:
         for name, part in place.keywords.get("properties", {}).items():
             inner = node(place, part, "properties", name)
             for region in regions:
-                if region.evaluated and self._algebra.contains(region.names, name):
+                if region.node != ANYTHING and self._algebra.contains(region.names, name):
                     inner = meet(inner, region.node)
             named.append((name, inner, True))
         if "additionalProperties" in place.keywords:
             extra = node(place, place.keywords["additionalProperties"], "additionalProperties")
-            regions = [each if each.evaluated else Region(each.names, extra, True) for each in regions]
+            regions = [
+                each if each.evaluated else Region(each.names, meet(each.node, extra), True) for each in regions
+            ]
         least, most = self.count(place, "minProperties"), self.count(place, "maxProperties")
         most = UNBOUNDED if most is None else most
         shape = Object(tuple(named), tuple(regions), frozenset(required_names(place)), least or 0, most)
         return self._named_so(place, shape) if "propertyNames" in place.keywords else shape
 
     def _regions(self, place: Place) -> list[Region]:
-        """Return the regions into which ``patternProperties`` divides all names."""
+        """Return the regions into which ``patternProperties`` divides all names.
+
+        A name in which only some validators find a pattern fulfils what stands there, but is not judged by it.
+        """
         a = self._algebra
         regions = [Region(a.strings.everything)]
         for pattern, part in place.keywords.get("patternProperties", {}).items():
-            matching = self.searched(place, "patternProperties", pattern)
+            sure, possible = self.searched(place, "patternProperties", pattern)
+            doubtful = a.strings.every([possible, a.strings.other(sure)])
             node, divided = self._document.node(place, part, "patternProperties", pattern), []
             for each in regions:
-                inside = a.names_in_both(each.names, matching)
-                outside = a.names_in_both(each.names, a.strings.other(matching))
-                if inside is not a.strings.none:
-                    divided.append(Region(inside, meet(each.node, node), True))
-                if outside is not a.strings.none:
-                    divided.append(replace(each, names=outside))
-            regions = divided
+                inner = meet(each.node, node)
+                divided += [
+                    Region(a.names_in_both(each.names, sure), inner, True),
+                    Region(a.names_in_both(each.names, doubtful), inner, each.evaluated),
+                    replace(each, names=a.names_in_both(each.names, a.strings.other(possible))),
+                ]
+            regions = [each for each in divided if each.names is not a.strings.none]
         return regions
 
     def _named_so(self, place: Place, shape: Object) -> Object:

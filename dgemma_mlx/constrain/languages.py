@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from dgemma_mlx.constrain.leaf import Letters, bytes_of, sets_of, term_of, utf8
-from dgemma_mlx.constrain.limits import compiling
+from dgemma_mlx.constrain.limits import MOST_DIGITS, compiling
 from dgemma_mlx.constrain.machine import BYTES, Machine
 from dgemma_mlx.constrain.pattern import read_pattern
 from dgemma_mlx.constrain.spelling import JsonSpelling
@@ -52,7 +52,7 @@ def of_schema(schema: str, spelling: type[JsonSpelling] = JsonSpelling) -> Machi
     from dgemma_mlx.constrain.writing import Writer
 
     with compiling("the JSON schema"):
-        writer = Writer(parse_json(schema), spelling)
+        writer = Writer(parse_json(schema, MOST_DIGITS), spelling)
         machine = Machine(writer.context.spelling.terms, writer.start, spelling.controls)
         machine.is_alive(machine.start)  # translates what the shortest text needs
     return machine

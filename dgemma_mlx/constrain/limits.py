@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from dgemma_mlx.errors import DgemmaError
 
 MOST_SECONDS = 2.0
+MOST_DIGITS = 300  # of an integer in a JSON schema; readers that use doubles read up to 308
 _LEAST_WAIT = 0.001  # seconds between two looks at the CPU time, which costs far more than one at the clock
 
 

@@ -116,8 +116,8 @@ class Negation:
         if most is not None:
             yield self._strings.lengths(most + 1, UNBOUNDED)
         if "pattern" in words:
-            matching = self._keywords.searched(place, "pattern", words["pattern"])
-            yield self._algebra.strings.every([self._strings.everything, self._algebra.strings.other(matching)])
+            _, possible = self._keywords.searched(place, "pattern", words["pattern"])
+            yield self._algebra.strings.every([self._strings.everything, self._algebra.strings.other(possible)])
 
     def _numbers_outside(self, place: Place) -> Iterator[Term]:
         for name, bound in self._keywords.bounds(place).items():
@@ -180,9 +180,9 @@ class Negation:
         words, terms = place.keywords, self._algebra.strings
         rest = terms.other(terms.either(map(self._strings.text, words.get("properties", {}))))
         for pattern, part in words.get("patternProperties", {}).items():
-            names = self._keywords.searched(place, "patternProperties", pattern)
-            yield names, self._node(place, part, "patternProperties", pattern)
-            rest = terms.every([rest, terms.other(names)])
+            sure, possible = self._keywords.searched(place, "patternProperties", pattern)
+            yield sure, self._node(place, part, "patternProperties", pattern)
+            rest = terms.every([rest, terms.other(possible)])
         if "additionalProperties" in words:
             other = self._node(place, words["additionalProperties"], "additionalProperties")
             yield terms.every([rest, self._strings.everything]), other

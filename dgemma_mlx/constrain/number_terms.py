@@ -31,6 +31,7 @@ class Numbers:
         terms: Its algebra.
         number: Numbers without bounds.
         whole: Integers as they are usually written.
+        any_whole: The same, of any size.
         integers: Texts of ``decimals`` that have the value of an integer: ``1.0`` is one.
         decimals: The numbers that are compared with bounds.
         digit, minus, dot: Parts of texts.
@@ -50,6 +51,7 @@ class Numbers:
         natural = self._naturals(_DIGITS)
         self.number = t.sequence(self._sign, natural, self._perhaps_point(1, 17), t.repeat(exponent, 0, 1))
         self.whole = t.either([natural, t.sequence(self.minus, natural)])
+        self.any_whole = t.sequence(self._sign, self._naturals(UNBOUNDED))
         zeros = t.repeat(t.sequence(self.dot, t.repeat(self._one["0"], 1)), 0, 1)
         self.integers = t.sequence(self._sign, natural, zeros)
         self.decimals = t.either([self.whole, self._fractions(_DECIMALS)])
@@ -114,9 +116,9 @@ class Numbers:
         return self.terms.either(self._one[str(digit)] for digit in digits)
 
     def _naturals(self, most: int) -> Term:
-        """Return the natural numbers of up to ``most`` digits."""
-        t = self.terms
-        return t.either([self._one["0"], t.sequence(self._digits(range(1, 10)), t.repeat(self.digit, 0, most - 1))])
+        """Return the natural numbers of up to ``most`` digits; ``UNBOUNDED`` is no limit."""
+        t, more = self.terms, most if most >= UNBOUNDED else most - 1
+        return t.either([self._one["0"], t.sequence(self._digits(range(1, 10)), t.repeat(self.digit, 0, more))])
 
     def _fractions(self, decimals: int) -> Term:
         """Return the numbers with up to as many decimals, and up to 15 digits."""

@@ -32,7 +32,6 @@ def schema_of(value: Any) -> dict[str, Any]:
     """
     try:
         from pydantic import TypeAdapter
-        from pydantic.errors import PydanticUserError
     except ImportError:
         raise DgemmaError(
             f"the schema of {_named(value)} needs pydantic", "Run pip install pydantic, or give a JSON schema.", 2
@@ -42,7 +41,7 @@ def schema_of(value: Any) -> dict[str, Any]:
             schema: dict[str, Any] = value.model_json_schema()
         else:
             schema = (value if isinstance(value, TypeAdapter) else TypeAdapter(value)).json_schema()
-    except (PydanticUserError, NameError, TypeError) as error:  # a hint in quotes may name what is not defined
+    except Exception as error:  # whatever the type's own code raises; a hint in quotes may name what is not defined
         raise DgemmaError(
             f"{_named(value)} has no JSON schema: {reason(error)}", "Use types that JSON can hold.", exit_code=2
         ) from None

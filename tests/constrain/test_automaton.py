@@ -62,7 +62,7 @@ def test_choices_are_taken_literally(texts: list[str]) -> None:
     assert all(map(constraint.matches, texts))
 
 
-@pytest.mark.parametrize("choices", [[], "yes,no", [1], ["\ud800"]])
+@pytest.mark.parametrize("choices", [5, [], "yes,no", [1], ["\ud800"]])
 def test_invalid_choices_are_rejected(choices: object) -> None:
     with pytest.raises(DgemmaError):
         Constraint.choice(choices)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import builtins
 import sys
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
@@ -93,7 +93,18 @@ class Plain:
 def of_a_plain(x: Plain) -> None: ...
 
 
-@pytest.mark.parametrize("own", [Plain, list[Plain], of_a_plain, print])
+class Broken(pydantic.BaseModel):  # type: ignore[misc, name-defined]
+    """A model whose own code fails."""
+
+    @classmethod
+    def model_json_schema(cls, **_: Any) -> dict[str, Any]:
+        raise LookupError("no schema today")
+
+
+MALFORMED = Annotated[str, pydantic.StringConstraints(pattern="(?P=x)")]  # pydantic_core refuses the pattern
+
+
+@pytest.mark.parametrize("own", [Plain, list[Plain], of_a_plain, print, pydantic.BaseModel, Broken, MALFORMED])
 def test_a_type_without_a_json_schema_is_one_clear_error(own: Any) -> None:
     with pytest.raises(DgemmaError, match="has no JSON schema") as error:
         Constraint.json_schema(own)

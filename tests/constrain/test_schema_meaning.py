@@ -72,6 +72,10 @@ CASES: list[tuple[dict[str, Any], list[Any], list[Any]]] = [
         "list": {"$id": "list", "type": "array", "items": {"$dynamicRef": "#item"}, "$defs": {
             "any": {"$dynamicAnchor": "item"}}}}}, [["a"], []], [[1], 1]),
     ({"enum": [{"$ref": "#/x"}], "x-note": {"$id": "unread", "type": 3}}, [{"$ref": "#/x"}], [1]),
+    ({"const": 10**30}, [10**30], [10**30 + 1]),
+    ({"type": "integer", "minimum": 10**40, "default": 10**99}, [2 * 10**40], [10**40 - 1]),
+    ({"type": ["number", "null"], "minimum": 10**19}, [10**19, None], [10**19 - 1]),
+    ({"type": "integer", "enum": [10**20, 2.5]}, [10**20], [2.5, 10**20 + 1]),
     ({"javaType": "x", "links": [3], "type": "null", "_format": "y"}, [None], [1]),
 ]  # fmt: skip
 
@@ -108,6 +112,27 @@ def test_references_may_be_chained_and_definitions_unused() -> None:
     chain: dict[str, Any] = {f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(2000)}
     chain |= {"d2000": {"type": "null"}, "unused": {"$ref": "gone", "type": 3}}
     assert Constraint.json_schema({"$ref": "#/$defs/d0", "$defs": chain}).matches("null")
+
+
+# A schema, and a value that is valid for one of ECMAScript and Python alone.
+READINGS: list[tuple[dict[str, Any], Any]] = [
+    ({"type": "string", "not": {"pattern": r"^\w$"}}, "é"),
+    ({"type": "string", "not": {"pattern": "."}}, "\u2028"),
+    ({"type": "string", "not": {"pattern": "^a$"}}, "a\n"),
+    ({"type": "object", "patternProperties": {r"^\w+$": {"type": "integer"}}}, {"é": None}),
+    ({"properties": {"é": True}, "patternProperties": {r"^\w+$": {"type": "integer"}}}, {"é": None}),
+    ({"patternProperties": {r"^\w+$": True}, "additionalProperties": {"type": "integer"}}, {"é": None}),
+    ({"patternProperties": {r"^\w+$": True}, "unevaluatedProperties": {"type": "integer"}}, {"é": None}),
+    ({"not": {"patternProperties": {r"^\w+$": {"type": "integer"}}}}, {"é": None}),
+    ({"not": {"patternProperties": {r"^\w+$": True}, "additionalProperties": {"type": "integer"}}}, {"é": None}),
+    ({"propertyNames": {"pattern": r"^\w+$"}}, {"é": None}),
+    ({"propertyNames": {"not": {"pattern": r"^\w+$"}}}, {"é": None}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("schema", "value"), READINGS, ids=lambda part: json.dumps(part)[:60])
+def test_what_validators_read_in_different_ways_is_left_out(schema: dict[str, Any], value: Any) -> None:
+    assert not Constraint.json_schema(schema).matches(json.dumps(value, ensure_ascii=False))
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
