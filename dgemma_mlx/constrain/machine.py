@@ -112,14 +112,14 @@ class Machine:
             self.terms.forget()
 
     def explore(self, most: int) -> list[Term] | None:
-        """Return all states, the first one first, or None when there are more than ``most``."""
-        found = {self.start: None}
+        """Return all states, the first one first, or None when there are more than ``most``, or very many terms."""
+        found, most_terms = {self.start: None}, len(self.terms) + 8 * most
         waiting = [self.start]
         for state in waiting:  # grows
             for after in self.row(state).states:
                 if after not in found:
                     found[after] = None
                     waiting.append(after)
-            if len(found) > most:
+            if len(found) > most or len(self.terms) > most_terms:
                 return None
         return list(found)

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from functools import cache
 
-from dgemma_mlx.constrain.limits import check_time
+from dgemma_mlx.constrain.limits import check_time, give_up
 from dgemma_mlx.constrain.terms import UNBOUNDED, Term, Terms
 
 Body = Callable[[], Term]
+_MOST_WORK = 1_000_000  # terms that are weighed for one rule, in about a second
 
 
 class NestedRules:
@@ -26,6 +27,7 @@ class NestedRules:
         self._terms = terms
         self._bodies: dict[Term, Body] = {}
         self._at_least: dict[Term, int] = {}
+        self._work = 0
 
     def rule(self, name: Hashable, body: Body, lightest: Body | None = None, at_least: int = 1) -> Term:
         """Return the rule of a name, which is unique among the rules of the algebra.
@@ -41,7 +43,11 @@ class NestedRules:
         return rule
 
     def _weigh(self, start: Term) -> int:
-        """Return the weight of the lightest word of a rule. What else that tells is kept in ``Term.least``."""
+        """Return the weight of the lightest word of a rule. What else that tells is kept in ``Term.least``.
+
+        A rule whose lightest word takes too much work to find counts as one without any, as in ``Terms.least``.
+        """
+        self._work = 0
         opened: dict[Term, Term] = {}
         weights: dict[Term, int] = {}
         needed, missing = {start}, [start]
@@ -52,6 +58,9 @@ class NestedRules:
                     opened[rule] = self._bodies[rule]()
                     missing += self._needed(opened[rule], {}, {})
             weights = self._weights(opened)
+            if self._work > _MOST_WORK:
+                give_up("its shortest text is not found")
+                return UNBOUNDED
             needed = set(self._needed(start, opened, weights))
             missing = [rule for rule in needed if rule not in opened]
         for rule, weight in weights.items():
@@ -63,7 +72,7 @@ class NestedRules:
         """Return the weights of the opened rules, if all others weigh as little as they may."""
         weights = dict.fromkeys(opened, UNBOUNDED)
         changed = True
-        while changed:
+        while changed and self._work <= _MOST_WORK:
             check_time()
             changed = False
             for rule in reversed(opened):  # what was opened last is needed by what was opened first
@@ -74,6 +83,7 @@ class NestedRules:
 
     def _weight(self, term: Term, weights: dict[Term, int]) -> int:
         """Return the weight of a term, given the weights of rules."""
+        self._work += 1
         total = 0
         while term.kind == "both" and term.least is None and not term.nullable:
             total += self._weight(term.parts[0], weights)
