@@ -43,6 +43,7 @@ def schema_costs(file: Path, vocabulary: Path, count: int) -> bool:
     tokens at each position.
     """
     tokenizer = load_tokenizer(vocabulary)
+    Constraint.json_schema(True)  # imports the compiler, some 50 ms
     rows = []
     for item in read_schemas(file, count):
         ours, theirs = multiprocessing.get_context("fork").Pipe(duplex=False)
