@@ -57,7 +57,7 @@ def patterns(vocabulary: Path) -> bool:
 
 def _row(pattern: str, tokenizer: Tokenizer) -> None:
     """Print the CPU time of each part, and the memory that they take together at most."""
-    before, times, note = _peak(), [time.thread_time()], ""
+    before, times, note = peak(), [time.thread_time()], ""
     terms: Any = "-"
     try:
         constraint = Constraint.regex(pattern)
@@ -79,10 +79,10 @@ def _row(pattern: str, tokenizer: Tokenizer) -> None:
     cells = [f"{seconds:5.2f} s" for seconds in np.diff(times)] + [""] * (5 - len(times))
     shown = pattern.replace("\n", "\\n")
     row = " ".join(f"{cell:>7}" for cell in cells)
-    print(f"{shown:45} {terms:>6} {row} {_peak() - before:5.0f} {note}", flush=True)
+    print(f"{shown:45} {terms:>6} {row} {peak() - before:5.0f} {note}", flush=True)
 
 
-def _peak() -> float:
+def peak() -> float:
     """Return the most memory that this process has had, in MB."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most / 1e6 if sys.platform == "darwin" else most * 1024 / 1e6

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 from jsonschema.validators import validator_for
 from measured import checkpoints
+from measured.patterns import CANVAS, VOCABULARY_SIZE, peak
 
 from dgemma_mlx import Constraint, DgemmaError, Model, generate_batch, load
 from dgemma_mlx.checkpoint.config import GenerationConfig
@@ -26,7 +25,7 @@ from dgemma_mlx.constrain.tokens import TokenMachine
 from dgemma_mlx.json_text import read_json
 from dgemma_mlx.text.tokenizer import Tokenizer, load_tokenizer
 
-CANVAS, VOCABULARY_SIZE, TOKENS, STEPS = 256, 262_144, 4000, 6
+TOKENS, STEPS = 4000, 6
 SHORT_CANVAS, MOST_TOKENS = 64, 192
 
 
@@ -85,7 +84,7 @@ def _send_cost(item: dict[str, Any], tokenizer: Tokenizer, pipe: Any) -> None:
 
 def _cost(schema: Any, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the CPU seconds of each part, and the memory that they take together at most."""
-    before, times = _peak(), [time.thread_time()]
+    before, times = peak(), [time.thread_time()]
     constraint = Constraint.json_schema(schema)
     times.append(time.thread_time())
     config = GenerationConfig(eos_token_ids=(1, 106), pad_token_id=0)
@@ -110,14 +109,8 @@ def _cost(schema: Any, tokenizer: Tokenizer) -> dict[str, Any]:
     compile_, prepare, *steps = np.diff(times).tolist()
     return {
         "compile": compile_, "prepare": prepare, "steps": steps, "exact": machine.is_exact,
-        "megabytes": _peak() - before,
+        "megabytes": peak() - before,
     }  # fmt: skip
-
-
-def _peak() -> float:
-    """Return the most memory that this process has had, in MB."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / 1e6 if sys.platform == "darwin" else most * 1024 / 1e6
 
 
 def schema_outputs(file: Path, count: int, outputs: int) -> bool:

@@ -6,10 +6,9 @@ nothing within a string is escaped. Names that are words stand bare, others as s
 
 from __future__ import annotations
 
-from dgemma_mlx.constrain.leaf import bytes_of
 from dgemma_mlx.constrain.machine import BYTES
 from dgemma_mlx.constrain.spelling import JsonSpelling
-from dgemma_mlx.constrain.terms import UNBOUNDED, Term
+from dgemma_mlx.constrain.terms import Term
 from dgemma_mlx.constrain.texts import Numbers, Strings
 
 DELIMITER = '<|"|>'
@@ -45,7 +44,4 @@ class CallSpelling(JsonSpelling):
 
     def _plain(self, strings: Term) -> Term:
         """Return strings as they stand."""
-        strings = self._strings.terms.every([strings, self._strings.everything])  # characters, not any symbols
-        if self._strings.terms.least(strings) >= UNBOUNDED:
-            return self.terms.none
-        return bytes_of(self._strings.letters, strings, self.terms, self._utf8)
+        return self._characters(strings, self._utf8)

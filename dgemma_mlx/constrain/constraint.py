@@ -18,7 +18,6 @@ from dgemma_mlx.constrain import languages
 from dgemma_mlx.constrain.limits import MOST_DIGITS, compiling
 from dgemma_mlx.constrain.machine import Machine
 from dgemma_mlx.constrain.own_types import is_own_type, schema_of
-from dgemma_mlx.constrain.regex import checked_text
 from dgemma_mlx.constrain.tokens import TokenMachine
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import parse_json
@@ -71,7 +70,7 @@ class Constraint:
         The syntax is that of Rust's ``regex`` crate, without word boundaries, and with look-aheads outside repetitions.
         Raises ``DgemmaError`` as described for the class.
         """
-        return cls(languages.of_regex(checked_text(pattern, "a regular expression")), "the regular expression")
+        return cls(languages.of_regex(_checked_text(pattern, "a regular expression")), "the regular expression")
 
     @classmethod
     def choice(cls, choices: Sequence[str]) -> Constraint:
@@ -86,7 +85,7 @@ class Constraint:
             raise DgemmaError(
                 "choices must be a list of at least one text", 'Give a list like ["yes", "no"].', exit_code=2
             )
-        return cls(languages.of_choices(tuple(checked_text(text, "a choice") for text in choices)), "the choice")
+        return cls(languages.of_choices(tuple(_checked_text(text, "a choice") for text in choices)), "the choice")
 
     @classmethod
     def json_schema(cls, schema: Any) -> Constraint:
@@ -119,7 +118,7 @@ class Constraint:
         describes the whole answer. docs/constrained.md describes the syntax. Raises ``DgemmaError``, which gives the
         line, when the grammar is malformed or uses what is not supported, and when a rule has no text.
         """
-        return cls(languages.of_grammar(checked_text(grammar, "a grammar")), "the grammar")
+        return cls(languages.of_grammar(_checked_text(grammar, "a grammar")), "the grammar")
 
     @classmethod
     def response_format(cls, response_format: Mapping[str, Any]) -> Constraint | None:
@@ -183,6 +182,23 @@ _token_machines: WeakKeyDictionary[Tokenizer, dict[tuple[Machine, tuple[int, ...
     WeakKeyDictionary()
 )
 _FORMAT_HINT = 'Give {"type": "json_schema", "json_schema": {"schema": {...}}}, or the type json_object or text.'
+
+
+def _checked_text(value: object, label: str) -> str:
+    """Return the value if it is text that UTF-8 can encode. Raises ``DgemmaError`` (exit code 2) otherwise.
+
+    ``label`` names the value in the message.
+    """
+    if not isinstance(value, str):
+        raise DgemmaError(f"{label} must be text, not {type(value).__name__}", "Give a string.", exit_code=2)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise DgemmaError(
+            f"{label} contains a lone surrogate, which is not a Unicode character",
+            "Remove the characters U+D800 to U+DFFF.", exit_code=2,
+        ) from None
+    return value
 
 
 def _json_value(value: Any, label: str) -> Any:

@@ -121,7 +121,7 @@ def keyed(terms: Terms, texts: Term, length: int) -> Iterator[tuple[Key, Term]]:
         yield from _beginnings(terms, texts, length)
     else:
         for key in known:
-            yield (*key, END), terms.sequence(*(terms.symbols(1 << symbol) for symbol in key))
+            yield (*key, END), terms.word(key)
 
 
 def is_apart(key: Key, others: Iterable[Key]) -> bool:

@@ -147,7 +147,7 @@ class RuleReader:
 
     def literal(self, text: str) -> Term:
         """Return the term of one text."""
-        return self._terms.sequence(*(self._terms.symbols(1 << byte) for byte in text.encode()))
+        return self._terms.word(text.encode())
 
     def one_of(self, characters: Ranges, lexeme: Lexeme) -> Term:
         """Return the term of one character out of a set, which ``lexeme`` describes."""

@@ -38,7 +38,7 @@ def of_regex(pattern: str) -> Machine:
 def of_choices(texts: tuple[str, ...]) -> Machine:
     """Return the machine of some texts."""
     terms = Terms(BYTES)
-    words = (terms.sequence(*(terms.symbols(1 << byte) for byte in text.encode())) for text in texts)
+    words = (terms.word(text.encode()) for text in texts)
     return Machine(terms, terms.either(words))
 
 

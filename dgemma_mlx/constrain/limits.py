@@ -1,7 +1,7 @@
 """The bound on what compiling a constraint may take.
 
-Counts (states, nodes, moves, transitions) refuse what is too large, alike on every machine. A limit on the CPU time of
-the thread stands behind them, for what no count foresaw.
+Counts, where the work is done, refuse what is too large, alike on every machine. A limit on the CPU time of the thread
+stands behind them, for what no count foresaw.
 """
 
 from __future__ import annotations

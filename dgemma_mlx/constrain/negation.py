@@ -117,7 +117,7 @@ class Negation:
             yield self._strings.lengths(most + 1, UNBOUNDED)
         if "pattern" in words:
             _, possible = self._keywords.searched(place, "pattern", words["pattern"])
-            yield self._algebra.strings.every([self._strings.everything, self._algebra.strings.other(possible)])
+            yield self._algebra.strings.other(possible)
 
     def _numbers_outside(self, place: Place) -> Iterator[Term]:
         for name, bound in self._keywords.bounds(place).items():
@@ -185,10 +185,10 @@ class Negation:
             rest = terms.every([rest, terms.other(possible)])
         if "additionalProperties" in words:
             other = self._node(place, words["additionalProperties"], "additionalProperties")
-            yield terms.every([rest, self._strings.everything]), other
+            yield rest, other
         if "propertyNames" in words:
             names = self._values(self._node(place, words["propertyNames"], "propertyNames")).strings
-            yield terms.every([names, self._strings.everything]), ANYTHING
+            yield names, ANYTHING
 
     # --- combinations
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from fractions import Fraction
 
 from dgemma_mlx.constrain.characters import single
+from dgemma_mlx.constrain.document import reject
 from dgemma_mlx.constrain.leaf import Letters
 from dgemma_mlx.constrain.terms import UNBOUNDED, Term
 
@@ -66,8 +67,6 @@ class Numbers:
         Raises ``DgemmaError``, which gives ``path``, for NaN and infinity.
         """
         if isinstance(value, float) and not math.isfinite(value):
-            from dgemma_mlx.constrain.document import reject
-
             reject(path, "NaN and infinity are not valid JSON", "Use finite numbers.")
         texts = {json.dumps(value)}
         if value == int(value) and abs(value) < 10**_DIGITS:
@@ -199,8 +198,6 @@ class Numbers:
         """Return the decimals that are multiples of a step."""
         places = _places(step) if step > 0 else 0
         if step <= 0 or places >= _SIGNIFICANT:
-            from dgemma_mlx.constrain.document import reject
-
             reject(f"{path}/multipleOf", "multipleOf must be above 0 and have at most 14 decimals")
         return self.terms.sequence(self._sign, _Multiples(self, int(step * 10**places), places).after(0, None, False))
 

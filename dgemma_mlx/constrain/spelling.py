@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dgemma_mlx.constrain.characters import Ranges, ranges, without
 from dgemma_mlx.constrain.leaf import bytes_of, utf8
@@ -45,7 +45,7 @@ class JsonSpelling:
 
     def literal(self, text: str) -> Term:
         """Return the UTF-8 bytes of a text."""
-        return self.terms.sequence(*(self.terms.symbols(1 << byte) for byte in text.encode()))
+        return self.terms.word(text.encode())
 
     def number(self, texts: Term) -> Term:
         """Return the spellings of numbers, given as their texts."""
@@ -55,11 +55,8 @@ class JsonSpelling:
 
     def string(self, strings: Term) -> Term:
         """Return the spellings of strings."""
-        strings = self._strings.terms.every([strings, self._strings.everything])  # characters, not any symbols
-        if self._strings.terms.least(strings) >= UNBOUNDED:
-            return self.terms.none
         quote = self.literal('"')
-        return self.terms.sequence(quote, bytes_of(self._strings.letters, strings, self.terms, self._escaped), quote)
+        return self.terms.sequence(quote, self._characters(strings, self._escaped), quote)
 
     def names(self, names: Term) -> Term:
         """Return the spellings of names of properties."""
@@ -68,6 +65,12 @@ class JsonSpelling:
     def name(self, name: str) -> Term:
         """Return the spelling of one name."""
         return self.literal(json.dumps(name, ensure_ascii=False))
+
+    def _characters(self, strings: Term, encode: Callable[[Ranges], Term]) -> Term:
+        """Return the spellings of strings without what stands around them. ``encode`` spells a set of characters."""
+        if self._strings.terms.least(strings) >= UNBOUNDED:
+            return self.terms.none
+        return bytes_of(self._strings.letters, strings, self.terms, encode)
 
     def _escaped(self, characters: Ranges) -> Term:
         """Return how a string spells one of the characters."""

@@ -66,6 +66,10 @@ class Terms:
         """Return the words of one symbol out of a set."""
         return self._term("set", (mask,), False) if mask else self.none
 
+    def word(self, symbols: Iterable[int]) -> Term:
+        """Return the one word of some symbols."""
+        return self.sequence(*(self.symbols(1 << symbol) for symbol in symbols))
+
     def sequence(self, *terms: Term) -> Term:
         """Return the words that consist of a word of each term."""
         result = self.empty

@@ -7,6 +7,7 @@ from typing import Any
 
 from dgemma_mlx.constrain import pattern as p
 from dgemma_mlx.constrain.characters import Ranges, single
+from dgemma_mlx.constrain.document import reject
 from dgemma_mlx.constrain.ecma import read_search
 from dgemma_mlx.constrain.formats import FORMATS
 from dgemma_mlx.constrain.leaf import Letters, sets_of, term_of
@@ -61,8 +62,6 @@ class Strings:
 
         Raises ``DgemmaError``, which gives ``path``, when the pattern cannot be read.
         """
-        from dgemma_mlx.constrain.document import reject
-
         if not isinstance(pattern, str):
             reject(path, "a pattern must be text")
         trees = self._trees[pattern, False], self._trees[pattern, True]

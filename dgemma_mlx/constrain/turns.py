@@ -71,7 +71,7 @@ def of_turn(turn: Turn) -> Machine:
         return terms.sequence(mark[marks[0]], inside, mark[marks[1]])
 
     def call(name: str, machine: Machine) -> Term:
-        head = terms.sequence(*(terms.symbols(1 << byte) for byte in f"call:{name}".encode()))
+        head = terms.word(f"call:{name}".encode())
         return terms.sequence(head, lifted(terms, controls, machine))
 
     character = utf8(terms)(ALL)

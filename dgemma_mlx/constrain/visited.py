@@ -119,10 +119,6 @@ class Visited:
                 self._skeleton_counts = _grown(self._skeleton_counts, 0)
         return found
 
-    def term(self, number: int) -> Term:
-        """Return the state with a number."""
-        return self._terms[number]
-
     def tokens(self, ids: Ids) -> Indices:
         """Return numbers for tokens, in the same shape, which all other methods use in place of ids."""
         found = self._local[ids]

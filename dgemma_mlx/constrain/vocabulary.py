@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from threading import Lock
 from weakref import proxy
 
@@ -130,23 +130,6 @@ class TokenAutomaton:
             if self._edges.classes < len(self._transitions) - 1:
                 self._edges = self._merged()
             return self._edges
-
-    def advance(self, state: int, ids: Iterable[int]) -> int:
-        """Return the state that the tokens lead to from ``state``, or ``DEAD``.
-
-        Ids after an end-of-text id are ignored.
-        """
-        for id in ids:
-            if state == self.end:
-                break
-            if id in self._eos_ids:
-                state = self.end if self._automaton.accepting[state] else DEAD
-            else:
-                text = self._tokenizer.token_bytes(id)
-                state = self._automaton.after(state, text) if text else DEAD
-            if state == DEAD:
-                break
-        return state
 
     def _merged(self) -> Edges:
         """Return the transitions of all classes known so far."""

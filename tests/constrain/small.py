@@ -14,6 +14,9 @@ from dgemma_mlx.constrain.machine import Machine
 from dgemma_mlx.text.tokenizer import Tokenizer
 
 PAD, EOS, TURN = 0, 1, 2
+# Expressions whose canvases are few enough to enumerate, and pieces that their tokenizers may have besides "a" and "b".
+REGEXES = ("a*", "(ab|ba)*", "a?b{0,2}", "b+a", "aab|bba?", "(a|bb)*b", "[ab]{2,4}", "(aaa)*", "", "ab*|ba*")
+EXTRA = ("ab", "ba", "aa", "abb", "bab")
 _CONTROL = {"<pad>": PAD, "<eos>": EOS, "<turn|>": TURN}
 
 
@@ -73,6 +76,22 @@ def shares(found: list[tuple[int, ...]], logits: NDArray[np.float64]) -> NDArray
 def automaton_of_regex(regex: str) -> Automaton:
     """Return all states of a regular expression's machine."""
     return automaton_of(of_regex(regex), 20_000)[0]
+
+
+def marginals_of(
+    every: list[tuple[int, ...]], logits: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Return q and r (C, V) of a projection, and its entropy (C,), from all canvases that match."""
+    positions = np.arange(len(logits))
+    q, possible = np.zeros(logits.shape), np.zeros(logits.shape, bool)
+    for canvas, weight in zip(every, shares(every, logits), strict=True):
+        q[positions, canvas] += weight
+        possible[positions, canvas] = True
+    scores = np.where(possible, logits, -np.inf)
+    r = np.exp(scores - scores.max(axis=1, keepdims=True))
+    r /= r.sum(axis=1, keepdims=True)
+    surprise = -np.log(np.maximum(r, 1e-300))
+    return q, r, np.maximum((q * surprise).sum(axis=1), (r * surprise).sum(axis=1))
 
 
 def text_of(machine: Machine, rng: np.random.Generator, steps: int = 60) -> bytes:
