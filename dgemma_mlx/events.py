@@ -14,6 +14,19 @@ FinishReason = Literal["stop", "tool_calls", "length", "cancelled"]
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """A part of the prompt is encoded. A runner reports it, so that other work can go on in between.
+
+    Attributes:
+        tokens: Number of prompt positions that are encoded so far.
+        total: Number of prompt positions.
+    """
+
+    tokens: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Draft:
     """One denoising step of one canvas. Every token may still change.
 

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import get_ident
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import GenerationConfig, ModelConfig
 from dgemma_mlx.checkpoint.hub import resolve
-from dgemma_mlx.checks import check_count, check_seed, reason
-from dgemma_mlx.constrain.canvas import ConstraintState
+from dgemma_mlx.checks import reason
 from dgemma_mlx.constrain.constraint import Constraint
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.events import Done, Event
-from dgemma_mlx.generation.answer import Answer, call_prefix
-from dgemma_mlx.generation.memory import Work, fit_to_memory, should_dequantize
+from dgemma_mlx.events import Done, Encoded, Event
+from dgemma_mlx.generation.memory import should_dequantize
 from dgemma_mlx.generation.model import Model
-from dgemma_mlx.generation.options import GenerationOptions, Held, Verify
+from dgemma_mlx.generation.options import GenerationOptions, Verify
 from dgemma_mlx.generation.prompt_cache import PromptCache
+from dgemma_mlx.generation.request import ask, begin
 from dgemma_mlx.generation.runner import Runner
 from dgemma_mlx.model.dequantize import dequantize, dequantized_bytes
 from dgemma_mlx.model.half_precision import fastest, require_float16
@@ -31,7 +29,6 @@ from dgemma_mlx.model.joined import join_projections
 from dgemma_mlx.model.load import load_model
 from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.text.messages import Message
-from dgemma_mlx.text.parts import PartsParser
 from dgemma_mlx.text.tokenizer import Tokenizer, load_tokenizer
 from dgemma_mlx.text.tools import Tool, ToolChoice
 
@@ -229,8 +226,8 @@ def stream(
         prefill_step_size=prefill_step_size, memory_limit=memory_limit, cancelled=cancelled, constraint=constraint,
         response_format=response_format,
     )  # fmt: skip
-    asked = _asked(model, prompt, options, system, thinking, raw, tools, tool_choice)
-    runner = _runner(model, [asked], [seed], [max_tokens], options, prompt_cache)
+    asked = ask(model, prompt, options, system, thinking, raw, tools, tool_choice)
+    runner = begin(model, [asked], [seed], [max_tokens], options, prompt_cache)
     return _events(runner)
 
 
@@ -242,6 +239,8 @@ def _events(runner: Runner) -> Generator[Event, None, None]:
     owner, events = get_ident(), runner.events()
     try:
         for _, event in events:
+            if isinstance(event, Encoded):
+                continue
             yield event
             if get_ident() != owner:
                 raise DgemmaError("a stream was continued by another thread", _ONE_THREAD)
@@ -299,7 +298,7 @@ def generate_batch(
     asked = []
     for number, (prompt, own, offer, choice) in enumerate(zip(prompts, systems, offers, choices, strict=True), 1):
         try:
-            asked.append(_asked(model, prompt, options, own, thinking, raw, offer, choice))
+            asked.append(ask(model, prompt, options, own, thinking, raw, offer, choice))
         except DgemmaError as error:
             place = f"prompt {number}: " if count > 1 else ""
             raise DgemmaError(f"{place}{error.message}", error.hint, error.exit_code) from None
@@ -307,7 +306,7 @@ def generate_batch(
     for number, each in enumerate(asked):
         alike.setdefault(id(each.held and each.held.machine), []).append(number)
     runners = [
-        (group, _runner(model, _at(group, asked), _at(group, seeds), _at(group, limits), options))
+        (group, begin(model, _at(group, asked), _at(group, seeds), _at(group, limits), options))
         for group in alike.values()
     ]
     done = {
@@ -319,58 +318,3 @@ def generate_batch(
 
 def _at(places: Sequence[int], values: Sequence[_T]) -> list[_T]:
     return [values[place] for place in places]
-
-
-class _Asked(NamedTuple):
-    """An encoded prompt, and what its answer is held to.
-
-    Attributes:
-        ids: Ids of the prompt.
-        held: What the answer is held to; None when it is free.
-        reads_calls: Whether the answer may hold calls.
-    """
-
-    ids: list[int]
-    held: Held | None
-    reads_calls: bool
-
-
-def _asked(
-    model: Model, prompt: str | Sequence[Message], options: GenerationOptions, system: str | None, thinking: bool,
-    raw: bool, tools: Sequence[Tool] | None, tool_choice: ToolChoice | None,
-) -> _Asked:
-    """Encode a prompt. Raises ``DgemmaError`` for arguments that exclude each other."""
-    ids = model.encode_prompt(
-        prompt, system=system, thinking=thinking, raw=raw, tools=tools, tool_choice=tool_choice
-    )
-    return _Asked(ids, options.held(model, tools, tool_choice, thinking), tool_choice != "none")
-
-
-def _runner(
-    model: Model, prompts: Sequence[_Asked], seeds: Sequence[int | None], max_tokens: Sequence[int],
-    options: GenerationOptions, prompt_cache: PromptCache | None = None,
-) -> Runner:
-    """Return a runner over encoded prompts whose arguments are checked, with nothing of the work done yet."""
-    for limit, seed in zip(max_tokens, seeds, strict=True):
-        check_count("max_tokens", limit)
-        check_seed(seed)
-    config = options.config(model)
-    for asked in prompts:
-        model.check_prompt(asked.ids)
-    work = Work(len(prompts), verifies=options.verify != "off")
-    longest = max(len(asked.ids) for asked in prompts)
-    budget = fit_to_memory(model, longest, work, options.memory_limit, options.prefill_step_size)
-    marks = frozenset((*model.tokenizer.special_ids.values(), config.pad_token_id, *config.eos_token_ids))
-    drawn = [secrets.randbits(32) if seed is None else seed for seed in seeds]
-    answers = [
-        Answer(
-            asked.ids, seed, limit, model.config.text.max_position_embeddings, config,
-            PartsParser(model.tokenizer, call_prefix(asked.ids, seed), reads_calls=asked.reads_calls), marks,
-            None if asked.held is None else ConstraintState.first(asked.held.machine),
-            is_free=asked.held is not None and asked.held.is_free,
-        )
-        for asked, seed, limit in zip(prompts, drawn, max_tokens, strict=True)
-    ]  # fmt: skip
-    for answer in answers:
-        answer.check_room(model.config.canvas_length)
-    return Runner(model, options, answers, budget, prompt_cache)

@@ -23,26 +23,24 @@ _BLOCK = 64  # with fewer positions, rarely chosen experts leave MLX's fast path
 
 
 @dataclass(frozen=True)
-class Model:
-    """A loaded checkpoint: everything that generation needs. ``load`` makes it.
+class ModelText:
+    """What a checkpoint says about prompts and answers: a ``Model`` without its network.
+
+    It takes little memory, stays when the network is unloaded, and any thread may use it at any time.
 
     Attributes:
         name: The name under which the checkpoint was asked for.
         folder: The folder of the checkpoint.
         config: What ``config.json`` says.
         generation: What ``generation_config.json`` says: the parameters of the denoising loop.
-        network: The text network.
         tokenizer: The checkpoint's tokenizer.
-        adapter: The folder of the adapter that the network has, or None.
     """
 
     name: str
     folder: Path
     config: ModelConfig
     generation: GenerationConfig
-    network: DiffusionGemma
     tokenizer: Tokenizer
-    adapter: Path | None = None
 
     def encode_prompt(
         self, prompt: str | Sequence[Message], *, system: str | None = None, thinking: bool = False, raw: bool = False,
@@ -86,6 +84,23 @@ class Model:
                 f"it exceeds the model's limit of {limit:,} positions",
                 "Shorten the prompt.",
             )
+
+
+@dataclass(frozen=True)
+class Model(ModelText):
+    """A loaded checkpoint: everything that generation needs. ``load`` makes it.
+
+    Attributes:
+        network: The text network.
+        adapter: The folder of the adapter that the network has, or None.
+    """
+
+    network: DiffusionGemma
+    adapter: Path | None = None
+
+    def without_network(self) -> ModelText:
+        """Return what is left of the model when its network is unloaded."""
+        return ModelText(self.name, self.folder, self.config, self.generation, self.tokenizer)
 
     def weight_bytes(self) -> int:
         """Return the bytes of memory that the network's weights take."""

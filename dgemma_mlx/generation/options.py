@@ -14,7 +14,7 @@ from dgemma_mlx.constrain.turns import THOUGHT, Turn, calls_of, of_turn
 from dgemma_mlx.diffusion.denoiser import Denoiser
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED, SPEEDS
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.generation.model import Model
+from dgemma_mlx.generation.model import Model, ModelText
 from dgemma_mlx.text.tools import OPEN_CALL, Tool, ToolChoice, chosen, declarations, signatures
 
 Verify = Literal["off", "flag", "repair"]
@@ -90,7 +90,7 @@ class GenerationOptions:
         check_temperature(self.temp)
 
     def held(
-        self, model: Model, tools: Sequence[Tool] | None, tool_choice: ToolChoice | None, thinking: bool
+        self, model: ModelText, tools: Sequence[Tool] | None, tool_choice: ToolChoice | None, thinking: bool
     ) -> Held | None:
         """Return what an answer is held to, over the model's tokens; None when it is free.
 
@@ -122,7 +122,7 @@ class GenerationOptions:
             constraint = Constraint(of_turn(turn), "the answer")
         return Held(constraint.over(model.tokenizer, self.config(model), model.config.text.vocab_size), is_free)
 
-    def config(self, model: Model) -> GenerationConfig:
+    def config(self, model: ModelText) -> GenerationConfig:
         """Return the loop's parameters in force."""
         config = self.generation or model.generation
         is_constant = self.temp is not None and self.temp != 0

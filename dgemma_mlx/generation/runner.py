@@ -12,7 +12,7 @@ import mlx.core as mx
 from dgemma_mlx.constrain.canvas import CanvasProjection
 from dgemma_mlx.diffusion.edits import Edits, Pins
 from dgemma_mlx.diffusion.sampler import Noise
-from dgemma_mlx.events import Draft, Event
+from dgemma_mlx.events import Draft, Encoded, Event
 from dgemma_mlx.generation.answer import Answer
 from dgemma_mlx.generation.cancellation import Cancellation, Cancelled
 from dgemma_mlx.generation.memory import Budget
@@ -24,8 +24,10 @@ from dgemma_mlx.generation.verify import MAX_REPAIRS, Reading, Verifier, repair_
 from dgemma_mlx.generation.wired import wired_memory
 from dgemma_mlx.model.cache import PrefixCache
 
-Events = Generator[tuple[int, Event], None, None]
-Canvases = Generator[tuple[int, Event], None, dict[int, Draft]]  # returns the finished draft of each row
+Numbered = tuple[int, Event | Encoded]  # the number of an answer, and what happened to it
+Events = Generator[Numbered, None, None]
+Prefill = Generator[Numbered, None, PrefixCache]
+Canvases = Generator[Numbered, None, dict[int, Draft]]  # returns the finished draft of each row
 
 _LEAST_SHARED = 512  # positions that two prompts must share for a mark of its own
 
@@ -56,13 +58,17 @@ class Runner:
         self._began = self._prefilled = 0.0  # seconds on the performance counter
 
     def events(self) -> Events:
-        """Yield an answer's number with each of its events. The last event of an answer is its ``Done``."""
+        """Yield an answer's number with each of its events. The last event of an answer is its ``Done``.
+
+        After an ``Encoded`` or a ``Committed``, nothing but the prefix is kept on the device, so that another runner
+        may go on in between.
+        """
         mx.reset_peak_memory()
         self._began = self._prefilled = time.perf_counter()
         lease = nullcontext() if self._prompt_cache is None else self._prompt_cache.lease()
         with wired_memory(), lease:
             try:
-                cache = self._prefill()
+                cache = yield from self._prefill()
                 while any(self._answers[number].finish_reason is None for number in self._live):
                     self._cancellation.check()
                     drafts, readings = yield from self._canvas(cache)
@@ -72,24 +78,26 @@ class Runner:
                 pass
         yield from self._done(self._live)  # after the lease, so that the caller may use the prompt cache at once
 
-    def _prefill(self) -> PrefixCache:
+    def _prefill(self) -> Prefill:
         """Encode the prompts, and return the cache that holds them."""
         try:
-            return self._prefill_batch() if self._prompt_cache is None else self._prefill_one(self._prompt_cache)
+            if self._prompt_cache is None:
+                return (yield from self._prefill_batch())
+            return (yield from self._prefill_one(self._prompt_cache))
         finally:
             self._prefilled = time.perf_counter()
 
-    def _prefill_batch(self) -> PrefixCache:
+    def _prefill_batch(self) -> Prefill:
         """Encode prompts side by side; the shorter ones are padded on the left."""
         longest = max(len(answer.prompt_ids) for answer in self._answers)
         padding = [longest - len(answer.prompt_ids) for answer in self._answers]
         rows = [[0] * pad + answer.prompt_ids for pad, answer in zip(padding, self._answers, strict=True)]
         cache = self._network.new_cache(mx.array(padding, mx.int32) if any(padding) else None)
         for _ in self._encode(mx.array(rows, mx.int32), cache):
-            pass
+            yield from ((number, Encoded(cache.offset, longest)) for number in self._live)
         return cache
 
-    def _prefill_one(self, prompt_cache: PromptCache) -> PrefixCache:
+    def _prefill_one(self, prompt_cache: PromptCache) -> Prefill:
         """Encode what the prompt cache does not hold yet, and set the marks to which a later prompt may return."""
         ids = self._answers[0].prompt_ids
         # The encoder is asked for the token after the prompt, so the prompt's last position must be encoded here.
@@ -105,6 +113,7 @@ class Runner:
             for count in self._encode(mx.array([ids[start:end]], mx.int32), cache):
                 part, encoded = ids[encoded : encoded + count], encoded + count
                 prompt_cache.append(part, mark if encoded == end else None)
+                yield 0, Encoded(encoded, len(ids))
         return cache
 
     def _encode(self, ids: mx.array, cache: PrefixCache) -> Generator[int, None, None]:
@@ -122,7 +131,7 @@ class Runner:
 
     def _canvas(
         self, cache: PrefixCache
-    ) -> Generator[tuple[int, Event], None, tuple[list[Draft], list[Reading] | None]]:
+    ) -> Generator[Numbered, None, tuple[list[Draft], list[Reading] | None]]:
         """Write the next canvas of every live answer. Return its finished drafts, and what the encoder says of them."""
         attempts = self._noise.fork()
         drafts = yield from self._attempt(cache, attempts.fork(), list(range(len(self._live))))
@@ -163,7 +172,7 @@ class Runner:
 
     def _verify(
         self, verifier: Verifier, cache: PrefixCache, attempts: Noise, drafts: dict[int, Draft]
-    ) -> Generator[tuple[int, Event], None, list[Reading]]:
+    ) -> Generator[Numbered, None, list[Reading]]:
         """Encode the canvases, and ask what the encoder would have written at each position.
 
         To repair, the first token that the encoder doubts, and may replace, is replaced by its own, those before it
@@ -204,7 +213,7 @@ class Runner:
 
     def _continue(
         self, cache: PrefixCache, drafts: Sequence[Draft]
-    ) -> Generator[tuple[int, Event], None, PrefixCache]:
+    ) -> Generator[Numbered, None, PrefixCache]:
         """Leave out the answers that have ended, unless all have. Encode the canvases of the others into their cache.
 
         Yield the ``Done`` of the answers that are left out, and return the cache of the others.

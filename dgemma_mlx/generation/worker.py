@@ -61,12 +61,21 @@ class Worker:
         ``request(model, cancelled)`` runs on the worker's thread. It returns an iterable, often the result of
         ``stream``, to which it should pass ``cancelled``. Raises ``DgemmaError`` when the worker is closed.
         """
-        job: _Job[T] = _Job(request)
+        results: SimpleQueue[T | End] = SimpleQueue()
+        return Submission(results, self.submit_to(results.put, request))
+
+    def submit_to(self, receive: Callable[[T | End], None], request: Request[T]) -> Callable[[], None]:
+        """Queue a request, and return a function that cancels it.
+
+        ``receive`` is called on the worker's thread with every event, and with an ``End`` after the last one. It must
+        not block or raise. Raises ``DgemmaError`` when the worker is closed.
+        """
+        job: _Job[T] = _Job(request, receive)
         with self._lock:
             if self._closing.is_set():
                 raise DgemmaError("the worker is closed", "Make a new Worker.")
             self._jobs.put(job)
-        return Submission(job)
+        return job.cancelled.set
 
     def close(self) -> None:
         """Cancel all requests, wait until they have ended, and end the thread. A second call does nothing."""
@@ -87,29 +96,29 @@ class Submission(Iterator[T]):
     A submission that nobody refers to any more is cancelled.
     """
 
-    def __init__(self, job: _Job[T]) -> None:
-        self._job = job
+    def __init__(self, results: SimpleQueue[T | End], cancel: Callable[[], None]) -> None:
+        self._results, self._cancel = results, cancel
         self._has_ended = False
 
     def __next__(self) -> T:
         if self._has_ended:
             raise StopIteration
-        item = self._job.results.get()
-        if isinstance(item, _End):
+        item = self._results.get()
+        if isinstance(item, End):
             self._has_ended = True
             raise StopIteration if item.error is None else item.error
         return item
 
     def cancel(self) -> None:
         """Ask the request to end. Its remaining events can still be read; an answer's last one is its ``Done``."""
-        self._job.cancelled.set()
+        self._cancel()
 
     def __del__(self) -> None:
         self.cancel()
 
 
 @dataclass
-class _End:
+class End:
     """The end of a request.
 
     Attributes:
@@ -125,13 +134,13 @@ class _Job(Generic[T]):
 
     Attributes:
         request: The request.
+        receive: Takes the events, and an ``End`` after the last one.
         cancelled: Set when the request should end.
-        results: The events so far that nobody has read, and an ``_End`` after the last one.
     """
 
     request: Request[T]
+    receive: Callable[[T | End], None]
     cancelled: threading.Event = field(default_factory=threading.Event)
-    results: SimpleQueue[T | _End] = field(default_factory=SimpleQueue)
 
 
 def _run(
@@ -145,7 +154,7 @@ def _run(
             loaded.set_exception(error)
             _forget_locals(error)
         while (job := jobs.get()) is not None:
-            job.results.put(_End(_run_job(job, loaded, closing)))
+            job.receive(End(_run_job(job, loaded, closing)))
             del job  # an ended request must not stay alive while the thread waits for the next one
         mx.synchronize()
     mx.clear_streams()  # left to the end of the thread, they abort the process when it exits soon afterwards (MLX 0.32)
@@ -155,7 +164,7 @@ def _run_job(job: _Job[Any], loaded: Future[Model], closing: threading.Event) ->
     """Run one job, and return what it has raised."""
     try:
         for event in _events(job, loaded, closing):
-            job.results.put(event)
+            job.receive(event)
     except BaseException as error:
         _forget_locals(error)
         return error

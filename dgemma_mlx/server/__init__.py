@@ -1,0 +1,1 @@
+"""The HTTP server: protocols that people's tools speak, over one model."""

@@ -1,0 +1,62 @@
+"""The web application: paths, and errors in each protocol's form."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from dgemma_mlx.generation.model import Model
+from dgemma_mlx.server import openai_chat
+from dgemma_mlx.server.engine import Engine
+from dgemma_mlx.server.errors import ApiError
+from dgemma_mlx.server.settings import ServerSettings
+from dgemma_mlx.server.sse import GoneError
+
+ROUTES = [*openai_chat.ROUTES]  # each protocol's file lists its own
+
+
+def make_app(load: Callable[[], Model], settings: ServerSettings) -> Starlette:
+    """Return the application. ``load`` is called on the thread of the model when the application starts."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        app.state.engine = Engine(load, settings)
+        try:
+            await app.state.engine.start()
+            yield
+        finally:
+            await app.state.engine.close()
+
+    return Starlette(
+        routes=[*ROUTES, Route("/health", health)], lifespan=lifespan,
+        exception_handlers={ApiError: show_error, HTTPException: show_http_error, GoneError: show_gone},
+    )  # fmt: skip
+
+
+async def health(request: Request) -> Response:
+    """Say that the server is alive, whatever the model is doing."""
+    return JSONResponse({"status": "ok"})
+
+
+async def show_error(request: Request, error: Exception) -> Response:
+    """Answer with an error."""
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.openai(), error.status, error.headers)
+
+
+async def show_http_error(request: Request, error: Exception) -> Response:
+    """Answer with one of Starlette's errors, such as an unknown path."""
+    assert isinstance(error, HTTPException)
+    message = {404: f"there is nothing at {request.url.path}"}.get(error.status_code, error.detail)
+    return await show_error(request, ApiError(error.status_code, message, headers=dict(error.headers or {})))
+
+
+async def show_gone(request: Request, error: Exception) -> Response:
+    """Answer a client that has gone away, which nobody reads."""
+    return Response(status_code=499)

@@ -1,0 +1,184 @@
+"""The model as the server's handlers see it: questions in, updates out, on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.events import Committed, Done, Draft, Encoded, Event
+from dgemma_mlx.generation.model import Model, ModelText
+from dgemma_mlx.generation.options import GenerationOptions
+from dgemma_mlx.generation.request import Asked, ask, begin
+from dgemma_mlx.generation.worker import End, Worker
+from dgemma_mlx.server.errors import ApiError
+from dgemma_mlx.server.question import Ended, Question, Update, Written
+from dgemma_mlx.server.settings import ServerSettings
+from dgemma_mlx.server.stops import StopTexts
+from dgemma_mlx.text.parts import ToolCall
+
+T = TypeVar("T")
+
+
+class Engine:
+    """The model behind the server.
+
+    Attributes:
+        settings: The server's settings.
+        text: The model without its network, once it is loaded.
+    """
+
+    text: ModelText
+
+    def __init__(self, load: Callable[[], Model], settings: ServerSettings) -> None:
+        self.settings = settings
+        self._worker = Worker(load)
+        # Prompts are encoded and constraints compiled here, so that neither the event loop nor MLX's thread waits.
+        self._readers = ThreadPoolExecutor(2, "dgemma-mlx-read")
+
+    async def start(self) -> None:
+        """Wait until the model is loaded. Raises what loading has raised."""
+        self.text = (await asyncio.to_thread(lambda: self._worker.model)).without_network()
+
+    async def close(self) -> None:
+        """Cancel all work, and end the thread of the model."""
+        await asyncio.to_thread(self._worker.close)
+        self._readers.shutdown()
+
+    async def read(self, work: Callable[[ModelText], T]) -> T:
+        """Run work that needs no network, such as counting the tokens of a prompt, beside the work of the model.
+
+        Raises ``ApiError`` (400) for the errors of the request.
+        """
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._readers, work, self.text)
+        except DgemmaError as error:
+            raise ApiError.refused(error) from None
+
+    async def ask(self, question: Question) -> Answering:
+        """Check and queue a question. Raises ``ApiError`` before any work when it is at fault, or there is no room."""
+        options = GenerationOptions(
+            speed=question.speed or self.settings.speed, temp=question.temp, memory_limit=self.settings.memory_limit,
+            response_format=question.response_format,
+        )
+
+        def prepare(text: ModelText) -> Asked:
+            asked = ask(
+                text, question.prompt, options, None, question.thinking, question.raw, question.tools,
+                question.tool_choice,
+            )
+            text.check_prompt(asked.ids)
+            return asked
+
+        asked = await self.read(prepare)
+        room = self.text.config.text.max_position_embeddings - len(asked.ids)
+        wanted = question.max_tokens or self.settings.max_tokens or room
+        answering = Answering(question, len(asked.ids))
+
+        def request(model: Model, cancelled: Callable[[], bool]) -> Iterator[Event | Encoded]:
+            runner = begin(model, [asked], [question.seed], [wanted], replace(options, cancelled=cancelled))
+            for _, event in runner.events():
+                yield event
+
+        answering.cancel = self._worker.submit_to(answering.receive, request)
+        return answering
+
+    async def run(self, work: Callable[[Model, Callable[[], bool]], T]) -> T:
+        """Run work on the model that is no answer, such as ``fill``, in its turn, and return its result."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def receive(item: Any) -> None:
+            loop.call_soon_threadsafe(_settle, future, item)
+
+        cancel = self._worker.submit_to(receive, lambda model, cancelled: [work(model, cancelled)])
+        try:
+            return await future
+        finally:
+            cancel()
+
+
+class Answering:
+    """An answer while it is written: an asynchronous iterator of updates, the last of which is ``Ended``.
+
+    A reader that is slower than the model gets the latest draft only; nothing else is left out. Leaving the ``async
+    with`` block cancels what is not written yet.
+
+    Attributes:
+        prompt_tokens: Number of tokens of the prompt.
+    """
+
+    cancel: Callable[[], None]
+
+    def __init__(self, question: Question, prompt_tokens: int) -> None:
+        self.prompt_tokens = prompt_tokens
+        self._question = question
+        self._stops = StopTexts(question.stop)
+        self._loop = asyncio.get_running_loop()
+        self._updates: list[Update | End] = []
+        self._news = asyncio.Event()
+
+    def receive(self, item: Event | Encoded | End) -> None:
+        """Take an event of the worker, on its thread."""
+        if not isinstance(item, Encoded) and (self._question.drafts or not isinstance(item, Draft)):
+            self._loop.call_soon_threadsafe(self._add, item)
+
+    def _add(self, item: Event | End) -> None:
+        """Queue an event as an update."""
+        if isinstance(item, Committed):
+            self._updates.append(Written(self._stops.feed(item.text), item.thinking, item.tool_calls))
+            if self._stops.found is not None:
+                self.cancel()
+        elif isinstance(item, Done):
+            self._updates.append(Written(self._stops.finish()))
+            is_cut = self._stops.found is not None
+            self._updates.append(Ended("stop" if is_cut else item.finish_reason, self._stops.found, item))
+        elif isinstance(item, Draft) and self._updates and isinstance(self._updates[-1], Draft):
+            self._updates[-1] = item
+        else:
+            self._updates.append(item)
+        self._news.set()
+
+    async def __aenter__(self) -> Answering:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[Update]:
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            updates, self._updates = self._updates, []
+            for update in updates:
+                if isinstance(update, End):
+                    if update.error is not None:
+                        raise ApiError.failed(update.error)
+                    return
+                yield update
+
+    async def whole(self) -> tuple[Written, Ended]:
+        """Wait for the end, and return all that was written, and the end."""
+        text, thinking, ended = "", "", None
+        calls: list[ToolCall] = []
+        async for update in self:
+            if isinstance(update, Written):
+                text, thinking = text + update.text, thinking + update.thinking
+                calls += update.tool_calls
+            elif isinstance(update, Ended):
+                ended = update
+        assert ended is not None, "the last update is Ended"
+        return Written(text, thinking, tuple(calls)), ended
+
+
+def _settle(future: asyncio.Future[Any], item: Any) -> None:
+    """Give a future what the worker has sent, unless nobody waits for it any more."""
+    if future.done():
+        return
+    if not isinstance(item, End):
+        future.set_result(item)
+    elif item.error is not None:
+        future.set_exception(ApiError.failed(item.error))

@@ -1,0 +1,48 @@
+"""Errors that clients see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dgemma_mlx.errors import DgemmaError
+
+
+class ApiError(Exception):
+    """An error as the answer to a request. Each protocol writes it in its own form.
+
+    Attributes:
+        status: The HTTP status.
+        message: What is wrong, and where possible what to do; one line.
+        type: The kind of error in OpenAI's words, such as ``invalid_request_error``.
+        param: The field of the request that is at fault, or None.
+        code: A short name that programs can test for, or None.
+        headers: Further headers of the response.
+    """
+
+    def __init__(
+        self, status: int, message: str, type: str = "invalid_request_error", param: str | None = None,
+        code: str | None = None, headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.type, self.param, self.code = status, message, type, param, code
+        self.headers = headers or {}
+
+    @classmethod
+    def refused(cls, error: DgemmaError, param: str | None = None) -> ApiError:
+        """Return the error of a request that was refused before any work."""
+        return cls(400, _sentence(error), param=param)
+
+    @classmethod
+    def failed(cls, error: BaseException) -> ApiError:
+        """Return the error of a request whose work failed."""
+        message = _sentence(error) if isinstance(error, DgemmaError) else f"unexpected {type(error).__name__}"
+        return cls(500, message, "server_error")
+
+    def openai(self) -> dict[str, Any]:
+        """Return the error in the form of OpenAI's protocols, which is also the form of everything else here."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+def _sentence(error: DgemmaError) -> str:
+    """Return the message and the hint in one line."""
+    return f"{error.message}. {error.hint}" if error.hint else error.message

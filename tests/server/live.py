@@ -1,0 +1,34 @@
+"""A server on a free port of this machine, in a thread of the test."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import uvicorn
+
+from dgemma_mlx.generation.api import load
+from dgemma_mlx.generation.model import Model
+from dgemma_mlx.server.app import make_app
+from dgemma_mlx.server.settings import ServerSettings
+
+
+@contextmanager
+def serving(load: Callable[[], Model] = lambda: load("demo"), **settings: Any) -> Iterator[str]:
+    """Run a server, and yield its address, such as ``http://127.0.0.1:12345``."""
+    chosen = replace(ServerSettings("demo"), **settings)
+    config = uvicorn.Config(make_app(load, chosen), port=0, http="h11", ws="none", log_level="warning")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "the server did not start"
+        thread.join(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
