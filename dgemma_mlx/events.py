@@ -81,6 +81,7 @@ class Committed:
             uncertain after all steps (of a second attempt, too, where the speed mode makes one).
         doubted: Indices into ``tokens`` at which the encoder would have written another token. Empty unless
             ``verify`` asks the encoder.
+        is_last: Whether the answer ends with this canvas.
     """
 
     canvas: int
@@ -91,6 +92,7 @@ class Committed:
     steps: int
     settled_by: str | None = "steps"
     doubted: tuple[int, ...] = ()
+    is_last: bool = False
 
     @property
     def low_confidence(self) -> bool:

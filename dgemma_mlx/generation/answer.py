@@ -136,8 +136,9 @@ class Answer:
         self.low_confidence += draft.low_confidence
         self.doubted += len(kept_doubts)
         return Committed(
-            draft.canvas, tuple(kept), new.text, new.thinking, new.tool_calls, steps, draft.settled_by, kept_doubts
-        )
+            draft.canvas, tuple(kept), new.text, new.thinking, new.tool_calls, steps, draft.settled_by, kept_doubts,
+            is_last=self.finish_reason is not None,
+        )  # fmt: skip
 
     def done(self, cached_tokens: int, prefill_seconds: float, seconds: float) -> Done:
         """Return the whole answer. ``seconds`` are those after the prefill.

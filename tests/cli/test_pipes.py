@@ -213,8 +213,8 @@ def test_jsonl_and_the_trace_tell_every_event(tmp_path: Path) -> None:
 
 def test_the_keys_of_a_committed_event() -> None:
     event = Committed(0, (5, 1), "text", "", (), steps=3, settled_by=None, doubted=(0,))
-    keys = ["event", "canvas", "tokens", "text", "thinking", "tool_calls", "steps", "settled_by", "low_confidence",
-            "doubted"]  # fmt: skip
+    keys = ["event", "canvas", "tokens", "text", "thinking", "tool_calls", "steps", "settled_by", "is_last",
+            "low_confidence", "doubted"]  # fmt: skip
     assert list(record(event, "demo")) == keys
     assert record(event, "demo")["low_confidence"] is event.low_confidence
 
