@@ -15,6 +15,8 @@ from dgemma_mlx.generation.model import Model
 from dgemma_mlx.model.cache import PrefixCache, Snapshot
 from dgemma_mlx.model.text import DiffusionGemma
 
+LEAST_SHARED = 512  # positions that two prompts must share for a mark of its own; fewer are soon encoded again
+
 
 class PromptCache:
     """The encoded prefix of a conversation. A new prompt reuses the longest prefix that it shares with it.
@@ -30,11 +32,13 @@ class PromptCache:
 
     Attributes:
         shared: Number of positions that the last prompt had in common with what was encoded before it.
+        known_elsewhere: Number of positions that the next prompt has in common with another cache, so that a mark is
+            set there as well.
     """
 
     def __init__(self) -> None:
         self._encoded: _Encoded | None = None
-        self.shared = 0
+        self.shared = self.known_elsewhere = 0
         self._stored: Path | None = None  # the file that holds the same as this cache
         self._in_use = threading.Lock()
 
@@ -115,10 +119,50 @@ class PromptCache:
             self._encoded = _Encoded(network, network.new_cache())
             self._stored = None
         encoded = self._encoded
-        self.shared = _common_prefix(encoded.ids, ids[:-1] if leave_last else ids)
-        if encoded.cache.offset > self.shared or not encoded.is_exact():
-            encoded.go_back(self.shared)
+        common = _common_prefix(encoded.ids, ids[:-1] if leave_last else ids)
+        if encoded.cache.offset > common or not encoded.is_exact():
+            encoded.go_back(common)
+        self.shared = max(common, self.known_elsewhere)
         return encoded.cache
+
+    def common(self, ids: Sequence[int]) -> int:
+        """Return the number of positions that a prompt has in common with what is encoded."""
+        return _common_prefix(self.ids, ids)
+
+    def reach(self, ids: Sequence[int]) -> int:
+        """Return the number of positions of a prompt that ``reuse`` would not encode again."""
+        point = self._encoded and self._encoded.point(self.common(ids))
+        return point.offset if point else 0
+
+    def is_continued_by(self, ids: Sequence[int]) -> bool:
+        """Return whether a prompt has all that is encoded in common with this cache, but for the last model turn."""
+        if not self._encoded:
+            return True
+        turn = self._encoded.marks.get("turn")
+        return self.common(ids) >= (turn.offset if turn else len(self.ids))
+
+    def fork(self, ids: Sequence[int]) -> PromptCache:
+        """Return a cache of its own that holds the positions of a prompt up to its ``reach`` here, which is not 0.
+
+        This cache stays as it is, and may be in use by an answer of this thread that is suspended.
+        """
+        assert self._encoded is not None
+        other, point = PromptCache(), self._encoded.point(self.common(ids))
+        assert point is not None, "there is a reach"
+        cache = self._encoded.cache.fork(point, len(ids))
+        other._encoded = _Encoded(self._encoded.network, cache, list(ids[: point.offset]), {"shared": point})
+        other._encoded.evaluate()
+        return other
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """The ids of all encoded positions."""
+        return self._encoded.ids if self._encoded else ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the cache takes, with its marks."""
+        return self._encoded.nbytes if self._encoded else 0
 
     def append(self, ids: Sequence[int], mark: str | None = None) -> None:
         """Record that ``ids`` have been encoded, and set the mark of that name after them."""
@@ -148,6 +192,19 @@ class _Encoded:
     def is_exact(self) -> bool:
         """Return whether the cache holds exactly the recorded ids. It does not when encoding was interrupted."""
         return self.cache.is_whole and self.cache.offset == len(self.ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers and of the marks. Marks at one position are the same arrays."""
+        marks = {mark.offset: mark for mark in self.marks.values()}.values()
+        return self.cache.nbytes + sum(
+            array.nbytes for mark in marks for pair in mark.sliding.values() for array in pair
+        )
+
+    def point(self, limit: int) -> Snapshot | None:
+        """Return the last state to return to that has at most ``limit`` positions; None is the beginning."""
+        points = [*self.marks.values(), *([self.cache.snapshot()] if self.is_exact() and self.ids else [])]
+        return max((point for point in points if point.offset <= limit), key=lambda point: point.offset, default=None)
 
     def evaluate(self) -> None:
         """Evaluate everything that is kept: a lazy array can only be computed by the thread that made it."""

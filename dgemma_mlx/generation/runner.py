@@ -19,7 +19,7 @@ from dgemma_mlx.generation.memory import Budget
 from dgemma_mlx.generation.model import Model, block_length
 from dgemma_mlx.generation.options import GenerationOptions
 from dgemma_mlx.generation.prefill import prefill
-from dgemma_mlx.generation.prompt_cache import PromptCache
+from dgemma_mlx.generation.prompt_cache import LEAST_SHARED, PromptCache
 from dgemma_mlx.generation.verify import MAX_REPAIRS, Reading, Verifier, repair_pins
 from dgemma_mlx.generation.wired import wired_memory
 from dgemma_mlx.model.cache import PrefixCache
@@ -28,8 +28,6 @@ Numbered = tuple[int, Event | Encoded]  # the number of an answer, and what happ
 Events = Generator[Numbered, None, None]
 Prefill = Generator[Numbered, None, PrefixCache]
 Canvases = Generator[Numbered, None, dict[int, Draft]]  # returns the finished draft of each row
-
-_LEAST_SHARED = 512  # positions that two prompts must share for a mark of its own
 
 
 class Runner:
@@ -106,7 +104,7 @@ class Runner:
         cache.reserve(len(ids) - known)  # once: a later, larger buffer would copy what is encoded before
         turn = max(known, self._model_turn(ids))
         shared = min(prompt_cache.shared, turn)
-        if shared - known < min(_LEAST_SHARED, self._budget.prefill_step_size):
+        if shared - known < min(LEAST_SHARED, self._budget.prefill_step_size):
             shared = known  # such a mark would save the next prompt little
         for start, end, mark in ((known, shared, "shared"), (shared, turn, "turn"), (turn, len(ids), None)):
             encoded = start

@@ -113,6 +113,14 @@ class FullLayerCache(_LayerCache):
         self.size = end
         return self.state()
 
+    def fork(self, size: int, capacity: int) -> FullLayerCache:
+        """Return a copy of the first ``size`` positions, with room for ``capacity`` positions and a few canvases."""
+        other = FullLayerCache()
+        other.size = size
+        keys, values = self._first(size)
+        other._buffers = other._grown(keys, keys, capacity), other._grown(values, values, capacity)
+        return other
+
 
 class SlidingLayerCache(_LayerCache):
     """The keys and values of a sliding-window layer, for the last ``window - 1`` prefix positions, oldest first.
@@ -271,6 +279,20 @@ class PrefixCache:
             else:
                 layer.set_state(*snapshot.sliding[i])
         self._ends = [snapshot.offset] * len(self.layers)
+
+    def fork(self, snapshot: Snapshot, capacity: int) -> PrefixCache:
+        """Return a new cache in an earlier, non-empty state of this one, with room for ``capacity`` positions.
+
+        Neither cache changes the other. The copy is lazy; evaluate its ``buffers`` before this cache is used again,
+        so that this one's buffers need not be copied.
+        """
+        other = copy(self)
+        other.layers = [
+            layer.fork(snapshot.offset, capacity) if isinstance(layer, FullLayerCache) else copy(layer)
+            for layer in self.layers
+        ]
+        other.restore(snapshot)
+        return other
 
     def rows(self, rows: Sequence[int]) -> PrefixCache:
         """Return a new cache that holds copies of these rows of this one, in this order. A row may be repeated."""
