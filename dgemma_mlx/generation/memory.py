@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -108,6 +109,30 @@ def run_memory(
         fewer = (rows + others) * cache + snapshot + _denoising_memory(config, others, positions, budget)
         denoising = max(denoising, fewer)
     return weight_bytes + max(prefill, denoising)
+
+
+class Need(NamedTuple):
+    """The memory of an answer beside the weights, in bytes.
+
+    Attributes:
+        kept: What it holds from its beginning to its end, also while other answers take turns.
+        working: What it takes in addition during its own turns, with the smallest budget.
+    """
+
+    kept: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.kept + self.working
+
+
+def answer_need(config: ModelConfig, positions: int) -> Need:
+    """Return the memory of an answer to a prompt of ``positions``. It is never less than ``run_memory`` says."""
+    kept = cache_memory(config, positions) + _MARKS * _kept_memory(config, SLIDING, _window(config, positions))
+    prefill, denoising = (work(config, 1, positions, _BUDGETS[-1]) for work in (_prefill_memory, _denoising_memory))
+    return Need(kept, max(prefill, denoising))
 
 
 def fitting_budget(

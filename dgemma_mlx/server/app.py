@@ -7,26 +7,29 @@ from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from dgemma_mlx.generation.model import Model
-from dgemma_mlx.server import openai_chat
+from dgemma_mlx.server import openai_chat, status
+from dgemma_mlx.server.accounting import Accounting
 from dgemma_mlx.server.engine import Engine
 from dgemma_mlx.server.errors import ApiError
+from dgemma_mlx.server.metrics import Metrics
 from dgemma_mlx.server.settings import ServerSettings
 from dgemma_mlx.server.sse import GoneError
 
-ROUTES = [*openai_chat.ROUTES]  # each protocol's file lists its own
+ROUTES = [*openai_chat.ROUTES, *status.ROUTES]  # each protocol's file lists its own
 
 
 def make_app(load: Callable[[], Model], settings: ServerSettings) -> Starlette:
     """Return the application. ``load`` is called on the thread of the model when the application starts."""
+    metrics = Metrics()
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        app.state.engine = Engine(load, settings)
+        app.state.engine = Engine(load, settings, metrics)
         try:
             await app.state.engine.start()
             yield
@@ -34,14 +37,9 @@ def make_app(load: Callable[[], Model], settings: ServerSettings) -> Starlette:
             await app.state.engine.close()
 
     return Starlette(
-        routes=[*ROUTES, Route("/health", health)], lifespan=lifespan,
+        routes=ROUTES, middleware=[Middleware(Accounting, settings=settings, metrics=metrics)], lifespan=lifespan,
         exception_handlers={ApiError: show_error, HTTPException: show_http_error, GoneError: show_gone},
     )  # fmt: skip
-
-
-async def health(request: Request) -> Response:
-    """Say that the server is alive, whatever the model is doing."""
-    return JSONResponse({"status": "ok"})
 
 
 async def show_error(request: Request, error: Exception) -> Response:

@@ -10,14 +10,19 @@ from typing import Any, TypeVar
 
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Committed, Done, Draft, Encoded, Event
+from dgemma_mlx.generation.memory import Need, answer_need, device_limit, fitting_budget
 from dgemma_mlx.generation.model import Model, ModelText
 from dgemma_mlx.generation.options import GenerationOptions
+from dgemma_mlx.generation.prompt_caches import PromptCaches
 from dgemma_mlx.generation.request import Asked, ask, begin
-from dgemma_mlx.generation.worker import End, Worker
+from dgemma_mlx.generation.worker import End, Request, Worker
+from dgemma_mlx.server.admission import Admission, Place
 from dgemma_mlx.server.errors import ApiError
+from dgemma_mlx.server.metrics import Metrics
 from dgemma_mlx.server.question import Ended, Question, Update, Written
 from dgemma_mlx.server.settings import ServerSettings
 from dgemma_mlx.server.stops import StopTexts
+from dgemma_mlx.server.tally import current_tally
 from dgemma_mlx.text.parts import ToolCall
 
 T = TypeVar("T")
@@ -29,15 +34,27 @@ class Engine:
     Attributes:
         settings: The server's settings.
         text: The model without its network, once it is loaded.
+        metrics: What the server has done.
+        admission: The requests that wait and work.
+        caches: The prompt caches.
     """
 
     text: ModelText
 
-    def __init__(self, load: Callable[[], Model], settings: ServerSettings) -> None:
-        self.settings = settings
-        self._worker = Worker(load)
+    def __init__(self, load: Callable[[], Model], settings: ServerSettings, metrics: Metrics) -> None:
+        self.settings, self.metrics = settings, metrics
+        self._load = load
+        self.admission = Admission(settings.max_queue, self._room)
+        self.caches = PromptCaches(settings.prompt_caches, self._room_for_caches)
+        self._weights = 0  # bytes
+        self._worker = Worker(self._loaded)
         # Prompts are encoded and constraints compiled here, so that neither the event loop nor MLX's thread waits.
         self._readers = ThreadPoolExecutor(2, "dgemma-mlx-read")
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the model is in memory."""
+        return hasattr(self, "text")
 
     async def start(self) -> None:
         """Wait until the model is loaded. Raises what loading has raised."""
@@ -60,6 +77,15 @@ class Engine:
 
     async def ask(self, question: Question) -> Answering:
         """Check and queue a question. Raises ``ApiError`` before any work when it is at fault, or there is no room."""
+        place = self.admission.enter()
+        try:
+            return await self._ask(question, place)
+        except BaseException:
+            place.leave()
+            raise
+
+    async def _ask(self, question: Question, place: Place) -> Answering:
+        """Check a question, and let it begin once there is room."""
         options = GenerationOptions(
             speed=question.speed or self.settings.speed, temp=question.temp, memory_limit=self.settings.memory_limit,
             response_format=question.response_format,
@@ -71,6 +97,8 @@ class Engine:
                 question.tool_choice,
             )
             text.check_prompt(asked.ids)
+            # Refused here when it would never fit. Other answers and idle prompt caches are left out: they end.
+            fitting_budget(text.config, self._weights, len(asked.ids), self.settings.memory_limit)
             return asked
 
         asked = await self.read(prepare)
@@ -79,11 +107,18 @@ class Engine:
         answering = Answering(question, len(asked.ids))
 
         def request(model: Model, cancelled: Callable[[], bool]) -> Iterator[Event | Encoded]:
-            runner = begin(model, [asked], [question.seed], [wanted], replace(options, cancelled=cancelled))
-            for _, event in runner.events():
-                yield event
+            limit = self.settings.memory_limit
+            if limit is not None:  # what others keep is not there for this one
+                limit -= self.admission.need.kept - place.need.kept
+            chosen = replace(options, cancelled=cancelled, memory_limit=limit)
+            with self.caches.lease(asked.ids) as prompt_cache:
+                runner = begin(model, [asked], [question.seed], [wanted], chosen, prompt_cache)
+                for _, event in runner.events():
+                    yield event
 
-        answering.cancel = self._worker.submit_to(answering.receive, request)
+        current_tally().prompts.append(question.prompt)
+        need = answer_need(self.text.config, len(asked.ids))
+        answering.cancel = self._submit(place, need, answering.receive, request)
         return answering
 
     async def run(self, work: Callable[[Model, Callable[[], bool]], T]) -> T:
@@ -94,11 +129,57 @@ class Engine:
         def receive(item: Any) -> None:
             loop.call_soon_threadsafe(_settle, future, item)
 
-        cancel = self._worker.submit_to(receive, lambda model, cancelled: [work(model, cancelled)])
+        cancel = self._submit(
+            self.admission.enter(), Need(0, 0), receive, lambda model, cancelled: [work(model, cancelled)]
+        )
         try:
             return await future
         finally:
             cancel()
+
+    def _submit(
+        self, place: Place, need: Need, receive: Callable[[Any], None], request: Request[Any]
+    ) -> Callable[[], None]:
+        """Let a request begin once there is room, and return a function for the event loop that cancels it."""
+        loop, tally = asyncio.get_running_loop(), current_tally()
+
+        def receive_there(item: Any) -> None:
+            if isinstance(item, Done):
+                tally.add(item)
+                loop.call_soon_threadsafe(self.metrics.add_answer, item)
+            elif isinstance(item, End):
+                loop.call_soon_threadsafe(place.leave)
+            receive(item)
+
+        def start() -> None:
+            try:
+                place.cancel = self._worker.submit_to(receive_there, request)
+            except DgemmaError as error:  # the server ends
+                receive_there(End(error))
+
+        def cancel() -> None:
+            if place.has_begun:
+                place.cancel()
+            else:
+                place.leave()
+
+        place.wait(need, start)
+        return cancel
+
+    def _loaded(self) -> Model:
+        """Load the model, on the worker's thread."""
+        model = self._load()
+        self._weights = model.weight_bytes()
+        return model
+
+    def _room(self) -> float:
+        """Return the bytes that answers and prompt caches may take. Prompt caches give way to answers."""
+        limit = self.settings.memory_limit
+        return (device_limit() if limit is None else limit) - self._weights
+
+    def _room_for_caches(self) -> float:
+        """Return the bytes for prompt caches that no answer uses."""
+        return self._room() - self.admission.need.total
 
 
 class Answering:
