@@ -16,7 +16,7 @@ _METRICS = {  # name: type, what it counts
     "model_loaded": ("gauge", "Whether the model is in memory."),
     "requests_running": ("gauge", "Requests whose work has begun."),
     "requests_waiting": ("gauge", "Requests whose work has not begun."),
-    "requests_total": ("counter", "Requests that have ended, by path and status. A client that went away has status 499."),
+    "requests_total": ("counter", "Requests that have ended, by path and status; 499 is a client that went away."),
     "request_seconds": ("summary", "Seconds from a request to the end of its response."),
     "answers_total": ("counter", "Answers that have ended, by finish reason."),
     "prompt_tokens_total": ("counter", "Tokens of prompts."),
