@@ -15,6 +15,7 @@ from dgemma_mlx.generation.model import Model
 from dgemma_mlx.server import openai_chat
 from dgemma_mlx.server.engine import Engine
 from dgemma_mlx.server.errors import ApiError
+from dgemma_mlx.server.remarks import Remarks
 from dgemma_mlx.server.settings import ServerSettings
 from dgemma_mlx.server.sse import GoneError
 
@@ -26,7 +27,7 @@ def make_app(load: Callable[[], Model], settings: ServerSettings) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        app.state.engine = Engine(load, settings)
+        app.state.engine, app.state.remarks = Engine(load, settings), Remarks(settings.log)
         try:
             await app.state.engine.start()
             yield
