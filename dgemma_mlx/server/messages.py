@@ -15,6 +15,7 @@ from typing import Any
 from dgemma_mlx.checks import shown
 from dgemma_mlx.constrain.turns import Turn, calls_of, of_turn
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.json_text import parse_json
 from dgemma_mlx.server.errors import ApiError
 from dgemma_mlx.text.messages import THINKING_KEYS, Message
 from dgemma_mlx.text.tools import Tool, ToolChoice, declarations
@@ -193,7 +194,7 @@ def _function(tool: Any) -> dict[str, Any]:
 @lru_cache(maxsize=256)
 def _unsupported(tool: str) -> str | None:
     """Return why the parameters of a tool, given as JSON, cannot be held to; None when they can."""
-    declared = json.loads(tool)
+    declared = parse_json(tool, most_digits=40)
     try:
         of_turn(Turn(calls=calls_of([declared], [declared["name"]])))
     except DgemmaError as error:
