@@ -2,12 +2,14 @@
 
 VENV := .venv
 ORACLE := .venv-oracle
+CLIENTS := .venv-clients
+NPM_CLIENTS := tests/clients/node_modules/.package-lock.json
 PYTHON_BIN := $(VENV)/bin/python
 REQUIREMENTS := pyproject.toml constraints.txt scripts/setup.sh
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help reference setup demo demo-model test test-kernels test-vocabulary vocabulary soak lint type oracle bench capture wheel clean
+.PHONY: help reference setup demo demo-model test test-kernels test-vocabulary test-clients vocabulary soak lint type oracle bench capture wheel clean
 .NOTPARALLEL:
 
 help:
@@ -34,6 +36,11 @@ vocabulary: runs/gemma4/tokenizer.json ## fetch Gemma's vocabulary for tests and
 
 test-vocabulary: $(VENV)/.installed-test runs/gemma4/tokenizer.json ## run the tests that need Gemma's vocabulary
 	@$(PYTHON_BIN) -m pytest -m vocabulary $(ARGS)
+
+test-clients: $(CLIENTS)/.installed ## run real clients against the server, in an environment of their own
+	@if command -v npm >/dev/null; then $(MAKE) --no-print-directory $(NPM_CLIENTS); \
+		else echo "npm is not here: the clients that it installs are left out"; fi
+	@$(CLIENTS)/bin/python -m pytest -m clients -W default tests/clients $(ARGS)
 
 soak: $(VENV)/.installed-test ## run the tests that take minutes
 	@$(PYTHON_BIN) -m pytest -m slow $(ARGS)
@@ -65,7 +72,7 @@ wheel: $(VENV)/.installed-test ## build the wheel and the source archive in dist
 	@ls -1 dist/*
 
 clean: ## remove environments, caches and builds
-	rm -rf $(VENV) $(ORACLE) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(ORACLE) $(CLIENTS) tests/clients/node_modules build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 runs/gemma4/tokenizer.json: scripts/gemma_vocabulary.py | $(VENV)/.installed
 	@$(PYTHON_BIN) scripts/gemma_vocabulary.py runs/gemma4
@@ -84,4 +91,12 @@ $(VENV)/.installed-kernels: $(REQUIREMENTS)
 
 $(ORACLE)/.installed: $(REQUIREMENTS)
 	@sh scripts/setup.sh $(ORACLE) 3.11 test,oracle $(TORCH)
+	@touch $@
+
+$(CLIENTS)/.installed: $(REQUIREMENTS)
+	@sh scripts/setup.sh $(CLIENTS) 3.10 clients
+	@touch $@
+
+$(NPM_CLIENTS): tests/clients/package-lock.json
+	@npm ci --prefix tests/clients --silent --no-audit --no-fund --ignore-scripts
 	@touch $@

@@ -24,6 +24,24 @@ class DgemmaError(Exception):
         super().__init__(self.message)
 
 
+class PromptTooLongError(DgemmaError):
+    """The error of a prompt that leaves no room for an answer.
+
+    Attributes:
+        tokens: Number of tokens of the prompt.
+        most: Largest number of tokens of a prompt.
+        positions: Number of positions the model supports.
+    """
+
+    def __init__(self, tokens: int, canvas_length: int, positions: int) -> None:
+        self.tokens, self.most, self.positions = tokens, positions - canvas_length, positions
+        super().__init__(
+            f"the prompt has {tokens:,} tokens; with a canvas of {canvas_length} "
+            f"it exceeds the model's limit of {positions:,} positions",
+            "Shorten the prompt.",
+        )
+
+
 def _one_line(text: str) -> str:
     """Return the text in at most ``_LONGEST`` characters that can be seen."""
     if len(text) > _LONGEST:

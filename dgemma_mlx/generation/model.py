@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from dgemma_mlx.checkpoint.config import GenerationConfig, ModelConfig
 from dgemma_mlx.checks import check_text, shown
-from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.errors import DgemmaError, PromptTooLongError
 from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.text.chat import ChatTemplate, encode_chat
 from dgemma_mlx.text.messages import Message
@@ -79,11 +79,7 @@ class ModelText:
             raise DgemmaError("the prompt is empty", "Say what you want to know.", exit_code=2)
         limit = self.config.text.max_position_embeddings
         if len(ids) + self.config.canvas_length > limit:
-            raise DgemmaError(
-                f"the prompt has {len(ids):,} tokens; with a canvas of {self.config.canvas_length} "
-                f"it exceeds the model's limit of {limit:,} positions",
-                "Shorten the prompt.",
-            )
+            raise PromptTooLongError(len(ids), self.config.canvas_length, limit)
 
 
 @dataclass(frozen=True)

@@ -48,31 +48,40 @@ def ask(
     return Asked(ids, options.held(model, tools, tool_choice, thinking), tool_choice != "none")
 
 
+def new_answer(
+    model: ModelText, asked: Asked, seed: int | None, max_tokens: int, options: GenerationOptions
+) -> Answer:
+    """Return an answer of which nothing is written yet. A seed of None draws one.
+
+    Raises ``DgemmaError`` for a seed or a number of tokens out of range, a prompt that leaves no room, and when no text
+    that matches the constraint is short enough.
+    """
+    model.check_prompt(asked.ids)
+    check_count("max_tokens", max_tokens)
+    check_seed(seed)
+    config = options.config(model)
+    marks = frozenset((*model.tokenizer.special_ids.values(), config.pad_token_id, *config.eos_token_ids))
+    drawn = secrets.randbits(32) if seed is None else seed
+    answer = Answer(
+        asked.ids, drawn, max_tokens, model.config.text.max_position_embeddings, config,
+        PartsParser(model.tokenizer, call_prefix(asked.ids, drawn), reads_calls=asked.reads_calls), marks,
+        None if asked.held is None else ConstraintState.first(asked.held.machine),
+        is_free=asked.held is not None and asked.held.is_free,
+    )  # fmt: skip
+    answer.check_room(model.config.canvas_length)
+    return answer
+
+
 def begin(
     model: Model, prompts: Sequence[Asked], seeds: Sequence[int | None], max_tokens: Sequence[int],
     options: GenerationOptions, prompt_cache: PromptCache | None = None,
 ) -> Runner:
     """Return a runner over encoded prompts whose arguments are checked, with nothing of the work done yet."""
-    for limit, seed in zip(max_tokens, seeds, strict=True):
-        check_count("max_tokens", limit)
-        check_seed(seed)
-    config = options.config(model)
-    for asked in prompts:
-        model.check_prompt(asked.ids)
+    answers = [
+        new_answer(model, asked, seed, limit, options)
+        for asked, seed, limit in zip(prompts, seeds, max_tokens, strict=True)
+    ]
     work = Work(len(prompts), verifies=options.verify != "off")
     longest = max(len(asked.ids) for asked in prompts)
     budget = fit_to_memory(model, longest, work, options.memory_limit, options.prefill_step_size)
-    marks = frozenset((*model.tokenizer.special_ids.values(), config.pad_token_id, *config.eos_token_ids))
-    drawn = [secrets.randbits(32) if seed is None else seed for seed in seeds]
-    answers = [
-        Answer(
-            asked.ids, seed, limit, model.config.text.max_position_embeddings, config,
-            PartsParser(model.tokenizer, call_prefix(asked.ids, seed), reads_calls=asked.reads_calls), marks,
-            None if asked.held is None else ConstraintState.first(asked.held.machine),
-            is_free=asked.held is not None and asked.held.is_free,
-        )
-        for asked, seed, limit in zip(prompts, drawn, max_tokens, strict=True)
-    ]  # fmt: skip
-    for answer in answers:
-        answer.check_room(model.config.canvas_length)
     return Runner(model, options, answers, budget, prompt_cache)

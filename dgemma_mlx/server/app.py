@@ -17,6 +17,7 @@ from dgemma_mlx.server.accounting import Accounting
 from dgemma_mlx.server.engine import Engine
 from dgemma_mlx.server.errors import ApiError
 from dgemma_mlx.server.metrics import Metrics
+from dgemma_mlx.server.remarks import Remarks
 from dgemma_mlx.server.settings import ServerSettings
 from dgemma_mlx.server.sse import GoneError
 
@@ -29,7 +30,7 @@ def make_app(load: Callable[[], Model], settings: ServerSettings) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        app.state.engine = Engine(load, settings, metrics)
+        app.state.engine, app.state.remarks = Engine(load, settings, metrics), Remarks(settings.log)
         try:
             await app.state.engine.start()
             yield

@@ -9,12 +9,12 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.events import Committed, Done, Draft, Encoded, Event
+from dgemma_mlx.events import Committed, Done, Draft, Encoded, Event, FinishReason
 from dgemma_mlx.generation.memory import Need, answer_need, device_limit, fitting_budget
 from dgemma_mlx.generation.model import Model, ModelText
 from dgemma_mlx.generation.options import GenerationOptions
 from dgemma_mlx.generation.prompt_caches import PromptCaches
-from dgemma_mlx.generation.request import Asked, ask, begin
+from dgemma_mlx.generation.request import Asked, ask, begin, new_answer
 from dgemma_mlx.generation.worker import End, Request, Worker
 from dgemma_mlx.server.admission import Admission, Place
 from dgemma_mlx.server.errors import ApiError
@@ -86,24 +86,24 @@ class Engine:
 
     async def _ask(self, question: Question, place: Place) -> Answering:
         """Check a question, and let it begin once there is room."""
-        options = GenerationOptions(
-            speed=question.speed or self.settings.speed, temp=question.temp, memory_limit=self.settings.memory_limit,
-            response_format=question.response_format,
-        )
 
-        def prepare(text: ModelText) -> Asked:
+        def prepare(text: ModelText) -> tuple[Asked, int, GenerationOptions]:
+            options = GenerationOptions(
+                speed=question.speed or self.settings.speed, temp=question.temp,
+                memory_limit=self.settings.memory_limit, response_format=question.response_format,
+            )  # fmt: skip
             asked = ask(
                 text, question.prompt, options, None, question.thinking, question.raw, question.tools,
                 question.tool_choice,
             )
-            text.check_prompt(asked.ids)
             # Refused here when it would never fit. Other answers and idle prompt caches are left out: they end.
             fitting_budget(text.config, self._weights, len(asked.ids), self.settings.memory_limit)
-            return asked
+            room = text.config.text.max_position_embeddings - len(asked.ids)
+            wanted = min(question.max_tokens or self.settings.max_tokens or room, room)
+            new_answer(text, asked, question.seed, wanted, options)  # raises what is known before any work
+            return asked, wanted, options
 
-        asked = await self.read(prepare)
-        room = self.text.config.text.max_position_embeddings - len(asked.ids)
-        wanted = question.max_tokens or self.settings.max_tokens or room
+        asked, wanted, options = await self.read(prepare)
         answering = Answering(question, len(asked.ids))
 
         def request(model: Model, cancelled: Callable[[], bool]) -> Iterator[Event | Encoded]:
@@ -198,6 +198,7 @@ class Answering:
         self.prompt_tokens = prompt_tokens
         self._question = question
         self._stops = StopTexts(question.stop)
+        self._cut: FinishReason | None = None  # why the answer ends before the model ends it
         self._loop = asyncio.get_running_loop()
         self._updates: list[Update | End] = []
         self._news = asyncio.Event()
@@ -210,18 +211,30 @@ class Answering:
     def _add(self, item: Event | End) -> None:
         """Queue an event as an update."""
         if isinstance(item, Committed):
-            self._updates.append(Written(self._stops.feed(item.text), item.thinking, item.tool_calls))
-            if self._stops.found is not None:
-                self.cancel()
+            self._updates.append(self._written(item))
         elif isinstance(item, Done):
             self._updates.append(Written(self._stops.finish()))
-            is_cut = self._stops.found is not None
-            self._updates.append(Ended("stop" if is_cut else item.finish_reason, self._stops.found, item))
+            self._updates.append(Ended(self._cut or item.finish_reason, self._stops.found, item))
         elif isinstance(item, Draft) and self._updates and isinstance(self._updates[-1], Draft):
             self._updates[-1] = item
         else:
             self._updates.append(item)
         self._news.set()
+
+    def _written(self, committed: Committed) -> Written:
+        """Return what a canvas adds. A stop text, or a call where only one may be made, cuts off all after it."""
+        if self._cut is not None:
+            return Written()
+        text, calls = self._stops.feed(committed.text), committed.tool_calls
+        if self._stops.found is not None:
+            self._cut, calls = "stop", ()  # calls come after the text
+        elif calls:
+            text += self._stops.finish()
+            if self._question.single_call:
+                self._cut, calls = "tool_calls", calls[:1]
+        if self._cut is not None:
+            self.cancel()
+        return Written(text, committed.thinking, calls)
 
     async def __aenter__(self) -> Answering:
         return self

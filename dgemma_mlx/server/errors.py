@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.errors import DgemmaError, PromptTooLongError
 
 
 class ApiError(Exception):
@@ -29,7 +29,16 @@ class ApiError(Exception):
 
     @classmethod
     def refused(cls, error: DgemmaError, param: str | None = None) -> ApiError:
-        """Return the error of a request that was refused before any work."""
+        """Return the error of a request that was refused before any work.
+
+        That of a prompt that is too long has the words and the code by which clients know to shorten it.
+        """
+        if isinstance(error, PromptTooLongError):
+            message = (
+                f"This model's maximum context length is {error.positions} tokens, and the prompt is too long: "
+                f"{error.tokens} tokens > {error.most} maximum"
+            )
+            return cls(400, message, param="messages", code="context_length_exceeded")
         return cls(400, _sentence(error), param=param)
 
     @classmethod

@@ -22,6 +22,7 @@ class Question:
         thinking: Whether the model thinks before it answers.
         tools: What the model may call.
         tool_choice: Whether it calls.
+        single_call: Whether the answer ends after its first call.
         response_format: What the answer must match, in OpenAI's form.
         max_tokens: Largest number of tokens to write; None is the rest of the context.
         seed: Seed of the random numbers; None draws one.
@@ -36,6 +37,7 @@ class Question:
     thinking: bool = False
     tools: Sequence[Tool] | None = None
     tool_choice: ToolChoice | None = None
+    single_call: bool = False
     response_format: Mapping[str, Any] | None = None
     max_tokens: int | None = None
     seed: int | None = None

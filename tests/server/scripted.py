@@ -12,7 +12,7 @@ from dgemma_mlx import Model, load
 from dgemma_mlx.model.cache import PrefixCache
 from dgemma_mlx.model.text import DiffusionGemma
 
-MODEL_TURN = "<|turn>model\n"
+OPENINGS = ("<|turn>model\n", "<tool_response|>")  # after a result, the model's turn goes on
 
 
 class ScriptedNetwork(DiffusionGemma):
@@ -37,6 +37,12 @@ class ScriptedNetwork(DiffusionGemma):
         return mx.eye(self.config.vocab_size)[mx.array(ids)][None] * 40.0
 
 
+def _last_end(ids: list[int], part: list[int]) -> int:
+    """Return where the last occurrence of a part ends; 0 when there is none."""
+    starts = range(len(ids) - len(part), -1, -1)
+    return next((start + len(part) for start in starts if ids[start : start + len(part)] == part), 0)
+
+
 def scripted_model(answer: Callable[[str], str]) -> Model:
     """Return a model that answers a prompt with the text that ``answer`` returns for it.
 
@@ -46,11 +52,10 @@ def scripted_model(answer: Callable[[str], str]) -> Model:
     """
     model = load("demo")
     tokenizer, pad = model.tokenizer, model.generation.pad_token_id
-    opening = tokenizer.encode_control(MODEL_TURN)
+    openings = [tokenizer.encode_control(opening) for opening in OPENINGS]
 
     def next_ids(prefix: list[int], length: int) -> list[int]:
-        starts = [i for i in range(len(prefix)) if prefix[i : i + len(opening)] == opening]
-        start = starts[-1] + len(opening) if starts else len(prefix)
+        start = max(_last_end(prefix, opening) for opening in openings) or len(prefix)
         # What the template has begun for the model, such as an empty thought, belongs to the prompt.
         script = tokenizer.encode_control(answer(tokenizer.decode(prefix[:start], keep_special=True)) + "<turn|>")
         written = [*script, *[pad] * (len(prefix) + length)][len(prefix) - start :]

@@ -22,3 +22,13 @@ def test_a_scripted_call_is_read_as_a_call() -> None:
     tools = [{"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}]
     done = generate(model, "2?", tools=tools)
     assert done.tool_calls[0].arguments == {"a": 2} and done.finish_reason == "tool_calls"
+
+
+def test_the_turn_goes_on_after_a_result() -> None:
+    model = scripted_model(lambda prompt: "sunny" if "response:weather" in prompt else "no result")
+    call = {"id": "a", "function": {"name": "weather", "arguments": {}}}
+    messages = [
+        {"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "a", "content": "20 degrees"},
+    ]  # fmt: skip
+    assert generate(model, messages).text == "sunny"

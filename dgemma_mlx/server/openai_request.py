@@ -1,0 +1,157 @@
+"""What OpenAI's protocols for chats and for completions have in common."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Annotated, Any
+
+import msgspec
+from starlette.requests import Request
+
+from dgemma_mlx.checks import shown
+from dgemma_mlx.server.engine import Answering, Engine
+from dgemma_mlx.server.errors import ApiError
+from dgemma_mlx.server.question import Ended, Question
+from dgemma_mlx.server.sse import event
+
+_NEUTRAL = (None, 0, False, 1, [], {}, "")  # values of a field without effect that ask for nothing
+# Fields that ask for a way of sampling that a canvas does not have.
+_WITHOUT_EFFECT = (
+    "top_p", "top_k", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "repeat_penalty", "logit_bias", "best_of", "min_tokens", "web_search_options",
+)  # fmt: skip
+_MOST_CHOICES = 16
+_MOST_STOPS = 64
+
+
+class StreamOptions(msgspec.Struct):
+    """Options of a stream.
+
+    Attributes:
+        include_usage: Whether the counts are sent after the last piece.
+    """
+
+    include_usage: bool | None = None
+
+
+class CommonRequest(msgspec.Struct, kw_only=True):
+    """The fields that all requests have.
+
+    Attributes:
+        model: The name of the model, which is served by the loaded one.
+        stream: Whether the answer comes in pieces.
+        stream_options: Options of the stream.
+        max_tokens: Largest number of tokens to write; null or -1 is the rest of the context.
+        seed: Seed of the random numbers. Choice i has seed + i.
+        stop: Texts before which an answer ends.
+        temperature: 0 takes the most probable tokens. Other values have no effect.
+        n: Number of choices.
+        speed: This program's own: what it takes to commit a canvas.
+    """
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, msgspec.Meta(ge=-1)] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    n: Annotated[int, msgspec.Meta(ge=1, le=_MOST_CHOICES)] | None = None
+    speed: str | None = None
+    top_p: Any = None
+    top_k: Any = None
+    min_p: Any = None
+    typical_p: Any = None
+    presence_penalty: Any = None
+    frequency_penalty: Any = None
+    repetition_penalty: Any = None
+    repeat_penalty: Any = None
+    logit_bias: Any = None
+    best_of: Any = None
+    min_tokens: Any = None
+    web_search_options: Any = None
+
+    def sampling(self, max_tokens: int | None) -> dict[str, Any]:
+        """Return the arguments of a ``Question`` that are the same for chats and completions."""
+        if max_tokens == 0:
+            raise ApiError(400, "max_tokens must be at least 1", param="max_tokens")
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(stops) > _MOST_STOPS:
+            raise ApiError(400, f"there are {len(stops)} stop texts; at most {_MOST_STOPS} are read", param="stop")
+        return {
+            "max_tokens": None if max_tokens == -1 else max_tokens, "temp": 0.0 if self.temperature == 0 else None,
+            "stop": tuple(stops), "speed": self.speed,
+        }  # fmt: skip
+
+    def seeds(self) -> list[int | None]:
+        """Return a seed for each choice. Clients may send negative ones."""
+        return [None if self.seed is None else (self.seed + at) % 2**64 for at in range(self.n or 1)]
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with the counts."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+def begin(request: Request, body: CommonRequest, prefix: str) -> dict[str, Any]:
+    """Check the model's name, note fields without effect, and return the head of all objects of the answer.
+
+    Raises ``ApiError`` (404) for another model's name, if the server's owner wants that.
+    """
+    engine: Engine = request.app.state.engine
+    check_model(engine, body.model)
+    given = [name for name in _WITHOUT_EFFECT if getattr(body, name) not in _NEUTRAL]
+    given += ["temperature (other than 0)"] if body.temperature not in (None, 0, 1) else []
+    for name in given:
+        request.app.state.remarks.once(f"{request.url.path}: {name} has no effect")
+    return {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": engine.settings.model_name}
+
+
+def check_model(engine: Engine, name: str | None) -> None:
+    """Raise ``ApiError`` (404) for another model's name, if the server's owner wants that."""
+    settings = engine.settings
+    if settings.strict_model and name not in (None, settings.model_name):
+        message = f"the model {shown(name)} does not exist; this server has {settings.model_name}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+async def ask_all(engine: Engine, questions: Sequence[Question]) -> list[Answering]:
+    """Ask several questions. When one is refused, the others are cancelled."""
+    answerings: list[Answering] = []
+    try:
+        for question in questions:
+            answerings.append(await engine.ask(question))
+    except BaseException:
+        for answering in answerings:
+            answering.cancel()
+        raise
+    return answerings
+
+
+def usage(prompt_tokens: int, ended: Sequence[Ended]) -> dict[str, Any]:
+    """Return the counts of a request. Its prompt counts once, however many choices it has."""
+    written = sum(each.done.statistics.generated_tokens for each in ended)
+    cached = min(each.done.statistics.cached_tokens for each in ended)
+    return {
+        "prompt_tokens": prompt_tokens, "completion_tokens": written, "total_tokens": prompt_tokens + written,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }  # fmt: skip
+
+
+def finish_reason(ended: Ended) -> str:
+    """Return why an answer ended, in OpenAI's words. One that the server cut off while closing is too short."""
+    return "length" if ended.finish_reason == "cancelled" else ended.finish_reason
+
+
+async def until_error(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Yield the events of a stream. An error becomes the last one."""
+    try:
+        async for each in events:
+            yield each
+        yield event("[DONE]")
+    except ApiError as error:
+        yield event(error.openai())
+
+
