@@ -35,7 +35,7 @@ def ask(page: Page, question: str) -> Locator:
 
 def ended(page: Page) -> Locator:
     """Wait until the model has finished, and return its latest answer."""
-    page.get_by_role("button", name="Send").wait_for()
+    page.locator("#send").wait_for()
     page.wait_for_function("() => !document.getAnimations().length")
     return page.get_by_role("article", name="Answer").last
 
@@ -298,3 +298,23 @@ def test_the_page_leaves_nothing_running_at_the_server(scripted: str, visit: Vis
     body = {"messages": [{"role": "user", "content": "next"}]}
     found = httpx.post(f"{scripted}/v1/chat/completions", json=body, timeout=20).json()
     assert found["choices"][0]["message"]["content"] == "I heard: next"
+
+
+def test_gaps_are_filled_and_the_text_around_them_is_kept(demo: str, visit: Visit) -> None:
+    page = visit(demo)
+    page.get_by_text("Fill in the blanks", exact=True).click()
+    page.get_by_role("textbox", name="What to tell the model").fill(
+        "Make a JSON object: Simon is 59 years old and lives in Rome."
+    )
+    setting(page, "Seed", "1")
+    page.get_by_role("textbox", name="A text with gaps").fill('{"name": "___", "age": ___, "city": "___"}')
+    page.get_by_role("button", name="Fill in").click()
+    answer = ended(page)
+    assert text_of(answer) == '{"name": "Simon", "age": 59, "city": "Rome"}'
+    assert answer.locator("mark").all_inner_texts() == ["Simon", "59", "Rome"]
+    others = answer.get_by_role("radio")
+    assert others.count() > 1 and others.first.is_checked()
+    others.nth(1).check()
+    changed = text_of(answer)
+    assert changed != '{"name": "Simon", "age": 59, "city": "Rome"}' and changed.startswith('{"name": "')
+    assert answer.locator(".numbers").inner_text().startswith("40 canvases tried")
