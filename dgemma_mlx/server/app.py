@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from dgemma_mlx.generation.model import Model
-from dgemma_mlx.server import openai_chat, status
+from dgemma_mlx.server import openai_chat, page, status
 from dgemma_mlx.server.accounting import Accounting
 from dgemma_mlx.server.engine import Engine
 from dgemma_mlx.server.errors import ApiError
@@ -21,7 +21,7 @@ from dgemma_mlx.server.remarks import Remarks
 from dgemma_mlx.server.settings import ServerSettings
 from dgemma_mlx.server.sse import GoneError
 
-ROUTES = [*openai_chat.ROUTES, *status.ROUTES]  # each protocol's file lists its own
+ROUTES = [*openai_chat.ROUTES, *page.ROUTES, *status.ROUTES]  # each protocol's file lists its own
 
 
 def make_app(load: Callable[[], Model], settings: ServerSettings) -> Starlette:
