@@ -175,7 +175,7 @@ def _server_settings(
         model_name=_model_name(settings.pick("model", model.model)),
         host=address.host,
         port=address.port,
-        api_key=address.api_key or os.environ.get(KEY_VARIABLE) or None,
+        api_key=(os.environ.get(KEY_VARIABLE) or None) if address.api_key is None else address.api_key,
         allowed_origins=tuple(address.allow_origin or ()),
         allowed_hosts=tuple(address.allow_host or ()),
         speed=settings.pick_checked("speed", speed),

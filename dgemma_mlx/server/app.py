@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -15,6 +16,7 @@ from dgemma_mlx.generation.model import Model
 from dgemma_mlx.server import openai_chat
 from dgemma_mlx.server.engine import Engine
 from dgemma_mlx.server.errors import ApiError, error_response
+from dgemma_mlx.server.security import Guard, check_settings
 from dgemma_mlx.server.settings import ServerSettings
 from dgemma_mlx.server.sse import GoneError
 
@@ -22,7 +24,11 @@ ROUTES = [*openai_chat.ROUTES]  # each protocol's file lists its own
 
 
 def make_app(load: Callable[[], Model], settings: ServerSettings) -> Starlette:
-    """Return the application. ``load`` is called on the thread of the model when the application starts."""
+    """Return the application. ``load`` is called on the thread of the model when the application starts.
+
+    Raises ``DgemmaError`` (exit code 2) for settings that are not safe.
+    """
+    check_settings(settings)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -34,6 +40,7 @@ def make_app(load: Callable[[], Model], settings: ServerSettings) -> Starlette:
             await app.state.engine.close()
 
     return Starlette(
+        middleware=[Middleware(Guard, settings=settings)],
         routes=[*ROUTES, Route("/health", health)], lifespan=lifespan,
         exception_handlers={ApiError: show_error, HTTPException: show_http_error, GoneError: show_gone,
                             Exception: show_fault},
