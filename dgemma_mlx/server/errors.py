@@ -16,6 +16,8 @@ _ANTHROPIC = {
     429: "rate_limit_error", 500: "api_error", 503: "overloaded_error", 504: "timeout_error",
 }  # fmt: skip
 
+_LLAMACPP = ("/infill", "/tokenize", "/detokenize", "/props")  # paths of llama.cpp's protocol
+
 
 class ApiError(Exception):
     """An error as the answer to a request. Each protocol writes it in its own form.
@@ -63,7 +65,10 @@ def error_response(connection: HTTPConnection, error: ApiError) -> JSONResponse:
     if connection.url.path.startswith("/v1/messages") or "anthropic-version" in connection.headers:
         id = f"req_{uuid4().hex}"
         return JSONResponse({**error.anthropic(), "request_id": id}, error.status, {**error.headers, "request-id": id})
-    return JSONResponse(error.openai(), error.status, error.headers)
+    content = error.openai()
+    if connection.url.path in _LLAMACPP:
+        content["error"]["code"] = error.status
+    return JSONResponse(content, error.status, error.headers)
 
 
 def _sentence(error: DgemmaError) -> str:
