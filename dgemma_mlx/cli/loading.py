@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dgemma_mlx.cli.interrupt import ending_at_once
@@ -32,11 +33,22 @@ def load_model(
     ``training`` the weights keep the dtype in which they are stored, because gradients leave the range of float16.
     Work that takes long has its weights ``checked`` before: one that is NaN or infinite raises `DgemmaError`.
     """
+    from dgemma_mlx.model.finite import require_finite
+
+    loaded = model_loader(settings, options, training)()
+    if checked:
+        require_finite(loaded.network)
+    if not quiet:
+        say_if_demo(settings, options)
+    return loaded
+
+
+def model_loader(settings: Settings, options: ModelOptions, training: bool = False) -> Callable[[], Model]:
+    """Check the options and fetch the checkpoint, and return a function that loads it, which any thread may call."""
     import mlx.core as mx
 
     from dgemma_mlx.generation.api import load
     from dgemma_mlx.kernels.dispatch import set_mode
-    from dgemma_mlx.model.finite import require_finite
 
     set_mode(settings.pick("kernels", "off" if options.no_kernels else None))
     name = settings.pick("model", options.model)
@@ -44,16 +56,17 @@ def load_model(
     chosen = settings.pick_checked("dtype", options.dtype)
     dtype: Any = None if training else "auto" if chosen == "auto" else getattr(mx, chosen)
     fetch(name)
-    loaded = load(name, dtype=dtype, cpu_dequantize=cpu_dequantize, adapter=options.adapter)
-    if checked:
-        require_finite(loaded.network)
-    if name is None and not quiet:
+    return lambda: load(name, dtype=dtype, cpu_dequantize=cpu_dequantize, adapter=options.adapter)
+
+
+def say_if_demo(settings: Settings, options: ModelOptions) -> None:
+    """Say on stderr that the built-in demo answers, if no model was chosen."""
+    if settings.pick("model", options.model) is None:
         print(
             "dgemma-mlx: no model chosen, so the built-in demo answers; for the real one: "
             "-m mlx-community/diffusiongemma-26B-A4B-it-4bit",
             file=sys.stderr,
         )
-    return loaded
 
 
 def answer_arguments(settings: Settings, options: AnswerOptions, raw: bool) -> dict[str, Any]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from dgemma_mlx.checks import check_text, shown
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.generation.model import Model, block_length
+from dgemma_mlx.generation.model import Model, ModelText, block_length
 from dgemma_mlx.generation.options import GenerationOptions
 from dgemma_mlx.generation.wired import wired_memory
 from dgemma_mlx.infill.fill import end_id
@@ -33,7 +34,6 @@ class Choice:
     log_probability: float
 
 
-@wired_memory()
 def choose(
     model: Model, question: str, choices: Sequence[str], *, listed: bool = False, system: str | None = None,
     raw: bool = False, seed: int | None = None, prefill_step_size: int | None = None,
@@ -63,6 +63,32 @@ def choose(
             model's tokenizer cannot keep.
         KeyboardInterrupt: After ``cancelled`` has returned True.
     """
+    prepared = prepare_choices(model, question, choices, listed=listed, system=system, raw=raw)
+    options = GenerationOptions(
+        prefill_step_size=prefill_step_size, memory_limit=memory_limit, cancelled=cancelled
+    )
+    return weigh(model, prepared, seed, options)
+
+
+class PreparedChoices(NamedTuple):
+    """A question and the answers to choose among, checked and encoded.
+
+    Attributes:
+        ids: Ids (P) of the question.
+        texts: The answers.
+        rows: Ids of each answer and the end-of-text id.
+    """
+
+    ids: list[int]
+    texts: list[str]
+    rows: list[list[int]]
+
+
+def prepare_choices(
+    model: ModelText, question: str, choices: Sequence[str], *, listed: bool = False, system: str | None = None,
+    raw: bool = False,
+) -> PreparedChoices:
+    """Check and encode a question. The arguments are those of ``choose``, whose errors are raised here."""
     if not isinstance(choices, Sequence) or isinstance(choices, str):
         raise DgemmaError(f"the choices must be a list of texts, not {shown(choices)}", 'As in ["yes", "no"].', 2)
     check_text("the question", question)
@@ -74,21 +100,28 @@ def choose(
             f"at least two different answers are needed, not {', '.join(map(repr, choices)) or 'none'}",
             "Write each answer once; none may be empty.", exit_code=2,
         )
-    ids = [[*encode_exactly(model.tokenizer, text), end_id(model)] for text in texts]
-    longest = max(map(len, ids))
+    rows = [[*encode_exactly(model.tokenizer, text), end_id(model)] for text in texts]
+    longest = max(map(len, rows))
     if longest > model.config.canvas_length:
         raise DgemmaError(
             f"a choice has {longest - 1:,} tokens, but a canvas holds only {model.config.canvas_length - 1}",
             "Use shorter answers.", exit_code=2,
         )  # fmt: skip
     asked = f"{question}\n\nAnswer with one of: {', '.join(texts)}." if listed else question
-    options = GenerationOptions(
-        prefill_step_size=prefill_step_size, memory_limit=memory_limit, cancelled=cancelled
-    )
-    writer = Writer(model, model.encode_prompt(asked, system=system, raw=raw), 1, seed, options)
+    ids = model.encode_prompt(asked, system=system, raw=raw)
+    model.check_prompt(ids)
+    return PreparedChoices(ids, texts, rows)
+
+
+@wired_memory()
+def weigh(model: Model, prepared: PreparedChoices, seed: int | None, options: GenerationOptions) -> list[Choice]:
+    """Return how probable each of the prepared choices is, the most probable first."""
+    _, texts, rows = prepared
+    longest = max(map(len, rows))
+    writer = Writer(model, prepared.ids, 1, seed, options)
     table = np.array(writer.first_step(block_length(longest, model.config.canvas_length))[:longest])  # (L, V)
     tails = table[:, [model.generation.pad_token_id, *model.generation.eos_token_ids]].max(axis=-1)
-    scores = [float(table[np.arange(len(row)), row].sum() + tails[len(row) :].sum()) for row in ids]
+    scores = [float(table[np.arange(len(row)), row].sum() + tails[len(row) :].sum()) for row in rows]
     most = max(scores)
     total = sum(math.exp(score - most) for score in scores)
     found = [Choice(text, math.exp(score - most) / total, score) for text, score in zip(texts, scores, strict=True)]

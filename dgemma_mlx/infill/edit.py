@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -11,10 +12,10 @@ from dgemma_mlx.checks import check_count, check_text, is_whole, shown
 from dgemma_mlx.diffusion.edits import Edits
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.generation.model import Model
+from dgemma_mlx.generation.model import Model, ModelText
 from dgemma_mlx.generation.options import GenerationOptions
 from dgemma_mlx.generation.wired import wired_memory
-from dgemma_mlx.infill.fill import Filled, doubt_about, end_id, lay_out, noised_start, write_gaps
+from dgemma_mlx.infill.fill import Filled, Prepared, doubt_about, end_id, lay_out, noised_start, write_gaps
 from dgemma_mlx.infill.layout import bias_against, characters, not_text
 from dgemma_mlx.infill.match import matches
 from dgemma_mlx.infill.search import Candidate, around
@@ -28,7 +29,6 @@ DEFAULT_CANDIDATES = 5
 Lines = tuple[int, int]  # first and last line, from 1
 
 
-@wired_memory()
 def edit(
     model: Model, instruction: str, text: str, *, lines: Lines | None = None, match: str | None = None,
     strength: float | None = None, candidates: int = DEFAULT_CANDIDATES, system: str | None = None,
@@ -57,6 +57,37 @@ def edit(
             the text.
         KeyboardInterrupt: After ``cancelled`` has returned True.
     """
+    prepared = prepare_edit(
+        model, instruction, text, lines=lines, match=match, strength=strength, candidates=candidates, system=system
+    )
+    options = GenerationOptions(
+        speed=speed, temp=temp, generation=generation, prefill_step_size=prefill_step_size, memory_limit=memory_limit,
+        cancelled=cancelled,
+    )
+    return write_edit(model, prepared, seed, options, progress)
+
+
+class PreparedText(NamedTuple):
+    """A whole text to edit, checked and encoded.
+
+    Attributes:
+        ids: Ids (P) of the prompt.
+        text: The text.
+        canvas: Ids of the text and the end-of-text id.
+        strength: Share of the text that starts as noise.
+    """
+
+    ids: list[int]
+    text: str
+    canvas: list[int]
+    strength: float
+
+
+def prepare_edit(
+    model: ModelText, instruction: str, text: str, *, lines: Lines | None = None, match: str | None = None,
+    strength: float | None = None, candidates: int = DEFAULT_CANDIDATES, system: str | None = None,
+) -> Prepared | PreparedText:
+    """Check and encode a text and an instruction. The arguments are those of ``edit``, whose errors are raised here."""
     check_text("the instruction", instruction)
     check_text("the text", text)
     if not text.strip():
@@ -67,19 +98,26 @@ def edit(
         message = f"strength must be a number above 0 and at most 1, not {shown(strength)}"
         raise DgemmaError(message, "Below 1, the result stays closer to the text.", exit_code=2)
     check_count("candidates", candidates)
-    options = GenerationOptions(
-        speed=speed, temp=temp, generation=generation, prefill_step_size=prefill_step_size, memory_limit=memory_limit,
-        cancelled=cancelled,
-    )
     opening = model.encode_prompt(f"{instruction.strip()}\n\n{text}", system=system)
     if lines is None and match is None:
-        ids = _canvas_ids(model, text)
-        writer = Writer(model, opening, 1, seed, options, progress)
-        return _edit_all(model, writer, text, ids, strength or DEFAULT_STRENGTH)
+        canvas = _canvas_ids(model, text)
+        model.check_prompt(opening)
+        return PreparedText(opening, text, canvas, strength or DEFAULT_STRENGTH)
     layout = lay_out(model, selected(text, lines, match))
     ladders = [around(len(slot.original), layout.room, candidates) for slot in layout.slots]
-    writer = Writer(model, [*opening, *layout.prefix], candidates, seed, options, progress)
-    return write_gaps(writer, layout, ladders, candidates, strength or 1.0)
+    ids = [*opening, *layout.prefix]
+    model.check_prompt(ids)
+    return Prepared(ids, layout, ladders, candidates, strength or 1.0)
+
+
+def write_edit(
+    model: Model, prepared: Prepared | PreparedText, seed: int | None, options: GenerationOptions,
+    progress: Progress | None = None,
+) -> Filled:
+    """Write what ``prepare_edit`` has prepared."""
+    if isinstance(prepared, Prepared):
+        return write_gaps(model, prepared, seed, options, progress)
+    return _edit_all(model, prepared, seed, options, progress)
 
 
 def selected(text: str, lines: Lines | None, match: str | None) -> list[Part]:
@@ -113,7 +151,7 @@ def _line_span(text: str, lines: Lines) -> tuple[int, int]:
     return begin, begin + len("".join(rows[first - 1 : last]).rstrip("\r\n"))
 
 
-def _canvas_ids(model: Model, text: str) -> list[int]:
+def _canvas_ids(model: ModelText, text: str) -> list[int]:
     """Return the ids of the text and the end-of-text id.
 
     Raises ``DgemmaError`` when a canvas does not hold them, or the tokenizer cannot keep the text.
@@ -127,14 +165,19 @@ def _canvas_ids(model: Model, text: str) -> list[int]:
     return ids
 
 
-def _edit_all(model: Model, writer: Writer, text: str, ids: list[int], strength: float) -> Filled:
+@wired_memory()
+def _edit_all(
+    model: Model, prepared: PreparedText, seed: int | None, options: GenerationOptions, progress: Progress | None
+) -> Filled:
     """Edit the text as one canvas in which nothing is pinned, so that it may become shorter or longer."""
+    text, ids = prepared.text, prepared.canvas
+    writer = Writer(model, prepared.ids, 1, seed, options, progress)
     length, pad = model.config.canvas_length, model.generation.pad_token_id
     ends = {pad, *model.generation.eos_token_ids}
     barred = [id for id in not_text(model.tokenizer, writer.vocab_size) if id not in ends]
     canvas = mx.array([ids + [pad] * (length - len(ids))], mx.int32)
     bias = LogitBias(bias_against([barred], writer.vocab_size), mx.zeros_like(canvas))
-    edits = Edits(barred=bias, start=noised_start(writer, canvas, strength))
+    edits = Edits(barred=bias, start=noised_start(writer, canvas, prepared.strength))
     [draft] = writer.write(length, 1, edits)
     size = next((place for place, id in enumerate(draft.tokens) if id in ends), length)
     [score] = writer.scores([draft.tokens], [min(size + 1, length)])

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -15,7 +16,7 @@ from dgemma_mlx.checks import shown as quoted
 from dgemma_mlx.diffusion.edits import Edits, StartCanvas
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.generation.model import Model
+from dgemma_mlx.generation.model import Model, ModelText
 from dgemma_mlx.generation.options import GenerationOptions
 from dgemma_mlx.generation.wired import wired_memory
 from dgemma_mlx.infill.layout import Layout, Lengths
@@ -53,7 +54,6 @@ class Filled:
     doubt: str | None
 
 
-@wired_memory()
 def fill(
     model: Model, text: str | Sequence[Part], *, mark: str = MARK, prompt: str | None = None,
     system: str | None = None, raw: bool = False, candidates: int = DEFAULT_CANDIDATES, seed: int | None = None,
@@ -90,6 +90,37 @@ def fill(
             the text.
         KeyboardInterrupt: After ``cancelled`` has returned True.
     """
+    prepared = prepare_fill(model, text, mark=mark, prompt=prompt, system=system, raw=raw, candidates=candidates)
+    options = GenerationOptions(
+        speed=speed, temp=temp, generation=generation, prefill_step_size=prefill_step_size, memory_limit=memory_limit,
+        cancelled=cancelled,
+    )
+    return write_gaps(model, prepared, seed, options, progress)
+
+
+class Prepared(NamedTuple):
+    """Gaps to write: what of ``fill`` and ``edit`` needs no network, checked and encoded.
+
+    Attributes:
+        ids: Ids (P) of the prompt and of the text before the first gap.
+        layout: Where the other parts of the text go.
+        ladders: Lengths to try for each gap.
+        candidates: Number of candidates at a time.
+        strength: Share of the gaps' original text that starts as noise; None where a gap holds no text yet.
+    """
+
+    ids: list[int]
+    layout: Layout
+    ladders: list[list[int]]
+    candidates: int
+    strength: float | None = None
+
+
+def prepare_fill(
+    model: ModelText, text: str | Sequence[Part], *, mark: str = MARK, prompt: str | None = None,
+    system: str | None = None, raw: bool = False, candidates: int = DEFAULT_CANDIDATES,
+) -> Prepared:
+    """Check and encode a text with gaps. The arguments are those of ``fill``, whose errors are raised here."""
     parts = alternating(parse_gaps(text, mark) if isinstance(text, str) else text)
     if prompt is not None:
         check_text("the prompt", prompt)
@@ -97,18 +128,15 @@ def fill(
         raise DgemmaError("raw text takes no prompt and no system prompt", "Leave one of them out.", exit_code=2)
     check_count("candidates", candidates)
     layout = lay_out(model, parts)
+    most = layout.room - len(layout.slots) + 1
     ladders = [
-        [slot.gap.size] if slot.gap.size else ladder(layout.room - len(layout.slots) + 1, candidates)
+        [slot.gap.size] if slot.gap.size else ladder(min(most, slot.gap.most or most), candidates)
         for slot in layout.slots
     ]
     question = "" if raw else _PROMPT + shown(parts) if prompt is None else prompt
-    opening = model.encode_prompt(question, system=system, raw=raw)
-    options = GenerationOptions(
-        speed=speed, temp=temp, generation=generation, prefill_step_size=prefill_step_size, memory_limit=memory_limit,
-        cancelled=cancelled,
-    )
-    writer = Writer(model, [*opening, *layout.prefix], candidates, seed, options, progress)
-    return write_gaps(writer, layout, ladders, candidates)
+    ids = [*model.encode_prompt(question, system=system, raw=raw), *layout.prefix]
+    model.check_prompt(ids)
+    return Prepared(ids, layout, ladders, candidates)
 
 
 def alternating(parts: Sequence[Part]) -> list[Part]:
@@ -131,27 +159,31 @@ def alternating(parts: Sequence[Part]) -> list[Part]:
     return result
 
 
-def lay_out(model: Model, parts: Sequence[Part]) -> Layout:
+def lay_out(model: ModelText, parts: Sequence[Part]) -> Layout:
     """Return the layout of a text with gaps in this model's tokens and canvas."""
     end, pad = end_id(model), model.generation.pad_token_id
     return Layout(model.tokenizer, parts, model.config.canvas_length, end, pad)
 
 
-def end_id(model: Model) -> int:
+def end_id(model: ModelText) -> int:
     """Return the id that ends an answer: the end-of-turn id where the checkpoint has it, else an end-of-text id."""
     ends = model.generation.eos_token_ids
     turn = model.tokenizer.special_ids.get("<turn|>")
     return turn if turn is not None and turn in ends else ends[0]
 
 
+@wired_memory()
 def write_gaps(
-    writer: Writer, layout: Layout, ladders: Sequence[Sequence[int]], count: int, strength: float | None = None
+    model: Model, prepared: Prepared, seed: int | None, options: GenerationOptions, progress: Progress | None = None
 ) -> Filled:
-    """Write the gaps at the lengths of the ladders, and at some between them, ``count`` at a time.
+    """Write the gaps at the lengths of the ladders, and at some between them.
 
     With a ``strength``, the canvases start as the gaps' original text, of which that share is noise.
     """
-    found = search(ladders, layout.room, count, partial(_evaluate, writer, layout, strength))
+    layout = prepared.layout
+    writer = Writer(model, prepared.ids, prepared.candidates, seed, options, progress)
+    evaluate = partial(_evaluate, writer, layout, prepared.strength)
+    found = search(prepared.ladders, layout.room, prepared.candidates, evaluate)
     texts = tuple(layout.whole(candidate.texts) for candidate in found)
     doubt = doubt_about(found[0], [slot.gap.original for slot in layout.slots])
     return Filled(texts[0], tuple(found), texts, writer.seed, writer.statistics(), doubt)

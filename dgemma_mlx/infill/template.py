@@ -22,16 +22,19 @@ class Gap:
         size: Number of tokens. None searches for it.
         hint: What belongs here, for the model to read.
         original: The text that the gap replaces, where a text is edited.
+        most: Largest number of tokens to search. None searches up to what a canvas holds.
     """
 
     size: int | None = None
     hint: str = ""
     original: str | None = None
+    most: int | None = None
 
     def __post_init__(self) -> None:
         """Raise ``DgemmaError`` (exit code 2) for a value of another type, and for a size below 1."""
-        if self.size is not None:
-            check_count("the size of a gap", self.size)
+        for name, count in (("size", self.size), ("largest size", self.most)):
+            if count is not None:
+                check_count(f"the {name} of a gap", count)
         check_text("the hint of a gap", self.hint)
         if self.original is not None:
             check_text("the original text of a gap", self.original)

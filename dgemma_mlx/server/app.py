@@ -12,20 +12,26 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from dgemma_mlx.generation.model import Model
-from dgemma_mlx.server import openai_chat, page, status
+from dgemma_mlx.server import llamacpp, openai_chat, own, page, status
 from dgemma_mlx.server.accounting import Accounting
 from dgemma_mlx.server.engine import Engine
-from dgemma_mlx.server.errors import ApiError
+from dgemma_mlx.server.errors import ApiError, error_response
 from dgemma_mlx.server.metrics import Metrics
 from dgemma_mlx.server.remarks import Remarks
+from dgemma_mlx.server.security import Guard, check_settings
 from dgemma_mlx.server.settings import ServerSettings
 from dgemma_mlx.server.sse import GoneError
 
-ROUTES = [*openai_chat.ROUTES, *page.ROUTES, *status.ROUTES]  # each protocol's file lists its own
+# Each protocol's file lists its own.
+ROUTES = [*openai_chat.ROUTES, *own.ROUTES, *llamacpp.ROUTES, *page.ROUTES, *status.ROUTES]
 
 
 def make_app(load: Callable[[], Model], settings: ServerSettings) -> Starlette:
-    """Return the application. ``load`` is called on the thread of the model when the application starts."""
+    """Return the application. ``load`` is called on the thread of the model when the application starts.
+
+    Raises ``DgemmaError`` (exit code 2) for settings that are not safe.
+    """
+    check_settings(settings)
     metrics = Metrics()
 
     @asynccontextmanager
@@ -38,15 +44,17 @@ def make_app(load: Callable[[], Model], settings: ServerSettings) -> Starlette:
             await app.state.engine.close()
 
     return Starlette(
-        routes=ROUTES, middleware=[Middleware(Accounting, settings=settings, metrics=metrics)], lifespan=lifespan,
-        exception_handlers={ApiError: show_error, HTTPException: show_http_error, GoneError: show_gone},
+        routes=ROUTES, lifespan=lifespan,
+        middleware=[Middleware(Accounting, settings=settings, metrics=metrics), Middleware(Guard, settings=settings)],
+        exception_handlers={ApiError: show_error, HTTPException: show_http_error, GoneError: show_gone,
+                            Exception: show_fault},
     )  # fmt: skip
 
 
 async def show_error(request: Request, error: Exception) -> Response:
     """Answer with an error."""
     assert isinstance(error, ApiError)
-    return JSONResponse(error.openai(), error.status, error.headers)
+    return error_response(request, error)
 
 
 async def show_http_error(request: Request, error: Exception) -> Response:
@@ -54,6 +62,11 @@ async def show_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = {404: f"there is nothing at {request.url.path}"}.get(error.status_code, error.detail)
     return await show_error(request, ApiError(error.status_code, message, headers=dict(error.headers or {})))
+
+
+async def show_fault(request: Request, error: Exception) -> Response:
+    """Answer with an error of this program, which the server then reports with its traceback."""
+    return error_response(request, ApiError.failed(error))
 
 
 async def show_gone(request: Request, error: Exception) -> Response:

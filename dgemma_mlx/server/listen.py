@@ -9,14 +9,16 @@ import uvicorn
 
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.server.app import make_app
+from dgemma_mlx.server.connection import TimedProtocol
 from dgemma_mlx.server.settings import ServerSettings
 
 
 def listen(load: Callable[[], Model], settings: ServerSettings, ready: Callable[[int], None]) -> None:
     """Serve until SIGINT or SIGTERM. ``ready`` is called with the port once requests are answered."""
     config = uvicorn.Config(
-        make_app(load, settings), host=settings.host, port=settings.port, http="h11", ws="none", log_level="warning",
-        access_log=False, server_header=False, date_header=False, timeout_graceful_shutdown=5,
+        make_app(load, settings), host=settings.host, port=settings.port, http=TimedProtocol, ws="none",
+        log_level="warning", access_log=False, proxy_headers=False, server_header=False, date_header=False,
+        timeout_graceful_shutdown=5,
     )  # fmt: skip
     server = uvicorn.Server(config)
 

@@ -18,7 +18,8 @@ class ServerSettings:
         host: The address that is listened on.
         port: The port that is listened on; 0 takes a free one.
         api_key: What clients must send as ``Authorization: Bearer`` or ``x-api-key``; None asks for nothing.
-        allowed_origins: Origins of web pages that may use the server, beside its own page.
+        allowed_origins: Origins of web pages that may use the server, beside its own page. One that ends in ``://``
+            stands for all of its scheme.
         allowed_hosts: Names in the Host header that are accepted, beside the loopback names and ``host``.
         speed: What it takes to commit a canvas, where a request does not say so.
         memory_limit: Bytes that the work may take; None is the device's own limit.
@@ -26,6 +27,7 @@ class ServerSettings:
             context.
         max_queue: Number of requests that may wait or run at a time; further ones are answered with 503.
         max_body: Largest number of bytes of a request's body.
+        body_seconds: Seconds within which the body of a request must arrive.
         keep_alive: Seconds without a request after which the model is unloaded; None keeps it for ever.
         prompt_caches: Number of conversations whose encoded prompts are kept.
         prompt_cache_dir: A folder that keeps the prompt caches across restarts; None keeps them in memory only.
@@ -46,6 +48,7 @@ class ServerSettings:
     max_tokens: int | None = None
     max_queue: int = 64
     max_body: int = 32 << 20
+    body_seconds: float = 60.0
     keep_alive: float | None = None
     prompt_caches: int = 4
     prompt_cache_dir: Path | None = None

@@ -14,8 +14,11 @@ import pytest
 import dgemma_mlx
 
 PROGRAM = [sys.executable, "-m", "dgemma_mlx"]
-COMMANDS = ["chat", "generate", "convert", "info", "doctor", "bench", "config", "models"]
-SLOW = {"mlx", "numpy", "tokenizers", "jinja2", "huggingface_hub", "rich", "prompt_toolkit", "platformdirs"}
+COMMANDS = ["chat", "generate", "convert", "info", "doctor", "bench", "config", "models", "serve"]
+SLOW = {
+    "mlx", "numpy", "tokenizers", "jinja2", "huggingface_hub", "rich", "prompt_toolkit", "platformdirs", "starlette",
+    "uvicorn", "msgspec", "anyio", "asyncio",
+}  # fmt: skip
 
 
 def run(*arguments: str, command: list[str] = PROGRAM, **environment: str) -> subprocess.CompletedProcess[str]:

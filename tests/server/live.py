@@ -13,6 +13,7 @@ import uvicorn
 from dgemma_mlx.generation.api import load
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.server.app import make_app
+from dgemma_mlx.server.connection import TimedProtocol
 from dgemma_mlx.server.settings import ServerSettings
 
 
@@ -20,7 +21,7 @@ from dgemma_mlx.server.settings import ServerSettings
 def serving(load: Callable[[], Model] = lambda: load("demo"), **settings: Any) -> Iterator[str]:
     """Run a server, and yield its address, such as ``http://127.0.0.1:12345``."""
     chosen = replace(ServerSettings("demo"), **settings)
-    config = uvicorn.Config(make_app(load, chosen), port=0, http="h11", ws="none", log_level="warning")
+    config = uvicorn.Config(make_app(load, chosen), port=0, http=TimedProtocol, ws="none", log_level="warning")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

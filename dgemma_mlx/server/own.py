@@ -1,0 +1,220 @@
+"""This program's own endpoints: gaps that are filled, texts that are edited, and answers that are weighed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from dgemma_mlx.checks import check_seed
+from dgemma_mlx.generation.model import Model, ModelText
+from dgemma_mlx.generation.options import GenerationOptions
+from dgemma_mlx.infill.choose import PreparedChoices, prepare_choices, weigh
+from dgemma_mlx.infill.edit import DEFAULT_CANDIDATES as EDIT_CANDIDATES
+from dgemma_mlx.infill.edit import PreparedText, prepare_edit, write_edit
+from dgemma_mlx.infill.fill import DEFAULT_CANDIDATES as FILL_CANDIDATES
+from dgemma_mlx.infill.fill import Prepared, prepare_fill, write_gaps
+from dgemma_mlx.infill.template import MARK, Gap, Part
+from dgemma_mlx.server.body import read_body
+from dgemma_mlx.server.engine import Engine
+from dgemma_mlx.server.settings import ServerSettings
+from dgemma_mlx.server.sse import unless_gone
+
+P = TypeVar("P")
+T = TypeVar("T")
+
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Candidates = Annotated[int, msgspec.Meta(ge=1, le=64)]  # each is a canvas of its own
+Line = Annotated[int, msgspec.Meta(ge=1)]
+_LOOP = (
+    "max_denoising_steps", "entropy_bound", "t_min", "t_max", "confidence_threshold", "stability_threshold",
+)  # fmt: skip
+
+
+class Denoising(msgspec.Struct, kw_only=True):
+    """What the bodies have in common: a system prompt, a seed, and the denoising loop.
+
+    Attributes:
+        system: A system prompt.
+        seed: Seed of the random numbers; null draws one.
+        speed: What it takes to commit a canvas: "reference", "balanced" or "fast".
+        temp: A constant temperature.
+        max_denoising_steps: Largest number of steps per canvas.
+        entropy_bound: Bound on the entropy of the tokens that a step accepts.
+        t_min: Temperature that the schedule approaches in the last step.
+        t_max: Temperature of the first step.
+        confidence_threshold: Mean entropy, in nats, below which a stable canvas is final.
+        stability_threshold: Number of steps without a change after which a canvas is stable.
+    """
+
+    system: str | None = None
+    seed: int | None = None
+    speed: str | None = None
+    temp: float | None = None
+    max_denoising_steps: int | None = None
+    entropy_bound: float | None = None
+    t_min: float | None = None
+    t_max: float | None = None
+    confidence_threshold: float | None = None
+    stability_threshold: int | None = None
+
+    def options(self, text: ModelText, settings: ServerSettings) -> GenerationOptions:
+        """Return checked options. Raises ``DgemmaError`` for values out of range."""
+        check_seed(self.seed)
+        return GenerationOptions(
+            speed=settings.speed if self.speed is None else self.speed, temp=self.temp,
+            generation=text.generation.override(**{name: getattr(self, name) for name in _LOOP}),
+            memory_limit=settings.memory_limit,
+        )
+
+
+class GapPart(msgspec.Struct):
+    """A gap in a text.
+
+    Attributes:
+        size: Number of tokens; null searches for it.
+        hint: What belongs there.
+    """
+
+    size: Count | None = None
+    hint: str = ""
+
+
+class FillRequest(Denoising):
+    """The body of ``/v1/fill``. The attributes are the arguments of ``fill``.
+
+    Attributes:
+        text: A text with gaps, or a list of texts and gaps.
+        mark: How a gap is written.
+        prompt: What to ask the model; null shows it the text with its gaps.
+        raw: Whether the model sees only the text around the gaps.
+        candidates: Number of lengths to try at a time.
+    """
+
+    text: str | list[str | GapPart]
+    mark: str = MARK
+    prompt: str | None = None
+    raw: bool = False
+    candidates: Candidates = FILL_CANDIDATES
+
+
+class EditRequest(Denoising):
+    """The body of ``/v1/edit``. The attributes are the arguments of ``edit``.
+
+    Attributes:
+        instruction: What to change.
+        text: The text.
+        lines: First and last line of the part to change, from 1.
+        match: A regular expression for the parts to change.
+        strength: Share of the text that starts as noise, above 0 and at most 1.
+        candidates: Number of lengths to try for each part.
+    """
+
+    instruction: str
+    text: str
+    lines: tuple[Line, Line] | None = None
+    match: str | None = None
+    strength: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    candidates: Candidates = EDIT_CANDIDATES
+
+
+class ChooseRequest(msgspec.Struct):
+    """The body of ``/v1/choose``. The attributes are the arguments of ``choose``.
+
+    Attributes:
+        question: What is asked.
+        choices: The answers to choose among.
+        listed: Whether the question names the choices.
+        system: A system prompt.
+        raw: Whether the question is plain text, without the chat template.
+        seed: Seed of the canvas of noise; null draws one.
+    """
+
+    question: str
+    choices: Annotated[list[str], msgspec.Meta(min_length=2, max_length=1024)]
+    listed: bool = False
+    system: str | None = None
+    raw: bool = False
+    seed: int | None = None
+
+    def options(self, text: ModelText, settings: ServerSettings) -> GenerationOptions:
+        """Return checked options. Raises ``DgemmaError`` for a seed out of range."""
+        check_seed(self.seed)
+        return GenerationOptions(memory_limit=settings.memory_limit)
+
+
+async def fill(request: Request) -> Response:
+    """Fill the gaps of a text."""
+    body = await read_body(request, FillRequest)
+
+    def prepare(model: ModelText) -> Prepared:
+        text: str | list[Part] = body.text if isinstance(body.text, str) else [
+            part if isinstance(part, str) else Gap(part.size, part.hint) for part in body.text
+        ]
+        return prepare_fill(
+            model, text, mark=body.mark, prompt=body.prompt, system=body.system, raw=body.raw,
+            candidates=body.candidates,
+        )
+
+    return _answer(request, asdict(await worked(request, body, prepare, write_gaps)))
+
+
+async def edit(request: Request) -> Response:
+    """Change a text."""
+    body = await read_body(request, EditRequest)
+
+    def prepare(model: ModelText) -> Prepared | PreparedText:
+        return prepare_edit(
+            model, body.instruction, body.text, lines=body.lines, match=body.match, strength=body.strength,
+            candidates=body.candidates, system=body.system,
+        )
+
+    return _answer(request, asdict(await worked(request, body, prepare, write_edit)))
+
+
+async def choose(request: Request) -> Response:
+    """Say how probable each of several answers is."""
+    body = await read_body(request, ChooseRequest)
+
+    def prepare(model: ModelText) -> PreparedChoices:
+        return prepare_choices(
+            model, body.question, body.choices, listed=body.listed, system=body.system, raw=body.raw
+        )
+
+    found = await worked(request, body, prepare, weigh)
+    return _answer(request, {"choices": [asdict(choice) for choice in found]})
+
+
+async def worked(
+    request: Request, body: Denoising | ChooseRequest, prepare: Callable[[ModelText], P],
+    write: Callable[[Model, P, int | None, GenerationOptions], T],
+) -> T:
+    """Run the two halves of some work, of which only the second needs the network, and return its result.
+
+    Raises ``ApiError`` (400) for what ``prepare`` refuses, and ``GoneError`` when the client goes away.
+    """
+    engine: Engine = request.app.state.engine
+    prepared, options = await engine.read(lambda text: (prepare(text), body.options(text, engine.settings)))
+    work = engine.run(
+        lambda model, cancelled: write(model, prepared, body.seed, replace(options, cancelled=cancelled))
+    )
+    return await unless_gone(request, work)
+
+
+def _answer(request: Request, found: dict[str, Any]) -> Response:
+    """Return an answer in JSON, in which a number that is not finite is null."""
+    engine: Engine = request.app.state.engine
+    content = msgspec.json.encode({"model": engine.settings.model_name, **found})
+    return Response(content, media_type="application/json")
+
+
+ROUTES = [
+    Route("/v1/fill", fill, methods=["POST"]),
+    Route("/v1/edit", edit, methods=["POST"]),
+    Route("/v1/choose", choose, methods=["POST"]),
+]
