@@ -14,7 +14,7 @@ from starlette.routing import Route
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.server import openai_chat
 from dgemma_mlx.server.engine import Engine
-from dgemma_mlx.server.errors import ApiError
+from dgemma_mlx.server.errors import ApiError, error_response
 from dgemma_mlx.server.remarks import Remarks
 from dgemma_mlx.server.settings import ServerSettings
 from dgemma_mlx.server.sse import GoneError
@@ -36,7 +36,8 @@ def make_app(load: Callable[[], Model], settings: ServerSettings) -> Starlette:
 
     return Starlette(
         routes=[*ROUTES, Route("/health", health)], lifespan=lifespan,
-        exception_handlers={ApiError: show_error, HTTPException: show_http_error, GoneError: show_gone},
+        exception_handlers={ApiError: show_error, HTTPException: show_http_error, GoneError: show_gone,
+                            Exception: show_fault},
     )  # fmt: skip
 
 
@@ -48,7 +49,7 @@ async def health(request: Request) -> Response:
 async def show_error(request: Request, error: Exception) -> Response:
     """Answer with an error."""
     assert isinstance(error, ApiError)
-    return JSONResponse(error.openai(), error.status, error.headers)
+    return error_response(request, error)
 
 
 async def show_http_error(request: Request, error: Exception) -> Response:
@@ -56,6 +57,11 @@ async def show_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = {404: f"there is nothing at {request.url.path}"}.get(error.status_code, error.detail)
     return await show_error(request, ApiError(error.status_code, message, headers=dict(error.headers or {})))
+
+
+async def show_fault(request: Request, error: Exception) -> Response:
+    """Answer with an error of this program, which the server then reports with its traceback."""
+    return error_response(request, ApiError.failed(error))
 
 
 async def show_gone(request: Request, error: Exception) -> Response:

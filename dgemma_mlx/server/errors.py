@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from typing import Any
+from uuid import uuid4
+
+from starlette.requests import HTTPConnection
+from starlette.responses import JSONResponse
 
 from dgemma_mlx.errors import DgemmaError, PromptTooLongError
+
+# Kinds of errors in Anthropic's words, by status; other statuses below 500 are invalid requests.
+_ANTHROPIC = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error", 500: "api_error", 503: "overloaded_error", 504: "timeout_error",
+}  # fmt: skip
 
 
 class ApiError(Exception):
@@ -50,6 +60,19 @@ class ApiError(Exception):
     def openai(self) -> dict[str, Any]:
         """Return the error in the form of OpenAI's protocols, which is also the form of everything else here."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def anthropic(self) -> dict[str, Any]:
+        """Return the error in the form of Anthropic's protocol, which is also the data of its event "error"."""
+        kind = _ANTHROPIC.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+
+def error_response(connection: HTTPConnection, error: ApiError) -> JSONResponse:
+    """Return the answer to a request that failed, in the form of the protocol that the client speaks."""
+    if connection.url.path.startswith("/v1/messages") or "anthropic-version" in connection.headers:
+        id = f"req_{uuid4().hex}"
+        return JSONResponse({**error.anthropic(), "request_id": id}, error.status, {**error.headers, "request-id": id})
+    return JSONResponse(error.openai(), error.status, error.headers)
 
 
 def _sentence(error: DgemmaError) -> str:
