@@ -1,0 +1,249 @@
+"""Bodies of Anthropic's messages, and what they ask of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from dgemma_mlx.server.errors import ApiError
+from dgemma_mlx.text.messages import Message
+
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Text(msgspec.Struct, tag="text"):
+    """A text of a message."""
+
+    text: str
+
+
+class Thinking(msgspec.Struct, tag="thinking"):
+    """What the model thought."""
+
+    thinking: str
+
+
+class RedactedThinking(msgspec.Struct, tag="redacted_thinking"):
+    """What another model thought, which nobody can read."""
+
+
+class ToolUse(msgspec.Struct, tag="tool_use"):
+    """A call of a tool."""
+
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+class ToolReference(msgspec.Struct, tag="tool_reference"):
+    """The name of a tool that is offered from here on."""
+
+    tool_name: str
+
+
+class Image(msgspec.Struct, tag="image"):
+    """A picture."""
+
+
+class Document(msgspec.Struct, tag="document"):
+    """A document, which is read when it is plain text."""
+
+    source: dict[str, Any]
+    title: str | None = None
+
+
+class ToolResult(msgspec.Struct, tag="tool_result"):
+    """The result of a call."""
+
+    tool_use_id: str
+    content: str | list[Text | ToolReference | Image | Document] | None = None
+    is_error: bool | None = None
+
+
+class Tool(msgspec.Struct):
+    """A tool. One whose type is another than "custom" runs on Anthropic's machines, or is known to its models only."""
+
+    name: str | None = None
+    type: str | None = None
+    description: str | None = None
+    input_schema: dict[str, Any] | None = None
+    strict: bool | None = None
+    defer_loading: bool | None = None
+
+
+class ChangedTool(msgspec.Struct):
+    """The tool of a change: a definition, or the name of one that exists."""
+
+    name: str | None = None
+    definition: Tool | None = None
+
+
+class ToolAddition(msgspec.Struct, tag="tool_addition"):
+    """A tool that is offered from here on."""
+
+    tool: ChangedTool
+
+
+class ToolRemoval(msgspec.Struct, tag="tool_removal"):
+    """A tool that is no longer offered."""
+
+    tool: ChangedTool
+
+
+Block = (
+    Text | Thinking | RedactedThinking | ToolUse | ToolResult | ToolAddition | ToolRemoval | Image | Document
+)  # fmt: skip
+
+
+class Turn(msgspec.Struct):
+    """A message of a conversation."""
+
+    role: Literal["user", "assistant", "system"]
+    content: str | list[Block]
+
+
+class ToolChoice(msgspec.Struct):
+    """Whether tools are called."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class ThinkingChoice(msgspec.Struct):
+    """Whether the model thinks."""
+
+    type: Literal["enabled", "adaptive", "disabled"]
+
+
+class Format(msgspec.Struct):
+    """What an answer must match."""
+
+    type: Literal["json_schema"]
+    schema: dict[str, Any]
+
+
+class OutputConfig(msgspec.Struct):
+    """How an answer is written."""
+
+    format: Format | None = None
+
+
+class CountRequest(msgspec.Struct):
+    """The body of a request that counts the tokens of a prompt."""
+
+    messages: list[Turn]
+    system: str | list[Text] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    thinking: ThinkingChoice | None = None
+    model: str | None = None
+
+
+class MessagesRequest(CountRequest):
+    """The body of a request for an answer. ``seed`` is this program's own."""
+
+    max_tokens: Count | None = None
+    stop_sequences: list[str] | None = None
+    stream: bool | None = None
+    temperature: float | None = None
+    seed: int | None = None
+    output_config: OutputConfig | None = None
+    output_format: Format | None = None
+
+
+def conversation(body: CountRequest) -> list[Message]:
+    """Return the messages of a request, the system prompt first, in the form of ``text.messages.conversation``."""
+    if not body.messages or body.messages[-1].role == "assistant":
+        raise ApiError(400, "the conversation must end with a message of the user", param="messages")
+    found: list[Message] = []
+    if body.system:
+        found.append({"role": "system", "content": _text(_blocks(body.system), "system")})
+    for number, turn in enumerate(body.messages):
+        blocks, place = _blocks(turn.content), f"messages.{number}"
+        if turn.role == "assistant":
+            found.append(_answer(blocks, place))
+        elif turn.role == "user":
+            results = [block for block in blocks if isinstance(block, ToolResult)]
+            found += [_result(block, place) for block in results]
+            if rest := [block for block in blocks if not isinstance(block, ToolResult)] or not results:
+                found.append({"role": "user", "content": _text(rest or [], place)})
+        elif rest := [block for block in blocks if not isinstance(block, (ToolAddition, ToolRemoval))]:
+            found.append({"role": "system", "content": _text(rest, place)})
+    return found
+
+
+def tools(body: CountRequest) -> list[dict[str, Any]]:
+    """Return the tools that are offered after the last message.
+
+    Tools that Anthropic's machines would run are left out. Those whose loading is deferred are offered once a
+    message refers to them.
+    """
+    offered = {tool.name: tool for tool in body.tools or () if _is_function(tool) and not tool.defer_loading}
+    deferred = {tool.name: tool for tool in body.tools or () if _is_function(tool) and tool.defer_loading}
+    for block in _all_blocks(body.messages):
+        if isinstance(block, ToolReference) and block.tool_name in deferred:
+            offered[block.tool_name] = deferred[block.tool_name]
+        elif isinstance(block, ToolAddition):
+            tool = block.tool.definition or deferred.get(block.tool.name)
+            if tool is not None and _is_function(tool):
+                offered[tool.name] = tool
+        elif isinstance(block, ToolRemoval):
+            offered.pop(block.tool.name, None)
+    return [
+        {"name": tool.name, "description": tool.description, "input_schema": tool.input_schema, "strict": tool.strict}
+        for tool in offered.values()
+    ]
+
+
+def _is_function(tool: Tool) -> bool:
+    return tool.type in (None, "custom")
+
+
+def _blocks(content: str | Sequence[Any]) -> Sequence[Any]:
+    """Return a content as blocks."""
+    return [Text(content)] if isinstance(content, str) else content
+
+
+def _all_blocks(turns: Iterable[Turn]) -> Iterator[Any]:
+    """Yield the blocks of all messages, and those of the results in them."""
+    for turn in turns:
+        for block in _blocks(turn.content):
+            yield block
+            if isinstance(block, ToolResult):
+                yield from _blocks(block.content or [])
+
+
+def _answer(blocks: Sequence[Any], place: str) -> Message:
+    """Return the message of an assistant."""
+    calls = [
+        {"id": block.id, "name": block.name, "arguments": block.input} for block in blocks if isinstance(block, ToolUse)
+    ]
+    thinking = "".join(block.thinking for block in blocks if isinstance(block, Thinking))
+    rest = [block for block in blocks if not isinstance(block, (ToolUse, Thinking, RedactedThinking))]
+    return {"role": "assistant", "content": _text(rest, place), "thinking": thinking or None, "tool_calls": calls}
+
+
+def _result(block: ToolResult, place: str) -> Message:
+    """Return the message of a tool. A failure is told from a result."""
+    text = _text(_blocks(block.content or ""), place)
+    return {"role": "tool", "tool_call_id": block.tool_use_id, "content": {"error": text} if block.is_error else text}
+
+
+def _text(blocks: Sequence[Any], place: str) -> str:
+    """Return the texts of blocks, as paragraphs."""
+    return "\n\n".join(_block_text(block, place) for block in blocks)
+
+
+def _block_text(block: Any, place: str) -> str:
+    if isinstance(block, Text):
+        return block.text
+    if isinstance(block, ToolReference):
+        return f"The tool {block.tool_name} can be called from now on."
+    if isinstance(block, Document) and isinstance(text := block.source.get("data"), str):
+        if block.source.get("type") == "text":
+            return text if block.title is None else f"{block.title}\n{text}"
+    name = type(block).__struct_config__.tag
+    raise ApiError(400, f"a block of type {name} cannot be read here. Only text is read so far", param=place)
