@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from dgemma_mlx.server.anthropic_request import CountRequest, MessagesRequest, conversation, tools
+from dgemma_mlx.server.anthropic_request import MessagesRequest, conversation, tools
 from dgemma_mlx.server.body import read_body
 from dgemma_mlx.server.engine import Answering, Engine
 from dgemma_mlx.server.errors import ApiError
@@ -28,7 +28,7 @@ async def create(request: Request) -> Response:
     answering = await engine.ask(_question(body))
     id = uuid4().hex
     headers = {"request-id": f"req_{id}"}
-    message = {
+    message: dict[str, Any] = {
         "id": f"msg_{id}", "type": "message", "role": "assistant", "model": body.model or engine.settings.model_name,
         "content": [], "stop_reason": None, "stop_sequence": None, "usage": _usage(answering.prompt_tokens, 0, 0),
     }  # fmt: skip

@@ -47,10 +47,17 @@ class Image(msgspec.Struct, tag="image"):
     """A picture."""
 
 
+class Source(msgspec.Struct):
+    """Where a document comes from."""
+
+    type: str
+    data: str | None = None
+
+
 class Document(msgspec.Struct, tag="document"):
     """A document, which is read when it is plain text."""
 
-    source: dict[str, Any]
+    source: Source
     title: str | None = None
 
 
@@ -168,8 +175,9 @@ def conversation(body: CountRequest) -> list[Message]:
         elif turn.role == "user":
             results = [block for block in blocks if isinstance(block, ToolResult)]
             found += [_result(block, place) for block in results]
-            if rest := [block for block in blocks if not isinstance(block, ToolResult)] or not results:
-                found.append({"role": "user", "content": _text(rest or [], place)})
+            rest = [block for block in blocks if not isinstance(block, ToolResult)]
+            if rest or not results:
+                found.append({"role": "user", "content": _text(rest, place)})
         elif rest := [block for block in blocks if not isinstance(block, (ToolAddition, ToolRemoval))]:
             found.append({"role": "system", "content": _text(rest, place)})
     return found
@@ -242,8 +250,7 @@ def _block_text(block: Any, place: str) -> str:
         return block.text
     if isinstance(block, ToolReference):
         return f"The tool {block.tool_name} can be called from now on."
-    if isinstance(block, Document) and isinstance(text := block.source.get("data"), str):
-        if block.source.get("type") == "text":
-            return text if block.title is None else f"{block.title}\n{text}"
+    if isinstance(block, Document) and block.source.type == "text" and block.source.data is not None:
+        return block.source.data if block.title is None else f"{block.title}\n{block.source.data}"
     name = type(block).__struct_config__.tag
     raise ApiError(400, f"a block of type {name} cannot be read here. Only text is read so far", param=place)

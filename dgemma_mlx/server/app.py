@@ -12,14 +12,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from dgemma_mlx.generation.model import Model
-from dgemma_mlx.server import anthropic, openai_chat
+from dgemma_mlx.server import anthropic, openai_chat, responses
 from dgemma_mlx.server.engine import Engine
 from dgemma_mlx.server.errors import ApiError, error_response
 from dgemma_mlx.server.remarks import Remarks
 from dgemma_mlx.server.settings import ServerSettings
 from dgemma_mlx.server.sse import GoneError
 
-ROUTES = [*openai_chat.ROUTES, *anthropic.ROUTES]  # each protocol's file lists its own
+ROUTES = [*openai_chat.ROUTES, *anthropic.ROUTES, *responses.ROUTES]  # each protocol's file lists its own
 
 
 def make_app(load: Callable[[], Model], settings: ServerSettings) -> Starlette:
