@@ -15,21 +15,25 @@ from dgemma_mlx.server.anthropic_request import MessagesRequest, conversation, t
 from dgemma_mlx.server.body import read_body
 from dgemma_mlx.server.engine import Answering, Engine
 from dgemma_mlx.server.errors import ApiError
+from dgemma_mlx.server.messages import offered
+from dgemma_mlx.server.openai_request import check_model
 from dgemma_mlx.server.question import Ended, Question, Written
 from dgemma_mlx.server.sse import EventStream, event, unless_gone
 
-_STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "cancelled": "end_turn"}
+_STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "cancelled": "max_tokens"}
 
 
 async def create(request: Request) -> Response:
     """Answer a conversation."""
     engine: Engine = request.app.state.engine
     body = await read_body(request, MessagesRequest)
-    answering = await engine.ask(_question(body))
+    check_model(engine, body.model)
+    request.app.state.remarks.without_effect(request.url.path, body, ("top_p", "top_k"))
+    answering = await engine.ask(await _question(request, body))
     id = uuid4().hex
     headers = {"request-id": f"req_{id}"}
     message: dict[str, Any] = {
-        "id": f"msg_{id}", "type": "message", "role": "assistant", "model": body.model or engine.settings.model_name,
+        "id": f"msg_{id}", "type": "message", "role": "assistant", "model": engine.settings.model_name,
         "content": [], "stop_reason": None, "stop_sequence": None, "usage": _usage(answering.prompt_tokens, 0, 0),
     }  # fmt: skip
     if body.stream:
@@ -45,7 +49,7 @@ async def create(request: Request) -> Response:
 async def count_tokens(request: Request) -> Response:
     """Count the tokens of a prompt, without the network."""
     engine: Engine = request.app.state.engine
-    question = _question(await read_body(request, MessagesRequest))
+    question = await _question(request, await read_body(request, MessagesRequest))
     ids = await engine.read(
         lambda text: text.encode_prompt(
             question.prompt, thinking=question.thinking, tools=question.tools, tool_choice=question.tool_choice
@@ -133,18 +137,18 @@ def _ping() -> bytes:
     return _event({"type": "ping"})
 
 
-def _question(body: MessagesRequest) -> Question:
+async def _question(request: Request, body: MessagesRequest) -> Question:
     """Return what a request asks."""
-    offered, choice, format = tools(body), body.tool_choice, body.output_format
+    choice, format = body.tool_choice, body.output_format
     if body.output_config is not None:
         format = body.output_config.format or format
-    if choice is not None and choice.type == "tool" and choice.name is None:
-        raise ApiError(400, "tool_choice of type tool needs a name", param="tool_choice")
-    names = {"auto": "auto", "any": "required", "none": "none"}
+    wanted = None if choice is None else {"type": choice.type, "name": choice.name}
+    offer = await request.app.state.engine.read(lambda text: offered(tools(body), wanted))
+    for line in offer.remarks():
+        request.app.state.remarks.once(line)
     return Question(
-        conversation(body), thinking=body.thinking is not None and body.thinking.type != "disabled", tools=offered,
-        tool_choice=None if choice is None else names.get(choice.type) or
-            {"type": "function", "function": {"name": choice.name}},
+        conversation(body), thinking=body.thinking is not None and body.thinking.type != "disabled", tools=offer.tools,
+        tool_choice=offer.choice, single_call=choice is not None and choice.disable_parallel_tool_use is True,
         response_format=None if format is None else
             {"type": "json_schema", "json_schema": {"name": "answer", "schema": format.schema}},
         max_tokens=body.max_tokens, seed=body.seed, temp=0 if body.temperature == 0 else None,

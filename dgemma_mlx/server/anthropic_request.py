@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from dgemma_mlx.server.errors import ApiError
+from dgemma_mlx.server.messages import chat_messages
 from dgemma_mlx.text.messages import Message
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -69,10 +70,10 @@ class ToolResult(msgspec.Struct, tag="tool_result"):
     is_error: bool | None = None
 
 
-class Tool(msgspec.Struct):
+class Tool(msgspec.Struct, omit_defaults=True):
     """A tool. One whose type is another than "custom" runs on Anthropic's machines, or is known to its models only."""
 
-    name: str | None = None
+    name: str
     type: str | None = None
     description: str | None = None
     input_schema: dict[str, Any] | None = None
@@ -83,7 +84,7 @@ class Tool(msgspec.Struct):
 class ChangedTool(msgspec.Struct):
     """The tool of a change: a definition, or the name of one that exists."""
 
-    name: str | None = None
+    name: str = ""
     definition: Tool | None = None
 
 
@@ -156,18 +157,19 @@ class MessagesRequest(CountRequest):
     stop_sequences: list[str] | None = None
     stream: bool | None = None
     temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
     seed: int | None = None
     output_config: OutputConfig | None = None
     output_format: Format | None = None
 
 
 def conversation(body: CountRequest) -> list[Message]:
-    """Return the messages of a request, the system prompt first, in the form of ``text.messages.conversation``."""
+    """Return the messages of a request, the system prompt first."""
     if not body.messages or body.messages[-1].role == "assistant":
         raise ApiError(400, "the conversation must end with a message of the user", param="messages")
     found: list[Message] = []
-    if body.system:
-        found.append({"role": "system", "content": _text(_blocks(body.system), "system")})
+    found += [{"role": "system", "content": block.text} for block in _blocks(body.system or [])]
     for number, turn in enumerate(body.messages):
         blocks, place = _blocks(turn.content), f"messages.{number}"
         if turn.role == "assistant":
@@ -180,34 +182,26 @@ def conversation(body: CountRequest) -> list[Message]:
                 found.append({"role": "user", "content": _text(rest, place)})
         elif rest := [block for block in blocks if not isinstance(block, (ToolAddition, ToolRemoval))]:
             found.append({"role": "system", "content": _text(rest, place)})
-    return found
+    return chat_messages(found)
 
 
 def tools(body: CountRequest) -> list[dict[str, Any]]:
     """Return the tools that are offered after the last message.
 
-    Tools that Anthropic's machines would run are left out. Those whose loading is deferred are offered once a
-    message refers to them.
+    Those whose loading is deferred are offered once a message refers to them.
     """
-    offered = {tool.name: tool for tool in body.tools or () if _is_function(tool) and not tool.defer_loading}
-    deferred = {tool.name: tool for tool in body.tools or () if _is_function(tool) and tool.defer_loading}
+    offered = {tool.name: tool for tool in body.tools or () if not tool.defer_loading}
+    deferred = {tool.name: tool for tool in body.tools or () if tool.defer_loading}
     for block in _all_blocks(body.messages):
         if isinstance(block, ToolReference) and block.tool_name in deferred:
             offered[block.tool_name] = deferred[block.tool_name]
         elif isinstance(block, ToolAddition):
             tool = block.tool.definition or deferred.get(block.tool.name)
-            if tool is not None and _is_function(tool):
+            if tool is not None:
                 offered[tool.name] = tool
         elif isinstance(block, ToolRemoval):
             offered.pop(block.tool.name, None)
-    return [
-        {"name": tool.name, "description": tool.description, "input_schema": tool.input_schema, "strict": tool.strict}
-        for tool in offered.values()
-    ]
-
-
-def _is_function(tool: Tool) -> bool:
-    return tool.type in (None, "custom")
+    return [msgspec.to_builtins(tool) for tool in offered.values()]
 
 
 def _blocks(content: str | Sequence[Any]) -> Sequence[Any]:
@@ -227,11 +221,12 @@ def _all_blocks(turns: Iterable[Turn]) -> Iterator[Any]:
 def _answer(blocks: Sequence[Any], place: str) -> Message:
     """Return the message of an assistant."""
     calls = [
-        {"id": block.id, "name": block.name, "arguments": block.input} for block in blocks if isinstance(block, ToolUse)
-    ]
+        {"id": block.id, "function": {"name": block.name, "arguments": block.input}}
+        for block in blocks if isinstance(block, ToolUse)
+    ]  # fmt: skip
     thinking = "".join(block.thinking for block in blocks if isinstance(block, Thinking))
     rest = [block for block in blocks if not isinstance(block, (ToolUse, Thinking, RedactedThinking))]
-    return {"role": "assistant", "content": _text(rest, place), "thinking": thinking or None, "tool_calls": calls}
+    return {"role": "assistant", "content": _text(rest, place), "thinking": thinking, "tool_calls": calls}
 
 
 def _result(block: ToolResult, place: str) -> Message:
@@ -241,8 +236,8 @@ def _result(block: ToolResult, place: str) -> Message:
 
 
 def _text(blocks: Sequence[Any], place: str) -> str:
-    """Return the texts of blocks, as paragraphs."""
-    return "\n\n".join(_block_text(block, place) for block in blocks)
+    """Return the texts of blocks, each on a line of its own."""
+    return "\n".join(_block_text(block, place) for block in blocks)
 
 
 def _block_text(block: Any, place: str) -> str:

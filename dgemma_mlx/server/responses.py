@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
@@ -14,17 +14,19 @@ from starlette.routing import Route
 from dgemma_mlx.server.body import read_body
 from dgemma_mlx.server.engine import Answering, Engine
 from dgemma_mlx.server.errors import ApiError
+from dgemma_mlx.server.messages import offered
+from dgemma_mlx.server.openai_request import check_model
 from dgemma_mlx.server.question import Ended, Question, Written
 from dgemma_mlx.server.responses_output import Output, new_id
 from dgemma_mlx.server.responses_request import (
-    Called,
     Format,
     ResponsesRequest,
     check,
     conversation,
+    custom_names,
+    functions,
     response_format,
     tool_choice,
-    tools,
 )
 from dgemma_mlx.server.sse import EventStream, event, unless_gone
 
@@ -36,15 +38,22 @@ async def create(request: Request) -> Response:
     engine: Engine = request.app.state.engine
     body = await read_body(request, ResponsesRequest)
     check(body)
-    offered, names = tools(body)
+    check_model(engine, body.model)
+    remarks, tools = request.app.state.remarks, body.tools or []
+    remarks.without_effect(request.url.path, body, ("top_p", "max_tool_calls", "truncation"))
+    offer = await engine.read(lambda text: offered(functions(tools), tool_choice(body.tool_choice)))
+    for line in offer.remarks():
+        remarks.once(line)
     answering = await engine.ask(
         Question(
             conversation(body), thinking=body.reasoning is not None and body.reasoning.effort not in _NO_THINKING,
-            tools=offered, tool_choice=tool_choice(body), response_format=response_format(body),
+            tools=offer.tools, tool_choice=offer.choice, single_call=body.parallel_tool_calls is False,
+            response_format=response_format(body),
             max_tokens=body.max_output_tokens, seed=body.seed, temp=0 if body.temperature == 0 else None,
         )
     )  # fmt: skip
-    stream = ResponseStream(_head(body, engine.settings.model_name), names)
+    output = Output(offer.namespaces, frozenset(custom_names(tools)))
+    stream = ResponseStream(_head(body, engine.settings.model_name), output)
     if body.stream:
         return EventStream(stream.events(answering), engine.settings.ping_seconds, stream.in_progress)
     async with answering:
@@ -55,9 +64,9 @@ async def create(request: Request) -> Response:
 class ResponseStream:
     """A response, and the events that tell how it is written."""
 
-    def __init__(self, head: dict[str, Any], names: Mapping[str, Called]) -> None:
-        """Begin a response. ``names`` says what the names of tools stand for."""
-        self._response, self._output = head, Output(names)
+    def __init__(self, head: dict[str, Any], output: Output) -> None:
+        """Begin a response."""
+        self._response, self._output = head, output
         self._number = 0
 
     async def events(self, answering: Answering) -> AsyncIterator[bytes]:
@@ -71,7 +80,7 @@ class ResponseStream:
                         for each in self._output.add(update):
                             yield self._event(each)
                     elif isinstance(update, Ended):
-                        for each in self._output.close(is_cut=update.finish_reason == "length"):
+                        for each in self._output.close(is_cut=_is_cut(update)):
                             yield self._event(each)
                         self._end(update)
                         yield self._event({"type": f"response.{self._response['status']}", "response": self._response})
@@ -88,7 +97,7 @@ class ResponseStream:
 
     def whole(self, written: Written, ended: Ended) -> dict[str, Any]:
         """Return the response to an answer in one piece."""
-        for events in (self._output.add(written), self._output.close(is_cut=ended.finish_reason == "length")):
+        for events in (self._output.add(written), self._output.close(is_cut=_is_cut(ended))):
             for _ in events:
                 pass
         self._end(ended)
@@ -96,7 +105,7 @@ class ResponseStream:
 
     def _end(self, ended: Ended) -> None:
         """Complete the response."""
-        is_cut, statistics = ended.finish_reason == "length", ended.done.statistics
+        is_cut, statistics = _is_cut(ended), ended.done.statistics
         self._response |= {
             "status": "incomplete" if is_cut else "completed", "output": self._output.items,
             "completed_at": None if is_cut else int(time.time()),
@@ -116,6 +125,11 @@ class ResponseStream:
         return event(data, data["type"])
 
 
+def _is_cut(ended: Ended) -> bool:
+    """Return whether an answer is incomplete."""
+    return ended.finish_reason in ("length", "cancelled")
+
+
 def _head(body: ResponsesRequest, model: str) -> dict[str, Any]:
     """Return a response before anything of it is written."""
     format = Format("text") if body.text is None or body.text.format is None else body.text.format
@@ -128,9 +142,8 @@ def _head(body: ResponsesRequest, model: str) -> dict[str, Any]:
         "previous_response_id": None,
         "reasoning": {"effort": None if body.reasoning is None else body.reasoning.effort, "summary": None},
         "store": False, "temperature": body.temperature, "text": {"format": msgspec.to_builtins(format)},
-        "tool_choice": msgspec.to_builtins(body.tool_choice or "auto"), "tools": msgspec.to_builtins(body.tools or []),
-        "top_p": None, "truncation": "disabled",
-        "usage": None,
+        "tool_choice": body.tool_choice or "auto", "tools": body.tools or [], "top_p": body.top_p,
+        "truncation": "disabled", "usage": None,
     }  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from typing import Any
 from uuid import uuid4
 
 from dgemma_mlx.server.question import Written
-from dgemma_mlx.server.responses_request import Called
 from dgemma_mlx.text.parts import ToolCall
 
 # How the events of a text are called, by the type of its part.
@@ -27,10 +26,10 @@ class Output:
         items: The items so far.
     """
 
-    def __init__(self, names: Mapping[str, Called]) -> None:
-        """Begin. ``names`` says what the names of tools stand for."""
+    def __init__(self, namespaces: Mapping[str, tuple[str, str]], custom: frozenset[str]) -> None:
+        """Begin. ``namespaces`` are those of ``messages.Offer``; the tools in ``custom`` take a text."""
         self.items: list[dict[str, Any]] = []
-        self._names = names
+        self._namespaces, self._custom = namespaces, custom
         self._is_open = False
 
     def add(self, written: Written) -> Iterator[dict[str, Any]]:
@@ -76,23 +75,23 @@ class Output:
 
     def _call(self, call: ToolCall) -> Iterator[dict[str, Any]]:
         """Add an item that is a call."""
-        called = self._names.get(call.name, Called(call.name))
-        if called.is_custom:
+        space, name = self._namespaces.get(call.name, (None, call.name))
+        is_custom = call.name in self._custom
+        if is_custom:
             kind, field, value = "custom_tool_call", "input", str(call.arguments.get("input", ""))
         else:
             kind, field, value = "function_call", "arguments", json.dumps(call.arguments, ensure_ascii=False)
         item: dict[str, Any] = {
-            "type": kind, "id": new_id("ctc" if called.is_custom else "fc"), "call_id": call.id, "name": called.name,
+            "type": kind, "id": new_id("ctc" if is_custom else "fc"), "call_id": call.id, "name": name,
             field: "", "status": "in_progress",
         }  # fmt: skip
-        if called.namespace is not None:
-            item["namespace"] = called.namespace
+        if space is not None:
+            item["namespace"] = space
         self.items.append(item)
         yield self._item_event("added")
         yield self._event(f"response.{kind}_{field}.delta", delta=value)
         item |= {field: value, "status": "completed"}
-        name = {} if called.is_custom else {"name": called.name}
-        yield self._event(f"response.{kind}_{field}.done", **{field: value}, **name)
+        yield self._event(f"response.{kind}_{field}.done", **{field: value}, **({} if is_custom else {"name": name}))
         yield self._item_event("done")
 
     def _item_event(self, what: str) -> dict[str, Any]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import msgspec
 
-from dgemma_mlx.checks import shown
 from dgemma_mlx.server.body import converted
 from dgemma_mlx.server.errors import ApiError
+from dgemma_mlx.server.messages import chat_messages, flat_name
 from dgemma_mlx.text.messages import Message
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
+# The parameters of a function that takes a text.
+_TEXT = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
 
 
 class InputText(msgspec.Struct, tag="input_text"):
@@ -116,28 +118,6 @@ Item = (
 )  # fmt: skip
 
 
-class Tool(msgspec.Struct, omit_defaults=True):
-    """A tool. One of another type than "function", "custom" and "namespace" runs on OpenAI's machines."""
-
-    type: str
-    name: str | None = None
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-    format: dict[str, Any] | None = None
-    tools: list[Tool] | None = None
-
-
-class ToolChoice(msgspec.Struct, omit_defaults=True):
-    """Which tool is called."""
-
-    type: str
-    name: str | None = None
-    namespace: str | None = None
-    mode: Literal["auto", "required"] = "auto"
-    tools: list[ToolChoice] | None = None
-
-
 class ReasoningChoice(msgspec.Struct):
     """Whether the model thinks."""
 
@@ -163,13 +143,16 @@ class ResponsesRequest(msgspec.Struct):
 
     input: str | list[dict[str, Any]]
     instructions: str | None = None
-    tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning: ReasoningChoice | None = None
     text: TextConfig | None = None
     max_output_tokens: Count | None = None
     temperature: float | None = None
+    top_p: float | None = None
+    max_tool_calls: int | None = None
+    truncation: str | None = None
     top_logprobs: int | None = None
     include: list[str] | None = None
     stream: bool | None = None
@@ -180,25 +163,6 @@ class ResponsesRequest(msgspec.Struct):
     metadata: dict[str, Any] | None = None
     model: str | None = None
     seed: int | None = None
-
-
-class Called(NamedTuple):
-    """What a tool's name stands for.
-
-    Attributes:
-        name: The client's name of the tool.
-        namespace: The namespace that the tool is in, or None.
-        is_custom: Whether the tool takes a text instead of arguments.
-    """
-
-    name: str
-    namespace: str | None = None
-    is_custom: bool = False
-
-    @property
-    def full_name(self) -> str:
-        """The name under which the model calls the tool."""
-        return self.name if self.namespace is None else f"{self.namespace}.{self.name}"
 
 
 def check(body: ResponsesRequest) -> None:
@@ -217,10 +181,7 @@ def check(body: ResponsesRequest) -> None:
 
 
 def conversation(body: ResponsesRequest) -> list[Message]:
-    """Return the messages of a request in the form of ``text.messages.conversation``.
-
-    Reasoning, text and calls of the model that follow each other are one message.
-    """
+    """Return the messages of a request. Reasoning, text and calls of the model that follow each other are one."""
     found: list[dict[str, Any]] = []
     if body.instructions:
         found.append({"role": "system", "content": body.instructions})
@@ -235,41 +196,40 @@ def conversation(body: ResponsesRequest) -> list[Message]:
             if not found or found[-1]["role"] != "assistant":
                 found.append({"role": "assistant", "content": "", "thinking": "", "tool_calls": []})
             _add(found[-1], item, place)
-    return [{name: value for name, value in message.items() if value or name != "thinking"} for message in found]
+    return chat_messages(found)
 
 
-def tools(body: ResponsesRequest) -> tuple[list[dict[str, Any]], dict[str, Called]]:
-    """Return the tools that are offered, and what their names stand for.
-
-    A tool in a namespace is a tool of a longer name. One that takes a text has a single argument. Tools that OpenAI's
-    machines would run are left out.
-    """
-    found, names = [], {}
-    for tool, called in _functions(body.tools or (), None):
-        description, parameters = tool.description or "", tool.parameters
-        if called.is_custom:
-            description, parameters = _custom(tool)
-        found.append(
-            {"name": called.full_name, "description": description, "parameters": parameters, "strict": tool.strict}
-        )
-        names[called.full_name] = called
-    choice = body.tool_choice
-    if isinstance(choice, ToolChoice) and choice.type == "allowed_tools":
-        allowed = {Called(each.name or "", each.namespace).full_name for each in choice.tools or ()}
-        found = [tool for tool in found if tool["name"] in allowed]
-    return found, names
+def functions(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return tools for ``messages.offered``. One that takes a text becomes a function with a single argument."""
+    found: list[Mapping[str, Any]] = []
+    for tool in tools:
+        if tool.get("type") == "custom":
+            found.append({**tool, "type": "function", "description": _custom_description(tool), "parameters": _TEXT})
+        elif tool.get("type") == "namespace" and isinstance(tool.get("tools"), list):
+            found.append({**tool, "tools": functions(converted(tool["tools"], list[dict[str, Any]], "tools"))})
+        else:
+            found.append(tool)
+    return found
 
 
-def tool_choice(body: ResponsesRequest) -> str | dict[str, Any] | None:
-    """Return the choice among the tools in the form of ``text.tools.chosen``."""
-    choice = body.tool_choice
-    if not isinstance(choice, ToolChoice):
+def custom_names(tools: Sequence[Mapping[str, Any]], space: str | None = None) -> Iterator[str]:
+    """Yield the names under which the model sees the tools that take a text. ``functions`` has read the tools."""
+    for tool in tools:
+        if tool.get("type") == "custom":
+            yield flat_name(space, str(tool.get("name")))
+        elif tool.get("type") == "namespace":
+            yield from custom_names(tool.get("tools") or (), str(tool.get("name")))
+
+
+def tool_choice(choice: Any) -> Any:
+    """Return a choice among the tools for ``messages.offered``."""
+    if not isinstance(choice, Mapping):
         return choice
-    if choice.type == "allowed_tools":
-        return choice.mode
-    if choice.type not in ("function", "custom") or choice.name is None:
-        raise ApiError(400, f"a tool of type {shown(choice.type)} cannot be called here", param="tool_choice")
-    return {"type": "function", "function": {"name": Called(choice.name, choice.namespace).full_name}}
+    if isinstance(choice.get("tools"), list):
+        return {**choice, "tools": [tool_choice(each) for each in choice["tools"]]}
+    if choice.get("type") not in ("function", "custom"):
+        return choice
+    return {"type": "function", "name": flat_name(choice.get("namespace"), str(choice.get("name")))}
 
 
 def response_format(body: ResponsesRequest) -> dict[str, Any] | None:
@@ -293,21 +253,12 @@ def _items(given: str | Sequence[Mapping[str, Any]]) -> Iterator[tuple[Any, str]
         yield converted(typed, Item, place), place
 
 
-def _functions(given: Sequence[Tool], namespace: str | None) -> Iterator[tuple[Tool, Called]]:
-    """Yield the tools that the model may call, with what their names stand for."""
-    for tool in given:
-        if tool.type == "namespace":
-            yield from _functions(tool.tools or (), tool.name)
-        elif tool.type in ("function", "custom"):
-            yield tool, Called(tool.name or "", namespace, tool.type == "custom")
-
-
-def _custom(tool: Tool) -> tuple[str, dict[str, Any]]:
-    """Return the description and the parameters of a tool that takes a text."""
-    description, format = tool.description or "", tool.format or {}
-    if format.get("type") == "grammar":
-        description += f"\nThe input follows this {format.get('syntax')} grammar:\n{format.get('definition')}"
-    return description, {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+def _custom_description(tool: Mapping[str, Any]) -> str:
+    """Return the description of a tool that takes a text, with the grammar of the text."""
+    description, format = tool.get("description") or "", tool.get("format")
+    if isinstance(format, Mapping) and format.get("type") == "grammar":
+        description = f"{description}\nThe input follows a {format.get('syntax')} grammar:\n{format.get('definition')}"
+    return str(description)
 
 
 def _add(message: dict[str, Any], item: Any, place: str) -> None:
@@ -315,17 +266,17 @@ def _add(message: dict[str, Any], item: Any, place: str) -> None:
     if isinstance(item, Reasoning):
         message["thinking"] += "".join(part.text for part in item.content or item.summary)
     elif isinstance(item, MessageItem):
-        message["content"] = "\n\n".join(text for text in (message["content"], _text(item.content, place)) if text)
+        message["content"] = "\n".join(filter(None, (message["content"], _text(item.content, place))))
     else:
         arguments = {"input": item.input} if isinstance(item, CustomToolCall) else item.arguments
-        name = Called(item.name, item.namespace).full_name
-        message["tool_calls"].append({"id": item.call_id, "name": name, "arguments": arguments})
+        function = {"name": flat_name(item.namespace, item.name), "arguments": arguments}
+        message["tool_calls"].append({"id": item.call_id, "function": function})
 
 
 def _text(content: str | list[Any], place: str) -> str:
-    """Return the texts of a content, as paragraphs."""
+    """Return the texts of a content, each on a line of its own."""
     if isinstance(content, str):
         return content
     if any(isinstance(part, (InputImage, InputFile)) for part in content):
         raise ApiError(400, "pictures and files cannot be read here. Only text is read so far", param=place)
-    return "\n\n".join(part.refusal if isinstance(part, Refusal) else part.text for part in content)
+    return "\n".join(part.refusal if isinstance(part, Refusal) else part.text for part in content)
