@@ -9,10 +9,10 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from dgemma_mlx.generation.model import Model
-from dgemma_mlx.server import llamacpp, openai_chat, own, page, status
+from dgemma_mlx.server import anthropic, llamacpp, openai_chat, own, page, responses, status
 from dgemma_mlx.server.accounting import Accounting
 from dgemma_mlx.server.engine import Engine
 from dgemma_mlx.server.errors import ApiError, error_response
@@ -22,8 +22,10 @@ from dgemma_mlx.server.security import Guard, check_settings
 from dgemma_mlx.server.settings import ServerSettings
 from dgemma_mlx.server.sse import GoneError
 
-# Each protocol's file lists its own.
-ROUTES = [*openai_chat.ROUTES, *own.ROUTES, *llamacpp.ROUTES, *page.ROUTES, *status.ROUTES]
+ROUTES = [
+    *anthropic.ROUTES, *llamacpp.ROUTES, *openai_chat.ROUTES, *own.ROUTES, *page.ROUTES, *responses.ROUTES,
+    *status.ROUTES,
+]  # each protocol's file lists its own
 
 
 def make_app(load: Callable[[], Model], settings: ServerSettings) -> Starlette:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -22,8 +22,18 @@ async def read_body(request: Request, type: type[T]) -> T:
         value = parse_json(await request.body(), most_digits=40)
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON: {error}") from None
+    body: T = converted(value, type)
+    return body
+
+
+def converted(value: Any, type: Any, place: str = "") -> Any:
+    """Return a value of JSON as a struct. ``place`` names the value in the error.
+
+    Raises ``ApiError`` (400), which names the field, when it is not such a value.
+    """
     try:
         return msgspec.convert(value, type)
     except msgspec.ValidationError as error:
-        _, _, path = str(error).partition(" - at `")
-        raise ApiError(400, str(error), param=path.rstrip("`").removeprefix("$.") or None) from None
+        message, _, path = str(error).partition(" - at `")
+        param = place + path.rstrip("`").removeprefix("$" if place else "$.") or None
+        raise ApiError(400, message if param is None else f"{param}: {message}", param=param) from None

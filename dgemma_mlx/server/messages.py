@@ -152,7 +152,7 @@ def offered(tools: Sequence[Any] | None, choice: Any = None) -> Offer:
             for inner in _listed(tool.get("tools")):
                 flat = _function(inner)
                 name = flat["name"]
-                flat["name"] = f"{space}__{name}"
+                flat["name"] = flat_name(space, name)
                 namespaces[flat["name"]] = (space, name)
                 found.append(flat)
         elif kind in ("function", None) or (kind == "custom" and "input_schema" in tool):
@@ -173,6 +173,11 @@ def offered(tools: Sequence[Any] | None, choice: Any = None) -> Offer:
     if not found and chosen in ("auto", "none"):
         chosen = None
     return Offer(found or None, chosen, namespaces, tuple(skipped), free)
+
+
+def flat_name(space: str | None, name: str) -> str:
+    """Return the name that the model sees of a tool in a namespace, or in none."""
+    return name if space is None else f"{space}__{name}"
 
 
 def _listed(tools: Any) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 _MOST = 1000  # clients choose some of the words
 
@@ -18,3 +18,9 @@ class Remarks:
         if line not in self._told and len(self._told) < _MOST:
             self._told.add(line)
             self._log(line)
+
+    def without_effect(self, path: str, body: object, names: Iterable[str]) -> None:
+        """Write which of these fields of a request's body are given. They have no effect."""
+        for name in names:
+            if getattr(body, name) is not None:
+                self.once(f"{path}: {name} has no effect")
