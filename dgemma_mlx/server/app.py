@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -43,7 +43,8 @@ def make_app(load: Callable[[], Model], settings: ServerSettings) -> Starlette:
     return Starlette(
         routes=ROUTES, lifespan=lifespan,
         middleware=[Middleware(Accounting, settings=settings, metrics=metrics), Middleware(AfterLoading)],
-        exception_handlers={ApiError: show_error, HTTPException: show_http_error, GoneError: show_gone},
+        exception_handlers={ApiError: show_error, HTTPException: show_http_error, GoneError: show_gone,
+                            ClientDisconnect: show_gone},
     )  # fmt: skip
 
 
