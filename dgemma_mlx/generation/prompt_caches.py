@@ -13,9 +13,12 @@ class PromptCaches:
     """A pool of prompt caches. All of it is used by the thread of the model; ``kept`` and ``nbytes`` by any thread.
 
     An answer leases the cache that its prompt continues, or a copy of the part that it shares with another
-    conversation, as far as a mark allows (see ``PromptCache``), or an empty one. Two answers never share one. What is
-    not leased is bounded: of too many caches, the least recently used one is dropped, but first those that other caches
-    hold as well except for a few positions, such as an editor's variants of one prompt.
+    conversation, as far as a mark allows (see ``PromptCache``), or an empty one. Two answers never share one.
+
+    What is not leased is bounded in number, and whenever an answer begins also in bytes. Of too many caches, the least
+    recently used one is dropped. But those that are soon encoded again, because they hold few positions that no other
+    cache holds, take at most half of the places from others: short questions, and an editor's variants of one prompt,
+    do not evict all conversations.
 
     Attributes:
         kept: Number of caches that are not leased.
@@ -42,15 +45,20 @@ class PromptCaches:
             self.keep([cache])
 
     def keep(self, caches: Sequence[PromptCache]) -> None:
-        """Keep further caches, within the bounds. The last one counts as the most recently used."""
+        """Keep further caches, the last of which counts as the most recently used. Drop those that are too many."""
         self._idle += [cache for cache in caches if cache.ids]
-        self.trim()
+        self._drop(math.inf)  # their memory has been there so far; whoever needs it trims
 
     def trim(self) -> None:
-        """Drop caches until the others keep within the bounds."""
-        room = self._room()
+        """Drop caches until the others keep within their room."""
+        self._drop(self._room())
+
+    def _drop(self, room: float) -> None:
+        """Drop caches until the others are not too many, and take no more than ``room`` bytes."""
         while len(self._idle) > self._count or sum(cache.nbytes for cache in self._idle) > room:
-            self._idle.remove(next(filter(self._is_variant, self._idle), self._idle[0]))
+            older = self._idle[:-1] or self._idle
+            soon = [cache for cache in older if self._is_soon_encoded(cache)]
+            self._idle.remove(soon[0] if soon and len(soon) >= self._count // 2 else older[0])
         self.kept, self.nbytes = len(self._idle), sum(cache.nbytes for cache in self._idle)
 
     def idle(self) -> list[PromptCache]:
@@ -61,7 +69,7 @@ class PromptCaches:
         """Forget all caches, because their network is unloaded. None is leased."""
         assert not self._leased, "an answer is being written"
         self._idle.clear()
-        self.trim()
+        self._drop(0)
 
     def _take(self, ids: Sequence[int]) -> PromptCache:
         """Return the cache that an answer to this prompt uses, and which is not idle any more."""
@@ -80,8 +88,7 @@ class PromptCaches:
         cache.known_elsewhere = known
         return cache
 
-    def _is_variant(self, cache: PromptCache) -> bool:
-        """Return whether another cache holds nearly all of this one, and enough that it can be returned to."""
+    def _is_soon_encoded(self, cache: PromptCache) -> bool:
+        """Return whether a cache holds few positions that no other cache holds."""
         others = (other for other in (*self._idle, *self._leased) if other is not cache)
-        common = max((other.common(cache.ids) for other in others), default=0)
-        return common >= LEAST_SHARED and len(cache.ids) - common <= LEAST_SHARED
+        return len(cache.ids) - max((other.common(cache.ids) for other in others), default=0) <= LEAST_SHARED

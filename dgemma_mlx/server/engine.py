@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from traceback import format_exception
 from typing import Any, TypeVar
 
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Committed, Done, Draft, Encoded, Event, FinishReason
+from dgemma_mlx.generation.cancellation import Cancelled
 from dgemma_mlx.generation.memory import Need, answer_need, device_limit, fitting_budget
 from dgemma_mlx.generation.model import Model, ModelText
 from dgemma_mlx.generation.options import GenerationOptions
+from dgemma_mlx.generation.prompt_cache_folder import PromptCacheFolder
 from dgemma_mlx.generation.prompt_caches import PromptCaches
 from dgemma_mlx.generation.request import Asked, ask, begin, new_answer
 from dgemma_mlx.generation.worker import End, Request, Worker
+from dgemma_mlx.infill.fill import Filled
 from dgemma_mlx.server.admission import Admission, Place
 from dgemma_mlx.server.errors import ApiError
 from dgemma_mlx.server.metrics import Metrics
 from dgemma_mlx.server.question import Ended, Question, Update, Written
 from dgemma_mlx.server.settings import ServerSettings
 from dgemma_mlx.server.stops import StopTexts
-from dgemma_mlx.server.tally import current_tally
+from dgemma_mlx.server.tally import Use, current_tally
 from dgemma_mlx.text.parts import ToolCall
 
 T = TypeVar("T")
@@ -46,30 +52,49 @@ class Engine:
         self._load = load
         self.admission = Admission(settings.max_queue, self._room)
         self.caches = PromptCaches(settings.prompt_caches, self._room_for_caches)
+        self._folder: PromptCacheFolder | None = None
+        if settings.prompt_cache_dir is not None:
+            self._folder = PromptCacheFolder(settings.prompt_cache_dir, settings.prompt_caches, settings.log)
         self._weights = 0  # bytes
-        self._worker = Worker(self._loaded)
+        self._model: Model | None = None  # for the worker's thread
+        self._worker = Worker(self._loaded, keep_alive=settings.keep_alive, unload=self._unload)
         # Prompts are encoded and constraints compiled here, so that neither the event loop nor MLX's thread waits.
         self._readers = ThreadPoolExecutor(2, "dgemma-mlx-read")
+        self._is_closed = False
 
     @property
     def is_loaded(self) -> bool:
         """Whether the model is in memory."""
+        return self._worker.is_loaded
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the model has been loaded once, so that questions can be read."""
         return hasattr(self, "text")
 
-    async def start(self) -> None:
-        """Wait until the model is loaded. Raises what loading has raised."""
-        self.text = (await asyncio.to_thread(lambda: self._worker.model)).without_network()
+    def start(self) -> None:
+        """Begin to load the model."""
+        self._first_load = asyncio.ensure_future(asyncio.to_thread(self._read_text))
+
+    async def ready(self) -> None:
+        """Wait until the model has been loaded once. Raises what loading has raised."""
+        await asyncio.shield(self._first_load)
 
     async def close(self) -> None:
-        """Cancel all work, and end the thread of the model."""
+        """Cancel all work, and end the thread of the model. A second call does nothing."""
+        self._is_closed = True
         await asyncio.to_thread(self._worker.close)
-        self._readers.shutdown()
+        await asyncio.to_thread(self._readers.shutdown)
+        if self._folder is not None:
+            self._folder.close()
 
     async def read(self, work: Callable[[ModelText], T]) -> T:
         """Run work that needs no network, such as counting the tokens of a prompt, beside the work of the model.
 
-        Raises ``ApiError`` (400) for the errors of the request.
+        Raises ``ApiError`` (400) for the errors of the request, and (503) when the server ends.
         """
+        if self._is_closed:
+            raise _failure(Cancelled())
         try:
             return await asyncio.get_running_loop().run_in_executor(self._readers, work, self.text)
         except DgemmaError as error:
@@ -104,7 +129,7 @@ class Engine:
             return asked, wanted, options
 
         asked, wanted, options = await self.read(prepare)
-        answering = Answering(question, len(asked.ids))
+        inbox = Inbox(question)
 
         def request(model: Model, cancelled: Callable[[], bool]) -> Iterator[Event | Encoded]:
             limit = self.settings.memory_limit
@@ -118,16 +143,15 @@ class Engine:
 
         current_tally().prompts.append(question.prompt)
         need = answer_need(self.text.config, len(asked.ids))
-        answering.cancel = self._submit(place, need, answering.receive, request)
-        return answering
+        inbox.cancel = self._submit(place, need, inbox.receive, request)
+        return Answering(len(asked.ids), inbox, inbox.cancel)
 
     async def run(self, work: Callable[[Model, Callable[[], bool]], T]) -> T:
         """Run work on the model that is no answer, such as ``fill``, in its turn, and return its result."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
         def receive(item: Any) -> None:
-            loop.call_soon_threadsafe(_settle, future, item)
+            _call_soon(future.get_loop(), _settle, future, item)
 
         cancel = self._submit(
             self.admission.enter(), Need(0, 0), receive, lambda model, cancelled: [work(model, cancelled)]
@@ -144,18 +168,19 @@ class Engine:
         loop, tally = asyncio.get_running_loop(), current_tally()
 
         def receive_there(item: Any) -> None:
-            if isinstance(item, Done):
-                tally.add(item)
-                loop.call_soon_threadsafe(self.metrics.add_answer, item)
+            if isinstance(item, (Done, Filled)):
+                tally.uses.append(use := Use.of(item))
+                _call_soon(loop, self.metrics.add_answer, use)
             elif isinstance(item, End):
-                loop.call_soon_threadsafe(place.leave)
+                self._report(item.error)
+                _call_soon(loop, place.leave)
             receive(item)
 
         def start() -> None:
             try:
                 place.cancel = self._worker.submit_to(receive_there, request)
-            except DgemmaError as error:  # the server ends
-                receive_there(End(error))
+            except DgemmaError:  # the worker is closed
+                receive_there(End(Cancelled()))
 
         def cancel() -> None:
             if place.has_begun:
@@ -167,10 +192,35 @@ class Engine:
         return cancel
 
     def _loaded(self) -> Model:
-        """Load the model, on the worker's thread."""
-        model = self._load()
+        """Load the model and its prompt caches, on the worker's thread."""
+        began = time.perf_counter()
+        self._model = model = self._load()
         self._weights = model.weight_bytes()
+        if self._folder is not None:
+            self.caches.keep(self._folder.read(model))
+            self.caches.trim()
+        if self.is_ready:
+            self._log(f"the model is loaded again, in {time.perf_counter() - began:.1f} s")
         return model
+
+    def _unload(self) -> None:
+        """Write the prompt caches, and let go of the model, on the worker's thread."""
+        if self._folder is not None and self._model is not None:
+            self._folder.write(self._model, self.caches.idle())
+        self.caches.clear()
+        self._model = None
+
+    def _read_text(self) -> None:
+        """Wait until the model is loaded, and remember what it says about prompts, but not its network."""
+        self.text = self._worker.model.without_network()
+
+    def _report(self, error: BaseException | None) -> None:
+        """Log what has gone wrong in the program itself. Other errors are told to the client only."""
+        if error is not None and not isinstance(error, (DgemmaError, Cancelled)):
+            self._log("".join(format_exception(error)).rstrip())
+
+    def _log(self, text: str) -> None:
+        self.settings.log(f"{time.strftime('%H:%M:%S')} {text}")
 
     def _room(self) -> float:
         """Return the bytes that answers and prompt caches may take. Prompt caches give way to answers."""
@@ -186,55 +236,17 @@ class Answering:
     """An answer while it is written: an asynchronous iterator of updates, the last of which is ``Ended``.
 
     A reader that is slower than the model gets the latest draft only; nothing else is left out. Leaving the ``async
-    with`` block cancels what is not written yet.
+    with`` block cancels what is not written yet, and so does dropping the last reference to the object. An answer that
+    the server cancels, because it ends, raises ``ApiError`` (503).
 
     Attributes:
         prompt_tokens: Number of tokens of the prompt.
+        cancel: Cancels the answer. For the event loop only.
     """
 
-    cancel: Callable[[], None]
-
-    def __init__(self, question: Question, prompt_tokens: int) -> None:
-        self.prompt_tokens = prompt_tokens
-        self._question = question
-        self._stops = StopTexts(question.stop)
-        self._cut: FinishReason | None = None  # why the answer ends before the model ends it
-        self._loop = asyncio.get_running_loop()
-        self._updates: list[Update | End] = []
-        self._news = asyncio.Event()
-
-    def receive(self, item: Event | Encoded | End) -> None:
-        """Take an event of the worker, on its thread."""
-        if not isinstance(item, Encoded) and (self._question.drafts or not isinstance(item, Draft)):
-            self._loop.call_soon_threadsafe(self._add, item)
-
-    def _add(self, item: Event | End) -> None:
-        """Queue an event as an update."""
-        if isinstance(item, Committed):
-            self._updates.append(self._written(item))
-        elif isinstance(item, Done):
-            self._updates.append(Written(self._stops.finish()))
-            self._updates.append(Ended(self._cut or item.finish_reason, self._stops.found, item))
-        elif isinstance(item, Draft) and self._updates and isinstance(self._updates[-1], Draft):
-            self._updates[-1] = item
-        else:
-            self._updates.append(item)
-        self._news.set()
-
-    def _written(self, committed: Committed) -> Written:
-        """Return what a canvas adds. A stop text, or a call where only one may be made, cuts off all after it."""
-        if self._cut is not None:
-            return Written()
-        text, calls = self._stops.feed(committed.text), committed.tool_calls
-        if self._stops.found is not None:
-            self._cut, calls = "stop", ()  # calls come after the text
-        elif calls:
-            text += self._stops.finish()
-            if self._question.single_call:
-                self._cut, calls = "tool_calls", calls[:1]
-        if self._cut is not None:
-            self.cancel()
-        return Written(text, committed.thinking, calls)
+    def __init__(self, prompt_tokens: int, inbox: Inbox, cancel: Callable[[], None]) -> None:
+        self.prompt_tokens, self.cancel = prompt_tokens, cancel
+        self._inbox = inbox
 
     async def __aenter__(self) -> Answering:
         return self
@@ -242,15 +254,15 @@ class Answering:
     async def __aexit__(self, *_: object) -> None:
         self.cancel()
 
+    def __del__(self) -> None:
+        _call_soon(self._inbox.loop, self.cancel)
+
     async def __aiter__(self) -> AsyncIterator[Update]:
         while True:
-            await self._news.wait()
-            self._news.clear()
-            updates, self._updates = self._updates, []
-            for update in updates:
+            for update in await self._inbox.take():
                 if isinstance(update, End):
                     if update.error is not None:
-                        raise ApiError.failed(update.error)
+                        raise _failure(update.error)
                     return
                 yield update
 
@@ -268,6 +280,83 @@ class Answering:
         return Written(text, thinking, tuple(calls)), ended
 
 
+class Inbox:
+    """What the worker has sent of an answer and the client has not read. Of drafts, it keeps the latest only.
+
+    Attributes:
+        loop: The event loop of the reader.
+        cancel: Cancels the answer.
+    """
+
+    cancel: Callable[[], None]
+
+    def __init__(self, question: Question) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._has_drafts, self._single_call = question.drafts, question.single_call
+        self._stops = StopTexts(question.stop)
+        self._cut: FinishReason | None = None  # why the answer ends before the model ends it
+        self._updates: list[Update | End] = []
+        self._news = asyncio.Event()
+
+    def receive(self, item: Event | Encoded | End) -> None:
+        """Take an event of the worker, on its thread."""
+        if not isinstance(item, Encoded) and (self._has_drafts or not isinstance(item, Draft)):
+            _call_soon(self.loop, self._add, item)
+
+    async def take(self) -> list[Update | End]:
+        """Wait for updates, and return them."""
+        await self._news.wait()
+        self._news.clear()
+        updates, self._updates = self._updates, []
+        return updates
+
+    def _add(self, item: Event | End) -> None:
+        """Queue an event as an update."""
+        if isinstance(item, Draft):
+            self._updates = [*(each for each in self._updates if not isinstance(each, Draft)), item]
+        elif isinstance(item, Committed):
+            self._updates.append(self._written(item))
+        elif isinstance(item, Done):
+            self._updates += self._end(item)
+        else:
+            self._updates.append(item)
+        self._news.set()
+
+    def _written(self, committed: Committed) -> Written:
+        """Return what a canvas adds. A stop text, or a call where only one may be made, cuts off all after it."""
+        if self._cut is not None:
+            return Written()
+        text, calls = self._stops.feed(committed.text), committed.tool_calls
+        if self._stops.found is not None:
+            self._cut, calls = "stop", ()  # calls come after the text
+        elif calls:
+            text += self._stops.finish()
+            if self._single_call:
+                self._cut, calls = "tool_calls", calls[:1]
+        if self._cut is not None:
+            self.cancel()
+        return Written(text, committed.thinking, calls)
+
+    def _end(self, done: Done) -> list[Update | End]:
+        """Return the last updates. An answer that is cancelled, and was not cut, was cancelled by the server."""
+        if done.finish_reason == "cancelled" and self._cut is None:
+            return [End(Cancelled())]
+        return [Written(self._stops.finish()), Ended(self._cut or done.finish_reason, self._stops.found, done)]
+
+
+def _failure(error: BaseException) -> ApiError:
+    """Return what a client is told of an error of the worker."""
+    if isinstance(error, Cancelled):
+        return ApiError(503, "the server is shutting down", "server_error", code="shutting_down")
+    return ApiError.failed(error)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *arguments: object) -> None:
+    """Call a function on the event loop, from any thread, unless the loop is closed: then nobody waits for it."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(call, *arguments)
+
+
 def _settle(future: asyncio.Future[Any], item: Any) -> None:
     """Give a future what the worker has sent, unless nobody waits for it any more."""
     if future.done():
@@ -275,4 +364,4 @@ def _settle(future: asyncio.Future[Any], item: Any) -> None:
     if not isinstance(item, End):
         future.set_result(item)
     elif item.error is not None:
-        future.set_exception(ApiError.failed(item.error))
+        future.set_exception(_failure(item.error))
