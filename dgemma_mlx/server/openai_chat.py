@@ -100,7 +100,7 @@ async def complete(request: Request) -> Response:
     return JSONResponse({
         **head, "object": "chat.completion",
         "choices": [choice(index, *each) for index, each in enumerate(found)],
-        "usage": usage(answerings[0].prompt_tokens, [ended for _, ended in found]),
+        "usage": _usage([ended for _, ended in found]),
     })  # fmt: skip
 
 
@@ -162,7 +162,13 @@ async def _chunks(
                 ends.append(update)
                 yield chunk(index, {}, finish_reason(update), None if drafts is None else drafts.ended(update))
     if wants_usage:
-        yield event({**head, "choices": [], "usage": usage(answerings[0].prompt_tokens, ends)})
+        yield event({**head, "choices": [], "usage": _usage(ends)})
+
+
+def _usage(ends: Sequence[Ended]) -> dict[str, Any]:
+    """Return the counts of a request. Its prompt counts once, however many choices it has."""
+    counts = [ended.done.statistics for ended in ends]
+    return usage(counts[0].prompt_tokens, counts[0].cached_tokens, sum(each.generated_tokens for each in counts))
 
 
 def _deltas(written: Written, calls: int) -> list[dict[str, Any]]:

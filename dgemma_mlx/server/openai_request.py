@@ -131,12 +131,10 @@ async def ask_all(engine: Engine, questions: Sequence[Question]) -> list[Answeri
     return answerings
 
 
-def usage(prompt_tokens: int, ended: Sequence[Ended]) -> dict[str, Any]:
-    """Return the counts of a request. Its prompt counts once, however many choices it has."""
-    written = sum(each.done.statistics.generated_tokens for each in ended)
-    cached = min(each.done.statistics.cached_tokens for each in ended)
+def usage(prompt: int, cached: int, written: int) -> dict[str, Any]:
+    """Return counts of tokens: those of the prompt, those of them that were encoded before, and those of the answer."""
     return {
-        "prompt_tokens": prompt_tokens, "completion_tokens": written, "total_tokens": prompt_tokens + written,
+        "prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written,
         "prompt_tokens_details": {"cached_tokens": cached},
     }  # fmt: skip
 

@@ -262,8 +262,9 @@ def test_drafts_come_only_where_they_are_wanted(address: str) -> None:
 @pytest.mark.parametrize(
     ("more", "param"),
     [
-        ({"logprobs": True}, "logprobs"), ({"top_logprobs": 3}, "logprobs"), ({"functions": [{"name": "f"}]}, "functions"),
-        ({"messages": []}, "messages"), ({"messages": "hi"}, "messages"), ({"max_tokens": 0}, "max_tokens"),
+        ({"logprobs": True}, "logprobs"), ({"top_logprobs": 3}, "logprobs"),
+        ({"functions": [{"name": "f"}]}, "functions"), ({"messages": []}, "messages"), ({"messages": "hi"}, "messages"),
+        ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": "3"}, "max_tokens"), ({"n": 0}, "n"), ({"n": 99}, "n"), ({"stop": ["a"] * 65}, "stop"),
         ({"temperature": -1}, "temperature"), ({"drafts": True, "n": 2}, "drafts"), ({"tools": [3]}, "tools"),
         ({"content": [{"type": "image_url", "image_url": {"url": "data:"}}]}, "messages[0].content[0]"),
