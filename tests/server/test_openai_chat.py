@@ -27,6 +27,8 @@ PATH = "/v1/chat/completions"
 
 
 def script(prompt: str) -> str:
+    if "fail" in prompt:
+        raise ValueError("a fault of this program")
     if "response:add" in prompt:
         return "It is 3."
     if "declaration:add" in prompt:
@@ -211,6 +213,13 @@ def test_the_result_of_a_call_leads_to_the_answer(address: str) -> None:
     assert answer["choices"][0]["message"]["content"] == "It is 3."
 
 
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
+def test_a_call_can_be_required(address: str, choice: Any) -> None:
+    [found] = answered(address, tools=[TOOL], tool_choice=choice, max_tokens=200)["choices"]
+    assert found["finish_reason"] == "tool_calls" and found["message"]["content"] is None
+    assert {call["function"]["name"] for call in found["message"]["tool_calls"]} == {"add"}
+
+
 def test_a_choice_of_none_leaves_the_tools_out(address: str) -> None:
     [choice] = answered(address, tools=[TOOL], tool_choice="none")["choices"]
     assert choice["message"]["content"] == SHORT and choice["finish_reason"] == "stop"
@@ -285,6 +294,14 @@ def test_a_body_that_is_not_json_is_refused(address: str) -> None:
     for content in (b"", b"{", b"[]", b'{"messages": [], "messages": "\xff"}', b'{"messages": ["\\ud800"]}'):
         answer = http.post(address + PATH, content=content)
         assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_fault_is_an_error_whole_and_in_a_stream_and_the_next_answer_comes(address: str) -> None:
+    assert refused(address, 500, content="fail")["type"] == "server_error"
+    with http.stream("POST", address + PATH, json=body("fail", stream=True)) as stream:
+        lines = [line for line in stream.iter_lines() if line]
+    assert json.loads(lines[-1].removeprefix("data: "))["error"]["type"] == "server_error"
+    assert answered(address)["choices"][0]["message"]["content"] == SHORT
 
 
 def test_fields_without_effect_are_logged_once(address: str, log: list[str]) -> None:
