@@ -29,6 +29,8 @@ PATH = "/v1/chat/completions"
 def script(prompt: str) -> str:
     if "fail" in prompt:
         raise ValueError("a fault of this program")
+    if "only a call" in prompt:
+        return CALLS
     if "response:add" in prompt:
         return "It is 3."
     if "declaration:add" in prompt:
@@ -215,7 +217,7 @@ def test_the_result_of_a_call_leads_to_the_answer(address: str) -> None:
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
 def test_a_call_can_be_required(address: str, choice: Any) -> None:
-    [found] = answered(address, tools=[TOOL], tool_choice=choice, max_tokens=200)["choices"]
+    [found] = answered(address, content="only a call", tools=[TOOL], tool_choice=choice)["choices"]
     assert found["finish_reason"] == "tool_calls" and found["message"]["content"] is None
     assert {call["function"]["name"] for call in found["message"]["tool_calls"]} == {"add"}
 
