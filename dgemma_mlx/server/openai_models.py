@@ -16,7 +16,7 @@ from dgemma_mlx.server.openai_request import check_model
 
 async def list_models(request: Request) -> Response:
     """List the loaded model."""
-    model = _entry(request.app.state.engine)
+    model = await _entry(request.app.state.engine)
     pages = {"first_id": model["id"], "last_id": model["id"], "has_more": False}
     return JSONResponse({"object": "list", "data": [model], **pages})
 
@@ -25,12 +25,13 @@ async def retrieve(request: Request) -> Response:
     """Describe the loaded model, whichever name is asked for."""
     engine: Engine = request.app.state.engine
     check_model(engine, request.path_params["id"])
-    return JSONResponse(_entry(engine))
+    return JSONResponse(await _entry(engine))
 
 
-def _entry(engine: Engine) -> dict[str, Any]:
+async def _entry(engine: Engine) -> dict[str, Any]:
     """Return what the list says of the model. The length of the context has no common name."""
-    name, config, now = engine.settings.model_name, engine.text.config.text, int(time.time())
+    config = await engine.read(lambda text: text.config.text)
+    name, now = engine.settings.model_name, int(time.time())
     context = config.max_position_embeddings
     return {
         "id": name, "object": "model", "created": now, "owned_by": "dgemma-mlx",
