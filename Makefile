@@ -40,7 +40,7 @@ test-vocabulary: $(VENV)/.installed-test runs/gemma4/tokenizer.json ## run the t
 test-clients: $(CLIENTS)/.installed ## run real clients against the server, in an environment of their own
 	@if command -v npm >/dev/null; then $(MAKE) --no-print-directory $(NPM_CLIENTS); \
 		else echo "npm is not here: the clients that it installs are left out"; fi
-	@$(CLIENTS)/bin/python -m pytest -m clients -W default tests/clients $(ARGS)
+	@$(CLIENTS)/bin/python -m pytest -m clients -W ignore tests/clients $(ARGS)
 
 soak: $(VENV)/.installed-test ## run the tests that take minutes
 	@$(PYTHON_BIN) -m pytest -m slow $(ARGS)

@@ -14,7 +14,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model
-from dgemma_mlx.server import anthropic, llamacpp, openai_chat, own, page, responses, status
+from dgemma_mlx.server import (
+    anthropic,
+    llamacpp,
+    openai_chat,
+    openai_completions,
+    openai_models,
+    own,
+    page,
+    responses,
+    status,
+)
 from dgemma_mlx.server.accounting import Accounting
 from dgemma_mlx.server.engine import Engine
 from dgemma_mlx.server.errors import ApiError, error_response
@@ -25,8 +35,8 @@ from dgemma_mlx.server.settings import ServerSettings
 from dgemma_mlx.server.sse import GoneError
 
 ROUTES = [
-    *anthropic.ROUTES, *llamacpp.ROUTES, *openai_chat.ROUTES, *own.ROUTES, *page.ROUTES, *responses.ROUTES,
-    *status.ROUTES,
+    *anthropic.ROUTES, *llamacpp.ROUTES, *openai_chat.ROUTES, *openai_completions.ROUTES, *openai_models.ROUTES,
+    *own.ROUTES, *page.ROUTES, *responses.ROUTES, *status.ROUTES,
 ]  # each protocol's file lists its own
 
 WITHOUT_MODEL = {route.path for route in status.ROUTES}

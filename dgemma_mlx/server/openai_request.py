@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from typing import Annotated, Any
 
 import msgspec
@@ -13,10 +15,10 @@ from starlette.requests import Request
 from dgemma_mlx.checks import shown
 from dgemma_mlx.server.engine import Answering, Engine
 from dgemma_mlx.server.errors import ApiError
-from dgemma_mlx.server.question import Ended, Question
+from dgemma_mlx.server.question import Ended, Question, Update, Written
 from dgemma_mlx.server.sse import event
 
-_NEUTRAL = (None, 0, False, 1, [], {}, "")  # values of a field without effect that ask for nothing
+_NEUTRAL: tuple[Any, ...] = (None, 0, False, 1, [], {}, "")  # values of a field without effect that ask for nothing
 # Fields that ask for a way of sampling that a canvas does not have.
 _WITHOUT_EFFECT = (
     "top_p", "top_k", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
@@ -120,22 +122,19 @@ def check_model(engine: Engine, name: str | None) -> None:
 async def ask_all(engine: Engine, questions: Sequence[Question]) -> list[Answering]:
     """Ask several questions. When one is refused, the others are cancelled."""
     answerings: list[Answering] = []
-    try:
-        for question in questions:
+    for question in questions:
+        try:
             answerings.append(await engine.ask(question))
-    except BaseException:
-        for answering in answerings:
-            answering.cancel()
-        raise
+        except BaseException:
+            with cancelling(answerings):
+                raise
     return answerings
 
 
-def usage(prompt_tokens: int, ended: Sequence[Ended]) -> dict[str, Any]:
-    """Return the counts of a request. Its prompt counts once, however many choices it has."""
-    written = sum(each.done.statistics.generated_tokens for each in ended)
-    cached = min(each.done.statistics.cached_tokens for each in ended)
+def usage(prompt: int, cached: int, written: int) -> dict[str, Any]:
+    """Return counts of tokens: those of the prompt, those of them that were encoded before, and those of the answer."""
     return {
-        "prompt_tokens": prompt_tokens, "completion_tokens": written, "total_tokens": prompt_tokens + written,
+        "prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written,
         "prompt_tokens_details": {"cached_tokens": cached},
     }  # fmt: skip
 
@@ -145,13 +144,46 @@ def finish_reason(ended: Ended) -> str:
     return "length" if ended.finish_reason == "cancelled" else ended.finish_reason
 
 
-async def until_error(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Yield the events of a stream. An error becomes the last one."""
+@contextmanager
+def cancelling(answerings: Sequence[Answering]) -> Iterator[None]:
+    """Cancel what is not written of the answers when the block is left."""
     try:
-        async for each in events:
-            yield each
+        yield
+    finally:
+        for answering in answerings:
+            answering.cancel()
+
+
+async def updates(answerings: Sequence[Answering]) -> AsyncIterator[tuple[int, Update]]:
+    """Yield what is written of several answers, in the order in which it comes, with the index of the answer."""
+    iterators = [aiter(answering) for answering in answerings]
+    waiting = {asyncio.ensure_future(anext(iterator, None)): at for at, iterator in enumerate(iterators)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                index, update = waiting.pop(task), task.result()
+                if update is not None:
+                    waiting[asyncio.ensure_future(anext(iterators[index], None))] = index
+                    yield index, update
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def whole(answerings: Sequence[Answering]) -> list[tuple[Written, Ended]]:
+    """Wait for the ends of several answers, and return them."""
+    with cancelling(answerings):
+        return await asyncio.gather(*(answering.whole() for answering in answerings))
+
+
+async def until_done(events: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
+    """Yield the events of a stream, and its end. An error ends it, too."""
+    try:
+        async with aclosing(events):
+            async for each in events:
+                yield each
         yield event("[DONE]")
     except ApiError as error:
         yield event(error.openai())
-
-

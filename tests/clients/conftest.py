@@ -27,7 +27,15 @@ WEATHER: dict[str, Any] = {
 }  # fmt: skip
 CALL = '<|tool_call>call:get_weather{city:<|"|>São "Tomé"<|"|>,days:3}<tool_call|>'
 ARGUMENTS = {"city": 'São "Tomé"', "days": 3}
+THOUGHT = "Hm, 😀."
 LONG = " ".join(str(number) for number in range(60))  # several canvases
+# What the demo model can do with a schema.
+QUESTION = "Make a JSON object: Simon is 59 years old and lives in Rome."
+SCHEMA: dict[str, Any] = {
+    "type": "object", "required": ["name", "age", "city"], "additionalProperties": False,
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "city": {"type": "string"}},
+}  # fmt: skip
+PERSON = '{"name":"Simon","age":59,"city":"Rome"}'  # without spaces
 
 # Runs one scenario of an npm client's script, and returns the JSON that it prints: run(script, scenario, address).
 RunNode = Callable[[str, str, str], Any]
@@ -39,7 +47,7 @@ def script(prompt: str) -> str:
         return "It is sunny."
     if "get_weather" in prompt:
         return f"<|channel>thought\nI need the weather.\n<channel|>I shall look.{CALL}"
-    return f"<|channel>thought\nHm, 😀.\n<channel|>{LONG}"
+    return f"<|channel>thought\n{THOUGHT}\n<channel|>{LONG}"
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

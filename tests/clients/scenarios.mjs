@@ -9,6 +9,14 @@ export const weather = {
   },
 };
 
+export const question = "Make a JSON object: Simon is 59 years old and lives in Rome.";
+export const person = {
+  type: "object",
+  properties: { name: { type: "string" }, age: { type: "integer" }, city: { type: "string" } },
+  required: ["name", "age", "city"],
+  additionalProperties: false,
+};
+
 export async function run(scenarios) {
   const [name, address] = process.argv.slice(2);
   console.log(JSON.stringify(await scenarios[name](address)));

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import httpx
 import uvicorn
 
 from dgemma_mlx.generation.api import load
@@ -15,6 +16,9 @@ from dgemma_mlx.generation.model import Model
 from dgemma_mlx.server.app import make_app
 from dgemma_mlx.server.connection import TimedProtocol
 from dgemma_mlx.server.settings import ServerSettings
+
+# One client for all requests: making one reads certificates, which takes longer than a short answer.
+http = httpx.Client(timeout=60, verify=False)
 
 
 @contextmanager
