@@ -20,7 +20,7 @@ LOG: list[str] = []
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
     with (
-        serving(lambda: scripted_model(PLAY), ping_seconds=0.001, log=LOG.append) as address,
+        serving(lambda: scripted_model(PLAY), ping_seconds=0.005, log=LOG.append) as address,
         httpx.Client(base_url=address, timeout=60) as client,
     ):
         yield client
