@@ -28,6 +28,13 @@ WEATHER: dict[str, Any] = {
 CALL = '<|tool_call>call:get_weather{city:<|"|>São "Tomé"<|"|>,days:3}<tool_call|>'
 ARGUMENTS = {"city": 'São "Tomé"', "days": 3}
 LONG = " ".join(str(number) for number in range(60))  # several canvases
+# What the demo model can do with a schema.
+QUESTION = "Make a JSON object: Simon is 59 years old and lives in Rome."
+SCHEMA: dict[str, Any] = {
+    "type": "object", "required": ["name", "age", "city"], "additionalProperties": False,
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "city": {"type": "string"}},
+}  # fmt: skip
+PERSON = '{"name":"Simon","age":59,"city":"Rome"}'  # without spaces
 
 # Runs one scenario of an npm client's script, and returns the JSON that it prints: run(script, scenario, address).
 RunNode = Callable[[str, str, str], Any]
