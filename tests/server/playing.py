@@ -46,7 +46,7 @@ class Play:
         for name in ("box__open", "patch"):
             if f"declaration:{name}" in prompt:
                 return f'<|tool_call>call:{name}{{input:<|"|>a "b"<|"|>}}<tool_call|>'
-        return NUMBERS
+        return NUMBERS if "count" in prompt else "Fine."
 
     def last(self) -> str:
         """Return the last prompt."""

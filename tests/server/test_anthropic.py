@@ -136,14 +136,14 @@ def test_system_prompts_are_read_without_the_billing_line(client: httpx.Client) 
 
 
 def test_why_an_answer_ends(client: httpx.Client) -> None:
-    assert asked(client, user("hi"))["content"][0]["text"] == NUMBERS
-    cut = asked(client, user("hi"), max_tokens=5)
+    assert asked(client, user("count"))["content"][0]["text"] == NUMBERS
+    cut = asked(client, user("count"), max_tokens=5)
     assert cut["stop_reason"] == "max_tokens" and cut["usage"]["output_tokens"] == 5
-    stop = asked(client, user("hi"), stop_sequences=["nothing", "16 17"])  # over two canvases
+    stop = asked(client, user("count"), stop_sequences=["nothing", "16 17"])  # over two canvases
     assert (stop["stop_reason"], stop["stop_sequence"]) == ("stop_sequence", "16 17")
     assert stop["content"][0]["text"] == NUMBERS[: NUMBERS.index("16 17")]
     for limit in ({}, {"max_tokens": None}):
-        answer = client.post("/v1/messages", json={"messages": [user("hi")], **limit}).json()
+        answer = client.post("/v1/messages", json={"messages": [user("count")], **limit}).json()
         assert answer["content"][0]["text"] == NUMBERS
 
 
