@@ -4,12 +4,14 @@ VENV := .venv
 ORACLE := .venv-oracle
 CLIENTS := .venv-clients
 NPM_CLIENTS := tests/clients/node_modules/.package-lock.json
+AIDER := .venv-aider
+NPM_AGENTS := tests/agents/node_modules/.package-lock.json
 PYTHON_BIN := $(VENV)/bin/python
 REQUIREMENTS := pyproject.toml constraints.txt scripts/setup.sh
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help reference setup demo demo-model test test-kernels test-vocabulary test-clients vocabulary soak lint type oracle bench capture wheel clean
+.PHONY: help reference setup demo demo-model test test-kernels test-vocabulary test-clients clients vocabulary soak lint type oracle bench capture wheel clean
 .NOTPARALLEL:
 
 help:
@@ -42,6 +44,9 @@ test-clients: $(CLIENTS)/.installed ## run real clients against the server, in a
 		else echo "npm is not here: the clients that it installs are left out"; fi
 	@$(CLIENTS)/bin/python -m pytest -m clients -W ignore tests/clients $(ARGS)
 
+clients: $(VENV)/.installed-test $(NPM_AGENTS) $(AIDER)/.installed ## run agents against the server; needs npm, and 2 GB for them
+	@$(PYTHON_BIN) -m pytest -m agents -W default tests/agents $(ARGS)
+
 soak: $(VENV)/.installed-test ## run the tests that take minutes
 	@$(PYTHON_BIN) -m pytest -m slow $(ARGS)
 
@@ -72,7 +77,7 @@ wheel: $(VENV)/.installed-test ## build the wheel and the source archive in dist
 	@ls -1 dist/*
 
 clean: ## remove environments, caches and builds
-	rm -rf $(VENV) $(ORACLE) $(CLIENTS) tests/clients/node_modules build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(ORACLE) $(CLIENTS) $(AIDER) tests/clients/node_modules tests/agents/node_modules build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 runs/gemma4/tokenizer.json: scripts/gemma_vocabulary.py | $(VENV)/.installed
 	@$(PYTHON_BIN) scripts/gemma_vocabulary.py runs/gemma4
@@ -95,6 +100,15 @@ $(ORACLE)/.installed: $(REQUIREMENTS)
 
 $(CLIENTS)/.installed: $(REQUIREMENTS)
 	@sh scripts/setup.sh $(CLIENTS) 3.10 clients
+	@touch $@
+
+$(NPM_AGENTS): tests/agents/package-lock.json
+	@npm ci --prefix tests/agents --silent --no-audit --no-fund
+	@touch $@
+
+$(AIDER)/.installed: tests/agents/requirements.txt
+	@$(PYTHON_BIN) -m venv $(AIDER)
+	@$(AIDER)/bin/pip install -qq --disable-pip-version-check -r tests/agents/requirements.txt
 	@touch $@
 
 $(NPM_CLIENTS): tests/clients/package-lock.json

@@ -20,6 +20,7 @@ from dgemma_mlx.server.openai_request import check_model
 from dgemma_mlx.server.question import Ended, Question, Written
 from dgemma_mlx.server.sse import EventStream, event, unless_gone
 
+_SIGNATURE = "unsigned"  # some clients take thoughts with an empty signature for text
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "cancelled": "max_tokens"}
 
 
@@ -79,8 +80,9 @@ class Content:
         for kind, text in (("thinking", written.thinking), ("text", written.text)):
             if text:
                 if not self._is_open or self.blocks[-1]["type"] != kind:
+                    signature = {"signature": _SIGNATURE} if kind == "thinking" else {}
                     yield from self.close()
-                    yield self._begin({"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})})
+                    yield self._begin({"type": kind, kind: "", **signature})
                 self.blocks[-1][kind] += text
                 yield self._delta({"type": f"{kind}_delta", kind: text})
         for call in written.tool_calls:
