@@ -7,9 +7,11 @@ NPM_CLIENTS := tests/clients/node_modules/.package-lock.json
 PYTHON_BIN := $(VENV)/bin/python
 REQUIREMENTS := pyproject.toml constraints.txt scripts/setup.sh
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
+CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	ls -d "/Applications/Google Chrome.app" 2>/dev/null)
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help reference setup demo demo-model test test-kernels test-vocabulary test-clients vocabulary soak lint type oracle bench capture wheel clean
+.PHONY: help reference setup demo demo-model test test-kernels test-vocabulary test-clients test-page screenshots vocabulary soak lint type oracle bench capture wheel clean
 .NOTPARALLEL:
 
 help:
@@ -42,6 +44,11 @@ test-clients: $(CLIENTS)/.installed ## run real clients against the server, in a
 		else echo "npm is not here: the clients that it installs are left out"; fi
 	@$(CLIENTS)/bin/python -m pytest -m clients -W default tests/clients $(ARGS)
 
+test-page: ## test the page in a real browser, where Chromium or Chrome is installed
+	@if [ -n "$(CHROMIUM)" ]; then $(MAKE) --no-print-directory $(VENV)/.installed-page && \
+		$(PYTHON_BIN) -m pytest -m page tests/page $(ARGS); \
+		else echo "there is no Chromium here: the tests of the page are left out"; fi
+
 soak: $(VENV)/.installed-test ## run the tests that take minutes
 	@$(PYTHON_BIN) -m pytest -m slow $(ARGS)
 
@@ -62,6 +69,9 @@ bench: $(VENV)/.installed-test ## run the benchmarks; BENCH=long_prompt ARGS="--
 
 capture: $(VENV)/.installed ## draw docs/canvas.svg with the program's own renderer
 	@$(PYTHON_BIN) scripts/capture.py docs/canvas.svg $(ARGS)
+
+screenshots: $(VENV)/.installed-page ## photograph the page into docs/, with Chromium or Chrome
+	@$(PYTHON_BIN) scripts/screenshots.py docs $(ARGS)
 
 reference: $(VENV)/.installed ## write docs/cli.md from the help of the program
 	@$(PYTHON_BIN) scripts/cli_reference.py $(ARGS)
@@ -87,6 +97,10 @@ $(VENV)/.installed-test: $(REQUIREMENTS)
 
 $(VENV)/.installed-kernels: $(REQUIREMENTS)
 	@sh scripts/setup.sh $(VENV) 3.10 test,kernels
+	@touch $(VENV)/.installed $(VENV)/.installed-test $@
+
+$(VENV)/.installed-page: $(REQUIREMENTS)
+	@sh scripts/setup.sh $(VENV) 3.10 page
 	@touch $(VENV)/.installed $(VENV)/.installed-test $@
 
 $(ORACLE)/.installed: $(REQUIREMENTS)
