@@ -182,9 +182,9 @@ def test_thinking_is_folded(scripted: str, visit: Visit) -> None:
 
 def test_an_answer_follows_the_schema(demo: str, visit: Visit) -> None:
     page = visit(demo)
-    setting(page, "JSON schema", '{"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]')
+    setting(page, "JSON schema", '{"enum": ["yes", "no"]')
     box = page.get_by_role("textbox", name="Your message")
-    box.fill("Simon is 59 years old.")
+    box.fill("Is Rome a city?")
     box.press("Enter")  # the schema is not JSON: the settings open at it
     assert page.get_by_role("dialog").get_by_text("This is not JSON").is_visible()
     assert page.evaluate("document.activeElement.name") == "schema"
@@ -192,7 +192,7 @@ def test_an_answer_follows_the_schema(demo: str, visit: Visit) -> None:
     page.get_by_role("button", name="Done").click()
     assert "JSON schema" in page.get_by_role("button", name="Settings in effect").inner_text()
     box.press("Enter")
-    assert page.evaluate("text => Object.keys(JSON.parse(text))", text_of(ended(page))) == ["age"]
+    assert text_of(ended(page)) in ('"yes"', '"no"')
 
 
 def test_settings_stay_and_the_api_key_does_not(scripted: str, visit: Visit) -> None:
@@ -213,7 +213,7 @@ def test_errors_of_the_server_are_shown(scripted: str, visit: Visit, browser: An
     page = browser.new_page()  # its console tells of the status 400
     page.goto(scripted)
     answer = ask(page, "x " * 200_000)
-    assert "limit" in answer.get_by_role("alert").inner_text()
+    assert "tokens" in answer.get_by_role("alert").inner_text()
     assert text_of(ask(page, "next")) == "I heard: next"
     page.close()
 
