@@ -82,7 +82,7 @@ class Drafts:
     def _read(self, draft: Draft, free: Sequence[bool]) -> Iterator[Cell]:
         """Yield the cells of a draft."""
         kinds = [
-            kind if is_free or kind != TEXT else PINNED
+            kind if is_free or kind == AFTER_END else PINNED
             for kind, is_free in zip(self._kinds(draft.tokens), free, strict=True)
         ]
         decode = codecs.getincrementaldecoder("utf-8")("replace").decode

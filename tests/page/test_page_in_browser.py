@@ -322,3 +322,14 @@ def test_gaps_are_filled_and_the_text_around_them_is_kept(demo: str, visit: Visi
     changed = text_of(answer)
     assert changed != '{"name": "Simon", "age": 59, "city": "Rome"}' and changed.startswith('{"name": "')
     assert "canvases tried" in answer.locator(".numbers").inner_text()
+    scrub(answer, 1)
+    pinned = answer.locator(".cell.p")
+    assert [text for text in pinned.all_inner_texts() if text.isalpha()] == ["age", "city"]
+    others.first.check()
+    assert text_of(answer) == '{"name": "Simon", "age": 59, "city": "Rome"}'
+    assert not answer.locator(".cells").is_visible()
+
+
+def test_the_model_is_named(scripted: str, visit: Visit) -> None:
+    page = visit(scripted)
+    page.get_by_text("demo, 4,096 tokens of context").wait_for()
