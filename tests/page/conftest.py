@@ -100,7 +100,7 @@ def visit(browser: Browser) -> Iterator[Visit]:
         context = browser.new_context(**{"viewport": {"width": 1000, "height": 760}, **settings})
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)
         page.on("console", lambda line: line.type in ("error", "warning") and problems.append(line.text))
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.goto(address)

@@ -311,20 +311,20 @@ def test_gaps_are_filled_and_the_text_around_them_is_kept(demo: str, visit: Visi
         "Make a JSON object: Simon is 59 years old and lives in Rome."
     )
     setting(page, "Seed", "1")
-    page.get_by_role("textbox", name="A text with gaps").fill('{"name": "___", "age": ___, "city": "___"}')
+    page.get_by_role("textbox", name="A text with gaps").fill('{"name": "Simon", "age": ___, "city": "Rome"}')
     page.get_by_role("button", name="Fill in").click()
     answer = ended(page)
     assert text_of(answer) == '{"name": "Simon", "age": 59, "city": "Rome"}'
-    assert answer.locator("mark").all_inner_texts() == ["Simon", "59", "Rome"]
+    assert answer.locator("mark").all_inner_texts() == ["59"]
     others = answer.get_by_role("radio")
     assert others.count() > 1 and others.first.is_checked()
     others.nth(1).check()
     changed = text_of(answer)
-    assert changed != '{"name": "Simon", "age": 59, "city": "Rome"}' and changed.startswith('{"name": "')
+    assert changed != '{"name": "Simon", "age": 59, "city": "Rome"}' and changed.endswith('"city": "Rome"}')
     assert "canvases tried" in answer.locator(".numbers").inner_text()
     scrub(answer, 1)
     pinned = answer.locator(".cell.p")
-    assert [text for text in pinned.all_inner_texts() if text.isalpha()] == ["age", "city"]
+    assert [text for text in pinned.all_inner_texts() if text.isalpha()] == ["city"]
     others.first.check()
     assert text_of(answer) == '{"name": "Simon", "age": 59, "city": "Rome"}'
     assert not answer.locator(".cells").is_visible()
