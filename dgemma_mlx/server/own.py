@@ -207,6 +207,7 @@ async def _steps(
         yield event(error.openai())
     finally:
         work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
 
 
 async def edit(request: Request) -> Response:

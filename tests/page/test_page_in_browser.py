@@ -162,10 +162,12 @@ def test_a_script_that_is_injected_does_not_run(scripted: str, browser: Any) -> 
     page.goto(scripted)
     page.evaluate("""() => {
       const script = document.createElement("script");
-      script.textContent = "document.title = 'broken into'";
+      script.append("document.title = 'broken into'");
       document.body.append(script);
     }""")
     assert page.title() == "dgemma-mlx"
+    refused = page.evaluate("() => { try { document.body.innerHTML = '<b>'; } catch (error) { return error.name; } }")
+    assert refused == "TypeError"
     assert page.evaluate("fetch('https://example.com').then(() => 'reached', () => 'refused')") == "refused"
     page.close()
 
@@ -324,7 +326,7 @@ def test_gaps_are_filled_and_the_text_around_them_is_kept(demo: str, visit: Visi
     assert "canvases tried" in answer.locator(".numbers").inner_text()
     scrub(answer, 1)
     pinned = answer.locator(".cell.p")
-    assert [text for text in pinned.all_inner_texts() if text.isalpha()] == ["city"]
+    assert [text for text in pinned.all_inner_texts() if text.isalpha()] == ["city", "R", "ome"]
     others.first.check()
     assert text_of(answer) == '{"name": "Simon", "age": 59, "city": "Rome"}'
     assert not answer.locator(".cells").is_visible()
