@@ -9,9 +9,11 @@ NPM_AGENTS := tests/agents/node_modules/.package-lock.json
 PYTHON_BIN := $(VENV)/bin/python
 REQUIREMENTS := pyproject.toml constraints.txt scripts/setup.sh
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
+CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	ls -d "/Applications/Google Chrome.app" 2>/dev/null)
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help reference setup demo demo-model test test-kernels test-vocabulary test-clients clients vocabulary soak lint type oracle bench capture wheel clean
+.PHONY: help reference setup demo demo-model test test-kernels test-vocabulary test-clients clients test-page screenshots vocabulary soak lint type oracle bench capture wheel clean
 .NOTPARALLEL:
 
 help:
@@ -47,6 +49,11 @@ test-clients: $(CLIENTS)/.installed ## run real clients against the server, in a
 clients: $(VENV)/.installed-test $(NPM_AGENTS) $(AIDER)/.installed ## run agents against the server; needs npm, and 2 GB for them
 	@$(PYTHON_BIN) -m pytest -m agents -W default tests/agents $(ARGS)
 
+test-page: ## test the page in a real browser, where Chromium or Chrome is installed
+	@if [ -n "$(CHROMIUM)" ]; then $(MAKE) --no-print-directory $(VENV)/.installed-page && \
+		$(PYTHON_BIN) -m pytest -m page tests/page $(ARGS); \
+		else echo "there is no Chromium here: the tests of the page are left out"; fi
+
 soak: $(VENV)/.installed-test ## run the tests that take minutes
 	@$(PYTHON_BIN) -m pytest -m slow $(ARGS)
 
@@ -67,6 +74,9 @@ bench: $(VENV)/.installed-test ## run the benchmarks; BENCH=long_prompt ARGS="--
 
 capture: $(VENV)/.installed ## draw docs/canvas.svg with the program's own renderer
 	@$(PYTHON_BIN) scripts/capture.py docs/canvas.svg $(ARGS)
+
+screenshots: $(VENV)/.installed-page ## photograph the page into docs/, with Chromium or Chrome
+	@$(PYTHON_BIN) scripts/screenshots.py docs $(ARGS)
 
 reference: $(VENV)/.installed ## write docs/cli.md from the help of the program
 	@$(PYTHON_BIN) scripts/cli_reference.py $(ARGS)
@@ -92,6 +102,10 @@ $(VENV)/.installed-test: $(REQUIREMENTS)
 
 $(VENV)/.installed-kernels: $(REQUIREMENTS)
 	@sh scripts/setup.sh $(VENV) 3.10 test,kernels
+	@touch $(VENV)/.installed $(VENV)/.installed-test $@
+
+$(VENV)/.installed-page: $(REQUIREMENTS)
+	@sh scripts/setup.sh $(VENV) 3.10 page
 	@touch $(VENV)/.installed $(VENV)/.installed-test $@
 
 $(ORACLE)/.installed: $(REQUIREMENTS)

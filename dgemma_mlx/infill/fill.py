@@ -16,6 +16,7 @@ from dgemma_mlx.checks import shown as quoted
 from dgemma_mlx.diffusion.edits import Edits, StartCanvas
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.events import Draft
 from dgemma_mlx.generation.model import Model, ModelText
 from dgemma_mlx.generation.options import GenerationOptions
 from dgemma_mlx.generation.wired import wired_memory
@@ -172,9 +173,15 @@ def end_id(model: ModelText) -> int:
     return turn if turn is not None and turn in ends else ends[0]
 
 
+# Called after each step with the drafts (B) of all candidates that are written together, and with which of their
+# positions (B, C) are free.
+WatchGaps = Callable[[Sequence[Draft], Sequence[Sequence[bool]]], None]
+
+
 @wired_memory()
 def write_gaps(
-    model: Model, prepared: Prepared, seed: int | None, options: GenerationOptions, progress: Progress | None = None
+    model: Model, prepared: Prepared, seed: int | None, options: GenerationOptions, progress: Progress | None = None,
+    watch: WatchGaps | None = None,
 ) -> Filled:
     """Write the gaps at the lengths of the ladders, and at some between them.
 
@@ -182,7 +189,7 @@ def write_gaps(
     """
     layout = prepared.layout
     writer = Writer(model, prepared.ids, prepared.candidates, seed, options, progress)
-    evaluate = partial(_evaluate, writer, layout, prepared.strength)
+    evaluate = partial(_evaluate, writer, layout, prepared.strength, watch)
     found = search(prepared.ladders, layout.room, prepared.candidates, evaluate)
     texts = tuple(layout.whole(candidate.texts) for candidate in found)
     doubt = doubt_about(found[0], [slot.gap.original for slot in layout.slots])
@@ -205,13 +212,16 @@ def doubt_about(best: Candidate, originals: Sequence[str | None]) -> str | None:
     return "the model was still uncertain of the result" if best.low_confidence else None
 
 
-def _evaluate(writer: Writer, layout: Layout, strength: float | None, wanted: list[Lengths]) -> list[Candidate]:
+def _evaluate(
+    writer: Writer, layout: Layout, strength: float | None, watch: WatchGaps | None, wanted: list[Lengths]
+) -> list[Candidate]:
     """Denoise a canvas for each of the combinations of lengths, and score the results."""
     length = layout.length(wanted)
     pins = layout.pins(wanted, length)
     start = None if strength is None else noised_start(writer, pins.ids, strength)
     edits = Edits(pins, layout.barred(wanted, length, writer.vocab_size), start)
-    drafts = writer.write(length, len(wanted), edits)
+    free = [free for _, free in layout.rows(wanted, length)]
+    drafts = writer.write(length, len(wanted), edits, watch and (lambda drafts: watch(drafts, free)))
     scores = writer.scores([draft.tokens for draft in drafts], [layout.used(lengths, length) for lengths in wanted])
     found = []
     for lengths, draft, score in zip(wanted, drafts, scores, strict=True):

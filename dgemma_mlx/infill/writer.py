@@ -26,6 +26,9 @@ from dgemma_mlx.model.half_precision import refuse_nan
 # Called after each step with the number of canvases and of steps so far.
 Progress = Callable[[int, int], None]
 
+# Called after each step with the drafts of all canvases that are written together.
+Watch = Callable[[Sequence[Draft]], None]
+
 # When a canvas has settled in n steps, the others are given up after 2 n + _PATIENCE steps: the right length settles
 # soon, and a wrong one may never settle.
 _PATIENCE = 4
@@ -70,7 +73,7 @@ class Writer:
         check_seed(seed)
         self.seed = secrets.randbits(32) if seed is None else seed
         self._began, self._model, self._progress = time.perf_counter(), model, progress
-        self._prompt_tokens, self._canvases, self._steps = len(prefix), 0, 0
+        self._prompt_tokens, self._batches, self._canvases, self._steps = len(prefix), 0, 0, 0
         model.check_prompt(prefix)
         mx.reset_peak_memory()
         work = Work(rows, shares_prefix=True)
@@ -99,18 +102,24 @@ class Writer:
         """Largest number of denoising steps that a canvas may take."""
         return self._denoiser.config.max_denoising_steps
 
-    def write(self, length: int, rows: int, edits: Edits) -> list[Draft]:
-        """Denoise canvases (rows, length), and return the last draft of each.
+    def write(self, length: int, rows: int, edits: Edits, watch: Watch | None = None) -> list[Draft]:
+        """Denoise canvases (rows, length), and return the last draft of each. ``Draft.canvas`` counts such batches.
 
         Canvases that have not settled long after another one did (``_PATIENCE``) are given up; their last draft is not
         ``finished``. Raises ``Cancelled`` between two steps.
         """
         drafts: tuple[Draft, ...] = ()
         settled_at = 0
+        denoising = self._denoiser.denoise(
+            self._repeated(rows), self.noise(rows), length, edits, canvas_index=self._batches
+        )
+        self._batches += 1
         self._canvases += rows
-        with closing(self._denoiser.denoise(self._repeated(rows), self.noise(rows), length, edits)) as steps:
+        with closing(denoising) as steps:
             for drafts in steps:
                 self._steps += 1
+                if watch is not None:
+                    watch(drafts)
                 if self._progress is not None:
                     self._progress(self._canvases, self._steps)
                 self._cancellation.check()

@@ -12,7 +12,7 @@ from dgemma_mlx.events import Draft
 from dgemma_mlx.generation.model import ModelText
 from dgemma_mlx.server.question import Ended, Written
 
-TEXT, THINKING, CONTROL, AFTER_END = "thce"
+TEXT, THINKING, CONTROL, AFTER_END, PINNED = "thcep"
 
 
 class Cell(NamedTuple):
@@ -22,7 +22,8 @@ class Cell(NamedTuple):
         token: The text of the token; empty for a control token, and for all but the last byte of a character.
         entropy: Its entropy in nats, rounded, so that what has hardly changed is not sent.
         accepted: Whether the step has accepted it.
-        kind: ``TEXT``, ``THINKING``, ``CONTROL``, or ``AFTER_END`` for what is dropped with the end of the text.
+        kind: ``TEXT``, ``THINKING``, ``CONTROL``, ``AFTER_END`` for what is dropped with the end of the text, or
+            ``PINNED`` for a given text.
     """
 
     token: str
@@ -46,9 +47,12 @@ class Drafts:
         self._sent: tuple[int, int] | None = None  # canvas and attempt of the draft that was sent last
         self._cells: list[Cell] = []
 
-    def draft(self, draft: Draft) -> dict[str, Any]:
-        """Return a draft. Without ``at`` it lists all C positions, otherwise those at the indices ``at``."""
-        cells = list(self._read(draft))
+    def draft(self, draft: Draft, free: Sequence[bool] | None = None) -> dict[str, Any]:
+        """Return a draft. Without ``at`` it lists all C positions, otherwise those at the indices ``at``.
+
+        ``free`` says which positions (C) are not pinned; None stands for all.
+        """
+        cells = list(self._read(draft, free or [True] * len(draft.tokens)))
         place = (draft.canvas, draft.attempt)
         found: dict[str, Any] = {
             "canvas": draft.canvas, "attempt": draft.attempt, "step": draft.step, "max_steps": draft.max_steps,
@@ -75,9 +79,12 @@ class Drafts:
         """Return what there is to tell at the end of an answer: the seed that repeats it, counts and times."""
         return {"seed": ended.done.seed, "statistics": asdict(ended.done.statistics)}
 
-    def _read(self, draft: Draft) -> Iterator[Cell]:
+    def _read(self, draft: Draft, free: Sequence[bool]) -> Iterator[Cell]:
         """Yield the cells of a draft."""
-        kinds = self._kinds(draft.tokens)
+        kinds = [
+            kind if is_free or kind == AFTER_END else PINNED
+            for kind, is_free in zip(self._kinds(draft.tokens), free, strict=True)
+        ]
         decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         for token, entropy, accepted, kind in zip(
             draft.tokens, draft.entropy, draft.accepted_mask, kinds, strict=True

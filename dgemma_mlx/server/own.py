@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Annotated, Any, TypeVar
 
@@ -12,6 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from dgemma_mlx.checks import check_seed
+from dgemma_mlx.events import Draft
 from dgemma_mlx.generation.model import Model, ModelText
 from dgemma_mlx.generation.options import GenerationOptions
 from dgemma_mlx.infill.choose import PreparedChoices, prepare_choices, weigh
@@ -21,9 +23,11 @@ from dgemma_mlx.infill.fill import DEFAULT_CANDIDATES as FILL_CANDIDATES
 from dgemma_mlx.infill.fill import Prepared, prepare_fill, write_gaps
 from dgemma_mlx.infill.template import MARK, Gap, Part
 from dgemma_mlx.server.body import read_body
+from dgemma_mlx.server.drafts import Drafts
 from dgemma_mlx.server.engine import Engine
+from dgemma_mlx.server.errors import ApiError
 from dgemma_mlx.server.settings import ServerSettings
-from dgemma_mlx.server.sse import unless_gone
+from dgemma_mlx.server.sse import EventStream, event, unless_gone
 
 P = TypeVar("P")
 T = TypeVar("T")
@@ -94,6 +98,8 @@ class FillRequest(Denoising):
         prompt: What to ask the model; null shows it the text with its gaps.
         raw: Whether the model sees only the text around the gaps.
         candidates: Number of lengths to try at a time.
+        stream: Whether the steps are sent as they are made, as the events of a stream with the field ``dgemma``. They
+            are those of the most certain candidate at the time. The last event is the result.
     """
 
     text: str | list[str | GapPart]
@@ -101,6 +107,7 @@ class FillRequest(Denoising):
     prompt: str | None = None
     raw: bool = False
     candidates: Candidates = FILL_CANDIDATES
+    stream: bool = False
 
 
 class EditRequest(Denoising):
@@ -161,7 +168,46 @@ async def fill(request: Request) -> Response:
             candidates=body.candidates,
         )
 
-    return _answer(request, asdict(await worked(request, body, prepare, write_gaps)))
+    if not body.stream:
+        return _answer(request, asdict(await worked(request, body, prepare, write_gaps)))
+    engine: Engine = request.app.state.engine
+    prepared, options = await engine.read(lambda text: (prepare(text), body.options(text, engine.settings)))
+    return EventStream(_steps(engine, prepared, body.seed, options), engine.settings.ping_seconds)
+
+
+async def _steps(
+    engine: Engine, prepared: Prepared, seed: int | None, options: GenerationOptions
+) -> AsyncIterator[bytes]:
+    """Yield the steps of gaps that are filled, and the result. A slow reader gets the latest step only."""
+    loop, news = asyncio.get_running_loop(), asyncio.Event()
+    latest: list[tuple[Draft, Sequence[bool]]] = []
+
+    def add(draft: Draft, free: Sequence[bool]) -> None:
+        latest[:] = [(draft, free)]
+        news.set()
+
+    def watch(drafts: Sequence[Draft], free: Sequence[Sequence[bool]]) -> None:  # on the model's thread
+        row = min(range(len(drafts)), key=lambda row: sum(drafts[row].entropy) / sum(free[row]))
+        loop.call_soon_threadsafe(add, drafts[row], free[row])
+
+    work = asyncio.ensure_future(engine.run(
+        lambda model, cancelled: write_gaps(model, prepared, seed, replace(options, cancelled=cancelled), watch=watch)
+    ))  # fmt: skip
+    work.add_done_callback(lambda _: news.set())
+    drafts = Drafts(engine.text)
+    try:
+        while latest or not work.done():
+            await news.wait()
+            news.clear()
+            while latest:
+                yield event({"dgemma": drafts.draft(*latest.pop())})
+        yield event({"model": engine.settings.model_name, **asdict(work.result())})
+        yield event("[DONE]")
+    except ApiError as error:
+        yield event(error.openai())
+    finally:
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
 
 
 async def edit(request: Request) -> Response:

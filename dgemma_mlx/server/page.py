@@ -34,6 +34,7 @@ def read_page() -> tuple[str, dict[str, str]]:
         "base-uri": "'none'",
         "form-action": "'none'",
         "frame-ancestors": "'none'",
+        "require-trusted-types-for": "'script'",  # no text becomes HTML
     }
     return text, {
         "content-security-policy": "; ".join(f"{name} {value}" for name, value in policy.items()),

@@ -12,8 +12,8 @@ from tests.page.conftest import PICTURE, Visit
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
 
-SUDOKU = "Solve this Sudoku:\n. . 3 .\n3 . . 2\n. 1 . .\n4 . . ."
-SOLVED = "1 2 3 4\n3 4 1 2\n2 1 4 3\n4 3 2 1"
+SUDOKU = "Solve this Sudoku:\n. . . 4\n. . 1 .\n. 3 . .\n2 . . ."
+SOLVED = "1 2 3 4\n3 4 1 2\n4 3 2 1\n2 1 4 3"  # with seed 1, after eight steps
 # Notes each state of the cells that is drawn.
 WATCH = """() => {
   window.seen = [];
@@ -65,30 +65,34 @@ def setting(page: Page, name: str, value: Any) -> None:
 def test_the_canvas_is_seen_to_change_until_the_answer_is_right(demo: str, visit: Visit) -> None:
     page = visit(demo)
     page.evaluate(WATCH)
-    setting(page, "Seed", "3")
+    setting(page, "Seed", "1")
     answer = ask(page, SUDOKU)
     assert text_of(answer) == SOLVED
     seen = page.evaluate("window.seen")
     assert len(seen) > 1 and all(len(cells) == 32 for cells in seen)  # every position keeps its place
     assert seen[-1][:5] == ["1", "2", "3", "4", "↵"]
     numbers = answer.locator(".numbers").inner_text()
-    assert "20 tokens" in numbers and "tokens a step" in numbers and "tokens/s" in numbers and "seed 3" in numbers
+    assert "20 tokens" in numbers and "tokens a step" in numbers and "tokens/s" in numbers and "seed 1" in numbers
 
 
-def test_an_example_is_asked_and_the_conversation_goes_on(demo: str, visit: Visit) -> None:
-    page = visit(demo)
+def test_an_example_is_asked_and_the_conversation_goes_on(scripted: str, visit: Visit) -> None:
+    page = visit(scripted)
+    asked: list[Any] = []
+    page.on("request", lambda request: request.post_data_json and asked.append(request.post_data_json))
     page.get_by_role("button", name="Sort 7 3 5").click()
-    assert text_of(ended(page)) == "3 5 7"
-    assert text_of(ask(page, "Sort 9 1 4")) == "1 4 9"
-    assert page.get_by_role("article", name="Answer").count() == 2
+    assert text_of(ended(page)) == "I heard: Sort 7 3 5"
+    assert text_of(ask(page, "And 9?")) == "I heard: And 9?"
+    assert [message["content"] for message in asked[-1]["messages"]] == ["Sort 7 3 5", "I heard: Sort 7 3 5", "And 9?"]
     page.get_by_role("button", name="New").click()
     assert page.get_by_role("article", name="Answer").count() == 0
     assert page.get_by_role("heading", name="watch the answer take shape").is_visible()
+    ask(page, "Anew")
+    assert [message["content"] for message in asked[-1]["messages"]] == ["Anew"]
 
 
 def test_the_steps_are_played_again(demo: str, visit: Visit) -> None:
     page = visit(demo)
-    setting(page, "Seed", "3")
+    setting(page, "Seed", "1")
     answer = ask(page, SUDOKU)
     last = int(answer.get_by_role("slider").get_attribute("max") or 0)
     assert last > 1
@@ -109,7 +113,7 @@ def test_the_steps_are_played_again(demo: str, visit: Visit) -> None:
 
 def test_certainty_and_acceptance_are_shown_without_colour(demo: str, visit: Visit) -> None:
     page = visit(demo)
-    setting(page, "Seed", "3")
+    setting(page, "Seed", "1")
     answer = ask(page, SUDOKU)
     scrub(answer, 0)
     faint, sure = (
@@ -158,10 +162,12 @@ def test_a_script_that_is_injected_does_not_run(scripted: str, browser: Any) -> 
     page.goto(scripted)
     page.evaluate("""() => {
       const script = document.createElement("script");
-      script.textContent = "document.title = 'broken into'";
+      script.append("document.title = 'broken into'");
       document.body.append(script);
     }""")
     assert page.title() == "dgemma-mlx"
+    refused = page.evaluate("() => { try { document.body.innerHTML = '<b>'; } catch (error) { return error.name; } }")
+    assert refused == "TypeError"
     assert page.evaluate("fetch('https://example.com').then(() => 'reached', () => 'refused')") == "refused"
     page.close()
 
@@ -178,9 +184,9 @@ def test_thinking_is_folded(scripted: str, visit: Visit) -> None:
 
 def test_an_answer_follows_the_schema(demo: str, visit: Visit) -> None:
     page = visit(demo)
-    setting(page, "JSON schema", '{"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]')
+    setting(page, "JSON schema", '{"enum": ["yes", "no"]')
     box = page.get_by_role("textbox", name="Your message")
-    box.fill("Simon is 59 years old.")
+    box.fill("Is Rome a city?")
     box.press("Enter")  # the schema is not JSON: the settings open at it
     assert page.get_by_role("dialog").get_by_text("This is not JSON").is_visible()
     assert page.evaluate("document.activeElement.name") == "schema"
@@ -188,7 +194,7 @@ def test_an_answer_follows_the_schema(demo: str, visit: Visit) -> None:
     page.get_by_role("button", name="Done").click()
     assert "JSON schema" in page.get_by_role("button", name="Settings in effect").inner_text()
     box.press("Enter")
-    assert page.evaluate("text => Object.keys(JSON.parse(text))", text_of(ended(page))) == ["age"]
+    assert text_of(ended(page)) in ('"yes"', '"no"')
 
 
 def test_settings_stay_and_the_api_key_does_not(scripted: str, visit: Visit) -> None:
@@ -209,7 +215,7 @@ def test_errors_of_the_server_are_shown(scripted: str, visit: Visit, browser: An
     page = browser.new_page()  # its console tells of the status 400
     page.goto(scripted)
     answer = ask(page, "x " * 200_000)
-    assert "limit" in answer.get_by_role("alert").inner_text()
+    assert "tokens" in answer.get_by_role("alert").inner_text()
     assert text_of(ask(page, "next")) == "I heard: next"
     page.close()
 
@@ -307,14 +313,25 @@ def test_gaps_are_filled_and_the_text_around_them_is_kept(demo: str, visit: Visi
         "Make a JSON object: Simon is 59 years old and lives in Rome."
     )
     setting(page, "Seed", "1")
-    page.get_by_role("textbox", name="A text with gaps").fill('{"name": "___", "age": ___, "city": "___"}')
+    page.get_by_role("textbox", name="A text with gaps").fill('{"name": "Simon", "age": ___, "city": "Rome"}')
     page.get_by_role("button", name="Fill in").click()
     answer = ended(page)
     assert text_of(answer) == '{"name": "Simon", "age": 59, "city": "Rome"}'
-    assert answer.locator("mark").all_inner_texts() == ["Simon", "59", "Rome"]
+    assert answer.locator("mark").all_inner_texts() == ["59"]
     others = answer.get_by_role("radio")
     assert others.count() > 1 and others.first.is_checked()
     others.nth(1).check()
     changed = text_of(answer)
-    assert changed != '{"name": "Simon", "age": 59, "city": "Rome"}' and changed.startswith('{"name": "')
-    assert answer.locator(".numbers").inner_text().startswith("40 canvases tried")
+    assert changed != '{"name": "Simon", "age": 59, "city": "Rome"}' and changed.endswith('"city": "Rome"}')
+    assert "canvases tried" in answer.locator(".numbers").inner_text()
+    scrub(answer, 1)
+    pinned = answer.locator(".cell.p")
+    assert [text for text in pinned.all_inner_texts() if text.isalpha()] == ["city", "R", "ome"]
+    others.first.check()
+    assert text_of(answer) == '{"name": "Simon", "age": 59, "city": "Rome"}'
+    assert not answer.locator(".cells").is_visible()
+
+
+def test_the_model_is_named(scripted: str, visit: Visit) -> None:
+    page = visit(scripted)
+    page.get_by_text("demo, 4,096 tokens of context").wait_for()

@@ -49,6 +49,26 @@ def test_fill_is_the_function_fill(address: str) -> None:
     same(found, asdict(fill(load("demo"), GAPS, prompt=RECORD, candidates=1, seed=1)))
 
 
+def test_the_steps_of_fill_are_streamed_before_the_same_result(address: str) -> None:
+    body = {"text": GAPS.replace("___:1___", "___"), "prompt": RECORD, "candidates": 2, "seed": 1}
+    with httpx.stream("POST", f"{address}/v1/fill", json={**body, "stream": True}, timeout=60) as stream:
+        lines = [line.removeprefix("data: ") for line in stream.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    *steps, result = map(json.loads, lines[:-1])
+    same(result, asdict(fill(load("demo"), **body)))
+    drafts = [step["dgemma"] for step in steps]
+    whole = [draft for draft in drafts if "at" not in draft]
+    assert [draft["canvas"] for draft in whole] == sorted({draft["canvas"] for draft in drafts})
+    assert {"p", "t", "e"} == set("".join(draft["kinds"] for draft in drafts))
+    pinned = "".join(text for text, kind in zip(whole[0]["tokens"], whole[0]["kinds"], strict=True) if kind == "p")
+    assert pinned == ', "city": "Rome"}'
+
+
+def test_a_stream_of_a_text_without_gaps_is_refused_at_once(address: str) -> None:
+    found = post(address, "/v1/fill", {"text": "no gap", "stream": True})
+    assert found.status_code == 400 and "no gap" in found.json()["error"]["message"]
+
+
 def test_a_text_may_be_a_list_with_gaps_and_all_options(address: str) -> None:
     options: dict[str, Any] = {"candidates": 2, "seed": 3, "speed": "reference", "temp": 0.0, "system": "Be brief."}
     body = {"text": ["a ", {"size": 2, "hint": "x"}, " b"], "max_denoising_steps": 2, **options}
