@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from dgemma_mlx.generation.model import Model
-from dgemma_mlx.server import anthropic, llamacpp, openai_chat, own, page, responses, status
+from dgemma_mlx.server import anthropic, llamacpp, openai_chat, openapi, own, page, responses, status
 from dgemma_mlx.server.accounting import Accounting
 from dgemma_mlx.server.engine import Engine
 from dgemma_mlx.server.errors import ApiError, error_response
@@ -23,8 +23,8 @@ from dgemma_mlx.server.settings import ServerSettings
 from dgemma_mlx.server.sse import GoneError
 
 ROUTES = [
-    *anthropic.ROUTES, *llamacpp.ROUTES, *openai_chat.ROUTES, *own.ROUTES, *page.ROUTES, *responses.ROUTES,
-    *status.ROUTES,
+    *anthropic.ROUTES, *llamacpp.ROUTES, *openai_chat.ROUTES, *openapi.ROUTES, *own.ROUTES, *page.ROUTES,
+    *responses.ROUTES, *status.ROUTES,
 ]  # each protocol's file lists its own
 
 
