@@ -61,7 +61,7 @@ class Server:
         """Raise `DgemmaError` when there is no server, or it wants another key."""
         connection = self._connect()
         try:
-            self._send(connection, "GET", "/v1/models", None, accept_missing=True).read(_MOST_BYTES)
+            self._send(connection, "GET", "/v1/models", None, accept_missing=True).close()
         finally:
             connection.close()
 
@@ -104,9 +104,9 @@ class Server:
     ) -> None:
         """Post a body and queue the lines of the answer, then None; or what was raised."""
         try:
-            response = self._send(connection, "POST", path, body)
-            while line := response.readline(_MOST_BYTES):
-                lines.put(line)
+            with self._send(connection, "POST", path, body) as response:
+                while line := response.readline(_MOST_BYTES):
+                    lines.put(line)
             lines.put(None)
         except DgemmaError as error:
             lines.put(error)
@@ -137,7 +137,8 @@ class Server:
             response = connection.getresponse()
             if response.status == 200 or (accept_missing and response.status == 404):
                 return response
-            raise _refusal(response.status, response.read(_MOST_BYTES))
+            with response:
+                raise _refusal(response.status, response.read(_MOST_BYTES))
         except (OSError, HTTPException) as error:
             raise self._lost(error) from None
 

@@ -122,8 +122,6 @@ def _conversation(
     prompt_cache: Path | None,
 ) -> Iterator[Chat]:
     """Yield the conversation with the model of a server, or with one that is loaded."""
-    from dgemma_mlx.checkpoint.hub import DEMO
-
     if url is not None:
         from dgemma_mlx.cli.chat.connection import Server
         from dgemma_mlx.cli.chat.remote import RemoteChat
@@ -132,6 +130,7 @@ def _conversation(
         server.check()
         yield RemoteChat(server, session, defaults, draw=draw)
         return
+    from dgemma_mlx.checkpoint.hub import DEMO
     from dgemma_mlx.cli.chat.local import LocalChat
 
     settings = Settings()
