@@ -11,12 +11,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from dgemma_mlx.server import llamacpp, openai_chat, own
+from dgemma_mlx.server import anthropic_request, llamacpp, openai_chat, own, responses_request
 from dgemma_mlx.version import __version__
 
 # The struct of each body, by path.
 BODIES: dict[str, type[msgspec.Struct]] = {
     "/v1/chat/completions": openai_chat.ChatRequest,
+    "/v1/responses": responses_request.ResponsesRequest,
+    "/v1/messages": anthropic_request.MessagesRequest,
+    "/v1/messages/count_tokens": anthropic_request.MessagesRequest,
     "/v1/fill": own.FillRequest,
     "/v1/edit": own.EditRequest,
     "/v1/choose": own.ChooseRequest,
