@@ -67,10 +67,11 @@ def _operation(route: Route, method: str) -> dict[str, Any]:
     content: dict[str, Any] = {kind: {} for kind in kinds}
     error = {"description": "What is wrong.", "content": {"application/json": {"schema": {
         "$ref": "#/components/schemas/Error"}}}}  # fmt: skip
+    answer: dict[str, Any] = {"description": "The answer."} | ({} if method == "HEAD" else {"content": content})
     found: dict[str, Any] = {
         "summary": (route.endpoint.__doc__ or "").partition("\n")[0].rstrip("."),
         "operationId": f"{method.lower()}{re.sub('[^a-z0-9]+', '_', route.path.lower())}",
-        "responses": {"200": {"description": "The answer.", "content": content}, "4XX": error, "5XX": error},
+        "responses": {"200": answer, "4XX": error, "5XX": error},
     }
     if route.param_convertors:
         found["parameters"] = [
