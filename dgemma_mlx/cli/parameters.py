@@ -60,6 +60,20 @@ NoKernels = Annotated[
     bool, resource_option("--no-kernels", help="Use only plain MLX operations, not this program's Metal kernels.")
 ]
 
+# A server
+KEY_VARIABLE = "DGEMMA_API_KEY"
+ApiKey = Annotated[
+    str | None,
+    section("Server")("--api-key", metavar="KEY", show_default=f"the variable {KEY_VARIABLE}",
+                      help="The key that the server's clients must send."),
+]  # fmt: skip
+
+
+def api_key(option: str | None) -> str | None:
+    """Return the key of the option, or of the environment. An empty variable is none."""
+    return (os.environ.get(KEY_VARIABLE) or None) if option is None else option
+
+
 # The prompt
 Prompt = Annotated[
     str | None, typer.Argument(help="The prompt. With `-` or without a prompt, standard input is the prompt.")

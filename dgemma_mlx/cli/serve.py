@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Annotated
 from dgemma_mlx.checks import shown
 from dgemma_mlx.cli.loading import in_bytes, model_loader, say_if_demo
 from dgemma_mlx.cli.parameters import (
+    ApiKey,
     MemoryLimit,
     ModelOptions,
     Quiet,
     SpeedMode,
+    api_key,
     decoding_option,
     output_option,
     resource_option,
@@ -28,31 +30,25 @@ from dgemma_mlx.errors import DgemmaError
 if TYPE_CHECKING:
     from dgemma_mlx.server.settings import ServerSettings
 
-KEY_VARIABLE = "DGEMMA_API_KEY"
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
-address_option = section("Address")
+server_option = section("Server")
 
-Host = Annotated[str, address_option("--host", help="The address to listen on.")]
-Port = Annotated[int, address_option("--port", min=0, max=65535, help="The port to listen on; 0 takes a free one.")]
-ApiKey = Annotated[
-    str | None,
-    address_option("--api-key", metavar="KEY", show_default=f"the variable {KEY_VARIABLE}",
-                   help="Answer only requests that send this key."),
-]  # fmt: skip
+Host = Annotated[str, server_option("--host", help="The address to listen on.")]
+Port = Annotated[int, server_option("--port", min=0, max=65535, help="The port to listen on; 0 takes a free one.")]
 AllowOrigin = Annotated[
     list[str] | None,
-    address_option("--allow-origin", metavar="ORIGIN",
+    server_option("--allow-origin", metavar="ORIGIN",
                    help="Let web pages of this origin use the server, such as https://example.org. May be repeated."),
 ]  # fmt: skip
 AllowHost = Annotated[
     list[str] | None,
-    address_option("--allow-host", metavar="NAME",
+    server_option("--allow-host", metavar="NAME",
                    help="Accept this name of the machine in the Host header. May be repeated."),
 ]  # fmt: skip
-Open = Annotated[bool, address_option("--open", help="Open the page of the server in the browser.")]
+Open = Annotated[bool, server_option("--open", help="Open the page of the server in the browser.")]
 StrictModel = Annotated[
-    bool, address_option("--strict-model", help="Answer 404 to requests for a model of another name.")
+    bool, server_option("--strict-model", help="Answer 404 to requests for a model of another name.")
 ]
 MaxQueue = Annotated[
     int, resource_option("--max-queue", min=1, help="Requests that wait or run at a time; further ones get 503.")
@@ -175,7 +171,7 @@ def _server_settings(
         model_name=_model_name(settings.pick("model", model.model)),
         host=address.host,
         port=address.port,
-        api_key=(os.environ.get(KEY_VARIABLE) or None) if address.api_key is None else address.api_key,
+        api_key=api_key(address.api_key),
         allowed_origins=tuple(address.allow_origin or ()),
         allowed_hosts=tuple(address.allow_host or ()),
         speed=settings.pick_checked("speed", speed),

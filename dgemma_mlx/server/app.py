@@ -20,6 +20,7 @@ from dgemma_mlx.server import (
     openai_chat,
     openai_completions,
     openai_models,
+    openapi,
     own,
     page,
     responses,
@@ -36,7 +37,7 @@ from dgemma_mlx.server.sse import GoneError
 
 ROUTES = [
     *anthropic.ROUTES, *llamacpp.ROUTES, *openai_chat.ROUTES, *openai_completions.ROUTES, *openai_models.ROUTES,
-    *own.ROUTES, *page.ROUTES, *responses.ROUTES, *status.ROUTES,
+    *openapi.ROUTES, *own.ROUTES, *page.ROUTES, *responses.ROUTES, *status.ROUTES,
 ]  # each protocol's file lists its own
 
 WITHOUT_MODEL = {route.path for route in status.ROUTES}

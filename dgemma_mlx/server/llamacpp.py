@@ -205,7 +205,9 @@ async def detokenize(request: Request) -> Response:
 
 
 async def props(request: Request) -> Response:
-    """Say what is served."""
+    """Say what is served. Changing it is refused, as llama.cpp does without its option for it."""
+    if request.method == "POST":
+        raise ApiError(501, "properties are chosen when the server is started", "not_supported_error")
     engine: Engine = request.app.state.engine
     context = engine.text.config.text.max_position_embeddings
     template = await engine.read(lambda model: model.template.templates["default"])
@@ -217,15 +219,9 @@ async def props(request: Request) -> Response:
     })  # fmt: skip
 
 
-async def change_props(request: Request) -> Response:
-    """Refuse to change what is served, as llama.cpp does without its option for it."""
-    raise ApiError(501, "properties are chosen when the server is started", "not_supported_error")
-
-
 ROUTES = [
     Route("/infill", infill, methods=["POST"]),
     Route("/tokenize", tokenize, methods=["POST"]),
     Route("/detokenize", detokenize, methods=["POST"]),
-    Route("/props", props, methods=["GET"]),
-    Route("/props", change_props, methods=["POST"]),
+    Route("/props", props, methods=["GET", "POST"]),
 ]

@@ -13,8 +13,8 @@ import pytest
 import dgemma_mlx
 from dgemma_mlx import Model
 from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
-from dgemma_mlx.cli.chat.answer import Chat
 from dgemma_mlx.cli.chat.commands import COMMANDS, Outcome, take
+from dgemma_mlx.cli.chat.local import LocalChat
 from dgemma_mlx.cli.chat.session import CHANGEABLE, Session
 from dgemma_mlx.cli.settings import SETTINGS
 from dgemma_mlx.errors import DgemmaError
@@ -28,17 +28,17 @@ def model() -> Model:
 
 
 @pytest.fixture
-def chat(model: Model) -> Chat:
+def chat(model: Model) -> LocalChat:
     return new_chat(model)
 
 
-def new_chat(model: Model) -> Chat:
+def new_chat(model: Model) -> LocalChat:
     """Return a chat with few denoising steps: the model needs two for a known task and uses all for an unknown one."""
     defaults = {name: kind.default for name, kind in SETTINGS.items()}
-    return Chat(model, Session(), {**defaults, "max_denoising_steps": 4, "max_tokens": 32}, draw=False)
+    return LocalChat(model, Session(), {**defaults, "max_denoising_steps": 4, "max_tokens": 32}, draw=False)
 
 
-def say(chat: Chat, line: str) -> Outcome:
+def say(chat: LocalChat, line: str) -> Outcome:
     """Take a line and answer it, as the loop does."""
     outcome = take(chat, line)
     if outcome.ask:
@@ -46,11 +46,11 @@ def say(chat: Chat, line: str) -> Outcome:
     return outcome
 
 
-def contents(chat: Chat) -> list[str]:
+def contents(chat: LocalChat) -> list[str]:
     return [message["content"] for message in chat.session.messages]
 
 
-def refused(chat: Chat, line: str) -> str:
+def refused(chat: LocalChat, line: str) -> str:
     """Return the message and the hint for a line that is refused, and check that it changes nothing."""
     before = replace(chat.session, messages=list(chat.session.messages), settings=dict(chat.session.settings))
     with pytest.raises(DgemmaError) as caught:
@@ -61,12 +61,12 @@ def refused(chat: Chat, line: str) -> str:
 
 
 @pytest.mark.parametrize("line", ["/bogus", "/", "/ help", "  /bogus Sort 7 3 5", "/HELP", "/usr/bin/env", "/\x1b[2J"])
-def test_an_unknown_command_never_reaches_the_model(chat: Chat, line: str) -> None:
+def test_an_unknown_command_never_reaches_the_model(chat: LocalChat, line: str) -> None:
     assert "there is no command" in refused(chat, line)
     assert chat.last is None
 
 
-def test_text_in_three_quotation_marks_is_a_message_whatever_it_says(chat: Chat) -> None:
+def test_text_in_three_quotation_marks_is_a_message_whatever_it_says(chat: LocalChat) -> None:
     say(chat, '"""\n/help me:\nSort 7 3 5\n"""')
     assert contents(chat)[0] == "/help me:\nSort 7 3 5"
     for line in ("", "  \n", '""""""', '"""\n"""'):
@@ -76,7 +76,7 @@ def test_text_in_three_quotation_marks_is_a_message_whatever_it_says(chat: Chat)
     assert contents(chat)[-1] == '"""not closed'
 
 
-def test_help_lists_every_command_of_the_issue(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_command_of_the_issue(chat: LocalChat, capsys: pytest.CaptureFixture[str]) -> None:
     names = ["help", "system", "set", "show", "clear", "regen", "undo", "edit", "read", "save", "load", "stats", "bye"]
     assert list(COMMANDS) == names
     take(chat, "/help")
@@ -85,7 +85,7 @@ def test_help_lists_every_command_of_the_issue(chat: Chat, capsys: pytest.Captur
     assert [line.split()[0] for line in printed.err.splitlines()[: len(names)]] == [f"/{name}" for name in names]
 
 
-def test_the_system_prompt_is_set_sent_and_removed(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_system_prompt_is_set_sent_and_removed(chat: LocalChat, capsys: pytest.CaptureFixture[str]) -> None:
     without = len(chat.model.encode_prompt("Hi"))
     take(chat, "/system Be brief.\nAnd kind.")
     assert chat.session.system == "Be brief.\nAnd kind."
@@ -98,7 +98,7 @@ def test_the_system_prompt_is_set_sent_and_removed(chat: Chat, capsys: pytest.Ca
     assert chat.session.system is None
 
 
-def test_what_is_set_is_what_the_engine_gets(chat: Chat) -> None:
+def test_what_is_set_is_what_the_engine_gets(chat: LocalChat) -> None:
     for line in ("/set seed 11", "/set steps 1", "/set max_tokens 3", "/set thinking on"):
         take(chat, line)
     assert chat.session.settings == {"seed": 11, "max_denoising_steps": 1, "max_tokens": 3, "thinking": True}
@@ -109,7 +109,7 @@ def test_what_is_set_is_what_the_engine_gets(chat: Chat) -> None:
     assert chat.last.statistics.prompt_tokens == len(chat.model.encode_prompt("Count from 13 to 40.", thinking=True))
 
 
-def test_temperatures_are_set(chat: Chat) -> None:
+def test_temperatures_are_set(chat: LocalChat) -> None:
     for line in ("/set t_max 1.25", "/set t_min 0.5", "/set entropy_bound 0.2", "/set confidence_threshold 0.01",
                  "/set stability_threshold 2"):  # fmt: skip
         take(chat, line)
@@ -126,7 +126,8 @@ def test_temperatures_are_set(chat: Chat) -> None:
 
 
 def test_a_setting_goes_back_to_its_default(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
-    chat = Chat(model, Session(), {**{name: kind.default for name, kind in SETTINGS.items()}, "seed": 4}, draw=False)
+    defaults = {name: kind.default for name, kind in SETTINGS.items()}
+    chat = LocalChat(model, Session(), {**defaults, "seed": 4}, draw=False)
     take(chat, "/set seed 9")
     take(chat, "/set steps 7")
     assert capsys.readouterr().err == "seed: 9\nmax_denoising_steps: 7\n"
@@ -153,18 +154,18 @@ def test_a_setting_goes_back_to_its_default(model: Model, capsys: pytest.Capture
         ("/set thinking perhaps", "thinking must be true or false"),
     ],
 )
-def test_a_bad_setting_is_refused_and_the_old_one_stays(chat: Chat, line: str, message: str) -> None:
+def test_a_bad_setting_is_refused_and_the_old_one_stays(chat: LocalChat, line: str, message: str) -> None:
     take(chat, "/set t_max 0.85")
     assert message in refused(chat, line)
 
 
-def test_settings_that_contradict_each_other_are_refused(chat: Chat) -> None:
+def test_settings_that_contradict_each_other_are_refused(chat: LocalChat) -> None:
     take(chat, "/set t_max 2")
     take(chat, "/set t_min 1.5")
     assert "not below t_min (1.5)" in refused(chat, "/set t_max default")
 
 
-def test_show_has_settings_and_conversation(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_has_settings_and_conversation(chat: LocalChat, capsys: pytest.CaptureFixture[str]) -> None:
     take(chat, "/system Be brief.")
     chat.session.messages = [
         {"role": "user", "content": "Hi\x1b[2J"}, {"role": "assistant", "content": "Hello", "cancelled": True},
@@ -178,7 +179,7 @@ def test_show_has_settings_and_conversation(chat: Chat, capsys: pytest.CaptureFi
     ]  # fmt: skip
 
 
-def test_clear_begins_anew(chat: Chat, tmp_path: Path) -> None:
+def test_clear_begins_anew(chat: LocalChat, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("7 3 5")
     take(chat, "/set seed 1")
     say(chat, ANA)
@@ -190,7 +191,7 @@ def test_clear_begins_anew(chat: Chat, tmp_path: Path) -> None:
     assert chat.session.settings == {"seed": 1}
 
 
-def test_undo_forgets_the_last_turn(chat: Chat) -> None:
+def test_undo_forgets_the_last_turn(chat: LocalChat) -> None:
     say(chat, ANA)
     say(chat, NAME)
     take(chat, "/undo")
@@ -199,7 +200,7 @@ def test_undo_forgets_the_last_turn(chat: Chat) -> None:
     assert "there is no turn yet" in refused(chat, "/undo")
 
 
-def test_regen_answers_the_same_question_with_another_seed(chat: Chat) -> None:
+def test_regen_answers_the_same_question_with_another_seed(chat: LocalChat) -> None:
     take(chat, "/set seed 20")
     say(chat, "Write a sentence about a cat.")
     answers = [contents(chat)[1]]
@@ -214,13 +215,13 @@ def test_regen_answers_the_same_question_with_another_seed(chat: Chat) -> None:
     assert chat.last is not None and chat.last.seed == 20
 
 
-def test_regen_and_edit_need_a_turn_and_edit_a_terminal(chat: Chat) -> None:
+def test_regen_and_edit_need_a_turn_and_edit_a_terminal(chat: LocalChat) -> None:
     assert "there is no turn yet" in refused(chat, "/regen")
     say(chat, "Sort 7 3 5")
     assert "/edit needs a terminal" in refused(chat, "/edit")
 
 
-def test_files_go_with_the_next_message(chat: Chat, tmp_path: Path) -> None:
+def test_files_go_with_the_next_message(chat: LocalChat, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("Sort\n")
     (tmp_path / "and two.txt").write_text("  7 3 5 ß\n")
     take(chat, f"/read {tmp_path / 'one.txt'}")
@@ -231,7 +232,7 @@ def test_files_go_with_the_next_message(chat: Chat, tmp_path: Path) -> None:
     assert contents(chat)[0::2] == ["Sort\n\n7 3 5 ß\n\nplease", "Sort 2 1"]
 
 
-def test_files_that_cannot_be_read(chat: Chat, tmp_path: Path) -> None:
+def test_files_that_cannot_be_read(chat: LocalChat, tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"caf\xe9")
     assert "which file?" in refused(chat, "/read")
     assert "which file?" in refused(chat, "/read a\0b")
@@ -243,7 +244,7 @@ def test_files_that_cannot_be_read(chat: Chat, tmp_path: Path) -> None:
     assert chat.attached == ""
 
 
-def test_a_conversation_is_saved_and_continued(chat: Chat, tmp_path: Path) -> None:
+def test_a_conversation_is_saved_and_continued(chat: LocalChat, tmp_path: Path) -> None:
     path = tmp_path / "my talk.json"
     take(chat, "/set seed 1")
     take(chat, "/system Be brief.")
@@ -261,7 +262,7 @@ def test_a_conversation_is_saved_and_continued(chat: Chat, tmp_path: Path) -> No
     assert Session.load(path) == other.session
 
 
-def test_files_that_cannot_be_saved_or_loaded(chat: Chat, tmp_path: Path) -> None:
+def test_files_that_cannot_be_saved_or_loaded(chat: LocalChat, tmp_path: Path) -> None:
     mine = tmp_path / "notes.txt"
     mine.write_text("mine")
     for line in ("/save", "/load", "/save .", "/save /", "/load a\0b"):
@@ -275,7 +276,7 @@ def test_files_that_cannot_be_saved_or_loaded(chat: Chat, tmp_path: Path) -> Non
     assert mine.read_text() == "mine" and list(tmp_path.iterdir()) == [mine]
 
 
-def test_stats_tell_how_much_was_reused(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stats_tell_how_much_was_reused(chat: LocalChat, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nothing has been generated yet" in refused(chat, "/stats")
     say(chat, ANA)
     first = chat.model.encode_prompt(ANA)
@@ -290,7 +291,7 @@ def test_stats_tell_how_much_was_reused(chat: Chat, capsys: pytest.CaptureFixtur
     assert shown.keys() >= {"denoising steps", "tokens per second", "seed"}
 
 
-def test_bye_leaves(chat: Chat) -> None:
+def test_bye_leaves(chat: LocalChat) -> None:
     assert take(chat, "/bye").leave
 
 

@@ -109,7 +109,7 @@ def _set(chat: Chat, rest: str) -> None:
     else:
         chat.session.settings[name] = parse(name, text, name)
     try:
-        chat.generation()
+        chat.check()
     except DgemmaError:
         chat.session.settings = before
         raise
@@ -117,10 +117,9 @@ def _set(chat: Chat, rest: str) -> None:
 
 
 def _value(chat: Chat, name: str) -> str:
-    """Return the value of a setting as JSON: the checkpoint's own value when nothing else was chosen."""
-    value = chat.setting(name)
-    value = getattr(chat.model.generation, name, None) if value is None else value
-    return _UNSET[name] if value is None else json.dumps(value)
+    """Return the value of a setting as JSON, or in words where it has none."""
+    value = chat.value_in_force(name)
+    return _UNSET.get(name, "the server's") if value is None else json.dumps(value)
 
 
 def _show(chat: Chat, rest: str) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dgemma_mlx.cli.loading import load_model
 from dgemma_mlx.cli.parameters import (
+    ApiKey,
     MaxTokens,
     ModelOptions,
     NoLive,
@@ -21,11 +23,14 @@ from dgemma_mlx.cli.parameters import (
     System,
     Thinking,
     VerifyMode,
+    api_key,
     prompt_option,
+    section,
 )
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.prompt_cache import PromptCacheFile, kept_prompt_cache
 from dgemma_mlx.cli.render.region import can_draw
+from dgemma_mlx.cli.settings import SETTINGS, Settings
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
@@ -35,6 +40,11 @@ if TYPE_CHECKING:
 # Asks for a line, starting with the given text. Returns None when the user leaves.
 Ask = Callable[[str], str | None]
 
+Url = Annotated[
+    str | None,
+    section("Server")("--url", metavar="URL", help="Talk to a running server instead of loading a model, such as "
+                      "http://127.0.0.1:8080."),
+]  # fmt: skip
 Resume = Annotated[bool, prompt_option("--resume", help="Continue the last conversation.")]
 
 
@@ -43,6 +53,8 @@ def chat(
     thinking: Thinking = None,
     resume: Resume = False,
     *,
+    url: Url = None,
+    key: ApiKey = None,
     model: ModelOptions,
     no_live: NoLive = False,
     max_tokens: MaxTokens = None,
@@ -67,19 +79,21 @@ def chat(
         - A new turn encodes only what is new; `/stats` shows the number of cached tokens. A conversation that no longer
           fits loses its oldest turns, and a line on stderr says so.
         - `--resume` continues with the model and the settings of the last conversation, unless options override them.
+        - With `--url` the model of `dgemma-mlx serve`, or of another server that speaks OpenAI's chat completions,
+          answers. The server's owner chooses how it is computed; `/set` changes max_tokens, seed, temp (only 0 has an
+          effect), thinking and speed.
         - The history and the last conversation are kept in the platform's folder for state, or in the folder that
           DGEMMA_STATE names.
 
     Examples:
         dgemma-mlx chat -m demo
         dgemma-mlx chat -m mlx-community/diffusiongemma-26B-A4B-it-4bit --system "Be brief."
-        dgemma-mlx chat --resume
+        dgemma-mlx chat --url http://127.0.0.1:8080
     """
-    from dgemma_mlx.checkpoint.hub import DEMO
-    from dgemma_mlx.cli.chat.answer import Chat
     from dgemma_mlx.cli.chat.session import Session
-    from dgemma_mlx.cli.settings import SETTINGS, Settings
 
+    if url is not None:
+        _check_remote(model, verify, prompt_cache)
     settings = Settings()
     flags = {
         "max_tokens": max_tokens, "seed": seed, "system": system, "thinking": thinking, "speed": speed,
@@ -93,18 +107,49 @@ def chat(
             session.settings.pop(name, None)  # an option overrides what /set has chosen
     if system is not None or not resume:
         session.system = defaults["system"]
-    name = settings.pick("model", session.model if model.model is None else model.model)
-    loaded = load_model(settings, replace(model, model=name))
-    # A full path, because --resume may run in another folder.
-    session.model = os.path.abspath(name) if name not in (None, DEMO) and os.path.isdir(name) else name
     draw = defaults["live"] and not no_live and can_draw()
-    with kept_prompt_cache(prompt_cache, loaded) as cache, quiet_when_closed():
-        conversation = Chat(loaded, session, defaults, draw=draw, cache=cache)
-        conversation.generation()  # refuse contradictory settings before anything is written
+    with quiet_when_closed(), _conversation(url, key, session, defaults, draw, model, prompt_cache) as conversation:
+        conversation.check()  # refuse contradictory settings before anything is written
         if resume:
             turns = f"{session.turns} turn{'' if session.turns == 1 else 's'}"
             print(f"continuing after {turns}; /show shows them", file=sys.stderr)
         _talk(conversation, folder, kept=resume)
+
+
+@contextmanager
+def _conversation(
+    url: str | None, key: str | None, session: Session, defaults: dict[str, Any], draw: bool, model: ModelOptions,
+    prompt_cache: Path | None,
+) -> Iterator[Chat]:
+    """Yield the conversation with the model of a server, or with one that is loaded."""
+    if url is not None:
+        from dgemma_mlx.cli.chat.connection import Server
+        from dgemma_mlx.cli.chat.remote import RemoteChat
+
+        server = Server(url, api_key(key))
+        server.check()
+        yield RemoteChat(server, session, defaults, draw=draw)
+        return
+    from dgemma_mlx.checkpoint.hub import DEMO
+    from dgemma_mlx.cli.chat.local import LocalChat
+
+    settings = Settings()
+    name = settings.pick("model", session.model if model.model is None else model.model)
+    loaded = load_model(settings, replace(model, model=name))
+    # A full path, because --resume may run in another folder.
+    session.model = os.path.abspath(name) if name not in (None, DEMO) and os.path.isdir(name) else name
+    with kept_prompt_cache(prompt_cache, loaded) as cache:
+        yield LocalChat(loaded, session, defaults, draw=draw, cache=cache)
+
+
+def _check_remote(model: ModelOptions, verify: str | None, prompt_cache: Path | None) -> None:
+    """Raise `DgemmaError` (exit code 2) for options that only a loaded model has."""
+    given = {"--verify": verify, "--prompt-cache": prompt_cache} | {
+        f"--{name.replace('_', '-')}": value for name, value in asdict(model).items() if value
+    }
+    if names := [name for name, value in given.items() if value is not None]:
+        hint = f"Give {names[0]} to `dgemma-mlx serve`." if names[0] != "--verify" else "A server does not verify."
+        raise DgemmaError(f"--url cannot be combined with {names[0]}", hint, exit_code=2)
 
 
 def _state_folder() -> Path | None:

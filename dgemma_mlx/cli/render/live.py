@@ -8,15 +8,12 @@ import textwrap
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import Protocol, TextIO
 
 from dgemma_mlx.cli.render.plain import print_tool_calls
 from dgemma_mlx.cli.render.region import Region
 from dgemma_mlx.cli.render.visible import Piece, Row, visible, wrap
 from dgemma_mlx.events import Committed, Done, Draft, Event
-
-if TYPE_CHECKING:
-    from dgemma_mlx.text.tokenizer import Tokenizer
 
 FRAME_SECONDS = 0.05
 DIM = "2"
@@ -29,6 +26,19 @@ _NO_BREAK = "\xa0"  # a space at which a row does not break
 _ENDS = 0.5  # nats; an end-of-text token with a lower entropy ends the drawn text
 
 
+class Tokens(Protocol):
+    """What is known of tokens: as much of a ``Tokenizer`` as drawing needs.
+
+    Attributes:
+        special_ids: Ids of control tokens, by their texts.
+    """
+
+    special_ids: dict[str, int]
+
+    def token_bytes(self, id: int) -> bytes:
+        """Return the UTF-8 bytes that a token adds to the text."""
+
+
 class LiveView:
     """A context manager that draws events on a terminal. Call it with each event.
 
@@ -38,7 +48,7 @@ class LiveView:
     """
 
     def __init__(
-        self, stream: TextIO, tokenizer: Tokenizer, eos_ids: Collection[int],
+        self, stream: TextIO, tokenizer: Tokens, eos_ids: Collection[int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begin with empty rows.
@@ -171,7 +181,7 @@ class LiveView:
         return before and token != self._close_channel
 
 
-def draw(events: Iterable[Event], tokenizer: Tokenizer, eos_ids: Collection[int]) -> Done:
+def draw(events: Iterable[Event], tokenizer: Tokens, eos_ids: Collection[int]) -> Done:
     """Draw a generation on stdout, which must be a terminal, and print its tool calls to stderr at the end."""
     with LiveView(sys.stdout, tokenizer, eos_ids) as view:
         for event in events:

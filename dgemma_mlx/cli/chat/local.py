@@ -1,0 +1,92 @@
+"""A conversation with a model that is loaded in this process."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from dgemma_mlx.cli.chat.answer import Chat
+from dgemma_mlx.cli.chat.session import Session
+from dgemma_mlx.cli.loading import in_bytes
+from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.events import Done
+
+if TYPE_CHECKING:
+    from dgemma_mlx.checkpoint.config import GenerationConfig
+    from dgemma_mlx.generation.model import Model
+    from dgemma_mlx.generation.prompt_cache import PromptCache
+
+# The settings that are parameters of the denoising loop.
+_LOOP = (
+    "max_denoising_steps", "entropy_bound", "t_min", "t_max", "confidence_threshold", "stability_threshold",
+)  # fmt: skip
+
+
+class LocalChat(Chat):
+    """A conversation with a loaded model.
+
+    Attributes:
+        model: The model that answers.
+    """
+
+    def __init__(
+        self, model: Model, session: Session, defaults: dict[str, Any], *, draw: bool, cache: PromptCache | None = None
+    ) -> None:
+        """``defaults`` are the settings that ``/set`` has not changed. ``cache`` holds the prompt encoded so far."""
+        from dgemma_mlx.generation.prompt_cache import PromptCache
+
+        super().__init__(session, defaults, draw=draw)
+        self.model = model
+        self._cache = cache or PromptCache()
+
+    def generation(self) -> GenerationConfig:
+        """Return the parameters of the denoising loop. Raises `DgemmaError` when they contradict each other."""
+        return self.model.generation.override(**{name: self.setting(name) for name in _LOOP})
+
+    def check(self) -> None:
+        """Raise `DgemmaError` when parameters of the denoising loop contradict each other."""
+        self.generation()
+
+    def value_in_force(self, name: str) -> Any:
+        """Return the value of a setting: the checkpoint's own value when nothing else was chosen."""
+        value = self.setting(name)
+        return getattr(self.model.generation, name, None) if value is None else value
+
+    def _run(self, seed: int | None, cancelled: Callable[[], bool]) -> Done:
+        """Generate an answer and show it."""
+        from dgemma_mlx.generation.api import stream
+
+        self._make_room()
+        events = stream(
+            self.model, self.session.prompt(), max_tokens=self.setting("max_tokens"), seed=seed,
+            temp=self.setting("temp"), thinking=self.setting("thinking"), generation=self.generation(),
+            speed=self.setting("speed"), verify=self.setting("verify"),
+            memory_limit=in_bytes(self.setting("memory_limit")), prompt_cache=self._cache, cancelled=cancelled,
+        )  # fmt: skip
+        return self._show(events, self.model.tokenizer, self.model.generation.eos_token_ids)
+
+    def _make_room(self) -> None:
+        """Drop the oldest turns when the conversation and an answer no longer fit into the model's positions.
+
+        Raises `DgemmaError` when the last message alone does not fit.
+        """
+        positions, canvas = self.model.config.text.max_position_embeddings, self.model.config.canvas_length
+        answer = max(canvas, min(self.setting("max_tokens"), positions // 4))
+        starts = self.session.questions
+
+        def length(turn: int) -> int:
+            """Return the number of tokens of the conversation from this turn on."""
+            return len(self.model.encode_prompt(self.session.prompt(starts[turn]), thinking=self.setting("thinking")))
+
+        if length(0) <= positions - answer:
+            return
+        last = len(starts) - 1
+        if (alone := length(last)) > positions - canvas:
+            raise DgemmaError(
+                f"the message is too long: its {alone:,} tokens and a canvas of {canvas} exceed the model's limit of "
+                f"{positions:,} positions", "Send less of it. The conversation has not changed.",
+            )  # fmt: skip
+        dropped = bisect_left(range(last), True, key=lambda turn: length(turn) <= positions - answer)
+        if dropped:
+            self._forget(dropped)
