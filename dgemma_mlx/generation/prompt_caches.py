@@ -16,8 +16,9 @@ class PromptCaches:
     conversation, as far as a mark allows (see ``PromptCache``), or an empty one. Two answers never share one.
 
     What is not leased is bounded in number, and whenever an answer begins also in bytes. Of too many caches, the least
-    recently used one is dropped, but first those that other caches hold as well except for a few positions, such as an
-    editor's variants of one prompt.
+    recently used one is dropped. But those that are soon encoded again, because they hold few positions that no other
+    cache holds, take at most half of the places from others: short questions, and an editor's variants of one prompt,
+    do not evict all conversations.
 
     Attributes:
         kept: Number of caches that are not leased.
@@ -55,7 +56,9 @@ class PromptCaches:
     def _drop(self, room: float) -> None:
         """Drop caches until the others are not too many, and take no more than ``room`` bytes."""
         while len(self._idle) > self._count or sum(cache.nbytes for cache in self._idle) > room:
-            self._idle.remove(next(filter(self._is_variant, self._idle), self._idle[0]))
+            older = self._idle[:-1] or self._idle
+            soon = [cache for cache in older if self._is_soon_encoded(cache)]
+            self._idle.remove(soon[0] if soon and len(soon) >= self._count // 2 else older[0])
         self.kept, self.nbytes = len(self._idle), sum(cache.nbytes for cache in self._idle)
 
     def idle(self) -> list[PromptCache]:
@@ -85,8 +88,7 @@ class PromptCaches:
         cache.known_elsewhere = known
         return cache
 
-    def _is_variant(self, cache: PromptCache) -> bool:
-        """Return whether another cache holds nearly all of this one, and enough that it can be returned to."""
+    def _is_soon_encoded(self, cache: PromptCache) -> bool:
+        """Return whether a cache holds few positions that no other cache holds."""
         others = (other for other in (*self._idle, *self._leased) if other is not cache)
-        common = max((other.common(cache.ids) for other in others), default=0)
-        return common >= LEAST_SHARED and len(cache.ids) - common <= LEAST_SHARED
+        return len(cache.ids) - max((other.common(cache.ids) for other in others), default=0) <= LEAST_SHARED

@@ -78,6 +78,21 @@ def test_of_unlike_conversations_the_least_recently_used_is_dropped(model: Model
     assert again == [first.statistics.prompt_tokens, 0]
 
 
+def test_a_burst_of_short_questions_leaves_half_of_the_long_conversations_and_two_short_ones_go_on(
+    model: Model
+) -> None:
+    caches, talks = PromptCaches(4), [chat(f"{number} {text}") for number in (1, 2) for text in (LONG, OTHER)]
+    for talk in talks:
+        answer(model, caches, talk)
+    for _ in range(2):  # two short conversations find room, and the least recently used ones make it
+        short = [answer(model, caches, chat(f"Sort {number} 3 5")).statistics for number in (1, 2)]
+    assert all(each.cached_tokens == each.prompt_tokens for each in short)
+    for number in range(3, 6):
+        answer(model, caches, chat(f"Sort {number} 3 5"))
+    kept = [max(cache.reach(model.encode_prompt(talk)) for cache in caches.idle()) for talk in talks]
+    assert kept[:2] == [0, 0] and min(kept[2:]) > WORTH
+
+
 def test_a_common_system_prompt_is_copied_and_its_first_conversation_kept(model: Model) -> None:
     caches = PromptCaches(4)
     talks = [chat(f"What is {number} + 5?", system=LONG) for number in range(4)]
