@@ -11,9 +11,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from dgemma_mlx.server.answering import Answering
 from dgemma_mlx.server.anthropic_request import MessagesRequest, conversation, tools
 from dgemma_mlx.server.body import read_body
-from dgemma_mlx.server.engine import Answering, Engine
+from dgemma_mlx.server.engine import Engine
 from dgemma_mlx.server.errors import ApiError
 from dgemma_mlx.server.messages import offered
 from dgemma_mlx.server.openai_request import check_model

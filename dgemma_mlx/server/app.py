@@ -40,7 +40,7 @@ ROUTES = [
     *openapi.ROUTES, *own.ROUTES, *page.ROUTES, *responses.ROUTES, *status.ROUTES,
 ]  # each protocol's file lists its own
 
-WITHOUT_MODEL = {route.path for route in status.ROUTES}
+WITHOUT_MODEL = {route.path for route in (*openapi.ROUTES, *page.ROUTES, *status.ROUTES)}
 
 
 def make_app(load: Callable[[], Model], settings: ServerSettings) -> Starlette:
@@ -72,7 +72,7 @@ def make_app(load: Callable[[], Model], settings: ServerSettings) -> Starlette:
 
 
 class AfterLoading:
-    """Lets requests wait until the model has been loaded once, except those for what tells how the server is."""
+    """Lets requests wait until the model has been loaded once, except those that need none."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

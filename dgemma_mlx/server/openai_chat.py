@@ -11,9 +11,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from dgemma_mlx.events import Draft
+from dgemma_mlx.server.answering import Answering
 from dgemma_mlx.server.body import read_body
 from dgemma_mlx.server.drafts import Drafts
-from dgemma_mlx.server.engine import Answering, Engine
+from dgemma_mlx.server.engine import Engine
 from dgemma_mlx.server.errors import ApiError
 from dgemma_mlx.server.messages import chat_messages, offered
 from dgemma_mlx.server.openai_request import (

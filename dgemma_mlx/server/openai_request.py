@@ -13,7 +13,8 @@ import msgspec
 from starlette.requests import Request
 
 from dgemma_mlx.checks import shown
-from dgemma_mlx.server.engine import Answering, Engine
+from dgemma_mlx.server.answering import Answering
+from dgemma_mlx.server.engine import Engine
 from dgemma_mlx.server.errors import ApiError
 from dgemma_mlx.server.question import Ended, Question, Update, Written
 from dgemma_mlx.server.sse import event

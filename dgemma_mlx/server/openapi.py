@@ -11,12 +11,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from dgemma_mlx.server import anthropic_request, llamacpp, openai_chat, own, responses_request
+from dgemma_mlx.server import anthropic_request, llamacpp, openai_chat, openai_completions, own, responses_request
 from dgemma_mlx.version import __version__
 
 # The struct of each body, by path.
 BODIES: dict[str, type[msgspec.Struct]] = {
     "/v1/chat/completions": openai_chat.ChatRequest,
+    "/v1/completions": openai_completions.CompletionRequest,
+    "/v1/fim/completions": openai_completions.CompletionRequest,
     "/v1/responses": responses_request.ResponsesRequest,
     "/v1/messages": anthropic_request.MessagesRequest,
     "/v1/messages/count_tokens": anthropic_request.MessagesRequest,
