@@ -49,7 +49,8 @@ class Worker:
         """Start the thread, which calls ``load`` first.
 
         After ``keep_alive`` seconds without a request, the thread calls ``unload``, which must let go of everything
-        that refers to the network, and frees the model. The next request loads it again. None keeps it for ever.
+        that refers to the network, and frees the model. The next request loads it again. None keeps it until the
+        worker is closed, when the same is done.
         """
         self._lock = threading.Lock()
         # The thread must not refer to the worker, so that a worker nobody refers to is closed.
@@ -195,6 +196,8 @@ class _Thread(threading.Thread):
                 self._end_cancelled()
                 if self._scheduler.waiting:
                     self._take_turn(self._scheduler.next())
+            if self.is_loaded:
+                self._free_model()
             mx.synchronize()
         # Left to the end of the thread, they abort the process when it exits soon afterwards (MLX 0.32).
         mx.clear_streams()
