@@ -102,7 +102,7 @@ class PromptCache:
             raise DgemmaError("the prompt cache was filled by another model", "Save it with that model.")
         if not encoded.is_exact():
             encoded.go_back(len(encoded.ids))
-        if encoded.ids and self._stored != path:
+        if encoded.ids and not (self._stored == path and path.exists()):
             from dgemma_mlx.generation import prompt_cache_file
             from dgemma_mlx.generation.identity import ModelIdentity
 

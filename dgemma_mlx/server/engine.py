@@ -13,6 +13,7 @@ from dgemma_mlx.events import Committed, Done, Draft, Encoded, Event, FinishReas
 from dgemma_mlx.generation.memory import Need, answer_need, device_limit, fitting_budget
 from dgemma_mlx.generation.model import Model, ModelText
 from dgemma_mlx.generation.options import GenerationOptions
+from dgemma_mlx.generation.prompt_cache_folder import PromptCacheFolder
 from dgemma_mlx.generation.prompt_caches import PromptCaches
 from dgemma_mlx.generation.request import Asked, ask, begin, new_answer
 from dgemma_mlx.generation.worker import End, Request, Worker
@@ -46,15 +47,19 @@ class Engine:
         self._load = load
         self.admission = Admission(settings.max_queue, self._room)
         self.caches = PromptCaches(settings.prompt_caches, self._room_for_caches)
+        self._folder: PromptCacheFolder | None = None
+        if settings.prompt_cache_dir is not None:
+            self._folder = PromptCacheFolder(settings.prompt_cache_dir, settings.prompt_caches, settings.log)
         self._weights = 0  # bytes
-        self._worker = Worker(self._loaded)
+        self._model: Model | None = None  # for the worker's thread
+        self._worker = Worker(self._loaded, keep_alive=settings.keep_alive, unload=self._unload)
         # Prompts are encoded and constraints compiled here, so that neither the event loop nor MLX's thread waits.
         self._readers = ThreadPoolExecutor(2, "dgemma-mlx-read")
 
     @property
     def is_loaded(self) -> bool:
         """Whether the model is in memory."""
-        return hasattr(self, "text")
+        return self._worker.is_loaded
 
     async def start(self) -> None:
         """Wait until the model is loaded. Raises what loading has raised."""
@@ -64,6 +69,8 @@ class Engine:
         """Cancel all work, and end the thread of the model."""
         await asyncio.to_thread(self._worker.close)
         self._readers.shutdown()
+        if self._folder is not None:
+            self._folder.close()
 
     async def read(self, work: Callable[[ModelText], T]) -> T:
         """Run work that needs no network, such as counting the tokens of a prompt, beside the work of the model.
@@ -167,10 +174,19 @@ class Engine:
         return cancel
 
     def _loaded(self) -> Model:
-        """Load the model, on the worker's thread."""
-        model = self._load()
+        """Load the model and its prompt caches, on the worker's thread."""
+        self._model = model = self._load()
         self._weights = model.weight_bytes()
+        if self._folder is not None:
+            self.caches.keep(self._folder.read(model))
         return model
+
+    def _unload(self) -> None:
+        """Write the prompt caches, and let go of the model, on the worker's thread."""
+        if self._folder is not None and self._model is not None:
+            self._folder.write(self._model, self.caches.idle())
+        self.caches.clear()
+        self._model = None
 
     def _room(self) -> float:
         """Return the bytes that answers and prompt caches may take. Prompt caches give way to answers."""
