@@ -155,7 +155,7 @@ def test_what_is_cancelled_while_another_request_runs_ends_within_a_step(worker:
     place = log.index("running", Draft) + 1
     ends = {(name, type(item)) for name, item in log.seen[place : place + 4]}
     assert ends == {(name, kind) for name in ("suspended", "queued") for kind in (Done, End)}
-    assert [len(log.of(name)[-2].tokens) for name in ("suspended", "queued")] == [32, 0]
+    assert len(log.of("suspended")[-2].tokens) >= 32 and not log.of("queued")[-2].tokens
     assert log.of("running")[-2].text == "3 5 7"
 
 
