@@ -10,7 +10,9 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.server import anthropic, llamacpp, openai_chat, own, page, responses, status
 from dgemma_mlx.server.accounting import Accounting
@@ -27,6 +29,8 @@ ROUTES = [
     *status.ROUTES,
 ]  # each protocol's file lists its own
 
+WITHOUT_MODEL = {route.path for route in (*page.ROUTES, *status.ROUTES)}
+
 
 def make_app(load: Callable[[], Model], settings: ServerSettings) -> Starlette:
     """Return the application. ``load`` is called on the thread of the model when the application starts.
@@ -40,17 +44,38 @@ def make_app(load: Callable[[], Model], settings: ServerSettings) -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.engine, app.state.remarks = Engine(load, settings, metrics), Remarks(settings.log)
         try:
-            await app.state.engine.start()
+            app.state.engine.start()
             yield
         finally:
             await app.state.engine.close()
 
     return Starlette(
         routes=ROUTES, lifespan=lifespan,
-        middleware=[Middleware(Accounting, settings=settings, metrics=metrics), Middleware(Guard, settings=settings)],
+        middleware=[
+            Middleware(Accounting, settings=settings, metrics=metrics), Middleware(Guard, settings=settings),
+            Middleware(AfterLoading),
+        ],
         exception_handlers={ApiError: show_error, HTTPException: show_http_error, GoneError: show_gone,
                             Exception: show_fault},
     )  # fmt: skip
+
+
+class AfterLoading:
+    """Lets requests wait until the model has been loaded once, except those for what tells how the server is."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in WITHOUT_MODEL:
+            engine: Engine = scope["app"].state.engine
+            try:
+                await engine.ready()
+            except DgemmaError as error:
+                response = await show_error(Request(scope), ApiError(503, error.message, "server_error"))
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 async def show_error(request: Request, error: Exception) -> Response:

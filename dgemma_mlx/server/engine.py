@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from traceback import format_exception
 from typing import Any, TypeVar
 
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Committed, Done, Draft, Encoded, Event, FinishReason
+from dgemma_mlx.generation.cancellation import Cancelled
 from dgemma_mlx.generation.memory import Need, answer_need, device_limit, fitting_budget
 from dgemma_mlx.generation.model import Model, ModelText
 from dgemma_mlx.generation.options import GenerationOptions
@@ -61,12 +65,21 @@ class Engine:
         """Whether the model is in memory."""
         return self._worker.is_loaded
 
-    async def start(self) -> None:
-        """Wait until the model is loaded. Raises what loading has raised."""
-        self.text = (await asyncio.to_thread(lambda: self._worker.model)).without_network()
+    @property
+    def is_ready(self) -> bool:
+        """Whether the model has been loaded once, so that questions can be read."""
+        return hasattr(self, "text")
+
+    def start(self) -> None:
+        """Begin to load the model."""
+        self._first_load = asyncio.ensure_future(asyncio.to_thread(self._read_text))
+
+    async def ready(self) -> None:
+        """Wait until the model has been loaded once. Raises what loading has raised."""
+        await asyncio.shield(self._first_load)
 
     async def close(self) -> None:
-        """Cancel all work, and end the thread of the model."""
+        """Cancel all work, and end the thread of the model. A second call does nothing."""
         await asyncio.to_thread(self._worker.close)
         self._readers.shutdown()
         if self._folder is not None:
@@ -111,7 +124,7 @@ class Engine:
             return asked, wanted, options
 
         asked, wanted, options = await self.read(prepare)
-        answering = Answering(question, len(asked.ids))
+        inbox = Inbox(question)
 
         def request(model: Model, cancelled: Callable[[], bool]) -> Iterator[Event | Encoded]:
             limit = self.settings.memory_limit
@@ -125,16 +138,15 @@ class Engine:
 
         current_tally().prompts.append(question.prompt)
         need = answer_need(self.text.config, len(asked.ids))
-        answering.cancel = self._submit(place, need, answering.receive, request)
-        return answering
+        inbox.cancel = self._submit(place, need, inbox.receive, request)
+        return Answering(len(asked.ids), inbox, inbox.cancel)
 
     async def run(self, work: Callable[[Model, Callable[[], bool]], T]) -> T:
         """Run work on the model that is no answer, such as ``fill``, in its turn, and return its result."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
         def receive(item: Any) -> None:
-            loop.call_soon_threadsafe(_settle, future, item)
+            _call_soon(future.get_loop(), _settle, future, item)
 
         cancel = self._submit(
             self.admission.enter(), Need(0, 0), receive, lambda model, cancelled: [work(model, cancelled)]
@@ -153,16 +165,17 @@ class Engine:
         def receive_there(item: Any) -> None:
             if isinstance(item, Done):
                 tally.add(item)
-                loop.call_soon_threadsafe(self.metrics.add_answer, item)
+                _call_soon(loop, self.metrics.add_answer, item)
             elif isinstance(item, End):
-                loop.call_soon_threadsafe(place.leave)
+                self._report(item.error)
+                _call_soon(loop, place.leave)
             receive(item)
 
         def start() -> None:
             try:
                 place.cancel = self._worker.submit_to(receive_there, request)
-            except DgemmaError as error:  # the server ends
-                receive_there(End(error))
+            except DgemmaError:  # the worker is closed
+                receive_there(End(Cancelled()))
 
         def cancel() -> None:
             if place.has_begun:
@@ -175,10 +188,13 @@ class Engine:
 
     def _loaded(self) -> Model:
         """Load the model and its prompt caches, on the worker's thread."""
+        began = time.perf_counter()
         self._model = model = self._load()
         self._weights = model.weight_bytes()
         if self._folder is not None:
             self.caches.keep(self._folder.read(model))
+        if self.is_ready:
+            self._log(f"the model is loaded again, in {time.perf_counter() - began:.1f} s")
         return model
 
     def _unload(self) -> None:
@@ -187,6 +203,18 @@ class Engine:
             self._folder.write(self._model, self.caches.idle())
         self.caches.clear()
         self._model = None
+
+    def _read_text(self) -> None:
+        """Wait until the model is loaded, and remember what it says about prompts, but not its network."""
+        self.text = self._worker.model.without_network()
+
+    def _report(self, error: BaseException | None) -> None:
+        """Log what has gone wrong in the program itself. Other errors are told to the client only."""
+        if error is not None and not isinstance(error, (DgemmaError, Cancelled)):
+            self._log("".join(format_exception(error)).rstrip())
+
+    def _log(self, text: str) -> None:
+        self.settings.log(f"{time.strftime('%H:%M:%S')} {text}")
 
     def _room(self) -> float:
         """Return the bytes that answers and prompt caches may take. Prompt caches give way to answers."""
@@ -202,55 +230,17 @@ class Answering:
     """An answer while it is written: an asynchronous iterator of updates, the last of which is ``Ended``.
 
     A reader that is slower than the model gets the latest draft only; nothing else is left out. Leaving the ``async
-    with`` block cancels what is not written yet.
+    with`` block cancels what is not written yet, and so does dropping the last reference to the object. An answer that
+    the server cancels, because it ends, raises ``ApiError`` (503).
 
     Attributes:
         prompt_tokens: Number of tokens of the prompt.
+        cancel: Cancels the answer. For the event loop only.
     """
 
-    cancel: Callable[[], None]
-
-    def __init__(self, question: Question, prompt_tokens: int) -> None:
-        self.prompt_tokens = prompt_tokens
-        self._question = question
-        self._stops = StopTexts(question.stop)
-        self._cut: FinishReason | None = None  # why the answer ends before the model ends it
-        self._loop = asyncio.get_running_loop()
-        self._updates: list[Update | End] = []
-        self._news = asyncio.Event()
-
-    def receive(self, item: Event | Encoded | End) -> None:
-        """Take an event of the worker, on its thread."""
-        if not isinstance(item, Encoded) and (self._question.drafts or not isinstance(item, Draft)):
-            self._loop.call_soon_threadsafe(self._add, item)
-
-    def _add(self, item: Event | End) -> None:
-        """Queue an event as an update."""
-        if isinstance(item, Committed):
-            self._updates.append(self._written(item))
-        elif isinstance(item, Done):
-            self._updates.append(Written(self._stops.finish()))
-            self._updates.append(Ended(self._cut or item.finish_reason, self._stops.found, item))
-        elif isinstance(item, Draft) and self._updates and isinstance(self._updates[-1], Draft):
-            self._updates[-1] = item
-        else:
-            self._updates.append(item)
-        self._news.set()
-
-    def _written(self, committed: Committed) -> Written:
-        """Return what a canvas adds. A stop text, or a call where only one may be made, cuts off all after it."""
-        if self._cut is not None:
-            return Written()
-        text, calls = self._stops.feed(committed.text), committed.tool_calls
-        if self._stops.found is not None:
-            self._cut, calls = "stop", ()  # calls come after the text
-        elif calls:
-            text += self._stops.finish()
-            if self._question.single_call:
-                self._cut, calls = "tool_calls", calls[:1]
-        if self._cut is not None:
-            self.cancel()
-        return Written(text, committed.thinking, calls)
+    def __init__(self, prompt_tokens: int, inbox: Inbox, cancel: Callable[[], None]) -> None:
+        self.prompt_tokens, self.cancel = prompt_tokens, cancel
+        self._inbox = inbox
 
     async def __aenter__(self) -> Answering:
         return self
@@ -258,15 +248,15 @@ class Answering:
     async def __aexit__(self, *_: object) -> None:
         self.cancel()
 
+    def __del__(self) -> None:
+        _call_soon(self._inbox.loop, self.cancel)
+
     async def __aiter__(self) -> AsyncIterator[Update]:
         while True:
-            await self._news.wait()
-            self._news.clear()
-            updates, self._updates = self._updates, []
-            for update in updates:
+            for update in await self._inbox.take():
                 if isinstance(update, End):
                     if update.error is not None:
-                        raise ApiError.failed(update.error)
+                        raise _failure(update.error)
                     return
                 yield update
 
@@ -284,6 +274,83 @@ class Answering:
         return Written(text, thinking, tuple(calls)), ended
 
 
+class Inbox:
+    """What the worker has sent of an answer and the client has not read. Of drafts, it keeps the latest only.
+
+    Attributes:
+        loop: The event loop of the reader.
+        cancel: Cancels the answer.
+    """
+
+    cancel: Callable[[], None]
+
+    def __init__(self, question: Question) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._has_drafts, self._is_single_call = question.drafts, question.single_call
+        self._stops = StopTexts(question.stop)
+        self._cut: FinishReason | None = None  # why the answer ends before the model ends it
+        self._updates: list[Update | End] = []
+        self._news = asyncio.Event()
+
+    def receive(self, item: Event | Encoded | End) -> None:
+        """Take an event of the worker, on its thread."""
+        if not isinstance(item, Encoded) and (self._has_drafts or not isinstance(item, Draft)):
+            _call_soon(self.loop, self._add, item)
+
+    async def take(self) -> list[Update | End]:
+        """Wait for updates, and return them."""
+        await self._news.wait()
+        self._news.clear()
+        updates, self._updates = self._updates, []
+        return updates
+
+    def _add(self, item: Event | End) -> None:
+        """Queue an event as an update."""
+        if isinstance(item, Draft):
+            self._updates = [*(each for each in self._updates if not isinstance(each, Draft)), item]
+        elif isinstance(item, Committed):
+            self._updates.append(self._written(item))
+        elif isinstance(item, Done):
+            self._updates += self._end(item)
+        else:
+            self._updates.append(item)
+        self._news.set()
+
+    def _written(self, committed: Committed) -> Written:
+        """Return what a canvas adds. A stop text, or a call where only one may be made, cuts off all after it."""
+        if self._cut is not None:
+            return Written()
+        text, calls = self._stops.feed(committed.text), committed.tool_calls
+        if self._stops.found is not None:
+            self._cut, calls = "stop", ()  # calls come after the text
+        elif calls:
+            text += self._stops.finish()
+            if self._is_single_call:
+                self._cut, calls = "tool_calls", calls[:1]
+        if self._cut is not None:
+            self.cancel()
+        return Written(text, committed.thinking, calls)
+
+    def _end(self, done: Done) -> list[Update | End]:
+        """Return the last updates. What is cancelled, but not cut here, was cancelled by the server."""
+        if done.finish_reason == "cancelled" and self._cut is None:
+            return [End(Cancelled())]
+        return [Written(self._stops.finish()), Ended(self._cut or done.finish_reason, self._stops.found, done)]
+
+
+def _failure(error: BaseException) -> ApiError:
+    """Return what a client is told of an error of the worker."""
+    if isinstance(error, Cancelled):
+        return ApiError(503, "the server is shutting down", "server_error", code="shutting_down")
+    return ApiError.failed(error)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *arguments: object) -> None:
+    """Call a function on the event loop, from any thread, unless the loop is closed: then nobody waits for it."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(call, *arguments)
+
+
 def _settle(future: asyncio.Future[Any], item: Any) -> None:
     """Give a future what the worker has sent, unless nobody waits for it any more."""
     if future.done():
@@ -291,4 +358,4 @@ def _settle(future: asyncio.Future[Any], item: Any) -> None:
     if not isinstance(item, End):
         future.set_result(item)
     elif item.error is not None:
-        future.set_exception(ApiError.failed(item.error))
+        future.set_exception(_failure(item.error))

@@ -15,7 +15,8 @@ async def health(request: Request) -> Response:
     """Say that the server is alive, whatever the model is doing."""
     engine: Engine = request.app.state.engine
     return JSONResponse({
-        "status": "ok", "model": engine.settings.model_name, "version": __version__, "loaded": engine.is_loaded,
+        "status": "ok" if engine.is_ready else "loading", "model": engine.settings.model_name,
+        "version": __version__, "loaded": engine.is_loaded,
         "running": engine.admission.running, "waiting": engine.admission.waiting,
         "uptime": round(engine.metrics.uptime(), 3),
     })  # fmt: skip
