@@ -8,8 +8,9 @@ from contextlib import asynccontextmanager
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dgemma_mlx.errors import DgemmaError
@@ -56,7 +57,7 @@ def make_app(load: Callable[[], Model], settings: ServerSettings) -> Starlette:
             Middleware(AfterLoading),
         ],
         exception_handlers={ApiError: show_error, HTTPException: show_http_error, GoneError: show_gone,
-                            Exception: show_fault},
+                            ClientDisconnect: show_gone, Exception: show_fault},
     )  # fmt: skip
 
 

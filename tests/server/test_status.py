@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,12 +17,27 @@ import pytest
 from tests.server.live import serving
 
 LINES: list[str] = []
+Faults = Callable[[], list[str]]
 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     with serving(log=LINES.append, max_queue=3, model_name='de"mo\n') as address:
         yield address
+
+
+@pytest.fixture
+def faults(address: str, caplog: pytest.LogCaptureFixture) -> Iterator[Faults]:
+    """Returns what uvicorn has reported, which is nothing when clients do as they like."""
+    logger = logging.getLogger("uvicorn.error")
+    logger.addHandler(caplog.handler)
+
+    def found() -> list[str]:
+        httpx.get(f"{address}/health")  # on the same thread, after what was reported before
+        return [record.getMessage() for record in caplog.records]
+
+    yield found
+    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture(autouse=True)
@@ -102,9 +118,7 @@ def slow(address: str) -> socket.socket:
     return connection
 
 
-def test_a_full_queue_turns_clients_away_and_one_that_goes_makes_room(
-    address: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_full_queue_turns_clients_away_and_one_that_goes_makes_room(address: str, faults: Faults) -> None:
     connections = [slow(address) for _ in range(3)]
     while httpx.get(f"{address}/health").json()["running"] < 3:
         time.sleep(0.01)
@@ -117,7 +131,17 @@ def test_a_full_queue_turns_clients_away_and_one_that_goes_makes_room(
         time.sleep(0.01)
     assert ask(address).status_code == 200
     assert sorted(line.split()[3] for line in log(5)) == ["200", "499", "499", "499", "503"]
-    assert not caplog.records  # of uvicorn: a client that goes away is no fault of the server
+    assert not faults()
+
+
+def test_a_client_that_leaves_within_its_body_is_no_fault_of_the_server(address: str, faults: Faults) -> None:
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: 1000\r\n\r\n"
+        connection.sendall(head.encode() + b'{"messages": ')
+    (line,) = log(1)
+    assert line.split()[3] == "499"
+    assert not faults()
 
 
 def test_prompts_are_logged_only_when_that_is_wanted_and_then_in_one_line() -> None:
