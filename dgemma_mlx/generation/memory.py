@@ -130,7 +130,8 @@ class Need(NamedTuple):
 
 def answer_need(config: ModelConfig, positions: int) -> Need:
     """Return the memory of an answer to a prompt of ``positions``. It is never less than ``run_memory`` says."""
-    kept = cache_memory(config, positions) + _MARKS * _kept_memory(config, SLIDING, _window(config, positions))
+    marks = _MARKS + 1  # the third is where prompts of several conversations part
+    kept = cache_memory(config, positions) + marks * _kept_memory(config, SLIDING, _window(config, positions))
     prefill, denoising = (work(config, 1, positions, _BUDGETS[-1]) for work in (_prefill_memory, _denoising_memory))
     return Need(kept, max(prefill, denoising))
 

@@ -54,9 +54,10 @@ class Accounting:
         """Return the line of the log. Text of the client is escaped in it."""
         path = scope["raw_path"].decode("ascii", "replace")[:_LONGEST_PATH]
         parts = [f"{seconds:.2f} s"]
-        if tally.answers:
-            parts += [f"{tally.tokens} tokens", f"{tally.steps} steps",
-                      f"{tally.cached_tokens} of {tally.prompt_tokens} prompt tokens cached"]  # fmt: skip
+        if uses := tally.uses:
+            cached, prompt = sum(use.cached_tokens for use in uses), sum(use.prompt_tokens for use in uses)
+            parts += [f"{sum(use.tokens for use in uses)} tokens", f"{sum(use.steps for use in uses)} steps",
+                      f"{cached} of {prompt} prompt tokens cached"]  # fmt: skip
         if self._settings.log_prompts:
             parts += [json.dumps(prompt, default=str) for prompt in tally.prompts]
         return f"{time.strftime('%H:%M:%S')} {scope['method']} {path} {status} {', '.join(parts)}"

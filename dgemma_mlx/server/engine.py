@@ -21,13 +21,14 @@ from dgemma_mlx.generation.prompt_cache_folder import PromptCacheFolder
 from dgemma_mlx.generation.prompt_caches import PromptCaches
 from dgemma_mlx.generation.request import Asked, ask, begin, new_answer
 from dgemma_mlx.generation.worker import End, Request, Worker
+from dgemma_mlx.infill.fill import Filled
 from dgemma_mlx.server.admission import Admission, Place
 from dgemma_mlx.server.errors import ApiError
 from dgemma_mlx.server.metrics import Metrics
 from dgemma_mlx.server.question import Ended, Question, Update, Written
 from dgemma_mlx.server.settings import ServerSettings
 from dgemma_mlx.server.stops import StopTexts
-from dgemma_mlx.server.tally import current_tally
+from dgemma_mlx.server.tally import Use, current_tally
 from dgemma_mlx.text.parts import ToolCall
 
 T = TypeVar("T")
@@ -163,9 +164,9 @@ class Engine:
         loop, tally = asyncio.get_running_loop(), current_tally()
 
         def receive_there(item: Any) -> None:
-            if isinstance(item, Done):
-                tally.add(item)
-                _call_soon(loop, self.metrics.add_answer, item)
+            if isinstance(item, (Done, Filled)):
+                tally.uses.append(use := Use.of(item))
+                _call_soon(loop, self.metrics.add_answer, use)
             elif isinstance(item, End):
                 self._report(item.error)
                 _call_soon(loop, place.leave)

@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 
-from dgemma_mlx.events import Done
+from dgemma_mlx.server.tally import Use
 
 _PREFIX = "dgemma_"
 _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})  # within the value of a label
@@ -23,7 +23,7 @@ _METRICS = {  # name: type, what it counts
     "cached_tokens_total": ("counter", "Tokens of prompts that were not encoded again."),
     "generated_tokens_total": ("counter", "Tokens written."),
     "denoising_steps_total": ("counter", "Denoising steps."),
-    "canvases_total": ("counter", "Committed canvases."),
+    "canvases_total": ("counter", "Canvases that were denoised."),
     "prefill_seconds_total": ("counter", "Seconds spent on encoding prompts."),
     "prompt_caches": ("gauge", "Encoded prompts that are kept and not in use."),
     "prompt_cache_bytes": ("gauge", "Bytes of memory that these take."),
@@ -49,14 +49,13 @@ class Metrics:
         self._values["request_seconds_sum"][""] += seconds
         self._values["request_seconds_count"][""] += 1
 
-    def add_answer(self, done: Done) -> None:
+    def add_answer(self, use: Use) -> None:
         """Count an answer that has ended, also for a client that has gone."""
-        counts = done.statistics
-        self._values["answers_total"][_labels(finish_reason=done.finish_reason)] += 1
+        self._values["answers_total"][_labels(finish_reason=use.finish_reason)] += 1
         for name, count in (
-            ("prompt_tokens", counts.prompt_tokens), ("cached_tokens", counts.cached_tokens),
-            ("generated_tokens", counts.generated_tokens), ("denoising_steps", counts.denoising_steps),
-            ("canvases", counts.canvases), ("prefill_seconds", counts.prefill_seconds),
+            ("prompt_tokens", use.prompt_tokens), ("cached_tokens", use.cached_tokens),
+            ("generated_tokens", use.tokens), ("denoising_steps", use.steps), ("canvases", use.canvases),
+            ("prefill_seconds", use.prefill_seconds),
         ):  # fmt: skip
             self._values[f"{name}_total"][""] += count
 

@@ -1,4 +1,4 @@
-"""What a request has used: counted wherever it is served, for its line of the log."""
+"""What a request has used: counted wherever it is served, for its line of the log and for the metrics."""
 
 from __future__ import annotations
 
@@ -7,36 +7,55 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dgemma_mlx.events import Done
+from dgemma_mlx.infill.fill import Filled
+
+
+@dataclass(frozen=True)
+class Use:
+    """What one answer has used.
+
+    Attributes:
+        finish_reason: Why it ended.
+        prompt_tokens: Number of tokens of the prompt.
+        cached_tokens: Number of these that were not encoded again.
+        tokens: Number of tokens written.
+        steps: Number of denoising steps.
+        canvases: Number of canvases.
+        prefill_seconds: Seconds spent on encoding the prompt.
+    """
+
+    finish_reason: str
+    prompt_tokens: int
+    cached_tokens: int
+    tokens: int
+    steps: int
+    canvases: int
+    prefill_seconds: float
+
+    @classmethod
+    def of(cls, answer: Done | Filled) -> Use:
+        """Return what an answer or a filled text has used."""
+        if isinstance(answer, Filled):
+            work, written = answer.statistics, sum(answer.candidates[0].lengths)
+            return cls("stop", work.prompt_tokens, 0, written, work.denoising_steps, work.canvases, 0.0)
+        counts = answer.statistics
+        return cls(
+            answer.finish_reason, counts.prompt_tokens, counts.cached_tokens, counts.generated_tokens,
+            counts.denoising_steps, counts.canvases, counts.prefill_seconds,
+        )  # fmt: skip
 
 
 @dataclass
 class Tally:
-    """What one request has used, which may hold several answers.
+    """What one request has asked for and used, which may hold several answers.
 
     Attributes:
         prompts: What was asked.
-        prompt_tokens: Number of tokens of the prompts.
-        cached_tokens: Number of these that were not encoded again.
-        tokens: Number of tokens written.
-        steps: Number of denoising steps.
-        answers: Number of answers that have ended.
+        uses: What each answer that has ended has used.
     """
 
     prompts: list[Any] = field(default_factory=list)
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    tokens: int = 0
-    steps: int = 0
-    answers: int = 0
-
-    def add(self, done: Done) -> None:
-        """Add an answer that has ended."""
-        counts = done.statistics
-        self.prompt_tokens += counts.prompt_tokens
-        self.cached_tokens += counts.cached_tokens
-        self.tokens += counts.generated_tokens
-        self.steps += counts.denoising_steps
-        self.answers += 1
+    uses: list[Use] = field(default_factory=list)
 
 
 _current: ContextVar[Tally] = ContextVar("tally")
