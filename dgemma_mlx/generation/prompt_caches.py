@@ -13,9 +13,11 @@ class PromptCaches:
     """A pool of prompt caches. All of it is used by the thread of the model; ``kept`` and ``nbytes`` by any thread.
 
     An answer leases the cache that its prompt continues, or a copy of the part that it shares with another
-    conversation, as far as a mark allows (see ``PromptCache``), or an empty one. Two answers never share one. What is
-    not leased is bounded: of too many caches, the least recently used one is dropped, but first those that other caches
-    hold as well except for a few positions, such as an editor's variants of one prompt.
+    conversation, as far as a mark allows (see ``PromptCache``), or an empty one. Two answers never share one.
+
+    What is not leased is bounded in number, and whenever an answer begins also in bytes. Of too many caches, the least
+    recently used one is dropped, but first those that other caches hold as well except for a few positions, such as an
+    editor's variants of one prompt.
 
     Attributes:
         kept: Number of caches that are not leased.
@@ -42,13 +44,16 @@ class PromptCaches:
             self.keep([cache])
 
     def keep(self, caches: Sequence[PromptCache]) -> None:
-        """Keep further caches, within the bounds. The last one counts as the most recently used."""
+        """Keep further caches, the last of which counts as the most recently used. Drop those that are too many."""
         self._idle += [cache for cache in caches if cache.ids]
-        self.trim()
+        self._drop(math.inf)  # their memory has been there so far; whoever needs it trims
 
     def trim(self) -> None:
-        """Drop caches until the others keep within the bounds."""
-        room = self._room()
+        """Drop caches until the others keep within their room."""
+        self._drop(self._room())
+
+    def _drop(self, room: float) -> None:
+        """Drop caches until the others are not too many, and take no more than ``room`` bytes."""
         while len(self._idle) > self._count or sum(cache.nbytes for cache in self._idle) > room:
             self._idle.remove(next(filter(self._is_variant, self._idle), self._idle[0]))
         self.kept, self.nbytes = len(self._idle), sum(cache.nbytes for cache in self._idle)
@@ -61,7 +66,7 @@ class PromptCaches:
         """Forget all caches, because their network is unloaded. None is leased."""
         assert not self._leased, "an answer is being written"
         self._idle.clear()
-        self.trim()
+        self._drop(0)
 
     def _take(self, ids: Sequence[int]) -> PromptCache:
         """Return the cache that an answer to this prompt uses, and which is not idle any more."""

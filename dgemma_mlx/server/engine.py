@@ -194,6 +194,7 @@ class Engine:
         self._weights = model.weight_bytes()
         if self._folder is not None:
             self.caches.keep(self._folder.read(model))
+            self.caches.trim()
         if self.is_ready:
             self._log(f"the model is loaded again, in {time.perf_counter() - began:.1f} s")
         return model

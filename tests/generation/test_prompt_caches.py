@@ -12,8 +12,8 @@ from dgemma_mlx import Done, Model, generate
 from dgemma_mlx.generation import prompt_caches, runner
 from dgemma_mlx.generation.prompt_caches import PromptCaches
 
-LONG = "Hello there. My name is Ana. " * 8  # more positions than are worth a mark here, and than the sliding window
-OTHER = "Sort 7 3 5 and count from 3 to 9. " * 8
+LONG = "Hello there. My name is Ana. " * 6  # more positions than are worth a mark here, and than the sliding window
+OTHER = "Sort 7 3 5 and count from 3 to 9. " * 6
 WORTH = 64
 
 
@@ -34,11 +34,15 @@ def chat(*turns: str, system: str = "") -> list[dict[str, Any]]:
     return start + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
 
 
+def few(model: Model) -> dict[str, Any]:
+    """Options for an answer that is soon written."""
+    return {"max_tokens": 8, "generation": model.generation.override(max_denoising_steps=1)}
+
+
 def answer(model: Model, caches: PromptCaches, messages: list[dict[str, Any]]) -> Done:
     """Answer with a leased cache."""
-    options = {"seed": 1, "max_tokens": 8, "generation": model.generation.override(max_denoising_steps=1)}
     with caches.lease(model.encode_prompt(messages)) as cache:
-        return generate(model, messages, prompt_cache=cache, **options)
+        return generate(model, messages, seed=1, prompt_cache=cache, **few(model))
 
 
 def test_two_conversations_do_not_evict_each_other(model: Model) -> None:
@@ -89,16 +93,16 @@ def test_requests_at_once_do_not_share_a_cache_but_copy_from_a_leased_one(model:
     caches, prompt = PromptCaches(4), chat("What is 27 + 45?", system=LONG)
     ids = model.encode_prompt(prompt)
     with caches.lease(ids) as one:
-        events = dgemma_mlx.stream(model, prompt, seed=1, prompt_cache=one)
+        events = dgemma_mlx.stream(model, prompt, seed=1, prompt_cache=one, **few(model))
         next(events)  # encoded, and suspended
         with caches.lease(ids) as other:
             assert other is not one
-            found = generate(model, prompt, seed=2, prompt_cache=other)
+            found = generate(model, prompt, seed=2, prompt_cache=other, **few(model))
             assert found.statistics.cached_tokens == len(ids)
         *_, done = events
     assert isinstance(done, Done)
     for seed, each in ((1, done), (2, found)):
-        assert each.tokens == generate(model, prompt, seed=seed).tokens
+        assert each.tokens == generate(model, prompt, seed=seed, **few(model)).tokens
 
 
 def test_what_is_not_leased_stays_within_the_room_and_nothing_is_kept_beyond_it(model: Model) -> None:
@@ -118,10 +122,19 @@ def test_what_is_not_leased_stays_within_the_room_and_nothing_is_kept_beyond_it(
     assert before - mx.get_active_memory() >= 0.9 * held
 
 
+def test_a_conversation_goes_on_where_there_is_room_for_no_other(model: Model) -> None:
+    caches, talk = PromptCaches(4, room=lambda: 0), chat("What is 2 + 5?")
+    first = answer(model, caches, talk)
+    assert answer(model, caches, talk).statistics.cached_tokens == first.statistics.prompt_tokens
+    answer(model, caches, chat("Sort 7 3 5"))
+    assert caches.kept == 1
+    assert answer(model, caches, talk).statistics.cached_tokens == 0
+
+
 def test_what_is_counted_is_what_is_held(model: Model) -> None:
     mx.clear_cache()
     before, caches = mx.get_active_memory(), PromptCaches(4)
-    for number in range(4):
+    for number in range(3):
         answer(model, caches, chat(f"What is {number} + 5?", system=LONG))
     assert caches.nbytes == pytest.approx(mx.get_active_memory() - before, rel=0.2)
 
@@ -142,12 +155,12 @@ def test_nothing_lazy_stays_in_a_cache_that_another_thread_uses(model: Model) ->
     from concurrent.futures import ThreadPoolExecutor
 
     caches, prompt = PromptCaches(4), chat("What is 27 + 45?", system=LONG)
-    ids, plain = model.encode_prompt(prompt), generate(model, prompt, seed=1)
+    ids, plain = model.encode_prompt(prompt), generate(model, prompt, seed=1, **few(model))
     with caches.lease(ids) as first:
-        generate(model, prompt, seed=1, prompt_cache=first)
+        generate(model, prompt, seed=1, prompt_cache=first, **few(model))
         with caches.lease(ids) as other:
             assert other.ids == ids  # a copy, with which nothing was computed here
     with ThreadPoolExecutor(1) as threads:
-        done = threads.submit(generate, model, prompt, seed=1, prompt_cache=other).result()
+        done = threads.submit(generate, model, prompt, seed=1, prompt_cache=other, **few(model)).result()
     assert done.statistics.cached_tokens == len(ids)
     assert done.tokens == plain.tokens
