@@ -15,6 +15,7 @@ from dgemma_mlx.generation.model import Model
 from dgemma_mlx.model.cache import PrefixCache, Snapshot
 from dgemma_mlx.model.text import DiffusionGemma
 
+_BLOCK = 1024  # ids
 LEAST_SHARED = 512  # positions that two prompts must share for a mark of its own; fewer are soon encoded again
 
 
@@ -223,5 +224,8 @@ class _Encoded:
 
 def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
     """Return the length of the longest common prefix."""
-    pairs = zip(one, other, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+    one, other = list(one), list(other)
+    length = min(len(one), len(other))
+    blocks = range(0, length, _BLOCK)  # compared as a whole, which is faster
+    start = next((i for i in blocks if one[i : i + _BLOCK] != other[i : i + _BLOCK]), length)
+    return next((i for i in range(start, length) if one[i] != other[i]), length)

@@ -8,6 +8,7 @@ import pytest
 
 import dgemma_mlx
 from dgemma_mlx import Committed, Done, Draft, Model, PromptCache, generate, stream
+from dgemma_mlx.generation.prompt_cache import _common_prefix
 from tests.reuse import decoded
 
 
@@ -172,3 +173,12 @@ def test_cancelled_within_the_second_canvas_keeps_the_first(model: Model) -> Non
     assert whole.text.startswith(committed[0])
     assert done.text == "".join(committed)
     assert done.statistics.denoising_steps == len(seen)
+
+
+@pytest.mark.parametrize("length", [0, 1, 1023, 1024, 1025, 3000])
+@pytest.mark.parametrize("more", [(0, 0), (0, 1), (5, 0), (3, 3), (1500, 2000)])
+def test_a_common_prefix_of_any_length(length: int, more: tuple[int, int]) -> None:
+    start = [7] * length
+    one, other = [*start, *[8] * more[0]], [*start, *[9] * more[1]]
+    assert _common_prefix(one, tuple(other)) == length
+    assert _common_prefix(one, one) == len(one)
