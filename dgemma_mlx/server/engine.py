@@ -60,6 +60,7 @@ class Engine:
         self._worker = Worker(self._loaded, keep_alive=settings.keep_alive, unload=self._unload)
         # Prompts are encoded and constraints compiled here, so that neither the event loop nor MLX's thread waits.
         self._readers = ThreadPoolExecutor(2, "dgemma-mlx-read")
+        self._is_closed = False
 
     @property
     def is_loaded(self) -> bool:
@@ -81,16 +82,19 @@ class Engine:
 
     async def close(self) -> None:
         """Cancel all work, and end the thread of the model. A second call does nothing."""
+        self._is_closed = True
         await asyncio.to_thread(self._worker.close)
-        self._readers.shutdown()
+        await asyncio.to_thread(self._readers.shutdown)
         if self._folder is not None:
             self._folder.close()
 
     async def read(self, work: Callable[[ModelText], T]) -> T:
         """Run work that needs no network, such as counting the tokens of a prompt, beside the work of the model.
 
-        Raises ``ApiError`` (400) for the errors of the request.
+        Raises ``ApiError`` (400) for the errors of the request, and (503) when the server ends.
         """
+        if self._is_closed:
+            raise _failure(Cancelled())
         try:
             return await asyncio.get_running_loop().run_in_executor(self._readers, work, self.text)
         except DgemmaError as error:

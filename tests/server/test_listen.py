@@ -8,11 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import httpx
 import pytest
+
+from tests.waiting import wait_until
 
 # The scripted model writes for a long time; each of its steps and each part of a prompt takes a while.
 PROGRAM = """
@@ -29,7 +30,7 @@ def load():
         time.sleep(600)
     if kind == "no-model":
         raise DgemmaError("there is no such model", "Name another one.")
-    model = scripted_model(lambda prompt: " ".join(map(str, range(9000))))
+    model = scripted_model(lambda prompt: " ".join(map(str, range(9000 if "long" in prompt else 20))))
     extend, project = ScriptedNetwork.extend, ScriptedNetwork.project
     def slow_extend(*arguments):
         time.sleep(600 if kind == "hang" else 0.02)
@@ -64,22 +65,19 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
-    """Wait until something is so, at most a minute."""
-    for _ in range(6000):
-        with contextlib.suppress(httpx.TransportError):
-            if is_so():
-                return
-        time.sleep(0.01)
-    raise AssertionError("it has not become so")
+def get(address: str, key: str) -> object:
+    """Return a value of the server's health, or None when it does not listen yet."""
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"{address}/health").json()[key]
+    return None
 
 
-def asking(address: str, text: str = "hi") -> contextlib.AbstractContextManager[httpx.Response]:
+def asking(address: str, text: str = "long") -> contextlib.AbstractContextManager[httpx.Response]:
     body = {"messages": [{"role": "user", "content": text}], "stream": True}
     return httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=60)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_an_idle_server_ends_with_0_and_says_nothing(number: int) -> None:
     with program() as process:
         assert process.stdout is not None
@@ -90,19 +88,20 @@ def test_an_idle_server_ends_with_0_and_says_nothing(number: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", ["hi", "word " * 700], ids=["denoising", "prefill"])
+@pytest.mark.parametrize("text", ["long", "long " * 400], ids=["denoising", "prefill"])
 def test_an_answer_that_is_not_finished_in_time_is_cancelled(text: str) -> None:
     with program() as process:
         assert process.stdout is not None
         address = f"http://127.0.0.1:{process.stdout.readline().strip()}"
         with asking(address, text) as response:
-            wait_until(lambda: httpx.get(f"{address}/health").json()["running"] == 1)
+            wait_until(lambda: get(address, "running") == 1)
             process.send_signal(signal.SIGTERM)
             with contextlib.suppress(httpx.TransportError):
                 response.read()
         assert process.wait(20) == 0
 
 
+@pytest.mark.slow
 def test_a_second_signal_cancels_what_is_written_at_once() -> None:
     with program() as process:
         assert process.stdout is not None
@@ -115,6 +114,18 @@ def test_a_second_signal_cancels_what_is_written_at_once() -> None:
             with contextlib.suppress(httpx.TransportError):
                 assert "[DONE]" not in "".join(lines)
         assert process.wait(20) == 0
+
+
+def test_an_answer_that_is_finished_soon_after_a_signal_is_whole() -> None:
+    with program() as process:
+        assert process.stdout is not None
+        address = f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        with asking(address, "short") as response:
+            process.send_signal(signal.SIGTERM)
+            lines = [line for line in response.iter_lines() if line]
+        assert lines[-1] == "data: [DONE]" and "19" in "".join(lines)
+        assert process.wait(20) == 0
+        assert process.communicate() == ("", "")
 
 
 @pytest.mark.slow
@@ -130,7 +141,7 @@ def test_a_server_whose_thread_hangs_ends_all_the_same() -> None:
 def test_health_answers_and_a_signal_ends_the_server_while_the_model_is_loaded() -> None:
     port = free_port()
     with program("slow-load", port) as process:
-        wait_until(lambda: httpx.get(f"http://127.0.0.1:{port}/health").json()["status"] == "loading")
+        wait_until(lambda: get(f"http://127.0.0.1:{port}", "status") == "loading")
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
         assert process.communicate() == ("", "")
