@@ -11,7 +11,6 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model

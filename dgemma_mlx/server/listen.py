@@ -36,8 +36,8 @@ def listen(load: Callable[[], Model], settings: ServerSettings, ready: Callable[
 
     Raises ``DgemmaError`` when the port is taken, and what loading raises.
     """
-    listener = _bind(settings.host, settings.port)
     app = make_app(load, settings)
+    listener = _bind(settings.host, settings.port)
     config = uvicorn.Config(
         app, http=TimedProtocol, ws="none", log_level="warning", access_log=False, proxy_headers=False,
         server_header=False, date_header=False, timeout_graceful_shutdown=_CUT,
