@@ -93,7 +93,7 @@ runs/gemma4/tokenizer.json: scripts/gemma_vocabulary.py | $(VENV)/.installed
 	@$(PYTHON_BIN) scripts/gemma_vocabulary.py runs/gemma4
 
 $(VENV)/.installed: $(REQUIREMENTS)
-	@sh scripts/setup.sh $(VENV) 3.10 ""
+	@sh scripts/setup.sh $(VENV) 3.10 serve
 	@touch $@
 
 $(VENV)/.installed-test: $(REQUIREMENTS)
