@@ -22,7 +22,10 @@ def is_text(value: Any) -> bool:
 
     Strings with lone surrogates cannot. They come from command lines with undecodable bytes and from JSON escapes.
     """
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+    try:
+        return isinstance(value, str) and str.encode(value) is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def shown(value: Any) -> str:
