@@ -20,11 +20,6 @@ from dgemma_mlx.server.question import Ended, Question, Update, Written
 from dgemma_mlx.server.sse import event
 
 _NEUTRAL: tuple[Any, ...] = (None, 0, False, 1, [], {}, "")  # values of a field without effect that ask for nothing
-# Fields that ask for a way of sampling that a canvas does not have.
-_WITHOUT_EFFECT = (
-    "top_p", "top_k", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
-    "repeat_penalty", "logit_bias", "best_of", "min_tokens", "web_search_options",
-)  # fmt: skip
 _MOST_CHOICES = 16
 _MOST_STOPS = 64
 
@@ -39,7 +34,24 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
-class CommonRequest(msgspec.Struct, kw_only=True):
+class WithoutEffect(msgspec.Struct, kw_only=True):
+    """Fields that ask for a way of sampling that a canvas does not have. They are accepted, and have no effect."""
+
+    top_p: Any = None
+    top_k: Any = None
+    min_p: Any = None
+    typical_p: Any = None
+    presence_penalty: Any = None
+    frequency_penalty: Any = None
+    repetition_penalty: Any = None
+    repeat_penalty: Any = None
+    logit_bias: Any = None
+    best_of: Any = None
+    min_tokens: Any = None
+    web_search_options: Any = None
+
+
+class CommonRequest(WithoutEffect, kw_only=True):
     """The fields that all requests have.
 
     Attributes:
@@ -63,18 +75,6 @@ class CommonRequest(msgspec.Struct, kw_only=True):
     temperature: Annotated[float, msgspec.Meta(ge=0)] | None = None
     n: Annotated[int, msgspec.Meta(ge=1, le=_MOST_CHOICES)] | None = None
     speed: str | None = None
-    top_p: Any = None
-    top_k: Any = None
-    min_p: Any = None
-    typical_p: Any = None
-    presence_penalty: Any = None
-    frequency_penalty: Any = None
-    repetition_penalty: Any = None
-    repeat_penalty: Any = None
-    logit_bias: Any = None
-    best_of: Any = None
-    min_tokens: Any = None
-    web_search_options: Any = None
 
     def sampling(self, max_tokens: int | None) -> dict[str, Any]:
         """Return the arguments of a ``Question`` that are the same for chats and completions."""
@@ -105,7 +105,7 @@ def begin(request: Request, body: CommonRequest, prefix: str) -> dict[str, Any]:
     """
     engine: Engine = request.app.state.engine
     check_model(engine, body.model)
-    given = [name for name in _WITHOUT_EFFECT if getattr(body, name) not in _NEUTRAL]
+    given = [name for name in WithoutEffect.__struct_fields__ if getattr(body, name) not in _NEUTRAL]
     given += ["temperature (other than 0)"] if body.temperature not in (None, 0, 1) else []
     for name in given:
         request.app.state.remarks.once(f"{request.url.path}: {name} has no effect")
