@@ -22,7 +22,7 @@ await run({
   },
 
   async streamed(address) {
-    const result = streamText(ask(address, "Count", { providerOptions: { demo: { reasoningEffort: "high" } } }));
+    const result = streamText(ask(address, "Count", { providerOptions: { demo: { reasoningEffort: "high", drafts: true } } }));
     const kinds = new Set();
     for await (const part of result.fullStream) kinds.add(part.type);
     const { outputTokens } = await result.usage;

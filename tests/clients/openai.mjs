@@ -9,7 +9,8 @@ await run({
   whole: (address) => chat(address).create(ask("Sort 7 3 5")),
 
   async streamed(address) {
-    const stream = chat(address).stream(ask("Sort 7 3 5", { stream_options: { include_usage: true } }));
+    const more = { stream_options: { include_usage: true }, drafts: true }; // the library ignores drafts
+    const stream = chat(address).stream(ask("Sort 7 3 5", more));
     return stream.finalChatCompletion();
   },
 

@@ -27,8 +27,10 @@ def test_the_demo_answers(demo: str) -> None:
     assert answer.choices[0].message.content == "3 5 7" and answer.usage.completion_tokens > 0
 
 
-def test_a_stream_has_thinking_and_text(scripted: str) -> None:
-    chunks = list(complete(scripted, "Count", stream=True, chat_template_kwargs={"enable_thinking": True}))
+@pytest.mark.parametrize("drafts", [False, True])
+def test_a_stream_has_thinking_and_text(scripted: str, drafts: bool) -> None:
+    more = {"chat_template_kwargs": {"enable_thinking": True}, "drafts": drafts}  # litellm ignores drafts
+    chunks = list(complete(scripted, "Count", stream=True, **more))
     message = litellm.stream_chunk_builder(chunks).choices[0].message
     assert (message.content, message.reasoning_content) == (LONG, THOUGHT)
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == ["stop"]

@@ -11,7 +11,7 @@ def test_the_demo_answers_whole_and_streamed(demo: str, run_node: RunNode) -> No
     whole, streamed = (run_node("openai.mjs", scenario, demo) for scenario in ("whole", "streamed"))
     assert whole["choices"][0]["message"]["content"] == streamed["choices"][0]["message"]["content"] == "3 5 7"
     assert streamed["choices"][0]["finish_reason"] == "stop"
-    assert streamed["usage"] == whole["usage"]
+    assert streamed["usage"]["total_tokens"] == whole["usage"]["total_tokens"]
 
 
 def test_a_tool_is_called_and_its_result_answered(scripted: str, run_node: RunNode) -> None:
