@@ -60,11 +60,6 @@ async def count_tokens(request: Request) -> Response:
     return JSONResponse({"input_tokens": len(ids)})
 
 
-async def alive(request: Request) -> Response:
-    """Say that there is a server, which clients ask before their first message."""
-    return Response()
-
-
 class Content:
     """The content of an answer, as blocks, and as the events that tell of them.
 
@@ -176,7 +171,6 @@ def _usage(prompt: int, cached: int, generated: int) -> dict[str, int]:
 
 
 ROUTES = [
-    Route("/", alive, methods=["HEAD"]),
     Route("/v1/messages", create, methods=["POST"]),
     Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
 ]

@@ -27,6 +27,12 @@ def test_the_page_is_served_with_a_policy_that_lets_only_its_own_script_run() ->
     assert policy["require-trusted-types-for"] == "'script'" and "unsafe" not in str(policy)
 
 
+def test_what_is_allowed_at_the_page_is_all_that_it_answers() -> None:
+    client = TestClient(make_app(lambda: load("demo"), ServerSettings("demo")), base_url="http://127.0.0.1:8080")
+    assert set(client.request("OPTIONS", "/").headers["allow"].split(", ")) == {"GET", "HEAD"}
+    assert client.head("/").status_code == 200  # Anthropic's clients ask so before their first message
+
+
 def test_the_page_takes_nothing_from_outside_and_makes_no_html_of_texts() -> None:
     text, _ = read_page()
     assert set(re.findall(r"https?://[\w.]+", text)) == {"http://www.w3.org"}  # the name of SVG
