@@ -116,8 +116,8 @@ $(CLIENTS)/.installed: $(REQUIREMENTS)
 	@sh scripts/setup.sh $(CLIENTS) 3.10 clients
 	@touch $@
 
-$(NPM_AGENTS): tests/agents/package-lock.json
-	@npm ci --prefix tests/agents --silent --no-audit --no-fund
+$(NPM_AGENTS): tests/agents/package.json
+	@npm install --prefix tests/agents --no-package-lock --silent --no-audit --no-fund
 	@touch $@
 
 $(AIDER)/.installed: tests/agents/requirements.txt

@@ -109,7 +109,7 @@ class Turn(msgspec.Struct):
     """A message of a conversation."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | list[Block]
+    content: str | list[Block] | None = None
 
 
 class ToolChoice(msgspec.Struct):
@@ -169,7 +169,7 @@ def conversation(body: CountRequest) -> list[Message]:
     if not body.messages or body.messages[-1].role == "assistant":
         raise ApiError(400, "the conversation must end with a message of the user", param="messages")
     found: list[Message] = []
-    found += [{"role": "system", "content": block.text} for block in _blocks(body.system or [])]
+    found += [{"role": "system", "content": block.text} for block in _blocks(body.system)]
     for number, turn in enumerate(body.messages):
         blocks, place = _blocks(turn.content), f"messages.{number}"
         if turn.role == "assistant":
@@ -204,9 +204,9 @@ def tools(body: CountRequest) -> list[dict[str, Any]]:
     return [msgspec.to_builtins(tool) for tool in offered.values()]
 
 
-def _blocks(content: str | Sequence[Any]) -> Sequence[Any]:
+def _blocks(content: str | Sequence[Any] | None) -> Sequence[Any]:
     """Return a content as blocks."""
-    return [Text(content)] if isinstance(content, str) else content
+    return [Text(content)] if isinstance(content, str) else content or ()
 
 
 def _all_blocks(turns: Iterable[Turn]) -> Iterator[Any]:
@@ -215,7 +215,7 @@ def _all_blocks(turns: Iterable[Turn]) -> Iterator[Any]:
         for block in _blocks(turn.content):
             yield block
             if isinstance(block, ToolResult):
-                yield from _blocks(block.content or [])
+                yield from _blocks(block.content)
 
 
 def _answer(blocks: Sequence[Any], place: str) -> Message:
@@ -231,7 +231,7 @@ def _answer(blocks: Sequence[Any], place: str) -> Message:
 
 def _result(block: ToolResult, place: str) -> Message:
     """Return the message of a tool. A failure is told from a result."""
-    text = _text(_blocks(block.content or ""), place)
+    text = _text(_blocks(block.content), place)
     return {"role": "tool", "tool_call_id": block.tool_use_id, "content": {"error": text} if block.is_error else text}
 
 

@@ -11,6 +11,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from dgemma_mlx.constrain.turns import THOUGHT
+from dgemma_mlx.generation.model import ModelText
 from dgemma_mlx.server.answering import Answering
 from dgemma_mlx.server.body import read_body
 from dgemma_mlx.server.engine import Engine
@@ -54,7 +56,7 @@ async def create(request: Request) -> Response:
         )
     )  # fmt: skip
     output = Output(offer.namespaces, frozenset(custom_names(tools)))
-    stream = ResponseStream(_head(body, engine.settings.model_name), output)
+    stream = ResponseStream(_head(body, engine.settings.model_name), output, engine.text)
     if body.stream:
         return EventStream(stream.events(answering), engine.settings.ping_seconds, stream.in_progress)
     async with answering:
@@ -65,9 +67,10 @@ async def create(request: Request) -> Response:
 class ResponseStream:
     """A response, and the events that tell how it is written."""
 
-    def __init__(self, head: dict[str, Any], output: Output) -> None:
-        """Begin a response."""
+    def __init__(self, head: dict[str, Any], output: Output, text: ModelText) -> None:
+        """Begin a response of the model that ``text`` belongs to."""
         self._response, self._output = head, output
+        self._thought = [text.tokenizer.special_ids.get(mark) for mark in THOUGHT]
         self._number = 0
 
     async def events(self, answering: Answering) -> AsyncIterator[bytes]:
@@ -114,10 +117,21 @@ class ResponseStream:
             "usage": {
                 "input_tokens": statistics.prompt_tokens,
                 "input_tokens_details": {"cached_tokens": statistics.cached_tokens},
-                "output_tokens": statistics.generated_tokens, "output_tokens_details": {"reasoning_tokens": 0},
+                "output_tokens": statistics.generated_tokens,
+                "output_tokens_details": {"reasoning_tokens": self._thought_tokens(ended)},
                 "total_tokens": statistics.prompt_tokens + statistics.generated_tokens,
             },
         }  # fmt: skip
+
+    def _thought_tokens(self, ended: Ended) -> int:
+        """Return how many tokens of an answer are thoughts, with the marks around them."""
+        opening, closing = self._thought
+        count, is_inside = 0, False
+        for token in ended.done.tokens:
+            is_inside = is_inside or token == opening
+            count += is_inside
+            is_inside = is_inside and token != closing
+        return count
 
     def _event(self, data: dict[str, Any]) -> bytes:
         """Return an event with the next number."""

@@ -62,7 +62,7 @@ class MessageItem(msgspec.Struct, tag="message"):
     """A message."""
 
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[Part]
+    content: str | list[Part] | None = None
 
 
 class FunctionCall(msgspec.Struct, tag="function_call"):
@@ -87,20 +87,20 @@ class FunctionCallOutput(msgspec.Struct, tag="function_call_output"):
     """The result of a function."""
 
     call_id: str
-    output: str | list[Part]
+    output: str | list[Part] | None = None
 
 
 class CustomToolCallOutput(msgspec.Struct, tag="custom_tool_call_output"):
     """The result of a tool that takes a text."""
 
     call_id: str
-    output: str | list[Part]
+    output: str | list[Part] | None = None
 
 
 class Reasoning(msgspec.Struct, tag="reasoning"):
     """What the model thought."""
 
-    summary: list[SummaryText] = []
+    summary: list[SummaryText] | None = None
     content: list[ReasoningText] | None = None
 
 
@@ -264,7 +264,7 @@ def _custom_description(tool: Mapping[str, Any]) -> str:
 def _add(message: dict[str, Any], item: Any, place: str) -> None:
     """Add an item of the model to its message."""
     if isinstance(item, Reasoning):
-        message["thinking"] += "".join(part.text for part in item.content or item.summary)
+        message["thinking"] += "".join(part.text for part in item.content or item.summary or ())
     elif isinstance(item, MessageItem):
         message["content"] = "\n".join(filter(None, (message["content"], _text(item.content, place))))
     else:
@@ -273,10 +273,10 @@ def _add(message: dict[str, Any], item: Any, place: str) -> None:
         message["tool_calls"].append({"id": item.call_id, "function": function})
 
 
-def _text(content: str | list[Any], place: str) -> str:
+def _text(content: str | list[Any] | None, place: str) -> str:
     """Return the texts of a content, each on a line of its own."""
-    if isinstance(content, str):
-        return content
+    if content is None or isinstance(content, str):
+        return content or ""
     if any(isinstance(part, (InputImage, InputFile)) for part in content):
         raise ApiError(400, "pictures and files cannot be read here. Only text is read so far", param=place)
     return "\n".join(part.refusal if isinstance(part, Refusal) else part.text for part in content)

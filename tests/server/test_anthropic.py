@@ -188,6 +188,20 @@ def test_deferred_tools_are_offered_once_they_are_referred_to(client: httpx.Clie
     assert "declaration:get_weather" in PLAY.last() and "search_tools" not in PLAY.last()
 
 
+@pytest.mark.parametrize("empty", [None, "", []])
+def test_contents_may_be_empty(client: httpx.Client, empty: Any) -> None:
+    asked(client, user("hi"), {"role": "assistant", "content": empty}, user(empty), system=empty)
+    assert PLAY.last() == "<bos><|turn>user\nhi<turn|>\n<|turn>model\n<turn|>\n<|turn>user\n<turn|>\n<|turn>model\n"
+
+
+def test_another_model_s_name_is_refused_where_the_owner_wants_that() -> None:
+    with serving(strict_model=True) as address:
+        body = {"model": "claude", "messages": [user("hi")], "input": "hi"}
+        error = httpx.post(f"{address}/v1/messages", json=body).json()["error"]
+        assert error["type"] == "not_found_error" and "'claude'" in error["message"]
+        assert httpx.post(f"{address}/v1/responses", json=body).json()["error"]["code"] == "model_not_found"
+
+
 def test_thinking_is_asked_for(client: httpx.Client) -> None:
     for kind, thinks in (("enabled", True), ("adaptive", True), ("disabled", False)):
         asked(client, user("hi"), thinking={"type": kind, "budget_tokens": 2000})

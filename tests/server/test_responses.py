@@ -74,6 +74,7 @@ def test_a_stream_tells_of_reasoning_text_and_calls_in_order(client: httpx.Clien
     items = [each["item"] for each in found if each["type"] == "response.output_item.done"]
     response = found[-1]["response"]
     assert response["output"] == items and response["usage"]["total_tokens"] > response["usage"]["input_tokens"] > 0
+    assert response["usage"]["output_tokens_details"]["reasoning_tokens"] == 14  # with two marks
     assert items[0]["content"] == [{"type": "reasoning_text", "text": "Hm, 😀."}]
     assert items[1]["content"][0]["text"] == "I look."
     assert (items[2]["name"], json.loads(items[2]["arguments"])) == ("get_weather", {"city": "Rome"})
@@ -137,11 +138,13 @@ def test_every_kind_of_item_reaches_the_model(client: httpx.Client) -> None:
         {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "two"}]},
         {"type": "web_search_call", "id": "ws_1", "status": "completed"},
         {"role": "user", "content": [{"type": "input_text", "text": "three"}]},
+        {"role": "assistant", "content": None},
+        {"role": "user", "content": []},
     ]  # fmt: skip
     asked(client, items, instructions="Be kind.")
     assert PLAY.last() == (
         "<bos><|turn>system\nBe kind.\n\nBe brief.<turn|>\n<|turn>user\none<turn|>\n<|turn>model\ntwo<turn|>\n"
-        "<|turn>user\nthree<turn|>\n<|turn>model\n"
+        "<|turn>user\nthree<turn|>\n<|turn>model\n<turn|>\n<|turn>user\n<turn|>\n<|turn>model\n"
     )
 
 
