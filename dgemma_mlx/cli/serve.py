@@ -132,9 +132,11 @@ def serve(
     """
     _require_libraries()
     from dgemma_mlx.server.listen import listen
+    from dgemma_mlx.server.security import check_settings
 
     settings = Settings()
     chosen = _server_settings(settings, model, address, limits, max_tokens, speed, _logger(quiet), log_prompts)
+    check_settings(chosen)  # before a model is fetched
     load = model_loader(settings, model)
     if not quiet:
         say_if_demo(settings, model)

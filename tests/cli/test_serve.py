@@ -84,6 +84,9 @@ def test_without_its_libraries_it_says_how_to_install_them() -> None:
         (["--max-body", "much"], "not a size: 'much'"),
         (["--speed", "warp"], "--speed must be one of"),
         (["--port", "70000"], "--port must be a whole number from 0 to 65535"),
+        (["--host", "0.0.0.0", "-m", "owner/never-fetched"], "so the server needs an API key"),
+        (["--api-key", ""], "the API key is empty"),
+        (["--allow-origin", "*"], "not an origin that can be allowed: '*'"),
     ],
 )
 def test_a_wrong_option_is_one_line_and_a_hint(options: list[str], words: str) -> None:
