@@ -147,8 +147,10 @@ def serve(
             print(f"dgemma-mlx: {chosen.model_name} is served at {url}; Ctrl-C ends it", file=sys.stderr, flush=True)
         if open_page:
             import webbrowser
+            from threading import Thread
 
-            webbrowser.open(url)
+            page = url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+            Thread(target=webbrowser.open, args=(page,), daemon=True).start()  # some browsers are waited for
 
     listen(load, chosen, ready)
 
