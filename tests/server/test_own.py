@@ -214,4 +214,5 @@ def test_another_models_name_is_refused_where_the_owner_wants_that() -> None:
         assert post(address, "/v1/choose", {**body, "model": "demo"}).status_code == 200
         for path, asked in (("/v1/choose", body), ("/v1/fill", {"text": "___"}), ("/infill", {})):
             answer = post(address, path, {**asked, "model": "gpt-4o"})
-            assert answer.status_code == 404 and "the model 'gpt-4o' does not exist" in answer.json()["error"]["message"]
+            assert answer.status_code == 404
+            assert "the model 'gpt-4o' does not exist" in answer.json()["error"]["message"]
