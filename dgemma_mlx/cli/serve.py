@@ -132,9 +132,11 @@ def serve(
     """
     _require_libraries()
     from dgemma_mlx.server.listen import listen
+    from dgemma_mlx.server.security import check_settings
 
     settings = Settings()
     chosen = _server_settings(settings, model, address, limits, max_tokens, speed, _logger(quiet), log_prompts)
+    check_settings(chosen)  # before a model is fetched
     load = model_loader(settings, model)
     if not quiet:
         say_if_demo(settings, model)
@@ -145,8 +147,10 @@ def serve(
             print(f"dgemma-mlx: {chosen.model_name} is served at {url}; Ctrl-C ends it", file=sys.stderr, flush=True)
         if open_page:
             import webbrowser
+            from threading import Thread
 
-            webbrowser.open(url)
+            page = url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+            Thread(target=webbrowser.open, args=(page,), daemon=True).start()  # some browsers are waited for
 
     listen(load, chosen, ready)
 

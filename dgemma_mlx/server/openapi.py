@@ -12,6 +12,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from dgemma_mlx.server import anthropic_request, llamacpp, openai_chat, openai_completions, own, responses_request
+from dgemma_mlx.server.engine import Engine
+from dgemma_mlx.server.security import OPEN_PATHS
 from dgemma_mlx.version import __version__
 
 # The struct of each body, by path.
@@ -37,8 +39,8 @@ _ERROR = {
 _FIELD = re.compile(r"^ {4,8}(\w+): (.+?)(?=^ {4,8}\w+: |\Z)", re.MULTILINE | re.DOTALL)
 
 
-def describe(routes: Iterable[BaseRoute]) -> dict[str, Any]:
-    """Return the description of these routes in the form of OpenAPI 3.1."""
+def describe(routes: Iterable[BaseRoute], needs_key: bool) -> dict[str, Any]:
+    """Return the description of these routes in the form of OpenAPI 3.1. ``needs_key`` says whether the server does."""
     _, schemas = msgspec.json.schema_components(BODIES.values(), ref_template="#/components/schemas/{name}")
     for struct in {base for body in BODIES.values() for base in body.__mro__}:
         _add_meanings(struct, schemas)
@@ -59,7 +61,7 @@ def describe(routes: Iterable[BaseRoute]) -> dict[str, Any]:
                 "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
             },
         },
-        "security": [{}, {"bearer": []}, {"key": []}],
+        "security": [{"bearer": []}, {"key": []}] if needs_key else [],
     }
 
 
@@ -75,6 +77,8 @@ def _operation(route: Route, method: str) -> dict[str, Any]:
         "operationId": f"{method.lower()}{re.sub('[^a-z0-9]+', '_', route.path.lower())}",
         "responses": {"200": answer, "4XX": error, "5XX": error},
     }
+    if route.path in OPEN_PATHS:
+        found["security"] = []
     if route.param_convertors:
         found["parameters"] = [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
@@ -99,7 +103,8 @@ def _add_meanings(struct: type, schemas: Mapping[str, Any]) -> None:
 
 async def document(request: Request) -> Response:
     """Describe this server in the form of OpenAPI."""
-    return JSONResponse(describe(request.app.routes))
+    engine: Engine = request.app.state.engine
+    return JSONResponse(describe(request.app.routes, engine.settings.api_key is not None))
 
 
 ROUTES = [Route("/openapi.json", document)]

@@ -26,6 +26,7 @@ from dgemma_mlx.server.body import read_body
 from dgemma_mlx.server.drafts import Drafts
 from dgemma_mlx.server.engine import Engine
 from dgemma_mlx.server.errors import ApiError
+from dgemma_mlx.server.openai_request import check_model
 from dgemma_mlx.server.settings import ServerSettings
 from dgemma_mlx.server.sse import EventStream, event, unless_gone
 
@@ -44,6 +45,7 @@ class Denoising(msgspec.Struct, kw_only=True):
     """What the bodies have in common: a system prompt, a seed, and the denoising loop.
 
     Attributes:
+        model: The name of the model, which is served by the loaded one.
         system: A system prompt.
         seed: Seed of the random numbers; null draws one.
         speed: What it takes to commit a canvas: "reference", "balanced" or "fast".
@@ -56,6 +58,7 @@ class Denoising(msgspec.Struct, kw_only=True):
         stability_threshold: Number of steps without a change after which a canvas is stable.
     """
 
+    model: str | None = None
     system: str | None = None
     seed: int | None = None
     speed: str | None = None
@@ -140,6 +143,7 @@ class ChooseRequest(msgspec.Struct):
         system: A system prompt.
         raw: Whether the question is plain text, without the chat template.
         seed: Seed of the canvas of noise; null draws one.
+        model: The name of the model, which is served by the loaded one.
     """
 
     question: str
@@ -148,6 +152,7 @@ class ChooseRequest(msgspec.Struct):
     system: str | None = None
     raw: bool = False
     seed: int | None = None
+    model: str | None = None
 
     def options(self, text: ModelText, settings: ServerSettings) -> GenerationOptions:
         """Return checked options. Raises ``DgemmaError`` for a seed out of range."""
@@ -242,9 +247,11 @@ async def worked(
 ) -> T:
     """Run the two halves of some work, of which only the second needs the network, and return its result.
 
-    Raises ``ApiError`` (400) for what ``prepare`` refuses, and ``GoneError`` when the client goes away.
+    Raises ``ApiError`` (400) for what ``prepare`` refuses and (404) for another model's name, if the server's owner
+    wants that; and ``GoneError`` when the client goes away.
     """
     engine: Engine = request.app.state.engine
+    check_model(engine, body.model)
     prepared, options = await engine.read(lambda text: (prepare(text), body.options(text, engine.settings)))
     work = engine.run(
         lambda model, cancelled: write(model, prepared, body.seed, replace(options, cancelled=cancelled))

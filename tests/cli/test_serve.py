@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +62,21 @@ def test_the_command_serves_the_model_that_it_names() -> None:
         process.wait(timeout=20)
 
 
+def test_the_page_is_opened_in_the_browser(tmp_path: Path) -> None:
+    browser, opened = tmp_path / "browser", tmp_path / "opened"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {opened}.part && mv {opened}.part {opened} && sleep 3\n')
+    browser.chmod(0o755)
+    with served("-m", "demo", "--open", "--host", "0.0.0.0", BROWSER=str(browser), DGEMMA_API_KEY="k") as (address, _):
+        local = address.replace("0.0.0.0", "127.0.0.1")
+        for _ in range(600):
+            if opened.exists():
+                break
+            time.sleep(0.05)
+        assert opened.read_text().strip() == local
+        assert httpx.get(f"{local}/health").status_code == 200
+        assert httpx.get(f"{local}/v1/models").status_code == 401
+
+
 def test_without_its_libraries_it_says_how_to_install_them() -> None:
     code = (
         "import sys, importlib.util as u\n"
@@ -84,6 +100,9 @@ def test_without_its_libraries_it_says_how_to_install_them() -> None:
         (["--max-body", "much"], "not a size: 'much'"),
         (["--speed", "warp"], "--speed must be one of"),
         (["--port", "70000"], "--port must be a whole number from 0 to 65535"),
+        (["--host", "0.0.0.0", "-m", "owner/never-fetched"], "so the server needs an API key"),
+        (["--api-key", ""], "the API key is empty"),
+        (["--allow-origin", "*"], "not an origin that can be allowed: '*'"),
     ],
 )
 def test_a_wrong_option_is_one_line_and_a_hint(options: list[str], words: str) -> None:

@@ -206,3 +206,13 @@ def test_props_say_what_is_served(address: str) -> None:
     assert str(model.folder) not in json.dumps(found)
     refused = post(address, "/props", {})
     assert refused.status_code == 501 and refused.json()["error"]["code"] == 501
+
+
+def test_another_models_name_is_refused_where_the_owner_wants_that() -> None:
+    with serving(strict_model=True) as address:
+        body = {"question": "What is 2 + 2?", "choices": ["4", "5"]}
+        assert post(address, "/v1/choose", {**body, "model": "demo"}).status_code == 200
+        for path, asked in (("/v1/choose", body), ("/v1/fill", {"text": "___"}), ("/infill", {})):
+            answer = post(address, path, {**asked, "model": "gpt-4o"})
+            assert answer.status_code == 404
+            assert "the model 'gpt-4o' does not exist" in answer.json()["error"]["message"]
