@@ -99,7 +99,8 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError, UnicodeError) as error:
+        why, _, _ = reason(error).partition(" (while attempting")  # Python adds the address
         raise DgemmaError(
-            f"cannot listen on {shown(host)}, port {port}: {reason(error)}",
+            f"cannot listen on {shown(host)}, port {port}: {why}",
             "End the program that listens there, or choose another --port.",
         ) from None
