@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model
+from dgemma_mlx.generation.prompt_cache_folder import PromptCacheFolder
 from dgemma_mlx.server import (
     anthropic,
     llamacpp,
@@ -46,14 +47,18 @@ WITHOUT_MODEL = {route.path for route in (*openapi.ROUTES, *page.ROUTES, *status
 def make_app(load: Callable[[], Model], settings: ServerSettings) -> Starlette:
     """Return the application. ``load`` is called on the thread of the model when the application starts.
 
-    Raises ``DgemmaError`` (exit code 2) for settings that are not safe.
+    Raises ``DgemmaError`` (exit code 2) for settings that are not safe, and (1) for a folder of prompt caches that
+    cannot be used.
     """
     check_settings(settings)
     metrics = Metrics()
+    folder = None  # opened here, because an error when the application starts would be a traceback
+    if settings.prompt_cache_dir is not None:
+        folder = PromptCacheFolder(settings.prompt_cache_dir, settings.prompt_caches, settings.log)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        app.state.engine, app.state.remarks = Engine(load, settings, metrics), Remarks(settings.log)
+        app.state.engine, app.state.remarks = Engine(load, settings, metrics, folder), Remarks(settings.log)
         try:
             app.state.engine.start()
             yield

@@ -45,14 +45,16 @@ class Engine:
 
     text: ModelText
 
-    def __init__(self, load: Callable[[], Model], settings: ServerSettings, metrics: Metrics) -> None:
+    def __init__(
+        self, load: Callable[[], Model], settings: ServerSettings, metrics: Metrics,
+        folder: PromptCacheFolder | None = None,
+    ) -> None:  # fmt: skip
+        """Begin the thread of the model. ``folder`` keeps the prompt caches across restarts; ``close`` closes it."""
         self.settings, self.metrics = settings, metrics
         self._load = load
         self.admission = Admission(settings.max_queue, self._room)
         self.caches = PromptCaches(settings.prompt_caches, self._room_for_caches)
-        self._folder: PromptCacheFolder | None = None
-        if settings.prompt_cache_dir is not None:
-            self._folder = PromptCacheFolder(settings.prompt_cache_dir, settings.prompt_caches, settings.log)
+        self._folder = folder
         self._weights = 0  # bytes
         self._model: Model | None = None  # for the worker's thread
         self._worker = Worker(self._loaded, keep_alive=settings.keep_alive, unload=self._unload)

@@ -34,7 +34,8 @@ def listen(load: Callable[[], Model], settings: ServerSettings, ready: Callable[
     it is. After a signal, no new connections are taken; answers that are not finished soon, or at the second signal,
     are cancelled. The process ends with exit code 0 when even this takes too long, as it does while a model is loaded.
 
-    Raises ``DgemmaError`` when the port is taken, and what loading raises.
+    Raises ``DgemmaError`` when the port is taken or the folder of prompt caches cannot be used, and what loading
+    raises.
     """
     app = make_app(load, settings)
     listener = _bind(settings.host, settings.port)

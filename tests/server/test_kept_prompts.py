@@ -12,8 +12,7 @@ import pytest
 
 from dgemma_mlx import DgemmaError
 from dgemma_mlx.generation.prompt_cache_folder import PromptCacheFolder
-from dgemma_mlx.server.engine import Engine
-from dgemma_mlx.server.metrics import Metrics
+from dgemma_mlx.server.app import make_app
 from dgemma_mlx.server.settings import ServerSettings
 from tests.server.live import serving
 
@@ -63,5 +62,5 @@ def test_a_model_that_is_unloaded_leaves_nothing_behind_and_its_prompts_come_bac
 def test_a_folder_that_another_server_uses_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
     other = PromptCacheFolder(tmp_path, 1, print)
     with pytest.raises(DgemmaError, match="another process"):
-        Engine(lambda: pytest.fail("loaded"), ServerSettings("demo", prompt_cache_dir=tmp_path), Metrics())
+        make_app(lambda: pytest.fail("loaded"), ServerSettings("demo", prompt_cache_dir=tmp_path))
     other.close()
