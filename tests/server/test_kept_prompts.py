@@ -25,10 +25,9 @@ def ask(address: str, lines: list[str], *turns: str) -> tuple[str, int, int]:
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
     body: dict[str, Any] = {"messages": messages, "seed": 1}
     answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60).json()
-    while len(lines) == before:
+    pattern = r"(\d+) of (\d+) prompt tokens cached"  # other lines, such as that of a damaged file, may come first
+    while (cached := re.search(pattern, "\n".join(lines[before:]))) is None:
         time.sleep(0.01)
-    cached = re.search(r"(\d+) of (\d+) prompt tokens cached", lines[-1])
-    assert cached
     return answer["choices"][0]["message"]["content"], int(cached[1]), int(cached[2])
 
 
