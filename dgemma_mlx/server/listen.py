@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -101,7 +102,7 @@ def _bind(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError, UnicodeError) as error:
         why, _, _ = reason(error).partition(" (while attempting")  # Python adds the address
-        raise DgemmaError(
-            f"cannot listen on {shown(host)}, port {port}: {why}",
-            "End the program that listens there, or choose another --port.",
-        ) from None
+        hint = "End the program that listens there, or choose another --port."
+        if isinstance(error, socket.gaierror) or getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
+            hint = "Name an address of this machine with --host, such as 127.0.0.1."
+        raise DgemmaError(f"cannot listen on {shown(host)}, port {port}: {why}", hint) from None

@@ -13,6 +13,9 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from dgemma_mlx import DgemmaError
+from dgemma_mlx.server.listen import listen
+from dgemma_mlx.server.settings import ServerSettings
 from tests.waiting import wait_until
 
 # The scripted model writes for a long time; each of its steps and each part of a prompt takes a while.
@@ -158,3 +161,10 @@ def test_a_port_that_is_taken_is_told_before_the_model_is_loaded() -> None:
         out, line = process.communicate(timeout=20)
         assert (out, process.returncode, line.count("\n")) == ("", 1, 1)
         assert f"port {taken.getsockname()[1]}: Address already in use. End" in line
+
+
+def test_an_address_of_another_machine_is_told_with_a_hint_of_its_own() -> None:
+    settings = ServerSettings("demo", host="192.0.2.1", port=0, api_key="secret")
+    with pytest.raises(DgemmaError, match=r"cannot listen on '192\.0\.2\.1'") as caught:
+        listen(lambda: pytest.fail("loaded"), settings, print)
+    assert caught.value.hint == "Name an address of this machine with --host, such as 127.0.0.1."
