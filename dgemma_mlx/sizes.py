@@ -1,4 +1,4 @@
-"""Formatting and parsing of human-readable byte counts, and rates."""
+"""Formatting and parsing of human-readable byte counts; rates and counts in words."""
 
 from __future__ import annotations
 
@@ -38,3 +38,8 @@ def parse_size(text: str) -> int:
 def rate(count: float, amount: float) -> float:
     """Return count / amount, or 0.0 when ``amount`` is 0: nothing was counted, or the clock has not moved."""
     return count / amount if amount else 0.0
+
+
+def counted(count: int, noun: str, nouns: str | None = None) -> str:
+    """Return a count with its noun, such as ``1 step`` and ``2 steps``; ``nouns`` is a plural without a plain s."""
+    return f"{count} {noun if count == 1 else nouns or noun + 's'}"

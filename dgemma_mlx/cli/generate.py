@@ -37,6 +37,7 @@ from dgemma_mlx.cli.render.region import can_draw
 from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.cli.tools import check_choice, read_tools
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.sizes import counted
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -320,13 +321,9 @@ def _open(path: Path | None) -> Iterator[TextIO | None]:
 def _summary(done: Done) -> str:
     """Return the line about an answer: tokens, canvases, steps, seconds, tokens per second, memory and seed."""
     s = done.statistics
-
-    def count(n: int, noun: str, nouns: str) -> str:
-        return f"{n} {noun if n == 1 else nouns}"
-
     return (
-        f"{count(s.generated_tokens, 'token', 'tokens')} in {count(s.canvases, 'canvas', 'canvases')}, "
-        f"{count(s.denoising_steps, 'step', 'steps')} ({s.tokens_per_forward:.1f} tokens per step), "
+        f"{counted(s.generated_tokens, 'token')} in {counted(s.canvases, 'canvas', 'canvases')}, "
+        f"{counted(s.denoising_steps, 'step')} ({s.tokens_per_forward:.1f} tokens per step), "
         f"{s.seconds:.2f} s, {s.tokens_per_second:.0f} tokens/s, peak {s.peak_memory / 2**20:,.0f} MB, "
         f"seed {done.seed}"
     )

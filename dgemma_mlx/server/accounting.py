@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dgemma_mlx.server.metrics import Metrics
 from dgemma_mlx.server.settings import ServerSettings
 from dgemma_mlx.server.tally import Tally, begin_tally
+from dgemma_mlx.sizes import counted
 
 _QUIET = ("/health", "/metrics")  # programs ask for these all the time
 _GONE = 499  # the status that nginx gives to a client that went away
@@ -55,9 +56,9 @@ class Accounting:
         path = scope["raw_path"].decode("ascii", "replace")[:_LONGEST_PATH]
         parts = [f"{seconds:.2f} s"]
         if uses := tally.uses:
+            tokens, steps = sum(use.tokens for use in uses), sum(use.steps for use in uses)
             cached, prompt = sum(use.cached_tokens for use in uses), sum(use.prompt_tokens for use in uses)
-            parts += [f"{sum(use.tokens for use in uses)} tokens", f"{sum(use.steps for use in uses)} steps",
-                      f"{cached} of {prompt} prompt tokens cached"]  # fmt: skip
+            parts += [counted(tokens, "token"), counted(steps, "step"), f"{cached} of {prompt} prompt tokens cached"]
         if self._settings.log_prompts:
             parts += [json.dumps(prompt, default=str) for prompt in tally.prompts]
         return f"{time.strftime('%H:%M:%S')} {scope['method']} {path} {status} {', '.join(parts)}"

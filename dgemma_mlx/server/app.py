@@ -103,7 +103,10 @@ async def show_error(request: Request, error: Exception) -> Response:
 async def show_http_error(request: Request, error: Exception) -> Response:
     """Answer with one of Starlette's errors, such as an unknown path."""
     assert isinstance(error, HTTPException)
-    message = {404: f"there is nothing at {request.url.path}"}.get(error.status_code, error.detail)
+    path = request.url.path
+    message = {404: f"there is nothing at {path}", 405: f"{path} does not take {request.method}"}.get(
+        error.status_code, error.detail
+    )
     return await show_error(request, ApiError(error.status_code, message, headers=dict(error.headers or {})))
 
 
