@@ -47,8 +47,7 @@ def describe(routes: Iterable[BaseRoute], needs_key: bool) -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         if isinstance(route, Route):
-            methods = sorted((route.methods or set()) - {"HEAD"}) or ["HEAD"]
-            for method in methods:
+            for method in sorted((route.methods or set()) - {"HEAD"}):
                 paths.setdefault(route.path.replace(":path}", "}"), {})[method.lower()] = _operation(route, method)
     return {
         "openapi": "3.1.0",
@@ -71,7 +70,7 @@ def _operation(route: Route, method: str) -> dict[str, Any]:
     content: dict[str, Any] = {kind: {} for kind in kinds}
     error = {"description": "What is wrong.", "content": {"application/json": {"schema": {
         "$ref": "#/components/schemas/Error"}}}}  # fmt: skip
-    answer: dict[str, Any] = {"description": "The answer."} | ({} if method == "HEAD" else {"content": content})
+    answer: dict[str, Any] = {"description": "The answer.", "content": content}
     found: dict[str, Any] = {
         "summary": (route.endpoint.__doc__ or "").partition("\n")[0].rstrip("."),
         "operationId": f"{method.lower()}{re.sub('[^a-z0-9]+', '_', route.path.lower())}",

@@ -19,7 +19,7 @@ def test_the_server_keeps_what_its_description_promises(tmp_path: Path) -> None:
     with serving(api_key="a-key", max_tokens=32) as address:
         done = subprocess.run(
             [str(PROGRAM), "run", f"{address}/openapi.json", "--header", "Authorization: Bearer a-key",
-             "--max-examples", "8", "--max-time", "25", "--request-timeout", "30", "--seed", "1",
+             "--max-examples", "8", "--max-time", "12", "--request-timeout", "30", "--seed", "1",
              # A schema cannot say everything: a conversation has an order, a regular expression a syntax.
              "--exclude-checks", "positive_data_acceptance",
              "--exclude-path-regex", "^/props$"],  # POST answers 501, as in llama.cpp
