@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.agents.quick import quick_model
 from tests.server.live import serving
+from tests.server.quick import quick_model
 
 HERE = Path(__file__).parent
 PROGRAMS = HERE / "node_modules" / ".bin"
@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def server() -> Iterator[str]:
     """The address of a server whose model writes what ``script`` says."""
-    with serving(lambda: quick_model(script)) as address:
+    with serving(lambda: quick_model(script, positions=1 << 18)) as address:
         yield address
 
 

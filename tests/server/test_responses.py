@@ -11,7 +11,7 @@ import pytest
 
 from tests.server.live import serving
 from tests.server.playing import FUNCTION, NUMBERS, Play, events
-from tests.server.scripted import scripted_model
+from tests.server.quick import quick_model
 
 PLAY = Play()
 LOG: list[str] = []
@@ -23,7 +23,7 @@ BOX = {"type": "namespace", "name": "box", "tools": [{"type": "custom", "name": 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
     with (
-        serving(lambda: scripted_model(PLAY), ping_seconds=0.005, log=LOG.append) as address,
+        serving(lambda: quick_model(PLAY), ping_seconds=0.005, log=LOG.append) as address,
         httpx.Client(base_url=address, timeout=60) as client,
     ):
         yield client
