@@ -19,6 +19,7 @@ import mlx.core as mx
 
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Committed, Encoded
+from dgemma_mlx.generation.cancellation import Cancelled
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.generation.scheduler import Scheduler, Standing
 from dgemma_mlx.generation.wired import wired_memory
@@ -233,6 +234,8 @@ class _Thread(threading.Thread):
 
     def _events(self, job: _Job[T]) -> Iterator[T]:
         """Yield the events of a job. As this is a generator, a ``StopIteration`` of the request becomes an error."""
+        if not self.is_loaded and self._is_cancelled(job):
+            raise Cancelled  # nobody waits for what the model would have to be loaded for
         yield from job.request(self._loaded(), lambda: self._is_cancelled(job))
 
     def _is_cancelled(self, job: _Job[Any]) -> bool:

@@ -20,6 +20,7 @@ from dgemma_mlx.server.messages import offered
 from dgemma_mlx.server.openai_request import check_model
 from dgemma_mlx.server.question import Ended, Question, Written
 from dgemma_mlx.server.sse import EventStream, event, unless_gone
+from dgemma_mlx.server.stops import stop_texts
 
 _SIGNATURE = "unsigned"  # some clients take thoughts with an empty signature for text
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "cancelled": "max_tokens"}
@@ -150,7 +151,7 @@ async def _question(request: Request, body: MessagesRequest) -> Question:
         response_format=None if format is None else
             {"type": "json_schema", "json_schema": {"name": "answer", "schema": format.schema}},
         max_tokens=body.max_tokens, seed=body.seed, temp=0 if body.temperature == 0 else None,
-        stop=tuple(body.stop_sequences or ()),
+        stop=stop_texts(body.stop_sequences, "stop_sequences"),
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from dgemma_mlx.server.engine import Engine
 from dgemma_mlx.server.errors import ApiError
 from dgemma_mlx.server.own import Denoising, worked
 from dgemma_mlx.server.sse import EventStream, event
-from dgemma_mlx.server.stops import StopTexts
+from dgemma_mlx.server.stops import StopTexts, stop_texts
 from dgemma_mlx.version import __version__
 
 _CANDIDATES = 4  # lengths at a time: fewer than for a fill that nobody waits for while typing
@@ -122,7 +122,7 @@ async def _infill(request: Request, body: InfillRequest) -> dict[str, Any]:
         body.seed = None
     filled = await worked(request, body, prepare, write_gaps)
     best = filled.candidates[0]
-    stops = StopTexts([body.stop] if isinstance(body.stop, str) else body.stop or ())
+    stops = StopTexts(stop_texts(body.stop))
     text = stops.feed(best.texts[0])
     text += stops.finish()
     kind = "eos" if stops.found is None else "word"

@@ -18,10 +18,9 @@ from dgemma_mlx.server.engine import Engine
 from dgemma_mlx.server.errors import ApiError
 from dgemma_mlx.server.question import Ended, Question, Update, Written
 from dgemma_mlx.server.sse import event
+from dgemma_mlx.server.stops import stop_texts
 
-_NEUTRAL: tuple[Any, ...] = (None, 0, False, 1, [], {}, "")  # values of a field without effect that ask for nothing
 _MOST_CHOICES = 16
-_MOST_STOPS = 64
 
 
 class StreamOptions(msgspec.Struct):
@@ -80,12 +79,9 @@ class CommonRequest(WithoutEffect, kw_only=True):
         """Return the arguments of a ``Question`` that are the same for chats and completions."""
         if max_tokens == 0:
             raise ApiError(400, "max_tokens must be at least 1", param="max_tokens")
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(stops) > _MOST_STOPS:
-            raise ApiError(400, f"there are {len(stops)} stop texts; at most {_MOST_STOPS} are read", param="stop")
         return {
             "max_tokens": None if max_tokens == -1 else max_tokens, "temp": 0.0 if self.temperature == 0 else None,
-            "stop": tuple(stops), "speed": self.speed,
+            "stop": stop_texts(self.stop), "speed": self.speed,
         }  # fmt: skip
 
     def seeds(self) -> list[int | None]:
@@ -105,10 +101,7 @@ def begin(request: Request, body: CommonRequest, prefix: str) -> dict[str, Any]:
     """
     engine: Engine = request.app.state.engine
     check_model(engine, body.model)
-    given = [name for name in WithoutEffect.__struct_fields__ if getattr(body, name) not in _NEUTRAL]
-    given += ["temperature (other than 0)"] if body.temperature not in (None, 0, 1) else []
-    for name in given:
-        request.app.state.remarks.once(f"{request.url.path}: {name} has no effect")
+    request.app.state.remarks.without_effect(request.url.path, body, WithoutEffect.__struct_fields__)
     return {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": engine.settings.model_name}
 
 
@@ -122,6 +115,9 @@ def check_model(engine: Engine, name: str | None) -> None:
 
 async def ask_all(engine: Engine, questions: Sequence[Question]) -> list[Answering]:
     """Ask several questions. When one is refused, the others are cancelled."""
+    most = engine.settings.max_queue
+    if len(questions) > most:
+        raise ApiError(400, f"this server takes at most {most} requests at a time, and each choice is one", param="n")
     answerings: list[Answering] = []
     for question in questions:
         try:

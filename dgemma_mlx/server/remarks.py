@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 _MOST = 1000  # clients choose some of the words
+_NEUTRAL: tuple[Any, ...] = (None, 0, False, 1, [], {}, "")  # values that ask for nothing
 
 
 class Remarks:
@@ -20,7 +22,9 @@ class Remarks:
             self._log(line)
 
     def without_effect(self, path: str, body: object, names: Iterable[str]) -> None:
-        """Write which of these fields of a request's body are given. They have no effect."""
+        """Write which of these fields of a body ask for something, and a temperature. They have no effect."""
         for name in names:
-            if getattr(body, name) is not None:
+            if getattr(body, name) not in _NEUTRAL:
                 self.once(f"{path}: {name} has no effect")
+        if getattr(body, "temperature", None) not in (None, 0, 1):
+            self.once(f"{path}: temperature (other than 0) has no effect")

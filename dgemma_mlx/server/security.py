@@ -209,8 +209,8 @@ def _preflight(headers: Headers) -> Response:
 
 def _without_port(host: str) -> str:
     """Return the name or address of a Host header."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
+    if found := re.fullmatch(r"\[([^\]]*)\](:\d+)?", host):
+        return found[1]
     return host.rpartition(":")[0] if ":" in host else host
 
 

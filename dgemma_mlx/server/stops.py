@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dgemma_mlx.server.errors import ApiError
+
+_MOST = 64
+
+
+def stop_texts(given: str | Sequence[str] | None, param: str = "stop") -> tuple[str, ...]:
+    """Return the stop texts of a request, whose field is ``param``. Raises ``ApiError`` (400) for too many."""
+    stops = (given,) if isinstance(given, str) else tuple(given or ())
+    if len(stops) > _MOST:
+        raise ApiError(400, f"there are {len(stops):,} stop texts; at most {_MOST} are read", param=param)
+    return stops
+
 
 class StopTexts:
     """Cuts a text that arrives in pieces before the first of several stop texts, which may lie across pieces."""

@@ -155,7 +155,7 @@ def test_no_schema_allows_what_does_not_validate(schema: dict[str, Any], instanc
     try:
         constraint = Constraint.json_schema(schema)
     except DgemmaError as error:
-        assert "matches no text" in error.message
+        assert "matches no text" in error.message or "too large" in error.message  # a bound, and not a meaning
         return
     for value in instances:
         assert validator.is_valid(value) or not constraint.matches(json.dumps(value)), value

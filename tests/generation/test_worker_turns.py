@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import threading
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from queue import SimpleQueue
@@ -15,6 +16,7 @@ import pytest
 from dgemma_mlx import Committed, Done, Draft, Event, Model, generate, load
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Encoded
+from dgemma_mlx.generation.cancellation import Cancelled
 from dgemma_mlx.generation.options import GenerationOptions
 from dgemma_mlx.generation.request import ask, begin
 from dgemma_mlx.generation.worker import End, Request, Worker
@@ -223,3 +225,27 @@ def test_a_model_that_is_not_used_is_freed_and_loaded_again() -> None:
         answer = list(worker.submit(answering(SHORT)))[-1]
         assert isinstance(answer, Done) and answer.text == "3 5 7"
         assert len(loads) == 3
+
+
+def test_a_request_that_is_cancelled_loads_no_model() -> None:
+    loads: list[int] = []
+    is_cancelled = threading.Event()
+
+    def load_demo() -> Model:
+        loads.append(1)
+        if len(loads) == 2:
+            is_cancelled.wait(60)
+            raise DgemmaError("the disk is gone", "Bring it back.")
+        return load("demo")
+
+    with Worker(load_demo, keep_alive=0.05) as worker:
+        wait_until(lambda: worker.is_loaded)
+        wait_until(lambda: not worker.is_loaded)
+        first, second = worker.submit(answering(SHORT)), worker.submit(answering(SHORT))
+        second.cancel()
+        is_cancelled.set()
+        with pytest.raises(DgemmaError, match="the disk is gone"):
+            list(first)
+        with pytest.raises(Cancelled):
+            list(second)
+        assert len(loads) == 2

@@ -211,7 +211,8 @@ def test_thinking_is_asked_for(client: httpx.Client) -> None:
 def test_fields_without_effect_are_noted_once_and_others_ignored(client: httpx.Client) -> None:
     for _ in range(2):
         asked(client, user("hi"), top_k=5, temperature=0.7, metadata={"user_id": "me"}, context_management={}, new=[1])
-    assert [line for line in LOG if "top_k" in line] == ["/v1/messages: top_k has no effect"]
+    for name in ("top_k", "temperature (other than 0)"):
+        assert [line for line in LOG if name in line] == [f"/v1/messages: {name} has no effect"]
 
 
 def test_tokens_are_counted_while_the_model_works(client: httpx.Client) -> None:
@@ -235,6 +236,7 @@ def test_tokens_are_counted_while_the_model_works(client: httpx.Client) -> None:
     ({"messages": [{"role": "tool", "content": "a"}]}, "tool"),
     ({"messages": [user([{"type": "tool_result", "tool_use_id": "b", "content": "c"}])]}, "no earlier call"),
     ({"messages": [user("hi")], "max_tokens": 0}, "max_tokens"),
+    ({"messages": [user("hi")], "stop_sequences": ["a"] * 65}, "at most 64"),
     ({"messages": [user("hi")], "output_config": {"format": {"type": "json_schema", "schema": {"type": "x"}}}}, "type"),
     ({"messages": [user("hi")], "tools": [{"input_schema": {}}]}, "name"),
     ({"messages": [user("hi " * 5000)]}, "prompt is too long: "),

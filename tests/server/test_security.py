@@ -55,7 +55,7 @@ def raw(address: str, text: bytes, seconds: float = 10) -> bytes:
 
 @pytest.mark.parametrize("host", [
     "evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost.evil.example", "evil-localhost", "",
-    "127.0.0.1@evil.example", "[evil]", "xn--mac.local", "a b",
+    "127.0.0.1@evil.example", "[evil]", "[::1].evil.example", "[::1]evil", "xn--mac.local", "a b",
 ])  # fmt: skip
 def test_another_hosts_name_is_refused(address: str, host: str) -> None:
     answer = post(address, {"host": host})

@@ -130,7 +130,9 @@ def test_a_full_queue_turns_clients_away_and_one_that_goes_makes_room(address: s
     while httpx.get(f"{address}/health").json()["running"]:
         time.sleep(0.01)
     assert ask(address).status_code == 200
-    assert sorted(line.split()[3] for line in log(5)) == ["200", "499", "499", "499", "503"]
+    many = httpx.post(f"{address}/v1/chat/completions", json={"n": 4, "messages": [{"role": "user", "content": "a"}]})
+    assert many.status_code == 400 and many.json()["error"]["param"] == "n"  # waiting would not help
+    assert sorted(line.split()[3] for line in log(6)) == ["200", "400", "499", "499", "499", "503"]
     assert not faults()
 
 
