@@ -49,7 +49,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     config = ModelConfig.load(folder)
     network, _ = load_model(folder, config)
     generation = GenerationConfig.load(folder, config)
-    return Reference(folder), Model("random", folder, config, generation, network, load_tokenizer(DEMO))
+    return Reference(folder), Model("random", folder, config, generation, load_tokenizer(DEMO), network)
 
 
 @pytest.fixture
