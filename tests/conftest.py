@@ -14,6 +14,17 @@ ROOT = Path(__file__).parents[1]
 VOCABULARY = Path(os.environ.get("DGEMMA_TEST_VOCABULARY", ROOT / "runs" / "gemma4"))
 DATA = Path(os.environ.get("DGEMMA_TEST_DATA", ROOT.parent / "shared" / "data"))
 
+MARKED = ("agents", "clients", "page")  # folders whose tests all have the mark of the same name
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark all tests of some folders."""
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        if folder in MARKED:
+            item.add_marker(folder)
+
 
 @pytest.fixture(scope="session")
 def public_data() -> Path:

@@ -340,6 +340,10 @@ class GenerationConfig:
         return config
 
 
+# The parameters of the denoising loop that callers may choose.
+LOOP_FIELDS = (
+    "max_denoising_steps", "entropy_bound", "t_min", "t_max", "confidence_threshold", "stability_threshold",
+)  # fmt: skip
 _FLOATS = ("entropy_bound", "confidence_threshold", "t_min", "t_max")  # MLX takes no integer above 2^63 - 1
 _LEAST_TEMPERATURE = 1e-6  # far below it, logits divided by the temperature overflow float32
 

@@ -16,12 +16,10 @@ from dgemma_mlx.infill.template import Gap, Part
 from dgemma_mlx.server.body import read_body
 from dgemma_mlx.server.engine import Engine
 from dgemma_mlx.server.errors import ApiError
-from dgemma_mlx.server.own import Denoising, worked
+from dgemma_mlx.server.own import TYPING_CANDIDATES, Denoising, worked
 from dgemma_mlx.server.sse import EventStream, event
-from dgemma_mlx.server.stops import StopTexts, stop_texts
+from dgemma_mlx.server.stops import cut, stop_texts
 from dgemma_mlx.version import __version__
-
-_CANDIDATES = 4  # lengths at a time: fewer than for a fill that nobody waits for while typing
 
 
 class Extra(msgspec.Struct):
@@ -112,21 +110,20 @@ async def _infill(request: Request, body: InfillRequest) -> dict[str, Any]:
     engine: Engine = request.app.state.engine
     if body.n_predict == 0:  # editors ask so to have a prompt read before it is needed
         return _result(engine.settings.model_name, "", None, 0, "limit", "")
+    stops = stop_texts(body.stop)
 
     def prepare(model: ModelText) -> Prepared:
         gap = Gap(most=body.n_predict if body.n_predict > 0 else None)
         parts: list[Part] = [body.input_prefix + body.prompt, gap, body.input_suffix]
-        return prepare_fill(model, parts, system=_system(body), candidates=_CANDIDATES)
+        return prepare_fill(model, parts, system=_system(body), candidates=TYPING_CANDIDATES)
 
     if body.seed is not None and body.seed < 0:  # llama.cpp's spelling of a random one
         body.seed = None
     filled = await worked(request, body, prepare, write_gaps)
     best = filled.candidates[0]
-    stops = StopTexts(stop_texts(body.stop))
-    text = stops.feed(best.texts[0])
-    text += stops.finish()
-    kind = "eos" if stops.found is None else "word"
-    return _result(engine.settings.model_name, text, filled, best.lengths[0], kind, stops.found or "")
+    text, stop = cut(best.texts[0], stops)
+    kind = "eos" if stop is None else "word"
+    return _result(engine.settings.model_name, text, filled, best.lengths[0], kind, stop or "")
 
 
 def _system(body: InfillRequest) -> str | None:

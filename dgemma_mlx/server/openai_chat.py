@@ -18,6 +18,7 @@ from dgemma_mlx.server.engine import Engine
 from dgemma_mlx.server.errors import ApiError
 from dgemma_mlx.server.messages import chat_messages, offered
 from dgemma_mlx.server.openai_request import (
+    NO_THINKING,
     CommonRequest,
     ask_all,
     begin,
@@ -31,8 +32,6 @@ from dgemma_mlx.server.openai_request import (
 from dgemma_mlx.server.question import Ended, Question, Written
 from dgemma_mlx.server.sse import EventStream, event, unless_gone
 from dgemma_mlx.text.parts import ToolCall
-
-_NO_THINKING = (None, "none", "minimal")  # efforts that ask for none
 
 
 class ChatRequest(CommonRequest, kw_only=True):
@@ -69,7 +68,7 @@ class ChatRequest(CommonRequest, kw_only=True):
     def thinks(self) -> bool:
         """Return whether the model thinks before it answers."""
         kwargs = self.chat_template_kwargs or {}
-        return self.reasoning_effort not in _NO_THINKING or kwargs.get("enable_thinking") is True
+        return self.reasoning_effort not in NO_THINKING or kwargs.get("enable_thinking") is True
 
 
 async def complete(request: Request) -> Response:

@@ -30,11 +30,11 @@ from dgemma_mlx.server.openai_request import (
     updates,
     usage,
 )
+from dgemma_mlx.server.own import TYPING_CANDIDATES
 from dgemma_mlx.server.question import Ended, Question, Written
 from dgemma_mlx.server.sse import EventStream, event, unless_gone
-from dgemma_mlx.server.stops import StopTexts
+from dgemma_mlx.server.stops import cut
 
-_CANDIDATES = 4  # lengths of a gap at a time: fewer than for a fill that nobody waits for while typing
 _MOST_PROMPTS = 16
 # How StarCoder, and editors that do not know a model, write the text before and after a gap.
 _FIM = re.compile(r"(.*)<fim_prefix>(.*)<fim_suffix>(.*)<fim_middle>\s*", re.DOTALL)
@@ -187,7 +187,7 @@ async def _filled(
             speed=body.speed or engine.settings.speed, temp=sampling["temp"],
             memory_limit=engine.settings.memory_limit,
         )  # fmt: skip
-        found = [prepare_fill(text, [before, gap, after], candidates=_CANDIDATES) for before, after in gaps]
+        found = [prepare_fill(text, [before, gap, after], candidates=TYPING_CANDIDATES) for before, after in gaps]
         return found, options
 
     prepared, options = await engine.read(prepare)
@@ -198,8 +198,8 @@ async def _filled(
     async def pieces() -> AsyncGenerator[Piece, None]:
         for index, (gap, seed) in enumerate(product(prepared, body.seeds())):
             filled = await engine.run(work(gap, seed))
-            best, stops = filled.candidates[0], StopTexts(sampling["stop"])
-            text = stops.feed(best.texts[0]) + stops.finish()
+            best = filled.candidates[0]
+            text, _ = cut(best.texts[0], sampling["stop"])
             yield Piece(index, text, "stop", (filled.statistics.prompt_tokens, 0, best.lengths[0]))
 
     return pieces()

@@ -20,6 +20,7 @@ from dgemma_mlx.server.question import Ended, Question, Update, Written
 from dgemma_mlx.server.sse import event
 from dgemma_mlx.server.stops import stop_texts
 
+NO_THINKING = (None, "none", "minimal")  # efforts that ask for none
 _MOST_CHOICES = 16
 
 

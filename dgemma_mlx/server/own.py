@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from dgemma_mlx.checkpoint.config import LOOP_FIELDS
 from dgemma_mlx.checks import check_seed
 from dgemma_mlx.events import Draft
 from dgemma_mlx.generation.model import Model, ModelText
@@ -36,9 +37,7 @@ T = TypeVar("T")
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Candidates = Annotated[int, msgspec.Meta(ge=1, le=64)]  # each is a canvas of its own
 Line = Annotated[int, msgspec.Meta(ge=1)]
-_LOOP = (
-    "max_denoising_steps", "entropy_bound", "t_min", "t_max", "confidence_threshold", "stability_threshold",
-)  # fmt: skip
+TYPING_CANDIDATES = 4  # lengths at a time, fewer than by default, where somebody waits while typing
 
 
 class Denoising(msgspec.Struct, kw_only=True):
@@ -75,7 +74,7 @@ class Denoising(msgspec.Struct, kw_only=True):
         check_seed(self.seed)
         return GenerationOptions(
             speed=settings.speed if self.speed is None else self.speed, temp=self.temp,
-            generation=text.generation.override(**{name: getattr(self, name) for name in _LOOP}),
+            generation=text.generation.override(**{name: getattr(self, name) for name in LOOP_FIELDS}),
             memory_limit=settings.memory_limit,
         )
 
@@ -176,7 +175,7 @@ async def fill(request: Request) -> Response:
     if not body.stream:
         return _answer(request, asdict(await worked(request, body, prepare, write_gaps)))
     engine: Engine = request.app.state.engine
-    prepared, options = await engine.read(lambda text: (prepare(text), body.options(text, engine.settings)))
+    prepared, options = await _checked(engine, body, prepare)
     return EventStream(_steps(engine, prepared, body.seed, options), engine.settings.ping_seconds)
 
 
@@ -251,12 +250,19 @@ async def worked(
     wants that; and ``GoneError`` when the client goes away.
     """
     engine: Engine = request.app.state.engine
-    check_model(engine, body.model)
-    prepared, options = await engine.read(lambda text: (prepare(text), body.options(text, engine.settings)))
+    prepared, options = await _checked(engine, body, prepare)
     work = engine.run(
         lambda model, cancelled: write(model, prepared, body.seed, replace(options, cancelled=cancelled))
     )
     return await unless_gone(request, work)
+
+
+async def _checked(
+    engine: Engine, body: Denoising | ChooseRequest, prepare: Callable[[ModelText], P]
+) -> tuple[P, GenerationOptions]:
+    """Run the half that needs no network, and return what it has prepared, and the options."""
+    check_model(engine, body.model)
+    return await engine.read(lambda text: (prepare(text), body.options(text, engine.settings)))
 
 
 def _answer(request: Request, found: dict[str, Any]) -> Response:

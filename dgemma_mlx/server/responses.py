@@ -18,7 +18,7 @@ from dgemma_mlx.server.body import read_body
 from dgemma_mlx.server.engine import Engine
 from dgemma_mlx.server.errors import ApiError
 from dgemma_mlx.server.messages import offered
-from dgemma_mlx.server.openai_request import check_model
+from dgemma_mlx.server.openai_request import NO_THINKING, check_model
 from dgemma_mlx.server.question import Ended, Question, Written
 from dgemma_mlx.server.responses_output import Output, new_id
 from dgemma_mlx.server.responses_request import (
@@ -32,8 +32,6 @@ from dgemma_mlx.server.responses_request import (
     tool_choice,
 )
 from dgemma_mlx.server.sse import EventStream, event, unless_gone
-
-_NO_THINKING = (None, "none", "minimal")  # efforts that ask for none
 
 
 async def create(request: Request) -> Response:
@@ -49,7 +47,7 @@ async def create(request: Request) -> Response:
         remarks.once(line)
     answering = await engine.ask(
         Question(
-            conversation(body), thinking=body.reasoning is not None and body.reasoning.effort not in _NO_THINKING,
+            conversation(body), thinking=body.reasoning is not None and body.reasoning.effort not in NO_THINKING,
             tools=offer.tools, tool_choice=offer.choice, single_call=body.parallel_tool_calls is False,
             response_format=response_format(body),
             max_tokens=body.max_output_tokens, seed=body.seed, temp=0 if body.temperature == 0 else None,

@@ -49,3 +49,9 @@ class StopTexts:
         """Return the length of the longest end of the text that begins the stop text."""
         most = min(len(stop) - 1, len(text))
         return next((size for size in range(most, 0, -1) if stop.startswith(text[-size:])), 0)
+
+
+def cut(text: str, stops: Sequence[str]) -> tuple[str, str | None]:
+    """Return a whole text up to the first of the stop texts, and this one; None without one."""
+    texts = StopTexts(stops)
+    return texts.feed(text) + texts.finish(), texts.found

@@ -37,14 +37,6 @@ def script(prompt: str) -> str:
     return "<|channel>thought\nEasy.\n<channel|>3 5 7"
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m selects
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark all tests of this folder."""
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.agents)
-
-
 @pytest.fixture(scope="session")
 def server() -> Iterator[str]:
     """The address of a server whose model writes what ``script`` says."""

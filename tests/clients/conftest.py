@@ -50,14 +50,6 @@ def script(prompt: str) -> str:
     return f"<|channel>thought\n{THOUGHT}\n<channel|>{LONG}"
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m selects
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark all tests of this folder."""
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.clients)
-
-
 @pytest.fixture(scope="session")
 def demo() -> Iterator[str]:
     """The address of a server with the demo model."""

@@ -121,6 +121,7 @@ def test_choose_is_the_function_choose(address: str) -> None:
     ("/v1/choose", {"question": "x", "choices": ["a", "a "]}, "at least two different answers"),
     ("/v1/choose", {"question": "x", "choices": ["a", "word " * 300]}, "a canvas holds only"),
     ("/infill", {"input_prefix": 3}, "Expected `str`"),
+    ("/infill", {"stop": ["a"] * 65}, "at most 64"),
     ("/tokenize", {}, "missing required field `content`"),
     ("/detokenize", {"tokens": [3, 10**9]}, "there is no token 1,000,000,000"),
     ("/detokenize", {"tokens": [-1]}, ">= 0"),
@@ -212,7 +213,9 @@ def test_another_models_name_is_refused_where_the_owner_wants_that() -> None:
     with serving(strict_model=True) as address:
         body = {"question": "What is 2 + 2?", "choices": ["4", "5"]}
         assert post(address, "/v1/choose", {**body, "model": "demo"}).status_code == 200
-        for path, asked in (("/v1/choose", body), ("/v1/fill", {"text": "___"}), ("/infill", {})):
+        fill = {"text": "___"}
+        for path, asked in (("/v1/choose", body), ("/v1/fill", fill), ("/v1/fill", {**fill, "stream": True}),
+                            ("/infill", {})):
             answer = post(address, path, {**asked, "model": "gpt-4o"})
             assert answer.status_code == 404
             assert "the model 'gpt-4o' does not exist" in answer.json()["error"]["message"]

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from dgemma_mlx.checkpoint.config import LOOP_FIELDS
 from dgemma_mlx.cli.chat.answer import Chat
 from dgemma_mlx.cli.chat.session import Session
 from dgemma_mlx.cli.loading import in_bytes
@@ -16,11 +17,6 @@ if TYPE_CHECKING:
     from dgemma_mlx.checkpoint.config import GenerationConfig
     from dgemma_mlx.generation.model import Model
     from dgemma_mlx.generation.prompt_cache import PromptCache
-
-# The settings that are parameters of the denoising loop.
-_LOOP = (
-    "max_denoising_steps", "entropy_bound", "t_min", "t_max", "confidence_threshold", "stability_threshold",
-)  # fmt: skip
 
 
 class LocalChat(Chat):
@@ -42,7 +38,7 @@ class LocalChat(Chat):
 
     def generation(self) -> GenerationConfig:
         """Return the parameters of the denoising loop. Raises `DgemmaError` when they contradict each other."""
-        return self.model.generation.override(**{name: self.setting(name) for name in _LOOP})
+        return self.model.generation.override(**{name: self.setting(name) for name in LOOP_FIELDS})
 
     def check(self) -> None:
         """Raise `DgemmaError` when parameters of the denoising loop contradict each other."""
