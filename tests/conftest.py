@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,14 @@ VOCABULARY = Path(os.environ.get("DGEMMA_TEST_VOCABULARY", ROOT / "runs" / "gemm
 DATA = Path(os.environ.get("DGEMMA_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 MARKED = ("agents", "clients", "page")  # folders whose tests all have the mark of the same name
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the program's conversations, history and log of answers out of those of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DGEMMA_STATE", str(tmp_path_factory.mktemp("state")))
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
