@@ -310,7 +310,7 @@ def test_a_terminal_that_cannot_edit_gets_no_escape_codes(state: Path) -> None:
 def test_a_folder_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with Talk(tmp_path / "file" / "state") as talk:
-        assert "history and conversation will not be kept" in talk.text
+        assert "what you type will not be kept" in talk.text
         assert talk.say("Sort 7 3 5") == ["3 5 7"]
         talk.leave()
 

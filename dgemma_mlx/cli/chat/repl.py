@@ -31,6 +31,7 @@ from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.prompt_cache import PromptCacheFile, kept_prompt_cache
 from dgemma_mlx.cli.render.region import can_draw
 from dgemma_mlx.cli.settings import SETTINGS, Settings
+from dgemma_mlx.cli.state import history_file, state_folder
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
@@ -100,7 +101,8 @@ def chat(
         "verify": verify,
     }  # fmt: skip
     defaults = {name: settings.pick_checked(name, flags.get(name)) for name in SETTINGS}
-    folder = _state_folder()
+    history = history_file()
+    folder = None if history is None else state_folder()
     session = _resumed(folder) if resume else Session(model=defaults["model"])
     for name, flag in flags.items():
         if flag is not None:
@@ -113,7 +115,7 @@ def chat(
         if resume:
             turns = f"{session.turns} turn{'' if session.turns == 1 else 's'}"
             print(f"continuing after {turns}; /show shows them", file=sys.stderr)
-        _talk(conversation, folder, kept=resume)
+        _talk(conversation, history, folder, kept=resume)
 
 
 @contextmanager
@@ -152,31 +154,6 @@ def _check_remote(model: ModelOptions, verify: str | None, prompt_cache: Path | 
         raise DgemmaError(f"--url cannot be combined with {names[0]}", hint, exit_code=2)
 
 
-def _state_folder() -> Path | None:
-    """Return the folder of the history and the last conversation: the platform's, or the one DGEMMA_STATE names.
-
-    Only its owner can read it. When it cannot be written, print a warning and return None.
-    """
-    if named := os.environ.get("DGEMMA_STATE"):
-        folder = Path(os.path.expanduser(named))
-    else:
-        from platformdirs import user_state_path
-
-        folder = user_state_path("dgemma-mlx")
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _history(folder).open("ab").close()
-    except OSError as error:
-        print(f"history and conversation will not be kept: cannot write {folder}: {error.strerror}", file=sys.stderr)
-        return None
-    return folder
-
-
-def _history(folder: Path) -> Path:
-    """Return the file of the typed messages."""
-    return folder / "history"
-
-
 def _last_session(folder: Path) -> Path:
     """Return the file of the last conversation."""
     return folder / "last_session.json"
@@ -191,7 +168,7 @@ def _resumed(folder: Path | None) -> Session:
     return Session.load(_last_session(folder))
 
 
-def _talk(chat: Chat, folder: Path | None, kept: bool) -> None:
+def _talk(chat: Chat, history: Path | None, folder: Path | None, kept: bool) -> None:
     """Take messages until there are no more.
 
     ``kept`` says whether this conversation is already the last one on disk.
@@ -201,7 +178,7 @@ def _talk(chat: Chat, folder: Path | None, kept: bool) -> None:
     person = at_terminal()
     if person:
         print("/help lists the commands, Ctrl-D leaves", file=sys.stderr)
-    ask = _editor(folder) if can_edit() else _lines(">>> " if person else "")
+    ask = _editor(history) if can_edit() else _lines(">>> " if person else "")
     failed, start = False, ""
     while (line := ask(start)) is not None:
         edited, start, before = bool(start), "", list(chat.session.messages)
@@ -229,11 +206,11 @@ def _talk(chat: Chat, folder: Path | None, kept: bool) -> None:
         raise typer.Exit(1)
 
 
-def _editor(folder: Path | None) -> Ask:
+def _editor(history: Path | None) -> Ask:
     """Return a function that asks for a line on a terminal that can edit."""
     from dgemma_mlx.cli.chat.editor import editor
 
-    return editor(None if folder is None else _history(folder))
+    return editor(history)
 
 
 def _lines(prompt: str) -> Ask:
