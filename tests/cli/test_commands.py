@@ -13,7 +13,8 @@ import pytest
 import dgemma_mlx
 from dgemma_mlx import Model
 from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
-from dgemma_mlx.cli.chat.commands import COMMANDS, Outcome, take
+from dgemma_mlx.cli.chat.command import Outcome
+from dgemma_mlx.cli.chat.commands import COMMANDS, take
 from dgemma_mlx.cli.chat.local import LocalChat
 from dgemma_mlx.cli.chat.session import CHANGEABLE, Session
 from dgemma_mlx.cli.settings import SETTINGS

@@ -173,7 +173,8 @@ def _talk(chat: Chat, history: Path | None, folder: Path | None, kept: bool) -> 
 
     ``kept`` says whether this conversation is already the last one on disk.
     """
-    from dgemma_mlx.cli.chat.commands import at_terminal, can_edit, take
+    from dgemma_mlx.cli.chat.command import at_terminal, can_edit
+    from dgemma_mlx.cli.chat.commands import take
 
     person = at_terminal()
     if person:
