@@ -1,16 +1,36 @@
-"""The tools of ``generate``: reading the file of ``--tools``, and checking the choice before a model is loaded."""
+"""The tools of ``generate``: the options, the file of ``--tools``, and the choice, checked before a model is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from dgemma_mlx.checks import reason
+from dgemma_mlx.cli.parameters import prompt_option
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import parse_json
 
 _HINT = "--tools names a JSON file with a declaration of a tool, or a list of them."
+
+Tools = Annotated[
+    Path | None,
+    prompt_option("--tools", metavar="FILE", help="Tools that the model may call: a JSON file with declarations."),
+]
+Choose = Annotated[
+    str | None,
+    prompt_option("--tool-choice", metavar="CHOICE", show_default="auto",
+                  help="Whether a tool is called: auto, none, required, or the name of a tool."),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ToolOptions:
+    """The options about tools."""
+
+    tools: Tools = None
+    tool_choice: Choose = None
 
 
 def read_tools(path: Path) -> list[dict[str, Any]]:

@@ -179,6 +179,7 @@ def stream(
     response_format: Mapping[str, Any] | None = None,
     tools: Sequence[Tool] | None = None,
     tool_choice: ToolChoice | None = None,
+    encoded: Callable[[Encoded], None] | None = None,
 ) -> Generator[Event, None, None]:
     """Generate an answer step by step.
 
@@ -216,6 +217,8 @@ def stream(
         tool_choice: "auto" (or None) leaves it to the model whether it calls a tool. "none" tells it of no tool, and
             what looks like a call is text. With "required" the answer is one or more calls, and with the name of a
             tool, or ``{"type": "function", "function": {"name": ...}}``, calls of this one.
+        encoded: A function that is called after each part of the prompt with the number of positions that are encoded,
+            to show the progress of a long prompt.
 
     Raises:
         DgemmaError: For an option out of range, options that exclude each other, a conversation without messages, a
@@ -228,18 +231,21 @@ def stream(
     )  # fmt: skip
     asked = ask(model, prompt, options, system, thinking, raw, tools, tool_choice)
     runner = begin(model, [asked], [seed], [max_tokens], options, prompt_cache)
-    return _events(runner)
+    return _events(runner, encoded)
 
 
-def _events(runner: Runner) -> Generator[Event, None, None]:
+def _events(runner: Runner, encoded: Callable[[Encoded], None] | None) -> Generator[Event, None, None]:
     """Yield the events of a runner with a single answer, computed when they are requested.
 
-    Raises ``DgemmaError`` when another thread than the first asks for an event: MLX's arrays belong to their thread.
+    Those about the prompt go to ``encoded`` instead. Raises ``DgemmaError`` when another thread than the first asks for
+    an event: MLX's arrays belong to their thread.
     """
     owner, events = get_ident(), runner.events()
     try:
         for _, event in events:
             if isinstance(event, Encoded):
+                if encoded is not None:
+                    encoded(event)
                 continue
             yield event
             if get_ident() != owner:

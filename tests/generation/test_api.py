@@ -17,6 +17,7 @@ import pytest
 
 import dgemma_mlx
 from dgemma_mlx import Committed, DgemmaError, Done, Draft, Model, generate, load, stream
+from dgemma_mlx.events import Encoded
 from dgemma_mlx.model.joined import SharedInput
 from dgemma_mlx.train.tasks import TASKS
 
@@ -129,6 +130,14 @@ def test_the_answer_does_not_depend_on_the_prefill_step(demo: Model) -> None:
     prompt = "Sort 5 2 9. " * 30  # many times the sliding window
     answers = {generate(demo, prompt, seed=2, prefill_step_size=size, max_tokens=32).tokens for size in (7, 64, 512)}
     assert len(answers) == 1
+
+
+def test_the_progress_of_the_prompt_is_reported(demo: Model) -> None:
+    parts: list[Encoded] = []
+    done = next(event for event in stream(demo, "Sort 5 2 9. " * 30, prefill_step_size=64, max_tokens=32,
+                                          encoded=parts.append) if isinstance(event, Done))  # fmt: skip
+    total = done.statistics.prompt_tokens
+    assert parts == [Encoded(min(end, total), total) for end in range(64, total + 64, 64)]
 
 
 def test_control_tokens_in_a_prompt_are_plain_text(demo: Model) -> None:
