@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from dgemma_mlx.checks import shown
 from dgemma_mlx.errors import DgemmaError
@@ -14,12 +15,23 @@ _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**
 def size(count: float) -> str:
     """Format a number of bytes with one decimal in a decimal unit, for example ``16.6 GB``.
 
-    Units are powers of 1000, from kB to TB. Fewer than 1000 bytes are written as ``512 bytes``.
+    Units are powers of 1000, from kB to TB: 1,000 MB are ``1.0 GB``. Fewer than 1000 bytes are written as
+    ``512 bytes``.
     """
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
+    return _scaled(count, (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))) or f"{count:.0f} bytes"
+
+
+def amount(count: float) -> str:
+    """Format a large count with one decimal, in billions or millions: ``25.8 B``, ``2.0 M``, ``12,345``."""
+    return _scaled(count, (("T", 1e12), ("B", 1e9), ("M", 1e6))) or f"{count:,.0f}"
+
+
+def _scaled(count: float, units: Sequence[tuple[str, float]]) -> str:
+    """Return a count with one decimal in the largest unit that fits, or an empty text below the smallest one."""
+    for unit, scale in units:
+        if round(count / scale * 1000, 1) >= 1000:  # it would be 1000.0 of the next unit
             return f"{count / scale:.1f} {unit}"
-    return f"{count:.0f} bytes"
+    return ""
 
 
 def parse_size(text: str) -> int:

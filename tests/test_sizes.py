@@ -1,11 +1,11 @@
-"""Tests of parsing human-readable byte counts."""
+"""Tests of human-readable byte counts and other counts."""
 
 from __future__ import annotations
 
 import pytest
 
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.sizes import parse_size, rate
+from dgemma_mlx.sizes import amount, parse_size, rate, size
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,21 @@ def test_invalid_sizes_are_refused(text: str) -> None:
     with pytest.raises(DgemmaError, match="not a size") as caught:
         parse_size(text)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (999_949, "999.9 kB"), (999_951, "1.0 MB"),
+     (950_000_000, "950.0 MB"), (999_960_000, "1.0 GB"), (16_600_000_000, "16.6 GB"), (2e15, "2000.0 TB")],
+)  # fmt: skip
+def test_a_size_has_the_largest_unit_that_it_reaches(count: float, text: str) -> None:
+    assert size(count) == text
+
+
+def test_a_large_count_is_written_in_millions_or_billions() -> None:
+    assert [amount(count) for count in (7, 12_345, 999_999, 2_015_232, 999_999_999, 25_823_000_000)] == [
+        "7", "12,345", "1.0 M", "2.0 M", "1.0 B", "25.8 B",
+    ]  # fmt: skip
 
 
 def test_a_rate_is_0_where_the_clock_has_not_moved() -> None:

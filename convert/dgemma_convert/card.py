@@ -13,6 +13,7 @@ from dgemma_convert.writer import write_bytes, write_text
 from dgemma_mlx.checkpoint.config import FULL, SLIDING, ModelConfig
 from dgemma_mlx.checkpoint.output import CARD, CONVERT_REPORT
 from dgemma_mlx.checkpoint.shards import INDEX
+from dgemma_mlx.sizes import size
 from dgemma_mlx.version import __version__
 
 
@@ -80,13 +81,13 @@ def model_card(plan: Plan, verification: Verification | None) -> str:
     lines += ["---", "", f"# {plan.output.name}", ""]
     made_by = f"dgemma-mlx {__version__} with the recipe `{recipe.name}`"
     lines += [f"Converted from {name} by {made_by}: {recipe.summary}.", ""]
-    lines += ["| tensors | count | format | MB | bits per weight |", "|---|--:|---|--:|--:|"]
+    lines += ["| tensors | count | format | size | bits per weight |", "|---|--:|---|--:|--:|"]
     lines += [
-        f"| {row.tensor_class} | {row.tensors} | {', '.join(row.formats)} | {row.bytes_out / 1e6:,.1f} | "
+        f"| {row.tensor_class} | {row.tensors} | {', '.join(row.formats)} | {size(row.bytes_out)} | "
         f"{row.bits_per_weight:.2f} |"
         for row in plan.classes()
     ]
-    total = f"| **all** | {len(plan.targets)} | | {plan.bytes_out / 1e6:,.1f} | {plan.bits_per_weight:.2f} |"
+    total = f"| **all** | {len(plan.targets)} | | {size(plan.bytes_out)} | {plan.bits_per_weight:.2f} |"
     lines += [total, "", "## Comparison with the source", ""]
     if verification is None:
         lines.append("The output was not compared with its source. `dgemma-mlx convert --verify` does that.")

@@ -17,6 +17,7 @@ from dgemma_convert.source import Source, Weight
 from dgemma_mlx.checkpoint.names import some_of
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.memory import run_memory
+from dgemma_mlx.sizes import size
 from dgemma_mlx.version import __version__
 
 SHARD_BYTES = 5_000_000_000
@@ -235,7 +236,7 @@ class Plan:
             free = shutil.disk_usage(folder).free
             if count > free:
                 raise DgemmaError(
-                    f"{count / 1e9:.1f} GB are needed in {folder}, but only {free / 1e9:.1f} GB are free",
+                    f"{size(count)} are needed in {folder}, but only {size(free)} are free",
                     "Free some space, choose a smaller recipe, or name a folder on another disk with -o.",
                 )
 
@@ -285,13 +286,13 @@ def _target(tensor_class: str, weight: Weight, packing: Format | None) -> Target
 def _shards(targets: list[Target], shard_bytes: int) -> dict[str, tuple[Target, ...]]:
     """Distribute targets over shards, in order, as many to each shard as fit. A weight is never split."""
     groups: list[list[Target]] = [[]]
-    size = 0
+    taken = 0
     for target in targets:
-        if groups[-1] and size + target.nbytes > shard_bytes:
+        if groups[-1] and taken + target.nbytes > shard_bytes:
             groups.append([])
-            size = 0
+            taken = 0
         groups[-1].append(target)
-        size += target.nbytes
+        taken += target.nbytes
     if len(groups) == 1:
         return {"model.safetensors": tuple(groups[0])}
     return {f"model-{i:05}-of-{len(groups):05}.safetensors": tuple(group) for i, group in enumerate(groups, 1)}

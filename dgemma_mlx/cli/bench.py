@@ -251,7 +251,7 @@ def _as_text(facts: dict[str, Any]) -> str:
         f"dgemma-mlx {versions['dgemma_mlx']}, mlx {versions['mlx']}, Python {versions['python']}",
         "",
         f"medians (smallest - largest) of {facts['runs']} runs, {facts['steps']} steps in each",
-        f"{'prompt':>7}  {'prefill tokens/s':>27}  {'seconds per step':>27}  {'peak':>9}",
+        f"{'prompt':>7}  {'prompt tokens/s':>27}  {'seconds per step':>27}  {'peak':>9}",
     ]
     lines += [
         f"{row['prompt_tokens']:>7,}  {_range(row['prefill_tokens_per_second']):>27}  "
@@ -262,7 +262,7 @@ def _as_text(facts: dict[str, Any]) -> str:
     lines += [
         "",
         f"an answer of {answer['generated_tokens']} tokens in {answer['denoising_steps']} steps:",
-        f"{tokens_per_second} tokens/s, {tokens_a_step} tokens per step, peak {size(answer['peak_memory'])}",
+        f"{tokens_per_second} tokens/s after the prompt, {tokens_a_step} tokens per step, peak {size(answer['peak_memory'])}",
     ]
     return "\n".join(lines)
 

@@ -37,9 +37,9 @@ from dgemma_mlx.cli.prompt import read_prompt
 from dgemma_mlx.cli.prompt_cache import PromptCacheFile, kept_prompt_cache
 from dgemma_mlx.cli.render.region import can_draw
 from dgemma_mlx.cli.settings import Settings
+from dgemma_mlx.cli.summary import summary
 from dgemma_mlx.cli.tools import ToolOptions, check_choice, read_tools
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.sizes import counted
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -172,7 +172,7 @@ def _answer(
             events = with_snapshots(events, show_steps, model.tokenizer.decode)
         done = _print(events, model, form, quiet)
     if not quiet:
-        print(_summary(done), file=sys.stderr)
+        print(summary(done), file=sys.stderr)
     print_warnings(done)
     if done.is_blank and arguments["constraint"] is None:
         raise DgemmaError(NO_ANSWER, "Try another --seed, or word the prompt differently.")
@@ -228,14 +228,3 @@ def _open(path: Path | None) -> Iterator[TextIO | None]:
         raise DgemmaError(f"cannot write {path}: {error.strerror}", "Name another file.") from None
     with file:
         yield file
-
-
-def _summary(done: Done) -> str:
-    """Return the line about an answer: tokens, canvases, steps, seconds, tokens per second, memory and seed."""
-    s = done.statistics
-    return (
-        f"{counted(s.generated_tokens, 'token')} in {counted(s.canvases, 'canvas', 'canvases')}, "
-        f"{counted(s.denoising_steps, 'step')} ({s.tokens_per_forward:.1f} tokens per step), "
-        f"{s.seconds:.2f} s, {s.tokens_per_second:.0f} tokens/s, peak {s.peak_memory / 2**20:,.0f} MB, "
-        f"seed {done.seed}"
-    )

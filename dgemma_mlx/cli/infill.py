@@ -29,6 +29,7 @@ from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.cli.texts import is_stdin, print_diff, print_exact, save_text, without_bom
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import check_writable
+from dgemma_mlx.sizes import counted, size
 
 if TYPE_CHECKING:
     from dgemma_mlx.generation.model import Model
@@ -119,8 +120,7 @@ def report(filled: Filled, result: ResultOptions, quiet: bool) -> None:
             print(f"{candidate.score:8.3f}  {'+'.join(map(str, candidate.lengths))} tokens{doubt}  {texts}",
                   file=sys.stderr)  # fmt: skip
     if not quiet:
-        canvases = "1 canvas" if s.canvases == 1 else f"{s.canvases} canvases"
-        print(f"{canvases}, {s.denoising_steps} steps, {s.seconds:.2f} s, peak {s.peak_memory / 2**20:,.0f} MB, "
+        print(f"{counted(s.canvases, 'canvas', 'canvases')}, {counted(s.denoising_steps, 'step')}, {s.seconds:.2f} s, peak {size(s.peak_memory)}, "
               f"seed {filled.seed}", file=sys.stderr)  # fmt: skip
     if best.low_confidence and not result.write:  # `save` says so
         print("dgemma-mlx: the best candidate was still uncertain: low confidence", file=sys.stderr)

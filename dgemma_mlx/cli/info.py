@@ -140,12 +140,12 @@ def _recipe(folder: Path) -> str | None:
 
 def _as_text(facts: dict[str, Any]) -> str:
     """Return the facts as rows of names and values."""
-    from dgemma_mlx.sizes import size
+    from dgemma_mlx.sizes import amount, size
 
     recipe = f", recipe {facts['recipe']}" if facts["recipe"] else ""
     full, window = facts["full_attention_layers"], facts["sliding_window"]
     rows = {
-        "parameters": f"{facts['parameters'] / 1e6:,.1f} M, {facts['active_parameters'] / 1e6:,.1f} M active per token",
+        "parameters": f"{amount(facts['parameters'])}, {amount(facts['active_parameters'])} active per token",
         "attention": f"full in {full} of {facts['layers']} layers, a window of {window} tokens in the others",
         "experts": f"{facts['experts_per_token']} of {facts['experts']}",
         "canvas": f"{facts['canvas_length']} tokens from a vocabulary of {facts['vocabulary']:,}",

@@ -23,7 +23,7 @@ from dgemma_mlx.cli.parameters import (
 )
 from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.sizes import size
+from dgemma_mlx.sizes import amount, size
 
 if TYPE_CHECKING:
     from dgemma_mlx.train.dataset import Limited
@@ -270,7 +270,7 @@ def _show_plan(plan: dict[str, Any], as_json: bool, file: Any) -> None:
     memory = plan["estimated_memory"]
     print(f"{plan['model']}: {plan['examples']:,} examples of at most {plan['longest']:,} tokens, "
           f"canvases of {plan['canvas_length']} tokens", file=file)  # fmt: skip
-    print(f"{plan['steps']:,} steps, {plan['epochs']:g} epochs; {plan['trained_parameters']:,} parameters trained",
+    print(f"{plan['steps']:,} steps, {plan['epochs']:g} epochs; {amount(plan['trained_parameters'])} parameters trained",
           file=file)  # fmt: skip
     print(f"memory: about {size(memory['total'])} (estimated: weights {size(memory['weights'])}, gradients and "
           f"optimizer {size(memory['training'])}, activations {size(memory['activations'])})", file=file)  # fmt: skip

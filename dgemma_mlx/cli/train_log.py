@@ -46,7 +46,7 @@ def line(record: Record, steps: int) -> str:
         match = f"  exact match {record['exact_match']:.0%}" if "exact_match" in record else ""
         return f"{start}  validation: denoising loss {record['valid_loss']:.4f}{match}"
     return (
-        f"{start}  loss {record['loss']:.4f}  {record['tokens_per_second']:,} tokens/s  "
+        f"{start}  loss {record['loss']:.4f}  {record['tokens_per_second']:,} tokens/s (prompts and canvases)  "
         f"{_duration(record['seconds_left'])} left  peak {size(record['peak_memory'])}"
     )
 

@@ -40,7 +40,8 @@ from dgemma_mlx.train.optimizer import make_finetune_optimizer, warmed_up
 OPTIMIZERS, SCHEDULES = ("adamw", "muon"), ("cosine", "linear", "constant")
 RUN, LOG = "run.json", "loss.jsonl"
 _BEFORE_A_RUN = ("tensorboard", f".{RUN}.*")  # a dashboard opens before the run, and a run may be killed at its start
-_CHANGEABLE = ("learning_rate",)  # settings that may differ when a run is resumed, for runs that diverged
+# Settings that may differ when a run is resumed: the learning rate, for runs that diverged, and what changes no weight.
+_CHANGEABLE = ("learning_rate", "log_every", "save_every", "valid_every", "valid_answers")
 _LARGEST = 3e38  # of a number that becomes a float32
 _RATES = {"adamw": 1e-4, "muon": 1e-2}
 _MIN_NOISE = 0.001
@@ -50,7 +51,7 @@ _MAX_VALIDATED = 64  # maximum number of conversations for the validation loss
 @dataclass(frozen=True)
 class FinetuneConfig:
     """The settings of a fine-tuning run. A resumed run needs the same model and data, and the same settings except
-    for the learning rate.
+    for the learning rate, and for how often the run logs, saves and validates.
 
     Raises ``DgemmaError`` (exit code 2) if a value is out of range or unknown.
 

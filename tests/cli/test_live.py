@@ -226,7 +226,8 @@ def test_the_status_line(tokenizer: Tokenizer, columns: int, lines: int) -> None
     words = " ".join(re.sub(r"\x1b\[\d*m", "", status).partition("eight")[2].split())
     accepted, entropy = (len(tokens) - 4) / len(tokens), 6 / len(tokens)
     assert words == (
-        f"canvas 3 step 7/48 {accepted:.0%} accepted entropy {entropy:.2f} {(len(tokens) - 4) / 0.2:.0f} tokens/s 0.2 s"
+        f"canvas 3 step 7/48 {accepted:.0%} accepted entropy {entropy:.2f} "
+        f"{(len(tokens) - 4) / 0.2:,.0f} settled tokens/s 0.2 s"
     )
 
 

@@ -132,6 +132,16 @@ def test_a_folder_holds_one_run(tmp_path: Path) -> None:
         run(tmp_path / "one", replace(CONFIG, steps=2, seed=1), resume=True)
 
 
+def test_a_run_resumes_with_other_options_about_its_log_and_checkpoints(tmp_path: Path) -> None:
+    config = replace(CONFIG, steps=3)
+    run(tmp_path / "whole", config)
+    run(tmp_path / "parts", config, stop=1)
+    assert last_step(tmp_path / "parts") == 2
+    run(tmp_path / "parts", replace(config, log_every=9, save_every=9, valid_every=9, valid_answers=1), resume=True)
+    whole, parts = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts and last_step(tmp_path / "parts") == 3
+
+
 def test_every_epoch_has_each_conversation_once_and_half_are_conditioned() -> None:
     conversations: list[Conversation] = [([2], [token]) for token in range(10, 22)]
     orders, conditioned = [], 0

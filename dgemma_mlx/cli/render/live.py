@@ -104,7 +104,7 @@ class LiveView:
             f"step {draft.step}/{draft.max_steps}",
             f"{sum(draft.accepted_mask) / len(draft.accepted_mask):.0%} accepted",
             f"entropy {draft.mean_entropy:.2f}",
-            *((f"{settled / seconds:.0f} tokens/s", f"{seconds:.1f} s") if seconds else ()),
+            *((f"{settled / seconds:,.0f} settled tokens/s", f"{seconds:.1f} s") if seconds else ()),
         )
         self._status = "  ".join(part.replace(" ", _NO_BREAK) for part in parts)
         return self._rows(columns, self._pieces(draft, levels))
