@@ -13,7 +13,7 @@ CHROMIUM := $(shell command -v chromium || command -v chromium-browser || comman
 	ls -d "/Applications/Google Chrome.app" 2>/dev/null)
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help reference setup demo demo-model test test-kernels test-vocabulary test-clients clients test-page screenshots vocabulary soak lint type oracle bench capture wheel clean
+.PHONY: help reference setup demo demo-model test test-kernels test-vocabulary test-clients clients test-page screenshots docs-commands installs formula vocabulary soak lint type oracle bench capture wheel clean
 .NOTPARALLEL:
 
 help:
@@ -26,6 +26,10 @@ demo: $(VENV)/.installed ## ask the built-in model three questions
 	@for prompt in "Sort 7 3 5" "What is 27 + 45?" "Make a JSON object: Simon is 59 years old and lives in Rome."; do \
 		echo; echo "\$$ dgemma-mlx generate -m demo --seed 1 \"$$prompt\""; \
 		$(VENV)/bin/dgemma-mlx generate -m demo --seed 1 "$$prompt" || exit 1; done
+	@printf '%s\n' "" "The program is $(CURDIR)/$(VENV)/bin/dgemma-mlx. To call it by its name:" \
+		"  source $(VENV)/bin/activate    in this terminal (fish: source $(VENV)/bin/activate.fish)" \
+		"  pipx install '.[serve]'         in every terminal (or uv tool install '.[serve]'; see docs/install.md)" \
+		"Then: dgemma-mlx chat -m demo"
 
 demo-model: $(VENV)/.installed ## train the built-in model from nothing in runs/demo (resumes), and score it
 	@sh scripts/demo_model.sh $(PYTHON_BIN) $(ARGS)
@@ -77,6 +81,15 @@ capture: $(VENV)/.installed ## draw docs/canvas.svg with the program's own rende
 
 screenshots: $(VENV)/.installed-page ## photograph the page into docs/, with Chromium or Chrome
 	@$(PYTHON_BIN) scripts/screenshots.py docs $(ARGS)
+
+docs-commands: $(VENV)/.installed ## run the commands of README and docs/ as a new reader would
+	@$(PYTHON_BIN) scripts/docs_commands.py $(ARGS)
+
+installs: $(VENV)/.installed ## install with pipx, uv and pip, from the checkout and from a wheel, and try each
+	@PYTHON=$(PYTHON_BIN) sh scripts/installs.sh
+
+formula: $(VENV)/.installed ## write packaging/homebrew/dgemma-mlx.rb from constraints.txt; URL=... SHA256=... of a release
+	@$(PYTHON_BIN) scripts/homebrew.py $(ARGS)
 
 reference: $(VENV)/.installed ## write docs/cli.md from the help of the program
 	@$(PYTHON_BIN) scripts/cli_reference.py $(ARGS)

@@ -26,6 +26,11 @@ HEAD = """# Command line
 `dgemma-mlx COMMAND --help` (or `-h`) prints what this page says about a command.
 """
 
+NOT_RUN = {  # what examples contain that scripts/docs_commands.py cannot run
+    "--url": "a running server; server.md runs it",
+    "runs/sudoku": "the adapter of recipes/sudoku, whose training takes half an hour",
+}
+
 
 def reference() -> str:
     """Return the page: all commands by group, then the program's own options, then a section for each command."""
@@ -56,7 +61,7 @@ def command_section(command: Any, name: str, parent: Any, heading: str) -> Itera
 
 def section(page: Page) -> Iterator[str]:
     """Yield the usage, the description, the options by section, the notes and the examples of one command."""
-    yield f"```\n{page.usage}\n```\n"
+    yield f"```text\n{page.usage}\n```\n"
     yield f"{linked(page.description)}\n"
     for title, rows in page.options.items():
         shown = [f"| {term_of(row)} | {linked(row.meaning)} |" for row in rows if not row.term.endswith("--help")]
@@ -65,7 +70,9 @@ def section(page: Page) -> Iterator[str]:
     if page.notes:
         yield f"{linked(page.notes)}\n"
     if page.examples:
-        yield f"Examples:\n\n```\n{page.examples}\n```\n"
+        yield "Examples:\n"
+        yield from (f'<!-- not run "{text}": {why} -->' for text, why in NOT_RUN.items() if text in page.examples)
+        yield f"```sh\n{page.examples}\n```\n"
 
 
 def term_of(row: Row) -> str:

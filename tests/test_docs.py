@@ -58,7 +58,7 @@ def test_the_readme_is_short_and_names_the_first_commands() -> None:
 def _modules_of_the_tree() -> set[str]:
     """Return the modules that the tree of architecture.md names, as paths from the repository's root."""
     page = (DOCS / "architecture.md").read_text(encoding="utf-8")
-    block = re.search(r"## The tree\n\n```\n(.*?)```", page, re.DOTALL)
+    block = re.search(r"## The tree\n\n```text\n(.*?)```", page, re.DOTALL)
     assert block is not None
     modules, folders = set(), [""]
     for line in block[1].splitlines():

@@ -1,0 +1,3 @@
+
+
+print(double(4))
