@@ -9,6 +9,8 @@ import re
 import socket
 import sys
 import threading
+import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -18,6 +20,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 Files = dict[str, bytes]
+
+PIECE = 16_384  # bytes of a file that are sent at once
 
 
 @dataclass
@@ -30,12 +34,18 @@ class Repository:
         on_file: Status and X-Error-Code that answer every request for a file; None for no error.
         troubles: Errors of single files. Each one affects one of the file's next downloads. It is an HTTP status, or a
             number of bytes after which the connection of the next longer download is closed.
+        damaged: Files of which one byte is wrong in the next downloads, with the number of these downloads.
+        claimed: Sizes of files that the list of files gives instead of the true ones.
+        xet: The name of a file's content in the storage that ``HubServer.xet_endpoint`` names.
     """
 
     revisions: dict[str, Files] = field(default_factory=dict)
     on_info: tuple[int, str] | None = None
     on_file: tuple[int, str] | None = None
     troubles: dict[str, list[HTTPStatus | int]] = field(default_factory=dict)
+    damaged: dict[str, int] = field(default_factory=dict)
+    claimed: dict[str, int] = field(default_factory=dict)
+    xet: dict[str, str] = field(default_factory=dict)
 
     def commit(self, revision: str) -> str:
         """Return the commit of a branch, 40 hex digits."""
@@ -57,6 +67,10 @@ class HubServer:
         downloads: Name of each file whose content was requested, with the Range header.
         stalled: Files of which only the first half is sent, until the client goes; the event says that one asked.
         stored: Large files that were uploaded, by their SHA-256 digests.
+        rate: Bytes per second of each download of a file, or None.
+        sent: Number of bytes of each file that were sent so far, over all downloads.
+        knows_ranges: Whether a part of a file is sent when a part was asked for.
+        xet_endpoint: Address of the Xet storage.
     """
 
     repositories: dict[str, Repository]
@@ -65,6 +79,10 @@ class HubServer:
     downloads: list[tuple[str, str | None]] = field(default_factory=list)
     stalled: dict[str, threading.Event] = field(default_factory=dict)
     stored: Files = field(default_factory=dict)
+    rate: int | None = None
+    sent: Counter[str] = field(default_factory=Counter)
+    knows_ranges: bool = True
+    xet_endpoint: str = ""
 
     def __enter__(self) -> HubServer:
         hub = self
@@ -173,9 +191,12 @@ class _Handler(BaseHTTPRequestHandler):
         if files is None:
             return self._error(404, "RevisionNotFound")
         if kind == "tree":
-            return self._json([
-                {"type": "file", "path": name, "size": len(data), "oid": _digest(data)} for name, data in files.items()
-            ])  # fmt: skip
+            return self._json([_entry(repository, name, data) for name, data in files.items()])
+        if kind == "xet-read-token":
+            storage = {"X-Xet-Cas-Url": self.server_of.xet_endpoint, "X-Xet-Access-Token": "token",
+                       "X-Xet-Token-Expiration": str(int(time.time()) + 3600)}  # fmt: skip
+            token = {"casUrl": self.server_of.xet_endpoint, "accessToken": "token", "exp": int(time.time()) + 3600}
+            return self._answer(json.dumps(token).encode(), storage)
         siblings = [{"rfilename": name} for name in files]
         return self._json({"id": repo_id, "sha": _commit_of(repository, revision), "siblings": siblings})
 
@@ -187,13 +208,17 @@ class _Handler(BaseHTTPRequestHandler):
         if files is None or name not in files:
             return self._error(404, "EntryNotFound")
         data = files[name]
-        headers = {"ETag": f'"{_digest(data)}"', "X-Repo-Commit": _commit_of(repository, revision)}
+        headers = {"ETag": f'"{_digest(name, data)}"', "X-Repo-Commit": _commit_of(repository, revision)}
         if self.command == "HEAD":
             return self._answer(data, headers)
         asked = self.headers["Range"]
         self.server_of.downloads.append((name, asked))
         status = 200
-        if found := re.fullmatch(r"bytes=(\d+)-(\d*)", asked or ""):
+        if repository.damaged.get(name):
+            repository.damaged[name] -= 1
+            data = bytes([data[0] ^ 1]) + data[1:]
+        found = re.fullmatch(r"bytes=(\d+)-(\d*)", asked or "")
+        if found and self.server_of.knows_ranges:
             start, end = int(found[1]), min(int(found[2] or len(data)), len(data) - 1)
             headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
             data, status = data[start : end + 1], 206
@@ -204,23 +229,38 @@ class _Handler(BaseHTTPRequestHandler):
             repository.troubles[name].pop(0)
         if isinstance(trouble, HTTPStatus):
             return self._error(trouble, "")
-        return self._answer(data, headers, status, breaks_after=trouble)
+        return self._answer(data, headers, status, breaks_after=trouble, counted_as=name)
 
     def _json(self, value: Any, status: int = 200) -> None:
         self._answer(json.dumps(value).encode(), {"Content-Type": "application/json"}, status)
 
     def _answer(
-        self, body: bytes, headers: dict[str, str] | None = None, status: int = 200, breaks_after: int = sys.maxsize
+        self, body: bytes, headers: dict[str, str] | None = None, status: int = 200, breaks_after: int = sys.maxsize,
+        counted_as: str = "",
     ) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body[:breaks_after])
+            self._send(body[:breaks_after], counted_as)
         if breaks_after < len(body):
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
+
+    def _send(self, body: bytes, counted_as: str) -> None:
+        """Send a body, a file's at the Hub's rate and little by little, so that hardly anything is under way."""
+        if not counted_as:
+            self.wfile.write(body)
+            return
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PIECE)
+        with suppress(OSError):  # the client has gone
+            for start in range(0, len(body), PIECE):
+                piece = body[start : start + PIECE]
+                self.wfile.write(piece)
+                self.server_of.sent[counted_as] += len(piece)
+                if self.server_of.rate:
+                    time.sleep(len(piece) / self.server_of.rate)
 
     def _stall(self, body: bytes, headers: dict[str, str], status: int, asked: threading.Event) -> None:
         self.send_response(status)
@@ -240,8 +280,25 @@ class _Handler(BaseHTTPRequestHandler):
         """Print nothing."""
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha1(data).hexdigest()
+def _is_large(name: str) -> bool:
+    return name.endswith(".safetensors") or name == "tokenizer.json"
+
+
+def _digest(name: str, data: bytes) -> str:
+    """Return the checksum that the Hub gives a file: SHA-256 of a large one, git's SHA-1 of a small one."""
+    content = hashlib.sha256(data) if _is_large(name) else hashlib.sha1(b"blob %d\0" % len(data) + data)
+    return content.hexdigest()
+
+
+def _entry(repository: Repository, name: str, data: bytes) -> dict[str, Any]:
+    """Return what the list of files says about a file."""
+    size = repository.claimed.get(name, len(data))
+    entry = {"type": "file", "path": name, "size": size, "oid": _digest(name, data)}
+    if _is_large(name):
+        entry["lfs"] = {"oid": _digest(name, data), "size": size, "pointerSize": 134}
+    if name in repository.xet:
+        entry["xetHash"] = repository.xet[name]
+    return entry
 
 
 def _commit_of(repository: Repository, revision: str) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dgemma_mlx.checkpoint.config import ModelConfig
+from dgemma_mlx.checkpoint.download import Progress, RemoteFile, Repository, download, list_files
 from dgemma_mlx.checkpoint.shards import shard_files
 from dgemma_mlx.checks import reason, shown
 from dgemma_mlx.errors import DgemmaError
@@ -22,17 +24,17 @@ MODEL_VARIABLE = "DGEMMA_MODEL"
 _HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@(\w(?!.*\.\.)[\w./-]*))?", re.ASCII)
 _FORMS = "A model is a folder, a Hub id (owner/name or owner/name@revision), or 'demo'."
 _ACCESS = "accept the licence on its page and log in with `hf auth login`."
-_CONFIG_FILES = (
-    "config.json",
-    "conversion_report.json",
-    "generation_config.json",
+_FACTS = ("config.json", "conversion_report.json", "generation_config.json")  # what `info` shows
+_FILES = (
+    *_FACTS,
     "processor_config.json",
     "preprocessor_config.json",
     "tokenizer*",
     "chat_template*",
     "*.jinja",
+    "*.safetensors",
+    "*.safetensors.index.json",
 )
-_FILES = (*_CONFIG_FILES, "*.safetensors", "*.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,17 @@ class Checkpoint:
         return found[1] if found and self.folder != Path(os.path.expanduser(self.name)) else None
 
 
-def resolve(name: str | None = None, *, weights: bool = True) -> Checkpoint:
+def resolve(
+    name: str | None = None, *, weights: bool = True, refresh: bool = False, progress: Progress | None = None
+) -> Checkpoint:
     """Return the checkpoint with a name: ``demo``, a folder, or a Hub id ``owner/name`` or ``owner/name@revision``.
 
     A name of None stands for the environment variable ``DGEMMA_MODEL`` or, if that is not set, for ``demo``.
 
-    A Hub repository is downloaded once. A complete copy in the Hub's cache is used without any network request. If
-    ``weights`` is False, only the small files are downloaded, unless the cache holds a complete copy.
+    A Hub repository is downloaded once. A complete copy in the Hub's cache is used without any network request, unless
+    ``refresh`` asks for the newest commit of the revision. If ``weights`` is False, only the files that describe the
+    model are downloaded, a few kB, unless the cache holds a complete copy. ``progress`` is called during the download
+    of the rest; by default, the Hub's library draws a bar where it draws its own.
 
     Raises ``DgemmaError`` when the checkpoint does not exist or cannot be downloaded, with exit code 2 for a malformed
     name.
@@ -81,7 +87,7 @@ def resolve(name: str | None = None, *, weights: bool = True) -> Checkpoint:
     if os.path.exists(path):
         raise DgemmaError(f"{name} is a file, not a folder", f"Name the folder that contains it: {Path(path).parent}")
     if hub_id := _HUB_ID.fullmatch(name):
-        return _fetch(name, hub_id[1], hub_id[2], weights)
+        return _fetch(name, hub_id[1], hub_id[2], weights, refresh, progress)
     if "/" in name and not name.startswith((".", "/", "~")):
         raise _malformed(name)
     meant = "Did you mean 'demo'? " if get_close_matches(name, [DEMO], cutoff=0.75) else ""
@@ -104,39 +110,97 @@ def remote_headers(name: str) -> dict[str, Any]:
         raise _explain(found[1], found[2], error) from error
 
 
-def _fetch(name: str, repo_id: str, revision: str | None, weights: bool) -> Checkpoint:
+def remote_files(name: str) -> tuple[Repository, list[RemoteFile]]:
+    """Ask the Hub for a repository, and return it with those of its files that a complete copy still lacks.
+
+    ``name`` must be a valid Hub id. Raises ``DgemmaError`` when the Hub cannot be asked.
+    """
+    found = _HUB_ID.fullmatch(name)
+    assert found is not None, "the name must be a Hub id that resolve() accepted"
+    try:
+        repository = list_files(found[1], found[2])
+    except DgemmaError:
+        raise
+    except Exception as error:
+        raise _explain(found[1], found[2], error) from error
+    return repository, repository.missing(_FILES)
+
+
+def _fetch(
+    name: str, repo_id: str, revision: str | None, weights: bool, refresh: bool, progress: Progress | None
+) -> Checkpoint:
     """Return a repository's snapshot from the cache if it is complete there, and download it otherwise.
 
-    If ``weights`` is False, the download leaves out the weights. Raises ``DgemmaError`` when the download fails or the
-    repository is not a complete checkpoint.
+    See ``resolve``. Raises ``DgemmaError`` when the download fails or the repository is not a complete checkpoint.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    snapshot = partial(snapshot_download, repo_id, revision=revision, ignore_patterns="*/*")
     try:
-        try:
-            cached = Path(snapshot(allow_patterns=list(_FILES), local_files_only=True))
-            if _is_complete(cached):
-                return Checkpoint(cached, name, is_demo=False)
-        except LocalEntryNotFoundError:
-            pass
-        # The small files come first, so that an unsupported model is refused before its 50 GB of weights.
-        folder = Path(snapshot(allow_patterns=list(_CONFIG_FILES)))
-        ModelConfig.load(folder)
-        if not weights:
-            return Checkpoint(folder, name, is_demo=False, has_weights=False)
-        folder = Path(snapshot(allow_patterns=list(_FILES)))
+        if not refresh and (cached := cached_snapshot(repo_id, revision)):
+            return Checkpoint(cached, name, is_demo=False)
+        repository = list_files(repo_id, revision)
+        # These files come first, so that an unsupported model is refused before its 50 GB of weights. The library also
+        # notes the names of all files, by which it knows an incomplete copy.
+        snapshot_download(
+            repo_id, revision=repository.commit, allow_patterns=list(_FACTS), tqdm_class=_silent_bar()
+        )  # fmt: skip
+        ModelConfig.load(repository.snapshot)
+        missing = repository.missing(_FILES)
+        if not weights and missing:
+            return Checkpoint(repository.snapshot, name, is_demo=False, has_weights=False)
+        with _library_bar(repo_id, progress) as drawn:
+            download(repository, missing, revision, drawn)
     except DgemmaError:
         raise
     except Exception as error:  # includes those of the HTTP library, which depends on the version
         raise _explain(repo_id, revision, error) from error
-    if not _is_complete(folder):
+    if not _is_complete(repository.snapshot):
         raise DgemmaError(
-            f"the copy of {repo_id} in {folder} is not complete",
-            "Go online and try again. If you are online, the repository lacks its weights or its tokenizer.",
+            f"{repo_id} on the Hub is not a complete checkpoint", "It lacks weights or a tokenizer; choose another."
         )
-    return Checkpoint(folder, name, is_demo=False)
+    return Checkpoint(repository.snapshot, name, is_demo=False)
+
+
+def cached_snapshot(repo_id: str, revision: str | None = None) -> Path | None:
+    """Return the folder of a revision's files if they are all in the Hub's cache, else None."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(
+            repo_id, revision=revision, allow_patterns=list(_FILES), ignore_patterns="*/*", local_files_only=True
+        ))  # fmt: skip
+    except LocalEntryNotFoundError:
+        return None
+    return folder if _is_complete(folder) else None
+
+
+def _silent_bar() -> type[Any]:
+    """Return the class of the library's bars, drawing nothing."""
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+
+    class Silent(tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **{**options, "disable": True})  # type: ignore[no-untyped-call]
+
+    return Silent
+
+
+@contextmanager
+def _library_bar(repo_id: str, progress: Progress | None) -> Iterator[Progress]:
+    """Yield ``progress``, or if it is None a function that moves one of the library's own bars."""
+    if progress is not None:
+        yield progress
+        return
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+
+    with tqdm(desc=repo_id, unit="B", unit_scale=True) as bar:  # type: ignore[no-untyped-call]
+
+        def move(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield move
 
 
 def _is_complete(folder: Path) -> bool:

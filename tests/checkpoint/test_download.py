@@ -1,0 +1,233 @@
+"""Downloads into the Hub's cache: killed, broken, damaged, throttled, and from Xet storage.
+
+Everything comes from a Hub server on the loopback interface.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from http import HTTPStatus
+from pathlib import Path
+
+import pytest
+
+from dgemma_mlx.checkpoint.download import WORKERS
+from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
+from tests.hub_server import PIECE, Files, HubServer, Repository
+from tests.waiting import wait_until
+
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+SIZE = 1_500_000  # bytes of each shard
+BLOBS = Path("hub/models--owner--name/blobs")
+IN_FLIGHT = 64 * 1024 + 8 * PIECE  # bytes of one connection: a chunk, and what lies in the buffers of both ends
+
+RESOLVE = """
+import sys
+from dgemma_mlx.checkpoint.hub import resolve
+from dgemma_mlx import DgemmaError
+try: print(resolve(sys.argv[1], refresh=True).folder)
+except DgemmaError as error: sys.exit(f"{error.message}; {error.hint}")
+"""
+STORE = """
+import sys, hf_xet
+with hf_xet.XetSession().new_upload_commit(endpoint=sys.argv[1]) as commit:
+    upload = commit.start_upload_bytes(sys.stdin.buffer.read())
+print(upload.result().xet_info.hash)
+"""
+
+
+def random_files() -> Files:
+    """Return the files of a repository whose weights are random bytes."""
+    index = {"weight_map": {f"tensor.{i}": name for i, name in enumerate(SHARDS)}}
+    numbers = random.Random(1)
+    return {
+        "config.json": (DEMO_FOLDER / "config.json").read_bytes(),
+        "model.safetensors.index.json": json.dumps(index).encode(),
+        "tokenizer.json": b"{}",
+        **{name: numbers.randbytes(SIZE) for name in SHARDS},
+    }
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer({"owner/name": Repository({"main": random_files()})}) as server:
+        yield server
+
+
+def start(hub: HubServer, home: Path, name: str = "owner/name", **environment: str) -> subprocess.Popen[str]:
+    kept = {k: v for k, v in os.environ.items() if not k.upper().startswith(("HF_", "DGEMMA_"))}
+    return subprocess.Popen(
+        [sys.executable, "-c", RESOLVE, name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**kept, "HF_HOME": str(home), "HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1",
+             "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment},
+    )  # fmt: skip
+
+
+def check_whole(hub: HubServer, home: Path, **environment: str) -> None:
+    """Download the rest, and check that all files are right and nothing else is left."""
+    with start(hub, home, **environment) as process:
+        printed, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    files = hub.repositories["owner/name"].files("main")
+    assert {path.name: path.read_bytes() for path in Path(printed.strip()).iterdir()} == files
+    assert not list((home / BLOBS).glob("*.incomplete"))
+
+
+def fails(hub: HubServer, home: Path) -> str:
+    """Download, and return the error."""
+    with start(hub, home) as process:
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    return error.strip()
+
+
+def kill_after(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+    with process:
+        wait_until(reached)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_no_byte_is_downloaded_twice_after_kills_at_random_moments(hub: HubServer, tmp_path: Path, kills: int) -> None:
+    """What arrives twice is at most what was under way when the process was killed, one chunk of each connection."""
+    hub.rate = 2_000_000
+    moments = sorted(random.sample(range(2 * SIZE), kills))
+    for moment in moments:
+        kill_after(start(hub, tmp_path), lambda moment=moment: hub.sent.total() > moment)  # type: ignore[misc]
+    hub.rate = None
+    check_whole(hub, tmp_path)
+    total = sum(map(len, random_files().values()))
+    assert hub.sent.total() - total <= kills * WORKERS * IN_FLIGHT
+
+
+def test_a_part_that_is_damaged_is_downloaded_again(hub: HubServer, tmp_path: Path) -> None:
+    hub.rate = 1_000_000
+    kill_after(start(hub, tmp_path), lambda: hub.sent.total() > SIZE)
+    hub.rate = None
+    part = max((tmp_path / BLOBS).glob("*.incomplete"), key=lambda path: path.stat().st_size)
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    check_whole(hub, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_part_that_is_too_long_is_downloaded_again(hub: HubServer, tmp_path: Path) -> None:
+    (tmp_path / BLOBS).mkdir(parents=True)
+    for name in ("0" * 64, "1" * 40):
+        (tmp_path / BLOBS / f"{name}.incomplete").write_bytes(b"of another commit")
+        os.utime(tmp_path / BLOBS / f"{name}.incomplete", (0, 0))
+    (etag,) = {path.name for path in whole_blobs(hub, tmp_path / "other") if path.stat().st_size == SIZE and
+               path.read_bytes() == random_files()[SHARDS[0]]}  # fmt: skip
+    (tmp_path / BLOBS / f"{etag}.incomplete").write_bytes(b"0" * (SIZE + 1))
+    check_whole(hub, tmp_path)
+
+
+def whole_blobs(hub: HubServer, home: Path) -> list[Path]:
+    check_whole(hub, home)
+    return list((home / BLOBS).iterdir())
+
+
+def test_a_file_that_arrives_damaged_is_downloaded_again(hub: HubServer, tmp_path: Path) -> None:
+    hub.repositories["owner/name"].damaged[SHARDS[0]] = 1
+    check_whole(hub, tmp_path)
+    assert hub.sent[SHARDS[0]] == 2 * SIZE
+
+
+@pytest.mark.slow
+def test_a_file_that_is_always_damaged_is_an_error(hub: HubServer, tmp_path: Path) -> None:
+    hub.repositories["owner/name"].damaged[SHARDS[0]] = 99
+    assert f"{SHARDS[0]} of owner/name arrived damaged twice" in fails(hub, tmp_path)
+    assert not any(path.read_bytes()[:1] != random_files()[SHARDS[0]][:1] and path.stat().st_size == SIZE and
+                   path.read_bytes()[1:] == random_files()[SHARDS[0]][1:]
+                   for path in (tmp_path / BLOBS).iterdir())  # fmt: skip
+
+
+def test_broken_connections_and_busy_servers_are_tried_again(hub: HubServer, tmp_path: Path) -> None:
+    troubles = hub.repositories["owner/name"].troubles
+    troubles[SHARDS[0]] = [500_000, HTTPStatus.SERVICE_UNAVAILABLE, 300_000]
+    check_whole(hub, tmp_path)
+    ranges = [part for name, part in hub.downloads if name == SHARDS[0]]
+    assert ranges == ["bytes=0-", "bytes=500000-", "bytes=500000-", "bytes=800000-"]
+
+
+@pytest.mark.slow
+def test_a_server_that_knows_no_ranges(hub: HubServer, tmp_path: Path) -> None:
+    hub.knows_ranges = False
+    hub.repositories["owner/name"].troubles[SHARDS[0]] = [500_000]
+    check_whole(hub, tmp_path)
+    assert hub.sent[SHARDS[0]] == 500_000 + SIZE
+
+
+def test_a_full_disk_is_foreseen(hub: HubServer, tmp_path: Path) -> None:
+    hub.repositories["owner/name"].claimed[SHARDS[0]] = 10**16
+    error = fails(hub, tmp_path)
+    assert error.startswith("10000.0 TB are to be downloaded to ") and "are free there; Free some space" in error
+    assert not [name for name, _ in hub.downloads if name in SHARDS]
+
+
+@pytest.mark.slow
+def test_a_file_that_is_refused_is_not_tried_again(hub: HubServer, tmp_path: Path) -> None:
+    hub.repositories["owner/name"].troubles[SHARDS[1]] = [HTTPStatus.NOT_FOUND] * 9
+    assert fails(hub, tmp_path).startswith("owner/name could not be downloaded")
+    assert [name for name, _ in hub.downloads].count(SHARDS[1]) == 1
+
+
+@pytest.mark.slow
+def test_partial_files_without_a_writer_are_removed(hub: HubServer, tmp_path: Path) -> None:
+    blobs = tmp_path / BLOBS
+    blobs.mkdir(parents=True)
+    old, new = blobs / f"{'0' * 64}.89abcdef.incomplete", blobs / f"{'1' * 64}.89abcdef.incomplete"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    with start(hub, tmp_path) as process:
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert (old.exists(), new.exists()) == (False, True)  # another program may be writing the new one
+
+
+def test_two_downloads_at_once_share_the_work(hub: HubServer, tmp_path: Path) -> None:
+    hub.rate = 2_000_000
+    with start(hub, tmp_path) as one, start(hub, tmp_path) as other:
+        assert [process.communicate(timeout=60)[1] for process in (one, other)] == ["", ""]
+    assert hub.sent[SHARDS[0]] == hub.sent[SHARDS[1]] == SIZE
+    check_whole(hub, tmp_path)
+
+
+def test_xet_storage_is_resumed_inside_a_file(hub: HubServer, tmp_path: Path) -> None:
+    """The library's own storage in a folder, which takes the place of the server."""
+    pytest.importorskip("hf_xet")
+    (tmp_path / "storage").mkdir()
+    hub.xet_endpoint = f"local://{tmp_path}/storage"
+    for name in SHARDS:  # in a process of its own, because the storage is open in one process at a time
+        stored = subprocess.run(
+            [sys.executable, "-c", STORE, hub.xet_endpoint], input=random_files()[name], stdout=subprocess.PIPE,
+            timeout=60, check=True,
+        )  # fmt: skip
+        hub.repositories["owner/name"].xet[name] = stored.stdout.decode().strip()
+    check_whole(hub, tmp_path / "whole")
+    for blob in (tmp_path / "whole" / BLOBS).iterdir():
+        if blob.stat().st_size == SIZE:
+            (tmp_path / "half" / BLOBS).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "half" / BLOBS / f"{blob.name}.incomplete").write_bytes(blob.read_bytes()[: SIZE // 2])
+    check_whole(hub, tmp_path / "half")
+    assert not [name for name, _ in hub.downloads if name in SHARDS]
+    check_whole(hub, tmp_path / "without", HF_HUB_DISABLE_XET="1")
+    assert sorted(name for name, _ in hub.downloads if name in SHARDS) == SHARDS
+
+
+@pytest.mark.slow
+def test_plain_http_takes_over_where_xet_storage_fails(hub: HubServer, tmp_path: Path) -> None:
+    hub.xet_endpoint = "http://127.0.0.1:9"  # nobody listens there
+    hub.repositories["owner/name"].xet[SHARDS[0]] = "0" * 64
+    check_whole(hub, tmp_path, HF_XET_CLIENT_RETRY_MAX_ATTEMPTS="1")
+    assert hub.sent[SHARDS[0]] == SIZE
