@@ -259,10 +259,11 @@ def _as_text(facts: dict[str, Any]) -> str:
         for row in facts["prompts"]
     ]
     tokens_per_second, tokens_a_step = _range(answer["tokens_per_second"]), f"{answer['tokens_per_forward']:.2f}"
+    peak = size(answer["peak_memory"])
     lines += [
         "",
         f"an answer of {answer['generated_tokens']} tokens in {answer['denoising_steps']} steps:",
-        f"{tokens_per_second} tokens/s after the prompt, {tokens_a_step} tokens per step, peak {size(answer['peak_memory'])}",
+        f"{tokens_per_second} tokens/s after the prompt, {tokens_a_step} tokens per step, peak {peak}",
     ]
     return "\n".join(lines)
 

@@ -120,8 +120,8 @@ def report(filled: Filled, result: ResultOptions, quiet: bool) -> None:
             print(f"{candidate.score:8.3f}  {'+'.join(map(str, candidate.lengths))} tokens{doubt}  {texts}",
                   file=sys.stderr)  # fmt: skip
     if not quiet:
-        print(f"{counted(s.canvases, 'canvas', 'canvases')}, {counted(s.denoising_steps, 'step')}, {s.seconds:.2f} s, peak {size(s.peak_memory)}, "
-              f"seed {filled.seed}", file=sys.stderr)  # fmt: skip
+        work = f"{counted(s.canvases, 'canvas', 'canvases')}, {counted(s.denoising_steps, 'step')}"
+        print(f"{work}, {s.seconds:.2f} s, peak {size(s.peak_memory)}, seed {filled.seed}", file=sys.stderr)
     if best.low_confidence and not result.write:  # `save` says so
         print("dgemma-mlx: the best candidate was still uncertain: low confidence", file=sys.stderr)
 

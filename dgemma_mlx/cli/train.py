@@ -270,7 +270,7 @@ def _show_plan(plan: dict[str, Any], as_json: bool, file: Any) -> None:
     memory = plan["estimated_memory"]
     print(f"{plan['model']}: {plan['examples']:,} examples of at most {plan['longest']:,} tokens, "
           f"canvases of {plan['canvas_length']} tokens", file=file)  # fmt: skip
-    print(f"{plan['steps']:,} steps, {plan['epochs']:g} epochs; {amount(plan['trained_parameters'])} parameters trained",
-          file=file)  # fmt: skip
+    trained = amount(plan["trained_parameters"])
+    print(f"{plan['steps']:,} steps, {plan['epochs']:g} epochs; {trained} parameters trained", file=file)
     print(f"memory: about {size(memory['total'])} (estimated: weights {size(memory['weights'])}, gradients and "
           f"optimizer {size(memory['training'])}, activations {size(memory['activations'])})", file=file)  # fmt: skip

@@ -18,7 +18,9 @@ VALIDATED = {"step": 20, "valid_loss": 1.125, "exact_match": 0.25}
 
 
 def test_a_record_is_a_line() -> None:
-    assert line(TRAINED, 100) == "step  20/100  loss 1.5000  1,234 tokens/s (prompts and canvases)  2 h 1 min left  peak 12.3 MB"
+    assert line(TRAINED, 100) == (
+        "step  20/100  loss 1.5000  1,234 tokens/s (prompts and canvases)  2 h 1 min left  peak 12.3 MB"
+    )
     assert line({**TRAINED, "seconds_left": 59}, 100).count("59 s left") == 1
     assert line(VALIDATED, 100) == "step  20/100  validation: denoising loss 1.1250  exact match 25%"
     assert line({"step": 20, "valid_loss": 1.125}, 20) == "step 20/20  validation: denoising loss 1.1250"
