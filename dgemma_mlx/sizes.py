@@ -1,4 +1,4 @@
-"""Formatting and parsing of human-readable byte counts; rates and counts in words."""
+"""Formatting and parsing of human-readable byte counts; durations, rates and counts in words."""
 
 from __future__ import annotations
 
@@ -45,6 +45,12 @@ def parse_size(text: str) -> int:
     if not 1 <= value < float("inf"):
         raise DgemmaError(f"not a size: {shown(text)}", "Write a number and a unit: 8GB, 7.5GiB or 900MB.", exit_code=2)
     return int(value)
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as ``2 h 1 min``, ``5 min`` or ``59 s``."""
+    hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
 
 
 def rate(count: float, amount: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.sizes import amount, parse_size, rate, size
+from dgemma_mlx.sizes import amount, duration, parse_size, rate, size
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,12 @@ def test_a_size_has_the_largest_unit_that_it_reaches(count: float, text: str) ->
 def test_a_large_count_is_written_in_millions_or_billions() -> None:
     assert [amount(count) for count in (7, 12_345, 999_999, 2_015_232, 999_999_999, 25_823_000_000)] == [
         "7", "12,345", "1.0 M", "2.0 M", "1.0 B", "25.8 B",
+    ]  # fmt: skip
+
+
+def test_a_duration_has_two_units_at_most() -> None:
+    assert [duration(seconds) for seconds in (0.4, 59, 61.5, 3600, 7265)] == [
+        "0 s", "59 s", "1 min", "1 h 0 min", "2 h 1 min"
     ]  # fmt: skip
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,16 +18,12 @@ from dgemma_mlx.cli.loading import load_model
 from dgemma_mlx.cli.parameters import AsJson, ModelOptions, Quiet, decoding_option, output_option, section
 from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.sizes import duration
 
 problem_option = section("Problems")
 
-Task = Annotated[
-    str,
-    problem_option(
-        "--task", metavar="TASK",
-        help="`sudoku`, or a JSONL file whose lines have `messages`, or `prompt` and `completion`.",
-    ),
-]  # fmt: skip
+TASKS = "`sudoku`, or a JSONL file whose lines have `messages`, or `prompt` and `completion`."
+Task = Annotated[str, problem_option("--task", metavar="TASK", help=TASKS)]
 Size = Annotated[
     int | None, problem_option("--size", show_default="6", help="Number of rows of a Sudoku: 4, 6 or 9.")
 ]
@@ -77,6 +76,8 @@ def evaluate(
     if task == "sudoku":
         problems = sudoku_problems(size or 6, count or 100, parse_clues(clues), seed)
     else:
+        if not os.path.exists(task):
+            raise DgemmaError(f"{shown(task)} is neither a task nor a file", f"--task is {TASKS}", exit_code=2)
         for name, value in (("--size", size), ("--clues", clues)):
             if value is not None:
                 raise DgemmaError(f"{name} is for --task sudoku, not for a file", "Leave it out.", exit_code=2)
@@ -85,16 +86,13 @@ def evaluate(
     if examples is not None:
         problems = problems_of(loaded, examples)
     records: list[Mapping[str, Any]] = []
+    with _progress(len(problems), quiet) as progress:
 
-    def progress(record: Mapping[str, Any]) -> None:
-        records.append(record)
-        if not quiet and sys.stderr.isatty():
-            right = sum(record["right"] for record in records)
-            print(f"\r{right} right of {len(records)}", end="", file=sys.stderr, flush=True)
+        def answered(record: Mapping[str, Any]) -> None:
+            records.append(record)
+            progress(len(records), sum(record["right"] for record in records))
 
-    result = evaluate(loaded, problems, batch_size=batch_size, seed=seed, speed=speed, progress=progress)
-    if not quiet and sys.stderr.isatty():
-        print(file=sys.stderr)
+        result = evaluate(loaded, problems, batch_size=batch_size, seed=seed, speed=speed, progress=answered)
     if answers is not None:
         _write(answers, "".join(json.dumps(record) + "\n" for record in records))
     if as_json:
@@ -107,6 +105,28 @@ def evaluate(
         f"{result.denoising_steps:.2f} denoising steps per answer ({result.steps_per_canvas:.2f} per canvas), "
         f"{result.tokens_per_forward:.2f} tokens per step, {result.seconds:.1f} s"
     )
+
+
+@contextmanager
+def _progress(total: int, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that shows on a terminal's stderr how far the evaluation is, and shows nothing elsewhere.
+
+    Its arguments are the numbers of all and of the correct answers until now. The line is erased when the block ends.
+    """
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, right: None
+        return
+    began = time.perf_counter()
+
+    def show(done: int, right: int) -> None:
+        left = duration((time.perf_counter() - began) / done * (total - done))
+        print(f"\r{f'{done} of {total} answered, {right} right, about {left} left':60}", end="", file=sys.stderr,
+              flush=True)  # fmt: skip
+
+    try:
+        yield show
+    finally:
+        print(f"\r{'':60}\r", end="", file=sys.stderr, flush=True)
 
 
 def parse_clues(text: str | None) -> tuple[int, int] | None:

@@ -10,8 +10,9 @@ from dgemma_mlx.checks import shown
 from dgemma_mlx.cli.infill import File, ResultOptions, prepared, print_filled, report, save
 from dgemma_mlx.cli.parameters import AnswerOptions, DenoisingOptions, ModelOptions, prompt_option, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
-from dgemma_mlx.cli.texts import read_text, without_bom
+from dgemma_mlx.cli.texts import is_stdin, read_text, without_bom
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.sizes import counted
 
 if TYPE_CHECKING:
     from dgemma_mlx.infill.template import Part
@@ -113,30 +114,32 @@ def _parts(
     bom, text = without_bom(read_text(file))
     if at is None:
         return bom + text, parse_gaps(text, mark)
-    place = _place(text, at)
+    place = _place(text, at, "text" if is_stdin(file) else "file")
     return bom + text, [text[:place], Gap(size, hint), text[place:]]
 
 
-def _place(text: str, at: str) -> int:
+def _place(text: str, at: str, noun: str) -> int:
     """Return the index of the character at ``LINE:COL``, both counted from 1.
 
-    Raises `DgemmaError` (exit code 2) when the text has no such place.
+    After a line feed at the end of the text, a gap may stand in a line of its own. Raises `DgemmaError` (exit code 2),
+    in which ``noun`` stands for the text, when there is no such place.
     """
     from dgemma_mlx.infill.template import lines_of
 
     line, _, column = at.partition(":")
     lines = lines_of(text) or [""]
+    count = len(lines)
     if lines[-1].endswith("\n"):
         lines.append("")
     if not (line.isdecimal() and column.isdecimal() and max(len(line), len(column)) < 10):
         raise DgemmaError(f"--at must be LINE:COL, not {shown(at)}", "Both count from 1, as in --at 12:5.", exit_code=2)
-    row = int(line)
+    row, hint = int(line), "Lines and columns count from 1, as in --at 12:5."
     if not 1 <= row <= len(lines):
-        raise DgemmaError(f"there is no line {row}", f"The text has {len(lines)} lines.", exit_code=2)
+        raise DgemmaError(f"there is no line {row}: the {noun} has {counted(count, 'line')}", hint, exit_code=2)
     content = lines[row - 1].rstrip("\r\n")
     if not 1 <= int(column) <= len(content) + 1:
-        hint = f"The line has {len(content)} characters."
-        raise DgemmaError(f"there is no column {column} in line {row}", hint, exit_code=2)
+        message = f"there is no column {column}: line {row} has {counted(len(content), 'character')}"
+        raise DgemmaError(message, hint, exit_code=2)
     return sum(map(len, lines[: row - 1])) + int(column) - 1
 
 

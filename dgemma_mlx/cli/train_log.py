@@ -12,7 +12,7 @@ from typing import Any
 from dgemma_mlx.checks import shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import whole_file
-from dgemma_mlx.sizes import size
+from dgemma_mlx.sizes import duration, size
 
 Record = Mapping[str, Any]
 PLOT = "loss.png"
@@ -47,7 +47,7 @@ def line(record: Record, steps: int) -> str:
         return f"{start}  validation: denoising loss {record['valid_loss']:.4f}{match}"
     return (
         f"{start}  loss {record['loss']:.4f}  {record['tokens_per_second']:,} tokens/s (prompts and canvases)  "
-        f"{_duration(record['seconds_left'])} left  peak {size(record['peak_memory'])}"
+        f"{duration(record['seconds_left'])} left  peak {size(record['peak_memory'])}"
     )
 
 
@@ -72,12 +72,6 @@ def plot(output: Path) -> None:
     axes.legend()
     with whole_file(output / PLOT) as file:
         figure.savefig(file, format="png", dpi=120)
-
-
-def _duration(seconds: int) -> str:
-    """Return a duration as ``2 h 1 min``, ``5 min`` or ``59 s``."""
-    hours, minutes = seconds // 3600, seconds % 3600 // 60
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{seconds} s"
 
 
 def _dashboard(name: str | None, output: Path) -> tuple[Callable[[Record], None], Callable[[], Any]]:

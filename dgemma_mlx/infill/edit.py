@@ -22,6 +22,7 @@ from dgemma_mlx.infill.search import Candidate, around
 from dgemma_mlx.infill.template import Gap, Part, lines_of
 from dgemma_mlx.infill.writer import Progress, Writer
 from dgemma_mlx.kernels import LogitBias
+from dgemma_mlx.sizes import counted
 from dgemma_mlx.text.exact import encode_exactly
 
 DEFAULT_STRENGTH = 0.6
@@ -145,8 +146,8 @@ def _line_span(text: str, lines: Lines) -> tuple[int, int]:
     rows = lines_of(text)
     first, last = lines
     if not 1 <= first <= last <= len(rows):
-        hint = f"The text ends with line {len(rows)}."
-        raise DgemmaError(f"there are no lines {shown(first)} to {shown(last)}", hint, exit_code=2)
+        message = f"there are no lines {shown(first)} to {shown(last)}: the text has {counted(len(rows), 'line')}"
+        raise DgemmaError(message, "Lines count from 1.", exit_code=2)
     begin = sum(map(len, rows[: first - 1]))
     return begin, begin + len("".join(rows[first - 1 : last]).rstrip("\r\n"))
 

@@ -191,23 +191,26 @@ def test_choose_prints_probabilities() -> None:
         (["fill"], b"\xff___", "not UTF-8"),
         (["fill"], b"no gap", "no gap"),
         (["fill", "--write"], b"___", "--write needs a FILE"),
-        (["fill", "--at", "3:1"], b"a\nb", "no line 3"),
-        (["fill", "--at", "1:3"], b"a\nb", "no column 3"),
+        (["fill", "--at", "3:1"], b"a\nb", "there is no line 3: the text has 2 lines"),
+        (["fill", "--at", "4:1"], b"a\nb\n", "there is no line 4: the text has 2 lines"),
+        (["fill", "--at", "2:1", "FILE"], b"", "there is no line 2: the file has 1 line"),
+        (["fill", "--at", "1:3"], b"a\nb", "there is no column 3: line 1 has 1 character"),
         (["fill", "--at", "x"], b"a", "LINE:COL"),
         (["fill", "--size", "3"], b"___", "--size"),
         (["fill", "--diff", "--json"], b"___", "exclude"),
         (["fill", "--prefix-file", "a", "b"], b"", "cannot be combined with FILE"),
         (["fill", "-m", "demo"], b"___ " + b"word " * 60 + b"___", "a canvas holds only 32"),
         (["edit", "x", "--lines", "3-a"], b"a", "A-B"),
-        (["edit", "x", "-m", "demo", "--lines", "3"], b"a", "no lines 3 to 3"),
+        (["edit", "x", "-m", "demo", "--lines", "3"], b"a", "there are no lines 3 to 3: the text has 1 line"),
         (["edit", "x", "-m", "demo"], b"", "empty"),
         (["edit", "x", "-m", "demo"], b"word " * 60, "a canvas holds only 31"),
         (["choose", "x", "-m", "demo", "--from", "a"], b"", "at least two different answers"),
         (["choose", "--from", "a,b"], b"", "prompt is empty"),
     ],
 )
-def test_mistakes_are_one_line(arguments: list[str], stdin: bytes, message: str) -> None:
-    done = run(*arguments, stdin=stdin)
+def test_mistakes_are_one_line(arguments: list[str], stdin: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "file.txt").write_text("a")
+    done = run(*(str(tmp_path / "file.txt") if text == "FILE" else text for text in arguments), stdin=stdin)
     assert done.returncode == 2
     assert message in done.stderr.decode()
     assert done.stdout == b""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from dgemma_mlx.train.dataset import as_jsonl
+from tests.cli.terminal import Terminal
 
 FAST = ("--canvas-length", "8", "--batch-size", "4", "--optimizer", "muon", "--causal-weight", "0", "--warmup", "5")
 WORDS = [f"{a} {b}" for a in ("house", "letter", "river", "tree") for b in ("one", "two")]
@@ -147,6 +149,13 @@ def test_a_cut_answer_is_said_in_one_line(tmp_path: Path) -> None:
         ]
 
 
+def test_a_terminal_shows_how_far_an_evaluation_is_and_keeps_only_the_result() -> None:
+    with Terminal(["eval", "-m", "demo", "--task", "sudoku", "--size", "4", "--count", "3"], 80, 24) as terminal:
+        assert terminal.finish() == 0
+        assert re.search(r"\r1 of 3 answered, [01] right, about \d+ s left +\r2 of 3", terminal.output.decode())
+        assert re.fullmatch(r"\d of 3 right \(.*", terminal.text) and "\n" not in terminal.text
+
+
 def test_sudoku_is_evaluated(tmp_path: Path) -> None:
     answers = tmp_path / "answers.jsonl"
     done = run("eval", "-m", "demo", "--task", "sudoku", "--size", "4", "--clues", "10", "--count", "4",
@@ -172,6 +181,9 @@ def test_sudoku_is_evaluated(tmp_path: Path) -> None:
         (("train", "--data", "DATA", "-o", "OUT", "--seed", "4294967296"), "from 0 to 4294967295"),
         (("eval", "--task", "DATA/train.jsonl", "--clues", "5"), "--clues is for --task sudoku"),
         (("eval", "--task", "DATA/train.jsonl", "--size", "4"), "--size is for --task sudoku"),
+        (("eval", "--task", "sort"), "'sort' is neither a task nor a file"),
+        (("eval", "--task", "sort"), "hint: --task is `sudoku`, or a JSONL file"),
+        (("eval",), "hint: `sudoku`, or a JSONL file"),
         (("eval", "--task", "sudoku", "--size", "5"), "Sudoku of 5x5 cells is not supported"),
         (("eval", "--task", "sudoku", "--clues", "few"), "not a number of clues"),
         (("fuse", "--adapter", "absent", "-o", "OUT"), "no adapter folder absent"),
