@@ -310,7 +310,7 @@ def test_a_terminal_that_cannot_edit_gets_no_escape_codes(state: Path) -> None:
 
 def test_a_terminal_that_cannot_edit_has_quotation_marks_and_two_ctrl_c(state: Path) -> None:
     def prompts(number: int) -> None:
-        talk.wait_for(lambda: len(re.findall("^>>>", talk.text, re.MULTILINE)) == number and talk.text.endswith("\n>>>"))
+        talk.wait_for(lambda: talk.prompts() == number and talk.text.endswith("\n>>>"))
 
     with Talk(state, TERM="dumb") as talk:
         talk.type('"""Sort\r')
