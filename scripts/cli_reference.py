@@ -28,6 +28,7 @@ HEAD = """# Command line
 
 NOT_RUN = {  # what examples contain that scripts/docs_commands.py cannot run
     "--url": "a running server; server.md runs it",
+    "--steps 200": "minutes of training",
     "runs/sudoku": "the adapter of recipes/sudoku, whose training takes half an hour",
 }
 

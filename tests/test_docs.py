@@ -55,6 +55,13 @@ def test_the_readme_is_short_and_names_the_first_commands() -> None:
     assert re.search(r"^make demo\nmake test$", text[:2000], re.MULTILINE)
 
 
+def test_the_comparison_has_a_cell_for_each_feature_and_program() -> None:
+    tables = re.findall(r"(?:^\|.*\|\n)+", (DOCS / "comparison.md").read_text(encoding="utf-8"), re.MULTILINE)
+    cells = [row.strip("|\n").split("|") for row in tables[1].splitlines()]
+    assert len(cells) == 2 + 26 and {len(row) for row in cells} == {10}
+    assert all(cell.strip() for row in cells[1:] for cell in row)
+
+
 def _modules_of_the_tree() -> set[str]:
     """Return the modules that the tree of architecture.md names, as paths from the repository's root."""
     page = (DOCS / "architecture.md").read_text(encoding="utf-8")

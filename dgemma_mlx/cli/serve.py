@@ -124,7 +124,7 @@ def serve(
         - Web pages of other origins are refused unless `--allow-origin` names them: `app://obsidian.md` is the one of
           Obsidian, and `vscode-file://vscode-app` that of VS Code.
         - Ctrl-C or SIGTERM ends the server in order: answers that are being written are cancelled.
-        - `pip install 'dgemma-mlx[serve]'` installs the libraries that the server needs.
+        - The extra `serve` has the libraries that the server needs; docs/install.md says how to add them.
 
     Examples:
         dgemma-mlx serve -m demo --open
@@ -161,7 +161,9 @@ def _require_libraries() -> None:
 
     missing = [name for name in ("starlette", "uvicorn", "msgspec") if find_spec(name) is None]
     if missing:
-        raise DgemmaError(f"serve needs {' and '.join(missing)}", "Run pip install 'dgemma-mlx[serve]' first.", 2)
+        names = " ".join(missing)
+        hint = f"Run pip install {names}, or pipx inject dgemma-mlx {names}."
+        raise DgemmaError(f"serve needs {' and '.join(missing)}", hint, 2)
 
 
 def _server_settings(

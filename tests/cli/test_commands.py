@@ -77,9 +77,8 @@ def test_text_in_three_quotation_marks_is_a_message_whatever_it_says(chat: Local
     assert contents(chat)[-1] == '"""not closed'
 
 
-def test_help_lists_every_command_of_the_issue(chat: LocalChat, capsys: pytest.CaptureFixture[str]) -> None:
-    names = ["help", "system", "set", "show", "clear", "regen", "undo", "edit", "read", "save", "load", "stats", "bye"]
-    assert list(COMMANDS) == names
+def test_help_lists_every_command(chat: LocalChat, capsys: pytest.CaptureFixture[str]) -> None:
+    names = list(COMMANDS)
     take(chat, "/help")
     printed = capsys.readouterr()
     assert printed.out == ""  # no terminal: stdout is for answers
@@ -222,27 +221,76 @@ def test_regen_and_edit_need_a_turn_and_edit_a_terminal(chat: LocalChat) -> None
     assert "/edit needs a terminal" in refused(chat, "/edit")
 
 
-def test_files_go_with_the_next_message(chat: LocalChat, tmp_path: Path) -> None:
-    (tmp_path / "one.txt").write_text("Sort\n")
-    (tmp_path / "and two.txt").write_text("  7 3 5 ß\n")
-    take(chat, f"/read {tmp_path / 'one.txt'}")
-    take(chat, f"/read   {tmp_path / 'and two.txt'}  ")
+def test_files_go_with_the_next_message(
+    chat: LocalChat, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("one.txt").write_text("Sort\n")
+    Path("and two.txt").write_text("  7 3 5 ß\n")
+    take(chat, "/read one.txt")
+    tokens = len(chat.model.tokenizer.encode("one.txt:\n```\nSort\n```"))
+    assert capsys.readouterr().err.splitlines() == [
+        f"one.txt: 5 bytes, {tokens} tokens", "1 file will be sent with your next message; /drop takes them back"
+    ]  # fmt: skip
+    take(chat, "/read   and two.txt  ")  # a path that exists needs no quotation marks
     assert chat.session.messages == []
-    say(chat, "please")
-    say(chat, "Sort 2 1")
-    assert contents(chat)[0::2] == ["Sort\n\n7 3 5 ß\n\nplease", "Sort 2 1"]
+    take(chat, "please")
+    take(chat, "Sort 2 1")
+    sent = "one.txt:\n```\nSort\n```\n\nand two.txt:\n```\n  7 3 5 ß\n```\n\nplease"
+    assert contents(chat) == [sent, "Sort 2 1"]
+
+
+@pytest.mark.parametrize("line", [
+    "{0}/a.txt {0}/My\\ File.txt", "'{0}/a.txt' \"{0}/My File.txt\"",
+    "~/a.txt ~/My\\ File.txt ", "~/a.txt '~/My File.txt'",
+])  # fmt: skip
+def test_several_files_are_read_as_they_are_pasted(
+    chat: LocalChat, tmp_path: Path, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a.txt", "My File.txt"):
+        (tmp_path / name).write_text(name)
+    take(chat, "/read " + line.format(tmp_path))
+    assert [attachment.text for attachment in chat.attachments] == ["a.txt", "My File.txt"]
+
+
+def test_a_file_with_a_quotation_mark_in_its_name(chat: LocalChat, tmp_path: Path) -> None:
+    (tmp_path / "don't.txt").write_text("x")
+    take(chat, f"/read {tmp_path}/don't.txt")
+    take(chat, f"/read {tmp_path}/don\\'t.txt")
+    assert [Path(attachment.name).name for attachment in chat.attachments] == ["don't.txt"]  # read again, sent once
+    assert "a quotation mark is open" in refused(chat, "/read a don't.txt")
+
+
+def test_files_are_listed_and_dropped(chat: LocalChat, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.txt", "b.txt", "c.txt", "d.txt"):
+        (tmp_path / name).write_text(name)
+    assert "no file waits" in refused(chat, "/drop")
+    take(chat, f"/read {tmp_path}")
+    assert "d.txt" in capsys.readouterr().err
+    take(chat, "/drop 2")
+    take(chat, "/drop d.txt")
+    take(chat, f"/drop {tmp_path}/a.txt")
+    capsys.readouterr()
+    take(chat, "/files")
+    assert capsys.readouterr().err.startswith(f"1  {tmp_path}/c.txt: 5 bytes, ")
+    for name in ("2", "0", "a.txt", "nowhere"):
+        assert f"no file that waits is called {name}" in refused(chat, f"/drop {name}")
+    take(chat, f"/read {tmp_path}/a.txt")
+    take(chat, "/drop")
+    assert chat.attachments == []
 
 
 def test_files_that_cannot_be_read(chat: LocalChat, tmp_path: Path) -> None:
-    (tmp_path / "binary").write_bytes(b"caf\xe9")
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    (tmp_path / "good").write_text("good")
     assert "which file?" in refused(chat, "/read")
     assert "which file?" in refused(chat, "/read a\0b")
     assert "nowhere: No such file" in refused(chat, "/read nowhere")
     assert "~nosuchuser/x: No such file" in refused(chat, "/read ~nosuchuser/x")
-    assert "is not a file" in refused(chat, f"/read {tmp_path}")
-    assert "is not a file" in refused(chat, "/read /dev/zero")
-    assert "not UTF-8 text" in refused(chat, f"/read {tmp_path / 'binary'}")
-    assert chat.attached == ""
+    assert "binary file" in refused(chat, "/read /dev/zero")
+    assert "not UTF-8 text" in refused(chat, f"/read {tmp_path}/good {tmp_path}/latin")
+    assert chat.attachments == []
 
 
 def test_a_conversation_is_saved_and_continued(chat: LocalChat, tmp_path: Path) -> None:
@@ -259,7 +307,11 @@ def test_a_conversation_is_saved_and_continued(chat: LocalChat, tmp_path: Path) 
     say(chat, NAME)
     assert contents(other) == contents(chat)
     assert "Ana" in contents(other)[-1]
-    take(other, f"/save {path}")  # a saved conversation may be replaced
+    take(chat, f"/save {path}")
+    escaped = str(path).replace(" ", "\\ ")
+    take(other, f"/load {escaped}")
+    assert other.session == chat.session
+    take(other, f"/save '{path}'")  # a saved conversation may be replaced
     assert Session.load(path) == other.session
 
 

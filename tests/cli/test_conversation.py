@@ -255,6 +255,7 @@ def test_ctrl_c_while_the_prompt_is_read_keeps_nothing(state: Path, tmp_path: Pa
         assert talk.say(CTRL_C, enter="") == ["cancelled; nothing was kept"]
         assert any(re.fullmatch("denoising steps +0", row) for row in talk.say("/stats"))
         talk.say("/set steps 2")
+        assert talk.say("/drop") == [f"{tmp_path / 'long.txt'} will not be sent"]  # the file has waited for another try
         assert talk.say("Sort 7 3 5")  # the conversation continues
         assert len(messages(state)) == 2
 
@@ -305,6 +306,33 @@ def test_a_terminal_that_cannot_edit_gets_no_escape_codes(state: Path) -> None:
         talk.wait_for(lambda: talk.text.endswith("3 5 7\n>>>"))
         talk.leave()
         assert b"\x1b" not in talk.output
+
+
+def test_a_terminal_that_cannot_edit_has_quotation_marks_and_two_ctrl_c(state: Path) -> None:
+    def prompts(number: int) -> None:
+        talk.wait_for(lambda: talk.prompts() == number and talk.text.endswith("\n>>>"))
+
+    with Talk(state, TERM="dumb") as talk:
+        talk.type('"""Sort\r')
+        talk.wait_for(lambda: talk.text.endswith("\n..."))
+        talk.type('9 3 5"""\r')
+        prompts(2)
+        assert messages(state)[-2]["content"] == "Sort\n9 3 5"
+        talk.type('"""Sort\r')
+        talk.wait_for(lambda: talk.text.endswith("\n..."))
+        talk.type(CTRL_C)  # gives up the message
+        prompts(3)
+        assert "again" not in talk.text and len(messages(state)) == 2
+        talk.type(CTRL_C)
+        prompts(4)
+        assert "Ctrl-C again or Ctrl-D leaves" in talk.text
+        talk.type("/system\r")  # another line in between restarts the count
+        prompts(5)
+        talk.type(CTRL_C)
+        prompts(6)
+        talk.type(CTRL_C)
+        assert talk.finish() == 0
+    assert len(messages(state)) == 2
 
 
 def test_a_folder_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:

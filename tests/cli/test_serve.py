@@ -89,7 +89,7 @@ def test_without_its_libraries_it_says_how_to_install_them() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert done.stderr == (
-        "dgemma-mlx: serve needs uvicorn\nhint: Run pip install 'dgemma-mlx[serve]' first.\n"
+        "dgemma-mlx: serve needs uvicorn\nhint: Run pip install uvicorn, or pipx inject dgemma-mlx uvicorn.\n"
     )
 
 

@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from dgemma_mlx.cli.attachments import Attachment
 from dgemma_mlx.cli.batch import NO_ANSWER
 from dgemma_mlx.cli.chat.session import Session
 from dgemma_mlx.cli.interrupt import interruptible
@@ -26,14 +27,14 @@ class Chat(ABC):
     Attributes:
         session: Messages, system prompt and changed settings.
         draw: Whether the canvas is drawn on the terminal.
-        attached: Text of files, which goes before the next message.
+        attachments: Files that go before the next message.
         last: The last answer, or None.
     """
 
     def __init__(self, session: Session, defaults: dict[str, Any], *, draw: bool) -> None:
         """``defaults`` are the settings that ``/set`` has not changed."""
         self.session, self.draw = session, draw
-        self.attached = ""
+        self.attachments: list[Attachment] = []
         self.last: Done | None = None
         self._defaults = defaults
 
@@ -48,6 +49,10 @@ class Chat(ABC):
     @abstractmethod
     def value_in_force(self, name: str) -> Any:
         """Return the value that the model takes for a setting; None where that is not one value, or not known."""
+
+    @abstractmethod
+    def tokens_of(self, text: str) -> int | None:
+        """Return the number of tokens of a text; None where the tokenizer is elsewhere."""
 
     @abstractmethod
     def _run(self, seed: int | None, cancelled: Callable[[], bool]) -> Done:

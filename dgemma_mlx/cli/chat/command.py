@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 from dgemma_mlx.cli.chat.answer import Chat
 from dgemma_mlx.cli.render.visible import visible
-from dgemma_mlx.errors import DgemmaError
 
 
 class Outcome(NamedTuple):
@@ -56,11 +54,3 @@ def can_edit() -> bool:
 def say(text: str) -> None:
     """Print to the terminal, or to stderr when stdout is a pipe, which receives only answers."""
     print(visible(text), file=sys.stdout if sys.stdout.isatty() else sys.stderr)
-
-
-def path_of(text: str, usage: str) -> Path:
-    """Return the path that follows a command. Raises `DgemmaError` when there is none."""
-    path = Path(os.path.expanduser(text))
-    if not path.name or "\0" in text:
-        raise DgemmaError("which file?", f"Write {usage}.")
-    return path

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 
+from dgemma_mlx.cli.attachments import with_attachments
 from dgemma_mlx.cli.chat import files, options, turns
 from dgemma_mlx.cli.chat.answer import Chat
 from dgemma_mlx.cli.chat.command import Command, Outcome, say
@@ -19,6 +20,11 @@ _COMMAND = re.compile(r"/(\S*)\s*(.*)", re.DOTALL)
 def is_quoted(text: str) -> bool:
     """Return whether the text begins and ends with three quotation marks."""
     return len(text) >= 2 * len(QUOTES) and text.startswith(QUOTES) and text.endswith(QUOTES)
+
+
+def is_open(text: str) -> bool:
+    """Return whether the text begins with three quotation marks and does not end with them."""
+    return text.strip().startswith(QUOTES) and not is_quoted(text.strip())
 
 
 def take(chat: Chat, line: str, *, edited: bool = False) -> Outcome:
@@ -39,8 +45,8 @@ def take(chat: Chat, line: str, *, edited: bool = False) -> Outcome:
         return Outcome()
     if edited:
         chat.session.pop_turn()
-    chat.session.add("user", chat.attached + message)
-    chat.attached = ""
+    chat.session.add("user", with_attachments(message, chat.attachments))
+    chat.attachments = []
     return Outcome(ask=True)
 
 

@@ -14,7 +14,7 @@ from prompt_toolkit.filters import has_focus
 from prompt_toolkit.history import FileHistory, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-from dgemma_mlx.cli.chat.commands import COMMANDS, QUOTES, is_quoted
+from dgemma_mlx.cli.chat.commands import COMMANDS, is_open
 from dgemma_mlx.cli.chat.session import CHANGEABLE
 
 
@@ -64,8 +64,7 @@ def _keys() -> KeyBindings:
     @keys.add("enter", filter=writing)
     def _(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
-        text = buffer.text.strip()
-        if text.startswith(QUOTES) and not is_quoted(text):
+        if is_open(buffer.text):
             buffer.insert_text("\n")
         else:
             buffer.validate_and_handle()

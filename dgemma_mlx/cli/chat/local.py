@@ -49,6 +49,10 @@ class LocalChat(Chat):
         value = self.setting(name)
         return getattr(self.model.generation, name, None) if value is None else value
 
+    def tokens_of(self, text: str) -> int:
+        """Return the number of tokens of a text."""
+        return len(self.model.tokenizer.encode(text))
+
     def _run(self, seed: int | None, cancelled: Callable[[], bool]) -> Done:
         """Generate an answer and show it."""
         from dgemma_mlx.generation.api import stream

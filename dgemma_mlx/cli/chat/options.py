@@ -11,7 +11,7 @@ from dgemma_mlx.cli.chat.command import Command, say
 from dgemma_mlx.cli.chat.session import CHANGEABLE
 from dgemma_mlx.cli.settings import parse
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.sizes import size
+from dgemma_mlx.sizes import counted, size
 
 _SHORT = {"steps": "max_denoising_steps"}
 _UNSET = {"seed": "random", "temp": "falls from t_max to t_min"}  # how a setting without a value is shown
@@ -58,8 +58,8 @@ def _show(chat: Chat, rest: str) -> None:
         say(f"\n[{message['role']}{mark}]\n{content if isinstance(content, str) else json.dumps(content)}")
         for call in message.get("tool_calls") or ():
             say(f"tool call: {json.dumps(call, ensure_ascii=False)}")
-    if chat.attached:
-        say(f"\n{len(chat.attached):,} characters of files will be sent with the next message")
+    if chat.attachments:
+        say(f"\n{counted(len(chat.attachments), 'file')} will be sent with the next message: /files")
 
 
 def _stats(chat: Chat, rest: str) -> None:

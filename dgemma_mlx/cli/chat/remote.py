@@ -71,6 +71,9 @@ class RemoteChat(Chat):
         """Return the value of a setting; None where the server chooses it."""
         return self.setting(name) if name in SENT else None
 
+    def tokens_of(self, text: str) -> None:
+        """Return None: the tokenizer is the server's."""
+
     def _run(self, seed: int | None, cancelled: Callable[[], bool]) -> Done:
         """Ask the server, without the oldest turns where the conversation is too long for it, and show the answer."""
         while True:

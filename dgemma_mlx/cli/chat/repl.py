@@ -173,30 +173,31 @@ def _talk(chat: Chat, history: Path | None, folder: Path | None, kept: bool) -> 
 
     ``kept`` says whether this conversation is already the last one on disk.
     """
-    from dgemma_mlx.cli.chat.command import at_terminal, can_edit
+    from dgemma_mlx.cli.chat.command import at_terminal
     from dgemma_mlx.cli.chat.commands import take
 
     person = at_terminal()
     if person:
         print("/help lists the commands, Ctrl-D leaves", file=sys.stderr)
-    ask = _editor(history) if can_edit() else _lines(">>> " if person else "")
+    ask = _asker(history, person)
     failed, start = False, ""
     while (line := ask(start)) is not None:
-        edited, start, before = bool(start), "", list(chat.session.messages)
+        edited, start = bool(start), ""
+        before = list(chat.session.messages), chat.attachments
         try:
             outcome = take(chat, line, edited=edited)
             if outcome.leave:
                 break
             start = outcome.text
             if outcome.ask and not chat.answer(again=outcome.again):
-                chat.session.messages = before
+                chat.session.messages, chat.attachments = before
         except DgemmaError as error:
-            chat.session.messages, failed = before, True
+            (chat.session.messages, chat.attachments), failed = before, True
             _complain(error)
         except KeyboardInterrupt:
             if not person:
                 raise
-            chat.session.messages = before
+            chat.session.messages, chat.attachments = before
             print("interrupted", file=sys.stderr)
         kept = kept or bool(chat.session.messages)
         if folder is not None and kept:
@@ -207,29 +208,16 @@ def _talk(chat: Chat, history: Path | None, folder: Path | None, kept: bool) -> 
         raise typer.Exit(1)
 
 
-def _editor(history: Path | None) -> Ask:
-    """Return a function that asks for a line on a terminal that can edit."""
+def _asker(history: Path | None, person: bool) -> Ask:
+    """Return a function that asks for a line as well as stdin and stdout allow."""
+    from dgemma_mlx.cli.chat.command import can_edit
+    from dgemma_mlx.cli.chat.lines import piped_lines, typed_lines
+
+    if not can_edit():
+        return typed_lines() if person else piped_lines()
     from dgemma_mlx.cli.chat.editor import editor
 
     return editor(history)
-
-
-def _lines(prompt: str) -> Ask:
-    """Return a function that prints a prompt and reads the next line of stdin."""
-    number = 0
-
-    def ask(start: str) -> str | None:
-        nonlocal number
-        number += 1
-        print(prompt, end="", flush=True)
-        line = sys.stdin.buffer.readline()
-        try:
-            return line.decode("utf-8-sig" if number == 1 else "utf-8") if line else None
-        except UnicodeDecodeError:
-            message = f"standard input is not UTF-8 text (line {number})"
-            raise DgemmaError(message, "Convert it to UTF-8 first, for example with iconv.", exit_code=2) from None
-
-    return ask
 
 
 def _keep(session: Session, folder: Path) -> None:
