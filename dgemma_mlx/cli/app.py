@@ -69,7 +69,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Write": (chat, generate, fill, edit, choose, serve),
     "Models": (info, convert),
     "Fine-tune": (train, evaluate, fuse),
-    "Machine": (doctor, bench, config),
+    "Machine": (doctor, bench),
 }
 
 
@@ -92,6 +92,7 @@ for title, commands in COMMANDS.items():
         name = "eval" if command is evaluate else None
         app.command(name, cls=Command, rich_help_panel=title)(expand(command))
 app.add_typer(models, name="models", rich_help_panel="Models")
+app.add_typer(config, name="config", rich_help_panel="Machine")
 
 
 def _print_version(value: bool) -> None:

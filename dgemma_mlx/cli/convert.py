@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dgemma_mlx.checks import reason, shown
+from dgemma_mlx.cli import complete
 from dgemma_mlx.cli.interrupt import end_in_order, ending_at_once
 from dgemma_mlx.cli.parameters import PlanAsJson, output_option, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
@@ -26,16 +27,29 @@ _STAGES = {"convert": "converting", "verify": "comparing", "measure": "measuring
 
 recipe_option, work_option, upload_option = section("Recipe"), section("Work"), section("Upload")
 
-SourceName = Annotated[str | None, typer.Argument(help="A folder, a Hub id `owner/name[@revision]`, or `demo`.")]
+SourceName = Annotated[
+    str | None,
+    typer.Argument(
+        help="A folder, a Hub id `owner/name[@revision]`, or `demo`.", autocompletion=complete.cached_models
+    ),
+]
 Output = Annotated[
     Path | None,
     output_option("--output", "-o", metavar="FOLDER", show_default="SOURCE-RECIPE, next to a source folder, else here",
                   help="The new folder."),
 ]  # fmt: skip
-RecipeName = Annotated[str, recipe_option("--recipe", metavar="NAME", help="The recipe, as in --list-recipes.")]
+RecipeName = Annotated[
+    str,
+    recipe_option(
+        "--recipe", metavar="NAME", help="The recipe, as in --list-recipes.", autocompletion=complete.recipes
+    ),
+]
 GroupSize = Annotated[
     int | None,
-    recipe_option("--group-size", show_default="the recipe's", help="Number of values per scale: 32, 64 or 128."),
+    recipe_option(
+        "--group-size", show_default="the recipe's", help="Number of values per scale: 32, 64 or 128.",
+        autocompletion=complete.one_of("32", "64", "128"),
+    ),
 ]
 TargetSize = Annotated[
     str | None,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from dgemma_mlx.checks import LARGEST_SEED, shown
+from dgemma_mlx.cli import complete
 from dgemma_mlx.cli.loading import load_model
 from dgemma_mlx.cli.parameters import AsJson, ModelOptions, Quiet, decoding_option, output_option, section
 from dgemma_mlx.cli.settings import Settings
@@ -23,10 +24,16 @@ from dgemma_mlx.sizes import duration
 problem_option = section("Problems")
 
 TASKS = "`sudoku`, or a JSONL file whose lines have `messages`, or `prompt` and `completion`."
-Task = Annotated[str, problem_option("--task", metavar="TASK", help=TASKS)]
-Size = Annotated[
-    int | None, problem_option("--size", show_default="6", help="Number of rows of a Sudoku: 4, 6 or 9.")
+Task = Annotated[
+    str, problem_option("--task", metavar="TASK", help=TASKS, autocompletion=complete.one_of("sudoku"))
 ]
+Size = Annotated[
+    int | None,
+    problem_option(
+        "--size", show_default="6", help="Number of rows of a Sudoku: 4, 6 or 9.",
+        autocompletion=complete.one_of("4", "6", "9"),
+    ),
+]  # fmt: skip
 Clues = Annotated[
     str | None, problem_option("--clues", metavar="A-B", help="Number of given cells in a Sudoku, such as 18 or 14-22.")
 ]
@@ -38,8 +45,12 @@ Seed = Annotated[
 ]
 BatchSize = Annotated[int, decoding_option("--batch-size", min=1, help="Number of problems answered at a time.")]
 SpeedMode = Annotated[
-    str, decoding_option("--speed", metavar="MODE", help="When a canvas is final: reference, balanced or fast.")
-]
+    str,
+    decoding_option(
+        "--speed", metavar="MODE", autocompletion=complete.values_of("speed"),
+        help="When a canvas is final: reference, balanced or fast.",
+    ),
+]  # fmt: skip
 Answers = Annotated[
     Path | None, output_option("--answers", metavar="FILE", help="Write every answer to this file as a line of JSON.")
 ]

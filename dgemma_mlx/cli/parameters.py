@@ -18,6 +18,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from dgemma_mlx.checks import LARGEST_SEED
+from dgemma_mlx.cli import complete
 
 
 def section(title: str) -> Callable[..., Any]:
@@ -36,7 +37,7 @@ ModelName = Annotated[
     str | None,
     model_option(
         "--model", "-m", metavar="MODEL", show_default="the settings' model, else demo",
-        help="A folder, a Hub id `owner/name[@revision]`, or `demo`.",
+        help="A folder, a Hub id `owner/name[@revision]`, or `demo`.", autocompletion=complete.cached_models,
     ),
 ]  # fmt: skip
 Adapter = Annotated[
@@ -45,14 +46,14 @@ Adapter = Annotated[
 Dtype = Annotated[
     str | None,
     resource_option(
-        "--dtype", metavar="TYPE", show_default="auto",
+        "--dtype", metavar="TYPE", show_default="auto", autocompletion=complete.values_of("dtype"),
         help="Number format of the computation: auto, bfloat16, float16 or float32.",
     ),
 ]  # fmt: skip
 CpuDequantize = Annotated[
     str | None,
     resource_option(
-        "--cpu-dequantize", metavar="MODE", show_default="auto",
+        "--cpu-dequantize", metavar="MODE", show_default="auto", autocompletion=complete.values_of("cpu_dequantize"),
         help="Unpack 4-bit and 8-bit weights where there is no Metal: auto, on or off.",
     ),
 ]  # fmt: skip
@@ -107,13 +108,14 @@ Seed = Annotated[
 SpeedMode = Annotated[
     str | None,
     decoding_option(
-        "--speed", metavar="MODE", show_default="balanced", help="When a canvas is final: reference, balanced or fast."
+        "--speed", metavar="MODE", show_default="balanced", autocompletion=complete.values_of("speed"),
+        help="When a canvas is final: reference, balanced or fast.",
     ),
-]
+]  # fmt: skip
 VerifyMode = Annotated[
     str | None,
     decoding_option(
-        "--verify", metavar="MODE", show_default="off",
+        "--verify", metavar="MODE", show_default="off", autocompletion=complete.values_of("verify"),
         help="Let the encoder check each canvas: off, flag or repair. Use it where the answer follows from the prompt.",
     ),
 ]  # fmt: skip

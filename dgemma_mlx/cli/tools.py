@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from dgemma_mlx.checks import reason
+from dgemma_mlx.cli import complete
 from dgemma_mlx.cli.parameters import prompt_option
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import parse_json
@@ -21,6 +22,7 @@ Tools = Annotated[
 Choose = Annotated[
     str | None,
     prompt_option("--tool-choice", metavar="CHOICE", show_default="auto",
+                  autocompletion=complete.one_of("auto", "none", "required"),
                   help="Whether a tool is called: auto, none, required, or the name of a tool."),
 ]  # fmt: skip
 

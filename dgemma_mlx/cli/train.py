@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from dgemma_mlx.cli import complete
 from dgemma_mlx.cli.interrupt import interruptible
 from dgemma_mlx.cli.loading import load_model
 from dgemma_mlx.cli.parameters import (
@@ -64,13 +65,20 @@ Rate = Annotated[
     float | None,
     training_option("--learning-rate", show_default="1e-4 for adamw, 1e-2 for muon", help="Peak learning rate."),
 ]
-OptimizerName = Annotated[str, training_option("--optimizer", metavar="NAME", help="Optimizer: adamw or muon.")]
+OptimizerName = Annotated[
+    str,
+    training_option(
+        "--optimizer", metavar="NAME", help="Optimizer: adamw or muon.",
+        autocompletion=complete.one_of("adamw", "muon"),
+    ),
+]  # fmt: skip
 ScheduleName = Annotated[
     str,
     training_option(
-        "--schedule", metavar="NAME", help="Learning rate after the warm-up: cosine, linear or constant."
+        "--schedule", metavar="NAME", help="Learning rate after the warm-up: cosine, linear or constant.",
+        autocompletion=complete.one_of("cosine", "linear", "constant"),
     ),
-]
+]  # fmt: skip
 Warmup = Annotated[int, training_option("--warmup", min=0, help="Steps over which the learning rate rises.")]
 Decay = Annotated[float, training_option("--weight-decay", min=0.0, help="Weight decay of the optimizer.")]
 Causal = Annotated[
@@ -118,8 +126,12 @@ ValidAnswers = Annotated[
     int, log_option("--valid-answers", min=0, help="Number of validation examples to answer for the exact match.")
 ]
 ReportTo = Annotated[
-    str | None, log_option("--report-to", metavar="NAME", help="Report to tensorboard or wandb, if it is installed.")
-]
+    str | None,
+    log_option(
+        "--report-to", metavar="NAME", help="Report to tensorboard or wandb, if it is installed.",
+        autocompletion=complete.one_of("tensorboard", "wandb"),
+    ),
+]  # fmt: skip
 Resume = Annotated[bool, log_option("--resume", help="Continue the run in the output folder.")]
 DryRun = Annotated[bool, output_option("--dry-run", help="Check the data, estimate the memory and stop.")]
 
