@@ -27,8 +27,8 @@ demo: $(VENV)/.installed ## ask the built-in model three questions
 		echo; echo "\$$ dgemma-mlx generate -m demo --seed 1 \"$$prompt\""; \
 		$(VENV)/bin/dgemma-mlx generate -m demo --seed 1 "$$prompt" || exit 1; done
 	@printf '%s\n' "" "The program is $(CURDIR)/$(VENV)/bin/dgemma-mlx. To call it by its name:" \
-		"  source $(VENV)/bin/activate    in this terminal (fish: source $(VENV)/bin/activate.fish)" \
-		"  pipx install '.[serve]'         in every terminal (or uv tool install '.[serve]'; see docs/install.md)" \
+		"  source $(VENV)/bin/activate     in this terminal (fish: $(VENV)/bin/activate.fish)" \
+		"  pipx install '.[serve]'       in every terminal (docs/install.md has other ways)" \
 		"Then: dgemma-mlx chat -m demo"
 
 demo-model: $(VENV)/.installed ## train the built-in model from nothing in runs/demo (resumes), and score it

@@ -46,9 +46,9 @@ DiffusionGemma is a block-diffusion model and does not write word by word: it fi
 refines the whole canvas in a few denoising steps.
 
 Begin with `dgemma-mlx generate "Sort 7 3 5"`, which the built-in demo answers. The demo shows what the program does;
-it is not a useful language model. Its 2 million parameters solve 4x4 Sudoku, sort, reverse, add, count, write JSON from
-a sentence and recall a name, not always correctly, and it replies "I do not know that." to most other prompts in
-English. Choose a real model with `-m` or DGEMMA_MODEL.
+it is not a useful language model. Its 2 million parameters solve 4x4 Sudoku, sort, reverse, add, count 30 numbers,
+write JSON from a sentence and recall a name, not always correctly, and it replies "I do not know that." to most other
+prompts in English. Choose a real model with `-m` or DGEMMA_MODEL.
 
 Notes:
     - `dgemma-mlx COMMAND --help` explains a command.
