@@ -48,12 +48,15 @@ class Repository:
     xet: dict[str, str] = field(default_factory=dict)
 
     def commit(self, revision: str) -> str:
-        """Return the commit of a branch, 40 hex digits."""
-        return hashlib.sha1(revision.encode()).hexdigest()
+        """Return the commit of a branch, 40 hex digits, which depends on the contents of its files."""
+        contents = "".join(f"{name} {_digest(name, data)}" for name, data in self.revisions[revision].items())
+        return hashlib.sha1(f"{revision} {contents}".encode()).hexdigest()
 
     def files(self, revision: str) -> Files | None:
         """Return the files of a branch or commit, or None if it does not exist."""
-        return next((f for r, f in self.revisions.items() if revision in (r, self.commit(r))), None)
+        if revision in self.revisions:
+            return self.revisions[revision]
+        return next((files for name, files in self.revisions.items() if revision == self.commit(name)), None)
 
 
 @dataclass

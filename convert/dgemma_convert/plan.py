@@ -16,7 +16,7 @@ from dgemma_convert.recipes import CLASSES, VISION, Recipe, class_of, layer_of
 from dgemma_convert.source import Source, Weight
 from dgemma_mlx.checkpoint.names import some_of
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.generation.memory import run_memory
+from dgemma_mlx.generation.memory import run_memory, weight_memory
 from dgemma_mlx.sizes import size
 from dgemma_mlx.version import __version__
 
@@ -160,9 +160,22 @@ class Plan:
         return shutil.disk_usage(self._parent).free
 
     @property
+    def context(self) -> int:
+        """Number of tokens of context in ``memory_to_run``: ``CONTEXT``, or all that the model supports."""
+        return min(CONTEXT, self.source.config.text.max_position_embeddings)
+
+    @property
     def memory_to_run(self) -> int:
-        """Estimated memory for generating with the output and ``CONTEXT`` tokens of context, in bytes."""
-        return run_memory(self.source.config, self.bytes_out, CONTEXT)
+        """Estimated memory for generating with the output and ``context`` tokens of context, in bytes."""
+        return self.memory_with(self.context)
+
+    def memory_with(self, context: int) -> int:
+        """Return the estimated memory for generating with the output and a number of tokens of context, in bytes.
+
+        The vision tower is not counted, because generating does not load it.
+        """
+        parts = (part for target in self.targets if target.tensor_class != VISION for part in target.parts)
+        return run_memory(self.source.config, weight_memory(parts), context)
 
     def classes(self) -> list[ClassSummary]:
         """Return the totals of each class that has tensors."""

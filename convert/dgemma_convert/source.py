@@ -189,7 +189,7 @@ def open_source(checkpoint: Checkpoint) -> Source:
 
 def _remote_headers(checkpoint: Checkpoint) -> Iterator[dict[str, StoredTensor]]:
     """Yield the tensors of each weight file of a checkpoint on the Hub."""
-    for file, header in remote_headers(checkpoint.name).items():
+    for file, header in remote_headers(checkpoint).items():
         yield {
             name: StoredTensor(checkpoint.folder / file, tensor.dtype, tuple(tensor.shape), *tensor.data_offsets)
             for name, tensor in header.tensors.items()

@@ -83,20 +83,28 @@ class Repository:
         files = [file for file in self.files if any(fnmatch(file.name, pattern) for pattern in wanted)]
         return [file for file in files if _size_of(self.snapshot / file.name) != file.size]
 
+    def blob(self, file: RemoteFile) -> Path:
+        """Return the path of a file's content."""
+        return self.folder / "blobs" / file.etag
+
     def part(self, file: RemoteFile) -> Path:
-        """Return the path of what has arrived of a file."""
+        """Return the path of what has arrived of a file's content."""
         return self.folder / "blobs" / f"{file.etag}.incomplete"
+
+    def arrived(self, file: RemoteFile) -> int:
+        """Return how many bytes of a file's content are there, perhaps for another commit."""
+        return file.size if _size_of(self.blob(file)) == file.size else max(0, _size_of(self.part(file)))
 
     def bytes_left(self, files: Iterable[RemoteFile]) -> int:
         """Return the number of bytes of files that have not arrived."""
-        return sum(max(0, file.size - max(0, _size_of(self.part(file)))) for file in files)
+        return sum(max(0, file.size - self.arrived(file)) for file in files)
 
 
-def cache_folder(repo_id: str) -> Path:
-    """Return the folder of a repository in the Hub's cache, which may not exist."""
+def hub_cache() -> Path:
+    """Return the folder of the Hub's cache, which may not exist."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
+    return Path(constants.HF_HUB_CACHE)
 
 
 def list_files(repo_id: str, revision: str | None) -> Repository:
@@ -115,7 +123,7 @@ def list_files(repo_id: str, revision: str | None) -> Repository:
     for file in files:
         if not _ETAG.fullmatch(file.etag):
             raise DgemmaError(f"the Hub names a strange checksum of {shown(file.name)}", "Check HF_ENDPOINT.")
-    return Repository(repo_id, commit, cache_folder(repo_id), files)
+    return Repository(repo_id, commit, hub_cache() / f"models--{repo_id.replace('/', '--')}", files)
 
 
 def free_space(folder: Path) -> int:
@@ -123,10 +131,20 @@ def free_space(folder: Path) -> int:
     return shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
 
 
+def check_space(repository: Repository, files: Sequence[RemoteFile]) -> None:
+    """Raise ``DgemmaError`` if the disk has no space for the files."""
+    needed, free = repository.bytes_left(files), free_space(repository.folder)
+    if needed > free:
+        raise DgemmaError(
+            f"{size(needed)} are to be downloaded to {repository.folder.parent}, but only {size(free)} are free there",
+            "Free some space, or name a folder on another disk in HF_HOME.",
+        )
+
+
 def download(
     repository: Repository, files: Sequence[RemoteFile], revision: str | None, progress: Progress | None = None
 ) -> None:
-    """Download files of a commit, and note that ``revision`` is this commit.
+    """Download files of a commit, and note that ``revision`` (None for the main branch) is this commit.
 
     A killed or failed download is continued. Each file is whole and its checksum right before it gets its name. Partial
     files that nothing will continue are removed first. ``progress`` is called by the calling thread alone.
@@ -136,10 +154,10 @@ def download(
     """
     blobs = repository.folder / "blobs"
     _remove_stale(blobs, {repository.part(file) for file in files})
-    _check_space(repository, files)
+    check_space(repository, files)
     blobs.mkdir(parents=True, exist_ok=True)
     repository.snapshot.mkdir(parents=True, exist_ok=True)
-    storage = _open_xet(repository) if any(file.xet_hash for file in files) else None
+    storage = _XetStorage(repository)
     transfers = [_Transfer(repository, file, storage) for file in sorted(files, key=lambda file: -file.size)]
     _run(transfers, progress)
     for file in sorted(files, key=lambda file: file.size):  # a copy that has its weights has everything
@@ -147,6 +165,11 @@ def download(
         link.unlink(missing_ok=True)
         with suppress(FileExistsError):  # another process was faster
             link.symlink_to(Path("../../blobs") / file.etag)
+    note_revision(repository, revision)
+
+
+def note_revision(repository: Repository, revision: str | None) -> None:
+    """Note in the cache that a revision, or the main branch for None, is this commit."""
     if revision != repository.commit:
         write_whole(repository.folder / "refs" / (revision or "main"), repository.commit)
 
@@ -155,6 +178,10 @@ def _run(transfers: list[_Transfer], progress: Progress | None) -> None:
     """Run transfers in threads until all have ended or one has failed, and raise its error."""
     total = sum(transfer.file.size for transfer in transfers)
     waiting, errors, stop = deque(transfers), list[Exception](), threading.Event()
+
+    def report() -> None:
+        if progress is not None:
+            progress(sum(transfer.arrived for transfer in transfers), total)
 
     def work() -> None:
         try:
@@ -168,14 +195,14 @@ def _run(transfers: list[_Transfer], progress: Progress | None) -> None:
 
     # Daemons, because a signal must not wait for a connection that is silent.
     threads = [threading.Thread(target=work, daemon=True) for _ in range(min(WORKERS, len(transfers)))]
+    report()
     try:
         for thread in threads:
             thread.start()
         for thread in threads:
             while thread.is_alive():
                 thread.join(0.1)
-                if progress is not None:
-                    progress(sum(transfer.arrived for transfer in transfers), total)
+                report()
     finally:
         stop.set()
     if errors:
@@ -190,18 +217,18 @@ class _Transfer:
         arrived: Number of its bytes that are on the disk.
     """
 
-    def __init__(self, repository: Repository, file: RemoteFile, storage: Any) -> None:
+    def __init__(self, repository: Repository, file: RemoteFile, storage: _XetStorage) -> None:
         self.file = file
         self._repository = repository
-        self._blob = repository.folder / "blobs" / file.etag
+        self._blob = repository.blob(file)
         self._part = repository.part(file)
-        self._storage = storage if file.xet_hash else None
-        self.arrived = max(0, _size_of(self._part))
+        self._storage = storage if file.xet_hash and storage.is_allowed() else None
+        self.arrived = repository.arrived(file)
 
     def run(self, stop: threading.Event) -> None:
         """Download what is missing of the file, check it, and give it its name, unless ``stop`` is set before."""
         with _locked(self._part) as part:
-            if _size_of(self._blob) == self.file.size:  # another process has completed it
+            if _size_of(self._blob) == self.file.size:  # another commit has it, or another process was faster
                 self._part.unlink(missing_ok=True)
                 self.arrived = self.file.size
                 return
@@ -259,11 +286,7 @@ class _Transfer:
     def _pieces(self, part: BinaryIO) -> Iterator[bytes]:
         """Yield the bytes of the file from the end of ``part`` on. A server that knows no ranges starts it again."""
         if self._storage is not None:
-            from hf_xet import XetFileInfo  # type: ignore[import-untyped]
-
-            yield from self._storage.download_stream(
-                XetFileInfo(self.file.xet_hash, self.file.size), start=self.arrived
-            )  # fmt: skip
+            yield from self._storage.pieces(self.file, self.arrived)
             return
         from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.utils import (  # type: ignore[attr-defined]
@@ -282,28 +305,46 @@ class _Transfer:
             yield from response.iter_raw()
 
 
-def _open_xet(repository: Repository) -> Any:
-    """Return the Xet storage of a repository's files, or None if it cannot be used here.
+class _XetStorage:
+    """The Xet storage of a repository's files, opened when the first of them is asked for.
 
-    It is an ``XetDownloadStreamGroup`` of hf_xet. The part of that library which ``huggingface_hub`` itself uses writes
-    whole files only, from their beginning.
+    What ``huggingface_hub`` itself uses of hf_xet writes whole files only, from their beginning. A stream begins
+    anywhere. hf_xet reads ahead, so what it has read when the process is killed is downloaded again.
     """
-    from huggingface_hub import constants
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-    if constants.HF_HUB_DISABLE_XET:
-        return None
-    headers = build_hf_headers()
-    try:
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+        self._lock = threading.Lock()
+        self._group: Any = None
+
+    @staticmethod
+    def is_allowed() -> bool:
+        """Return whether the environment leaves the storage switched on."""
+        from huggingface_hub import constants
+
+        return not constants.HF_HUB_DISABLE_XET
+
+    def pieces(self, file: RemoteFile, start: int) -> Iterator[bytes]:
+        """Yield the bytes of a file from ``start`` on. Any exception means that the storage cannot be used."""
+        from hf_xet import XetFileInfo  # type: ignore[import-untyped]
+
+        with self._lock:
+            self._group = self._group or self._open()
+        yield from self._group.download_stream(XetFileInfo(file.xet_hash, file.size), start=start)
+
+    def _open(self) -> Any:
+        """Return an ``XetDownloadStreamGroup``. It asks the Hub for its address and for tokens itself."""
         from hf_xet import XetSession
+        from huggingface_hub import constants
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
+        headers = build_hf_headers()
+        route = f"/api/models/{self._repository.repo_id}/xet-read-token/{self._repository.commit}"
         return XetSession().new_download_stream_group(
-            token_refresh_url=f"{constants.ENDPOINT}/api/models/{repository.repo_id}/xet-read-token/{repository.commit}",
+            token_refresh_url=constants.ENDPOINT + route,
             token_refresh_headers=headers,
             custom_headers={name: value for name, value in headers.items() if name.lower() != "authorization"},
         )
-    except Exception:  # not installed, too old, or no connection; plain HTTP works everywhere
-        return None
 
 
 def _is_final(error: Exception) -> bool:
@@ -351,13 +392,3 @@ def _remove_stale(blobs: Path, kept: set[Path]) -> None:
         with suppress(OSError):  # gone, or somebody else's
             if path not in kept and time.time() - path.stat().st_mtime > _STALE_SECONDS:
                 path.unlink()
-
-
-def _check_space(repository: Repository, files: Sequence[RemoteFile]) -> None:
-    """Raise ``DgemmaError`` if the disk has no space for the files."""
-    needed, free = repository.bytes_left(files), free_space(repository.folder)
-    if needed > free:
-        raise DgemmaError(
-            f"{size(needed)} are to be downloaded to {repository.folder.parent}, but only {size(free)} are free there",
-            "Free some space, or name a folder on another disk in HF_HOME.",
-        )

@@ -8,12 +8,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dgemma_mlx.checkpoint.config import ModelConfig
-from dgemma_mlx.checkpoint.download import Progress, RemoteFile, Repository, download, list_files
-from dgemma_mlx.checkpoint.shards import shard_files
+from dgemma_mlx.checkpoint.download import (
+    WORKERS,
+    Progress,
+    RemoteFile,
+    Repository,
+    download,
+    list_files,
+    note_revision,
+)
+from dgemma_mlx.checkpoint.shards import shard_files, shard_names
 from dgemma_mlx.checks import reason, shown
 from dgemma_mlx.errors import DgemmaError
 
@@ -24,8 +33,10 @@ MODEL_VARIABLE = "DGEMMA_MODEL"
 _HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@(\w(?!.*\.\.)[\w./-]*))?", re.ASCII)
 _FORMS = "A model is a folder, a Hub id (owner/name or owner/name@revision), or 'demo'."
 _ACCESS = "accept the licence on its page and log in with `hf auth login`."
-_FACTS = ("config.json", "conversion_report.json", "generation_config.json")  # what `info` shows
-_FILES = (
+# What `info` shows, and the list of weight files, by which the Hub is asked for the headers of each.
+_FACTS = ("config.json", "conversion_report.json", "generation_config.json", "model.safetensors.index.json")
+# The files of a repository that a complete copy has: no README, and no weights in other formats.
+FILES = (
     *_FACTS,
     "processor_config.json",
     "preprocessor_config.json",
@@ -94,18 +105,25 @@ def resolve(
     raise DgemmaError(f"there is no folder {shown(name)}", meant + _FORMS)
 
 
-def remote_headers(name: str) -> dict[str, Any]:
-    """Download the headers of a Hub repository's safetensors files, without the weights, and return them by file name.
+def remote_headers(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Download the headers of a checkpoint's safetensors files, without the weights, and return them by file name.
 
-    ``name`` must be a valid Hub id. The values are ``huggingface_hub.SafetensorsFileMetadata`` objects, whose
-    ``tensors`` gives the dtype, shape and data_offsets of each tensor. Raises ``DgemmaError`` when the download fails.
+    ``checkpoint`` is one that `resolve` has returned without its weights. The values are
+    ``huggingface_hub.SafetensorsFileMetadata`` objects, whose ``tensors`` gives the dtype, shape and data_offsets of
+    each tensor. Raises ``DgemmaError`` when the download fails.
     """
-    from huggingface_hub import get_safetensors_metadata
+    from concurrent.futures import ThreadPoolExecutor
 
-    found = _HUB_ID.fullmatch(name)
+    from huggingface_hub import HfApi
+
+    found = _HUB_ID.fullmatch(checkpoint.name)
     assert found is not None, "the name must be a Hub id that resolve() accepted"
+    names = shard_names(checkpoint.folder)
+    # One file at a time, because the library draws a bar of its own when it reads the headers of all.
+    read = partial(HfApi().parse_safetensors_file_metadata, found[1], revision=found[2])
     try:
-        return dict(get_safetensors_metadata(found[1], revision=found[2]).files_metadata)
+        with ThreadPoolExecutor(WORKERS) as pool:
+            return dict(zip(names, pool.map(read, names), strict=True))
     except Exception as error:
         raise _explain(found[1], found[2], error) from error
 
@@ -123,7 +141,7 @@ def remote_files(name: str) -> tuple[Repository, list[RemoteFile]]:
         raise
     except Exception as error:
         raise _explain(found[1], found[2], error) from error
-    return repository, repository.missing(_FILES)
+    return repository, repository.missing(FILES)
 
 
 def _fetch(
@@ -145,16 +163,19 @@ def _fetch(
             repo_id, revision=repository.commit, allow_patterns=list(_FACTS), tqdm_class=_silent_bar()
         )  # fmt: skip
         ModelConfig.load(repository.snapshot)
-        missing = repository.missing(_FILES)
-        if not weights and missing:
-            return Checkpoint(repository.snapshot, name, is_demo=False, has_weights=False)
-        with _library_bar(repo_id, progress) as drawn:
-            download(repository, missing, revision, drawn)
+        missing = repository.missing(FILES)
+        if missing:
+            if not weights:
+                return Checkpoint(repository.snapshot, name, is_demo=False, has_weights=False)
+            with _library_bar(repo_id, progress) as drawn:
+                download(repository, missing, revision, drawn)
+        else:
+            note_revision(repository, revision)
     except DgemmaError:
         raise
     except Exception as error:  # includes those of the HTTP library, which depends on the version
         raise _explain(repo_id, revision, error) from error
-    if not _is_complete(repository.snapshot):
+    if not is_complete(repository.snapshot):
         raise DgemmaError(
             f"{repo_id} on the Hub is not a complete checkpoint", "It lacks weights or a tokenizer; choose another."
         )
@@ -168,11 +189,11 @@ def cached_snapshot(repo_id: str, revision: str | None = None) -> Path | None:
 
     try:
         folder = Path(snapshot_download(
-            repo_id, revision=revision, allow_patterns=list(_FILES), ignore_patterns="*/*", local_files_only=True
+            repo_id, revision=revision, allow_patterns=list(FILES), ignore_patterns="*/*", local_files_only=True
         ))  # fmt: skip
     except LocalEntryNotFoundError:
         return None
-    return folder if _is_complete(folder) else None
+    return folder if is_complete(folder) else None
 
 
 def _silent_bar() -> type[Any]:
@@ -203,7 +224,7 @@ def _library_bar(repo_id: str, progress: Progress | None) -> Iterator[Progress]:
         yield move
 
 
-def _is_complete(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Return whether a snapshot holds all files that loading needs.
 
     ``huggingface_hub`` cannot tell. It accepts an incomplete snapshot as complete if an older version, which stored no

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -54,25 +53,32 @@ class StoredTensor:
 def shard_files(folder: Path) -> list[Path]:
     """Return the paths of a checkpoint's weight files, sorted.
 
+    Raises ``DgemmaError`` as ``shard_names`` does, and when a file is missing.
+    """
+    files = [folder / name for name in shard_names(folder)]
+    for file in files:
+        if not file.is_file():
+            named = f"{INDEX} names {file.name}, which is not in {folder}"
+            raise DgemmaError(named if (folder / INDEX).exists() else f"{folder} has no {file.name}", _FETCH_AGAIN)
+    return files
+
+
+def shard_names(folder: Path) -> list[str]:
+    """Return the names of a checkpoint's weight files, sorted, whether or not they are there.
+
     These are the files that ``model.safetensors.index.json`` names, or ``model.safetensors`` without an index. Raises
-    ``DgemmaError`` when a file is missing or the index is damaged or names a file outside the folder.
+    ``DgemmaError`` when the index is damaged or names a file outside the folder.
     """
     index = folder / INDEX
     if not index.exists():
-        single = folder / "model.safetensors"
-        if not single.exists():
-            raise DgemmaError(f"{folder} has no model.safetensors", _FETCH_AGAIN)
-        return [single]
+        return ["model.safetensors"]
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise DgemmaError(f"{index} has no weight_map", _FETCH_AGAIN)
     names = list(weight_map.values())
     if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
         raise DgemmaError(f"{index} names a shard outside the folder: {shown(outside[0])}", _FETCH_AGAIN)
-    for name in names:
-        if not os.path.isfile(folder / name):
-            raise DgemmaError(f"{index.name} names {name}, which is not in {folder}", _FETCH_AGAIN)
-    return [folder / name for name in sorted(set(names))]
+    return sorted(set(names))
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

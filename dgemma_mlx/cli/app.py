@@ -28,6 +28,7 @@ from dgemma_mlx.cli.info import info
 from dgemma_mlx.cli.models import models
 from dgemma_mlx.cli.parameters import expand
 from dgemma_mlx.cli.pipe import prepare_streams, quiet_when_closed
+from dgemma_mlx.cli.pull import pull
 from dgemma_mlx.cli.serve import serve
 from dgemma_mlx.cli.signals import SIGNALS, say
 from dgemma_mlx.cli.train import train
@@ -67,7 +68,7 @@ Examples:
 
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Write": (chat, generate, fill, edit, choose, serve),
-    "Models": (info, convert),
+    "Models": (pull, info, convert),
     "Fine-tune": (train, evaluate, fuse),
     "Machine": (doctor, bench),
 }

@@ -137,6 +137,7 @@ def convert(
     if upload_repo:
         _check_upload(upload_repo, yes)
     from dgemma_convert import carry_out, prepare
+    from dgemma_mlx.cli.downloading import download
 
     try:
         with _progress() as progress:
@@ -144,6 +145,8 @@ def convert(
                 prepare, source, output, recipe, group_size=group_size, target_bytes=target_bytes,
                 target_bpw=target_bpw, calibration=calibration, progress=progress,
             )
+            if recipe == "mixed":
+                download(source)  # it measures the weights before there is a plan
             with ending_at_once():
                 plan = planned(download=False)
         with quiet_when_closed():
@@ -152,6 +155,7 @@ def convert(
             return
         plan.check_room()
         if not plan.source.checkpoint.has_weights:
+            download(source)
             with ending_at_once():
                 plan = planned()
         with _progress() as progress:
@@ -200,7 +204,7 @@ def _show_plan(plan: Plan, dry_run: bool, as_json: bool) -> None:
         f"from {plan.source.checkpoint.name}, {size(plan.bytes_in)}" + to_download,
         f"to {plan.output}, {size(plan.bytes_out)}, {plan.bits_per_weight:.2f} bits per weight ({recipe})",
         f"disk: {size(plan.bytes_needed)} needed, {size(plan.bytes_free)} free",
-        f"memory to run it with 8k tokens of context: about {size(plan.memory_to_run)} (estimated)",
+        f"memory to run it with {plan.context:,} tokens of context: about {size(plan.memory_to_run)} (estimated)",
     ):
         console.print(line, markup=False, soft_wrap=True)
 
@@ -248,7 +252,7 @@ def _comparison(verification: Verification) -> str:
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """Yield a function that draws a bar per stage on a terminal's stderr, and draws nothing elsewhere.
 
-    Drawing starts with the first report, because the Hub's library draws bars of its own before.
+    Drawing starts with the first report, because a download draws a bar of its own before.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

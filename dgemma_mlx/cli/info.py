@@ -59,10 +59,12 @@ def describe(source: Source, cpu_dequantize: str = "auto", batch_size: int = 1) 
     """Return the facts about a checkpoint, with sizes in bytes.
 
     ``memory`` maps lengths of context to the memory that ``batch_size`` prompts of this length and their answers take
-    on this machine. ``unpacked`` says whether packed weights are unpacked in it, as ``load`` does with this
-    ``cpu_dequantize``.
+    on this machine, ``fits`` says whether it is there, and ``fitting_recipe`` names the recipe of a conversion that
+    would fit if this checkpoint does not. ``unpacked`` says whether packed weights are unpacked in it, as ``load`` does
+    with this ``cpu_dequantize``.
     """
     from dgemma_convert.recipes import EXPERTS, class_of
+    from dgemma_mlx.cli.verdict import judge, loaded_bytes, unpacks
     from dgemma_mlx.generation.memory import Work, cache_memory, run_memory
 
     config, text = source.config, source.config.text
@@ -72,6 +74,7 @@ def describe(source: Source, cpu_dequantize: str = "auto", batch_size: int = 1) 
     in_text = sum(weight.size for weight in source.text.values())
     loaded = loaded_bytes(source, cpu_dequantize)
     positions = text.max_position_embeddings
+    verdict = judge(source, loaded, batch_size)
     contexts = [*(n for n in _CONTEXTS if n < positions), positions]
     return {
         "model": source.checkpoint.name,
@@ -92,7 +95,7 @@ def describe(source: Source, cpu_dequantize: str = "auto", batch_size: int = 1) 
         "bits_per_weight": round(8 * size / parameters, 2),
         "formats": sorted({str(weight.format) if weight.format else weight.stored[0].dtype for weight in weights}),
         "recipe": _recipe(source.folder),
-        "unpacked": _unpacks(source, cpu_dequantize),
+        "unpacked": unpacks(source, cpu_dequantize),
         "batch_size": batch_size,
         "memory": {
             str(n): {
@@ -101,30 +104,11 @@ def describe(source: Source, cpu_dequantize: str = "auto", batch_size: int = 1) 
             }
             for n in contexts
         },
+        "memory_available": verdict.available,
+        "fits": verdict.fits,
+        "fitting_recipe": verdict.recipe,
+        "verdict": verdict.sentence(),
     }
-
-
-def loaded_bytes(source: Source, cpu_dequantize: str = "auto") -> int:
-    """Return the bytes that the text network's weights take on this machine after ``load``."""
-    from dgemma_mlx.generation.memory import weight_memory
-
-    weights, unpacked = source.text.values(), _unpacks(source, cpu_dequantize)
-    stored = [weight for weight in weights if weight.format is None or not unpacked]
-    plain = _plain_bytes(source) if unpacked else 0
-    return plain + weight_memory(tensor for weight in stored for tensor in weight.stored)
-
-
-def _unpacks(source: Source, cpu_dequantize: str) -> bool:
-    """Return whether ``load`` would unpack packed weights on this machine."""
-    from dgemma_mlx.generation.memory import should_dequantize
-
-    plain = _plain_bytes(source)
-    return should_dequantize(plain, cpu_dequantize) and plain > 0
-
-
-def _plain_bytes(source: Source) -> int:
-    """Return the bytes of the packed weights after they are unpacked to float32."""
-    return 4 * sum(weight.size for weight in source.text.values() if weight.format is not None)
 
 
 def _recipe(folder: Path) -> str | None:
@@ -163,4 +147,5 @@ def _as_text(facts: dict[str, Any]) -> str:
         f"    {int(context):>7,} tokens of context  {size(memory['total']):>9} (cache {size(memory['cache'])})"
         for context, memory in facts["memory"].items()
     ]
+    lines.append(f"  {facts['verdict']}")
     return "\n".join(lines)

@@ -17,11 +17,16 @@ if TYPE_CHECKING:
 
 
 def fetch(name: str | None, weights: bool = True) -> Checkpoint:
-    """Return the checkpoint with a name as ``resolve`` does. A signal ends the program at once during the download."""
+    """Return the checkpoint with a name as ``resolve`` does; see ``obtain`` for one that must be downloaded."""
     from dgemma_mlx.checkpoint.hub import resolve
 
     with ending_at_once():
-        return resolve(name, weights=weights)
+        checkpoint = resolve(name, weights=False)
+    if not weights or checkpoint.has_weights:
+        return checkpoint
+    from dgemma_mlx.cli.downloading import obtain
+
+    return obtain(checkpoint)
 
 
 def load_model(

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dgemma_mlx.checks import reason
 from dgemma_mlx.cli.help import Command, Group
 from dgemma_mlx.cli.parameters import output_option
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
-    from huggingface_hub import HFCacheInfo
+    from dgemma_mlx.checkpoint.cached import CachedModel
 
 models = typer.Typer(cls=Group, invoke_without_command=True, subcommand_metavar="[COMMAND] [ARGS]...")
 
@@ -29,7 +28,9 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")
 def show(context: typer.Context, as_json: AsJsonArray = False) -> None:
     """List and remove checkpoints in the Hub's cache.
 
-    Without a command, the DiffusionGemma checkpoints and their sizes are listed. HF_HOME names the folder of the cache.
+    Without a command, the DiffusionGemma checkpoints are listed with the space that they take on the disk. A download
+    that has begun is shown with how much has arrived, and `dgemma-mlx pull NAME` continues it. HF_HOME names the folder
+    of the cache.
 
     Examples:
         dgemma-mlx models
@@ -37,15 +38,16 @@ def show(context: typer.Context, as_json: AsJsonArray = False) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    from dgemma_mlx.sizes import size
+    from dgemma_mlx.checkpoint.cached import cached_models
 
-    found = _cached(_scan())
+    found = cached_models()
     with quiet_when_closed():
         if as_json:
-            print(json.dumps(found))
+            print(json.dumps([_as_dict(model) for model in found]))
             return
+        width = max((len(model.name) for model in found), default=0)
         for model in found:
-            print(f"{model['name']}  {size(model['bytes'])}")
+            print(f"{model.name:{width}}  {_in_words(model)}")
         if not found:
             print("no checkpoint is in the cache; the demo is built in", file=sys.stderr)
 
@@ -54,25 +56,19 @@ def show(context: typer.Context, as_json: AsJsonArray = False) -> None:
 def remove(names: Names, yes: Yes = False) -> None:
     """Remove checkpoints from the cache.
 
-    All revisions of the named checkpoints are removed.
+    All revisions of the named checkpoints are removed, and what has arrived of downloads that are not complete.
 
     Examples:
         dgemma-mlx models rm mlx-community/diffusiongemma-26B-A4B-it-4bit
         dgemma-mlx models rm -y owner/one owner/two
     """
+    from dgemma_mlx.checkpoint.cached import cached_models
     from dgemma_mlx.sizes import size
 
-    cache = _scan()
-    known = {model["name"] for model in _cached(cache)}
-    missing = [name for name in names if name not in known]
-    if missing or cache is None:
+    known = {model.name: model for model in cached_models()}
+    if missing := [name for name in names if name not in known]:
         raise DgemmaError(f"{missing[0]} is not in the cache", "`dgemma-mlx models` lists what is in the cache.")
-    plans = [
-        # One repository at a time: forks share commits, and the library removes the first repository that has one.
-        replace(cache, repos=frozenset({repo})).delete_revisions(*(revision.commit_hash for revision in repo.revisions))
-        for repo in cache.repos if repo.repo_type == "model" and repo.repo_id in names
-    ]
-    freed = size(sum(plan.expected_freed_size for plan in plans))
+    freed = size(sum(known[name].bytes_on_disk for name in set(names)))
     if not yes:
         if not sys.stdin.isatty():
             raise DgemmaError(
@@ -80,39 +76,37 @@ def remove(names: Names, yes: Yes = False) -> None:
             )
         if not typer.confirm(f"Remove {', '.join(names)} ({freed})?", err=True):
             return
-    for plan in plans:
-        plan.execute()
+    _delete(set(names))
     print(f"removed {', '.join(names)}, {freed}", file=sys.stderr)
 
 
-def _scan() -> HFCacheInfo | None:
-    """Return the contents of the Hub's cache, or None when there is no cache yet."""
-    from huggingface_hub import CacheNotFound, scan_cache_dir
+def _delete(names: set[str]) -> None:
+    """Delete repositories from the cache, as the Hub's library does."""
+    from huggingface_hub import scan_cache_dir
 
-    try:
-        return scan_cache_dir()
-    except CacheNotFound:
-        return None
-    except (OSError, ValueError) as error:
-        message = f"cannot read the Hub's cache: {reason(error)}"
-        raise DgemmaError(message, "HF_HOME names the folder of the cache.") from None
-
-
-def _cached(cache: HFCacheInfo | None) -> list[dict[str, Any]]:
-    """Return the name, size and folder of each DiffusionGemma model in the cache, sorted by name."""
-    found = [
-        {"name": repo.repo_id, "bytes": repo.size_on_disk, "folder": str(repo.repo_path)}
-        for repo in (cache.repos if cache else ())
-        if repo.repo_type == "model" and any(_is_ours(revision.snapshot_path) for revision in repo.revisions)
-    ]
-    return sorted(found, key=lambda model: str(model["name"]))
+    cache = scan_cache_dir()
+    for repo in cache.repos:
+        if repo.repo_type == "model" and repo.repo_id in names:
+            # One repository at a time: forks share commits, and the library removes the first one that has a commit.
+            commits = [revision.commit_hash for revision in repo.revisions]
+            replace(cache, repos=frozenset({repo})).delete_revisions(*commits).execute()
 
 
-def _is_ours(snapshot: Any) -> bool:
-    """Return whether the configuration in the folder says that the model is DiffusionGemma."""
-    from dgemma_mlx.json_text import read_json
+def _as_dict(model: CachedModel) -> dict[str, Any]:
+    """Return what `--json` prints about a model, with sizes in bytes."""
+    return {
+        "name": model.name, "state": model.state, "bytes": model.bytes_on_disk, "arrived": model.arrived,
+        "total": model.total, "folder": str(model.folder),
+    }  # fmt: skip
 
-    try:
-        return read_json(snapshot / "config.json").get("model_type") == "diffusion_gemma"
-    except DgemmaError:
-        return False
+
+def _in_words(model: CachedModel) -> str:
+    """Return the size of a model on the disk, and what is there of it if that is not all."""
+    from dgemma_mlx.sizes import size
+
+    if model.state == "whole":
+        return size(model.bytes_on_disk)
+    there = size(model.bytes_on_disk) if model.total is None else f"{size(model.arrived)} of {size(model.total)}"
+    if model.state == "description":
+        return f"{there}, a description without weights"
+    return f"{there}, `dgemma-mlx pull {model.name}` continues"

@@ -7,12 +7,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import FULL, SLIDING, ModelConfig
-from dgemma_mlx.checkpoint.shards import StoredTensor
 from dgemma_mlx.checks import shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model
@@ -74,7 +73,19 @@ class Work:
 ONE_ANSWER = Work()
 
 
-def weight_memory(tensors: Iterable[StoredTensor]) -> int:
+class Stored(Protocol):
+    """A tensor as a file stores it, or will store it."""
+
+    @property
+    def dtype(self) -> str:
+        """The dtype's name in safetensors files, such as "BF16"."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+
+
+def weight_memory(tensors: Iterable[Stored]) -> int:
     """Return the bytes of stored weights once loaded. Without Metal, half precision is loaded as float32."""
     return sum(tensor.nbytes * (_element() // 2 if tensor.dtype in ("BF16", "F16") else 1) for tensor in tensors)
 

@@ -19,7 +19,8 @@ from dgemma_convert import convert
 from dgemma_convert.source import open_source
 from dgemma_mlx.checkpoint.hub import DEMO_FOLDER, resolve
 from dgemma_mlx.checkpoint.shards import read_header
-from dgemma_mlx.cli.info import describe, loaded_bytes
+from dgemma_mlx.cli.info import describe
+from dgemma_mlx.cli.verdict import loaded_bytes
 from dgemma_mlx.generation.memory import Work, run_memory
 from tests.hub_server import HubServer, Repository
 from tests.model.checkpoint import flat_config
@@ -139,7 +140,7 @@ def test_it_says_the_same_to_people_and_takes_the_model_in_force() -> None:
     shown = {row[2:13].strip(): row[13:].strip() for row in rows}
     assert shown["experts"] == "2 of 8" and shown["positions"] == "4,096"
     assert shown["on disk"].endswith("16.0 bits per weight")
-    assert [row.split()[0] for row in rows[-2:]] == ["1,024", "4,096"]
+    assert [row.split()[0] for row in rows[-3:]] == ["1,024", "4,096", "fits"]
 
 
 def test_a_converted_checkpoint(tmp_path: Path) -> None:
@@ -244,7 +245,7 @@ def test_a_model_on_the_hub_is_described_without_downloading_it(tmp_path: Path) 
         weights = [part for name, part in hub.downloads if name == "model.safetensors"]
     facts, demo = json.loads(done.stdout), describe(open_source(resolve("demo")))
     assert facts["model"] == "owner/name"
-    elsewhere = {"model", "folder", "recipe"}
+    elsewhere = {"model", "folder", "recipe", "memory_available", "verdict"}
     assert {name: facts[name] for name in facts.keys() - elsewhere} == {
         name: demo[name] for name in demo.keys() - elsewhere
     }

@@ -1,0 +1,104 @@
+"""Which models are in the Hub's cache: whole ones, parts of downloads, and descriptions without weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Literal
+
+from dgemma_mlx.checkpoint.download import hub_cache
+from dgemma_mlx.checkpoint.hub import FILES, is_complete
+from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.json_text import read_json
+
+State = Literal["whole", "partial", "description"]
+
+
+@dataclass(frozen=True)
+class CachedModel:
+    """A DiffusionGemma model in the Hub's cache.
+
+    Attributes:
+        name: The Hub id ``owner/name``.
+        folder: Its folder in the cache.
+        state: "whole", "partial" for a download that has begun, or "description" for the small files that say what the
+            model is, as `info` downloads them.
+        bytes_on_disk: Bytes that the disk has given to its files, parts of downloads included.
+        arrived: Bytes of the newest commit's files that are there.
+        total: Bytes of all of the newest commit's files, or None if the cache does not say.
+    """
+
+    name: str
+    folder: Path
+    state: State
+    bytes_on_disk: int
+    arrived: int
+    total: int | None
+
+
+def cached_models() -> list[CachedModel]:
+    """Return the DiffusionGemma models in the Hub's cache, sorted by name.
+
+    Raises ``DgemmaError`` if the cache cannot be read.
+    """
+    try:
+        folders = sorted(hub_cache().iterdir())
+        found = [_examine(folder) for folder in folders if folder.name.startswith("models--") and folder.is_dir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DgemmaError(
+            f"cannot read the Hub's cache {hub_cache()}: {error.strerror}", "HF_HOME names the folder of the cache."
+        ) from None
+    return [model for model in found if model is not None]
+
+
+def _examine(folder: Path) -> CachedModel | None:
+    """Return what is in a repository's folder, or None if it is not a DiffusionGemma model."""
+    snapshots = [path for path in (folder / "snapshots").glob("*") if _is_ours(path)]
+    if not snapshots:
+        return None
+    newest = max(snapshots, key=lambda path: path.stat().st_mtime)
+    contents = [path.stat() for path in (folder / "blobs").glob("*") if path.is_file()]
+    sizes = _sizes(folder / "trees" / f"{newest.name}.json")
+    arrived = sum(min(size, _arrived(folder / "blobs" / etag)) for etag, size in sizes.items())
+    state: State = "description"
+    if any(map(is_complete, snapshots)):
+        state = "whole"
+    elif any((folder / "blobs").glob("*.incomplete")) or any(newest.glob("*.safetensors")):
+        state = "partial"
+    return CachedModel(
+        folder.name.removeprefix("models--").replace("--", "/"), folder, state,
+        sum(512 * content.st_blocks for content in contents), arrived, sum(sizes.values()) or None,
+    )  # fmt: skip
+
+
+def _sizes(listing: Path) -> dict[str, int]:
+    """Return the sizes of a commit's files that are needed, by checksum, from the list that the Hub's library keeps."""
+    try:
+        files = read_json(listing).get("files")
+    except DgemmaError:
+        return {}
+    sizes = {}
+    for name, entry in files.items() if isinstance(files, dict) else ():
+        if any(fnmatch(name, pattern) for pattern in FILES) and "/" not in name and isinstance(entry, dict):
+            size: Any = entry.get("lfs_size") or entry.get("size")
+            etag: Any = entry.get("lfs_sha256") or entry.get("blob_id")
+            if isinstance(size, int) and isinstance(etag, str):
+                sizes[Path(etag).name] = size
+    return sizes
+
+
+def _arrived(blob: Path) -> int:
+    """Return the size of a file, or of the largest part of it, or 0."""
+    parts = (path.stat().st_size for path in blob.parent.glob(f"{blob.name}*"))
+    return max(parts, default=0)
+
+
+def _is_ours(snapshot: Path) -> bool:
+    """Return whether the configuration in the folder says that the model is DiffusionGemma."""
+    try:
+        return read_json(snapshot / "config.json").get("model_type") == "diffusion_gemma"
+    except DgemmaError:
+        return False
