@@ -170,12 +170,15 @@ class Plan:
         return self.memory_with(self.context)
 
     def memory_with(self, context: int) -> int:
-        """Return the estimated memory for generating with the output and a number of tokens of context, in bytes.
+        """Return the estimated memory for generating with the output and a number of tokens of context, in bytes."""
+        return run_memory(self.source.config, self.loaded_bytes, context)
 
-        The vision tower is not counted, because generating does not load it.
-        """
-        parts = (part for target in self.targets if target.tensor_class != VISION for part in target.parts)
-        return run_memory(self.source.config, weight_memory(parts), context)
+    @property
+    def loaded_bytes(self) -> int:
+        """Size of the output's weights in memory, in bytes. The vision tower is not loaded for generating."""
+        return weight_memory(
+            part for target in self.targets if target.tensor_class != VISION for part in target.parts
+        )  # fmt: skip
 
     def classes(self) -> list[ClassSummary]:
         """Return the totals of each class that has tensors."""

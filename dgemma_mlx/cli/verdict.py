@@ -47,20 +47,26 @@ class Verdict:
         there = "this Mac gives its GPU" if self.on_gpu else "free on this machine:"
         return f"memory: {', '.join(needed)}; {there} {size(self.available)}"
 
-    def sentence(self) -> str:
-        """Return the verdict in a few words."""
+    def outcome(self) -> str:
+        """Return whether the model fits, in a few words."""
         fitting = [tokens for tokens, memory in self.memory.items() if memory <= self.available]
-        if fitting:
-            spare = size(self.available - self.memory[fitting[-1]])
-            return f"fits with {spare} to spare at {fitting[-1]:,} tokens of context"
+        if not fitting:
+            return "does not fit"
+        spare = size(self.available - self.memory[fitting[-1]])
+        return f"fits with {spare} to spare at {fitting[-1]:,} tokens of context"
+
+    def sentence(self) -> str:
+        """Return whether the model fits, and what to do if it does not."""
+        if self.fits:
+            return self.outcome()
         if self.recipe is not None:
             return (
-                f"does not fit: use {self.recipe}, which takes {size(self.recipe_memory)} "
+                f"{self.outcome()}: use {self.recipe}, which takes {size(self.recipe_memory)} "
                 f"(dgemma-mlx convert {self.source} --recipe {self.recipe})"
             )
         if self.recipe_memory < min(self.memory.values()):
-            return f"does not fit, nor would {_RECIPES[-1]}, the smallest recipe, with {size(self.recipe_memory)}"
-        return "does not fit, and no recipe makes it smaller"
+            return f"{self.outcome()}, nor would {_RECIPES[-1]}, the smallest recipe, with {size(self.recipe_memory)}"
+        return f"{self.outcome()}, and no recipe makes it smaller"
 
 
 def judge(source: Source, loaded: int, batch_size: int = 1) -> Verdict:

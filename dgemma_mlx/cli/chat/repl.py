@@ -133,11 +133,16 @@ def _conversation(
         yield RemoteChat(server, session, defaults, draw=draw)
         return
     from dgemma_mlx.checkpoint.hub import DEMO
+    from dgemma_mlx.cli import offer
     from dgemma_mlx.cli.chat.local import LocalChat
 
     settings = Settings()
     name = settings.pick("model", session.model if model.model is None else model.model)
+    offered = offer.choose() if name is None else None
+    name = offered or name
     loaded = load_model(settings, replace(model, model=name))
+    if offered is not None:
+        offer.remember(offered)
     # A full path, because --resume may run in another folder.
     session.model = os.path.abspath(name) if name not in (None, DEMO) and os.path.isdir(name) else name
     with kept_prompt_cache(prompt_cache, loaded) as cache:
