@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -75,11 +74,10 @@ def choose() -> str | None:
 
 def remember(name: str) -> None:
     """Write the chosen model to the settings file, so that every later command takes it."""
-    from dgemma_mlx.files import write_whole
+    from dgemma_mlx.cli.settings_file import change_setting
 
     file = config_file(os.environ)
-    before = file.read_text(encoding="utf-8") if file.exists() else ""
-    write_whole(file, f"model = {json.dumps(name)}\n{before}")  # the file sets no model yet
+    change_setting(file, "model", name)
     print(f"{name} is now the model in {file}", file=sys.stderr)
 
 

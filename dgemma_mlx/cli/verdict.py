@@ -81,14 +81,14 @@ def judge(source: Source, loaded: int, batch_size: int = 1) -> Verdict:
     available = device_limit()
     recipe, recipe_memory = None, memory[contexts[0]]
     if memory[contexts[0]] > available:
-        recipe, recipe_memory = _fitting_recipe(source, contexts[0], available)
+        recipe, recipe_memory = fitting_recipe(source, contexts[0], available)
     return Verdict(
         available, mx.metal.is_available(), memory, recipe, recipe_memory,
         ORIGINAL if source.is_packed else source.checkpoint.name,
     )  # fmt: skip
 
 
-def _fitting_recipe(source: Source, context: int, available: int) -> tuple[str | None, int]:
+def fitting_recipe(source: Source, context: int, available: int) -> tuple[str | None, int]:
     """Return the most exact recipe whose output fits and its memory, or None and the memory of the smallest output."""
     from dgemma_convert.plan import make_plan
     from dgemma_convert.recipes import RECIPES

@@ -16,7 +16,6 @@ import pytest
 
 from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
 from dgemma_mlx.checkpoint.shards import read_header
-from dgemma_mlx.cli.verdict import Verdict
 from tests.cli.terminal import Terminal
 from tests.hub_server import Files, HubServer, Repository
 
@@ -150,18 +149,3 @@ def test_names_that_cannot_be_pulled(environment: dict[str, str], name: str, cod
     done = run(environment, "pull", name)
     error, hint = done.stderr.splitlines()
     assert done.returncode == code and message in error and hint.startswith("hint: ")
-
-
-@pytest.mark.parametrize(
-    ("memory", "recipe", "sentence"),
-    [
-        ({8192: 10, 32_768: 12}, None, "fits with 3 bytes to spare at 32,768 tokens of context"),
-        ({8192: 14, 32_768: 16}, None, "fits with 1 bytes to spare at 8,192 tokens of context"),
-        ({8192: 16, 32_768: 18}, "q3",
-         "does not fit: use q3, which takes 14 bytes (dgemma-mlx convert some/model --recipe q3)"),
-        ({8192: 14_000, 32_768: 16_000}, None, "does not fit, nor would q3, the smallest recipe, with 14 bytes"),
-        ({8192: 16}, None, "does not fit, nor would q3, the smallest recipe, with 14 bytes"),
-    ],
-)  # fmt: skip
-def test_sentences(memory: dict[int, int], recipe: str | None, sentence: str) -> None:
-    assert Verdict(15, True, memory, recipe, 14, "some/model").sentence() == sentence
