@@ -65,7 +65,7 @@ class Verdict:
                 f"(dgemma-mlx convert {self.source} --recipe {self.recipe})"
             )
         if self.recipe_memory < min(self.memory.values()):
-            return f"{self.outcome()}, nor would {_RECIPES[-1]}, the smallest recipe, with {size(self.recipe_memory)}"
+            return f"{self.outcome()}, nor would the smallest recipe, which takes {size(self.recipe_memory)}"
         return f"{self.outcome()}, and no recipe makes it smaller"
 
 
@@ -93,12 +93,9 @@ def fitting_recipe(source: Source, context: int, available: int) -> tuple[str | 
     from dgemma_convert.plan import make_plan
     from dgemma_convert.recipes import RECIPES
 
-    memory = 0
-    for name in _RECIPES:
-        memory = make_plan(source, Path(name), RECIPES[name]).memory_with(context)
-        if memory <= available:
-            return name, memory
-    return None, memory
+    memory = {name: make_plan(source, Path(name), RECIPES[name]).memory_with(context) for name in _RECIPES}
+    fitting = next((name for name in _RECIPES if memory[name] <= available), None)
+    return fitting, min(memory.values()) if fitting is None else memory[fitting]
 
 
 def loaded_bytes(source: Source, cpu_dequantize: str = "auto") -> int:

@@ -127,7 +127,7 @@ def test_pull_downloads_and_then_updates(hub: HubServer, environment: dict[str, 
 def test_what_does_not_fit_is_said_and_a_full_disk_is_foreseen(hub: HubServer, environment: dict[str, str]) -> None:
     with Terminal(["pull", "owner/huge"], env=environment) as terminal:
         terminal.wait_for_text("[y/N]:")
-        assert "does not fit, nor would q3, the smallest recipe, with " in terminal.text
+        assert "does not fit, nor would the smallest recipe, which takes " in terminal.text
         terminal.type("\r")
         assert terminal.finish() == 1
     hub.repositories["owner/huge"].claimed["model.safetensors"] = 10**16

@@ -21,8 +21,8 @@ from dgemma_mlx.generation.memory import run_memory
         ({8192: 14, 32_768: 16}, None, "fits with 1 bytes to spare at 8,192 tokens of context"),
         ({8192: 16, 32_768: 18}, "q3",
          "does not fit: use q3, which takes 14 bytes (dgemma-mlx convert some/model --recipe q3)"),
-        ({8192: 14_000, 32_768: 16_000}, None, "does not fit, nor would q3, the smallest recipe, with 14 bytes"),
-        ({8192: 16}, None, "does not fit, nor would q3, the smallest recipe, with 14 bytes"),
+        ({8192: 14_000, 32_768: 16_000}, None, "does not fit, nor would the smallest recipe, which takes 14 bytes"),
+        ({8192: 16}, None, "does not fit, nor would the smallest recipe, which takes 14 bytes"),
     ],
 )  # fmt: skip
 def test_sentences(memory: dict[int, int], recipe: str | None, sentence: str) -> None:
@@ -31,12 +31,12 @@ def test_sentences(memory: dict[int, int], recipe: str | None, sentence: str) ->
 
 def test_the_most_exact_recipe_that_fits_is_proposed() -> None:
     source = open_source(resolve("demo"))
-    q8, q4, q3 = (make_plan(source, Path("x"), RECIPES[name]).memory_with(4096) for name in ("q8", "q4", "q3"))
-    assert q8 > q4 > q3
+    q8, q4, small = (make_plan(source, Path("x"), RECIPES[name]).memory_with(4096) for name in ("q8", "q4", "q4-small"))
+    assert q8 > q4 > small
     assert fitting_recipe(source, 4096, q8) == ("q8", q8)
     assert fitting_recipe(source, 4096, q8 - 1) == ("q4", q4)
-    assert fitting_recipe(source, 4096, q3) == ("q3", q3)
-    assert fitting_recipe(source, 4096, q3 - 1) == (None, q3)
+    assert fitting_recipe(source, 4096, small) == ("q4-small", small)
+    assert fitting_recipe(source, 4096, small - 1) == (None, small)
 
 
 def test_contexts_end_where_the_model_ends() -> None:
