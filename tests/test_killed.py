@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from dgemma_mlx import load
-from dgemma_mlx.cli.chat.session import Session
+from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import write_whole
 from dgemma_mlx.model.adapter import AdapterConfig, adapted_modules, attach
@@ -65,7 +65,7 @@ from tests.test_killed import train
 train(here / "out", full={full})
 """
 SAVE = """
-from dgemma_mlx.cli.chat.session import Session
+from dgemma_mlx.cli.log.session import Session
 Session.load(here.parent / "new.json").save(here / "out")
 """
 CACHE = """

@@ -30,6 +30,7 @@ from dgemma_mlx.cli.parameters import expand
 from dgemma_mlx.cli.pipe import prepare_streams, quiet_when_closed
 from dgemma_mlx.cli.pull import pull
 from dgemma_mlx.cli.serve import serve
+from dgemma_mlx.cli.sessions import sessions
 from dgemma_mlx.cli.signals import SIGNALS, say
 from dgemma_mlx.cli.train import train
 from dgemma_mlx.errors import DgemmaError
@@ -94,6 +95,7 @@ for title, commands in COMMANDS.items():
         app.command(name, cls=Command, rich_help_panel=title)(expand(command))
 app.add_typer(models, name="models", rich_help_panel="Models")
 app.add_typer(config, name="config", rich_help_panel="Machine")
+app.add_typer(sessions, name="sessions", rich_help_panel="Write")
 
 
 def _print_version(value: bool) -> None:

@@ -32,7 +32,7 @@ def history_file() -> Path | None:
     path = folder / "history"
     try:
         own_folder(folder)
-        path.open("ab").close()
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
     except OSError as error:
         print(f"what you type will not be kept: cannot write {folder}: {reason(error)}", file=sys.stderr)
         return None

@@ -16,7 +16,7 @@ from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
 from dgemma_mlx.cli.chat.command import Outcome
 from dgemma_mlx.cli.chat.commands import COMMANDS, take
 from dgemma_mlx.cli.chat.local import LocalChat
-from dgemma_mlx.cli.chat.session import CHANGEABLE, Session
+from dgemma_mlx.cli.log.session import CHANGEABLE, Session
 from dgemma_mlx.cli.settings import SETTINGS
 from dgemma_mlx.errors import DgemmaError
 

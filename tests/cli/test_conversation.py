@@ -13,11 +13,11 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
+from tests.cli.kept import last_session, log_of, messages
 from tests.cli.terminal import Terminal
 
 # The model needs two steps for a known task and would use all steps for an unknown one.
@@ -58,12 +58,6 @@ class Talk(Terminal):
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
     return tmp_path / "state"
-
-
-def messages(state: Path) -> list[dict[str, Any]]:
-    """Return the messages of the saved conversation."""
-    found: list[dict[str, Any]] = json.loads((state / "last_session.json").read_text())["messages"]
-    return found
 
 
 def test_a_conversation_is_edited_answered_and_kept(state: Path) -> None:
@@ -131,7 +125,7 @@ def test_history_and_conversation_survive_a_crash(state: Path) -> None:
     before = messages(state)
     assert len(before) == 4
     with Talk(state, "--resume") as talk:
-        assert "continuing after 2 turns" in talk.text
+        assert re.search(r"continuing [0-9a-f]{8} after 2 turns", talk.text)
         talk.type(UP + UP)
         talk.wait_for(lambda: talk.text.endswith(">>> Sort\n... 7 3 5"))
         talk.type(CTRL_C)
@@ -150,18 +144,43 @@ def test_history_and_conversation_survive_a_crash(state: Path) -> None:
     assert (state.stat().st_mode & 0o077) == 0  # only the owner can read it
 
 
-def test_a_new_conversation_replaces_the_last_one_only_when_it_has_begun(state: Path) -> None:
-    with Talk(state) as talk:
-        talk.say("Sort 7 3 5")
-        talk.leave()
-    with Talk(state) as talk:
-        talk.say("/set seed 3")
-        talk.leave()
-    assert len(messages(state)) == 2
-    with Talk(state, "--resume") as talk:
-        talk.say("/undo")
-        talk.leave()
-    assert messages(state) == []
+def test_a_new_conversation_is_kept_beside_the_earlier_ones(state: Path) -> None:
+    piped(state, b"Sort 7 3 5\n/set seed 3\n")
+    first = last_session(state)
+    piped(state, b"/set seed 3\n/system Be kind.\n")  # which is no conversation yet
+    assert last_session(state) == first
+    piped(state, b"Sort 2 1\n/clear\nSort 9 8\n")
+    second, third = (log_of(state).load(entry.id) for entry in log_of(state).entries()[1::-1])
+    assert [message["content"] for message in second.messages[::2]] == ["Sort 2 1"]
+    assert [message["content"] for message in third.messages[::2]] == ["Sort 9 8"]
+    assert log_of(state).load(str(first.id)) == first
+    piped(state, b"/undo\n", "--continue")
+    assert messages(state) == [] and last_session(state).id == third.id
+
+
+def test_a_conversation_has_a_name_and_is_continued_by_it(state: Path) -> None:
+    piped(state, b"My name is Ana.\n", "--session", "names")
+    piped(state, b"Sort 7 3 5\n")
+    done = piped(state, b"What is my name?\n", "--session", "names")
+    assert b"Ana" in done.stdout and b"(names) after 1 turn" in done.stderr
+    assert last_session(state).name == "names" and len(messages(state)) == 4
+    for arguments, error in (
+        (["--session", "names", "--continue"], "exclude each other"), (["--session", "1234abcd"], "looks like an id"),
+        (["--session", ""], "cannot be a name"), (["--session", "a\tb"], "cannot be a name"),
+    ):  # fmt: skip
+        done = piped(state, b"Sort 2 1\n", *arguments)
+        assert (done.returncode, done.stdout) == (2, b"") and error in done.stderr.decode()
+
+
+def test_with_the_log_off_nothing_is_kept(state: Path) -> None:
+    assert piped(state, b"Sort 7 3 5\n", DGEMMA_LOG="off").stdout == b"3 5 7\n"
+    with Talk(state, DGEMMA_LOG="off") as talk:
+        assert talk.say("Sort 7 3 5") == ["3 5 7"]
+        talk.type(UP)
+        talk.wait_for(lambda: talk.text.endswith(">>> Sort 7 3 5"))  # the history of this conversation
+    assert not state.exists()
+    done = piped(state, b"Sort 7 3 5\n", "--continue", DGEMMA_LOG="off")
+    assert done.returncode == 2 and b"It is off by DGEMMA_LOG." in done.stderr
 
 
 def test_ctrl_c_at_the_prompt_clears_the_line_and_twice_leaves(state: Path) -> None:
@@ -176,7 +195,7 @@ def test_ctrl_c_at_the_prompt_clears_the_line_and_twice_leaves(state: Path) -> N
         talk.wait_for(lambda: talk.text.count("Ctrl-C again") == 2 and talk.text.endswith("\n>>>"))
         talk.type(CTRL_C)
         assert talk.finish() == 0
-    assert not (state / "last_session.json").exists()
+    assert log_of(state).entries() == []
 
 
 def test_ctrl_c_in_the_first_canvas_keeps_nothing(state: Path) -> None:
@@ -293,7 +312,8 @@ def test_the_oldest_turns_are_forgotten_when_the_context_is_full(state: Path, tm
             if any("the conversation no longer fits" in row for row in talk.say(f"Sort {number} 3 5")):
                 break
         kept = [message["content"] for message in messages(state)[0::2]]
-        assert len(kept) > 1 and kept[-1] == f"Sort {number} 3 5" and "My name is Ana." not in kept
+        assert kept[0] == "My name is Ana." and kept[-1] == f"Sort {number} 3 5"  # forgotten, but not lost
+        assert int(re.search(r"prompt tokens +(\d+)", "\n".join(talk.say("/stats")))[1]) < 112  # type: ignore[index]
         before = messages(state)
         assert "the message is too long" in talk.say("Sort 1 2 3 " * 20)[-2]
         talk.leave()
@@ -339,7 +359,9 @@ def test_a_folder_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with Talk(tmp_path / "file" / "state") as talk:
         assert "what you type will not be kept" in talk.text
-        assert talk.say("Sort 7 3 5") == ["3 5 7"]
+        answer, *said = talk.say("Sort 7 3 5")
+        assert answer == "3 5 7" and said[0].startswith("dgemma-mlx: from here on nothing is kept: cannot write ")
+        assert talk.say("Sort 9 8") == ["8 9"]  # it is said once
         talk.leave()
 
 
@@ -426,19 +448,33 @@ def test_a_reader_that_goes_away_ends_the_chat_quietly(running: subprocess.Popen
     assert running.wait(60) == 0
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(None, "there is no conversation to continue"), ("{", "cannot read"), ("[]", "is not a saved conversation")],
-)
-def test_what_cannot_be_resumed_is_an_error(state: Path, content: str | None, message: str) -> None:
-    if content is not None:
-        state.mkdir()
-        (state / "last_session.json").write_text(content)
+def test_without_a_conversation_there_is_nothing_to_continue(state: Path) -> None:
     done = piped(state, b"Hi\n", "--resume")
     assert (done.returncode, done.stdout) == (1, b"")
     error, hint = done.stderr.decode().splitlines()
-    assert error.startswith("dgemma-mlx: ") and message in error
-    assert hint.startswith("hint: ")
+    assert error == "dgemma-mlx: there is no conversation to continue" and hint.startswith("hint: ")
+
+
+def test_the_conversation_of_an_earlier_version_is_continued(state: Path) -> None:
+    turn = [{"role": "user", "content": "My name is Ana."}, {"role": "assistant", "content": "Nice to meet you, Ana."}]
+    state.mkdir()
+    earlier = state / "last_session.json"
+    earlier.write_text(json.dumps({"format": "dgemma-mlx session 1", "messages": turn, "settings": {"seed": 1}}))
+    done = piped(state, b"What is my name?\n", "--continue")
+    assert b"Ana" in done.stdout and b"after 1 turn;" in done.stderr
+    assert len(messages(state)) == 4 and len(log_of(state).entries()) == 1
+    assert not earlier.exists() and json.loads((state / "last_session.old.json").read_text())["messages"] == turn
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_file_of_an_earlier_version_is_named_and_kept(state: Path, content: str) -> None:
+    state.mkdir()
+    (state / "last_session.json").write_text(content)
+    done = piped(state, b"Sort 7 3 5\n")
+    assert (done.returncode, done.stdout) == (0, b"3 5 7\n")
+    assert "last_session.old.json" in done.stderr.decode()
+    assert (state / "last_session.old.json").read_text() == content
+    assert len(messages(state)) == 2
 
 
 def test_resuming_takes_the_model_of_then_and_flags_of_now(state: Path, tmp_path: Path) -> None:
@@ -451,7 +487,7 @@ def test_resuming_takes_the_model_of_then_and_flags_of_now(state: Path, tmp_path
     assert re.search(r"^max_tokens +20$", shown, re.MULTILINE)
     assert re.search(r"^system +Be brief\.$", shown, re.MULTILINE)
     assert "built-in demo" not in shown
-    assert json.loads((state / "last_session.json").read_text())["model"] == str(model)
+    assert last_session(state).model == str(model)
     shutil.rmtree(model)
     done = subprocess.run(without_model, input=b"", capture_output=True, env=environment, check=False)
     assert done.returncode == 1 and str(model).encode() in done.stderr

@@ -21,13 +21,14 @@ from dgemma_mlx import load, stream
 from dgemma_mlx.cli.chat.connection import Server, ServerError
 from dgemma_mlx.cli.chat.remote import RemoteAnswer, RemoteChat
 from dgemma_mlx.cli.chat.repl import _check_remote
-from dgemma_mlx.cli.chat.session import Session
+from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.cli.parameters import ModelOptions
 from dgemma_mlx.cli.settings import SETTINGS
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Committed, Done, Draft
 from dgemma_mlx.server.drafts import Drafts
 from dgemma_mlx.server.question import Written
+from tests.cli.kept import messages
 from tests.cli.terminal import Terminal
 from tests.cli.test_conversation import CTRL_C, CTRL_D
 from tests.server.live import serving
@@ -61,8 +62,7 @@ def test_lines_are_answered_by_the_server(address: str, tmp_path: Path) -> None:
     done = run(f"{address}/v1/", "Hi\nlong\n/stats\n", tmp_path, "--seed", "1", DGEMMA_API_KEY=KEY)
     assert (done.returncode, done.stdout) == (0, f"Hello\n{WORDS}\n")
     assert "prompt tokens" in done.stderr and "seed                 1" in done.stderr
-    kept = json.loads((tmp_path / "last_session.json").read_text())
-    assert [message["content"] for message in kept["messages"]] == ["Hi", "Hello", "long", WORDS]
+    assert [message["content"] for message in messages(tmp_path)] == ["Hi", "Hello", "long", WORDS]
 
 
 def test_the_canvas_is_drawn_and_an_answer_can_be_stopped(address: str, tmp_path: Path) -> None:

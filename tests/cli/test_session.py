@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dgemma_mlx.cli.chat.session import Session
+from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.errors import DgemmaError
 
 TURN = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]

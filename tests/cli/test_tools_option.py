@@ -13,7 +13,7 @@ import pytest
 
 from dgemma_mlx import load
 from dgemma_mlx.cli.batch import read_batch
-from dgemma_mlx.cli.chat.session import Session
+from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.cli.tools import read_tools
 from dgemma_mlx.errors import DgemmaError
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from dgemma_mlx.cli.attachments import Attachment
 from dgemma_mlx.cli.batch import NO_ANSWER
-from dgemma_mlx.cli.chat.session import Session
 from dgemma_mlx.cli.interrupt import interruptible
+from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.cli.render.plain import print_warnings
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Done, Event
@@ -41,6 +41,11 @@ class Chat(ABC):
     def setting(self, name: str) -> Any:
         """Return the value of a setting: what ``/set`` has chosen, or the default."""
         return self.session.settings.get(name, self._defaults[name])
+
+    @property
+    @abstractmethod
+    def model_name(self) -> str:
+        """What answers, as the log of answers names it."""
 
     @abstractmethod
     def check(self) -> None:
@@ -100,8 +105,8 @@ class Chat(ABC):
             return draw(events, tokens, end_ids) if self.draw else print_text(events, quiet=False)
 
     def _forget(self, turns: int) -> None:
-        """Drop the oldest turns of the session, and say so."""
-        del self.session.messages[: self.session.questions[turns]]
+        """Leave the oldest turns out of what the model sees, and say so."""
+        self.session.start = self.session.questions[turns]
         gone = "turn is" if turns == 1 else f"{turns} turns are"
         print(f"the conversation no longer fits: its oldest {gone} forgotten", file=sys.stderr)
 

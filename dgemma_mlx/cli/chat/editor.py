@@ -15,7 +15,7 @@ from prompt_toolkit.history import FileHistory, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from dgemma_mlx.cli.chat.commands import COMMANDS, is_open
-from dgemma_mlx.cli.chat.session import CHANGEABLE
+from dgemma_mlx.cli.log.session import CHANGEABLE
 
 
 def editor(history: Path | None) -> Callable[[str], str | None]:

@@ -9,7 +9,7 @@ from dgemma_mlx.cli.attachments import Attachment, read_attachments
 from dgemma_mlx.cli.chat.answer import Chat
 from dgemma_mlx.cli.chat.command import Command, say
 from dgemma_mlx.cli.chat.paths import path_of, paths_of
-from dgemma_mlx.cli.chat.session import Session
+from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.sizes import counted, size
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from dgemma_mlx.checkpoint.config import LOOP_FIELDS
 from dgemma_mlx.cli.chat.answer import Chat
-from dgemma_mlx.cli.chat.session import Session
 from dgemma_mlx.cli.loading import in_bytes
+from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Done
 
@@ -35,6 +35,11 @@ class LocalChat(Chat):
         super().__init__(session, defaults, draw=draw)
         self.model = model
         self._cache = cache or PromptCache()
+
+    @property
+    def model_name(self) -> str:
+        """The name of the loaded model."""
+        return self.model.name
 
     def generation(self) -> GenerationConfig:
         """Return the parameters of the denoising loop. Raises `DgemmaError` when they contradict each other."""

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from dgemma_mlx.checks import shown
 from dgemma_mlx.cli.chat.answer import Chat
 from dgemma_mlx.cli.chat.command import Command, say
-from dgemma_mlx.cli.chat.session import CHANGEABLE
+from dgemma_mlx.cli.log.session import CHANGEABLE
 from dgemma_mlx.cli.settings import parse
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.sizes import counted, size

@@ -9,7 +9,7 @@ from typing import Any
 from dgemma_mlx.checks import is_whole
 from dgemma_mlx.cli.chat.answer import Chat
 from dgemma_mlx.cli.chat.connection import CONTEXT_EXCEEDED, Server, ServerError
-from dgemma_mlx.cli.chat.session import Session
+from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Committed, Done, Draft, Event, Statistics
 from dgemma_mlx.json_text import parse_json
@@ -60,6 +60,11 @@ class RemoteChat(Chat):
         """``defaults`` are the settings that ``/set`` has not changed."""
         super().__init__(session, defaults, draw=draw)
         self._server = server
+
+    @property
+    def model_name(self) -> str:
+        """The address of the server."""
+        return self._server.url
 
     def check(self) -> None:
         """Raise `DgemmaError` when ``/set`` has changed what only the server's owner can."""

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dgemma_mlx.cli.loading import load_model
+from dgemma_mlx.cli.log.keep import Keeper, about
+from dgemma_mlx.cli.log.options import ConversationOptions
 from dgemma_mlx.cli.parameters import (
     ApiKey,
     MaxTokens,
@@ -24,19 +26,19 @@ from dgemma_mlx.cli.parameters import (
     Thinking,
     VerifyMode,
     api_key,
-    prompt_option,
     section,
 )
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.prompt_cache import PromptCacheFile, kept_prompt_cache
 from dgemma_mlx.cli.render.region import can_draw
 from dgemma_mlx.cli.settings import SETTINGS, Settings
-from dgemma_mlx.cli.state import history_file, state_folder
+from dgemma_mlx.cli.state import history_file
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.sizes import counted
 
 if TYPE_CHECKING:
     from dgemma_mlx.cli.chat.answer import Chat
-    from dgemma_mlx.cli.chat.session import Session
+    from dgemma_mlx.cli.log.session import Session
 
 # Asks for a line, starting with the given text. Returns None when the user leaves.
 Ask = Callable[[str], str | None]
@@ -46,14 +48,13 @@ Url = Annotated[
     section("Server")("--url", metavar="URL", help="Talk to a running server instead of loading a model, such as "
                       "http://127.0.0.1:8080."),
 ]  # fmt: skip
-Resume = Annotated[bool, prompt_option("--resume", help="Continue the last conversation.")]
 
 
 def chat(
     system: System = None,
     thinking: Thinking = None,
-    resume: Resume = False,
     *,
+    conversation: ConversationOptions,
     url: Url = None,
     key: ApiKey = None,
     model: ModelOptions,
@@ -66,7 +67,7 @@ def chat(
 ) -> None:
     """Talk with the model in the terminal.
 
-    `/help` lists the commands of the conversation, and Ctrl-D leaves. The conversation is saved after every turn.
+    `/help` lists the commands of the conversation, and Ctrl-D leaves. The conversation is kept after every turn.
     Without a terminal, every line of standard input is a message and the answers go to stdout.
 
     Notes:
@@ -79,43 +80,44 @@ def chat(
           an empty prompt leaves.
         - A new turn encodes only what is new; `/stats` shows the number of cached tokens. A conversation that no longer
           fits loses its oldest turns, and a line on stderr says so.
-        - `--resume` continues with the model and the settings of the last conversation, unless options override them.
+        - `--continue` (or `--resume`) goes on with the last conversation, and `--session` with the one of that name or
+          id, or begins it. Both take its model, system prompt and settings, unless options override them.
+          `dgemma-mlx sessions` lists and searches all conversations.
         - With `--url` the model of `dgemma-mlx serve`, or of another server that speaks OpenAI's chat completions,
           answers. The server's owner chooses how it is computed; `/set` changes max_tokens, seed, temp (only 0 has an
           effect), thinking and speed.
-        - The history and the last conversation are kept in the platform's folder for state, or in the folder that
-          DGEMMA_STATE names.
+        - What you type and the conversations are kept in the platform's folder for state, or in the folder that
+          DGEMMA_STATE names. With the setting `log` off (DGEMMA_LOG=off), nothing is kept.
 
     Examples:
         dgemma-mlx chat -m demo
         dgemma-mlx chat -m mlx-community/diffusiongemma-26B-A4B-it-4bit --system "Be brief."
         dgemma-mlx chat --url http://127.0.0.1:8080
     """
-    from dgemma_mlx.cli.chat.session import Session
+    from dgemma_mlx.cli.log.session import Session
 
     if url is not None:
         _check_remote(model, verify, prompt_cache)
     settings = Settings()
+    continued = conversation.open(settings)
     flags = {
         "max_tokens": max_tokens, "seed": seed, "system": system, "thinking": thinking, "speed": speed,
         "verify": verify,
     }  # fmt: skip
     defaults = {name: settings.pick_checked(name, flags.get(name)) for name in SETTINGS}
-    history = history_file()
-    folder = None if history is None else state_folder()
-    session = _resumed(folder) if resume else Session(model=defaults["model"])
+    session = continued or Session(model=defaults["model"], name=conversation.session)
     for name, flag in flags.items():
         if flag is not None:
             session.settings.pop(name, None)  # an option overrides what /set has chosen
-    if system is not None or not resume:
+    if system is not None or continued is None:
         session.system = defaults["system"]
     draw = defaults["live"] and not no_live and can_draw()
-    with quiet_when_closed(), _conversation(url, key, session, defaults, draw, model, prompt_cache) as conversation:
-        conversation.check()  # refuse contradictory settings before anything is written
-        if resume:
-            turns = f"{session.turns} turn{'' if session.turns == 1 else 's'}"
-            print(f"continuing after {turns}; /show shows them", file=sys.stderr)
-        _talk(conversation, history, folder, kept=resume)
+    with quiet_when_closed(), _conversation(url, key, session, defaults, draw, model, prompt_cache) as opened:
+        opened.check()  # refuse contradictory settings before anything is written
+        if continued is not None:
+            title = f"{session.id} ({session.name})" if session.name else session.id
+            print(f"continuing {title} after {counted(session.turns, 'turn')}; /show shows them", file=sys.stderr)
+        _talk(opened, history_file() if defaults["log"] else None, Keeper(settings))
 
 
 @contextmanager
@@ -143,7 +145,7 @@ def _conversation(
     loaded = load_model(settings, replace(model, model=name))
     if offered is not None:
         offer.remember(offered)
-    # A full path, because --resume may run in another folder.
+    # A full path, because the conversation may go on in another folder.
     session.model = os.path.abspath(name) if name not in (None, DEMO) and os.path.isdir(name) else name
     with kept_prompt_cache(prompt_cache, loaded) as cache:
         yield LocalChat(loaded, session, defaults, draw=draw, cache=cache)
@@ -159,25 +161,8 @@ def _check_remote(model: ModelOptions, verify: str | None, prompt_cache: Path | 
         raise DgemmaError(f"--url cannot be combined with {names[0]}", hint, exit_code=2)
 
 
-def _last_session(folder: Path) -> Path:
-    """Return the file of the last conversation."""
-    return folder / "last_session.json"
-
-
-def _resumed(folder: Path | None) -> Session:
-    """Load the last conversation. Raises `DgemmaError` when there is none."""
-    from dgemma_mlx.cli.chat.session import Session
-
-    if folder is None or not _last_session(folder).exists():
-        raise DgemmaError("there is no conversation to continue", "`dgemma-mlx chat` begins one.")
-    return Session.load(_last_session(folder))
-
-
-def _talk(chat: Chat, history: Path | None, folder: Path | None, kept: bool) -> None:
-    """Take messages until there are no more.
-
-    ``kept`` says whether this conversation is already the last one on disk.
-    """
+def _talk(chat: Chat, history: Path | None, keeper: Keeper) -> None:
+    """Take messages until there are no more, and keep the conversation after each that changes it."""
     from dgemma_mlx.cli.chat.command import at_terminal
     from dgemma_mlx.cli.chat.commands import take
 
@@ -185,16 +170,17 @@ def _talk(chat: Chat, history: Path | None, folder: Path | None, kept: bool) -> 
     if person:
         print("/help lists the commands, Ctrl-D leaves", file=sys.stderr)
     ask = _asker(history, person)
-    failed, start = False, ""
+    failed, start, kept = False, "", chat.session.copy()
     while (line := ask(start)) is not None:
-        edited, start = bool(start), ""
+        edited, start, answered = bool(start), "", False
         before = list(chat.session.messages), chat.attachments
         try:
             outcome = take(chat, line, edited=edited)
             if outcome.leave:
                 break
             start = outcome.text
-            if outcome.ask and not chat.answer(again=outcome.again):
+            answered = outcome.ask and chat.answer(again=outcome.again)
+            if outcome.ask and not answered:
                 chat.session.messages, chat.attachments = before
         except DgemmaError as error:
             (chat.session.messages, chat.attachments), failed = before, True
@@ -204,9 +190,10 @@ def _talk(chat: Chat, history: Path | None, folder: Path | None, kept: bool) -> 
                 raise
             chat.session.messages, chat.attachments = before
             print("interrupted", file=sys.stderr)
-        kept = kept or bool(chat.session.messages)
-        if folder is not None and kept:
-            _keep(chat.session, folder)
+        if chat.session != kept and (chat.session.messages or chat.session.id is not None):
+            answer = about(chat.last, chat.model_name) if answered and chat.last is not None else None
+            keeper.keep(chat.session, "chat", answer)
+            kept = chat.session.copy()
         if not person and chat.last is not None and chat.last.finish_reason == "cancelled":
             raise KeyboardInterrupt
     if failed and not person:
@@ -223,14 +210,6 @@ def _asker(history: Path | None, person: bool) -> Ask:
     from dgemma_mlx.cli.chat.editor import editor
 
     return editor(history)
-
-
-def _keep(session: Session, folder: Path) -> None:
-    """Save the conversation for ``--resume``."""
-    try:
-        session.save(_last_session(folder))
-    except DgemmaError as error:
-        _complain(error)
 
 
 def _complain(error: DgemmaError) -> None:

@@ -8,7 +8,7 @@ from dgemma_mlx.errors import DgemmaError
 
 
 def _clear(chat: Chat, rest: str) -> None:
-    chat.session.messages, chat.attachments = [], []
+    chat.session, chat.attachments = chat.session.fresh(), []
     say("a new conversation")
 
 

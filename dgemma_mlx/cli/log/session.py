@@ -1,10 +1,14 @@
-"""A conversation as data: messages, system prompt, changed settings and model, saved as readable JSON."""
+"""A conversation as data: messages, system prompt, changed settings and model, saved as readable JSON.
+
+``dgemma_mlx.cli.log`` keeps conversations in a database; a file holds one that the user has saved by name.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +18,15 @@ from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import write_whole
 from dgemma_mlx.json_text import parse_json
 
-_FIXED = ("model", "system", "live", "memory_limit", "dtype", "cpu_dequantize", "kernels")
+_FIXED = ("model", "system", "live", "log", "memory_limit", "dtype", "cpu_dequantize", "kernels")
 # The settings that a conversation can change.
 CHANGEABLE = tuple(name for name in SETTINGS if name not in _FIXED)
 
-_FORMAT = "dgemma-mlx session 1"
+FORMAT = "dgemma-mlx session 1"
 # The keys of a message that the model sees. Thinking and marks are not among them.
 _SEEN = ("role", "content", "name", "tool_calls", "tool_call_id")
 _TURNS = re.compile("(u(at+)*a)*")  # of the first letters of the roles
-_HINT = "/save writes a conversation to a file, and `dgemma-mlx chat` does so after every turn."
+_HINT = "/save and `dgemma-mlx sessions export --json` write conversations to files."
 
 
 @dataclass
@@ -36,30 +40,39 @@ class Session:
         system: System prompt, or None.
         settings: Settings that ``/set`` has changed, by their names in ``dgemma_mlx.cli.settings``.
         model: The chosen model. None means the model of the settings.
+        start: Index in ``messages`` from which on the model sees them. What is before no longer fits.
+        id: Its id in the log of conversations, or None when it is not there yet.
+        name: The name that the user has given it, or None.
+        revision: How often the log had stored it when it was last read or stored here.
     """
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     system: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     model: str | None = None
+    start: int = 0
+    id: str | None = None
+    name: str | None = None
+    revision: int = 0
 
     @property
     def turns(self) -> int:
-        """Number of turns: a question and its answer are one turn."""
+        """Number of turns that the model sees: a question and its answer are one turn."""
         return len(self.questions)
 
     @property
     def questions(self) -> list[int]:
-        """Indices in ``messages`` at which the turns begin."""
-        return [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        """Indices in ``messages`` at which the turns that the model sees begin."""
+        return [i for i, message in enumerate(self.messages) if message["role"] == "user" and i >= self.start]
 
-    def prompt(self, start: int = 0) -> list[dict[str, Any]]:
-        """Return the system prompt and the messages from ``start`` on as the model sees them.
+    def prompt(self, start: int | None = None) -> list[dict[str, Any]]:
+        """Return the system prompt and the messages as the model sees them, by default from ``self.start`` on.
 
         Thinking and the cancelled mark are left out.
         """
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return system + [{key: message[key] for key in _SEEN if key in message} for message in self.messages[start:]]
+        messages = self.messages[self.start if start is None else start :]
+        return system + [{key: message[key] for key in _SEEN if key in message} for message in messages]
 
     def add(self, role: str, content: str, **marks: Any) -> None:
         """Add a message. Marks such as ``cancelled`` are stored when they are true."""
@@ -70,14 +83,27 @@ class Session:
         while self.messages:
             message = self.messages.pop()
             if message["role"] == "user":
+                self.start = min(self.start, len(self.messages))
                 return str(message["content"])
         return None
 
+    def copy(self) -> Session:
+        """Return a copy whose messages and settings can change on their own."""
+        return replace(self, messages=list(self.messages), settings=dict(self.settings))
+
+    def fresh(self) -> Session:
+        """Return a new conversation with the same system prompt, settings and model, and no name."""
+        return Session(system=self.system, settings=dict(self.settings), model=self.model)
+
+    def record(self) -> dict[str, Any]:
+        """Return what a file holds: the format, messages, system prompt, settings and model, as plain JSON values."""
+        kept = ("messages", "system", "settings", "model")
+        return {"format": FORMAT, **{name: getattr(self, name) for name in kept}}
+
     def save(self, path: Path) -> None:
         """Write the file completely or not at all. Raises `DgemmaError` when it cannot be written."""
-        record = {"format": _FORMAT, **asdict(self)}
         try:
-            write_whole(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+            write_whole(path, json.dumps(self.record(), indent=2, ensure_ascii=False) + "\n")
         except OSError as error:
             raise DgemmaError(f"cannot write {path}: {error.strerror}", "Write /save FILE with another name.") from None
 
@@ -92,8 +118,17 @@ class Session:
             raise DgemmaError(f"cannot read {path}: {error.strerror}", _HINT) from None
         except ValueError as error:
             raise DgemmaError(f"cannot read {path}: {reason(error)}", "The file is damaged. " + _HINT) from None
-        if not isinstance(record, dict) or record.get("format") != _FORMAT:
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise DgemmaError(f"{path} is not a saved conversation", _HINT)
+        return cls.of(record, str(path), "The file is damaged. " + _HINT)
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], place: str, hint: str) -> Session:
+        """Return the conversation of a record as ``record`` returns it.
+
+        Raises `DgemmaError` for values that do not make a conversation. ``place`` says in the message where the record
+        comes from, and ``hint`` what to do.
+        """
         messages: Any = record.get("messages")
         settings = record.get("settings", {})
         system, model = record.get("system"), record.get("model")
@@ -101,11 +136,11 @@ class Session:
         fault = _fault(messages)
         if not names_are_texts or not isinstance(settings, dict) or fault is not None:
             problem = "its messages do not make a conversation" + (f": {fault}" if fault else "")
-            raise DgemmaError(f"{path}: {problem}", "The file is damaged. " + _HINT)
+            raise DgemmaError(f"{place}: {problem}", hint)
         for name in settings:
             if name not in CHANGEABLE:
-                raise DgemmaError(f"{path}: unknown setting {shown(name)}", f"Settings: {', '.join(CHANGEABLE)}.")
-        settings = {name: checked(name, value, f"{path}: {name}") for name, value in settings.items()}
+                raise DgemmaError(f"{place}: unknown setting {shown(name)}", f"Settings: {', '.join(CHANGEABLE)}.")
+        settings = {name: checked(name, value, f"{place}: {name}") for name, value in settings.items()}
         return cls(messages, system, settings, model)
 
 

@@ -1,0 +1,1 @@
+"""The log: every answer and every conversation, in one SQLite file."""

@@ -1,0 +1,107 @@
+"""The SQLite file of the log: how it is opened, what its tables are, and what its errors are called."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dgemma_mlx.checks import reason
+from dgemma_mlx.cli.state import own_folder
+from dgemma_mlx.errors import DgemmaError
+
+if TYPE_CHECKING:
+    import sqlite3
+
+VERSION = 1
+_APPLICATION = 0x6447656D  # "dGem": which program's file this is
+_PATIENCE = 10  # seconds to wait for another program that writes
+# A message without a position is no longer a part of its conversation: it was undone, or answered again. ``marks`` is
+# a JSON object of its other keys, and ``answer`` one of an answer's model, seed, finish_reason and statistics.
+_SCHEMA = f"""
+    CREATE TABLE conversations (
+        id TEXT PRIMARY KEY, name TEXT UNIQUE, kind TEXT NOT NULL, model TEXT, system TEXT, settings TEXT NOT NULL,
+        created REAL NOT NULL, changed REAL NOT NULL, revision INTEGER NOT NULL
+    );
+    CREATE INDEX conversations_by_change ON conversations (changed);
+    CREATE TABLE messages (
+        id INTEGER PRIMARY KEY, conversation TEXT NOT NULL REFERENCES conversations ON DELETE CASCADE,
+        position INTEGER, time REAL NOT NULL, role TEXT NOT NULL, content TEXT, marks TEXT NOT NULL, answer TEXT,
+        UNIQUE (conversation, position)
+    );
+    PRAGMA application_id = {_APPLICATION};
+    PRAGMA user_version = {VERSION};
+"""
+_HINTS = {
+    "locked": "Another program is writing to it. Try again.",
+    "full": "Free some space.",
+}
+
+
+@contextmanager
+def opened(path: Path, *, create: bool) -> Iterator[sqlite3.Connection]:
+    """Yield a connection to the file within one transaction, which is committed unless the block raises.
+
+    Only the owner can read a file that is created, and its journal. Without ``create``, a missing file is an empty
+    database in memory. Raises `DgemmaError`, and changes nothing, when the file cannot be read or written, is damaged,
+    or is that of another program or of a later version of this one.
+    """
+    try:
+        import sqlite3
+    except ImportError:
+        raise DgemmaError("this Python was built without SQLite", "DGEMMA_LOG=off keeps no answers.") from None
+    try:
+        if create and not os.path.exists(path):
+            own_folder(path.parent)
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        name = path if os.path.exists(path) else ":memory:"
+        with closing(sqlite3.connect(name, timeout=_PATIENCE, isolation_level=None)) as connection:
+            connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA secure_delete = ON")  # what is removed is overwritten
+            _check_version(connection, path)
+            connection.execute("BEGIN IMMEDIATE" if create else "BEGIN")
+            try:
+                yield connection
+            except BaseException:
+                connection.execute("ROLLBACK")
+                raise
+            connection.execute("COMMIT")
+    except sqlite3.Error as error:
+        raise _error(error, path) from None
+    except OSError as error:
+        raise DgemmaError(f"cannot write {path}: {reason(error)}", "DGEMMA_STATE names another folder.") from None
+
+
+def _check_version(connection: sqlite3.Connection, path: Path) -> None:
+    """Create the tables of an empty file. Raise `DgemmaError` for a file that this version cannot read."""
+    version, application = (
+        connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("user_version", "application_id")
+    )
+    if version == 0 and connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+        _create(connection)
+    elif application != _APPLICATION:
+        raise DgemmaError(f"{path} is the database of another program", "Move it away, or set DGEMMA_STATE.")
+    elif version > VERSION:
+        raise DgemmaError(f"{path} was written by a later version of dgemma-mlx", "Update this one.")
+
+
+def _create(connection: sqlite3.Connection) -> None:
+    """Create the tables, unless another process has just done so."""
+    connection.execute("BEGIN IMMEDIATE")
+    if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
+        for statement in _SCHEMA.split(";"):
+            connection.execute(statement)
+    connection.execute("COMMIT")
+
+
+def _error(error: sqlite3.Error, path: Path) -> DgemmaError:
+    """Return the error that says what is wrong with the file."""
+    import sqlite3
+
+    if type(error) is sqlite3.DatabaseError:  # and not one of its subclasses: damaged, or no database at all
+        hint = "It was left as it is. Move it away to begin a new one."
+        return DgemmaError(f"{path} is damaged: {error}", hint)
+    hint = next((hint for word, hint in _HINTS.items() if word in str(error)), "Check its permissions, and the disk.")
+    return DgemmaError(f"cannot use {path}: {error}", hint)

@@ -1,0 +1,301 @@
+"""The conversations of the log: stored, found, listed, renamed and removed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
+from time import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dgemma_mlx.checks import shown
+from dgemma_mlx.cli.log.database import opened
+from dgemma_mlx.cli.log.earlier import EARLIER, take_over
+from dgemma_mlx.cli.log.session import Session
+from dgemma_mlx.cli.state import state_folder
+from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.json_text import parse_json
+
+if TYPE_CHECKING:
+    from sqlite3 import Connection
+
+CONTINUABLE = ("chat", "generate")  # the kinds of conversations that a further message can be added to
+LONGEST_NAME = 80
+_ID = re.compile("[0-9a-f]{8}")
+_MOST_DIGITS = 4000  # of a number that a model has written into a call
+_LIST_HINT = "`dgemma-mlx sessions` lists them."
+_DAMAGED = "`dgemma-mlx sessions rm` removes it."
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A conversation in a list.
+
+    Attributes:
+        id: Eight hexadecimal digits.
+        name: The name that the user has given it, or None.
+        kind: The command that wrote it: chat, generate, raw, batch, fill, edit or choose.
+        model: The model's name, or None for the model of the settings.
+        created: When it began, in seconds since 1970.
+        changed: When it was last changed, in seconds since 1970.
+        turns: Number of turns.
+        title: Its first message.
+    """
+
+    id: str
+    name: str | None
+    kind: str
+    model: str | None
+    created: float
+    changed: float
+    turns: int
+    title: str
+
+
+class Hit(NamedTuple):
+    """A message that a search has found.
+
+    Attributes:
+        entry: The conversation.
+        role: Who wrote it: user, assistant or tool.
+        content: Its text.
+        undone: Whether it is no longer a part of the conversation.
+    """
+
+    entry: Entry
+    role: str
+    content: str
+    undone: bool
+
+
+class Log:
+    """All conversations, in one file. Every method opens it anew, so several programs can use it at a time.
+
+    Each method raises `DgemmaError`, without a change, when the file cannot be used.
+
+    Attributes:
+        path: The file.
+    """
+
+    def __init__(self) -> None:
+        self.path = state_folder() / "conversations.db"
+
+    def save(
+        self, session: Session, kind: str, answer: Mapping[str, Any] | None = None, when: float | None = None
+    ) -> None:
+        """Store a conversation as it is now, and note its id, name and revision in ``session``.
+
+        ``answer`` is what is known about its last message, if that is new: its model, seed, finish_reason and
+        statistics. ``when`` is the time of the change, by default now, in seconds since 1970.
+
+        A conversation that another program has changed or removed since it was read here is left to that program: this
+        one is stored as a new one. Its name, where another conversation has it, gets a number.
+        """
+        with self._opened(write=True) as db:
+            found = db.execute("SELECT revision FROM conversations WHERE id = ?", (session.id,)).fetchone()
+            now, is_new = when or time(), found is None or found[0] != session.revision
+            id, name, revision = session.id, session.name, session.revision
+            if is_new or id is None:
+                id, name, revision = _new_id(db), _free_name(db, name), 0
+                db.execute(
+                    "INSERT INTO conversations VALUES (?, ?, ?, NULL, NULL, '{}', ?, ?, 0)", (id, name, kind, now, now)
+                )
+            db.execute(
+                "UPDATE conversations SET model = ?, system = ?, settings = ?, changed = ?, revision = ? WHERE id = ?",
+                (session.model, session.system, _json(session.settings), now, revision + 1, id),
+            )
+            _store(db, id, session.messages, answer, now)
+        session.id, session.name, session.revision = id, name, revision + 1
+
+    def load(self, id: str) -> Session:
+        """Return a conversation by its id. Raises `DgemmaError` when it is not there, or damaged."""
+        with self._opened() as db:
+            row = db.execute(
+                "SELECT model, system, settings, name, revision FROM conversations WHERE id = ?", (id,)
+            ).fetchone()
+            if row is None:
+                raise _missing(id)
+            model, system, settings, name, revision = row
+            place = f"conversation {id}"
+            try:
+                record = {"messages": _messages(db, id), "system": system, "settings": parse_json(settings)}
+            except ValueError as error:
+                raise DgemmaError(f"{place} is damaged: {error}", _DAMAGED) from None
+        session = Session.of({**record, "model": model}, place, _DAMAGED)
+        session.id, session.name, session.revision = id, name, revision
+        return session
+
+    def last(self) -> str | None:
+        """Return the id of the conversation that was changed last and can be continued; None when there is none."""
+        return next((entry.id for entry in self.entries(CONTINUABLE, 1)), None)
+
+    def find(self, key: str) -> str:
+        """Return the id of the conversation with this name, this id, or the only id that begins so.
+
+        Raises `DgemmaError` when there is none, or more than one.
+        """
+        if (found := self.named(key)) is not None:
+            return found
+        with self._opened() as db:
+            begins = "SELECT id FROM conversations WHERE substr(id, 1, length(?1)) = ?1 LIMIT 3"
+            ids = [id for (id,) in db.execute(begins, (key,))] if key else []
+        if len(ids) > 1:
+            raise DgemmaError(f"several ids begin with {shown(key)}: {', '.join(ids)}", "Write more of it.")
+        if not ids:
+            raise _missing(key)
+        return str(ids[0])
+
+    def named(self, key: str) -> str | None:
+        """Return the id of the conversation with this name or this whole id; None when there is none."""
+        with self._opened() as db:
+            row = db.execute("SELECT id FROM conversations WHERE name = ?1 OR id = ?1", (key,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def entries(self, kinds: Collection[str] = (), limit: int = -1) -> list[Entry]:
+        """Return the conversations of these kinds, or of all kinds, the last one first; at most ``limit``."""
+        with self._opened() as db:
+            where = f"WHERE kind IN ({','.join('?' * len(kinds))})" if kinds else ""
+            query = f"{_ENTRIES} {where} ORDER BY changed DESC, c.rowid DESC LIMIT ?"
+            return [Entry(*row) for row in db.execute(query, (*kinds, limit))]
+
+    def entry(self, id: str) -> Entry:
+        """Return what a list says about a conversation. Raises `DgemmaError` when it is not there."""
+        with self._opened() as db:
+            row = db.execute(f"{_ENTRIES} WHERE c.id = ?", (id,)).fetchone()
+        if row is None:
+            raise _missing(id)
+        return Entry(*row)
+
+    def answers(self, id: str) -> list[dict[str, Any]]:
+        """Return all messages of a conversation with their times, in the order in which they were written.
+
+        Each has "position" (its index among the messages, or None when it was undone or answered again), "time" (in
+        seconds since 1970), the keys of a message, and those of an answer: "model", "seed", "finish_reason" and
+        "statistics".
+        """
+        with self._opened() as db:
+            rows = db.execute(
+                "SELECT position, time, role, content, marks, coalesce(answer, '{}') FROM messages "
+                "WHERE conversation = ? ORDER BY id", (id,),
+            )  # fmt: skip
+            return [
+                {"position": position, "time": when, **_message(*message), **parse_json(answer)}
+                for position, when, *message, answer in rows
+            ]
+
+    def rename(self, id: str, name: str) -> None:
+        """Give a conversation a name. Raises `DgemmaError` when another one has it, or when it cannot be a name."""
+        check_name(name)
+        if (other := self.named(name)) not in (None, id):
+            raise DgemmaError(f"conversation {other} has the name {shown(name)}", "Choose another name.", exit_code=2)
+        with self._opened(write=True) as db:
+            db.execute("UPDATE conversations SET name = ? WHERE id = ?", (name, id))
+
+    def remove(self, ids: Sequence[str]) -> None:
+        """Remove conversations with all that was written in them."""
+        with self._opened(write=True) as db:
+            db.executemany("DELETE FROM conversations WHERE id = ?", [(id,) for id in ids])
+
+    def search(self, words: Sequence[str], limit: int = -1) -> list[Hit]:
+        """Return the messages that hold all the words, in any case and as parts of words, the last one first."""
+        folded = [word.casefold() for word in words]
+        with self._opened() as db:
+            db.create_function("holds", 1, lambda text: all(word in text.casefold() for word in folded))
+            rows = db.execute(
+                "SELECT conversation, role, content, position IS NULL FROM messages "
+                "WHERE content IS NOT NULL AND holds(content) ORDER BY id DESC LIMIT ?", (limit,),
+            ).fetchall()  # fmt: skip
+            ids = {row[0] for row in rows}
+            found = {id: Entry(*db.execute(f"{_ENTRIES} WHERE c.id = ?", (id,)).fetchone()) for id in ids}
+        return [Hit(found[id], role, content, bool(undone)) for id, role, content, undone in rows]
+
+    @contextmanager
+    def _opened(self, write: bool = False) -> Iterator[Connection]:
+        """Yield the database, after the last conversation of an earlier version of the program has moved into it."""
+        earlier = self.path.with_name(EARLIER)
+        if os.path.exists(earlier):
+            take_over(earlier, lambda session, changed: self.save(session, "chat", when=changed))
+        with opened(self.path, create=write) as db:
+            yield db
+
+
+_ENTRIES = """
+    SELECT id, name, kind, model, created, changed,
+        (SELECT count(*) FROM messages WHERE conversation = c.id AND role = 'user' AND position IS NOT NULL),
+        coalesce((SELECT content FROM messages WHERE conversation = c.id AND role = 'user'
+                  ORDER BY position IS NULL, position LIMIT 1), '')
+    FROM conversations c"""
+
+
+def check_name(name: str) -> None:
+    """Raise `DgemmaError` (exit code 2) for what cannot be the name of a conversation."""
+    if not name.strip() or not name.isprintable() or len(name) > LONGEST_NAME or name != name.strip():
+        hint = f"A name has 1 to {LONGEST_NAME} characters that can be seen."
+        raise DgemmaError(f"{shown(name)} cannot be a name", hint, exit_code=2)
+    if _ID.fullmatch(name):
+        raise DgemmaError(f"{shown(name)} looks like an id", _LIST_HINT, exit_code=2)
+
+
+def _missing(key: str) -> DgemmaError:
+    return DgemmaError(f"there is no conversation {shown(key)}", _LIST_HINT)
+
+
+def _new_id(db: Connection) -> str:
+    """Return an id that no conversation has."""
+    while True:
+        id = secrets.token_hex(4)
+        if db.execute("SELECT 1 FROM conversations WHERE id = ?", (id,)).fetchone() is None:
+            return id
+
+
+def _free_name(db: Connection, name: str | None) -> str | None:
+    """Return a name that no conversation has: ``name``, or else NAME-2, NAME-3, ..."""
+    wanted, number = name, 1
+    while wanted is not None and db.execute("SELECT 1 FROM conversations WHERE name = ?", (wanted,)).fetchone():
+        number += 1
+        wanted = f"{name}-{number}"
+    return wanted
+
+
+def _store(
+    db: Connection, id: str, messages: Sequence[dict[str, Any]], answer: Mapping[str, Any] | None, now: float
+) -> None:
+    """Store the messages of a conversation. Those that it no longer has stay in the log, without a position."""
+    pairs = zip(_messages(db, id), messages, strict=False)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    if answer is not None:
+        same = min(same, len(messages) - 1)  # the same text once more is another answer
+    db.execute("UPDATE messages SET position = NULL WHERE conversation = ? AND position >= ?", (id, same))
+    for position, message in enumerate(messages[same:], same):
+        marks = {key: value for key, value in message.items() if key not in ("role", "content")}
+        content = message.get("content")
+        if content is not None and not isinstance(content, str):  # the result of a tool
+            marks["content"], content = content, None
+        about = answer if position == len(messages) - 1 else None
+        values = (id, position, now, message["role"], content, _json(marks), None if about is None else _json(about))
+        db.execute(
+            "INSERT INTO messages (conversation, position, time, role, content, marks, answer) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)", values,
+        )  # fmt: skip
+
+
+def _messages(db: Connection, id: str) -> list[dict[str, Any]]:
+    """Return the messages of a conversation. Raises ``ValueError`` for one that is damaged."""
+    query = (
+        "SELECT role, content, marks FROM messages WHERE conversation = ? AND position IS NOT NULL ORDER BY position"
+    )
+    return [_message(*row) for row in db.execute(query, (id,))]
+
+
+def _message(role: str, content: str | None, marks: str) -> dict[str, Any]:
+    """Return a message as it was before it was stored."""
+    return {"role": role, **({} if content is None else {"content": content}), **parse_json(marks, _MOST_DIGITS)}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
