@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dgemma_mlx.cli.loading import load_model
+from dgemma_mlx.cli.loading import load_model, model_loader
 from dgemma_mlx.cli.parameters import (
     ApiKey,
     MaxTokens,
@@ -33,10 +33,12 @@ from dgemma_mlx.cli.render.region import can_draw
 from dgemma_mlx.cli.settings import SETTINGS, Settings
 from dgemma_mlx.cli.state import history_file, state_folder
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.sizes import counted
 
 if TYPE_CHECKING:
     from dgemma_mlx.cli.chat.answer import Chat
     from dgemma_mlx.cli.chat.session import Session
+    from dgemma_mlx.generation.model import Model
 
 # Asks for a line, starting with the given text. Returns None when the user leaves.
 Ask = Callable[[str], str | None]
@@ -128,18 +130,23 @@ def _conversation(
         from dgemma_mlx.cli.chat.connection import Server
         from dgemma_mlx.cli.chat.remote import RemoteChat
 
-        server = Server(url, api_key(key))
-        server.check()
-        yield RemoteChat(server, session, defaults, draw=draw)
+        yield RemoteChat(Server(url, api_key(key)), session, defaults, draw=draw)
         return
-    from dgemma_mlx.checkpoint.hub import DEMO
-    from dgemma_mlx.cli.chat.local import LocalChat
+    from dgemma_mlx.cli.chat.local import LocalChat, full_name
 
     settings = Settings()
     name = settings.pick("model", session.model if model.model is None else model.model)
+    session.model = full_name(name)
+
+    def open_model(other: str | None) -> Callable[[], Model]:
+        adapter = model.adapter if other == session.model else None  # it fits only the model that it was trained for
+        return model_loader(settings, replace(model, model=other, adapter=adapter))
+
+    if prompt_cache is None:  # nothing here may refer to the model, whose memory /model frees
+        yield LocalChat(load_model(settings, replace(model, model=name)), session, defaults, draw=draw,
+                        opener=open_model)  # fmt: skip
+        return
     loaded = load_model(settings, replace(model, model=name))
-    # A full path, because --resume may run in another folder.
-    session.model = os.path.abspath(name) if name not in (None, DEMO) and os.path.isdir(name) else name
     with kept_prompt_cache(prompt_cache, loaded) as cache:
         yield LocalChat(loaded, session, defaults, draw=draw, cache=cache)
 
@@ -178,8 +185,8 @@ def _talk(chat: Chat, history: Path | None, folder: Path | None, kept: bool) -> 
 
     person = at_terminal()
     if person:
-        print("/help lists the commands, Ctrl-D leaves", file=sys.stderr)
-    ask = _asker(history, person)
+        print(_banner(chat), file=sys.stderr)
+    ask = _asker(chat, history, person)
     failed, start = False, ""
     while (line := ask(start)) is not None:
         edited, start = bool(start), ""
@@ -208,7 +215,23 @@ def _talk(chat: Chat, history: Path | None, folder: Path | None, kept: bool) -> 
         raise typer.Exit(1)
 
 
-def _asker(history: Path | None, person: bool) -> Ask:
+def _banner(chat: Chat) -> str:
+    """Return the line that begins a conversation: the model, the length of its context, and where help is."""
+    from dgemma_mlx.cli.render.visible import visible
+
+    named = ", ".join(part for part in (visible(chat.model_name), chat.context) if part)
+    return f"{named}; /help lists the commands, Ctrl-D leaves"
+
+
+def _status(chat: Chat) -> str:
+    """Return the line below the prompt: the model, the context that is used, and the files that wait."""
+    from dgemma_mlx.cli.render.visible import visible
+
+    files = f"{counted(len(chat.attachments), 'file')} to send" if chat.attachments else ""
+    return "  ".join(part for part in (visible(chat.model_name), chat.context, files) if part)
+
+
+def _asker(chat: Chat, history: Path | None, person: bool) -> Ask:
     """Return a function that asks for a line as well as stdin and stdout allow."""
     from dgemma_mlx.cli.chat.command import can_edit
     from dgemma_mlx.cli.chat.lines import piped_lines, typed_lines
@@ -217,7 +240,7 @@ def _asker(history: Path | None, person: bool) -> Ask:
         return typed_lines() if person else piped_lines()
     from dgemma_mlx.cli.chat.editor import editor
 
-    return editor(history)
+    return editor(history, partial(_status, chat), lambda: dict(chat.models()))
 
 
 def _keep(session: Session, folder: Path) -> None:
