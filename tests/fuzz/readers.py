@@ -24,8 +24,8 @@ from dgemma_convert.writer import open_partial_folder
 from dgemma_mlx import Model, PromptCache, generate
 from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
 from dgemma_mlx.cli.batch import read_batch
-from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.cli.info import describe
+from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.kernels.selfcheck import Store
 from dgemma_mlx.model.adapter import AdapterConfig, attach

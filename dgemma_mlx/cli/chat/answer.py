@@ -14,8 +14,10 @@ from dgemma_mlx.cli.batch import NO_ANSWER
 from dgemma_mlx.cli.interrupt import interruptible
 from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.cli.render.plain import print_warnings
+from dgemma_mlx.cli.summary import summary
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Done, Event
+from dgemma_mlx.sizes import counted
 
 if TYPE_CHECKING:
     from dgemma_mlx.cli.render.live import Tokens
@@ -42,11 +44,6 @@ class Chat(ABC):
         """Return the value of a setting: what ``/set`` has chosen, or the default."""
         return self.session.settings.get(name, self._defaults[name])
 
-    @property
-    @abstractmethod
-    def model_name(self) -> str:
-        """What answers, as the log of answers names it."""
-
     @abstractmethod
     def check(self) -> None:
         """Raise `DgemmaError` when the settings contradict each other, or cannot be changed here."""
@@ -54,6 +51,40 @@ class Chat(ABC):
     @abstractmethod
     def value_in_force(self, name: str) -> Any:
         """Return the value that the model takes for a setting; None where that is not one value, or not known."""
+
+    @property
+    @abstractmethod
+    def model_name(self) -> str:
+        """Name of the model that answers."""
+
+    @property
+    @abstractmethod
+    def positions(self) -> int | None:
+        """Number of positions that the model supports; None where a server does not tell it."""
+
+    @property
+    @abstractmethod
+    def used(self) -> int | None:
+        """Number of positions that the conversation takes; None where only the server can count them."""
+
+    @property
+    def context(self) -> str:
+        """How much of the model's positions the conversation takes, in words."""
+        used, positions = self.used, self.positions
+        if positions is None:
+            return "" if used is None else f"{used:,} tokens"
+        return ("" if used is None else f"{used:,} of ") + f"{positions:,} tokens of context"
+
+    @abstractmethod
+    def models(self) -> list[tuple[str, str]]:
+        """Return the name of each model that ``switch`` accepts at once, and a word about it."""
+
+    @abstractmethod
+    def switch(self, name: str) -> None:
+        """Let another model answer from now on. The conversation stays.
+
+        Raises `DgemmaError` when there is no such model, or it cannot be loaded; then the model stays as well.
+        """
 
     @abstractmethod
     def tokens_of(self, text: str) -> int | None:
@@ -87,7 +118,14 @@ class Chat(ABC):
         elif done.finish_reason == "length":
             print("the answer was cut off: it reached max_tokens or the model's last position, or went on as padding",
                   file=sys.stderr)  # fmt: skip
+        if self.setting("stats"):
+            print(self._line_about(done), file=sys.stderr)
         return True
+
+    def _line_about(self, done: Done) -> str:
+        """Return the statistics of an answer in one line. Other programs' servers tell only the number of tokens."""
+        about = summary(done) if done.statistics.seconds else counted(done.statistics.generated_tokens, "token")
+        return ", ".join(part for part in (about, self.context) if part)
 
     def _seed(self, again: bool) -> int | None:
         """Return the seed of the next answer, or None for a random one."""

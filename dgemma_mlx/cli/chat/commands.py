@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 
 from dgemma_mlx.cli.attachments import with_attachments
-from dgemma_mlx.cli.chat import files, options, turns
+from dgemma_mlx.cli.chat import copy, files, models, options, turns
 from dgemma_mlx.cli.chat.answer import Chat
-from dgemma_mlx.cli.chat.command import Command, Outcome, say
+from dgemma_mlx.cli.chat.command import Command, Outcome, at_terminal, say
+from dgemma_mlx.cli.chat.paths import paths_of
 from dgemma_mlx.errors import DgemmaError
 
 QUOTES = '"""'
@@ -37,9 +38,13 @@ def take(chat: Chat, line: str, *, edited: bool = False) -> Outcome:
     text = line.strip()
     if command := _COMMAND.fullmatch(text):
         name, rest = command.groups()
+        name = ALIASES.get(name, name)
         if name not in COMMANDS:
-            raise DgemmaError(f"there is no command /{name}", "/help lists the commands. Nothing was sent.")
+            raise _no_command(text, name)
         return COMMANDS[name].run(chat, rest) or Outcome()
+    if at_terminal() and text in ("exit", "quit", "help"):
+        hint = f"Write /{text}. To send the word as a message, write {QUOTES}{text}{QUOTES}."
+        raise DgemmaError(f"{text} alone is not sent to the model", hint)
     message = text[len(QUOTES) : -len(QUOTES)].strip() if is_quoted(text) else text
     if not message:
         return Outcome()
@@ -50,11 +55,22 @@ def take(chat: Chat, line: str, *, edited: bool = False) -> Outcome:
     return Outcome(ask=True)
 
 
+def _no_command(text: str, name: str) -> DgemmaError:
+    """Return the error about a line with a slash that is no command: a mistake, or a file that was dropped there."""
+    try:
+        is_file = all(path.exists() for path in paths_of(text, "/read FILE"))
+    except DgemmaError:
+        is_file = False
+    hint = "/read FILE sends a file." if is_file else "/help lists the commands. Nothing was sent."
+    return DgemmaError(f"there is no command /{name}", hint)
+
+
 def _help(chat: Chat, rest: str) -> None:
     width = max(len(f"/{name} {command.usage}") for name, command in COMMANDS.items())
     for name, command in COMMANDS.items():
         say(f"{f'/{name} {command.usage}':{width}}  {command.meaning}")
     say('Alt-Enter starts a new line; """ begins and ends a message of several lines; Ctrl-C stops an answer.')
+    say("Ctrl-X Ctrl-E writes the message in your editor; Tab completes; the right arrow takes a suggestion.")
 
 
 def _bye(chat: Chat, rest: str) -> Outcome:
@@ -62,9 +78,12 @@ def _bye(chat: Chat, rest: str) -> Outcome:
 
 
 COMMANDS = {
-    "help": Command("", "show this list", _help),
+    "help": Command("", "show this list; so does /?", _help),
+    **models.COMMANDS,
     **options.COMMANDS,
     **turns.COMMANDS,
     **files.COMMANDS,
-    "bye": Command("", "leave (so does Ctrl-D)", _bye),
+    **copy.COMMANDS,
+    "bye": Command("", "leave; so do /exit, /quit and Ctrl-D", _bye),
 }
+ALIASES = {"?": "help", "exit": "bye", "quit": "bye"}

@@ -57,13 +57,24 @@ class Server:
         self._secure = parts.scheme == "https"
         self._headers = {} if key is None else {"authorization": f"Bearer {key}"}
 
-    def check(self) -> None:
-        """Raise `DgemmaError` when there is no server, or it wants another key."""
+    def models(self) -> list[dict[str, Any]]:
+        """Return what the server says of its models, each with an "id". Some servers say nothing.
+
+        Raises `DgemmaError` when there is no server, or it wants another key.
+        """
         connection = self._connect()
         try:
-            self._send(connection, "GET", "/v1/models", None, accept_missing=True).close()
+            with self._send(connection, "GET", "/v1/models", None, accept_missing=True) as response:
+                found = parse_json(response.read(_MOST_BYTES), most_digits=40) if response.status == 200 else {}
+        except ValueError:  # not JSON
+            found = {}
+        except (OSError, HTTPException) as error:
+            raise self._lost(error) from None
         finally:
             connection.close()
+        entries = found.get("data") if isinstance(found, dict) else None
+        named = entries if isinstance(entries, list) else []
+        return [entry for entry in named if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
 
     def events(
         self, path: str, body: dict[str, Any], cancelled: Callable[[], bool]

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from dgemma_mlx.checkpoint.config import LOOP_FIELDS
+from dgemma_mlx.checkpoint.hub import DEMO
 from dgemma_mlx.cli.chat.answer import Chat
 from dgemma_mlx.cli.loading import in_bytes
 from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Done
+from dgemma_mlx.sizes import size
 
 if TYPE_CHECKING:
     from dgemma_mlx.checkpoint.config import GenerationConfig
     from dgemma_mlx.generation.model import Model
     from dgemma_mlx.generation.prompt_cache import PromptCache
+
+
+def full_name(name: str | None) -> str | None:
+    """Return the name of a model for a session, which may be continued in another folder: a folder's full path."""
+    return os.path.abspath(name) if name not in (None, DEMO) and os.path.isdir(name) else name
 
 
 class LocalChat(Chat):
@@ -27,19 +36,66 @@ class LocalChat(Chat):
     """
 
     def __init__(
-        self, model: Model, session: Session, defaults: dict[str, Any], *, draw: bool, cache: PromptCache | None = None
+        self, model: Model, session: Session, defaults: dict[str, Any], *, draw: bool,
+        cache: PromptCache | None = None, opener: Callable[[str | None], Callable[[], Model]] | None = None,
     ) -> None:
-        """``defaults`` are the settings that ``/set`` has not changed. ``cache`` holds the prompt encoded so far."""
+        """``defaults`` are the settings that ``/set`` has not changed. ``cache`` holds the prompt encoded so far.
+
+        ``opener`` returns a function that loads the model with a name, and raises `DgemmaError` where there is none.
+        Without it the model cannot be switched.
+        """
         from dgemma_mlx.generation.prompt_cache import PromptCache
 
         super().__init__(session, defaults, draw=draw)
         self.model = model
         self._cache = cache or PromptCache()
+        self._opener = opener
 
     @property
     def model_name(self) -> str:
-        """The name of the loaded model."""
+        """Name of the loaded model."""
         return self.model.name
+
+    @property
+    def positions(self) -> int:
+        """Number of positions that the model supports."""
+        return self.model.config.text.max_position_embeddings
+
+    @property
+    def used(self) -> int:
+        """Number of positions that the conversation takes."""
+        return len(self.model.encode_prompt(self.session.prompt())) if self.session.messages else 0
+
+    def models(self) -> list[tuple[str, str]]:
+        """Return the demo and the models in the Hub's cache, with their sizes."""
+        from dgemma_mlx.checkpoint.cached import cached_models
+
+        whole = (model for model in cached_models() if model.state == "whole")
+        return [(DEMO, "built in"), *((model.name, size(model.bytes_on_disk)) for model in whole)]
+
+    def switch(self, name: str) -> None:
+        """Load another model, after the memory of this one is free. When that fails, load this one again."""
+        if self._opener is None:
+            hint = "The file holds the prompt of one model. Start another chat with -m."
+            raise DgemmaError("/model cannot be combined with --prompt-cache", hint)
+        load, load_again = self._opener(name), self._opener(self.session.model)
+        self._release()
+        try:
+            self.model = load()
+            self.check()
+        except BaseException:
+            self._release()
+            self.model = load_again()
+            raise
+        self.session.model = full_name(name)
+
+    def _release(self) -> None:
+        """Drop the model and the encoded prompt, which refer to its weights."""
+        from dgemma_mlx.generation.prompt_cache import PromptCache
+
+        self._cache = PromptCache()
+        with suppress(AttributeError):  # the other model was never there
+            del self.model
 
     def generation(self) -> GenerationConfig:
         """Return the parameters of the denoising loop. Raises `DgemmaError` when they contradict each other."""

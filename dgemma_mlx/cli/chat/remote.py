@@ -16,6 +16,7 @@ from dgemma_mlx.json_text import parse_json
 from dgemma_mlx.text.parts import ToolCall
 
 SENT = ("max_tokens", "seed", "temp", "thinking", "speed")  # the settings that a request can name
+_OWN = ("stats",)  # those that concern this program and no server
 _OPEN, _CLOSE, _END, _CONTROL = range(4)
 _REASONS = ("stop", "length", "tool_calls")
 
@@ -60,21 +61,51 @@ class RemoteChat(Chat):
         """``defaults`` are the settings that ``/set`` has not changed."""
         super().__init__(session, defaults, draw=draw)
         self._server = server
+        self._known = {model["id"]: model for model in server.models()}
+        self._chosen: str | None = None
 
     @property
     def model_name(self) -> str:
-        """The address of the server."""
-        return self._server.url
+        """Name of the model that was chosen, otherwise the first that the server names, otherwise the address."""
+        return self._chosen or next(iter(self._known), self._server.url)
+
+    @property
+    def positions(self) -> int | None:
+        """Number of positions that the model supports, where the server tells it."""
+        model = self._known.get(self.model_name, {})
+        found = model.get("context_length", model.get("max_model_len"))
+        return found if is_whole(found) else None
+
+    @property
+    def used(self) -> int | None:
+        """Number of positions that the last answer and its prompt took, while that answer is the last message."""
+        if not self.session.messages:
+            return 0
+        if self.last is None or self.session.messages[-1].get("content") != self.last.text:
+            return None
+        return self.last.statistics.prompt_tokens + self.last.statistics.generated_tokens or None
+
+    def models(self) -> list[tuple[str, str]]:
+        """Return the models that the server names."""
+        self._known = {model["id"]: model for model in self._server.models()}
+        return [(name, f"at {self._server.url}") for name in self._known]
+
+    def switch(self, name: str) -> None:
+        """Ask the server for this model from now on. Raises `DgemmaError` for one that the server does not name."""
+        if name not in dict(self.models()):
+            raise DgemmaError(f"{self._server.url} names no model {name}", "/model lists those that it names.")
+        self._chosen = name
 
     def check(self) -> None:
         """Raise `DgemmaError` when ``/set`` has changed what only the server's owner can."""
-        if others := [name for name in self.session.settings if name not in SENT]:
-            hint = f"With --url, these can be changed: {', '.join(SENT)}. `/set {others[0]}` restores the server's."
+        if others := [name for name in self.session.settings if name not in (*SENT, *_OWN)]:
+            names = ", ".join((*SENT, *_OWN))
+            hint = f"With --url, these can be changed: {names}. `/set {others[0]}` restores the server's."
             raise DgemmaError(f"{others[0]} is chosen by the server", hint)
 
     def value_in_force(self, name: str) -> Any:
         """Return the value of a setting; None where the server chooses it."""
-        return self.setting(name) if name in SENT else None
+        return self.setting(name) if name in (*SENT, *_OWN) else None
 
     def tokens_of(self, text: str) -> None:
         """Return None: the tokenizer is the server's."""
@@ -94,7 +125,7 @@ class RemoteChat(Chat):
     def _body(self, seed: int | None) -> dict[str, Any]:
         """Return the request. A temperature other than 0 has no effect on a server."""
         body: dict[str, Any] = {
-            "messages": self.session.prompt(), "stream": True, "drafts": True, "seed": seed,
+            "model": self._chosen, "messages": self.session.prompt(), "stream": True, "drafts": True, "seed": seed,
             "max_tokens": self.setting("max_tokens"), "temperature": self.setting("temp"),
             "speed": self.setting("speed"), "stream_options": {"include_usage": True},
             "reasoning_effort": "medium" if self.setting("thinking") else "none",

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dgemma_mlx.cli.loading import load_model
+from dgemma_mlx.cli.loading import load_model, model_loader
 from dgemma_mlx.cli.log.keep import Keeper, about
 from dgemma_mlx.cli.log.options import ConversationOptions
 from dgemma_mlx.cli.parameters import (
@@ -39,6 +39,7 @@ from dgemma_mlx.sizes import counted
 if TYPE_CHECKING:
     from dgemma_mlx.cli.chat.answer import Chat
     from dgemma_mlx.cli.log.session import Session
+    from dgemma_mlx.generation.model import Model
 
 # Asks for a line, starting with the given text. Returns None when the user leaves.
 Ask = Callable[[str], str | None]
@@ -130,23 +131,31 @@ def _conversation(
         from dgemma_mlx.cli.chat.connection import Server
         from dgemma_mlx.cli.chat.remote import RemoteChat
 
-        server = Server(url, api_key(key))
-        server.check()
-        yield RemoteChat(server, session, defaults, draw=draw)
+        yield RemoteChat(Server(url, api_key(key)), session, defaults, draw=draw)
         return
-    from dgemma_mlx.checkpoint.hub import DEMO
     from dgemma_mlx.cli import offer
-    from dgemma_mlx.cli.chat.local import LocalChat
+    from dgemma_mlx.cli.chat.local import LocalChat, full_name
 
     settings = Settings()
     name = settings.pick("model", session.model if model.model is None else model.model)
     offered = offer.choose() if name is None else None
     name = offered or name
-    loaded = load_model(settings, replace(model, model=name))
-    if offered is not None:
-        offer.remember(offered)
-    # A full path, because the conversation may go on in another folder.
-    session.model = os.path.abspath(name) if name not in (None, DEMO) and os.path.isdir(name) else name
+    session.model = full_name(name)
+
+    def open_model(other: str | None) -> Callable[[], Model]:
+        adapter = model.adapter if other == session.model else None  # it fits only the model that it was trained for
+        return model_loader(settings, replace(model, model=other, adapter=adapter))
+
+    def load() -> Model:
+        loaded = load_model(settings, replace(model, model=name))
+        if offered is not None:
+            offer.remember(offered)
+        return loaded
+
+    if prompt_cache is None:  # nothing here may refer to the model, whose memory /model frees
+        yield LocalChat(load(), session, defaults, draw=draw, opener=open_model)
+        return
+    loaded = load()
     with kept_prompt_cache(prompt_cache, loaded) as cache:
         yield LocalChat(loaded, session, defaults, draw=draw, cache=cache)
 
@@ -168,8 +177,8 @@ def _talk(chat: Chat, history: Path | None, keeper: Keeper) -> None:
 
     person = at_terminal()
     if person:
-        print("/help lists the commands, Ctrl-D leaves", file=sys.stderr)
-    ask = _asker(history, person)
+        print(_banner(chat), file=sys.stderr)
+    ask = _asker(chat, history, person)
     failed, start, kept = False, "", chat.session.copy()
     while (line := ask(start)) is not None:
         edited, start, answered = bool(start), "", False
@@ -200,7 +209,23 @@ def _talk(chat: Chat, history: Path | None, keeper: Keeper) -> None:
         raise typer.Exit(1)
 
 
-def _asker(history: Path | None, person: bool) -> Ask:
+def _banner(chat: Chat) -> str:
+    """Return the line that begins a conversation: the model, the length of its context, and where help is."""
+    from dgemma_mlx.cli.render.visible import visible
+
+    named = ", ".join(part for part in (visible(chat.model_name), chat.context) if part)
+    return f"{named}; /help lists the commands, Ctrl-D leaves"
+
+
+def _status(chat: Chat) -> str:
+    """Return the line below the prompt: the model, the context that is used, and the files that wait."""
+    from dgemma_mlx.cli.render.visible import visible
+
+    files = f"{counted(len(chat.attachments), 'file')} to send" if chat.attachments else ""
+    return "  ".join(part for part in (visible(chat.model_name), chat.context, files) if part)
+
+
+def _asker(chat: Chat, history: Path | None, person: bool) -> Ask:
     """Return a function that asks for a line as well as stdin and stdout allow."""
     from dgemma_mlx.cli.chat.command import can_edit
     from dgemma_mlx.cli.chat.lines import piped_lines, typed_lines
@@ -209,7 +234,7 @@ def _asker(history: Path | None, person: bool) -> Ask:
         return typed_lines() if person else piped_lines()
     from dgemma_mlx.cli.chat.editor import editor
 
-    return editor(history)
+    return editor(history, partial(_status, chat), lambda: dict(chat.models()))
 
 
 def _complain(error: DgemmaError) -> None:
