@@ -173,8 +173,8 @@ def _find(rows: list[Line], cells: int, columns: int) -> tuple[int, int]:
 class ScreenStream(io.TextIOBase):
     """A text stream to a screen. A writer learns the size of the screen from a pseudo-terminal."""
 
-    def __init__(self, columns: int = 80, lines: int = 24) -> None:
-        self.screen = Screen(columns, lines)
+    def __init__(self, columns: int = 80, lines: int = 24, screen: Screen | None = None) -> None:
+        self.screen = screen or Screen(columns, lines)
         self.output = ""
         self._stream = pyte.Stream(self.screen)
         self._master, self._slave = os.openpty()

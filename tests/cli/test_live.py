@@ -45,7 +45,7 @@ OTHER = [
     "你好", "🙂", "👩‍👩‍👧", "🇩🇪", "❤️", "a" + "\u0301" * 60, "שלום", "[red]", "**b**", "\t", "\n", "word ",
     " ", "ﷺ", "\U00012031",
 ]  # fmt: skip
-ALLOWED = re.compile(r"\x1b\[(?:2|90|2;90|0)m|\x1b\[\d+A|\x1b\[J|\r|\n|\t|[^\x00-\x1f\x7f-\x9f]")
+ALLOWED = re.compile(r"\x1b\[(?:2|90|2;90|0)m|\x1b\[\d+A|\x1b\[[KCJ]|\r|\n|\t|[^\x00-\x1f\x7f-\x9f]")
 
 
 class Clock:
@@ -128,7 +128,7 @@ def test_only_whole_lines_are_above_what_is_drawn(tokenizer: Tokenizer, size: tu
             *new, rest = (rest + event.text).split("\n")
             lines += new
         elif isinstance(event, Draft):  # the unfinished line is drawn with it
-            assert stream.output.rpartition("\x1b[J")[2].startswith(rest[: size[0] - 1].rstrip())
+            assert stream.output.rpartition("\x1b[J\r")[2].startswith(rest[: size[0] - 1].rstrip())
         assert stream.screen.text.split("\n")[: len(lines)] == [line.rstrip() for line in lines]
     assert "\n".join([*lines, rest]) == POEM
 
@@ -222,7 +222,7 @@ def test_the_status_line(tokenizer: Tokenizer, columns: int, lines: int) -> None
     drafts = [draft(tokens, step=6), draft(tokens, unsettled, step=7, canvas=2)]
     for _ in show(stream, tokenizer, drafts, clock):
         pass
-    status = stream.output.split("\x1b[J")[2].partition("\r")[0]
+    status = stream.output.split("\x1b[J\r")[2].partition("\r")[0]
     words = " ".join(re.sub(r"\x1b\[\d*m", "", status).partition("eight")[2].split())
     accepted, entropy = (len(tokens) - 4) / len(tokens), 6 / len(tokens)
     assert words == (
@@ -237,7 +237,7 @@ def test_tokens_are_dimmer_the_less_they_are_settled(tokenizer: Tokenizer) -> No
     stream = ScreenStream()
     changed = [*tokens[:4], tokenizer.encode("f")[0]]
     list(show(stream, tokenizer, [draft(tokens, entropy), draft(changed, entropy, step=2)]))
-    first, second = stream.output.split("\x1b[J")[1:3]
+    first, second = stream.output.split("\x1b[J\r")[1:3]
     assert first.startswith("\x1b[2mab\x1b[0m")  # nothing is stable in the first step
     assert second.startswith("a\x1b[2mb\x1b[0m\x1b[90mc\x1b[0m\x1b[2;90md\x1b[0m\x1b[2mf\x1b[0m")
 
@@ -248,7 +248,7 @@ def test_tokens_after_the_end_of_the_text_are_not_drawn(tokenizer: Tokenizer) ->
     sure = [0.01] * len(tokens)
     unsure = [0.01 if token != EOS else 3.0 for token in tokens]
     list(show(stream, tokenizer, [draft(tokens, sure), draft(tokens, unsure, step=2)]))
-    first, second = stream.output.split("\x1b[J")[1:3]
+    first, second = stream.output.split("\x1b[J\r")[1:3]
     assert "word" in first and "noise" not in first
     assert "noise" in second
 
@@ -278,7 +278,7 @@ def test_thinking_is_dim_while_it_lasts_and_one_line_after(tokenizer: Tokenizer)
     stream = ScreenStream()
     dim_drawn = 0
     for event in show(stream, tokenizer, answer(tokenizer, channel + tokenizer.encode("Because.\nYes"))):
-        frame = stream.output.rpartition("\x1b[J")[2]
+        frame = stream.output.rpartition("\x1b[J\r")[2]
         if isinstance(event, Draft) and "More of it." in frame and "Because" not in frame:
             dim_drawn += 1
             assert not re.search(r"(^|\x1b\[0m)[^\x1b]*More of it", frame)

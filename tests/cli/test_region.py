@@ -8,7 +8,7 @@ import pytest
 
 from dgemma_mlx.cli.render.region import Region
 from dgemma_mlx.cli.render.visible import Row, wrap
-from tests.cli.terminal import ScreenStream
+from tests.cli.terminal import Screen, ScreenStream
 
 TEXT = "One row of text that is wide enough to be broken, 与一些宽字符 in it, and  spaces \nand another row."
 
@@ -75,6 +75,28 @@ def test_of_many_rows_the_last_ones_are_shown(stream: ScreenStream, region: Regi
         region.draw(numbers)
         assert stream.screen.rows == [str(n) for n in range(100 - max(lines - 1, 1), 100)] or lines == 24
         assert stream.screen.rows[-1] == "99"
+
+
+class Xterm(Screen):
+    """A screen that cuts its rows when it becomes narrower."""
+
+    def resize(self, lines: int | None = None, columns: int | None = None) -> None:
+        rows = [(self._row(y)[0][:columns], False) for y in range(self.lines)]
+        self._put(rows, (self.cursor.y, self.cursor.x), lines or self.lines, columns or self.columns)
+
+
+def test_a_terminal_that_cuts_its_rows_keeps_what_is_above(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TMUX", raising=False)
+    monkeypatch.setenv("XTERM_VERSION", "XTerm(388)")
+    stream = ScreenStream(screen=Xterm(80, 24))
+    region = Region(stream)  # type: ignore[arg-type]
+    stream.write("one\ntwo\nthree\n")
+    for columns in (80, 30, 20, 60):
+        stream.resize(columns, 24)
+        region.draw(rows(TEXT, columns - 1))
+        assert stream.screen.rows == ["one", "two", "three", *shown(TEXT, columns - 1)]
+    region.close()
+    assert stream.screen.rows == ["one", "two", "three"]
 
 
 def test_keys_typed_meanwhile_leave_nothing(stream: ScreenStream, region: Region) -> None:

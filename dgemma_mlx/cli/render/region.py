@@ -13,7 +13,9 @@ from typing import TextIO
 
 from dgemma_mlx.cli.render.visible import Row, wrap
 
-_ERASE_BELOW = "\x1b[J"
+# Erases the row, then from its second cell on. tmux keeps the whole screen in the scrollback when it is erased from its
+# very first cell, where each frame of an answer that began at the top of the screen begins.
+_ERASE_BELOW = "\x1b[K\x1b[C\x1b[J\r"
 
 
 def can_draw() -> bool:
@@ -22,8 +24,18 @@ def can_draw() -> bool:
     return allowed and sys.stdout.isatty() and sys.stderr.isatty()
 
 
+def _breaks_again() -> bool:
+    """Return whether the terminal breaks its rows again when it becomes narrower. xterm, screen and the console cut."""
+    if os.environ.get("TMUX"):
+        return True
+    return not (os.environ.get("XTERM_VERSION") or os.environ.get("STY") or os.environ.get("TERM") == "linux")
+
+
 class Region:
     """The redrawn rows of a terminal, whose size is read again for each frame.
+
+    What a terminal itself moves into its scrollback, because the rows no longer fit on the screen once they are broken
+    again, cannot be erased. tmux counts the empty rows below the cursor for that, too.
 
     Between frames, the cursor stands at the start of the last row, where the terminal echoes typed keys (``^C``).
     """
@@ -64,7 +76,8 @@ class Region:
         """
         if not self._rows:
             return ""
-        up = sum(len(wrap(row, columns)) for row in self._rows[:-1])
+        above = self._rows[:-1]
+        up = sum(len(wrap(row, columns)) for row in above) if _breaks_again() else len(above)
         return "\r" + (f"\x1b[{up}A" if up else "") + _ERASE_BELOW
 
 
