@@ -13,7 +13,7 @@ CHROMIUM := $(shell command -v chromium || command -v chromium-browser || comman
 	ls -d "/Applications/Google Chrome.app" 2>/dev/null)
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help reference setup demo demo-model test test-kernels test-vocabulary test-clients clients test-page screenshots docs-commands installs formula vocabulary soak lint type oracle bench capture wheel clean
+.PHONY: help man reference setup demo demo-model test test-kernels test-vocabulary test-clients clients test-page screenshots docs-commands installs formula vocabulary soak lint type oracle bench capture wheel clean
 .NOTPARALLEL:
 
 help:
@@ -91,8 +91,11 @@ installs: $(VENV)/.installed ## install with pipx, uv and pip, from the checkout
 formula: $(VENV)/.installed ## write packaging/homebrew/dgemma-mlx.rb from constraints.txt; URL=... SHA256=... of a release
 	@$(PYTHON_BIN) scripts/homebrew.py $(ARGS)
 
-reference: $(VENV)/.installed ## write docs/cli.md from the help of the program
+reference: $(VENV)/.installed man ## write docs/cli.md and the manual page from the help of the program
 	@$(PYTHON_BIN) scripts/cli_reference.py $(ARGS)
+
+man: $(VENV)/.installed ## write the manual page, packaging/dgemma-mlx.1, from the help of the program
+	@$(PYTHON_BIN) scripts/man_page.py $(ARGS)
 
 wheel: $(VENV)/.installed-test ## build the wheel and the source archive in dist/
 	@rm -rf dist
