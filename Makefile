@@ -72,7 +72,8 @@ oracle: $(ORACLE)/.installed ## compare with torch, transformers and mlx-vlm, in
 	@$(ORACLE)/bin/python -m pytest -m oracle -W default $(ARGS)
 
 bench: $(VENV)/.installed-test ## run the benchmarks; BENCH=long_prompt ARGS="--tokens 32768" runs one
-	@library=$$(sh scripts/openblas.sh) || exit 1; \
+	@library=$$(sh scripts/openblas.sh "make bench" "docs/benchmarks.md compares figures that were measured with it") || \
+		exit 1; \
 		for script in benchmarks/$(or $(BENCH),*).py; do echo "== $$script"; \
 		LD_PRELOAD=$$library $(PYTHON_BIN) "$$script" $(ARGS) || exit 1; done
 
