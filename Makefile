@@ -13,7 +13,7 @@ CHROMIUM := $(shell command -v chromium || command -v chromium-browser || comman
 	ls -d "/Applications/Google Chrome.app" 2>/dev/null)
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help reference setup demo demo-model test test-kernels test-vocabulary test-clients clients test-page screenshots docs-commands installs formula vocabulary soak lint type oracle bench capture wheel clean
+.PHONY: help man reference setup demo demo-model test test-kernels test-vocabulary test-clients clients test-page screenshots docs-commands installs formula vocabulary soak lint type oracle bench capture wheel clean
 .NOTPARALLEL:
 
 help:
@@ -72,7 +72,8 @@ oracle: $(ORACLE)/.installed ## compare with torch, transformers and mlx-vlm, in
 	@$(ORACLE)/bin/python -m pytest -m oracle -W default $(ARGS)
 
 bench: $(VENV)/.installed-test ## run the benchmarks; BENCH=long_prompt ARGS="--tokens 32768" runs one
-	@library=$$(sh scripts/openblas.sh) || exit 1; \
+	@library=$$(sh scripts/openblas.sh "make bench" "docs/benchmarks.md compares figures that were measured with it") || \
+		exit 1; \
 		for script in benchmarks/$(or $(BENCH),*).py; do echo "== $$script"; \
 		LD_PRELOAD=$$library $(PYTHON_BIN) "$$script" $(ARGS) || exit 1; done
 
@@ -91,8 +92,11 @@ installs: $(VENV)/.installed ## install with pipx, uv and pip, from the checkout
 formula: $(VENV)/.installed ## write packaging/homebrew/dgemma-mlx.rb from constraints.txt; URL=... SHA256=... of a release
 	@$(PYTHON_BIN) scripts/homebrew.py $(ARGS)
 
-reference: $(VENV)/.installed ## write docs/cli.md from the help of the program
+reference: $(VENV)/.installed man ## write docs/cli.md and the manual page from the help of the program
 	@$(PYTHON_BIN) scripts/cli_reference.py $(ARGS)
+
+man: $(VENV)/.installed ## write the manual page, packaging/dgemma-mlx.1, from the help of the program
+	@$(PYTHON_BIN) scripts/man_page.py $(ARGS)
 
 wheel: $(VENV)/.installed-test ## build the wheel and the source archive in dist/
 	@rm -rf dist

@@ -9,7 +9,7 @@ shift
 run=runs/demo
 mkdir -p "$run"
 if [ "$(uname -s)" = Linux ]; then
-    LD_PRELOAD=$(sh "$(dirname "$0")/openblas.sh")
+    LD_PRELOAD=$(sh "$(dirname "$0")/openblas.sh" "training the demo model")
     echo '[["127.0.0.1:32323"], ["127.0.0.1:32324"]]' > "$run/hosts.json"
     export LD_PRELOAD OPENBLAS_NUM_THREADS=1
     MLX_HOSTFILE="$run/hosts.json" MLX_RANK=1 "$python" -m dgemma_mlx.train.demo --run "$run" "$@" &

@@ -26,6 +26,7 @@ from dgemma_mlx.cli.generate import generate
 from dgemma_mlx.cli.help import WIDEST, Command, Group
 from dgemma_mlx.cli.info import info
 from dgemma_mlx.cli.models import models
+from dgemma_mlx.cli.pages import located
 from dgemma_mlx.cli.parameters import expand
 from dgemma_mlx.cli.pipe import prepare_streams, quiet_when_closed
 from dgemma_mlx.cli.pull import pull
@@ -56,6 +57,7 @@ Notes:
     - `dgemma-mlx COMMAND --help` explains a command.
     - A model is a folder, a Hub id `owner/name[@revision]`, or `demo`. A model from the Hub is downloaded once and used
       offline from then on.
+    - `docs/NAME.md` is a page of the documentation, which is installed in `share/doc/dgemma-mlx`.
     - `dgemma-mlx --install-completion` sets up completion for bash, zsh or fish.
     - `dgemma-mlx config` shows the settings, which come from options, environment variables and `config.toml`.
     - An error is one line, usually followed by a hint. The exit code is 0 for success, 1 for a run-time error, 2 for
@@ -188,7 +190,7 @@ def _fail(error: DgemmaError) -> int:
         import traceback
 
         traceback.print_exc()
-    for name, text in ((PROGRAM, error.message), ("hint", error.hint)):
+    for name, text in ((PROGRAM, error.message), ("hint", located(error.hint))):
         if text:
             print(f"{name}: {text}", file=sys.stderr)
     return error.exit_code

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from typer.core import TyperCommand, TyperGroup
 
+from dgemma_mlx.cli.pages import pages_folder
+
 WIDEST = 120  # columns; longer lines are hard to read
 _TERM_WIDTH = 30  # a longer term has a line of its own
 # Sections that many commands have, in this order after the command's own sections.
@@ -54,7 +56,10 @@ class _PlainHelp:
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the whole help text."""
-        formatter.write(as_text(page_of(self, ctx), formatter.width))
+        text = as_text(page_of(self, ctx), formatter.width)
+        if re.search(r"\bdocs/[a-z_]+\.md", text):
+            text += f"\nThe pages of docs/ are in {pages_folder()}\n"
+        formatter.write(text)
 
     def get_short_help_str(self, limit: int = 0) -> str:
         """Return the whole summary, for completion as well."""

@@ -17,9 +17,10 @@ def summary(done: Done) -> str:
     encoded. The seconds are those of the prompt and the answer.
     """
     s = done.statistics
+    speed = f"{s.tokens_per_second:,.{0 if s.tokens_per_second >= 10 else 1}f}"
     return (
         f"{counted(s.generated_tokens, 'token')} in {counted(s.canvases, 'canvas', 'canvases')}, "
         f"{counted(s.denoising_steps, 'step')} ({s.tokens_per_forward:.1f} tokens per step), "
-        f"{s.seconds:.2f} s, {s.tokens_per_second:,.0f} tokens/s after the prompt, peak {size(s.peak_memory)}, "
+        f"{s.seconds:.2f} s, {speed} tokens/s after the prompt, peak {size(s.peak_memory)}, "
         f"seed {done.seed}"
     )

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/../.."
 python=${1:-.venv/bin/python}
 run=${2:-runs/sudoku}
 clues=16-22
-if [ "$(uname -s)" = Linux ] && library=$(sh scripts/openblas.sh); then
+if [ "$(uname -s)" = Linux ] && library=$(sh scripts/openblas.sh "training at full speed"); then
     # The BLAS in MLX's Linux wheel is slow. Training uses two cores, with one BLAS thread each.
     export LD_PRELOAD="$library" OPENBLAS_NUM_THREADS=1
 fi

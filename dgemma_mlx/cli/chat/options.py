@@ -67,7 +67,8 @@ def _stats(chat: Chat, rest: str) -> None:
         raise DgemmaError("nothing has been generated yet", "Write a message first.")
     for name, value in asdict(chat.last.statistics).items():
         shown = size(value) if name == "peak_memory" else f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"
-        say(f"{name.replace('_', ' '):20} {shown}")
+        counts = " (after the prompt)" if name == "tokens_per_second" else ""
+        say(f"{name.replace('_', ' '):20} {shown}{counts}")
     say(f"{'finish reason':20} {chat.last.finish_reason}")
     say(f"{'seed':20} {chat.last.seed}")
 
