@@ -39,6 +39,7 @@ DATA = ("json", "python", "ruby", "text", "toml", "yaml")  # the languages of ot
 NEEDS = {  # what a command contains, and why it is not run
     r"\b(mlx-community|google)/": "the Hub, and the real model",
     r"\bowner/": "a value that the reader fills in",
+    r"\bcode --wait\b": "VS Code",
     r"\b(brew|pbpaste|pbcopy|doctor --recheck)\b": "a Mac",
     r"[ /](MODEL|DATA|FOLDER|ADAPTER|FUSED|PYTHON|OWNER|NAME)\b|\"\.\.\.\"": "a value that the reader fills in",
 }

@@ -17,7 +17,7 @@ export PATH="$work/tools/bin:$PATH"
 mkdir "$work/checkout"
 (cd "$root" && git ls-files -z --cached --others --exclude-standard | xargs -0 tar cf - 2>/dev/null) | tar xf - -C "$work/checkout"
 cd "$work/checkout"
-python -m build --quiet --wheel
+python -m build --quiet --wheel >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }
 wheel=$(ls dist/*.whl)
 
 # try NAME COMMAND...: runs the command with a new home, then asks the program, whose answer is compared.
