@@ -57,7 +57,7 @@ Notes:
     - `dgemma-mlx COMMAND --help` explains a command.
     - A model is a folder, a Hub id `owner/name[@revision]`, or `demo`. A model from the Hub is downloaded once and used
       offline from then on.
-    - `docs/NAME.md` is a page of the documentation, which is installed in `share/doc/dgemma-mlx`.
+    - Pages such as docs/pipes.md are installed in `share/doc/dgemma-mlx`.
     - `dgemma-mlx --install-completion` sets up completion for bash, zsh or fish.
     - `dgemma-mlx config` shows the settings, which come from options, environment variables and `config.toml`.
     - An error is one line, usually followed by a hint. The exit code is 0 for success, 1 for a run-time error, 2 for
