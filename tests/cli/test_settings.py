@@ -26,6 +26,7 @@ OTHERS: dict[str, tuple[str, str, Any]] = {
     "system": ('"Sei kurz: ß"', "Sei kurz: ß", "Sei kurz: ß"),
     "thinking": ("true", "yes", True),
     "live": ("false", "off", False),
+    "log": ("false", "no", False),
     "stats": ("true", "on", True),
     "temp": ("0", "0", 0.0),
     "max_denoising_steps": ("9", "9", 9),
