@@ -136,6 +136,7 @@ def whole_blobs(hub: HubServer, home: Path) -> list[Path]:
     return list((home / BLOBS).iterdir())
 
 
+@pytest.mark.slow
 def test_a_file_that_arrives_damaged_is_downloaded_again(hub: HubServer, tmp_path: Path) -> None:
     hub.repositories["owner/name"].damaged[SHARDS[0]] = 1
     check_whole(hub, tmp_path)
@@ -167,6 +168,7 @@ def test_a_server_that_knows_no_ranges(hub: HubServer, tmp_path: Path) -> None:
     assert hub.sent[SHARDS[0]] == 500_000 + SIZE
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_foreseen(hub: HubServer, tmp_path: Path) -> None:
     hub.repositories["owner/name"].claimed[SHARDS[0]] = 10**16
     error = fails(hub, tmp_path)
@@ -195,6 +197,7 @@ def test_partial_files_without_a_writer_are_removed(hub: HubServer, tmp_path: Pa
     assert (old.exists(), new.exists()) == (False, True)  # another program may be writing the new one
 
 
+@pytest.mark.slow
 def test_two_downloads_at_once_share_the_work(hub: HubServer, tmp_path: Path) -> None:
     hub.rate = 2_000_000
     with start(hub, tmp_path) as one, start(hub, tmp_path) as other:
@@ -221,8 +224,13 @@ def test_xet_storage_is_resumed_inside_a_file(hub: HubServer, tmp_path: Path) ->
             (tmp_path / "half" / BLOBS / f"{blob.name}.incomplete").write_bytes(blob.read_bytes()[: SIZE // 2])
     check_whole(hub, tmp_path / "half")
     assert not [name for name, _ in hub.downloads if name in SHARDS]
-    check_whole(hub, tmp_path / "without", HF_HUB_DISABLE_XET="1")
-    assert sorted(name for name, _ in hub.downloads if name in SHARDS) == SHARDS
+
+
+@pytest.mark.slow
+def test_xet_storage_can_be_switched_off(hub: HubServer, tmp_path: Path) -> None:
+    hub.repositories["owner/name"].xet[SHARDS[0]] = "0" * 64
+    check_whole(hub, tmp_path, HF_HUB_DISABLE_XET="1")
+    assert not [path for path in hub.requests if "xet-read-token" in path]
 
 
 @pytest.mark.slow

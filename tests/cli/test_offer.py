@@ -50,6 +50,7 @@ def test_the_first_chat_offers_models_and_remembers_the_choice(environment: dict
         assert "Number" not in terminal.text and "demo" not in terminal.text
 
 
+@pytest.mark.slow
 def test_a_recipe_is_offered_with_its_commands(environment: dict[str, str]) -> None:
     with Terminal(["chat"], columns=120, env=environment) as terminal:
         terminal.wait_for_text("Number, 1 to 4")
@@ -58,6 +59,7 @@ def test_a_recipe_is_offered_with_its_commands(environment: dict[str, str]) -> N
         assert "dgemma-mlx convert google/diffusiongemma-26B-A4B-it --recipe q3" in terminal.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"DGEMMA_OFFER": "0"}, {"HF_HUB_OFFLINE": "1"}], ids=["off", "offline"])
 def test_the_demo_answers_where_nothing_can_be_offered(environment: dict[str, str], changes: dict[str, str]) -> None:
     with Terminal(["chat"], columns=120, env=environment | changes) as terminal:
@@ -67,6 +69,7 @@ def test_the_demo_answers_where_nothing_can_be_offered(environment: dict[str, st
         assert ("cannot be offered" in terminal.text) == ("HF_HUB_OFFLINE" in changes)
 
 
+@pytest.mark.slow
 def test_nothing_is_chosen_after_ctrl_c(environment: dict[str, str], tmp_path: Path) -> None:
     with Terminal(["chat"], columns=120, env=environment) as terminal:
         terminal.wait_for_text("Number, 1 to 4")

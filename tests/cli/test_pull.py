@@ -89,6 +89,7 @@ def test_a_missing_model_is_offered_and_ctrl_c_stops_it_at_once(
     assert hub.sent["model.safetensors"] < len(DEMO["model.safetensors"]) + 1_000_000
 
 
+@pytest.mark.slow
 def test_a_refused_download_is_an_error(hub: HubServer, environment: dict[str, str]) -> None:
     with Terminal(SORT, env=environment) as terminal:
         terminal.wait_for_text("[Y/n]:")
@@ -108,6 +109,7 @@ def test_in_a_pipe_there_are_lines_and_no_question(environment: dict[str, str]) 
     assert (done.returncode, done.stdout, done.stderr) == (0, "3 5 7\n", "")
 
 
+@pytest.mark.slow
 def test_pull_downloads_and_then_updates(hub: HubServer, environment: dict[str, str], tmp_path: Path) -> None:
     done = run(environment, "pull", "owner/tiny")
     assert (done.returncode, done.stdout) == (0, "")
