@@ -75,8 +75,8 @@ def chat(
         - Alt-Enter starts a new line, and `\"\"\"` begins and ends a message of several lines. The arrow keys bring
           back earlier messages.
         - The commands are `/help`, `/system`, `/set`, `/show`, `/clear`, `/regen`, `/undo`, `/edit`, `/read FILE`,
-          `/save FILE`, `/load FILE`, `/stats` and `/bye`. A line that begins with a slash never reaches the model,
-          except within `\"\"\"`. `/system none` removes the system prompt.
+          `/save FILE`, `/load FILE`, `/sessions`, `/rename NAME`, `/stats` and `/bye`. A line that begins with a slash
+          never reaches the model, except within `\"\"\"`. `/system none` removes the system prompt.
         - Ctrl-C stops an answer after the current step. Committed canvases stay, marked as cancelled. Ctrl-C twice at
           an empty prompt leaves.
         - A new turn encodes only what is new; `/stats` shows the number of cached tokens. A conversation that no longer
