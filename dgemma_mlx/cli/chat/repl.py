@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dgemma_mlx.cli.loading import load_model, model_loader
+from dgemma_mlx.cli.loading import full_name, load_model, model_loader
 from dgemma_mlx.cli.log.keep import Keeper, about
 from dgemma_mlx.cli.log.options import ConversationOptions
 from dgemma_mlx.cli.parameters import (
@@ -134,7 +134,7 @@ def _conversation(
         yield RemoteChat(Server(url, api_key(key)), session, defaults, draw=draw)
         return
     from dgemma_mlx.cli import offer
-    from dgemma_mlx.cli.chat.local import LocalChat, full_name
+    from dgemma_mlx.cli.chat.local import LocalChat
 
     settings = Settings()
     name = settings.pick("model", session.model if model.model is None else model.model)
