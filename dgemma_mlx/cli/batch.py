@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgemma_mlx.checks import LARGEST_SEED, is_text, is_whole, shown
+from dgemma_mlx.cli.log.keep import Keeper
+from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.cli.settings import fits
 from dgemma_mlx.cli.tools import check_choice
 from dgemma_mlx.errors import DgemmaError
@@ -103,15 +105,16 @@ def _request(line: str, place: str, defaults: Mapping[str, Any]) -> dict[str, An
 
 
 def answer_batch(
-    model: Model, requests: Sequence[Mapping[str, Any]], options: Mapping[str, Any], size: int = 1
+    model: Model, requests: Sequence[Mapping[str, Any]], options: Mapping[str, Any], size: int, keeper: Keeper
 ) -> None:
     """Answer the requests, ``size`` at a time, and print one JSON object for each, in order.
 
     An object has ``index`` (from 0), the request's ``id`` if there is one, and the answer. A request that fails gets an
     object with ``error``, and the others are answered all the same. A line on stderr says how many answers were cut
-    off. Raises `DgemmaError` at the end when any failed.
+    off. ``keeper`` keeps the answers. Raises `DgemmaError` at the end when any failed.
     """
     from dgemma_mlx.cli.render.visible import json_line
+    from dgemma_mlx.events import Done
 
     failed = cut = 0
     for first in range(0, len(requests), size):
@@ -128,12 +131,20 @@ def answer_batch(
                 record |= {"model": model.name, **asdict(result)}
                 cut += result.finish_reason == "length" and not result.is_blank
             print(json_line(record), flush=True)
+            if "error" not in record and isinstance(result, Done):
+                session = Session(_messages(request["prompt"]), request.get("system", options["system"]))
+                keeper.keep_answer(session, "batch", result, model.name)
     if cut:
         print(f"dgemma-mlx: {cut} of {len(requests)} answers were cut off, at the limit of -n or of the model",
               file=sys.stderr)  # fmt: skip
     if failed:
         message = f"{failed} of {len(requests)} prompts could not be answered"
         raise DgemmaError(message, 'Their lines have the key "error".')
+
+
+def _messages(prompt: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages of a request's prompt."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
 def _answers(

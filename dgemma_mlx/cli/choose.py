@@ -10,6 +10,7 @@ import typer
 
 from dgemma_mlx.cli.interrupt import interruptible
 from dgemma_mlx.cli.loading import answer_arguments, load_model
+from dgemma_mlx.cli.log.keep import Keeper
 from dgemma_mlx.cli.parameters import AnswerOptions, AsJson, ModelOptions, Raw, prompt_option
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.prompt import read_prompt
@@ -54,13 +55,14 @@ def choose(
 
         settings = Settings()
         loaded = load_model(settings, model, answer.quiet)
+        arguments = answer_arguments(settings, answer, raw)
         with interruptible() as cancelled:
-            found = choose_among(
-                loaded, asked, answers, listed=listed, raw=raw, cancelled=cancelled,
-                **answer_arguments(settings, answer, raw),
-            )
+            found = choose_among(loaded, asked, answers, listed=listed, raw=raw, cancelled=cancelled, **arguments)
+        lines = [f"{choice.probability:.4f}  {choice.text}" for choice in found]
         if as_json:
             print(json_line({"model": loaded.name, "choices": [asdict(choice) for choice in found]}))
         else:
-            for choice in found:
-                print(f"{choice.probability:.4f}  {visible(choice.text)}")
+            for line in lines:
+                print(visible(line))
+        about = {"model": loaded.name, "seed": arguments["seed"], "finish_reason": "stop", "statistics": None}
+        Keeper(settings).keep_turn("choose", f"{asked}\n\n{choices}", "\n".join(lines), arguments["system"], about)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dgemma_mlx.checks import shown
-from dgemma_mlx.cli.infill import File, ResultOptions, prepared, print_filled, report, save
+from dgemma_mlx.cli.infill import File, ResultOptions, keep_filled, prepared, print_filled, report, save
 from dgemma_mlx.cli.parameters import AnswerOptions, DenoisingOptions, ModelOptions, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.texts import is_stdin, read_text, without_bom
@@ -79,6 +79,7 @@ def edit(
             save(edited, file, before)
         form = "text" if is_stdin(file) and not result.diff else "diff"
         print_filled(edited, loaded, before, file, "json" if result.as_json else form)
+        keep_filled("edit", f"{instruction}\n\n{text}", edited, loaded, arguments["system"])
 
 
 def _span(lines: str) -> tuple[int, int]:

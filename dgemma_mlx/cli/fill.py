@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from dgemma_mlx.checks import shown
-from dgemma_mlx.cli.infill import File, ResultOptions, prepared, print_filled, report, save
+from dgemma_mlx.cli.infill import File, ResultOptions, keep_filled, prepared, print_filled, report, save
 from dgemma_mlx.cli.parameters import AnswerOptions, DenoisingOptions, ModelOptions, prompt_option, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.texts import is_stdin, read_text, without_bom
@@ -89,6 +89,7 @@ def fill(
         with prepared(model, answer, denoising, raw) as (loaded, arguments):
             from dgemma_mlx.infill.fill import DEFAULT_CANDIDATES
             from dgemma_mlx.infill.fill import fill as fill_text
+            from dgemma_mlx.infill.template import shown as shown_gaps
 
             candidates = result.candidates or DEFAULT_CANDIDATES
             filled = fill_text(loaded, parts, prompt=prompt, raw=raw, candidates=candidates, **arguments)
@@ -98,6 +99,8 @@ def fill(
         form = "json" if result.as_json else "diff" if result.diff else "text"
         if not result.write or form != "text":
             print_filled(filled, loaded, before, file, form)
+        asked = shown_gaps(parts)
+        keep_filled("fill", f"{prompt}\n\n{asked}" if prompt else asked, filled, loaded, arguments["system"])
 
 
 def _parts(

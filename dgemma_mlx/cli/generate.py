@@ -22,6 +22,7 @@ from dgemma_mlx.cli.generate_options import (
 )
 from dgemma_mlx.cli.interrupt import interruptible, unless_cancelled
 from dgemma_mlx.cli.loading import answer_arguments, load_model
+from dgemma_mlx.cli.log.keep import Keeper
 from dgemma_mlx.cli.parameters import (
     AnswerOptions,
     DenoisingOptions,
@@ -150,7 +151,7 @@ def generate(
         in_force = {name: settings.pick(name, option) for name, option in loop.items()}
         arguments["generation"] = loaded.generation.override(**in_force)
         if batch is not None:
-            answer_batch(loaded, requests, arguments, batch_size or 1)
+            answer_batch(loaded, requests, arguments, batch_size or 1, Keeper(settings))
         else:
             with kept_prompt_cache(prompt_cache, loaded) as arguments["prompt_cache"]:
                 _answer(loaded, text, arguments, trace, output.show_steps, form, answer.quiet)

@@ -15,6 +15,7 @@ import typer
 from dgemma_mlx.checks import reason
 from dgemma_mlx.cli.interrupt import interruptible
 from dgemma_mlx.cli.loading import answer_arguments, load_model
+from dgemma_mlx.cli.log.keep import Keeper, about
 from dgemma_mlx.cli.parameters import (
     AnswerOptions,
     AsJson,
@@ -150,3 +151,8 @@ def print_filled(filled: Filled, model: Model, before: str, path: Path | None, f
         print_diff(before, after, path.name if path else "text", can_draw())
     else:
         print_exact(after)
+
+
+def keep_filled(kind: str, asked: str, filled: Filled, model: Model, system: str | None) -> None:
+    """Keep the result of ``fill`` or ``edit`` in the log. ``asked`` is what was asked for, and the text as it was."""
+    Keeper(Settings()).keep_turn(kind, asked, filled.text, system, about(filled, model.name))

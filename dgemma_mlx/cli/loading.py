@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,13 @@ def model_loader(settings: Settings, options: ModelOptions, training: bool = Fal
     dtype: Any = None if training else "auto" if chosen == "auto" else getattr(mx, chosen)
     fetch(name)
     return lambda: load(name, dtype=dtype, cpu_dequantize=cpu_dequantize, adapter=options.adapter)
+
+
+def full_name(name: str | None) -> str | None:
+    """Return the name of a model as a conversation keeps it: of a folder the full path, which any folder can use."""
+    from dgemma_mlx.checkpoint.hub import DEMO
+
+    return os.path.abspath(name) if name not in (None, DEMO) and os.path.isdir(name) else name
 
 
 def say_if_demo(settings: Settings, options: ModelOptions) -> None:

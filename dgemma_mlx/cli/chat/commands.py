@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 from dgemma_mlx.cli.attachments import with_attachments
-from dgemma_mlx.cli.chat import copy, files, models, options, turns
+from dgemma_mlx.cli.chat import copy, files, kept, models, options, turns
 from dgemma_mlx.cli.chat.answer import Chat
 from dgemma_mlx.cli.chat.command import Command, Outcome, at_terminal, say
 from dgemma_mlx.cli.chat.paths import paths_of
@@ -84,6 +84,7 @@ COMMANDS = {
     **turns.COMMANDS,
     **files.COMMANDS,
     **copy.COMMANDS,
+    **kept.COMMANDS,
     "bye": Command("", "leave; so do /exit, /quit and Ctrl-D", _bye),
 }
 ALIASES = {"?": "help", "exit": "bye", "quit": "bye"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dgemma_mlx.checkpoint.config import LOOP_FIELDS
 from dgemma_mlx.checkpoint.hub import DEMO
 from dgemma_mlx.cli.chat.answer import Chat
-from dgemma_mlx.cli.loading import in_bytes
+from dgemma_mlx.cli.loading import full_name, in_bytes
 from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Done
@@ -21,11 +20,6 @@ if TYPE_CHECKING:
     from dgemma_mlx.checkpoint.config import GenerationConfig
     from dgemma_mlx.generation.model import Model
     from dgemma_mlx.generation.prompt_cache import PromptCache
-
-
-def full_name(name: str | None) -> str | None:
-    """Return the name of a model for a session, which may be continued in another folder: a folder's full path."""
-    return os.path.abspath(name) if name not in (None, DEMO) and os.path.isdir(name) else name
 
 
 class LocalChat(Chat):

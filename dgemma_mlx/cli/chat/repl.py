@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dgemma_mlx.cli.loading import load_model, model_loader
+from dgemma_mlx.cli.loading import full_name, load_model, model_loader
 from dgemma_mlx.cli.log.keep import Keeper, about
 from dgemma_mlx.cli.log.options import ConversationOptions
 from dgemma_mlx.cli.parameters import (
@@ -75,8 +75,8 @@ def chat(
         - Alt-Enter starts a new line, and `\"\"\"` begins and ends a message of several lines. The arrow keys bring
           back earlier messages.
         - The commands are `/help`, `/system`, `/set`, `/show`, `/clear`, `/regen`, `/undo`, `/edit`, `/read FILE`,
-          `/save FILE`, `/load FILE`, `/stats` and `/bye`. A line that begins with a slash never reaches the model,
-          except within `\"\"\"`. `/system none` removes the system prompt.
+          `/save FILE`, `/load FILE`, `/sessions`, `/rename NAME`, `/stats` and `/bye`. A line that begins with a slash
+          never reaches the model, except within `\"\"\"`. `/system none` removes the system prompt.
         - Ctrl-C stops an answer after the current step. Committed canvases stay, marked as cancelled. Ctrl-C twice at
           an empty prompt leaves.
         - A new turn encodes only what is new; `/stats` shows the number of cached tokens. A conversation that no longer
@@ -134,7 +134,7 @@ def _conversation(
         yield RemoteChat(Server(url, api_key(key)), session, defaults, draw=draw)
         return
     from dgemma_mlx.cli import offer
-    from dgemma_mlx.cli.chat.local import LocalChat, full_name
+    from dgemma_mlx.cli.chat.local import LocalChat
 
     settings = Settings()
     name = settings.pick("model", session.model if model.model is None else model.model)

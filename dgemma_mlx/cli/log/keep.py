@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
-    from dgemma_mlx.events import Done
+    from dgemma_mlx.events import Done, Event
+    from dgemma_mlx.infill.fill import Filled
 
 
 class Keeper:
@@ -25,7 +27,12 @@ class Keeper:
         self._is_on = settings["log"].value
 
     def keep(self, session: Session, kind: str, answer: Mapping[str, Any] | None = None) -> None:
-        """Store a conversation as ``Log.save`` does, and say when it got another id or name by that."""
+        """Store a conversation as ``Log.save`` does, and say when it got another id or name by that.
+
+        What was printed reaches its reader before.
+        """
+        with suppress(OSError):  # the reader is gone, or the disk is full, which the end of the program says
+            sys.stdout.flush()
         if not self._is_on:
             return
         from dgemma_mlx.cli.log.log import Log
@@ -44,18 +51,47 @@ class Keeper:
         elif session.name != name:
             print(f"dgemma-mlx: another conversation has the name {name}; this one is {session.name}", file=sys.stderr)
 
-    def keep_turn(
-        self, kind: str, prompt: Sequence[Mapping[str, Any]] | str, text: str, *, system: str | None,
-        about: Mapping[str, Any],
-    ) -> None:
-        """Store a question and its answer as a conversation of their own. ``about`` is the ``answer`` of ``keep``."""
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(map(dict, prompt))
-        session = Session([*messages, {"role": "assistant", "content": text}], system, model=about["model"])
-        self.keep(session, kind, about)
+    def keep_answer(self, session: Session, kind: str, done: Done, model: str) -> None:
+        """Add an answer to a conversation and store it. One without text and calls is not kept."""
+        if not done.text.strip() and not done.tool_calls:
+            return
+        session.add(
+            "assistant", done.text, tool_calls=[asdict(call) for call in done.tool_calls], thinking=done.thinking,
+            cancelled=done.finish_reason == "cancelled",
+        )  # fmt: skip
+        self.keep(session, kind, about(done, model))
+
+    @contextmanager
+    def keeping(
+        self, session: Session, kind: str, model: str
+    ) -> Iterator[Callable[[Iterable[Event]], Iterator[Event]]]:
+        """Yield a function that passes on the events of an answer to ``session``.
+
+        When the block ends, by Ctrl-C as well, the answer is kept as ``keep_answer`` does.
+        """
+        from dgemma_mlx.events import Done
+
+        ends: list[Done] = []
+
+        def watched(events: Iterable[Event]) -> Iterator[Event]:
+            for event in events:
+                if isinstance(event, Done):
+                    ends.append(event)
+                yield event
+
+        try:
+            yield watched
+        finally:
+            for done in ends:
+                self.keep_answer(session, kind, done, model)
+
+    def keep_turn(self, kind: str, prompt: str, text: str, system: str | None, answer: Mapping[str, Any]) -> None:
+        """Store a question and its answer as a conversation of their own. ``answer`` is that of ``keep``."""
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+        self.keep(Session(messages, system, model=answer["model"]), kind, answer)
 
 
-def about(done: Done, model: str | None) -> dict[str, Any]:
+def about(done: Done | Filled, model: str) -> dict[str, Any]:
     """Return what the log keeps about an answer besides its text."""
-    return {
-        "model": model, "seed": done.seed, "finish_reason": done.finish_reason, "statistics": asdict(done.statistics)
-    }
+    reason = getattr(done, "finish_reason", "stop")
+    return {"model": model, "seed": done.seed, "finish_reason": reason, "statistics": asdict(done.statistics)}

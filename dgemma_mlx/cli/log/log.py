@@ -232,6 +232,13 @@ _ENTRIES = """
     FROM conversations c"""
 
 
+def check_continuable(entry: Entry) -> None:
+    """Raise `DgemmaError` (exit code 2) for what is no conversation of chat or generate."""
+    if entry.kind not in CONTINUABLE:
+        hint = f"Only conversations of {' and '.join(CONTINUABLE)} can."
+        raise DgemmaError(f"{entry.id} was written by {entry.kind} and cannot be continued", hint, exit_code=2)
+
+
 def check_name(name: str) -> None:
     """Raise `DgemmaError` (exit code 2) for what cannot be the name of a conversation."""
     if not name.strip() or not name.isprintable() or len(name) > LONGEST_NAME or name != name.strip():

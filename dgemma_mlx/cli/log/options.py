@@ -58,7 +58,7 @@ class ConversationOptions:
         if not settings["log"].value:
             hint = f"It is off by {settings['log'].origin}. Conversations are kept in the log."
             raise DgemmaError("--continue and --session need the setting log", hint, exit_code=2)
-        from dgemma_mlx.cli.log.log import CONTINUABLE, Log, check_name
+        from dgemma_mlx.cli.log.log import Log, check_continuable, check_name
 
         log = Log()
         id = log.last() if self.session is None else log.named(self.session)
@@ -67,7 +67,5 @@ class ConversationOptions:
         if id is None:
             check_name(str(self.session))
             return None
-        if (kind := log.entry(id).kind) not in CONTINUABLE:
-            hint = "Only conversations of chat and generate can."
-            raise DgemmaError(f"{id} was written by {kind} and cannot be continued", hint, exit_code=2)
+        check_continuable(log.entry(id))
         return log.load(id)
