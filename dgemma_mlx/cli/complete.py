@@ -25,8 +25,13 @@ def values_of(setting: str) -> Completion:
     return one_of(*(SETTINGS[setting].choices or ()))
 
 
-def cached_models(incomplete: str) -> list[str]:
+def models(incomplete: str) -> list[str]:
     """Offer the built-in demo, and the DiffusionGemma checkpoints in the Hub's cache."""
+    return _beginning(incomplete, ["demo"]) + cached_models(incomplete)
+
+
+def cached_models(incomplete: str) -> list[str]:
+    """Offer the DiffusionGemma checkpoints in the Hub's cache."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     names = [
@@ -34,7 +39,14 @@ def cached_models(incomplete: str) -> list[str]:
         for folder in sorted(Path(HF_HUB_CACHE).glob("models--*--*"))
         if any(_is_ours(path) for path in folder.glob("snapshots/*/config.json"))
     ]
-    return _beginning(incomplete, ["demo", *names])
+    return _beginning(incomplete, names)
+
+
+def published_models(incomplete: str) -> list[str]:
+    """Offer the published checkpoints, which ``pull`` downloads."""
+    from dgemma_mlx.cli.offer import PUBLISHED
+
+    return _beginning(incomplete, PUBLISHED.values())
 
 
 def recipes(incomplete: str) -> list[str]:
@@ -53,7 +65,7 @@ def setting_values(ctx: Any, incomplete: str) -> list[str]:
     """Offer the values of the setting that the words before name, if they can be listed."""
     name = ctx.params.get("name")
     if name == "model":
-        return cached_models(incomplete)
+        return models(incomplete)
     kind = SETTINGS.get(name)
     values = () if kind is None else ("true", "false") if kind.type is bool else kind.choices or ()
     return _beginning(incomplete, values)

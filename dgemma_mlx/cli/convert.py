@@ -30,7 +30,7 @@ recipe_option, work_option, upload_option = section("Recipe"), section("Work"), 
 SourceName = Annotated[
     str | None,
     typer.Argument(
-        help="A folder, a Hub id `owner/name[@revision]`, or `demo`.", autocompletion=complete.cached_models
+        help="A folder, a Hub id `owner/name[@revision]`, or `demo`.", autocompletion=complete.models
     ),
 ]
 Output = Annotated[

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dgemma_mlx.cli.complete import models
 from dgemma_mlx.cli.interrupt import ending_at_once
 from dgemma_mlx.cli.loading import fetch
 from dgemma_mlx.cli.parameters import AsJson, CpuDequantize, resource_option
@@ -22,7 +23,8 @@ _CONTEXTS = (1024, 8192, 32_768, 131_072)
 ModelName = Annotated[
     str | None,
     typer.Argument(
-        show_default="the settings' model, else demo", help="A folder, a Hub id `owner/name[@revision]`, or `demo`."
+        show_default="the settings' model, else demo", help="A folder, a Hub id `owner/name[@revision]`, or `demo`.",
+        autocompletion=models,
     ),
 ]
 

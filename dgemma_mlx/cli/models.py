@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dgemma_mlx.cli.complete import cached_models
 from dgemma_mlx.cli.help import Command, Group
 from dgemma_mlx.cli.parameters import output_option
 from dgemma_mlx.cli.pipe import quiet_when_closed
@@ -20,7 +21,12 @@ if TYPE_CHECKING:
 models = typer.Typer(cls=Group, invoke_without_command=True, subcommand_metavar="[COMMAND] [ARGS]...")
 
 AsJsonArray = Annotated[bool, output_option("--json", help="Print the list as one JSON array.")]
-Names = Annotated[list[str], typer.Argument(metavar="NAME", help="Hub id of a checkpoint, as the list shows it.")]
+Names = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="NAME", help="Hub id of a checkpoint, as the list shows it.", autocompletion=cached_models
+    ),
+]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")]
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dgemma_convert.source import Source
 
 VARIABLE = "DGEMMA_OFFER"
-_PUBLISHED = {
+PUBLISHED = {
     "4-bit": "mlx-community/diffusiongemma-26B-A4B-it-4bit",
     "8-bit": "mlx-community/diffusiongemma-26B-A4B-it-8bit",
 }
@@ -88,7 +88,7 @@ def _choices() -> list[_Choice]:
     from dgemma_mlx.cli.verdict import judge, loaded_bytes
 
     choices, source = [], None
-    for title, name in _PUBLISHED.items():
+    for title, name in PUBLISHED.items():
         checkpoint = resolve(name, weights=False)
         source = open_source(checkpoint)
         verdict = judge(source, loaded_bytes(source))

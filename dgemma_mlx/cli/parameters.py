@@ -37,7 +37,7 @@ ModelName = Annotated[
     str | None,
     model_option(
         "--model", "-m", metavar="MODEL", show_default="the settings' model, else demo",
-        help="A folder, a Hub id `owner/name[@revision]`, or `demo`.", autocompletion=complete.cached_models,
+        help="A folder, a Hub id `owner/name[@revision]`, or `demo`.", autocompletion=complete.models,
     ),
 ]  # fmt: skip
 Adapter = Annotated[

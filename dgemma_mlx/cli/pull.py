@@ -7,11 +7,17 @@ from typing import Annotated
 
 import typer
 
+from dgemma_mlx.cli.complete import published_models
 from dgemma_mlx.cli.interrupt import ending_at_once
 from dgemma_mlx.cli.parameters import CpuDequantize
 from dgemma_mlx.errors import DgemmaError
 
-HubName = Annotated[str, typer.Argument(metavar="NAME", help="A Hub id, `owner/name` or `owner/name@revision`.")]
+HubName = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME", help="A Hub id, `owner/name` or `owner/name@revision`.", autocompletion=published_models
+    ),
+]
 
 
 def pull(name: HubName, cpu_dequantize: CpuDequantize = None) -> None:

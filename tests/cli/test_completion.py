@@ -17,6 +17,7 @@ from typer.main import get_command
 from dgemma_convert.recipes import RECIPES
 from dgemma_mlx.cli import complete
 from dgemma_mlx.cli.app import app
+from dgemma_mlx.cli.offer import PUBLISHED
 from dgemma_mlx.cli.settings import SETTINGS
 from dgemma_mlx.train.finetune import OPTIMIZERS, SCHEDULES
 from tests.cli.terminal import Terminal
@@ -42,6 +43,7 @@ def offered(command: str, option: str, typed: str = "") -> list[str]:
         ("fill", "--cpu-dequantize", SETTINGS["cpu_dequantize"].choices), ("eval", "--task", ("sudoku",)),
         ("convert", "--recipe", tuple(RECIPES)), ("train", "--optimizer", OPTIMIZERS),
         ("train", "--schedule", SCHEDULES), ("config set", "name", tuple(SETTINGS)),
+        ("pull", "name", tuple(PUBLISHED.values())),
         ("config unset", "name", tuple(SETTINGS)), ("generate", "--tool-choice", ("auto", "none", "required")),
     ],
 )  # fmt: skip
@@ -60,9 +62,10 @@ def test_models_of_the_cache_are_offered_and_other_ones_are_not(
         snapshot.mkdir(parents=True)
         (snapshot / "config.json").write_text(json.dumps({"model_type": kind}))
     (tmp_path / "models--d--empty").mkdir()
-    for command, option in (("generate", "--model"), ("convert", "source"), ("bench", "-m")):
+    for command, option in (("generate", "--model"), ("convert", "source"), ("info", "model"), ("bench", "-m")):
         assert offered(command, option) == ["demo", "a/one", "b/two--three"]
     assert offered("generate", "-m", "b") == ["b/two--three"]
+    assert offered("models rm", "names") == ["a/one", "b/two--three"]
     shutil.rmtree(tmp_path)
     assert offered("generate", "-m") == ["demo"]
 
