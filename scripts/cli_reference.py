@@ -29,6 +29,8 @@ HEAD = """# Command line
 NOT_RUN = {  # what examples contain that scripts/docs_commands.py cannot run
     "--url": "a running server; server.md runs it",
     "--steps 200": "minutes of training",
+    "unset model": "the example that sets it, whose model is the Hub's",
+    "config edit": "an editor in a terminal",
     "runs/sudoku": "the adapter of recipes/sudoku, whose training takes half an hour",
 }
 

@@ -67,6 +67,7 @@ class DgemmaMlx < Formula
     system python, "-m", "pip", "--python=#{{libexec}}/bin/python", "install", "--no-index", "--no-deps",
            *Dir[buildpath/"wheels/*.whl"]
     venv.pip_install_and_link buildpath
+    man1.install_symlink libexec/"share/man/man1/dgemma-mlx.1"
   end
 
   test do
