@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +22,9 @@ from dgemma_mlx.cli.generate_options import (
 )
 from dgemma_mlx.cli.interrupt import interruptible, unless_cancelled
 from dgemma_mlx.cli.loading import answer_arguments, load_model
+from dgemma_mlx.cli.log.asking import asked, begun
 from dgemma_mlx.cli.log.keep import Keeper
+from dgemma_mlx.cli.log.options import ConversationOptions
 from dgemma_mlx.cli.parameters import (
     AnswerOptions,
     DenoisingOptions,
@@ -56,6 +58,7 @@ def generate(
     answer: AnswerOptions,
     raw: Raw = False,
     thinking: Thinking = None,
+    conversation: ConversationOptions,
     tool: ToolOptions,
     batch: Batch = None,
     batch_size: BatchSize = None,
@@ -79,6 +82,9 @@ def generate(
         - Next to a prompt, standard input is read if it is a file that nobody has begun to read, or a pipe that begins
           within ten seconds; a line on stderr says when it is waited for. In a loop such as `while read`, and where a
           program leaves a pipe open, add `< /dev/null` to the command.
+        - `--continue` (or `-c`) goes on with the last conversation of `generate` or `chat`, and `--session` with the
+          one of that name or id, or begins it. Its messages, system prompt and model are taken, unless options name
+          others. `dgemma-mlx sessions` lists and searches all answers; DGEMMA_LOG=off keeps none.
         - On a terminal, the canvas is drawn while it denoises: the less settled a token is, the dimmer it is. Finished
           lines scroll up as plain text. Without a terminal, or with NO_COLOR or TERM=dumb, no escape codes are written.
         - `--json` prints the text, thinking, tool calls, tokens, finish_reason, seed and statistics. `--jsonl` and
@@ -123,11 +129,13 @@ def generate(
     Examples:
         dgemma-mlx generate -m demo "Sort 7 3 5"
         dgemma-mlx generate -m demo --choice yes,no,72 "What is 27 + 45?"
+        dgemma-mlx generate -c "Reverse 3 5 7"
         cat notes.txt | dgemma-mlx generate -m mlx-community/diffusiongemma-26B-A4B-it-4bit "Summarise:"
     """
     if output.as_json and output.as_json_lines:
         raise DgemmaError("--json and --jsonl exclude each other", "--json prints the answer, --jsonl all events.", 2)
     _check_batch(batch, batch_size or 1, prompt, output, prompt_cache, trim_canvas)
+    conversation.check(raw=raw, batch=batch is not None)
     matched = constraint_of(**asdict(constraint))
     tools = None if tool.tools is None else read_tools(tool.tools)
     if batch is None:
@@ -146,27 +154,33 @@ def generate(
     }  # fmt: skip
     loop = {"max_denoising_steps": denoising.max_denoising_steps, **asdict(schedule)}
     form = output.form(live=not answer.quiet and can_draw() and settings["live"].value)
+    session, chosen = begun(conversation, settings, answer, model, arguments["system"])
+    arguments["system"] = session.system
     with quiet_when_closed(), _open(output.trace) as trace:
-        loaded = load_model(settings, model, answer.quiet)
+        loaded = load_model(settings, chosen, answer.quiet)
         in_force = {name: settings.pick(name, option) for name, option in loop.items()}
         arguments["generation"] = loaded.generation.override(**in_force)
         if batch is not None:
             answer_batch(loaded, requests, arguments, batch_size or 1, Keeper(settings))
         else:
-            with kept_prompt_cache(prompt_cache, loaded) as arguments["prompt_cache"]:
-                _answer(loaded, text, arguments, trace, output.show_steps, form, answer.quiet)
+            with (
+                kept_prompt_cache(prompt_cache, loaded) as arguments["prompt_cache"],
+                Keeper(settings).keeping(session, "raw" if raw else "generate", loaded.name) as watched,
+            ):
+                _answer(loaded, asked(session, text), arguments, watched, trace, output.show_steps, form, answer.quiet)
 
 
 def _answer(
-    model: Model, prompt: str, arguments: dict[str, Any], trace: TextIO | None, show_steps: int | None, form: str,
+    model: Model, prompt: str | list[dict[str, Any]], arguments: dict[str, Any],
+    watched: Callable[[Iterable[Event]], Iterator[Event]], trace: TextIO | None, show_steps: int | None, form: str,
     quiet: bool,
 ) -> None:
-    """Generate one answer and print it."""
+    """Generate one answer and print it. The events pass through ``watched``."""
     from dgemma_mlx.cli.render.plain import print_warnings, traced, with_snapshots
     from dgemma_mlx.generation.api import stream
 
     with interruptible() as cancelled, closing(stream(model, prompt, **arguments, cancelled=cancelled)) as answering:
-        events: Iterable[Event] = unless_cancelled(answering)
+        events: Iterable[Event] = unless_cancelled(watched(answering))
         if trace is not None:
             events = traced(events, trace, model.name)
         if show_steps is not None:

@@ -188,6 +188,26 @@ def test_a_conversation_has_a_name_and_is_continued_by_it(state: Path) -> None:
         assert (done.returncode, done.stdout) == (2, b"") and error in done.stderr.decode()
 
 
+def test_conversations_are_listed_named_and_changed_within_a_chat(state: Path) -> None:
+    piped(state, b"My name is Ana.\n", "--session", "names")
+    first = last_session(state).id
+    with Talk(state) as talk:
+        assert talk.say("/rename names")[0] == "another conversation is named names"
+        assert talk.say("/rename sorts") == ["this conversation is sorts"]
+        talk.say("Sort 7 3 5")
+        here, there = talk.say("/sessions")
+        assert re.match(rf"\* {last_session(state).id} .* 1 turn  \[sorts\] Sort 7 3 5$", here)
+        assert re.match(rf"  {first} .* 1 turn  \[names\] My name is Ana\.$", there)
+        assert talk.say("/rename names")[0].endswith("has the name 'names'")
+        assert talk.say("/rename numbers") == ["this conversation is numbers"]
+        assert talk.say("/sessions nobody")[0] == "there is no conversation 'nobody'"
+        assert talk.say(f"/sessions {first}") == [f"{first}: 1 turn; /show shows them"]
+        assert "Ana" in talk.say("What is my name?")[0]
+        talk.leave()
+    named = {entry.name: entry.turns for entry in log_of(state).entries()}
+    assert named == {"names": 2, "numbers": 1}
+
+
 def test_with_the_log_off_nothing_is_kept(state: Path) -> None:
     assert piped(state, b"Sort 7 3 5\n", DGEMMA_LOG="off").stdout == b"3 5 7\n"
     with Talk(state, DGEMMA_LOG="off") as talk:

@@ -46,6 +46,12 @@ class ConversationOptions:
         """Return whether one of the options is given."""
         return self.last or self.session is not None
 
+    def check(self, **others: bool) -> None:
+        """Raise `DgemmaError` (exit code 2) when an option that excludes them is given, such as ``raw=True``."""
+        for name in (name for name, given in others.items() if given and self.is_given()):
+            hint = "A conversation has messages, one at a time."
+            raise DgemmaError(f"--{name} cannot be combined with --continue or --session", hint, exit_code=2)
+
     def open(self, settings: Settings) -> Session | None:
         """Return the conversation that the options choose. None without options, and for a name that is new.
 

@@ -1,0 +1,35 @@
+"""A prompt of ``generate`` as the next turn of a conversation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from dgemma_mlx.cli.loading import full_name
+from dgemma_mlx.cli.log.options import ConversationOptions
+from dgemma_mlx.cli.log.session import Session
+from dgemma_mlx.cli.parameters import AnswerOptions, ModelOptions
+from dgemma_mlx.cli.settings import Settings
+
+
+def begun(
+    options: ConversationOptions, settings: Settings, answer: AnswerOptions, model: ModelOptions, system: str | None
+) -> tuple[Session, ModelOptions]:
+    """Return the conversation that the options choose, or a new one, and the options of the model that answers.
+
+    A conversation that goes on has its own system prompt and model, unless options name others. ``system`` is the
+    system prompt of the options or the settings. Raises `DgemmaError` as ``ConversationOptions.open`` does.
+    """
+    found = options.open(settings)
+    session = Session(name=options.session) if found is None else found
+    if found is None or answer.system is not None:
+        session.system = system
+    name = settings.pick("model", session.model if model.model is None else model.model)
+    session.model = full_name(name)
+    return session, replace(model, model=name)
+
+
+def asked(session: Session, prompt: str) -> str | list[dict[str, Any]]:
+    """Add the prompt to the conversation. Return what the model is asked, without the system prompt."""
+    session.add("user", prompt)
+    return prompt if len(session.messages) == 1 else replace(session, system=None).prompt()
