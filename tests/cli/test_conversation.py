@@ -25,26 +25,10 @@ FEW = {"DGEMMA_MAX_DENOISING_STEPS": "4", "DGEMMA_MAX_TOKENS": "32"}
 ENDLESS = {
     "DGEMMA_MAX_DENOISING_STEPS": "100000", "DGEMMA_STABILITY_THRESHOLD": "99999", "DGEMMA_SPEED": "reference",
 }
-STATUS = re.compile(r"\S+  ([\d,]+ of )?[\d,]+ tokens of context|http")
 UP, SEARCH, ALT_ENTER, CTRL_C, CTRL_D = "\x1b[A", "\x12", "\x1b\r", "\x03", "\x04"
 
 
-class ChatTerminal(Terminal):
-    """A terminal with a line below the prompt."""
-
-    @property
-    def text(self) -> str:
-        """The text without the line below the prompt."""
-        rows = super().text.splitlines()
-        return "\n".join(rows[:-1] if rows and STATUS.match(rows[-1]) else rows).rstrip()
-
-    @property
-    def status(self) -> str:
-        """The line below the prompt."""
-        return super().text.splitlines()[-1]
-
-
-class Talk(ChatTerminal):
+class Talk(Terminal):
     """A chat on a terminal that has reached its first prompt."""
 
     def __init__(self, state: Path, *arguments: str, **environment: str) -> None:

@@ -29,7 +29,8 @@ from dgemma_mlx.events import Committed, Done, Draft
 from dgemma_mlx.server.drafts import Drafts
 from dgemma_mlx.server.question import Written
 from tests.cli.kept import messages
-from tests.cli.test_conversation import CTRL_C, CTRL_D, ChatTerminal
+from tests.cli.terminal import Terminal
+from tests.cli.test_conversation import CTRL_C, CTRL_D
 from tests.server.live import serving
 from tests.server.scripted import scripted_model
 
@@ -66,7 +67,7 @@ def test_lines_are_answered_by_the_server(address: str, tmp_path: Path) -> None:
 
 def test_the_canvas_is_drawn_and_an_answer_can_be_stopped(address: str, tmp_path: Path) -> None:
     environment = {"DGEMMA_STATE": str(tmp_path), "DGEMMA_API_KEY": KEY, "PROMPT_TOOLKIT_NO_CPR": "1"}
-    with ChatTerminal(["chat", "--url", address, "--seed", "1"], env=environment) as terminal:
+    with Terminal(["chat", "--url", address, "--seed", "1"], env=environment) as terminal:
         terminal.wait_for(lambda: terminal.text.endswith(">>>"))
         terminal.type("long\r")
         terminal.wait_for(lambda: "canvas 1" in terminal.text or "canvas 2" in terminal.text)

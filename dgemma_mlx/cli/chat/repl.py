@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,9 +75,12 @@ def chat(
     Notes:
         - Alt-Enter starts a new line, and `\"\"\"` begins and ends a message of several lines. The arrow keys bring
           back earlier messages.
-        - The commands are `/help`, `/system`, `/set`, `/show`, `/clear`, `/regen`, `/undo`, `/edit`, `/read FILE`,
-          `/save FILE`, `/load FILE`, `/sessions`, `/rename NAME`, `/stats` and `/bye`. A line that begins with a slash
-          never reaches the model, except within `\"\"\"`. `/system none` removes the system prompt.
+        - The commands are `/help`, `/model`, `/system`, `/set`, `/show`, `/stats`, `/clear`, `/regen`, `/undo`,
+          `/edit`, `/read FILE...`, `/files`, `/drop`, `/save FILE`, `/load FILE`, `/sessions`, `/rename NAME`, `/copy` and
+          `/bye`. A line that begins with a slash never reaches the model, except within `\"\"\"`. `/system none` removes
+          the system prompt.
+        - Ctrl-X Ctrl-E opens the message in an editor. The line below the prompt shows how much of the model's context
+          is used; the setting `stats` prints a line about each answer.
         - Ctrl-C stops an answer after the current step. Committed canvases stay, marked as cancelled. Ctrl-C twice at
           an empty prompt leaves.
         - A new turn encodes only what is new; `/stats` shows the number of cached tokens. A conversation that no longer
@@ -211,18 +215,22 @@ def _talk(chat: Chat, history: Path | None, keeper: Keeper) -> None:
 
 def _banner(chat: Chat) -> str:
     """Return the line that begins a conversation: the model, the length of its context, and where help is."""
-    from dgemma_mlx.cli.render.visible import visible
-
-    named = ", ".join(part for part in (visible(chat.model_name), chat.context) if part)
+    named = ", ".join(part for part in (_short_name(chat), chat.context) if part)
     return f"{named}; /help lists the commands, Ctrl-D leaves"
 
 
 def _status(chat: Chat) -> str:
     """Return the line below the prompt: the model, the context that is used, and the files that wait."""
+    files = f"{counted(len(chat.attachments), 'file')} to send" if chat.attachments else ""
+    return "  ".join(part for part in (_short_name(chat), chat.context, files) if part)
+
+
+def _short_name(chat: Chat) -> str:
+    """Return the name of the model; of a folder, the last part."""
     from dgemma_mlx.cli.render.visible import visible
 
-    files = f"{counted(len(chat.attachments), 'file')} to send" if chat.attachments else ""
-    return "  ".join(part for part in (visible(chat.model_name), chat.context, files) if part)
+    name = chat.model_name
+    return visible(os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name)
 
 
 def _asker(chat: Chat, history: Path | None, person: bool) -> Ask:
