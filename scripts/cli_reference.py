@@ -85,7 +85,7 @@ def term_of(row: Row) -> str:
 
 def linked(text: str) -> str:
     """Return the text with links to the other pages of this folder."""
-    return re.sub(r"docs/(\w+\.md)", r"[docs/\1](\1)", text)
+    return re.sub(r"docs/([a-z_]+\.md)", r"[docs/\1](\1)", text)
 
 
 def main() -> int:

@@ -170,7 +170,7 @@ def _usage(error: Any) -> tuple[str, str]:
         hint = f"`{PROGRAM} generate \"...\"` asks a model: the command comes first; {hint}"
     elif "extra argument" in message and any(p.param_type_name == "argument" for p in error.ctx.command.params):
         hint = f"Put a text of several words in quotes; {hint}"
-    if message.startswith("Missing") and error.param is not None:
+    if message.startswith("Missing") and getattr(error, "param", None) is not None:
         hint = f"{error.param.help} {hint}"
     invalid = _INVALID.fullmatch(message)
     if invalid is None or error.param is None:
