@@ -31,6 +31,9 @@ NOT_RUN = {  # what examples contain that scripts/docs_commands.py cannot run
     "--steps 200": "minutes of training",
     "unset model": "the example that sets it, whose model is the Hub's",
     "config edit": "an editor in a terminal",
+    "3f2a91bc": "a conversation of the reader",
+    " trip": "a conversation of the reader",
+    "search budget": "a conversation of the reader",
     "runs/sudoku": "the adapter of recipes/sudoku, whose training takes half an hour",
 }
 
