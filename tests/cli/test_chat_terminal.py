@@ -17,8 +17,8 @@ import pytest
 import dgemma_mlx
 from dgemma_mlx.cli.chat.commands import take
 from dgemma_mlx.cli.chat.local import LocalChat
-from dgemma_mlx.cli.chat.session import Session
 from dgemma_mlx.cli.loading import model_loader
+from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.cli.parameters import ModelOptions
 from dgemma_mlx.cli.settings import SETTINGS, Settings
 from dgemma_mlx.errors import DgemmaError

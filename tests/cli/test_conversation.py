@@ -381,7 +381,7 @@ def test_a_folder_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
         assert "what you type will not be kept" in talk.text
         answer, *said = talk.say("Sort 7 3 5")
         assert answer == "3 5 7" and said[0].startswith("dgemma-mlx: from here on nothing is kept: cannot write ")
-        assert talk.say("Sort 9 8") == ["8 9"]  # it is said once
+        assert len(talk.say("Sort 9 8")) == 1  # it is said once
         talk.leave()
 
 

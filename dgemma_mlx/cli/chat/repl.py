@@ -76,9 +76,9 @@ def chat(
         - Alt-Enter starts a new line, and `\"\"\"` begins and ends a message of several lines. The arrow keys bring
           back earlier messages.
         - The commands are `/help`, `/model`, `/system`, `/set`, `/show`, `/stats`, `/clear`, `/regen`, `/undo`,
-          `/edit`, `/read FILE...`, `/files`, `/drop`, `/save FILE`, `/load FILE`, `/sessions`, `/rename NAME`, `/copy` and
-          `/bye`. A line that begins with a slash never reaches the model, except within `\"\"\"`. `/system none` removes
-          the system prompt.
+          `/edit`, `/read FILE...`, `/files`, `/drop`, `/save FILE`, `/load FILE`, `/copy`, `/sessions`,
+          `/rename NAME` and `/bye`. A line that begins with a slash never reaches the model, except within `\"\"\"`.
+          `/system none` removes the system prompt.
         - Ctrl-X Ctrl-E opens the message in an editor. The line below the prompt shows how much of the model's context
           is used; the setting `stats` prints a line about each answer.
         - Ctrl-C stops an answer after the current step. Committed canvases stay, marked as cancelled. Ctrl-C twice at
@@ -144,10 +144,10 @@ def _conversation(
     name = settings.pick("model", session.model if model.model is None else model.model)
     offered = offer.choose() if name is None else None
     name = offered or name
-    session.model = full_name(name)
+    first = session.model = full_name(name)
 
     def open_model(other: str | None) -> Callable[[], Model]:
-        adapter = model.adapter if other == session.model else None  # it fits only the model that it was trained for
+        adapter = model.adapter if other == first else None  # it fits only the model that it was trained for
         return model_loader(settings, replace(model, model=other, adapter=adapter))
 
     def load() -> Model:
