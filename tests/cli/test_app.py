@@ -84,7 +84,7 @@ def test_a_completion_script_is_made_for_each_shell(shell: str) -> None:
         ("bash", "dgemma-mlx mod", "models"),
         ("bash", "dgemma-mlx models r", "rm"),
         ("bash", "dgemma-mlx generate --max-d", "--max-denoising-steps"),
-        ("zsh", "dgemma-mlx chat --res", '"--resume":"Continue the last conversation."'),
+        ("zsh", "dgemma-mlx info --js", '"--json":"Print the result as one JSON object."'),
         ("fish", "dgemma-mlx --deb", "--debug\tPrint the traceback of an error."),
     ],
 )
