@@ -19,7 +19,6 @@ LONG = "Sort 7 3 5. " * 40
 @pytest.fixture
 def stderr(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScreenStream]:
     stream = ScreenStream(40, 5)
-    monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     yield stream
@@ -27,13 +26,14 @@ def stderr(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScreenStream]:
 
 
 def test_the_line_is_erased_before_the_first_event_that_is_printed(
-    stderr: ScreenStream, tokenizer: Tokenizer
+    stderr: ScreenStream, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for form, printed in (("json", "Done"), ("text", "Committed"), ("jsonl", "Draft")):
+    monkeypatch.setattr(sys, "stderr", stderr)
+    for form, printed in (("jsonl", "Draft"), ("text", "Committed"), ("json", "Done")):
         events: list[Event] = list(answer(tokenizer, tokenizer.encode("Yes.")))
         with Progress(shown=True) as progress:
             progress.encoded(Encoded(512, 2048))
-            assert stderr.screen.rows == ["reading the prompt: 25% of 2,048 tokens"], (form, stderr.output, progress._region)
+            assert stderr.screen.rows == ["reading the prompt: 25% of 2,048 tokens"]
             for event in progress.until_printed(iter(events), form):
                 if type(event).__name__ == printed:
                     break
@@ -46,6 +46,7 @@ def test_the_line_is_erased_before_the_first_event_that_is_printed(
 def test_nothing_is_drawn_where_that_is_not_wanted(
     stderr: ScreenStream, variable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys, "stderr", stderr)
     with Progress(shown=False) as progress:
         progress.encoded(Encoded(1, 2))
     monkeypatch.setenv(variable, "dumb")

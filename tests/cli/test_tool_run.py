@@ -66,7 +66,8 @@ def test_rounds_are_limited() -> None:
     ("code", "words"),
     [
         ("raise SystemExit(3)", "failed with exit code 3"), ("import os; os.kill(os.getpid(), 9)", "ended by signal 9"),
-        ("import time; time.sleep(60)", "took more than 0.5 s"), ("print('x' * 300, flush=True)", "more than 200 bytes"),
+        ("import time; time.sleep(60)", "took more than 0.5 s"),
+        ("print('x' * 300, flush=True)", "more than 200 bytes"),
         ("print('x' * 300, flush=True); input()", "more than 200 bytes"),
     ],
 )  # fmt: skip
@@ -98,7 +99,8 @@ def generate(tmp_path: Path, program: str, *options: str) -> subprocess.Popen[st
         [sys.executable, "-m", "dgemma_mlx", "generate", "-m", "demo", "--seed", "1", "-n", "32", "--tool",
          str(tmp_path / "add.json"), "--tool-run", program, "--max-denoising-steps", "4", *options, "Sort 7 3 5"],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )  # fmt: skip
 
 
@@ -139,7 +141,7 @@ def test_ctrl_c_ends_the_program_as_well(tmp_path: Path) -> None:
 def test_options_that_need_others(tmp_path: Path) -> None:
     for options, words in ((["--tool-rounds", "3"], "need --tool-run"), (["--tool-run", "cat"], "needs --tool")):
         done = subprocess.run(
-            [sys.executable, "-m", "dgemma_mlx", "generate", *options, "x"], capture_output=True, text=True, check=False,
-            timeout=60, stdin=subprocess.DEVNULL,
+            [sys.executable, "-m", "dgemma_mlx", "generate", *options, "x"], capture_output=True, text=True,
+            timeout=60, stdin=subprocess.DEVNULL, check=False,
         )  # fmt: skip
         assert done.returncode == 2 and words in done.stderr

@@ -69,7 +69,7 @@ def test_a_file_holds_one_tool_or_several(tmp_path: Path) -> None:
     one, two = write(tmp_path / "one.json", ADD), write(tmp_path / "two.json", several)
     assert read_tools([one]) == [ADD]
     assert read_tools([two]) == several
-    with pytest.raises(DgemmaError, match="two.json: two tools have the name 'add'"):
+    with pytest.raises(DgemmaError, match=r"two\.json: two tools have the name 'add'"):
         read_tools([one, two])
 
 
