@@ -33,6 +33,7 @@ from dgemma_mlx.cli.pull import pull
 from dgemma_mlx.cli.serve import serve
 from dgemma_mlx.cli.sessions import sessions
 from dgemma_mlx.cli.signals import SIGNALS, say
+from dgemma_mlx.cli.templates import templates
 from dgemma_mlx.cli.train import train
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.version import __version__
@@ -98,6 +99,7 @@ for title, commands in COMMANDS.items():
 app.add_typer(models, name="models", rich_help_panel="Models")
 app.add_typer(config, name="config", rich_help_panel="Machine")
 app.add_typer(sessions, name="sessions", rich_help_panel="Write")
+app.add_typer(templates, name="templates", rich_help_panel="Write")
 
 
 def _print_version(value: bool) -> None:

@@ -13,7 +13,7 @@ from dgemma_mlx.cli.loading import answer_arguments, load_model
 from dgemma_mlx.cli.log.keep import Keeper
 from dgemma_mlx.cli.parameters import AnswerOptions, AsJson, ModelOptions, Raw, prompt_option
 from dgemma_mlx.cli.pipe import quiet_when_closed
-from dgemma_mlx.cli.prompt import read_prompt
+from dgemma_mlx.cli.prompt import Files, read_prompt
 from dgemma_mlx.cli.render.visible import json_line, visible
 from dgemma_mlx.cli.settings import Settings
 
@@ -32,6 +32,7 @@ Listed = Annotated[bool, prompt_option("--list", help="Name the answers in the q
 def choose(
     choices: From,
     question: Question = None,
+    file: Files = None,
     listed: Listed = False,
     raw: Raw = False,
     as_json: AsJson = False,
@@ -48,7 +49,7 @@ def choose(
         dgemma-mlx choose -m demo "What is 27 + 45?" --from 71,72,82
         cat mail.txt | dgemma-mlx choose "Which department?" --from sales,support,billing --list --json
     """
-    asked = read_prompt(question)
+    asked = read_prompt(question, file, quiet=answer.quiet)
     answers = [text for row in csv.reader([choices], skipinitialspace=True) for text in row]
     with quiet_when_closed():
         from dgemma_mlx.infill.choose import choose as choose_among

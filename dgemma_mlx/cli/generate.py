@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dgemma_mlx.cli.batch import NO_ANSWER, answer_batch, read_batch
+from dgemma_mlx.cli.batch import answer_batch, read_batch
 from dgemma_mlx.cli.constraint import ConstraintOptions, constraint_of
 from dgemma_mlx.cli.generate_options import (
-    Batch,
-    BatchSize,
+    BatchOptions,
     OutputOptions,
     PrefillStep,
     ScheduleOptions,
+    TextOptions,
     TrimCanvas,
 )
-from dgemma_mlx.cli.interrupt import interruptible, unless_cancelled
 from dgemma_mlx.cli.loading import answer_arguments, load_model
 from dgemma_mlx.cli.log.asking import asked, begun
 from dgemma_mlx.cli.log.keep import Keeper
@@ -36,19 +34,15 @@ from dgemma_mlx.cli.parameters import (
     VerifyMode,
 )
 from dgemma_mlx.cli.pipe import quiet_when_closed
-from dgemma_mlx.cli.prompt import read_prompt
+from dgemma_mlx.cli.print_answer import Printed, print_answer, print_with_tools
 from dgemma_mlx.cli.prompt_cache import PromptCacheFile, kept_prompt_cache
 from dgemma_mlx.cli.render.region import can_draw
 from dgemma_mlx.cli.settings import Settings
-from dgemma_mlx.cli.summary import summary
 from dgemma_mlx.cli.tools import ToolOptions, check_choice, read_tools
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
     from typing import TextIO
-
-    from dgemma_mlx.events import Done, Event
-    from dgemma_mlx.generation.model import Model
 
 
 def generate(
@@ -59,9 +53,9 @@ def generate(
     raw: Raw = False,
     thinking: Thinking = None,
     conversation: ConversationOptions,
+    text: TextOptions,
     tool: ToolOptions,
-    batch: Batch = None,
-    batch_size: BatchSize = None,
+    batch: BatchOptions,
     output: OutputOptions,
     constraint: ConstraintOptions,
     max_tokens: MaxTokens = None,
@@ -80,8 +74,15 @@ def generate(
 
     Notes:
         - Next to a prompt, standard input is read if it is a file that nobody has begun to read, or a pipe that begins
-          within ten seconds; a line on stderr says when it is waited for. In a loop such as `while read`, and where a
-          program leaves a pipe open, add `< /dev/null` to the command.
+          within five seconds; a line on stderr says when it is waited for. `-f -` waits as long as it takes, and
+          `< /dev/null` does not wait. Use that in a loop over a pipe (`... | while read`), whose other lines the
+          command would read.
+        - The files of `-f` stand before the prompt, each with its name and between fences. Of a folder, hidden files,
+          binary files and what Git ignores are left out, which a line on stderr says. Too many or too large files are
+          refused.
+        - `-x` prints nothing but the first code block. An answer without one goes to stderr, with exit code 1.
+        - A template is a file with a prompt that has gaps, and settings; see `dgemma-mlx templates --help`. Options
+          override its settings.
         - `--continue` (or `-c`) goes on with the last conversation of `generate` or `chat`, and `--session` with the
           one of that name or id, or begins it. Its messages, system prompt and model are taken, unless options name
           others. `dgemma-mlx sessions` lists and searches all answers; DGEMMA_LOG=off keeps none.
@@ -89,9 +90,12 @@ def generate(
           lines scroll up as plain text. Without a terminal, or with NO_COLOR or TERM=dumb, no escape codes are written.
         - `--json` prints the text, thinking, tool calls, tokens, finish_reason, seed and statistics. `--jsonl` and
           `--trace` write one object per denoising step and per canvas, and one for the whole answer.
-        - `--tools FILE` holds one tool, or a list of them, as OpenAI or Anthropic declare tools. The arguments of every
-          call validate against the tool's parameters (docs/tools.md). A call is printed to stderr as a line
-          `tool call: name {arguments}`, and `--json` has it in `tool_calls`.
+        - `--tool FILE` holds one tool, or a list of them, as OpenAI or Anthropic declare tools. The arguments of every
+          call validate against the tool's parameters (docs/tools.md). A call is printed as a line of JSON with `name`,
+          `arguments` and `id` after the text of the answer, and `--json` has it in `tool_calls`.
+        - `--tool-run PROGRAM` is run for every call, with the call's JSON as its standard input. What it prints, as
+          JSON or text, is the result, and the model goes on until it answers without a call. Calls and results then go
+          to stderr. The model is told when the program fails or takes too long.
         - A line of a `--batch` file is a JSON string, or an object with `prompt` and optionally `id`, `system`, `seed`,
           `max_tokens`, `tools` and `tool_choice`. The model is loaded once. Every line is checked before the first one
           is answered. With `--batch-size N`, N prompts are answered at a time, each as it would be alone, or fewer when
@@ -108,7 +112,7 @@ def generate(
           follows from the prompt, and are of no use for open prose. A repair keeps to a constraint.
         - `--regex`, `--choice`, `--json-schema` and `--grammar` exclude each other. The canvas is projected onto the
           constraint in every step, so the answer always matches (docs/constrained.md). With `--thinking`, a thought may
-          stand before it; with `--tools`, calls may stand in its place. A schema or grammar is a file, or the text
+          stand before it; with `--tool`, calls may stand in its place. A schema or grammar is a file, or the text
           itself. Unsupported features are refused before anything is generated.
         - The same seed gives the same text on one machine. `--temp 0` takes the most probable tokens as the denoiser's
           canvas. Any other value replaces the temperature schedule by a constant.
@@ -130,21 +134,26 @@ def generate(
         dgemma-mlx generate -m demo "Sort 7 3 5"
         dgemma-mlx generate -m demo --choice yes,no,72 "What is 27 + 45?"
         dgemma-mlx generate -c "Reverse 3 5 7"
+        dgemma-mlx generate -f main.py -f tests/ "Why does the test fail?"
+        dgemma-mlx generate -x "A shell script that renames *.jpeg to *.jpg" > rename.sh
         cat notes.txt | dgemma-mlx generate -m mlx-community/diffusiongemma-26B-A4B-it-4bit "Summarise:"
     """
-    if output.as_json and output.as_json_lines:
-        raise DgemmaError("--json and --jsonl exclude each other", "--json prints the answer, --jsonl all events.", 2)
-    _check_batch(batch, batch_size or 1, prompt, output, prompt_cache, trim_canvas)
-    conversation.check(raw=raw, batch=batch is not None)
+    output.check()
+    tool.check()
+    _check_batch(batch, prompt, text, tool, output, prompt_cache, trim_canvas)
+    conversation.check(raw=raw, batch=batch.batch is not None)
     matched = constraint_of(**asdict(constraint))
-    tools = None if tool.tools is None else read_tools(tool.tools)
-    if batch is None:
+    tools = read_tools(tool.tool) if tool.tool else None
+    program = tool.program()
+    if batch.batch is None:
         check_choice(tools, tool.tool_choice)
-    text = read_prompt(prompt) if batch is None else ""
-    requests = [] if batch is None else read_batch(batch, tools, tool.tool_choice)
+    requests = [] if batch.batch is None else read_batch(batch.batch, tools, tool.tool_choice)
+    written, template = ("", {}) if batch.batch else text.read(prompt, answer.quiet)
+    if raw and "system" in template:
+        raise DgemmaError("--raw excludes a template with a system prompt", "Leave one of them out.", exit_code=2)
     if answer.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    settings = Settings()
+    settings = Settings().under(template, f"template {text.template}")
     arguments: dict[str, Any] = {
         **answer_arguments(settings, answer, raw), "raw": raw, "trim_canvas": trim_canvas, "constraint": matched,
         "max_tokens": settings.pick("max_tokens", max_tokens), "temp": settings.pick("temp", denoising.temp),
@@ -154,66 +163,37 @@ def generate(
     }  # fmt: skip
     loop = {"max_denoising_steps": denoising.max_denoising_steps, **asdict(schedule)}
     form = output.form(live=not answer.quiet and can_draw() and settings["live"].value)
-    session, chosen = begun(conversation, settings, answer, model, arguments["system"])
+    named = replace(answer, system=template["system"]) if answer.system is None and "system" in template else answer
+    session, chosen = begun(conversation, settings, named, model, arguments["system"])
     arguments["system"] = session.system
     with quiet_when_closed(), _open(output.trace) as trace:
         loaded = load_model(settings, chosen, answer.quiet)
         in_force = {name: settings.pick(name, option) for name, option in loop.items()}
         arguments["generation"] = loaded.generation.override(**in_force)
-        if batch is not None:
-            answer_batch(loaded, requests, arguments, batch_size or 1, Keeper(settings))
-        else:
-            with (
-                kept_prompt_cache(prompt_cache, loaded) as arguments["prompt_cache"],
-                Keeper(settings).keeping(session, "raw" if raw else "generate", loaded.name) as watched,
-            ):
-                _answer(loaded, asked(session, text), arguments, watched, trace, output.show_steps, form, answer.quiet)
-
-
-def _answer(
-    model: Model, prompt: str | list[dict[str, Any]], arguments: dict[str, Any],
-    watched: Callable[[Iterable[Event]], Iterator[Event]], trace: TextIO | None, show_steps: int | None, form: str,
-    quiet: bool,
-) -> None:
-    """Generate one answer and print it. The events pass through ``watched``."""
-    from dgemma_mlx.cli.render.plain import print_warnings, traced, with_snapshots
-    from dgemma_mlx.generation.api import stream
-
-    with interruptible() as cancelled, closing(stream(model, prompt, **arguments, cancelled=cancelled)) as answering:
-        events: Iterable[Event] = unless_cancelled(watched(answering))
-        if trace is not None:
-            events = traced(events, trace, model.name)
-        if show_steps is not None:
-            events = with_snapshots(events, show_steps, model.tokenizer.decode)
-        done = _print(events, model, form, quiet)
-    if not quiet:
-        print(summary(done), file=sys.stderr)
-    print_warnings(done)
-    if done.is_blank and arguments["constraint"] is None:
-        raise DgemmaError(NO_ANSWER, "Try another --seed, or word the prompt differently.")
-
-
-def _print(events: Iterable[Event], model: Model, form: str, quiet: bool) -> Done:
-    """Print the events in one of the forms json, jsonl, live and text, and return the last one."""
-    from dgemma_mlx.cli.render.plain import print_json, print_lines, print_text
-
-    if form == "json":
-        return print_json(events, model.name)
-    if form == "jsonl":
-        return print_lines(events, model.name)
-    if form != "live":
-        return print_text(events, quiet)
-    from dgemma_mlx.cli.render.live import draw
-
-    return draw(events, model.tokenizer, model.generation.eos_token_ids)
+        if batch.batch is not None:
+            answer_batch(loaded, requests, arguments, batch.batch_size or 1, Keeper(settings))
+            return
+        with (
+            kept_prompt_cache(prompt_cache, loaded) as arguments["prompt_cache"],
+            Keeper(settings).keeping(
+                session, "raw" if raw else "generate", loaded.name, with_calls=program is None
+            ) as watched,
+        ):
+            printed = Printed(form, answer.quiet, trace, output.show_steps, watched, runs_tools=program is not None)
+            question = asked(session, written)
+            if program is None:
+                print_answer(loaded, question, arguments, printed)
+            else:
+                print_with_tools(loaded, question, arguments, printed, program)
 
 
 def _check_batch(
-    batch: Path | None, size: int, prompt: str | None, output: OutputOptions, prompt_cache: Path | None,
-    trim_canvas: bool,
+    many: BatchOptions, prompt: str | None, text: TextOptions, tool: ToolOptions, output: OutputOptions,
+    prompt_cache: Path | None, trim_canvas: bool,
 ) -> None:
     """Raise `DgemmaError` for options that exclude --batch, and for --batch-size without --batch."""
-    if batch is None:
+    size = many.batch_size or 1
+    if many.batch is None:
         if size > 1:
             raise DgemmaError(
                 "--batch-size needs --batch", "`--batch FILE` names the file that holds the prompts.", exit_code=2
@@ -222,7 +202,10 @@ def _check_batch(
     steps = output.as_json_lines or output.trace is not None or output.show_steps is not None
     for given, options, hint in (
         (prompt is not None, "a prompt", "Put the prompt into the file."),
-        (steps, "--jsonl, --trace or --show-steps", "--batch prints one JSON object per answer."),
+        (text != TextOptions(), "--file, --template or --param", "Put the whole prompts into the file."),
+        (tool.tool_run is not None, "--tool-run", "--batch prints the calls of every answer."),
+        (steps or output.extract, "--jsonl, --trace, --show-steps or --extract",
+         "--batch prints one JSON object per answer."),
         (prompt_cache is not None, "--prompt-cache", "A prompt cache holds one prompt."),
         (trim_canvas and size > 1, "--trim-canvas and a --batch-size above 1",
          "Prompts that are answered together would get other texts than alone."),

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,12 @@ class Settings(Mapping[str, Setting]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def under(self, values: Mapping[str, Any], origin: str) -> Settings:
+        """Return these settings with other values, already checked, in place of some of them."""
+        over = copy(self)
+        over._values = self._values | {name: Setting(value, origin) for name, value in values.items()}
+        return over
+
     def pick(self, name: str, option: Any) -> Any:
         """Return the value of a command-line option, or the setting's value when the option is None."""
         return self._values[name].value if option is None else option
@@ -128,9 +135,20 @@ def config_file(environment: Mapping[str, str]) -> Path:
 
 
 def _read_file(path: Path, must_exist: bool) -> dict[str, Any]:
-    """Read a TOML file. A missing file is empty unless it ``must_exist``.
+    """Read the settings file. A missing file is empty unless it ``must_exist``."""
+    try:
+        return read_toml(path)
+    except FileNotFoundError:
+        if not must_exist:
+            return {}
+        hint = f"{CONFIG_VARIABLE} names this file. Create it, or unset the variable."
+        raise DgemmaError(f"there is no file {path}", hint, exit_code=2) from None
 
-    Raises `DgemmaError` (exit code 2) when the file cannot be read.
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises FileNotFoundError, and `DgemmaError` (exit code 2) when it cannot be read or is not TOML.
     """
     if sys.version_info >= (3, 11):
         import tomllib
@@ -139,12 +157,9 @@ def _read_file(path: Path, must_exist: bool) -> dict[str, Any]:
     try:
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        if not must_exist:
-            return {}
-        hint = f"{CONFIG_VARIABLE} names this file. Create it, or unset the variable."
-        raise DgemmaError(f"there is no file {path}", hint, exit_code=2) from None
+        raise
     except OSError as error:
-        raise DgemmaError(f"cannot read {path}: {error.strerror}", "This file holds the settings.", 2) from None
+        raise DgemmaError(f"cannot read {path}: {error.strerror}", "Check its permissions.", exit_code=2) from None
     except (ValueError, RecursionError) as error:  # not UTF-8, or not TOML
         hint = 'Write each line as name = value, such as model = "demo".'
         raise DgemmaError(f"cannot read {path}: {reason(error)}", hint, exit_code=2) from None

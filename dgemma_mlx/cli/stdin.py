@@ -11,8 +11,8 @@ from dgemma_mlx.errors import DgemmaError
 
 BOM = "\ufeff"
 
-_SAY_AFTER = 2.0  # seconds without any text after which a line says what is waited for
-_PATIENCE = 10.0  # seconds in which a pipe must begin, when there is a prompt without it
+_SAY_AFTER = 1.0  # seconds without any text after which a line says what is waited for
+_PATIENCE = 5.0  # seconds in which a pipe must begin, when there is a prompt without it
 _BLOCK = 1 << 16  # bytes
 
 
@@ -32,18 +32,20 @@ def read_beside_prompt() -> str:
     """Return standard input where it is meant to follow a prompt, else "".
 
     That is a file that nobody has begun to read: of a loop like ``while read``, the file is at a later line. A pipe
-    must begin within ten seconds, which a line on stderr announces. Anything else, such as the socket of a program that
-    starts this one, must hold text at once. Raises `DgemmaError` (exit code 2) when it is not UTF-8.
+    must begin within five seconds, which a line on stderr announces. A socket, which is what ``ssh`` gives a program
+    whether or not there is text, must begin within one second. A terminal is not read, and what is none of these must
+    have text at once. Raises `DgemmaError` (exit code 2) when it is not UTF-8.
     """
     descriptor = sys.stdin.fileno()
     mode = os.fstat(descriptor).st_mode
     if sys.stdin.isatty() or (stat.S_ISREG(mode) and os.lseek(descriptor, 0, os.SEEK_CUR) > 0):
         return ""
-    if _has_text(descriptor, _SAY_AFTER if stat.S_ISFIFO(mode) else 0):
+    if _has_text(descriptor, _SAY_AFTER if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) else 0):
         return _read(descriptor)
     if not stat.S_ISFIFO(mode):
         return ""
-    _say(f"waiting up to {_PATIENCE:.0f} s for text on standard input; `< /dev/null` says that there is none")
+    _say(f"waiting up to {_PATIENCE:.0f} s for text on standard input; `< /dev/null` says that there is none, "
+         "`-f -` waits for it")  # fmt: skip
     if _has_text(descriptor, _PATIENCE - _SAY_AFTER):
         return _read(descriptor)
     _say("nothing came on standard input, so the prompt is answered without it")

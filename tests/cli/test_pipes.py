@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
-from dgemma_mlx.cli.render.plain import print_text, record
+from dgemma_mlx.cli.render.plain import print_text, print_tool_calls, record
 from dgemma_mlx.events import Committed, Done, Event
 from dgemma_mlx.text import Tokenizer
 from tests.cli.synthetic import answer
@@ -308,9 +308,9 @@ def test_thinking_goes_to_stderr_on_lines_of_its_own(
         assert written.err == ("" if quiet else "Well, well.\n")
 
 
-def test_tool_calls_go_to_stderr(tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tool_calls_are_printed_safely(tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
     call = tokenizer.encode_control('<|tool_call>call:add{a:1,b:<|"|>\x1b\x9b<|"|>}<tool_call|>')
-    print_text(answer(tokenizer, tokenizer.encode("Let me see.") + call), quiet=True)
+    print_tool_calls(print_text(answer(tokenizer, tokenizer.encode("Let me see.") + call), quiet=True))
     written = capsys.readouterr()
     assert written.out == "Let me see.\n"
     assert written.err == 'tool call: add {"a": 1, "b": "\\u001b\\u009b"}\n'

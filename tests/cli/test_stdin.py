@@ -16,6 +16,7 @@ import pytest
 
 from dgemma_mlx.cli import stdin
 from dgemma_mlx.cli.prompt import read_prompt
+from dgemma_mlx.errors import DgemmaError
 
 GENERATE = (sys.executable, "-m", "dgemma_mlx", "generate", "-q", "-m", "demo", "--seed", "1")
 SORT = (*GENERATE, "Sort")
@@ -53,9 +54,30 @@ def test_a_slow_pipe_follows_the_prompt(
     thread.start()
     assert read_prompt("Sort") == "Sort\n\n7 3 5"
     thread.join()
-    first, second = capsys.readouterr().err.splitlines()
+    first, second, third = capsys.readouterr().err.splitlines()
     assert "waiting up to" in first and "< /dev/null" in first
     assert second == "dgemma-mlx: waiting for the end of standard input"
+    assert third == "dgemma-mlx: standard input follows the prompt, 5 characters"
+
+
+def test_a_file_named_dash_is_waited_for_and_does_not_follow_the_prompt(
+    reads: Callable[[int], None], tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("1 2")
+    out, into = os.pipe()
+    reads(out)
+    timer = threading.Timer(0.8, lambda: (os.write(into, b"7 3 5"), os.close(into)))
+    timer.start()
+    prompt = read_prompt("Sort", [Path("-"), tmp_path / "notes.txt"])
+    assert prompt == f"{tmp_path}/notes.txt:\n```\n1 2\n```\n\nstandard input:\n```\n7 3 5\n```\n\nSort"
+    timer.join()
+
+
+def test_files_need_a_prompt(reads: Callable[[int], None], tmp_path: Path) -> None:
+    reads(os.open(os.devnull, os.O_RDONLY))
+    with pytest.raises(DgemmaError, match="the prompt is empty") as caught:
+        read_prompt(None, [tmp_path])
+    assert "what to do with the files" in caught.value.hint
 
 
 def test_a_pipe_that_never_begins_is_left_out_with_a_line(

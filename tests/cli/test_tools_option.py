@@ -40,9 +40,9 @@ def write(path: Path, value: Any) -> Path:
 
 def test_generate_with_tools(tmp_path: Path) -> None:
     tools = write(tmp_path / "tools.json", ADD)
-    done = run("generate", "-m", "demo", "--json", "--tools", tools, "--tool-choice", "none", "Sort 7 3 5")
+    done = run("generate", "-m", "demo", "--json", "--tool", tools, "--tool-choice", "none", "Sort 7 3 5")
     assert done.returncode == 0 and json.loads(done.stdout)["text"] == "3 5 7"
-    done = run("generate", "-m", "demo", "--tools", tools, "--tool-choice", "clock", "Sort 7 3 5")
+    done = run("generate", "-m", "demo", "--tool", tools, "--tool-choice", "clock", "Sort 7 3 5")
     assert done.returncode == 2 and "tool_choice names 'clock', which no tool has" in done.stderr
     assert "hint: Use auto, none, required, or the name of a tool: add." in done.stderr and done.stdout == ""
 
@@ -60,14 +60,17 @@ def test_a_bad_file_of_tools_is_named(tmp_path: Path, text: str | None, words: s
     if text is not None:
         path.write_text(text)
     with pytest.raises(DgemmaError) as error:
-        read_tools(path)
+        read_tools([path])
     assert str(path) in error.value.message and words in error.value.message and error.value.exit_code == 2
 
 
 def test_a_file_holds_one_tool_or_several(tmp_path: Path) -> None:
     several = [{"type": "function", "function": ADD}, {"name": "f"}]
-    assert read_tools(write(tmp_path / "one.json", ADD)) == [ADD]
-    assert read_tools(write(tmp_path / "two.json", several)) == several
+    one, two = write(tmp_path / "one.json", ADD), write(tmp_path / "two.json", several)
+    assert read_tools([one]) == [ADD]
+    assert read_tools([two]) == several
+    with pytest.raises(DgemmaError, match=r"two\.json: two tools have the name 'add'"):
+        read_tools([one, two])
 
 
 def test_lines_of_a_batch_have_tools_and_all_roles(tmp_path: Path) -> None:
@@ -88,11 +91,11 @@ def test_a_choice_that_a_line_or_the_options_do_not_offer_is_an_error_before_any
 ) -> None:
     tools, path = write(tmp_path / "tools.json", ADD), tmp_path / "batch.jsonl"
     path.write_text('"Sort 7 3 5"\n{"prompt": "Sort 7 3 5", "tool_choice": "clock"}\n')
-    for options in (("--tools", tools), ()):
+    for options in (("--tool", tools), ()):
         done = run("generate", "-m", "demo", "--batch", path, *options)
         assert done.returncode == 2 and done.stdout == "" and f"{path}, line 2: tool_choice " in done.stderr
     assert read_batch(path, [{"name": "clock"}], "auto")[1]["tool_choice"] == "clock"
-    done = run("generate", "-m", "no/such model", "--tools", tools, "--tool-choice", "clock", "x")
+    done = run("generate", "-m", "no/such model", "--tool", tools, "--tool-choice", "clock", "x")
     assert done.returncode == 2 and "tool_choice names 'clock', which no tool has" in done.stderr
 
 

@@ -13,7 +13,7 @@ from dgemma_mlx.cli.attachments import Attachment
 from dgemma_mlx.cli.batch import NO_ANSWER
 from dgemma_mlx.cli.interrupt import interruptible
 from dgemma_mlx.cli.log.session import Session
-from dgemma_mlx.cli.render.plain import print_warnings
+from dgemma_mlx.cli.render.plain import print_tool_calls, print_warnings
 from dgemma_mlx.cli.summary import summary
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Done, Event
@@ -104,6 +104,7 @@ class Chat(ABC):
         with interruptible() as cancelled, _keys_unseen():
             done = self._run(self._seed(again), cancelled)
         self.last = done
+        print_tool_calls(done)
         print_warnings(done)
         stopped = done.finish_reason == "cancelled"
         if stopped and not done.text.strip() and not done.tool_calls:

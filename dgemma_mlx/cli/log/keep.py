@@ -63,11 +63,12 @@ class Keeper:
 
     @contextmanager
     def keeping(
-        self, session: Session, kind: str, model: str
+        self, session: Session, kind: str, model: str, *, with_calls: bool = True
     ) -> Iterator[Callable[[Iterable[Event]], Iterator[Event]]]:
         """Yield a function that passes on the events of an answer to ``session``.
 
-        When the block ends, by Ctrl-C as well, the answer is kept as ``keep_answer`` does.
+        When the block ends, by Ctrl-C as well, the answer is kept as ``keep_answer`` does. Unless ``with_calls``, an
+        answer with calls of tools is not: a program answers them, and another answer follows.
         """
         from dgemma_mlx.events import Done
 
@@ -75,7 +76,7 @@ class Keeper:
 
         def watched(events: Iterable[Event]) -> Iterator[Event]:
             for event in events:
-                if isinstance(event, Done):
+                if isinstance(event, Done) and (with_calls or not event.tool_calls):
                     ends.append(event)
                 yield event
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from types import TracebackType
 from typing import Protocol, TextIO
 
-from dgemma_mlx.cli.render.plain import print_tool_calls
 from dgemma_mlx.cli.render.region import Region
 from dgemma_mlx.cli.render.visible import Piece, Row, visible, wrap
 from dgemma_mlx.events import Committed, Done, Draft, Event
@@ -182,10 +181,9 @@ class LiveView:
 
 
 def draw(events: Iterable[Event], tokenizer: Tokens, eos_ids: Collection[int]) -> Done:
-    """Draw a generation on stdout, which must be a terminal, and print its tool calls to stderr at the end."""
+    """Draw a generation on stdout, which must be a terminal, and return the last event."""
     with LiveView(sys.stdout, tokenizer, eos_ids) as view:
         for event in events:
             view(event)
     assert isinstance(event, Done)
-    print_tool_calls(event)
     return event

@@ -33,9 +33,9 @@ class _Writer:
 
 
 def print_text(events: Iterable[Event], quiet: bool) -> Done:
-    """Print each canvas to stdout as soon as it is final, and thinking and tool calls to stderr.
+    """Print each canvas to stdout as soon as it is final, and thinking to stderr. Return the last event.
 
-    Return the last event. With ``quiet``, thinking is not printed.
+    With ``quiet``, thinking is not printed.
     """
     answer, thinking = _Writer(sys.stdout), _Writer(sys.stderr)
     length = 0
@@ -52,7 +52,6 @@ def print_text(events: Iterable[Event], quiet: bool) -> Done:
                 thinking.end_line()
                 answer.write(event.text[length:])  # of a tool call that was cancelled
                 answer.end_line()
-                print_tool_calls(event)
                 return event
     finally:
         thinking.end_line()
@@ -81,10 +80,14 @@ def print_warnings(answer: Done) -> None:
         print(f"dgemma-mlx: the encoder doubts {tokens} of the answer", file=sys.stderr)
 
 
-def print_json(events: Iterable[Event], model: str) -> Done:
-    """Print the whole answer as one JSON object and return the last event."""
+def print_json(events: Iterable[Event], model: str, *, with_calls: bool = True) -> Done:
+    """Print the whole answer as one JSON object and return the last event.
+
+    Unless ``with_calls``, an answer with tool calls is not printed, because another one follows.
+    """
     done = next(event for event in events if isinstance(event, Done))
-    print(json_line({"model": model, **asdict(done)}))
+    if with_calls or not done.tool_calls:
+        print(json_line({"model": model, **asdict(done)}))
     return done
 
 
