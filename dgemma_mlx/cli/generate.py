@@ -47,6 +47,7 @@ from dgemma_mlx.errors import DgemmaError
 if TYPE_CHECKING:
     from typing import TextIO
 
+    from dgemma_mlx.cli.render.live import LiveView
     from dgemma_mlx.events import Done, Event
     from dgemma_mlx.generation.model import Model
 
@@ -85,8 +86,9 @@ def generate(
         - `--continue` (or `-c`) goes on with the last conversation of `generate` or `chat`, and `--session` with the
           one of that name or id, or begins it. Its messages, system prompt and model are taken, unless options name
           others. `dgemma-mlx sessions` lists and searches all answers; DGEMMA_LOG=off keeps none.
-        - On a terminal, the canvas is drawn while it denoises: the less settled a token is, the dimmer it is. Finished
-          lines scroll up as plain text. Without a terminal, or with NO_COLOR or TERM=dumb, no escape codes are written.
+        - On a terminal, the canvas is drawn while it denoises: the less settled a token is, the dimmer it is. What is
+          final scrolls up, drawn as Markdown unless it is raw, matches a constraint, or the setting `markdown` is
+          false. Without a terminal, or with NO_COLOR or TERM=dumb, no escape codes are written.
         - `--json` prints the text, thinking, tool calls, tokens, finish_reason, seed and statistics. `--jsonl` and
           `--trace` write one object per denoising step and per canvas, and one for the whole answer.
         - `--tools FILE` holds one tool, or a list of them, as OpenAI or Anthropic declare tools. The arguments of every
@@ -167,25 +169,35 @@ def generate(
                 kept_prompt_cache(prompt_cache, loaded) as arguments["prompt_cache"],
                 Keeper(settings).keeping(session, "raw" if raw else "generate", loaded.name) as watched,
             ):
-                _answer(loaded, asked(session, text), arguments, watched, trace, output.show_steps, form, answer.quiet)
+                markdown = settings["markdown"].value and not raw and matched is None
+                _answer(loaded, asked(session, text), arguments, watched, trace, output.show_steps, form, markdown,
+                        answer.quiet)  # fmt: skip
 
 
 def _answer(
     model: Model, prompt: str | list[dict[str, Any]], arguments: dict[str, Any],
     watched: Callable[[Iterable[Event]], Iterator[Event]], trace: TextIO | None, show_steps: int | None, form: str,
-    quiet: bool,
+    markdown: bool, quiet: bool,
 ) -> None:
     """Generate one answer and print it. The events pass through ``watched``."""
+    from dgemma_mlx.cli.render.live import LiveView
     from dgemma_mlx.cli.render.plain import print_warnings, traced, with_snapshots
     from dgemma_mlx.generation.api import stream
 
-    with interruptible() as cancelled, closing(stream(model, prompt, **arguments, cancelled=cancelled)) as answering:
+    view = None
+    if form == "live":
+        view = LiveView(sys.stdout, model.tokenizer, model.generation.eos_token_ids, markdown=markdown)
+    encoded = None if view is None else view.encoded
+    with (
+        interruptible() as cancelled,
+        closing(stream(model, prompt, **arguments, cancelled=cancelled, encoded=encoded)) as answering,
+    ):
         events: Iterable[Event] = unless_cancelled(watched(answering))
         if trace is not None:
             events = traced(events, trace, model.name)
         if show_steps is not None:
             events = with_snapshots(events, show_steps, model.tokenizer.decode)
-        done = _print(events, model, form, quiet)
+        done = _print(events, model, form, view, quiet)
     if not quiet:
         print(summary(done), file=sys.stderr)
     print_warnings(done)
@@ -193,19 +205,19 @@ def _answer(
         raise DgemmaError(NO_ANSWER, "Try another --seed, or word the prompt differently.")
 
 
-def _print(events: Iterable[Event], model: Model, form: str, quiet: bool) -> Done:
-    """Print the events in one of the forms json, jsonl, live and text, and return the last one."""
+def _print(events: Iterable[Event], model: Model, form: str, view: LiveView | None, quiet: bool) -> Done:
+    """Print the events in one of the forms json, jsonl, live (with a view) and text, and return the last one."""
     from dgemma_mlx.cli.render.plain import print_json, print_lines, print_text
 
     if form == "json":
         return print_json(events, model.name)
     if form == "jsonl":
         return print_lines(events, model.name)
-    if form != "live":
+    if view is None:
         return print_text(events, quiet)
     from dgemma_mlx.cli.render.live import draw
 
-    return draw(events, model.tokenizer, model.generation.eos_token_ids)
+    return draw(events, view)
 
 
 def _check_batch(
