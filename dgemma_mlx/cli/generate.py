@@ -86,8 +86,9 @@ def generate(
         - `--continue` (or `-c`) goes on with the last conversation of `generate` or `chat`, and `--session` with the
           one of that name or id, or begins it. Its messages, system prompt and model are taken, unless options name
           others. `dgemma-mlx sessions` lists and searches all answers; DGEMMA_LOG=off keeps none.
-        - On a terminal, the canvas is drawn while it denoises: the less settled a token is, the dimmer it is. Finished
-          lines scroll up as plain text. Without a terminal, or with NO_COLOR or TERM=dumb, no escape codes are written.
+        - On a terminal, the canvas is drawn while it denoises: the less settled a token is, the dimmer it is. What is
+          final scrolls up, drawn as Markdown unless it is raw, matches a constraint, or the setting `markdown` is
+          false. Without a terminal, or with NO_COLOR or TERM=dumb, no escape codes are written.
         - `--json` prints the text, thinking, tool calls, tokens, finish_reason, seed and statistics. `--jsonl` and
           `--trace` write one object per denoising step and per canvas, and one for the whole answer.
         - `--tool FILE` holds one tool, or a list of them, as OpenAI or Anthropic declare tools. The arguments of every
@@ -179,7 +180,10 @@ def generate(
                 session, "raw" if raw else "generate", loaded.name, with_calls=program is None
             ) as watched,
         ):
-            printed = Printed(form, answer.quiet, trace, output.show_steps, watched, runs_tools=program is not None)
+            markdown = settings["markdown"].value and not raw and matched is None
+            printed = Printed(
+                form, markdown, answer.quiet, trace, output.show_steps, watched, runs_tools=program is not None
+            )
             question = asked(session, written)
             if program is None:
                 print_answer(loaded, question, arguments, printed)

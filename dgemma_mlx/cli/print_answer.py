@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import TextIO
 
+    from dgemma_mlx.cli.render.live import LiveView
     from dgemma_mlx.cli.tool_run import ToolProgram
     from dgemma_mlx.events import Done, Event
     from dgemma_mlx.generation.model import Model
@@ -31,6 +32,7 @@ class Printed:
 
     Attributes:
         form: The form of the output: json, jsonl, code, live or text.
+        markdown: Whether a live answer is drawn as Markdown.
         quiet: Whether only errors and warnings go to stderr.
         trace: The file that gets every event, or None.
         show_steps: Number of steps of each canvas that are printed to stderr, or None.
@@ -39,6 +41,7 @@ class Printed:
     """
 
     form: str
+    markdown: bool
     quiet: bool
     trace: TextIO | None
     show_steps: int | None
@@ -55,17 +58,20 @@ def print_answer(
     from dgemma_mlx.cli.render.plain import print_warnings, traced, with_snapshots
     from dgemma_mlx.generation.api import stream
 
+    view = _view(model, printed.markdown) if printed.form == "live" else None
     with (
         interruptible() as cancelled,
-        Progress(shown=not printed.quiet and printed.form != "live") as progress,
-        closing(stream(model, prompt, **arguments, cancelled=cancelled, encoded=progress.encoded)) as answering,
+        Progress(shown=not printed.quiet and view is None) as progress,
+        closing(
+            stream(model, prompt, **arguments, cancelled=cancelled, encoded=(view or progress).encoded)
+        ) as answering,
     ):
         events: Iterable[Event] = progress.until_printed(unless_cancelled(printed.watched(answering)), printed.form)
         if printed.trace is not None:
             events = traced(events, printed.trace, model.name)
         if printed.show_steps is not None:
             events = with_snapshots(events, printed.show_steps, model.tokenizer.decode)
-        done = _print(events, model, printed)
+        done = _print(events, model, printed, view)
     if not printed.quiet:
         print(summary(done), file=sys.stderr)
     print_warnings(done)
@@ -107,8 +113,15 @@ def print_with_tools(
     return answer_with_tools(answer, prompt, program, report)
 
 
-def _print(events: Iterable[Event], model: Model, printed: Printed) -> Done:
-    """Print the events in one of the forms json, jsonl, code, live and text, and return the last one."""
+def _view(model: Model, markdown: bool) -> LiveView:
+    """Return the view that draws a live answer."""
+    from dgemma_mlx.cli.render.live import LiveView
+
+    return LiveView(sys.stdout, model.tokenizer, model.generation.eos_token_ids, markdown=markdown)
+
+
+def _print(events: Iterable[Event], model: Model, printed: Printed, view: LiveView | None) -> Done:
+    """Print the events in one of the forms json, jsonl, code, live (with a view) and text, and return the last one."""
     from dgemma_mlx.cli.render.plain import print_json, print_lines, print_text, print_tool_calls
 
     if printed.form == "json":
@@ -119,10 +132,10 @@ def _print(events: Iterable[Event], model: Model, printed: Printed) -> Done:
         from dgemma_mlx.cli.code_block import print_block
 
         done = print_block(events)
-    elif printed.form == "live":
+    elif view is not None:
         from dgemma_mlx.cli.render.live import draw
 
-        done = draw(events, model.tokenizer, model.generation.eos_token_ids)
+        done = draw(events, view)
     else:
         done = print_text(events, printed.quiet)
     if printed.runs_tools:

@@ -48,6 +48,7 @@ SETTINGS: dict[str, SettingKind] = {
     "live": SettingKind(bool, True, "draw the canvas on a terminal"),
     "log": SettingKind(bool, True, "keep answers and conversations for `dgemma-mlx sessions`"),
     "stats": SettingKind(bool, False, "print a line about each answer of a chat"),
+    "markdown": SettingKind(bool, True, "draw answers on a terminal as Markdown"),
     "temp": SettingKind(float, None, "constant temperature; 0 takes the most probable tokens", minimum=0),
     "max_denoising_steps": SettingKind(int, None, "maximum denoising steps per canvas", minimum=1),
     "entropy_bound": SettingKind(float, None, "bound on the entropy of the tokens accepted in a step", minimum=0),

@@ -11,7 +11,7 @@ import pytest
 
 from dgemma_mlx.cli.render.live import LiveView
 from dgemma_mlx.cli.render.visible import visible
-from dgemma_mlx.events import Committed, Done, Draft, Event
+from dgemma_mlx.events import Committed, Done, Draft, Encoded, Event
 from dgemma_mlx.text import Tokenizer
 from tests.cli.conftest import HUGE
 from tests.cli.synthetic import EOS, EOS_IDS, answer, draft
@@ -298,4 +298,14 @@ def test_it_says_that_it_reads_the_prompt(tokenizer: Tokenizer) -> None:
     stream = ScreenStream()
     with LiveView(stream, tokenizer, EOS_IDS):  # type: ignore[arg-type]
         assert stream.screen.rows == ["reading the prompt"]
+    assert_shows(stream, "")
+
+
+def test_it_says_how_much_of_a_long_prompt_is_read(tokenizer: Tokenizer) -> None:
+    stream = ScreenStream()
+    with LiveView(stream, tokenizer, EOS_IDS) as view:  # type: ignore[arg-type]
+        view.encoded(Encoded(2048, 8192))
+        assert stream.screen.rows == ["reading the prompt: 25% of 8,192 tokens"]
+        view(draft(tokenizer.encode("text")))
+        assert stream.screen.rows[0] == "text"
     assert_shows(stream, "")

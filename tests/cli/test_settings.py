@@ -28,6 +28,7 @@ OTHERS: dict[str, tuple[str, str, Any]] = {
     "live": ("false", "off", False),
     "log": ("false", "no", False),
     "stats": ("true", "on", True),
+    "markdown": ("false", "no", False),
     "temp": ("0", "0", 0.0),
     "max_denoising_steps": ("9", "9", 9),
     "entropy_bound": ("0.5", ".5", 0.5),

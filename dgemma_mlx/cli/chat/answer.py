@@ -20,7 +20,7 @@ from dgemma_mlx.events import Done, Event
 from dgemma_mlx.sizes import counted
 
 if TYPE_CHECKING:
-    from dgemma_mlx.cli.render.live import Tokens
+    from dgemma_mlx.cli.render.live import LiveView, Tokens
 
 
 class Chat(ABC):
@@ -135,13 +135,19 @@ class Chat(ABC):
             return seed
         return (seed if self.last is None else self.last.seed) + 1
 
-    def _show(self, events: Generator[Event, None, None], tokens: Tokens, end_ids: Collection[int]) -> Done:
+    def _view(self, tokens: Tokens, end_ids: Collection[int]) -> LiveView | None:
+        """Return a view that draws an answer, or None where it is only printed."""
+        from dgemma_mlx.cli.render.live import LiveView
+
+        return LiveView(sys.stdout, tokens, end_ids, markdown=self.setting("markdown")) if self.draw else None
+
+    def _show(self, events: Generator[Event, None, None], view: LiveView | None) -> Done:
         """Show an answer while it is written."""
         from dgemma_mlx.cli.render.live import draw
         from dgemma_mlx.cli.render.plain import print_text
 
         with closing(events):
-            return draw(events, tokens, end_ids) if self.draw else print_text(events, quiet=False)
+            return print_text(events, quiet=False) if view is None else draw(events, view)
 
     def _forget(self, turns: int) -> None:
         """Leave the oldest turns out of what the model sees, and say so."""

@@ -113,13 +113,15 @@ class LocalChat(Chat):
         from dgemma_mlx.generation.api import stream
 
         self._make_room()
+        view = self._view(self.model.tokenizer, self.model.generation.eos_token_ids)
         events = stream(
             self.model, self.session.prompt(), max_tokens=self.setting("max_tokens"), seed=seed,
             temp=self.setting("temp"), thinking=self.setting("thinking"), generation=self.generation(),
             speed=self.setting("speed"), verify=self.setting("verify"),
             memory_limit=in_bytes(self.setting("memory_limit")), prompt_cache=self._cache, cancelled=cancelled,
+            encoded=None if view is None else view.encoded,
         )  # fmt: skip
-        return self._show(events, self.model.tokenizer, self.model.generation.eos_token_ids)
+        return self._show(events, view)
 
     def _make_room(self) -> None:
         """Drop the oldest turns when the conversation and an answer no longer fit into the model's positions.

@@ -116,7 +116,7 @@ class RemoteChat(Chat):
             answer = RemoteAnswer(0 if seed is None else seed)
             chunks = self._server.events("/v1/chat/completions", self._body(seed), cancelled)
             try:
-                return self._show(answer.events(chunks), answer.tokens, {_END})
+                return self._show(answer.events(chunks), self._view(answer.tokens, {_END}))
             except ServerError as error:
                 if error.code != CONTEXT_EXCEEDED or self.session.turns < 2:
                     raise

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import codecs
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from types import TracebackType
-from typing import Protocol, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from dgemma_mlx.cli.render.region import Region
 from dgemma_mlx.cli.render.visible import Piece, Row, visible, wrap
-from dgemma_mlx.events import Committed, Done, Draft, Event
+from dgemma_mlx.events import Committed, Done, Draft, Encoded, Event
+
+if TYPE_CHECKING:
+    from dgemma_mlx.cli.render.markdown import MarkdownText
 
 FRAME_SECONDS = 0.05
 DIM = "2"
@@ -41,24 +43,26 @@ class Tokens(Protocol):
 class LiveView:
     """A context manager that draws events on a terminal. Call it with each event.
 
-    Finished lines scroll up above the drawn rows as plain, unbroken text that can be copied. The last, unfinished line
-    is among the drawn rows until it is complete. Thinking is drawn dim; when it is over, one line with the number of
-    its words takes its place.
+    Finished lines scroll up above the drawn rows as unbroken text that can be copied. The last, unfinished line is
+    among the drawn rows until it is complete. With Markdown, blocks such as a whole list take the place of lines.
+    Thinking is drawn dim; when it is over, one line with the number of its words takes its place.
     """
 
     def __init__(
         self, stream: TextIO, tokenizer: Tokens, eos_ids: Collection[int],
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic, *, markdown: bool = False,
     ) -> None:
         """Begin with empty rows.
 
         ``eos_ids`` are the tokens that end the text of a canvas. ``clock`` returns seconds; until it advances, the
-        status line shows no times.
+        status line shows no times. ``markdown`` draws committed text as Markdown.
         """
         self._region, self._tokenizer, self._eos_ids, self._clock = Region(stream), tokenizer, eos_ids, clock
         self._open_channel = tokenizer.special_ids.get("<|channel>")
         self._close_channel = tokenizer.special_ids.get("<channel|>")
-        self._tail = ""  # committed text after its last line feed
+        self._markdown = markdown
+        self._blocks: MarkdownText | None = None  # committed Markdown
+        self._tail = ""  # committed text that is not above the drawn rows
         self._thinking = False  # whether the committed tokens end within thinking
         self._thought = ""  # committed thinking that is not complete
         self._previous: tuple[int, ...] = ()
@@ -80,7 +84,11 @@ class LiveView:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Erase the drawn rows, keep the committed text and leave the cursor at the start of a line."""
-        self._region.close(self._fold() + (self._tail + "\n" if self._tail else ""))
+        if self._blocks is not None:
+            rest = self._blocks.finish(self._region.size[0])
+        else:
+            rest = self._tail + "\n" if self._tail else ""
+        self._region.close(self._fold() + rest)
         self._tail = ""
 
     def __call__(self, event: Event) -> None:
@@ -91,6 +99,11 @@ class LiveView:
             self._committed(event)
         elif rest := event.text[self._length :]:  # of a tool call that was cancelled
             self._add(rest)
+
+    def encoded(self, part: Encoded) -> None:
+        """Draw how much of the prompt is encoded."""
+        self._status = f"reading the prompt: {part.tokens / part.total:.0%} of {part.total:,} tokens"
+        self._region.draw(self._rows(self._region.size[0]))
 
     def frame(self, draft: Draft, columns: int) -> list[Row]:
         """Return the rows for a draft: the unfinished line followed by the draft, and the status line."""
@@ -126,11 +139,21 @@ class LiveView:
         self._add(event.text)
 
     def _add(self, text: str) -> None:
-        """Write the finished lines of the answer above the drawn rows, and keep the unfinished one."""
+        """Write what is finished of the answer above the drawn rows, and keep the rest."""
         self._length += len(text)
-        fold = "" if self._thinking else self._fold()
-        lines, feed, self._tail = (self._tail + visible(text)).rpartition("\n")
-        self._region.draw(self._rows(self._region.size[0]), above=fold + lines + feed)
+        columns, _ = self._region.size
+        above = "" if self._thinking else self._fold()
+        if self._markdown:
+            if self._blocks is None:
+                from dgemma_mlx.cli.render.markdown import MarkdownText  # slow to import: not before a step
+
+                self._blocks = MarkdownText()
+            above += self._blocks.add(visible(text), columns)
+            self._tail = self._blocks.pending
+        else:
+            lines, feed, self._tail = (self._tail + visible(text)).rpartition("\n")
+            above += lines + feed
+        self._region.draw(self._rows(columns), above=above)
 
     def _fold(self) -> str:
         """Forget the thinking, which is complete, and return the line that takes its place."""
@@ -180,9 +203,9 @@ class LiveView:
         return before and token != self._close_channel
 
 
-def draw(events: Iterable[Event], tokenizer: Tokens, eos_ids: Collection[int]) -> Done:
-    """Draw a generation on stdout, which must be a terminal, and return the last event."""
-    with LiveView(sys.stdout, tokenizer, eos_ids) as view:
+def draw(events: Iterable[Event], view: LiveView) -> Done:
+    """Draw a generation and return the last event."""
+    with view:
         for event in events:
             view(event)
     assert isinstance(event, Done)
