@@ -179,7 +179,11 @@ def generate(
                 session, "raw" if raw else "generate", loaded.name, with_calls=program is None
             ) as watched,
         ):
-            printed = Printed(form, answer.quiet, trace, output.show_steps, watched, runs_tools=program is not None)
+            drawn = settings["live"].value and not (answer.quiet or output.no_live or output.show_steps)
+            printed = Printed(
+                form, answer.quiet, trace, output.show_steps, progress=drawn and form != "live", watched=watched,
+                runs_tools=program is not None,
+            )  # fmt: skip
             question = asked(session, written)
             if program is None:
                 print_answer(loaded, question, arguments, printed)

@@ -34,6 +34,7 @@ class Printed:
         quiet: Whether only errors and warnings go to stderr.
         trace: The file that gets every event, or None.
         show_steps: Number of steps of each canvas that are printed to stderr, or None.
+        progress: Whether a terminal shows on stderr how far the answer is until something is printed.
         watched: A function that the events of each answer pass through, before they are printed.
         runs_tools: Whether a program answers the calls of tools, which then are not part of what stdout gets.
     """
@@ -42,6 +43,7 @@ class Printed:
     quiet: bool
     trace: TextIO | None
     show_steps: int | None
+    progress: bool
     watched: Callable[[Iterable[Event]], Iterator[Event]]
     runs_tools: bool
 
@@ -57,7 +59,7 @@ def print_answer(
 
     with (
         interruptible() as cancelled,
-        Progress(shown=not printed.quiet and printed.form != "live") as progress,
+        Progress(shown=printed.progress) as progress,
         closing(stream(model, prompt, **arguments, cancelled=cancelled, encoded=progress.encoded)) as answering,
     ):
         events: Iterable[Event] = progress.until_printed(unless_cancelled(printed.watched(answering)), printed.form)
