@@ -29,6 +29,7 @@ def test_the_line_is_erased_before_the_first_event_that_is_printed(
     stderr: ScreenStream, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(sys, "stdout", stderr)
     for form, printed in (("jsonl", "Draft"), ("text", "Committed"), ("json", "Done")):
         events: list[Event] = list(answer(tokenizer, tokenizer.encode("Yes.")))
         with Progress(shown=True) as progress:
@@ -47,6 +48,7 @@ def test_nothing_is_drawn_where_that_is_not_wanted(
     stderr: ScreenStream, variable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(sys, "stdout", stderr)
     with Progress(shown=False) as progress:
         progress.encoded(Encoded(1, 2))
     monkeypatch.setenv(variable, "dumb")
