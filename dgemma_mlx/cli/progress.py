@@ -18,7 +18,8 @@ _PRINTED: dict[str, tuple[type, ...]] = {  # the types of the events that the fo
 class Progress:
     """A context manager that draws one line on stderr, and erases it.
 
-    It draws nothing when ``shown`` is false, or when stdout and stderr are not a terminal that understands escape codes.
+    It draws nothing when ``shown`` is false, or when stdout and stderr are not a terminal that understands escape
+    codes.
     """
 
     def __init__(self, shown: bool) -> None:
