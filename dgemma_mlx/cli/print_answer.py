@@ -36,6 +36,7 @@ class Printed:
         quiet: Whether only errors and warnings go to stderr.
         trace: The file that gets every event, or None.
         show_steps: Number of steps of each canvas that are printed to stderr, or None.
+        progress: Whether a terminal shows on stderr how far the answer is until something is printed.
         watched: A function that the events of each answer pass through, before they are printed.
         runs_tools: Whether a program answers the calls of tools, which then are not part of what stdout gets.
     """
@@ -45,6 +46,7 @@ class Printed:
     quiet: bool
     trace: TextIO | None
     show_steps: int | None
+    progress: bool
     watched: Callable[[Iterable[Event]], Iterator[Event]]
     runs_tools: bool
 
@@ -61,10 +63,15 @@ def print_answer(
     view = _view(model, printed.markdown) if printed.form == "live" else None
     with (
         interruptible() as cancelled,
+<<<<<<< HEAD
         Progress(shown=not printed.quiet and view is None) as progress,
         closing(
             stream(model, prompt, **arguments, cancelled=cancelled, encoded=(view or progress).encoded)
         ) as answering,
+=======
+        Progress(shown=printed.progress) as progress,
+        closing(stream(model, prompt, **arguments, cancelled=cancelled, encoded=progress.encoded)) as answering,
+>>>>>>> i19d
     ):
         events: Iterable[Event] = progress.until_printed(unless_cancelled(printed.watched(answering)), printed.form)
         if printed.trace is not None:

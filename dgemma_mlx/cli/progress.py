@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 
-from dgemma_mlx.cli.render.region import Region
+from dgemma_mlx.cli.render.region import Region, can_draw
 from dgemma_mlx.events import Committed, Done, Draft, Encoded, Event
 
 _DIM = "2"
@@ -19,12 +18,12 @@ _PRINTED: dict[str, tuple[type, ...]] = {  # the types of the events that the fo
 class Progress:
     """A context manager that draws one line on stderr, and erases it.
 
-    It draws nothing when ``shown`` is false, or when stderr is not a terminal that understands escape codes.
+    It draws nothing when ``shown`` is false, or when stdout and stderr are not a terminal that understands escape
+    codes.
     """
 
     def __init__(self, shown: bool) -> None:
-        can_draw = sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("NO_COLOR")
-        self._region = Region(sys.stderr) if shown and can_draw else None
+        self._region = Region(sys.stderr) if shown and can_draw() else None
 
     def __enter__(self) -> Progress:
         self._draw("reading the prompt")
