@@ -176,22 +176,14 @@ def generate(
             return
         with (
             kept_prompt_cache(prompt_cache, loaded) as arguments["prompt_cache"],
-            Keeper(settings).keeping(
-                session, "raw" if raw else "generate", loaded.name, with_calls=program is None
-            ) as watched,
+            Keeper(settings).keeping(session, "raw" if raw else "generate", loaded.name) as watched,
         ):
-<<<<<<< HEAD
+            drawn = settings["live"].value and not (answer.quiet or output.no_live or output.show_steps)
             markdown = settings["markdown"].value and not raw and matched is None
             printed = Printed(
-                form, markdown, answer.quiet, trace, output.show_steps, watched, runs_tools=program is not None
-            )
-=======
-            drawn = settings["live"].value and not (answer.quiet or output.no_live or output.show_steps)
-            printed = Printed(
-                form, answer.quiet, trace, output.show_steps, progress=drawn and form != "live", watched=watched,
-                runs_tools=program is not None,
+                form, markdown, answer.quiet, trace, output.show_steps, progress=drawn and form != "live",
+                runs_tools=program is not None, session=session, watched=watched,
             )  # fmt: skip
->>>>>>> i19d
             question = asked(session, written)
             if program is None:
                 print_answer(loaded, question, arguments, printed)

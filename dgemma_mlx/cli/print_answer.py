@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import TextIO
 
+    from dgemma_mlx.cli.log.session import Session
     from dgemma_mlx.cli.render.live import LiveView
     from dgemma_mlx.cli.tool_run import ToolProgram
     from dgemma_mlx.events import Done, Event
@@ -37,8 +38,10 @@ class Printed:
         trace: The file that gets every event, or None.
         show_steps: Number of steps of each canvas that are printed to stderr, or None.
         progress: Whether a terminal shows on stderr how far the answer is until something is printed.
-        watched: A function that the events of each answer pass through, before they are printed.
         runs_tools: Whether a program answers the calls of tools, which then are not part of what stdout gets.
+        session: The conversation, to which results of tools are added.
+        watched: A function that the events of each answer pass through before they are printed, which adds the answer
+            to the conversation.
     """
 
     form: str
@@ -47,8 +50,9 @@ class Printed:
     trace: TextIO | None
     show_steps: int | None
     progress: bool
-    watched: Callable[[Iterable[Event]], Iterator[Event]]
     runs_tools: bool
+    session: Session
+    watched: Callable[[Iterable[Event]], Iterator[Event]]
 
 
 def print_answer(
@@ -63,15 +67,10 @@ def print_answer(
     view = _view(model, printed.markdown) if printed.form == "live" else None
     with (
         interruptible() as cancelled,
-<<<<<<< HEAD
-        Progress(shown=not printed.quiet and view is None) as progress,
+        Progress(shown=printed.progress) as progress,
         closing(
             stream(model, prompt, **arguments, cancelled=cancelled, encoded=(view or progress).encoded)
         ) as answering,
-=======
-        Progress(shown=printed.progress) as progress,
-        closing(stream(model, prompt, **arguments, cancelled=cancelled, encoded=progress.encoded)) as answering,
->>>>>>> i19d
     ):
         events: Iterable[Event] = progress.until_printed(unless_cancelled(printed.watched(answering)), printed.form)
         if printed.trace is not None:
@@ -105,10 +104,14 @@ def print_with_tools(
     if later["tool_choice"] != "none":
         later["tool_choice"] = "auto"
 
+    begun = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    length = len(begun)
+
     def answer(messages: list[dict[str, Any]]) -> Done:
-        return print_answer(model, messages, later if messages[-1]["role"] == "tool" else first, printed)
+        return print_answer(model, messages, first if len(messages) == length else later, printed)
 
     def report(call: ToolCall, result: Any) -> None:
+        printed.session.messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
         line = json_line({"event": "tool_result", "id": call.id, "name": call.name, "content": result})
         if printed.trace is not None:
             printed.trace.write(line + "\n")
@@ -117,7 +120,7 @@ def print_with_tools(
         elif not printed.quiet:
             print(f"tool result: {json_line(result)}", file=sys.stderr)
 
-    return answer_with_tools(answer, prompt, program, report)
+    return answer_with_tools(answer, begun, program, report)
 
 
 def _view(model: Model, markdown: bool) -> LiveView:

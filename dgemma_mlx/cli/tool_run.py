@@ -60,16 +60,15 @@ class ToolProgram:
 
 
 def answer_with_tools(
-    answer: Callable[[list[dict[str, Any]]], Done], prompt: str | list[dict[str, Any]], program: ToolProgram,
+    answer: Callable[[list[dict[str, Any]]], Done], messages: list[dict[str, Any]], program: ToolProgram,
     report: Callable[[ToolCall, Any], None],
 ) -> Done:
     """Let the model call tools and answer, and return the answer without a call.
 
-    ``answer`` answers a conversation, which begins with the prompt or the messages. ``report`` is called with each call
-    and its result.
+    ``answer`` answers a conversation, which begins with ``messages``; calls and results are added to that list.
+    ``report`` is called with each call and its result.
     Raises `DgemmaError` when the model goes on calling, or when the program cannot be started.
     """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     for _ in range(program.rounds):
         done = answer(messages)
         if not done.tool_calls:

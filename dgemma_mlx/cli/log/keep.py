@@ -53,22 +53,17 @@ class Keeper:
 
     def keep_answer(self, session: Session, kind: str, done: Done, model: str) -> None:
         """Add an answer to a conversation and store it. One without text and calls is not kept."""
-        if not done.text.strip() and not done.tool_calls:
-            return
-        session.add(
-            "assistant", done.text, tool_calls=[asdict(call) for call in done.tool_calls], thinking=done.thinking,
-            cancelled=done.finish_reason == "cancelled",
-        )  # fmt: skip
-        self.keep(session, kind, about(done, model))
+        if _add(session, done):
+            self.keep(session, kind, about(done, model))
 
     @contextmanager
     def keeping(
-        self, session: Session, kind: str, model: str, *, with_calls: bool = True
+        self, session: Session, kind: str, model: str
     ) -> Iterator[Callable[[Iterable[Event]], Iterator[Event]]]:
-        """Yield a function that passes on the events of an answer to ``session``.
+        """Yield a function that passes on the events of an answer, and adds the answer to ``session``.
 
-        When the block ends, by Ctrl-C as well, the answer is kept as ``keep_answer`` does. Unless ``with_calls``, an
-        answer with calls of tools is not: a program answers them, and another answer follows.
+        When the block ends, by Ctrl-C as well, the conversation is kept up to its last answer, if there is a new one.
+        Answers with calls of tools, and the results that the block adds, may come before it.
         """
         from dgemma_mlx.events import Done
 
@@ -76,20 +71,33 @@ class Keeper:
 
         def watched(events: Iterable[Event]) -> Iterator[Event]:
             for event in events:
-                if isinstance(event, Done) and (with_calls or not event.tool_calls):
+                if isinstance(event, Done) and _add(session, event):
                     ends.append(event)
                 yield event
 
         try:
             yield watched
         finally:
-            for done in ends:
-                self.keep_answer(session, kind, done, model)
+            while session.messages and session.messages[-1]["role"] == "tool":
+                session.messages.pop()
+            if ends:
+                self.keep(session, kind, about(ends[-1], model))
 
     def keep_turn(self, kind: str, prompt: str, text: str, system: str | None, answer: Mapping[str, Any]) -> None:
         """Store a question and its answer as a conversation of their own. ``answer`` is that of ``keep``."""
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
         self.keep(Session(messages, system, model=answer["model"]), kind, answer)
+
+
+def _add(session: Session, done: Done) -> bool:
+    """Add an answer to a conversation. Return False, without a change, for one without text and calls."""
+    if not done.text.strip() and not done.tool_calls:
+        return False
+    session.add(
+        "assistant", done.text, tool_calls=[asdict(call) for call in done.tool_calls], thinking=done.thinking,
+        cancelled=done.finish_reason == "cancelled",
+    )  # fmt: skip
+    return True
 
 
 def about(done: Done | Filled, model: str) -> dict[str, Any]:
