@@ -37,6 +37,7 @@ def pull(name: HubName, cpu_dequantize: CpuDequantize = None) -> None:
 
     Examples:
         dgemma-mlx pull mlx-community/diffusiongemma-26B-A4B-it-4bit
+        dgemma-mlx pull owner/name@v2
     """
     from dgemma_mlx.checkpoint.hub import resolve
     from dgemma_mlx.cli.downloading import obtain

@@ -115,6 +115,7 @@ def rename(name: Which, new: NewName) -> None:
 
     Examples:
         dgemma-mlx sessions rename 3f2a91bc trip
+        dgemma-mlx sessions rename trip "Lisbon in May"
     """
     from dgemma_mlx.cli.log.log import Log
 

@@ -41,7 +41,7 @@ def summary(context: typer.Context) -> None:
 
     A template is a TOML file with a `prompt`, any settings, and values of its gaps in a table `[params]`:
 
-        prompt = "Translate into {language}:\\n\\n{input}"
+        prompt = "Translate into {language}: {input}"
         system = "You are a translator."
         temp = 0.2
 
@@ -67,6 +67,7 @@ def show_list(as_json: AsJsonArray = False) -> None:
 
     Examples:
         dgemma-mlx templates list
+        dgemma-mlx templates list --json
     """
     import json
 
@@ -90,6 +91,7 @@ def show(name: Name) -> None:
 
     Examples:
         dgemma-mlx templates show translate
+        dgemma-mlx templates show translate > translate.toml
     """
     from dgemma_mlx.cli.template import no_template, template_file
     from dgemma_mlx.cli.texts import print_exact, read_text
@@ -107,6 +109,7 @@ def path() -> None:
 
     Examples:
         dgemma-mlx templates path
+        cp summary.toml "$(dgemma-mlx templates path)"
     """
     from dgemma_mlx.cli.template import templates_folder
 

@@ -8,7 +8,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from dgemma_mlx.checkpoint.config import LOOP_FIELDS
-from dgemma_mlx.checkpoint.hub import DEMO
 from dgemma_mlx.cli.chat.answer import Chat
 from dgemma_mlx.cli.loading import full_name, in_bytes
 from dgemma_mlx.cli.log.session import Session
@@ -63,6 +62,7 @@ class LocalChat(Chat):
     def models(self) -> list[tuple[str, str]]:
         """Return the demo and the models in the Hub's cache, with their sizes."""
         from dgemma_mlx.checkpoint.cached import cached_models
+        from dgemma_mlx.checkpoint.hub import DEMO
 
         whole = (model for model in cached_models() if model.state == "whole")
         return [(DEMO, "built in"), *((model.name, size(model.bytes_on_disk)) for model in whole)]
