@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -57,9 +58,10 @@ def shard_files(folder: Path) -> list[Path]:
     """
     files = [folder / name for name in shard_names(folder)]
     for file in files:
-        if not file.is_file():
+        if not os.path.isfile(file):
+            missing = f"{file} is not a file" if os.path.exists(file) else f"{folder} has no {file.name}"
             named = f"{INDEX} names {file.name}, which is not in {folder}"
-            raise DgemmaError(named if (folder / INDEX).exists() else f"{folder} has no {file.name}", _FETCH_AGAIN)
+            raise DgemmaError(named if (folder / INDEX).exists() else missing, _FETCH_AGAIN)
     return files
 
 

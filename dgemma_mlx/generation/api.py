@@ -139,6 +139,7 @@ def generate(
     memory_limit: int | None = None, cancelled: Callable[[], bool] | None = None,
     constraint: Constraint | None = None, response_format: Mapping[str, Any] | None = None,
     tools: Sequence[Tool] | None = None, tool_choice: ToolChoice | None = None,
+    encoded: Callable[[Encoded], None] | None = None,
 ) -> Done:
     """Generate a whole answer. The arguments are those of ``stream``.
 
@@ -151,6 +152,7 @@ def generate(
         prompt_cache=prompt_cache, speed=speed, verify=verify, temp=temp, generation=generation,
         trim_canvas=trim_canvas, prefill_step_size=prefill_step_size, memory_limit=memory_limit, cancelled=cancelled,
         constraint=constraint, response_format=response_format, tools=tools, tool_choice=tool_choice,
+        encoded=encoded,
     ):  # fmt: skip
         if isinstance(event, Done):
             return event

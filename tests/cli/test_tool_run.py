@@ -38,7 +38,8 @@ def looped(program: ToolProgram, answers_with_calls: int = 1) -> tuple[Done, lis
         calls = CALLS if len(messages) < 1 + 3 * answers_with_calls else ()
         return Done(json.dumps(messages), "", calls, (), "tool_calls" if calls else "stop", 1, STATISTICS)
 
-    return answer_with_tools(answer, "Go", program, lambda call, result: results.append(result)), results
+    begun = [{"role": "user", "content": "Go"}]
+    return answer_with_tools(answer, begun, program, lambda call, result: results.append(result)), results
 
 
 def test_results_follow_their_calls_until_the_model_answers() -> None:
