@@ -89,7 +89,7 @@ docs-commands: $(VENV)/.installed ## run the commands of README and docs/ as a n
 installs: $(VENV)/.installed ## install with pipx, uv and pip, from the checkout and from a wheel, and try each
 	@PYTHON=$(PYTHON_BIN) sh scripts/installs.sh
 
-formula: $(VENV)/.installed ## write packaging/homebrew/dgemma-mlx.rb from constraints.txt; URL=... SHA256=... of a release
+formula: $(VENV)/.installed ## write packaging/homebrew/dgemma-mlx.rb from constraints.txt; ARGS="--url URL --sha256 SUM" of a release
 	@$(PYTHON_BIN) scripts/homebrew.py $(ARGS)
 
 reference: $(VENV)/.installed man ## write docs/cli.md and the manual page from the help of the program

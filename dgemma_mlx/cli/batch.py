@@ -135,7 +135,7 @@ def answer_batch(
                 session = Session(_messages(request["prompt"]), request.get("system", options["system"]))
                 keeper.keep_answer(session, "batch", result, model.name)
     if cut:
-        print(f"dgemma-mlx: {cut} of {len(requests)} answers were cut off, at the limit of -n or of the model",
+        print(f"dgemma-mlx: {cut} of {len(requests)} answers were cut off, by -n, by the model's limit or by padding",
               file=sys.stderr)  # fmt: skip
     if failed:
         message = f"{failed} of {len(requests)} prompts could not be answered"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dgemma_mlx.cli.settings import SETTINGS
+from dgemma_mlx.errors import DgemmaError
 
 Completion = Callable[[str], list[str]]
 
@@ -54,6 +55,16 @@ def recipes(incomplete: str) -> list[str]:
     from dgemma_convert.recipes import RECIPES
 
     return _beginning(incomplete, RECIPES)
+
+
+def templates(incomplete: str) -> list[str]:
+    """Offer the templates of ``generate --template``."""
+    from dgemma_mlx.cli.template import template_names
+
+    try:
+        return _beginning(incomplete, template_names())
+    except (DgemmaError, OSError):
+        return []
 
 
 def setting_names(incomplete: str) -> list[tuple[str, str]]:

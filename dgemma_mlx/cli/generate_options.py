@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from dgemma_mlx.cli import complete
 from dgemma_mlx.cli.parameters import AsJson, NoLive, decoding_option, output_option, prompt_option, resource_option
 from dgemma_mlx.cli.prompt import Files, read_prompt
 from dgemma_mlx.errors import DgemmaError
@@ -47,7 +48,7 @@ Extract = Annotated[
 ]
 TemplateName = Annotated[
     str | None,
-    prompt_option("--template", "-t", metavar="NAME",
+    prompt_option("--template", "-t", metavar="NAME", autocompletion=complete.templates,
                   help="Put the prompt into this template (`dgemma-mlx templates`), with the settings that it has."),
 ]  # fmt: skip
 Params = Annotated[

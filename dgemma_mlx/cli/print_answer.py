@@ -61,7 +61,7 @@ def print_answer(
     """Generate one answer, print it and return it. Raises `DgemmaError` when there is none of what is asked for."""
     from dgemma_mlx.cli.code_block import check_block
     from dgemma_mlx.cli.progress import Progress
-    from dgemma_mlx.cli.render.plain import print_warnings, traced, with_snapshots
+    from dgemma_mlx.cli.render.plain import print_note, print_warnings, traced, with_snapshots
     from dgemma_mlx.generation.api import stream
 
     view = _view(model, printed.markdown) if printed.form == "live" else None
@@ -79,7 +79,7 @@ def print_answer(
             events = with_snapshots(events, printed.show_steps, model.tokenizer.decode)
         done = _print(events, model, printed, view)
     if not printed.quiet:
-        print(summary(done), file=sys.stderr)
+        print_note(summary(done))
     print_warnings(done)
     if done.is_blank and arguments["constraint"] is None:
         raise DgemmaError(NO_ANSWER, "Try another --seed, or word the prompt differently.")

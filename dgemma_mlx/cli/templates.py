@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dgemma_mlx.cli import complete
 from dgemma_mlx.cli.help import Command, Group
 from dgemma_mlx.cli.parameters import output_option
 from dgemma_mlx.cli.pipe import quiet_when_closed
@@ -14,7 +15,10 @@ from dgemma_mlx.cli.pipe import quiet_when_closed
 templates = typer.Typer(cls=Group, invoke_without_command=True, subcommand_metavar="[COMMAND] [ARGS]...")
 
 AsJsonArray = Annotated[bool, output_option("--json", help="Print the list as one JSON array.")]
-Name = Annotated[str, typer.Argument(help="The template's name, or a path that ends with `.toml`.")]
+Name = Annotated[
+    str,
+    typer.Argument(help="The template's name, or a path that ends with `.toml`.", autocompletion=complete.templates),
+]
 
 _NEW = '''# A template for `dgemma-mlx generate --template {name} "..."`. Lines that begin with # are comments.
 

@@ -45,7 +45,7 @@ def test_every_prompt_is_answered_in_order_and_as_by_itself(tmp_path: Path) -> N
     done = run("--batch", path)
     records = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0
-    assert done.stderr == "dgemma-mlx: 1 of 4 answers were cut off, at the limit of -n or of the model\n"
+    assert done.stderr == "dgemma-mlx: 1 of 4 answers were cut off, by -n, by the model's limit or by padding\n"
     assert [record["index"] for record in records] == [0, 1, 2, 3]
     assert [record.get("id") for record in records] == [None, "c", None, 9]
     assert [record["seed"] for record in records] == [1, 1, 7, 1]

@@ -7,14 +7,21 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from dgemma_mlx.cli import app as program
+from dgemma_mlx.cli.log.keep import Keeper
 from dgemma_mlx.cli.log.log import Entry, Log
+from dgemma_mlx.cli.log.session import Session
+from dgemma_mlx.cli.settings import Settings
+from dgemma_mlx.events import Done
+from dgemma_mlx.text.parts import ToolCall
 from tests.cli.kept import log_of, messages
+from tests.cli.test_tool_run import STATISTICS
 
 Run = Callable[..., tuple[int, str, str]]
 JSON = "Make a JSON object: Simon is 59 years old and lives in Rome."
@@ -115,3 +122,23 @@ def test_what_was_written_before_ctrl_c_is_kept(tmp_path: Path) -> None:
     _, answer = messages(tmp_path / "state")
     assert answer["cancelled"] is True and answer["content"].split() == printed.decode().split()
     assert len(log_of(tmp_path / "state").entries()) == 1
+
+
+@pytest.mark.parametrize("answered", [0, 1, 2])
+def test_results_of_tools_are_kept_when_no_answer_follows_them(log: Log, answered: int) -> None:
+    calls = tuple(ToolCall("clock", {"city": city}, f"call_{city}") for city in ("Rome", "Oslo"))
+    done = Done("", "", calls, (), "tool_calls", 1, STATISTICS)
+    session = Session([{"role": "user", "content": "What time is it?"}])
+    with suppress(KeyboardInterrupt), Keeper(Settings()).keeping(session, "generate", "demo") as watched:
+        list(watched([done]))
+        for call in calls[:answered]:
+            session.messages.append({"role": "tool", "tool_call_id": call.id, "content": "noon"})
+        raise KeyboardInterrupt
+    (entry,) = log.entries()
+    kept = log.load(entry.id).messages
+    ends = ["assistant"] if answered else []
+    assert [message["role"] for message in kept] == ["user", "assistant", *["tool"] * answered, *ends]
+    assert len(kept[1]["tool_calls"]) == (answered or 2)
+    assert [message["content"] for message in kept if message["role"] == "tool"] == ["noon"] * answered
+    if answered:
+        assert kept[-1]["cancelled"] and not kept[-1]["content"]

@@ -145,7 +145,7 @@ def test_a_cut_answer_is_said_in_one_line(tmp_path: Path) -> None:
         done = run("generate", "-m", "demo", "--seed", "1", "-q", "Sort 7 3 5", *extra)
         assert done.returncode == 0
         assert done.stderr.splitlines() == lines * [
-            "dgemma-mlx: the answer was cut off after 2 tokens, at the limit of -n or of the model"
+            "dgemma-mlx: the answer was cut off after 2 tokens, by -n, by the model's limit or by padding"
         ]
 
 

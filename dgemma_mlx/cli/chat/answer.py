@@ -13,7 +13,7 @@ from dgemma_mlx.cli.attachments import Attachment
 from dgemma_mlx.cli.batch import NO_ANSWER
 from dgemma_mlx.cli.interrupt import interruptible
 from dgemma_mlx.cli.log.session import Session
-from dgemma_mlx.cli.render.plain import print_tool_calls, print_warnings
+from dgemma_mlx.cli.render.plain import print_note, print_tool_calls, print_warnings
 from dgemma_mlx.cli.summary import summary
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Done, Event
@@ -120,7 +120,7 @@ class Chat(ABC):
             print("the answer was cut off: it reached max_tokens or the model's last position, or went on as padding",
                   file=sys.stderr)  # fmt: skip
         if self.setting("stats"):
-            print(self._line_about(done), file=sys.stderr)
+            print_note(self._line_about(done))
         return True
 
     def _line_about(self, done: Done) -> str:

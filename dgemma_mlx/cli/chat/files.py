@@ -15,7 +15,7 @@ from dgemma_mlx.sizes import counted, size
 
 
 def _read(chat: Chat, rest: str) -> None:
-    found = read_attachments(paths_of(rest, "/read FILE..."), say)
+    found = read_attachments(paths_of(rest, "/read FILE"), say)
     again = {attachment.name for attachment in found}
     chat.attachments = [old for old in chat.attachments if old.name not in again] + found
     for attachment in found:
@@ -67,13 +67,13 @@ def _save(chat: Chat, rest: str) -> None:
 def _load(chat: Chat, rest: str) -> None:
     path = path_of(rest, "/load FILE")
     chat.session, chat.attachments = replace(Session.load(path), model=chat.session.model), []
-    say(f"{counted(chat.session.turns, 'turn')} from {path}")
+    say(f"{counted(chat.session.turns, 'turn')} from {path}, as a new conversation")
 
 
 COMMANDS = {
     "read": Command("FILE...", "send text files, or folders of them, with the next message", _read),
     "files": Command("", "list the files that will be sent", _files),
-    "drop": Command("[N|NAME]", "send one of these files not, or none", _drop),
+    "drop": Command("[N|NAME]", "take back one of these files, or all", _drop),
     "save": Command("FILE", "save the conversation", _save),
     "load": Command("FILE", "continue a saved conversation", _load),
 }

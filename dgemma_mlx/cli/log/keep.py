@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from dgemma_mlx.cli.log.session import Session
@@ -62,8 +63,9 @@ class Keeper:
     ) -> Iterator[Callable[[Iterable[Event]], Iterator[Event]]]:
         """Yield a function that passes on the events of an answer, and adds the answer to ``session``.
 
-        When the block ends, by Ctrl-C as well, the conversation is kept up to its last answer, if there is a new one.
-        Answers with calls of tools, and the results that the block adds, may come before it.
+        When the block ends, by Ctrl-C as well, the conversation is kept, if there is a new answer. Answers with calls
+        of tools, and the results that the block adds, may come before the last one. Where no answer follows the
+        results, an empty one ends the turn, marked as cancelled; calls without a result are left out.
         """
         from dgemma_mlx.events import Done
 
@@ -78,9 +80,8 @@ class Keeper:
         try:
             yield watched
         finally:
-            while session.messages and session.messages[-1]["role"] == "tool":
-                session.messages.pop()
             if ends:
+                _end_turn(session)
                 self.keep(session, kind, about(ends[-1], model))
 
     def keep_turn(self, kind: str, prompt: str, text: str, system: str | None, answer: Mapping[str, Any]) -> None:
@@ -98,6 +99,18 @@ def _add(session: Session, done: Done) -> bool:
         cancelled=done.finish_reason == "cancelled",
     )  # fmt: skip
     return True
+
+
+def _end_turn(session: Session) -> None:
+    """Let the last turn end with an answer where results of tools are its end."""
+    messages = session.messages
+    results = list(takewhile(lambda message: message["role"] == "tool", reversed(messages)))
+    if not results:
+        return
+    calls = messages[-len(results) - 1].get("tool_calls") or []
+    answered = {result["tool_call_id"] for result in results}
+    messages[-len(results) - 1]["tool_calls"] = [call for call in calls if call["id"] in answered]
+    session.add("assistant", "", cancelled=True)
 
 
 def about(done: Done | Filled, model: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -16,10 +17,22 @@ def session_names(beginning: str = "") -> list[str]:
 
     A log that cannot be read has none.
     """
+    return _names(beginning, ())
+
+
+def continuable_names(beginning: str = "") -> list[str]:
+    """Return what ``session_names`` does, of the conversations that can be continued."""
+    from dgemma_mlx.cli.log.log import CONTINUABLE
+
+    return _names(beginning, CONTINUABLE)
+
+
+def _names(beginning: str, kinds: Collection[str]) -> list[str]:
+    """Return the names and ids of conversations of these kinds, or of all."""
     from dgemma_mlx.cli.log.log import Log
 
     try:
-        found = [entry.name or entry.id for entry in Log().entries()]
+        found = [entry.name or entry.id for entry in Log().entries(kinds)]
     except DgemmaError:
         return []
     return [name for name in found if name.startswith(beginning)]
@@ -30,7 +43,7 @@ Continue = Annotated[
 ]
 Named = Annotated[
     str | None,
-    prompt_option("--session", metavar="NAME", autocompletion=session_names,
+    prompt_option("--session", metavar="NAME", autocompletion=continuable_names,
                   help="Go on with the conversation of this name or id, or begin one with this name."),
 ]  # fmt: skip
 

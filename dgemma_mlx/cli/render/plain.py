@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, TextIO
@@ -59,6 +61,13 @@ def print_text(events: Iterable[Event], quiet: bool) -> Done:
     raise AssertionError("stream() ends with Done")
 
 
+def print_note(text: str) -> None:
+    """Print a line to stderr. On a terminal it breaks between words."""
+    if sys.stderr.isatty():
+        text = textwrap.fill(text, shutil.get_terminal_size().columns - 1, break_long_words=False)
+    print(text, file=sys.stderr)
+
+
 def print_tool_calls(answer: Done) -> None:
     """Print the tool calls of an answer to stderr, one per line."""
     for call in answer.tool_calls:
@@ -69,7 +78,7 @@ def print_warnings(answer: Done) -> None:
     """Warn on stderr about an answer that is cut off, is uncertain, or has tokens that the encoder doubts."""
     if answer.finish_reason == "length" and not answer.is_blank:
         count = answer.statistics.generated_tokens
-        print(f"dgemma-mlx: the answer was cut off after {count} tokens, at the limit of -n or of the model",
+        print(f"dgemma-mlx: the answer was cut off after {count} tokens, by -n, by the model's limit or by padding",
               file=sys.stderr)  # fmt: skip
     uncertain, doubted = answer.statistics.low_confidence, answer.statistics.doubted_tokens
     if uncertain:
