@@ -160,6 +160,8 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 _INVALID = re.compile(r"Invalid value for (.*?): (?:(.+) is not (?:a valid|in the range) .*|(.*))", re.DOTALL)
+# What the commands of other programs for models are called here.
+_ELSEWHERE = {"run": "chat", "ls": "models", "list": "models", "ps": "models", "rm": "models rm", "show": "info"}
 _NOUNS = {"int": "a whole number", "integer": "a whole number", "float": "a number"}
 
 
@@ -168,7 +170,9 @@ def _usage(error: Any) -> tuple[str, str]:
     names = [name for name in sys.argv[1:] if not name.startswith("-")][:1]
     command = error.ctx.command_path if error.ctx else " ".join([PROGRAM, *names])
     message, hint = error.format_message().rstrip("."), f"`{command} --help` lists the options."
-    if command == PROGRAM:
+    if names and names[0] in _ELSEWHERE:
+        hint = f"`{PROGRAM} {_ELSEWHERE[names[0]]}` does that here; {hint}"
+    elif command == PROGRAM:
         hint = f"`{PROGRAM} generate \"...\"` asks a model: the command comes first; {hint}"
     elif "extra argument" in message and any(p.param_type_name == "argument" for p in error.ctx.command.params):
         hint = f"Put a text of several words in quotes; {hint}"
