@@ -8,12 +8,14 @@ import stat
 import sys
 
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.sizes import size
 
 BOM = "\ufeff"
 
 _SAY_AFTER = 1.0  # seconds without any text after which a line says what is waited for
 _PATIENCE = 5.0  # seconds in which a pipe must begin, when there is a prompt without it
 _BLOCK = 1 << 16  # bytes
+MOST_BYTES = 64_000_000  # of a text: more than the positions of any model hold
 
 
 def read_stdin() -> str:
@@ -59,9 +61,13 @@ def _has_text(descriptor: int, seconds: float) -> bool:
 
 def _read(descriptor: int) -> str:
     """Return everything up to the end as text, and say so when it takes a pause."""
-    blocks, said = [], False
+    blocks, said, count = [], False, 0
     while block := os.read(descriptor, _BLOCK):
         blocks.append(block)
+        count += len(block)
+        if count > MOST_BYTES:
+            message = f"standard input has more than {size(MOST_BYTES)}"
+            raise DgemmaError(message, "No model reads that much at once. Send a part of it.", exit_code=2)
         if not said and not sys.stdin.isatty() and not _has_text(descriptor, _SAY_AFTER):
             said = True
             _say("waiting for the end of standard input")

@@ -106,10 +106,13 @@ def _run(program: ToolProgram, call: ToolCall) -> Any:
     if problem:
         print(f"dgemma-mlx: the tool {visible(call.name)} {problem}", file=sys.stderr)
         return {"error": f"the tool {problem}"}
+    from dgemma_mlx.text.messages import json_data
+
+    text = data.decode(errors="replace").strip()
     try:
-        return parse_json(data)
-    except ValueError:
-        return data.decode(errors="replace").strip()
+        return json_data(parse_json(data), "the result")
+    except (ValueError, DgemmaError):  # a text, or a number that JSON does not have, such as NaN
+        return text
 
 
 def _wait(process: subprocess.Popen[bytes], result: int, seconds: float) -> str:

@@ -180,3 +180,24 @@ def test_what_matches_a_constraint_is_not_changed() -> None:
     with Terminal(arguments) as terminal:
         assert terminal.finish() == 0
         assert "**ok**" in terminal.text
+
+
+WIDE = "| a | b |\n|---|---|\n| /usr/local/lib/python3.12/site-packages/constants.py | https://example.org/a/b/c/d |\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        WIDE, "|" + " a |" * 30 + "\n|" + "---|" * 30 + "\n|" + " word |" * 30 + "\n",
+        "| a | b |\n|---|---|\n| 1 | 2 | 3 |\n", "| a |\n|---|\n| `x | y` | z |\n", "- \n- \n", "3. x\n5. y\n",
+        'a [link](http://x.y "its title") b\n',
+    ],
+)
+def test_what_would_lose_a_part_stays_as_it_is_written(text: str) -> None:
+    assert drawn(text) == text
+
+
+def test_items_keep_the_dot_of_their_numbers_and_code_in_them_its_colours() -> None:
+    assert plain("1. one\n2. two\n") == " 1. one\n 2. two\n"
+    assert plain("9. one\n10. two\n") == "  9. one\n 10. two\n"
+    assert "\x1b[36m1\x1b[0m" in drawn("- use\n  ```python\n  x = 1\n  ```\n- b\n")

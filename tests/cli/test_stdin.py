@@ -132,3 +132,9 @@ def test_a_file_and_a_pipe_follow_the_prompt(tmp_path: Path) -> None:
     piped = subprocess.run(SORT, input=b"7 3 5", capture_output=True, timeout=60, check=False, env=ENVIRONMENT)
     assert (whole.stdout, whole.stderr) == (piped.stdout, piped.stderr)
     assert piped.returncode == 0 and piped.stdout.strip()
+
+
+def test_an_endless_stdin_is_one_line(reads: Callable[[int], None]) -> None:
+    reads(os.open("/dev/zero", os.O_RDONLY))
+    with pytest.raises(DgemmaError, match=r"standard input has more than 64\.0 MB"):
+        stdin.read_stdin()

@@ -55,6 +55,8 @@ def test_results_follow_their_calls_until_the_model_answers() -> None:
 def test_what_is_not_json_is_text() -> None:
     assert looped(ToolProgram(["printf", " 21 degrees\n"]))[1] == ["21 degrees"] * 2
     assert looped(ToolProgram(["true"]))[1] == [""] * 2
+    for number in ("NaN", '{"a": [-Infinity]}'):  # Python writes them, but they are not JSON
+        assert looped(ToolProgram(["printf", number]))[1] == [number] * 2
 
 
 def test_rounds_are_limited() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import replace
+from html import unescape
 from itertools import pairwise
 
 from markdown_it import MarkdownIt
@@ -46,7 +47,14 @@ _CODE = ANSISyntaxTheme(
     }
 )  # fmt: skip
 # TeX between \( \), \[ \], $$ $$ or $ $, where a price is none, as in Pandoc: "$5 and $10". And Python's __names__.
-_AS_IT_IS = re.compile(r"__\w+?__|\\\(.+?\\\)|\\\[.+?\\\]|\$\$.+?\$\$|\$(?![\s$])[^$\n]*(?<![\s\\])\$(?!\d)", re.DOTALL)
+_AS_IT_IS = re.compile(
+    r"__\w{1,80}?__|\\\(.{1,2000}?\\\)|\\\[.{1,2000}?\\\]|\$\$.{1,2000}?\$\$|\$(?![\s$])[^$\n]*(?<![\s\\])\$(?!\d)",
+    re.DOTALL,
+)  # bounded, because every opening looks for its end
+_ESCAPES = re.compile(r"\x1b\[[\d;]*m")
+# The line that begins code, with the language, which is not drawn.
+_FENCE = re.compile(r"^[\s>]*(?:(?:[-*+]|\d+[.)])\s+)*(?:`{3,}|~{3,}).*", re.MULTILINE)
+_HIGHLIGHTED = 50_000  # characters of code; more would take seconds
 
 
 class MarkdownText:
@@ -136,15 +144,27 @@ def _blank_lines(lines: list[str]) -> int:
 
 
 def _drawn(block: list[Token], lines: list[str], columns: int) -> str:
-    """Return a block as whole lines. A paragraph without any markup stays as it is written, with its indentation."""
+    """Return a block as whole lines.
+
+    A paragraph without any markup stays as it is written, with its indentation, and so does what rich would not draw
+    completely: tables that are too wide or have cells without a heading, other numbers of a list, titles of links.
+    """
+    start, end = _lines(block)
+    source = "".join(lines[start:end]).rstrip("\n") + "\n"
     if block[0].type == "paragraph_open":
         parts = ("\n" if child.type == "softbreak" else child.content for child in block[1].children or ())
         if "".join(parts) == "\n".join(map(str.strip, block[1].content.split("\n"))):
-            start, end = _lines(block)
-            return "".join(lines[start:end]).rstrip("\n") + "\n"
-    if block[0].type == "fence" and not block[0].content:
-        return ""
-    return _render(block, columns)
+            return source
+    if block[0].type == "fence":
+        return _render(block, columns) if block[0].content else ""
+    drawn = _render(block, columns)
+    is_whole = _said(drawn) == _said(unescape(_FENCE.sub("", source))) and bool(drawn.strip()) == bool(source.strip())
+    return drawn if is_whole else source
+
+
+def _said(text: str) -> str:
+    """Return the letters and digits of a text."""
+    return "".join(filter(str.isalnum, _ESCAPES.sub("", text)))
 
 
 def _render(block: list[Token], columns: int) -> str:
@@ -209,15 +229,35 @@ class _Code(markdown.CodeBlock):
     """Highlighted code with nothing around it."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        text = Syntax("", self.lexer_name, theme=_CODE, tab_size=0).highlight(str(self.text).rstrip("\n"))
+        code = str(self.text).rstrip("\n")
+        lexer = self.lexer_name if len(code) <= _HIGHLIGHTED else "text"
+        text = Syntax("", lexer, theme=_CODE, tab_size=0).highlight(code)
         text.rstrip()
         yield from text.render(console, end="\n")
 
 
-class _Markdown(markdown.Markdown):
-    """Markdown whose headings and code are drawn by the classes above."""
+class _Item(markdown.ListItem):
+    """An item of a list, with the dot after its number."""
 
-    elements = markdown.Markdown.elements | {"heading_open": _Heading, "fence": _Code, "code_block": _Code}
+    def render_number(
+        self, console: Console, options: ConsoleOptions, number: int, last_number: int
+    ) -> RenderResult:
+        width = len(str(last_number)) + 3
+        style = console.get_style("markdown.item.number", default="none")
+        marks = [Segment(f" {number}. ".rjust(width), style), Segment(" " * width, style)]
+        lines = console.render_lines(self.elements, options.update(width=options.max_width - width))
+        for index, line in enumerate(lines):
+            yield marks[min(index, 1)]
+            yield from line
+            yield Segment("\n")
+
+
+class _Markdown(markdown.Markdown):
+    """Markdown whose headings, code and items are drawn by the classes above."""
+
+    elements = markdown.Markdown.elements | {
+        "heading_open": _Heading, "fence": _Code, "code_block": _Code, "list_item_open": _Item,
+    }  # fmt: skip
 
 
 _PARSER = _parser()
