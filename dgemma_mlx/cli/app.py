@@ -176,6 +176,8 @@ def _usage(error: Any) -> tuple[str, str]:
         hint = f"`{PROGRAM} generate \"...\"` asks a model: the command comes first; {hint}"
     elif "extra argument" in message and any(p.param_type_name == "argument" for p in error.ctx.command.params):
         hint = f"Put a text of several words in quotes; {hint}"
+    if re.match(r"No such option: -\d", message):
+        hint = f"Write -- before a value that begins with a dash; {hint}"
     if message.startswith("Missing") and getattr(error, "param", None) is not None:
         hint = f"{error.param.help} {hint}"
     invalid = _INVALID.fullmatch(message)
