@@ -93,11 +93,14 @@ class Repository:
 
     def arrived(self, file: RemoteFile) -> int:
         """Return how many bytes of a file's content are there, perhaps for another commit."""
-        return file.size if _size_of(self.blob(file)) == file.size else max(0, _size_of(self.part(file)))
+        if _size_of(self.blob(file)) == file.size:
+            return file.size
+        there = _size_of(self.part(file))
+        return there if 0 <= there <= file.size else 0  # a part that is too long is downloaded again
 
     def bytes_left(self, files: Iterable[RemoteFile]) -> int:
         """Return the number of bytes of files that have not arrived."""
-        return sum(max(0, file.size - self.arrived(file)) for file in files)
+        return sum(file.size - self.arrived(file) for file in files)
 
 
 def hub_cache() -> Path:
@@ -232,6 +235,8 @@ class _Transfer:
                 self._part.unlink(missing_ok=True)
                 self.arrived = self.file.size
                 return
+            if _size_of(self._part) > self.file.size:
+                self._restart(part)
             for _ in range(2):
                 digest = self._receive(part, stop)
                 if stop.is_set():
