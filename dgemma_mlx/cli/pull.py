@@ -27,8 +27,8 @@ def pull(name: HubName, cpu_dequantize: CpuDequantize = None) -> None:
     gives it. On a terminal, a question follows if the model does not fit.
 
     Notes:
-        - Interrupt at any time: the same command goes on where the last one stopped, also within a file. Every file is
-          checked by its checksum.
+        - Interrupt at any time: the same command goes on where the last one stopped, also within a file. Each file is
+          checked by its checksum as it is downloaded. Of a file that is in the cache already, the size is compared.
         - The other commands download a model that is missing in the same way. They ask before, on a terminal.
         - A model that is complete in the cache is compared with the newest commit on the Hub, and only files that
           have changed are downloaded.

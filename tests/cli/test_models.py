@@ -124,6 +124,20 @@ def test_parts_and_descriptions_are_shown_as_such_and_removed(cache: Path) -> No
     assert not (cache / "models--owner--part").exists() and not (cache / "models--owner--description").exists()
 
 
+def test_a_truncated_file_and_a_part_that_is_too_long_are_no_whole_model(cache: Path) -> None:
+    """As ``pull`` does, which downloads both again."""
+    for repo_id in ("owner/one", "owner/two"):
+        folder = cache / f"models--{repo_id.replace('/', '--')}"
+        listed = {"model.safetensors": {"size": 3_000_000, "blob_id": "model.safetensors"}}
+        (folder / "trees").mkdir()
+        (folder / "trees" / f"{COMMIT}.json").write_text(json.dumps({"format_version": 1, "files": listed}))
+    begin(cache, "owner/part", 4_000_000, 4_000_001)
+    shown = dict(line.split(maxsplit=1) for line in run(cache).stdout.decode().splitlines())
+    assert shown["owner/two"] == "3.0 MB"
+    assert shown["owner/one"] == "0 bytes of 3.0 MB, `dgemma-mlx pull owner/one` continues"
+    assert shown["owner/part"] == "33 bytes of 4.0 MB, `dgemma-mlx pull owner/part` continues"
+
+
 def test_a_listing_of_nonsense_is_done_without(cache: Path) -> None:
     begin(cache, "owner/part", 4_000_000, 1_500_000)
     for nonsense in ("{", '{"files": {"model.safetensors": {"size": "x", "blob_id": 3}}}'):
