@@ -191,7 +191,7 @@ def cached_snapshot(repo_id: str, revision: str | None = None) -> Path | None:
         folder = Path(snapshot_download(
             repo_id, revision=revision, allow_patterns=list(FILES), ignore_patterns="*/*", local_files_only=True
         ))  # fmt: skip
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, UnicodeDecodeError):  # the latter where the name of the commit is damaged
         return None
     return folder if is_complete(folder) else None
 

@@ -189,6 +189,15 @@ def test_an_incomplete_download_is_completed(shell: Shell, lost: str, listed: bo
     assert (folder / lost).read_bytes() == files()[lost]
 
 
+def test_a_damaged_name_of_a_commit_is_replaced(shell: Shell) -> None:
+    folder = shell.resolve("owner/name")["folder"]
+    ref = shell.cache / "models--owner--name" / "refs" / "main"
+    ref.write_bytes(b"\xff")
+    assert shell.resolve("owner/name", HF_HUB_OFFLINE="1")["message"] == OFFLINE
+    assert shell.resolve("owner/name")["folder"] == folder
+    assert ref.read_text() == Path(folder).name
+
+
 def test_another_model_is_refused_before_its_weights_are_fetched(hub: HubServer, shell: Shell) -> None:
     assert "llama" in shell.resolve("owner/other")["message"]
     assert not [path for path in hub.requests if path.endswith(".safetensors")]

@@ -93,6 +93,18 @@ def test_removing_takes_the_named_ones_alone(cache: Path) -> None:
     assert (cache / "models--owner--other").exists() and (cache / "datasets--owner--data").exists()
 
 
+def test_damage_elsewhere_in_the_cache_is_no_obstacle_to_removing(cache: Path) -> None:
+    """Nor are a name of a commit that is not there and a link to nothing, as an interrupted download leaves them."""
+    (cache / "models--owner--other" / "refs" / "main").write_bytes(b"\xff")
+    (cache / "models--owner--two" / "refs" / "main").write_text("0" * 40)
+    (cache / "models--owner--one" / "blobs" / "model.safetensors").unlink()
+    done = run(cache, "rm", "-y", "owner/one", "owner/two")
+    assert (done.returncode, done.stdout) == (0, b""), done.stderr
+    assert done.stderr.startswith(b"removed owner/one, owner/two")
+    assert not (cache / "models--owner--one").exists() and not (cache / "models--owner--two").exists()
+    assert (cache / "models--owner--other").exists()
+
+
 def begin(cache: Path, repo_id: str, total: int, arrived: int) -> None:
     """Write a repository of which only the configuration, and perhaps a part of the weights, has arrived."""
     folder = put(cache, repo_id, OURS, 0)
