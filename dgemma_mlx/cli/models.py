@@ -14,6 +14,7 @@ from dgemma_mlx.cli.complete import cached_models
 from dgemma_mlx.cli.help import Command, Group
 from dgemma_mlx.cli.parameters import output_option
 from dgemma_mlx.cli.pipe import quiet_when_closed
+from dgemma_mlx.cli.render.visible import visible
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def show(context: typer.Context, as_json: AsJsonArray = False) -> None:
             return
         width = max((len(model.name) for model in found), default=0)
         for model in found:
-            print(f"{model.name:{width}}  {_in_words(model)}")
+            print(visible(f"{model.name:{width}}  {_in_words(model)}"))
         if not found:
             print("no checkpoint is in the cache; the demo is built in", file=sys.stderr)
 
@@ -81,11 +82,11 @@ def remove(names: Names, yes: Yes = False) -> None:
             raise DgemmaError(
                 "cannot ask for confirmation, because stdin is not a terminal", "Add -y to remove without asking.", 2
             )
-        if not typer.confirm(f"Remove {', '.join(names)} ({freed})?", err=True):
+        if not typer.confirm(visible(f"Remove {', '.join(names)} ({freed})?"), err=True):
             return
     for name in set(names):
         _delete(known[name].folder)
-    print(f"removed {', '.join(names)}, {freed}", file=sys.stderr)
+    print(visible(f"removed {', '.join(names)}, {freed}"), file=sys.stderr)
 
 
 def _delete(folder: Path) -> None:

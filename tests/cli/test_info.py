@@ -57,6 +57,12 @@ def test_the_demo() -> None:
     assert small["cache"] < large["cache"] and facts["bytes"] < small["total"] < large["total"]
 
 
+def test_a_name_from_outside_is_harmless_on_the_terminal(tmp_path: Path) -> None:
+    folder = tmp_path / "m\x1b[31m"
+    shutil.copytree(DEMO_FOLDER, folder)
+    assert b"\x1b" not in run(str(folder)).stdout
+
+
 MEASURE = """
 import sys
 from dgemma_mlx import generate, load

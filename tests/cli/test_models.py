@@ -105,6 +105,14 @@ def test_damage_elsewhere_in_the_cache_is_no_obstacle_to_removing(cache: Path) -
     assert (cache / "models--owner--other").exists()
 
 
+def test_names_from_outside_are_harmless_on_the_terminal(cache: Path) -> None:
+    put(cache, "owner/a\x1b[31mb\udcff", OURS, 1000)
+    (line,) = (line for line in run(cache).stdout.decode().splitlines() if line.startswith("owner/a"))
+    assert line.startswith("owner/a\u241b[31mb\ufffd")
+    done = run(cache, "rm", "-y", "owner/a\x1b[31mb\udcff")
+    assert done.returncode == 0 and b"removed owner/a\xe2\x90\x9b[31mb" in done.stderr, done.stderr
+
+
 def begin(cache: Path, repo_id: str, total: int, arrived: int) -> None:
     """Write a repository of which only the configuration, and perhaps a part of the weights, has arrived."""
     folder = put(cache, repo_id, OURS, 0)
