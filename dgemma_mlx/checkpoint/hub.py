@@ -119,8 +119,9 @@ def remote_headers(checkpoint: Checkpoint) -> dict[str, Any]:
     found = _HUB_ID.fullmatch(checkpoint.name)
     assert found is not None, "the name must be a Hub id that resolve() accepted"
     names = shard_names(checkpoint.folder)
-    # One file at a time, because the library draws a bar of its own when it reads the headers of all.
-    read = partial(HfApi().parse_safetensors_file_metadata, found[1], revision=found[2])
+    # One file at a time, because the library draws a bar of its own when it reads the headers of all. All are of the
+    # commit whose names they are, which gives its name to the folder: a branch may have moved on.
+    read = partial(HfApi().parse_safetensors_file_metadata, found[1], revision=checkpoint.folder.name)
     try:
         with ThreadPoolExecutor(WORKERS) as pool:
             return dict(zip(names, pool.map(read, names), strict=True))
