@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from dgemma_mlx.checkpoint.download import (
     RemoteFile,
     Repository,
     download,
+    hub_cache,
     list_files,
     note_revision,
 )
@@ -32,6 +34,7 @@ MODEL_VARIABLE = "DGEMMA_MODEL"
 
 _HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@(\w(?!.*\.\.)[\w./-]*))?", re.ASCII)
 _FORMS = "A model is a folder, a Hub id (owner/name or owner/name@revision), or 'demo'."
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # of an open file, whose name the error does not have
 _ACCESS = "accept the licence on its page and log in with `hf auth login`."
 # What `info` shows, and the list of weight files, by which the Hub is asked for the headers of each.
 _FACTS = ("config.json", "conversion_report.json", "generation_config.json", "model.safetensors.index.json")
@@ -269,9 +272,25 @@ def _explain(repo_id: str, revision: str | None, error: Exception) -> DgemmaErro
         )
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
         return DgemmaError(f"the Hub refuses access to {name}", f"To get access, {_ACCESS}")
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _DISK):
+        return _explain_disk(name, error)
     return DgemmaError(
         f"{name} could not be downloaded: {reason(error)}",
-        "Check the connection and the free disk space. The next attempt downloads only the missing files.",
+        "Check the connection. The next attempt downloads only what is missing.",
+    )
+
+
+def _explain_disk(name: str, error: OSError) -> DgemmaError:
+    """Return the ``DgemmaError`` for a file of the Hub's cache that cannot be read or written."""
+    path = str(error.filename or hub_cache())
+    if isinstance(error, FileNotFoundError) and "models--" in path:
+        return DgemmaError(
+            f"another program removed {name} from the Hub's cache during the download",
+            "The same command downloads it again.",
+        )
+    return DgemmaError(
+        f"cannot use {path}: {reason(error)}",
+        "HF_HOME names the folder of the Hub's cache, which needs free space and the permission to write.",
     )
 
 

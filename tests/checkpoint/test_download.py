@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -207,6 +208,16 @@ def test_partial_files_without_a_writer_are_removed(hub: HubServer, tmp_path: Pa
         process.communicate(timeout=60)
     assert process.returncode == 0
     assert (old.exists(), new.exists()) == (False, True)  # another program may be writing the new one
+
+
+def test_a_copy_that_another_program_removes_is_said(hub: HubServer, tmp_path: Path) -> None:
+    hub.rate = 2_000_000
+    with start(hub, tmp_path) as process:
+        wait_until(lambda: hub.sent.total() > SIZE)
+        shutil.rmtree((tmp_path / BLOBS).parent)
+        hub.rate = None
+        _, error = process.communicate(timeout=60)
+    assert error.startswith("another program removed owner/name from the Hub's cache during the download")
 
 
 @pytest.mark.slow

@@ -221,6 +221,16 @@ def test_errors_of_the_hub_are_explained(shell: Shell, name: str, message: str, 
     assert error["exit_code"] == 1
 
 
+@pytest.mark.parametrize("where", ["", "hub/models--owner--name/blobs"])
+def test_a_file_where_a_folder_must_be_is_named(hub: HubServer, tmp_path: Path, where: str) -> None:
+    home = tmp_path / "home"
+    (home / where).parent.mkdir(parents=True, exist_ok=True)
+    (home / where).write_text("")
+    error = Shell(home, hub.url).resolve("owner/name")
+    assert error["message"].startswith(f"cannot use {home / where}")
+    assert "HF_HOME" in error["hint"] and error["exit_code"] == 1
+
+
 def test_no_network(tmp_path: Path) -> None:
     with HubServer({}) as gone:
         url = gone.url
