@@ -60,12 +60,14 @@ class Checkpoint:
         name: The name by which the caller asked for it.
         is_demo: Whether this is the built-in demo checkpoint.
         has_weights: Whether the folder holds the weights. False if only the small files were downloaded.
+        was_compared: False if the newest commit was wanted, but the Hub could not be asked for it.
     """
 
     folder: Path
     name: str
     is_demo: bool
     has_weights: bool = True
+    was_compared: bool = True
 
     @property
     def repo_id(self) -> str | None:
@@ -82,7 +84,8 @@ def resolve(
     A name of None stands for the environment variable ``DGEMMA_MODEL`` or, if that is not set, for ``demo``.
 
     A Hub repository is downloaded once. A complete copy in the Hub's cache is used without any network request, unless
-    ``refresh`` asks for the newest commit of the revision. If ``weights`` is False, only the files that describe the
+    ``refresh`` asks for the newest commit of the revision; where the Hub cannot be reached, the copy is used all the
+    same. If ``weights`` is False, only the files that describe the
     model are downloaded, a few kB, unless the cache holds a complete copy. ``progress`` is called during the download
     of the rest; by default, the Hub's library draws a bar where it draws its own.
 
@@ -160,7 +163,12 @@ def _fetch(
     try:
         if not refresh and (cached := cached_snapshot(repo_id, revision)):
             return Checkpoint(cached, name, is_demo=False)
-        repository = list_files(repo_id, revision)
+        try:
+            repository = list_files(repo_id, revision)
+        except Exception as error:
+            if _is_answer(error) or not (refresh and (cached := cached_snapshot(repo_id, revision))):
+                raise
+            return Checkpoint(cached, name, is_demo=False, was_compared=False)
         # These files come first, so that an unsupported model is refused before its 50 GB of weights. The library also
         # notes the names of all files, by which it knows an incomplete copy.
         snapshot_download(
@@ -243,6 +251,15 @@ def is_complete(folder: Path) -> bool:
     except DgemmaError:
         return False
     return True
+
+
+def _is_answer(error: Exception) -> bool:
+    """Return whether an error is about the name or the Hub's answer to it, and not about reaching the Hub."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if isinstance(error, HfHubHTTPError):
+        return 400 <= error.response.status_code < 500
+    return isinstance(error, (DgemmaError, HFValidationError))
 
 
 def _explain(repo_id: str, revision: str | None, error: Exception) -> DgemmaError:

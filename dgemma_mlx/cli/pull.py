@@ -47,8 +47,11 @@ def pull(name: HubName, cpu_dequantize: CpuDequantize = None) -> None:
         checkpoint = resolve(name, weights=False, refresh=True)
     if checkpoint.repo_id is None:
         raise DgemmaError(f"{name} is on this machine already", "Name a model on the Hub: owner/name.", exit_code=2)
-    if checkpoint.has_weights:
+    if not checkpoint.has_weights:
+        chosen = Settings().pick("cpu_dequantize", cpu_dequantize)
+        checkpoint = obtain(checkpoint, ask_if_it_fits=False, cpu_dequantize=chosen)
+    elif checkpoint.was_compared:
         print(f"{name} is complete and up to date", file=sys.stderr)
-    else:
-        obtain(checkpoint, ask_if_it_fits=False, cpu_dequantize=Settings().pick("cpu_dequantize", cpu_dequantize))
+    if not checkpoint.was_compared:
+        print(f"{name} is complete in the cache; the Hub could not be asked for a newer one", file=sys.stderr)
     print(f"try: dgemma-mlx chat -m {name}", file=sys.stderr)
