@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from dgemma_mlx.checkpoint.download import hub_cache, size_of
-from dgemma_mlx.checkpoint.hub import FILES, is_complete
+from dgemma_mlx.checkpoint.hub import is_complete, needed_files
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import read_json
 
@@ -62,7 +61,7 @@ def _examine(folder: Path) -> CachedModel | None:
     newest = max(snapshots, key=lambda path: path.stat().st_mtime)
     contents = [path.stat() for path in (folder / "blobs").glob("*") if path.is_file()]
     state: State = "description"
-    if any(is_complete(path) and _arrived(path) == _total(path) for path in snapshots):
+    if any(map(is_complete, snapshots)):
         state = "whole"
     elif any((folder / "blobs").glob("*.incomplete")) or any(newest.glob("*.safetensors")):
         state = "partial"
@@ -72,28 +71,9 @@ def _examine(folder: Path) -> CachedModel | None:
     )  # fmt: skip
 
 
-def _needed(snapshot: Path) -> list[tuple[str, str, int]]:
-    """Return the name, the checksum and the size of each of a commit's files that are needed.
-
-    They are those of the list that the Hub's library keeps. There is none of a copy that an older version has made.
-    """
-    try:
-        files = read_json(snapshot.parent.parent / "trees" / f"{snapshot.name}.json").get("files")
-    except DgemmaError:
-        return []
-    needed = []
-    for name, entry in files.items() if isinstance(files, dict) else ():
-        if any(fnmatch(name, pattern) for pattern in FILES) and "/" not in name and isinstance(entry, dict):
-            size: Any = entry.get("lfs_size") or entry.get("size")
-            etag: Any = entry.get("lfs_sha256") or entry.get("blob_id")
-            if isinstance(size, int) and isinstance(etag, str):
-                needed.append((name, Path(etag).name, size))
-    return needed
-
-
 def _total(snapshot: Path) -> int:
     """Return the bytes of a commit's needed files, or 0 if the cache does not say."""
-    return sum(size for _, _, size in _needed(snapshot))
+    return sum(size for _, _, size in needed_files(snapshot))
 
 
 def _arrived(snapshot: Path) -> int:
@@ -101,7 +81,7 @@ def _arrived(snapshot: Path) -> int:
     blobs = snapshot.parent.parent / "blobs"
     parts = list(blobs.glob("*.incomplete"))
     arrived = 0
-    for name, etag, size in _needed(snapshot):
+    for name, etag, size in needed_files(snapshot):
         if size in (size_of(snapshot / name), size_of(blobs / etag)):
             arrived += size
         else:

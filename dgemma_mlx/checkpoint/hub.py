@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from dgemma_mlx.checkpoint.download import (
     hub_cache,
     list_files,
     note_revision,
+    size_of,
 )
 from dgemma_mlx.checkpoint.shards import shard_files, shard_names
 from dgemma_mlx.checks import reason, shown
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.json_text import read_json
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent.parent / "demo"
@@ -170,7 +173,10 @@ def _fetch(
                 raise
             return Checkpoint(cached, name, is_demo=False, was_compared=False)
         # These files come first, so that an unsupported model is refused before its 50 GB of weights. The library also
-        # notes the names of all files, by which it knows an incomplete copy.
+        # notes the names of all files, by which it knows an incomplete copy. A truncated file it takes for a whole one.
+        for file in repository.missing(_FACTS):
+            if size_of(repository.blob(file)) != file.size:
+                repository.blob(file).unlink(missing_ok=True)
         snapshot_download(
             repo_id, revision=repository.commit, allow_patterns=list(_FACTS), tqdm_class=_silent_bar()
         )  # fmt: skip
@@ -236,8 +242,27 @@ def _library_bar(repo_id: str, progress: Progress | None) -> Iterator[Progress]:
         yield move
 
 
+def needed_files(snapshot: Path) -> list[tuple[str, str, int]]:
+    """Return the name, the checksum and the size of each of a commit's files that are needed.
+
+    They are those of the list that the Hub's library keeps. There is none of a copy that an older version has made.
+    """
+    try:
+        files = read_json(snapshot.parent.parent / "trees" / f"{snapshot.name}.json").get("files")
+    except DgemmaError:
+        return []
+    needed = []
+    for name, entry in files.items() if isinstance(files, dict) else ():
+        if any(fnmatch(name, pattern) for pattern in FILES) and "/" not in name and isinstance(entry, dict):
+            size: Any = entry.get("lfs_size") or entry.get("size")
+            etag: Any = entry.get("lfs_sha256") or entry.get("blob_id")
+            if isinstance(size, int) and isinstance(etag, str):
+                needed.append((name, Path(etag).name, size))
+    return needed
+
+
 def is_complete(folder: Path) -> bool:
-    """Return whether a snapshot holds all files that loading needs.
+    """Return whether a snapshot holds all files that loading needs, with their sizes where the cache knows them.
 
     ``huggingface_hub`` cannot tell. It accepts an incomplete snapshot as complete if an older version, which stored no
     list of files, left it.
@@ -250,7 +275,7 @@ def is_complete(folder: Path) -> bool:
         shard_files(folder)
     except DgemmaError:
         return False
-    return True
+    return all(size_of(folder / name) == size for name, _, size in needed_files(folder))
 
 
 def _is_answer(error: Exception) -> bool:

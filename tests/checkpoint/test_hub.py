@@ -189,6 +189,15 @@ def test_an_incomplete_download_is_completed(shell: Shell, lost: str, listed: bo
     assert (folder / lost).read_bytes() == files()[lost]
 
 
+def test_truncated_files_are_downloaded_again(shell: Shell) -> None:
+    folder = Path(shell.resolve("owner/name")["folder"])
+    for name in NEEDED:
+        os.truncate(folder / name, 1)
+    assert shell.resolve("owner/name", HF_HUB_OFFLINE="1")["message"] == OFFLINE
+    assert Path(shell.resolve("owner/name")["folder"]) == folder
+    assert {name: (folder / name).read_bytes() for name in NEEDED} == {name: files()[name] for name in NEEDED}
+
+
 def test_a_damaged_name_of_a_commit_is_replaced(shell: Shell) -> None:
     folder = shell.resolve("owner/name")["folder"]
     ref = shell.cache / "models--owner--name" / "refs" / "main"

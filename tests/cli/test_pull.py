@@ -134,7 +134,6 @@ def test_a_complete_copy_is_enough_where_the_hub_cannot_be_asked(
     for trouble in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
         done = run({**environment, **trouble}, "pull", "owner/tiny")
         assert (done.returncode, done.stderr.splitlines()[0]) == (0, kept)
-        assert run({**environment, **trouble}, "pull", "owner/huge").returncode == 1
     hub.repositories["owner/tiny"].on_info = (403, "")  # an answer
     done = run(environment, "pull", "owner/tiny")
     assert done.returncode == 1 and "the Hub refuses access to owner/tiny" in done.stderr
