@@ -115,7 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        parts = self._path().strip("/").split("/")
+        self._path()
+        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]  # a branch may have slashes
         if parts[:2] == ["api", "models"]:
             self._api("/".join(parts[2:4]), parts[4:])
         elif len(parts) > 4 and parts[2] == "resolve":
@@ -189,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(401, "RepoNotFound")  # the Hub's answer without a login
         if repository.on_info:
             return self._error(*repository.on_info)
-        kind, revision = (rest[0], "/".join(rest[1:])) if rest else ("revision", "main")
+        kind, revision = rest[:2] if rest else ("revision", "main")
         files = repository.files(revision)
         if files is None:
             return self._error(404, "RevisionNotFound")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from dgemma_mlx.checkpoint.download import hub_cache
-from dgemma_mlx.checkpoint.hub import FILES, is_complete
+from dgemma_mlx.checkpoint.download import hub_cache, size_of
+from dgemma_mlx.checkpoint.hub import is_complete, needed_files
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import read_json
 
@@ -61,8 +60,6 @@ def _examine(folder: Path) -> CachedModel | None:
         return None
     newest = max(snapshots, key=lambda path: path.stat().st_mtime)
     contents = [path.stat() for path in (folder / "blobs").glob("*") if path.is_file()]
-    sizes = _sizes(folder / "trees" / f"{newest.name}.json")
-    arrived = sum(min(size, _arrived(folder / "blobs" / etag)) for etag, size in sizes.items())
     state: State = "description"
     if any(map(is_complete, snapshots)):
         state = "whole"
@@ -70,30 +67,27 @@ def _examine(folder: Path) -> CachedModel | None:
         state = "partial"
     return CachedModel(
         folder.name.removeprefix("models--").replace("--", "/"), folder, state,
-        sum(512 * content.st_blocks for content in contents), arrived, sum(sizes.values()) or None,
+        sum(512 * content.st_blocks for content in contents), _arrived(newest), _total(newest) or None,
     )  # fmt: skip
 
 
-def _sizes(listing: Path) -> dict[str, int]:
-    """Return the sizes of a commit's files that are needed, by checksum, from the list that the Hub's library keeps."""
-    try:
-        files = read_json(listing).get("files")
-    except DgemmaError:
-        return {}
-    sizes = {}
-    for name, entry in files.items() if isinstance(files, dict) else ():
-        if any(fnmatch(name, pattern) for pattern in FILES) and "/" not in name and isinstance(entry, dict):
-            size: Any = entry.get("lfs_size") or entry.get("size")
-            etag: Any = entry.get("lfs_sha256") or entry.get("blob_id")
-            if isinstance(size, int) and isinstance(etag, str):
-                sizes[Path(etag).name] = size
-    return sizes
+def _total(snapshot: Path) -> int:
+    """Return the bytes of a commit's needed files, or 0 if the cache does not say."""
+    return sum(size for _, _, size in needed_files(snapshot))
 
 
-def _arrived(blob: Path) -> int:
-    """Return the size of a file, or of the largest part of it, or 0."""
-    parts = (path.stat().st_size for path in blob.parent.glob(f"{blob.name}*"))
-    return max(parts, default=0)
+def _arrived(snapshot: Path) -> int:
+    """Return how many bytes of a commit's needed files are there: of whole files, and of parts of the others."""
+    blobs = snapshot.parent.parent / "blobs"
+    parts = list(blobs.glob("*.incomplete"))
+    arrived = 0
+    for name, etag, size in needed_files(snapshot):
+        if size in (size_of(snapshot / name), size_of(blobs / etag)):
+            arrived += size
+        else:
+            there = [size_of(part) for part in parts if part.name.startswith(f"{etag}.")]
+            arrived += max((part for part in there if 0 <= part <= size), default=0)
+    return arrived
 
 
 def _is_ours(snapshot: Path) -> bool:

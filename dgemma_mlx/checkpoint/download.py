@@ -81,7 +81,7 @@ class Repository:
         """Return the files that match any of the patterns and are not whole in the cache."""
         wanted = list(patterns)
         files = [file for file in self.files if any(fnmatch(file.name, pattern) for pattern in wanted)]
-        return [file for file in files if _size_of(self.snapshot / file.name) != file.size]
+        return [file for file in files if size_of(self.snapshot / file.name) != file.size]
 
     def blob(self, file: RemoteFile) -> Path:
         """Return the path of a file's content."""
@@ -93,11 +93,14 @@ class Repository:
 
     def arrived(self, file: RemoteFile) -> int:
         """Return how many bytes of a file's content are there, perhaps for another commit."""
-        return file.size if _size_of(self.blob(file)) == file.size else max(0, _size_of(self.part(file)))
+        if size_of(self.blob(file)) == file.size:
+            return file.size
+        there = size_of(self.part(file))
+        return there if 0 <= there <= file.size else 0  # a part that is too long is downloaded again
 
     def bytes_left(self, files: Iterable[RemoteFile]) -> int:
         """Return the number of bytes of files that have not arrived."""
-        return sum(max(0, file.size - self.arrived(file)) for file in files)
+        return sum(file.size - self.arrived(file) for file in files)
 
 
 def hub_cache() -> Path:
@@ -228,10 +231,12 @@ class _Transfer:
     def run(self, stop: threading.Event) -> None:
         """Download what is missing of the file, check it, and give it its name, unless ``stop`` is set before."""
         with _locked(self._part) as part:
-            if _size_of(self._blob) == self.file.size:  # another commit has it, or another process was faster
+            if size_of(self._blob) == self.file.size:  # another commit has it, or another process was faster
                 self._part.unlink(missing_ok=True)
                 self.arrived = self.file.size
                 return
+            if size_of(self._part) > self.file.size:
+                self._restart(part)
             for _ in range(2):
                 digest = self._receive(part, stop)
                 if stop.is_set():
@@ -378,7 +383,7 @@ def _new_checksum(file: RemoteFile) -> _Hash:
     return hashlib.sha256() if len(file.etag) == 64 else hashlib.sha1(b"blob %d\0" % file.size)
 
 
-def _size_of(path: Path) -> int:
+def size_of(path: Path) -> int:
     """Return the size of a file, or -1 if there is none."""
     try:
         return path.stat().st_size

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,15 @@ from dgemma_mlx.checkpoint.download import (
     RemoteFile,
     Repository,
     download,
+    hub_cache,
     list_files,
     note_revision,
+    size_of,
 )
 from dgemma_mlx.checkpoint.shards import shard_files, shard_names
 from dgemma_mlx.checks import reason, shown
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.json_text import read_json
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent.parent / "demo"
@@ -32,6 +37,7 @@ MODEL_VARIABLE = "DGEMMA_MODEL"
 
 _HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@(\w(?!.*\.\.)[\w./-]*))?", re.ASCII)
 _FORMS = "A model is a folder, a Hub id (owner/name or owner/name@revision), or 'demo'."
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # of an open file, whose name the error does not have
 _ACCESS = "accept the licence on its page and log in with `hf auth login`."
 # What `info` shows, and the list of weight files, by which the Hub is asked for the headers of each.
 _FACTS = ("config.json", "conversion_report.json", "generation_config.json", "model.safetensors.index.json")
@@ -57,12 +63,14 @@ class Checkpoint:
         name: The name by which the caller asked for it.
         is_demo: Whether this is the built-in demo checkpoint.
         has_weights: Whether the folder holds the weights. False if only the small files were downloaded.
+        was_compared: False if the newest commit was wanted, but the Hub could not be asked for it.
     """
 
     folder: Path
     name: str
     is_demo: bool
     has_weights: bool = True
+    was_compared: bool = True
 
     @property
     def repo_id(self) -> str | None:
@@ -79,7 +87,8 @@ def resolve(
     A name of None stands for the environment variable ``DGEMMA_MODEL`` or, if that is not set, for ``demo``.
 
     A Hub repository is downloaded once. A complete copy in the Hub's cache is used without any network request, unless
-    ``refresh`` asks for the newest commit of the revision. If ``weights`` is False, only the files that describe the
+    ``refresh`` asks for the newest commit of the revision; where the Hub cannot be reached, the copy is used all the
+    same. If ``weights`` is False, only the files that describe the
     model are downloaded, a few kB, unless the cache holds a complete copy. ``progress`` is called during the download
     of the rest; by default, the Hub's library draws a bar where it draws its own.
 
@@ -119,8 +128,9 @@ def remote_headers(checkpoint: Checkpoint) -> dict[str, Any]:
     found = _HUB_ID.fullmatch(checkpoint.name)
     assert found is not None, "the name must be a Hub id that resolve() accepted"
     names = shard_names(checkpoint.folder)
-    # One file at a time, because the library draws a bar of its own when it reads the headers of all.
-    read = partial(HfApi().parse_safetensors_file_metadata, found[1], revision=found[2])
+    # One file at a time, because the library draws a bar of its own when it reads the headers of all. All are of the
+    # commit whose names they are, which gives its name to the folder: a branch may have moved on.
+    read = partial(HfApi().parse_safetensors_file_metadata, found[1], revision=checkpoint.folder.name)
     try:
         with ThreadPoolExecutor(WORKERS) as pool:
             return dict(zip(names, pool.map(read, names), strict=True))
@@ -156,9 +166,17 @@ def _fetch(
     try:
         if not refresh and (cached := cached_snapshot(repo_id, revision)):
             return Checkpoint(cached, name, is_demo=False)
-        repository = list_files(repo_id, revision)
+        try:
+            repository = list_files(repo_id, revision)
+        except Exception as error:
+            if _is_answer(error) or not (refresh and (cached := cached_snapshot(repo_id, revision))):
+                raise
+            return Checkpoint(cached, name, is_demo=False, was_compared=False)
         # These files come first, so that an unsupported model is refused before its 50 GB of weights. The library also
-        # notes the names of all files, by which it knows an incomplete copy.
+        # notes the names of all files, by which it knows an incomplete copy. A truncated file it takes for a whole one.
+        for file in repository.missing(_FACTS):
+            if size_of(repository.blob(file)) != file.size:
+                repository.blob(file).unlink(missing_ok=True)
         snapshot_download(
             repo_id, revision=repository.commit, allow_patterns=list(_FACTS), tqdm_class=_silent_bar()
         )  # fmt: skip
@@ -191,7 +209,7 @@ def cached_snapshot(repo_id: str, revision: str | None = None) -> Path | None:
         folder = Path(snapshot_download(
             repo_id, revision=revision, allow_patterns=list(FILES), ignore_patterns="*/*", local_files_only=True
         ))  # fmt: skip
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, UnicodeDecodeError):  # the latter where the name of the commit is damaged
         return None
     return folder if is_complete(folder) else None
 
@@ -224,8 +242,27 @@ def _library_bar(repo_id: str, progress: Progress | None) -> Iterator[Progress]:
         yield move
 
 
+def needed_files(snapshot: Path) -> list[tuple[str, str, int]]:
+    """Return the name, the checksum and the size of each of a commit's files that are needed.
+
+    They are those of the list that the Hub's library keeps. There is none of a copy that an older version has made.
+    """
+    try:
+        files = read_json(snapshot.parent.parent / "trees" / f"{snapshot.name}.json").get("files")
+    except DgemmaError:
+        return []
+    needed = []
+    for name, entry in files.items() if isinstance(files, dict) else ():
+        if any(fnmatch(name, pattern) for pattern in FILES) and "/" not in name and isinstance(entry, dict):
+            size: Any = entry.get("lfs_size") or entry.get("size")
+            etag: Any = entry.get("lfs_sha256") or entry.get("blob_id")
+            if isinstance(size, int) and isinstance(etag, str):
+                needed.append((name, Path(etag).name, size))
+    return needed
+
+
 def is_complete(folder: Path) -> bool:
-    """Return whether a snapshot holds all files that loading needs.
+    """Return whether a snapshot holds all files that loading needs, with their sizes where the cache knows them.
 
     ``huggingface_hub`` cannot tell. It accepts an incomplete snapshot as complete if an older version, which stored no
     list of files, left it.
@@ -238,7 +275,16 @@ def is_complete(folder: Path) -> bool:
         shard_files(folder)
     except DgemmaError:
         return False
-    return True
+    return all(size_of(folder / name) == size for name, _, size in needed_files(folder))
+
+
+def _is_answer(error: Exception) -> bool:
+    """Return whether an error is about the name or the Hub's answer to it, and not about reaching the Hub."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if isinstance(error, HfHubHTTPError):
+        return 400 <= error.response.status_code < 500
+    return isinstance(error, (DgemmaError, HFValidationError))
 
 
 def _explain(repo_id: str, revision: str | None, error: Exception) -> DgemmaError:
@@ -268,9 +314,25 @@ def _explain(repo_id: str, revision: str | None, error: Exception) -> DgemmaErro
         )
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
         return DgemmaError(f"the Hub refuses access to {name}", f"To get access, {_ACCESS}")
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _DISK):
+        return _explain_disk(name, error)
     return DgemmaError(
         f"{name} could not be downloaded: {reason(error)}",
-        "Check the connection and the free disk space. The next attempt downloads only the missing files.",
+        "Check the connection. The next attempt downloads only what is missing.",
+    )
+
+
+def _explain_disk(name: str, error: OSError) -> DgemmaError:
+    """Return the ``DgemmaError`` for a file of the Hub's cache that cannot be read or written."""
+    path = str(error.filename or hub_cache())
+    if isinstance(error, FileNotFoundError) and "models--" in path:
+        return DgemmaError(
+            f"another program removed {name} from the Hub's cache during the download",
+            "The same command downloads it again.",
+        )
+    return DgemmaError(
+        f"cannot use {path}: {reason(error)}",
+        "HF_HOME names the folder of the Hub's cache, which needs free space and the permission to write.",
     )
 
 

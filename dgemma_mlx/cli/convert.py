@@ -17,6 +17,7 @@ from dgemma_mlx.cli import complete
 from dgemma_mlx.cli.interrupt import end_in_order, ending_at_once
 from dgemma_mlx.cli.parameters import PlanAsJson, output_option, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
+from dgemma_mlx.cli.render.visible import visible
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.sizes import parse_size, size
 
@@ -189,7 +190,7 @@ def _print_recipes(as_json: bool) -> None:
 def _show_plan(plan: Plan, dry_run: bool, as_json: bool) -> None:
     """Print the plan: to stdout for --dry-run, else to stderr. Warnings always go to stderr."""
     for warning in plan.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(visible(f"warning: {warning}"), file=sys.stderr)
     if as_json:
         if dry_run:
             print(json.dumps(plan.as_dict()))
@@ -206,7 +207,7 @@ def _show_plan(plan: Plan, dry_run: bool, as_json: bool) -> None:
         f"disk: {size(plan.bytes_needed)} needed, {size(plan.bytes_free)} free",
         f"memory to run it with {plan.context:,} tokens of context: about {size(plan.memory_to_run)} (estimated)",
     ):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(visible(line), markup=False, soft_wrap=True)
 
 
 def _plan_table(plan: Plan) -> Any:
@@ -233,7 +234,7 @@ def _show_result(report: Report, as_json: bool) -> None:
         return
     if report.verification:
         print(_comparison(report.verification), file=sys.stderr)
-    print(f"wrote {report.output}; try: dgemma-mlx generate -m {report.output} \"Hello\"", file=sys.stderr)
+    print(visible(f"wrote {report.output}; try: dgemma-mlx generate -m {report.output} \"Hello\""), file=sys.stderr)
 
 
 def _comparison(verification: Verification) -> str:

@@ -13,6 +13,7 @@ from dgemma_mlx.cli.interrupt import ending_at_once
 from dgemma_mlx.cli.loading import fetch
 from dgemma_mlx.cli.parameters import AsJson, CpuDequantize, resource_option
 from dgemma_mlx.cli.pipe import quiet_when_closed
+from dgemma_mlx.cli.render.visible import visible
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def info(
         source = open_source(checkpoint)
     facts = describe(source, settings.pick("cpu_dequantize", cpu_dequantize), batch_size)
     with quiet_when_closed():
-        print(json.dumps(facts) if as_json else _as_text(facts))
+        print(json.dumps(facts) if as_json else visible(_as_text(facts)))
 
 
 def describe(source: Source, cpu_dequantize: str = "auto", batch_size: int = 1) -> dict[str, Any]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dgemma_mlx.checks import reason
 from dgemma_mlx.cli.complete import cached_models
 from dgemma_mlx.cli.help import Command, Group
 from dgemma_mlx.cli.parameters import output_option
 from dgemma_mlx.cli.pipe import quiet_when_closed
+from dgemma_mlx.cli.render.visible import visible
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ def show(context: typer.Context, as_json: AsJsonArray = False) -> None:
             return
         width = max((len(model.name) for model in found), default=0)
         for model in found:
-            print(f"{model.name:{width}}  {_in_words(model)}")
+            print(visible(f"{model.name:{width}}  {_in_words(model)}"))
         if not found:
             print("no checkpoint is in the cache; the demo is built in", file=sys.stderr)
 
@@ -80,22 +82,34 @@ def remove(names: Names, yes: Yes = False) -> None:
             raise DgemmaError(
                 "cannot ask for confirmation, because stdin is not a terminal", "Add -y to remove without asking.", 2
             )
-        if not typer.confirm(f"Remove {', '.join(names)} ({freed})?", err=True):
+        if not typer.confirm(visible(f"Remove {', '.join(names)} ({freed})?"), err=True):
             return
-    _delete(set(names))
-    print(f"removed {', '.join(names)}, {freed}", file=sys.stderr)
+    for name in set(names):
+        _delete(known[name].folder)
+    print(visible(f"removed {', '.join(names)}, {freed}"), file=sys.stderr)
 
 
-def _delete(names: set[str]) -> None:
-    """Delete repositories from the cache, as the Hub's library does."""
-    from huggingface_hub import scan_cache_dir
+def _delete(folder: Path) -> None:
+    """Delete a repository's folder in the cache, as the Hub's library does.
 
-    cache = scan_cache_dir()
-    for repo in cache.repos:
-        if repo.repo_type == "model" and repo.repo_id in names:
-            # One repository at a time: forks share commits, and the library removes the first one that has a commit.
-            commits = [revision.commit_hash for revision in repo.revisions]
-            replace(cache, repos=frozenset({repo})).delete_revisions(*commits).execute()
+    The library is not asked for the contents of the cache, because one damaged file anywhere in it would be an error.
+    Raises ``DgemmaError`` if the folder cannot be deleted.
+    """
+    from huggingface_hub import DeleteCacheStrategy
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # the library would print a traceback
+    none: frozenset[Path] = frozenset()
+    # From version 2 on, folders may share files, of which the library removes those that no folder needs any more.
+    fields = DeleteCacheStrategy.__dataclass_fields__
+    shared: dict[str, Any] = {"cache_dir": folder.parent} if "cache_dir" in fields else {}
+    failure = ""
+    try:
+        DeleteCacheStrategy(0, blobs=none, refs=none, repos=frozenset({folder}), snapshots=none, **shared).execute()
+    except OSError as error:
+        failure = f": {reason(error)}"
+    if folder.exists():
+        raise DgemmaError(f"cannot remove {folder}{failure}", "Check the permissions of the folder, and who uses it.")
 
 
 def _as_dict(model: CachedModel) -> dict[str, Any]:

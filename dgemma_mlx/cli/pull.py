@@ -27,8 +27,8 @@ def pull(name: HubName, cpu_dequantize: CpuDequantize = None) -> None:
     gives it. On a terminal, a question follows if the model does not fit.
 
     Notes:
-        - Interrupt at any time: the same command goes on where the last one stopped, also within a file. Every file is
-          checked by its checksum.
+        - Interrupt at any time: the same command goes on where the last one stopped, also within a file. Each file is
+          checked by its checksum as it is downloaded. Of a file that is in the cache already, the size is compared.
         - The other commands download a model that is missing in the same way. They ask before, on a terminal.
         - A model that is complete in the cache is compared with the newest commit on the Hub, and only files that
           have changed are downloaded.
@@ -47,8 +47,11 @@ def pull(name: HubName, cpu_dequantize: CpuDequantize = None) -> None:
         checkpoint = resolve(name, weights=False, refresh=True)
     if checkpoint.repo_id is None:
         raise DgemmaError(f"{name} is on this machine already", "Name a model on the Hub: owner/name.", exit_code=2)
-    if checkpoint.has_weights:
+    if not checkpoint.has_weights:
+        chosen = Settings().pick("cpu_dequantize", cpu_dequantize)
+        checkpoint = obtain(checkpoint, ask_if_it_fits=False, cpu_dequantize=chosen)
+    elif checkpoint.was_compared:
         print(f"{name} is complete and up to date", file=sys.stderr)
-    else:
-        obtain(checkpoint, ask_if_it_fits=False, cpu_dequantize=Settings().pick("cpu_dequantize", cpu_dequantize))
+    if not checkpoint.was_compared:
+        print(f"{name} is complete in the cache; the Hub could not be asked for a newer one", file=sys.stderr)
     print(f"try: dgemma-mlx chat -m {name}", file=sys.stderr)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from dgemma_mlx.checkpoint import download
+from dgemma_mlx.checkpoint.download import RemoteFile
 from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
 from tests.hub_server import PIECE, Files, HubServer, Repository
 from tests.waiting import wait_until
@@ -118,6 +121,16 @@ def test_a_part_that_is_damaged_is_downloaded_again(hub: HubServer, tmp_path: Pa
     check_whole(hub, tmp_path)
 
 
+def test_a_part_that_is_too_long_counts_as_nothing(tmp_path: Path) -> None:
+    """Nor does one count more than the whole file in the sum over all files."""
+    file = RemoteFile("model.safetensors", 100, "0" * 64, None)
+    repository = download.Repository("owner/name", "1" * 40, tmp_path, (file,))
+    (tmp_path / "blobs").mkdir()
+    for there, counted in ((40, 40), (100, 100), (101, 0)):
+        repository.part(file).write_bytes(bytes(there))
+        assert (repository.arrived(file), repository.bytes_left([file])) == (counted, 100 - counted)
+
+
 @pytest.mark.slow
 def test_a_part_that_is_too_long_is_downloaded_again(hub: HubServer, tmp_path: Path) -> None:
     (tmp_path / BLOBS).mkdir(parents=True)
@@ -127,6 +140,7 @@ def test_a_part_that_is_too_long_is_downloaded_again(hub: HubServer, tmp_path: P
     (etag,) = {path.name for path in whole_blobs(hub, tmp_path / "other") if path.stat().st_size == SIZE and
                path.read_bytes() == random_files()[SHARDS[0]]}  # fmt: skip
     (tmp_path / BLOBS / f"{etag}.incomplete").write_bytes(b"0" * (SIZE + 1))
+    hub.repositories["owner/name"].damaged[SHARDS[0]] = 1  # both attempts are left
     check_whole(hub, tmp_path)
 
 
@@ -194,6 +208,16 @@ def test_partial_files_without_a_writer_are_removed(hub: HubServer, tmp_path: Pa
         process.communicate(timeout=60)
     assert process.returncode == 0
     assert (old.exists(), new.exists()) == (False, True)  # another program may be writing the new one
+
+
+def test_a_copy_that_another_program_removes_is_said(hub: HubServer, tmp_path: Path) -> None:
+    hub.rate = 2_000_000
+    with start(hub, tmp_path) as process:
+        wait_until(lambda: hub.sent.total() > SIZE)
+        shutil.rmtree((tmp_path / BLOBS).parent)
+        hub.rate = None
+        _, error = process.communicate(timeout=60)
+    assert error.startswith("another program removed owner/name from the Hub's cache during the download")
 
 
 @pytest.mark.slow

@@ -189,6 +189,24 @@ def test_an_incomplete_download_is_completed(shell: Shell, lost: str, listed: bo
     assert (folder / lost).read_bytes() == files()[lost]
 
 
+def test_truncated_files_are_downloaded_again(shell: Shell) -> None:
+    folder = Path(shell.resolve("owner/name")["folder"])
+    for name in NEEDED:
+        os.truncate(folder / name, 1)
+    assert shell.resolve("owner/name", HF_HUB_OFFLINE="1")["message"] == OFFLINE
+    assert Path(shell.resolve("owner/name")["folder"]) == folder
+    assert {name: (folder / name).read_bytes() for name in NEEDED} == {name: files()[name] for name in NEEDED}
+
+
+def test_a_damaged_name_of_a_commit_is_replaced(shell: Shell) -> None:
+    folder = shell.resolve("owner/name")["folder"]
+    ref = shell.cache / "models--owner--name" / "refs" / "main"
+    ref.write_bytes(b"\xff")
+    assert shell.resolve("owner/name", HF_HUB_OFFLINE="1")["message"] == OFFLINE
+    assert shell.resolve("owner/name")["folder"] == folder
+    assert ref.read_text() == Path(folder).name
+
+
 def test_another_model_is_refused_before_its_weights_are_fetched(hub: HubServer, shell: Shell) -> None:
     assert "llama" in shell.resolve("owner/other")["message"]
     assert not [path for path in hub.requests if path.endswith(".safetensors")]
@@ -210,6 +228,16 @@ def test_errors_of_the_hub_are_explained(shell: Shell, name: str, message: str, 
     assert "\n" not in error["message"]
     assert hint in error["hint"]
     assert error["exit_code"] == 1
+
+
+@pytest.mark.parametrize("where", ["", "hub/models--owner--name/blobs"])
+def test_a_file_where_a_folder_must_be_is_named(hub: HubServer, tmp_path: Path, where: str) -> None:
+    home = tmp_path / "home"
+    (home / where).parent.mkdir(parents=True, exist_ok=True)
+    (home / where).write_text("")
+    error = Shell(home, hub.url).resolve("owner/name")
+    assert error["message"].startswith(f"cannot use {home / where}")
+    assert "HF_HOME" in error["hint"] and error["exit_code"] == 1
 
 
 def test_no_network(tmp_path: Path) -> None:

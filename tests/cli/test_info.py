@@ -57,6 +57,12 @@ def test_the_demo() -> None:
     assert small["cache"] < large["cache"] and facts["bytes"] < small["total"] < large["total"]
 
 
+def test_a_name_from_outside_is_harmless_on_the_terminal(tmp_path: Path) -> None:
+    folder = tmp_path / "m\x1b[31m"
+    shutil.copytree(DEMO_FOLDER, folder)
+    assert b"\x1b" not in run(str(folder)).stdout
+
+
 MEASURE = """
 import sys
 from dgemma_mlx import generate, load
@@ -236,15 +242,18 @@ def test_a_folder_that_is_not_a_checkpoint(tmp_path: Path, broken: str, message:
 
 def test_a_model_on_the_hub_is_described_without_downloading_it(tmp_path: Path) -> None:
     files = {path.name: path.read_bytes() for path in DEMO_FOLDER.iterdir()}
-    with HubServer({"owner/name": Repository({"main": files})}) as hub:
+    repository = Repository({"feature/new": files})
+    with HubServer({"owner/name": repository}) as hub:
         done = run(
-            "--json", "owner/name", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0",
+            "--json", "owner/name@feature/new", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0",
             HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1", NO_PROXY="127.0.0.1",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr.decode()
         weights = [part for name, part in hub.downloads if name == "model.safetensors"]
+        asked = {path for path in hub.requests if path.endswith("model.safetensors")}
+    assert asked == {f"/owner/name/resolve/{repository.commit('feature/new')}/model.safetensors"}  # all of one commit
     facts, demo = json.loads(done.stdout), describe(open_source(resolve("demo")))
-    assert facts["model"] == "owner/name"
+    assert facts["model"] == "owner/name@feature/new"
     elsewhere = {"model", "folder", "recipe", "memory_available", "verdict"}
     assert {name: facts[name] for name in facts.keys() - elsewhere} == {
         name: demo[name] for name in demo.keys() - elsewhere

@@ -93,6 +93,26 @@ def test_removing_takes_the_named_ones_alone(cache: Path) -> None:
     assert (cache / "models--owner--other").exists() and (cache / "datasets--owner--data").exists()
 
 
+def test_damage_elsewhere_in_the_cache_is_no_obstacle_to_removing(cache: Path) -> None:
+    """Nor are a name of a commit that is not there and a link to nothing, as an interrupted download leaves them."""
+    (cache / "models--owner--other" / "refs" / "main").write_bytes(b"\xff")
+    (cache / "models--owner--two" / "refs" / "main").write_text("0" * 40)
+    (cache / "models--owner--one" / "blobs" / "model.safetensors").unlink()
+    done = run(cache, "rm", "-y", "owner/one", "owner/two")
+    assert (done.returncode, done.stdout) == (0, b""), done.stderr
+    assert done.stderr.startswith(b"removed owner/one, owner/two")
+    assert not (cache / "models--owner--one").exists() and not (cache / "models--owner--two").exists()
+    assert (cache / "models--owner--other").exists()
+
+
+def test_names_from_outside_are_harmless_on_the_terminal(cache: Path) -> None:
+    put(cache, "owner/a\x1b[31mb\udcff", OURS, 1000)
+    (line,) = (line for line in run(cache).stdout.decode().splitlines() if line.startswith("owner/a"))
+    assert line.startswith("owner/a\u241b[31mb\ufffd")
+    done = run(cache, "rm", "-y", "owner/a\x1b[31mb\udcff")
+    assert done.returncode == 0 and b"removed owner/a\xe2\x90\x9b[31mb" in done.stderr, done.stderr
+
+
 def begin(cache: Path, repo_id: str, total: int, arrived: int) -> None:
     """Write a repository of which only the configuration, and perhaps a part of the weights, has arrived."""
     folder = put(cache, repo_id, OURS, 0)
@@ -122,6 +142,20 @@ def test_parts_and_descriptions_are_shown_as_such_and_removed(cache: Path) -> No
     assert (done.returncode, done.stdout) == (0, b""), done.stderr
     assert b"removed owner/part, owner/description, 1.5 MB" in done.stderr
     assert not (cache / "models--owner--part").exists() and not (cache / "models--owner--description").exists()
+
+
+def test_a_truncated_file_and_a_part_that_is_too_long_are_no_whole_model(cache: Path) -> None:
+    """As ``pull`` does, which downloads both again."""
+    for repo_id in ("owner/one", "owner/two"):
+        folder = cache / f"models--{repo_id.replace('/', '--')}"
+        listed = {"model.safetensors": {"size": 3_000_000, "blob_id": "model.safetensors"}}
+        (folder / "trees").mkdir()
+        (folder / "trees" / f"{COMMIT}.json").write_text(json.dumps({"format_version": 1, "files": listed}))
+    begin(cache, "owner/part", 4_000_000, 4_000_001)
+    shown = dict(line.split(maxsplit=1) for line in run(cache).stdout.decode().splitlines())
+    assert shown["owner/two"] == "3.0 MB"
+    assert shown["owner/one"] == "0 bytes of 3.0 MB, `dgemma-mlx pull owner/one` continues"
+    assert shown["owner/part"] == "33 bytes of 4.0 MB, `dgemma-mlx pull owner/part` continues"
 
 
 def test_a_listing_of_nonsense_is_done_without(cache: Path) -> None:

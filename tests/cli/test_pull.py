@@ -126,6 +126,19 @@ def test_pull_downloads_and_then_updates(hub: HubServer, environment: dict[str, 
     assert hub.sent["model.safetensors"] - before <= HEADER
 
 
+def test_a_complete_copy_is_enough_where_the_hub_cannot_be_asked(
+    hub: HubServer, environment: dict[str, str]
+) -> None:
+    assert run(environment, "pull", "owner/tiny").returncode == 0
+    kept = "owner/tiny is complete in the cache; the Hub could not be asked for a newer one"
+    for trouble in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+        done = run({**environment, **trouble}, "pull", "owner/tiny")
+        assert (done.returncode, done.stderr.splitlines()[0]) == (0, kept)
+    hub.repositories["owner/tiny"].on_info = (403, "")  # an answer
+    done = run(environment, "pull", "owner/tiny")
+    assert done.returncode == 1 and "the Hub refuses access to owner/tiny" in done.stderr
+
+
 def test_what_does_not_fit_is_said_and_a_full_disk_is_foreseen(hub: HubServer, environment: dict[str, str]) -> None:
     with Terminal(["pull", "owner/huge"], env=environment) as terminal:
         terminal.wait_for_text("[y/N]:")
