@@ -38,17 +38,21 @@ class Keeper:
             return
         from dgemma_mlx.cli.log.log import Log
 
-        id, name = session.id, session.name
+        log, id, name = Log(), session.id, session.name
         try:
-            Log().save(session, kind, answer)
+            log.save(session, kind, answer)
+            is_removed = id is not None and log.named(id) is None
         except DgemmaError as error:
             self._is_on = False
             print(f"dgemma-mlx: from here on nothing is kept: {error.message}\nhint: {error.hint}", file=sys.stderr)
             return
         if id is not None and session.id != id:
             named = "" if session.name is None else f", named {session.name}"
-            print(f"dgemma-mlx: another program has changed conversation {id}; this one goes on as {session.id}{named}",
-                  file=sys.stderr)  # fmt: skip
+            if is_removed:
+                problem = f"conversation {id} was removed by another program; it is kept again as"
+            else:
+                problem = f"another program has changed conversation {id}; this one goes on as"
+            print(f"dgemma-mlx: {problem} {session.id}{named}", file=sys.stderr)
         elif session.name != name:
             print(f"dgemma-mlx: another conversation has the name {name}; this one is {session.name}", file=sys.stderr)
 

@@ -189,12 +189,16 @@ class Log:
             ]
 
     def rename(self, id: str, name: str) -> None:
-        """Give a conversation a name. Raises `DgemmaError` when another one has it, or when it cannot be a name."""
+        """Give a conversation a name.
+
+        Raises `DgemmaError` when the conversation is not there, when another one has the name, or it cannot be one.
+        """
         check_name(name)
         if (other := self.named(name)) not in (None, id):
             raise DgemmaError(f"conversation {other} has the name {shown(name)}", "Choose another name.", exit_code=2)
         with self._opened(write=True) as db:
-            db.execute("UPDATE conversations SET name = ? WHERE id = ?", (name, id))
+            if not db.execute("UPDATE conversations SET name = ? WHERE id = ?", (name, id)).rowcount:
+                raise _missing(id)
 
     def remove(self, ids: Sequence[str]) -> None:
         """Remove conversations with all that was written in them."""
