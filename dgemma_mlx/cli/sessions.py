@@ -30,7 +30,9 @@ Words = Annotated[list[str], typer.Argument(metavar="WORD", help="What a message
 NewName = Annotated[str, typer.Argument(metavar="NEW", help="The new name.")]
 All = Annotated[bool, typer.Option("--all", "-a", help="Also list what fill, edit, choose and others have written.")]
 Every = Annotated[bool, typer.Option("--all", "-a", help="All conversations and answers.")]
-Limit = Annotated[int, typer.Option("--limit", "-n", metavar="INT", min=1, help="Show at most so many.")]
+Limit = Annotated[
+    int, typer.Option("--limit", "-n", metavar="INT", min=1, max=2**31 - 1, help="Show at most so many.")
+]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")]
 AsJson = Annotated[bool, output_option("--json", help="Print one JSON object per line.")]
 AsJsonArray = Annotated[bool, output_option("--json", help="Print the list as one JSON array.")]

@@ -11,7 +11,10 @@ import pytest
 
 from dgemma_mlx.cli import app as program
 from dgemma_mlx.cli.log.log import Log
+from dgemma_mlx.cli.log.options import ConversationOptions
 from dgemma_mlx.cli.log.session import Session
+from dgemma_mlx.cli.settings import Settings
+from dgemma_mlx.errors import DgemmaError
 from tests.cli.terminal import Terminal
 from tests.cli.test_log import stored
 
@@ -110,3 +113,22 @@ def test_a_person_is_asked_before_something_is_removed(log: Log) -> None:
             terminal.type(answer + "\r")
             assert terminal.finish() == 0
         assert len(log.entries()) == left
+
+
+def test_a_key_that_is_no_text_names_no_conversation(log: Log, run: Run) -> None:
+    stored(log, "one", name="trip")
+    for arguments in (("show", "\udcff"), ("export", "\udcff"), ("rm", "-y", "\udcff"), ("rename", "\udcff", "x")):
+        code, out, err = run(*arguments)
+        assert (code, out) == (1, "") and "there is no conversation '\\udcff'" in err
+    code, _, err = run("rename", "trip", "\udcff")
+    assert code == 2 and "cannot be a name" in err
+    assert run("search", "\udcff")[:2] == (0, "")
+    with pytest.raises(DgemmaError, match="cannot be a name"):
+        ConversationOptions(session="\udcff").open(Settings())
+
+
+def test_a_limit_is_a_number_that_the_database_can_count_to(log: Log, run: Run) -> None:
+    stored(log, "one")
+    for command in (("list",), ("search", "one")):
+        code, _, err = run(*command, "-n", "99999999999999999999")
+        assert code == 2 and "99999999999999999999" in err and "bug" not in err

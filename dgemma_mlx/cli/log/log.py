@@ -9,11 +9,11 @@ import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 from time import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dgemma_mlx.checks import shown
+from dgemma_mlx.checks import is_text, shown
 from dgemma_mlx.cli.log.database import opened
 from dgemma_mlx.cli.log.earlier import EARLIER, take_over
 from dgemma_mlx.cli.log.session import Session
@@ -139,6 +139,8 @@ class Log:
 
         Raises `DgemmaError` when there is none, or more than one.
         """
+        if not is_text(key):
+            raise _missing(key)
         if (found := self.named(key)) is not None:
             return found
         with self._opened() as db:
@@ -152,6 +154,8 @@ class Log:
 
     def named(self, key: str) -> str | None:
         """Return the id of the conversation with this name or this whole id; None when there is none."""
+        if not is_text(key):
+            return None
         with self._opened() as db:
             row = db.execute("SELECT id FROM conversations WHERE name = ?1 OR id = ?1", (key,)).fetchone()
         return None if row is None else str(row[0])
@@ -205,18 +209,19 @@ class Log:
         with self._opened(write=True) as db:
             db.executemany("DELETE FROM conversations WHERE id = ?", [(id,) for id in ids])
 
-    def search(self, words: Sequence[str], limit: int = -1) -> list[Hit]:
+    def search(self, words: Sequence[str], limit: int | None = None) -> list[Hit]:
         """Return the messages that hold all the words, in any case and as parts of words, the last one first."""
         folded = [word.casefold() for word in words]
         with self._opened() as db:
-            db.create_function("holds", 1, lambda text: all(word in text.casefold() for word in folded))
             rows = db.execute(
                 "SELECT conversation, role, content, position IS NULL FROM messages "
-                "WHERE content IS NOT NULL AND holds(content) ORDER BY id DESC LIMIT ?", (limit,),
-            ).fetchall()  # fmt: skip
-            ids = {row[0] for row in rows}
+                "WHERE content IS NOT NULL ORDER BY id DESC"
+            )  # fmt: skip
+            holding = (row for row in rows if all(word in row[2].casefold() for word in folded))
+            hits = list(islice(holding, limit))
+            ids = {row[0] for row in hits}
             found = {id: Entry(*db.execute(f"{_ENTRIES} WHERE c.id = ?", (id,)).fetchone()) for id in ids}
-        return [Hit(found[id], role, content, bool(undone)) for id, role, content, undone in rows]
+        return [Hit(found[id], role, content, bool(undone)) for id, role, content, undone in hits]
 
     @contextmanager
     def _opened(self, write: bool = False) -> Iterator[Connection]:
