@@ -17,6 +17,7 @@ from dgemma_mlx.cli import complete
 from dgemma_mlx.cli.interrupt import end_in_order, ending_at_once
 from dgemma_mlx.cli.parameters import PlanAsJson, output_option, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
+from dgemma_mlx.cli.render.visible import visible
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.sizes import parse_size, size
 
@@ -233,7 +234,7 @@ def _show_result(report: Report, as_json: bool) -> None:
         return
     if report.verification:
         print(_comparison(report.verification), file=sys.stderr)
-    print(f"wrote {report.output}; try: dgemma-mlx generate -m {report.output} \"Hello\"", file=sys.stderr)
+    print(visible(f"wrote {report.output}; try: dgemma-mlx generate -m {report.output} \"Hello\""), file=sys.stderr)
 
 
 def _comparison(verification: Verification) -> str:

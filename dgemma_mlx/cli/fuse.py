@@ -8,6 +8,7 @@ from typing import Annotated
 
 from dgemma_mlx.cli.loading import fetch
 from dgemma_mlx.cli.parameters import ModelName, model_option, output_option
+from dgemma_mlx.cli.render.visible import visible
 from dgemma_mlx.cli.settings import Settings
 
 Adapter = Annotated[Path, model_option("--adapter", metavar="FOLDER", help="The adapter to merge into the model.")]
@@ -36,4 +37,4 @@ def fuse(
     name = Settings().pick("model", model)
     fetch(name)
     merge(name, adapter, output, dequantize=dequantize, force=force, progress=progress)
-    print(f"wrote {output}; try: dgemma-mlx generate -m {output} \"...\"", file=sys.stderr)
+    print(visible(f"wrote {output}; try: dgemma-mlx generate -m {output} \"...\""), file=sys.stderr)

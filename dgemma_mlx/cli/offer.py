@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dgemma_mlx.cli.interrupt import ending_at_once
+from dgemma_mlx.cli.render.visible import visible
 from dgemma_mlx.cli.settings import config_file
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.sizes import size
@@ -78,7 +79,7 @@ def remember(name: str) -> None:
 
     file = config_file(os.environ)
     change_setting(file, "model", name)
-    print(f"{name} is now the model in {file}", file=sys.stderr)
+    print(visible(f"{name} is now the model in {file}"), file=sys.stderr)
 
 
 def _choices() -> list[_Choice]:

@@ -10,6 +10,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from dgemma_mlx.cli.log.session import Session
+from dgemma_mlx.cli.render.visible import visible
 from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.errors import DgemmaError
 
@@ -52,9 +53,10 @@ class Keeper:
                 problem = f"conversation {id} was removed by another program; it is kept again as"
             else:
                 problem = f"another program has changed conversation {id}; this one goes on as"
-            print(f"dgemma-mlx: {problem} {session.id}{named}", file=sys.stderr)
+            print(visible(f"dgemma-mlx: {problem} {session.id}{named}"), file=sys.stderr)
         elif session.name != name:
-            print(f"dgemma-mlx: another conversation has the name {name}; this one is {session.name}", file=sys.stderr)
+            changed = f"another conversation has the name {name}; this one is {session.name}"
+            print(f"dgemma-mlx: {visible(changed)}", file=sys.stderr)
 
     def keep_answer(self, session: Session, kind: str, done: Done, model: str) -> None:
         """Add an answer to a conversation and store it. One without text and calls is not kept."""
