@@ -18,7 +18,7 @@ def size(count: float) -> str:
     Units are powers of 1000, from kB to TB: 1,000 MB are ``1.0 GB``. Fewer than 1000 bytes are written as
     ``512 bytes``.
     """
-    return _scaled(count, (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))) or f"{count:.0f} bytes"
+    return _scaled(count, (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))) or counted(round(count), "byte")
 
 
 def amount(count: float) -> str:

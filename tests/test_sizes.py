@@ -25,7 +25,7 @@ def test_invalid_sizes_are_refused(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (999_949, "999.9 kB"), (999_951, "1.0 MB"),
+    [(0, "0 bytes"), (1, "1 byte"), (999, "999 bytes"), (1000, "1.0 kB"), (999_949, "999.9 kB"), (999_951, "1.0 MB"),
      (950_000_000, "950.0 MB"), (999_960_000, "1.0 GB"), (16_600_000_000, "16.6 GB"), (2e15, "2000.0 TB")],
 )  # fmt: skip
 def test_a_size_has_the_largest_unit_that_it_reaches(count: float, text: str) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dgemma_mlx.checks import reason
+from dgemma_mlx.cli.render.visible import visible
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.sizes import counted, size
 
@@ -52,7 +53,7 @@ def with_attachments(prompt: str, attachments: Sequence[Attachment]) -> str:
 
 
 def _say(message: str) -> None:
-    print(f"dgemma-mlx: {message}", file=sys.stderr)
+    print(f"dgemma-mlx: {visible(message)}", file=sys.stderr)
 
 
 def read_attachments(paths: Iterable[Path], say: Callable[[str], None] = _say) -> list[Attachment]:

@@ -15,6 +15,7 @@ from dgemma_mlx.cli.complete import setting_names, setting_values
 from dgemma_mlx.cli.help import Command, Group
 from dgemma_mlx.cli.parameters import AsJson
 from dgemma_mlx.cli.pipe import quiet_when_closed
+from dgemma_mlx.cli.render.visible import print_path, visible
 from dgemma_mlx.cli.settings import SETTINGS, Settings, config_file, parse
 from dgemma_mlx.errors import DgemmaError
 
@@ -46,18 +47,16 @@ def show(context: typer.Context, as_json: AsJson = False) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    from dgemma_mlx.cli.render.visible import visible
-
     settings, file = Settings(), config_file(os.environ)
     with quiet_when_closed():
         if as_json:
             values = {name: {"value": item.value, "from": item.origin} for name, item in settings.items()}
             print(json.dumps({"file": str(file), "settings": values}))
             return
-        print(f"file: {file}{'' if file.exists() else ' (does not exist)'}")
+        print(f"file: {visible(str(file))}{'' if file.exists() else ' (does not exist)'}")
         for name, item in settings.items():
             value = json.dumps(item.value, ensure_ascii=False) if item.value is not None else "-"
-            print(f"{name:22} {visible(value):12} {item.origin:24} {SETTINGS[name].meaning}")
+            print(visible(f"{name:22} {value:12} {item.origin:24} {SETTINGS[name].meaning}"))
 
 
 @config.command("set", cls=Command)
@@ -78,7 +77,7 @@ def set_(name: Name, value: Value) -> None:
     if name == "memory_limit":
         parse_size(new)
     change_setting(file, name, new)
-    print(f"{name} = {json.dumps(new, ensure_ascii=False)} in {file}", file=sys.stderr)
+    print(visible(f"{name} = {json.dumps(new, ensure_ascii=False)} in {file}"), file=sys.stderr)
     _warn_if_overridden(name)
 
 
@@ -96,7 +95,7 @@ def unset(name: Name) -> None:
     file = config_file(os.environ)
     if not file.exists() or not change_setting(file, name, None):
         raise DgemmaError(f"{name} is not set in {file}", "`dgemma-mlx config` shows where each setting comes from.")
-    print(f"removed {name} from {file}", file=sys.stderr)
+    print(visible(f"removed {name} from {file}"), file=sys.stderr)
     _warn_if_overridden(name)
 
 
@@ -130,15 +129,15 @@ def edit() -> None:
                 Settings({}, copy)
                 break
             except DgemmaError as error:
-                print(f"dgemma-mlx: {error.message.replace(str(copy), str(file))}", file=sys.stderr)
+                print(visible(f"dgemma-mlx: {error.message.replace(str(copy), str(file))}"), file=sys.stderr)
             if not typer.confirm("Edit it again?", default=True, err=True):
                 raise DgemmaError(f"{file} was not changed", "What was written is not valid.", exit_code=2)
         after = copy.read_bytes()
     if after == before:
-        print(f"{file} was not changed", file=sys.stderr)
+        print(visible(f"{file} was not changed"), file=sys.stderr)
         return
     write_whole(file, after.decode())
-    print(f"wrote {file}", file=sys.stderr)
+    print(visible(f"wrote {file}"), file=sys.stderr)
 
 
 @config.command("path", cls=Command)
@@ -150,7 +149,7 @@ def path() -> None:
         cat "$(dgemma-mlx config path)"
     """
     with quiet_when_closed():
-        print(config_file(os.environ))
+        print_path(config_file(os.environ))
 
 
 _TEMPLATE = "# The settings of dgemma-mlx. Remove the # before a name and write the value that you want.\n" + "".join(

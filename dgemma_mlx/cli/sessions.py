@@ -30,7 +30,9 @@ Words = Annotated[list[str], typer.Argument(metavar="WORD", help="What a message
 NewName = Annotated[str, typer.Argument(metavar="NEW", help="The new name.")]
 All = Annotated[bool, typer.Option("--all", "-a", help="Also list what fill, edit, choose and others have written.")]
 Every = Annotated[bool, typer.Option("--all", "-a", help="All conversations and answers.")]
-Limit = Annotated[int, typer.Option("--limit", "-n", metavar="INT", min=1, help="Show at most so many.")]
+Limit = Annotated[
+    int, typer.Option("--limit", "-n", metavar="INT", min=1, max=2**31 - 1, help="Show at most so many.")
+]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")]
 AsJson = Annotated[bool, output_option("--json", help="Print one JSON object per line.")]
 AsJsonArray = Annotated[bool, output_option("--json", help="Print the list as one JSON array.")]
@@ -152,7 +154,8 @@ def remove(names: Several = None, every: Every = False, yes: Yes = False) -> Non
 def export(names: Several = None, every: Every = False, as_json: AsJson = False) -> None:
     """Print conversations as Markdown or JSON.
 
-    A line of `--json`, in a file of its own, is a file that `/load` of a chat reads.
+    A line of `--json`, in a file of its own, is a file that `/load` of a chat reads. With `--all`, conversations that
+    are damaged are left out and named at the end.
 
     Examples:
         dgemma-mlx sessions export trip > trip.md
@@ -163,15 +166,25 @@ def export(names: Several = None, every: Every = False, as_json: AsJson = False)
     from dgemma_mlx.cli.log.log import Log
     from dgemma_mlx.cli.render.visible import json_line
 
-    log = Log()
+    log, problems, printed = Log(), list[DgemmaError](), False
     with quiet_when_closed():
-        for number, id in enumerate(_chosen(log, names, every)):
-            if as_json:
-                print(json_line(whole(log, id)))
+        for id in _chosen(log, names, every):
+            try:
+                found = [json_line(whole(log, id))] if as_json else list(as_markdown(log.load(id), log.entry(id)))
+            except DgemmaError as error:
+                problems.append(error)
+                if not every:
+                    break
                 continue
-            if number:
+            if printed and not as_json:
                 print()
-            _print(as_markdown(log.load(id), log.entry(id)))
+            printed = True
+            _print(found)
+    if len(problems) > 1:
+        damaged = "; ".join(error.message for error in problems)
+        raise DgemmaError(f"{len(problems)} conversations were left out: {damaged}", problems[0].hint)
+    if problems:
+        raise problems[0]
 
 
 @sessions.command("search", cls=Command)
@@ -222,7 +235,7 @@ def _chosen(log: Any, names: list[str] | None, every: bool) -> list[str]:
     if bool(names) == every:
         hint = "`dgemma-mlx sessions` lists them; --all takes all."
         raise DgemmaError("which conversations?", hint, exit_code=2)
-    ids = [entry.id for entry in log.entries()] if every else map(log.find, names or ())
+    ids = log.ids() if every else map(log.find, names or ())
     return list(dict.fromkeys(ids))
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from dgemma_mlx.checks import reason
+from dgemma_mlx.cli.render.visible import visible
 from dgemma_mlx.cli.settings import APP
 
 STATE_VARIABLE = "DGEMMA_STATE"
@@ -34,6 +35,6 @@ def history_file() -> Path | None:
         own_folder(folder)
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
     except OSError as error:
-        print(f"what you type will not be kept: cannot write {folder}: {reason(error)}", file=sys.stderr)
+        print(visible(f"what you type will not be kept: cannot write {folder}: {reason(error)}"), file=sys.stderr)
         return None
     return path

@@ -11,6 +11,7 @@ from dgemma_mlx.cli import complete
 from dgemma_mlx.cli.help import Command, Group
 from dgemma_mlx.cli.parameters import output_option
 from dgemma_mlx.cli.pipe import quiet_when_closed
+from dgemma_mlx.cli.render.visible import print_path, visible
 
 templates = typer.Typer(cls=Group, invoke_without_command=True, subcommand_metavar="[COMMAND] [ARGS]...")
 
@@ -85,8 +86,8 @@ def show_list(as_json: AsJsonArray = False) -> None:
         for name in names:
             print(name)
         if not names:
-            print(f"there is no template in {templates_folder()}; `dgemma-mlx templates edit NAME` writes one",
-                  file=sys.stderr)  # fmt: skip
+            problem = f"there is no template in {templates_folder()}"
+            print(f"{visible(problem)}; `dgemma-mlx templates edit NAME` writes one", file=sys.stderr)
 
 
 @templates.command("show", cls=Command)
@@ -118,7 +119,7 @@ def path() -> None:
     from dgemma_mlx.cli.template import templates_folder
 
     with quiet_when_closed():
-        print(templates_folder())
+        print_path(templates_folder())
 
 
 @templates.command("edit", cls=Command)
@@ -150,4 +151,4 @@ def edit(name: Name) -> None:
         print("nothing was changed, so no template was written", file=sys.stderr)
         return
     read_template(file)
-    print(f"saved {file}", file=sys.stderr)
+    print(f"saved {visible(str(file))}", file=sys.stderr)

@@ -22,6 +22,7 @@ from dgemma_mlx.cli.parameters import (
     resource_option,
     section,
 )
+from dgemma_mlx.cli.render.visible import visible
 from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.sizes import amount, size
@@ -231,7 +232,7 @@ def train(
             print(json.dumps({"output": str(output), **plan}))
         elif not quiet:
             use = f"-m {output}" if full else f"-m {run.model.name} --adapter {output}"
-            print(f"wrote {output}; try: dgemma-mlx generate {use} \"...\"", file=sys.stderr)
+            print(visible(f"wrote {output}; try: dgemma-mlx generate {use} \"...\""), file=sys.stderr)
 
 
 def _check_shape_options(

@@ -101,3 +101,11 @@ def test_a_file_cannot_break_out_of_its_fences() -> None:
     framed = with_attachments("Why?", [Attachment("x\ny.txt", text), Attachment("empty", "")])
     assert framed == f"x\\ny.txt:\n``````\n{text}\n``````\n\nempty:\n```\n```\n\nWhy?"
     assert with_attachments("Why?", []) == "Why?"
+
+
+def test_the_name_of_a_folder_cannot_control_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "m\x1b[31md"
+    folder.mkdir()
+    (folder / "a").write_text("x")
+    read_attachments([folder])
+    assert capsys.readouterr().err == f"dgemma-mlx: {tmp_path}/m␛[31md: 1 file, 1 byte\n"

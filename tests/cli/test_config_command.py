@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from dgemma_mlx.cli import app as program
 from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.cli.settings_file import change_setting, changed
 from dgemma_mlx.errors import DgemmaError
@@ -134,3 +135,19 @@ def test_an_edited_file_is_checked_before_it_replaces_the_settings(tmp_path: Pat
         terminal.type("\r")
         assert terminal.finish() == 0
         assert terminal.text.endswith(f"wrote {file}") and file.read_text() == "seed = 5\n"
+
+
+def test_no_path_and_no_value_can_control_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DGEMMA_CONFIG", str(tmp_path / "c\x1b[31m" / "config.toml"))
+    (tmp_path / "c\x1b[31m").mkdir()
+    for arguments in (
+        ("config", "set", "system", "a\x9b31m"), ("config",), ("config", "unset", "system"), ("templates",),
+    ):  # fmt: skip
+        monkeypatch.setattr("sys.argv", ["dgemma-mlx", *arguments])
+        assert program.run() == 0
+        out, err = capsys.readouterr()
+        assert "c␛[31m" in out + err and not {"\x1b", "\x9b"} & {*out, *err}
+    monkeypatch.setattr("sys.argv", ["dgemma-mlx", "config", "path"])
+    assert program.run() == 0 and capsys.readouterr().out == f"{tmp_path}/c\x1b[31m/config.toml\n"  # for a program

@@ -135,10 +135,19 @@ def test_two_at_once_lose_no_turn(log: Log, capsys: pytest.CaptureFixture[str]) 
     assert f"another program has changed conversation {id}; this one goes on as {there.id}" in capsys.readouterr().err
     assert [message["content"] for message in log.load(id).messages[::2]] == ["one", "here"]
     assert [message["content"] for message in log.load(str(there.id)).messages[::2]] == ["one", "there"]
+
+
+def test_what_another_program_removes_is_kept_again_and_said(log: Log, capsys: pytest.CaptureFixture[str]) -> None:
+    session = stored(log, "one", name="trip")
+    id = str(session.id)
     log.remove([id])
-    here.messages += turn("more")
-    keeper.keep(here, "chat", ANSWER)  # of a conversation that was removed meanwhile
-    assert here.id != id and log.load(str(here.id)) == here
+    with pytest.raises(DgemmaError, match="there is no conversation"):
+        log.rename(id, "journey")
+    session.messages += turn("more")
+    Keeper(Settings()).keep(session, "chat", ANSWER)
+    assert session.id != id and log.load(str(session.id)) == session
+    said = f"conversation {id} was removed by another program; it is kept again as {session.id}, named trip\n"
+    assert capsys.readouterr().err == f"dgemma-mlx: {said}"
 
 
 def test_what_is_removed_is_gone_from_the_file(log: Log) -> None:

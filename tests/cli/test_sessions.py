@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dgemma_mlx.cli import app as program
+from dgemma_mlx.cli.log.keep import Keeper
 from dgemma_mlx.cli.log.log import Log
+from dgemma_mlx.cli.log.options import ConversationOptions
 from dgemma_mlx.cli.log.session import Session
+from dgemma_mlx.cli.settings import Settings
+from dgemma_mlx.errors import DgemmaError
 from tests.cli.terminal import Terminal
 from tests.cli.test_log import stored
 
@@ -110,3 +116,76 @@ def test_a_person_is_asked_before_something_is_removed(log: Log) -> None:
             terminal.type(answer + "\r")
             assert terminal.finish() == 0
         assert len(log.entries()) == left
+
+
+def test_a_key_that_is_no_text_names_no_conversation(log: Log, run: Run) -> None:
+    stored(log, "one", name="trip")
+    for arguments in (("show", "\udcff"), ("export", "\udcff"), ("rm", "-y", "\udcff"), ("rename", "\udcff", "x")):
+        code, out, err = run(*arguments)
+        assert (code, out) == (1, "") and "there is no conversation '\\udcff'" in err
+    code, _, err = run("rename", "trip", "\udcff")
+    assert code == 2 and "cannot be a name" in err
+    assert run("search", "\udcff")[:2] == (0, "")
+    with pytest.raises(DgemmaError, match="cannot be a name"):
+        ConversationOptions(session="\udcff").open(Settings())
+
+
+def test_a_limit_is_a_number_that_the_database_can_count_to(log: Log, run: Run) -> None:
+    stored(log, "one")
+    for command in (("list",), ("search", "one")):
+        code, _, err = run(*command, "-n", "99999999999999999999")
+        assert code == 2 and "99999999999999999999" in err and "bug" not in err
+
+
+DAMAGE = [
+    "UPDATE messages SET marks = '{\"a' WHERE position = 1",
+    "UPDATE messages SET marks = 7 WHERE position = 1",
+    "UPDATE messages SET answer = '{' WHERE position = 1",
+    "UPDATE messages SET content = CAST(x'6f6eff' AS TEXT)",
+    "UPDATE messages SET content = x'6f6e'",
+    "UPDATE messages SET role = x'75' WHERE position = 0",
+    "UPDATE messages SET time = 1e300",
+    "UPDATE conversations SET changed = 1e300",
+    "UPDATE conversations SET settings = '{\"temp\": -1}'",
+    "UPDATE conversations SET model = CAST(x'ff' AS TEXT)",
+    "UPDATE conversations SET revision = x'ff'",
+]
+
+
+@pytest.mark.parametrize("statement", DAMAGE)
+def test_a_damaged_conversation_is_named_and_does_not_hide_the_others(log: Log, run: Run, statement: str) -> None:
+    session, id = stored(log, "one"), str(stored(log, "another").id)
+    with sqlite3.connect(log.path) as file:
+        file.execute(statement + (" AND" if "WHERE" in statement else " WHERE")
+                     + (" conversation = ?" if "messages" in statement else " id = ?"), (id,))  # fmt: skip
+    file.close()
+    found = [run("list"), run("show", id)] + [
+        run(*arguments, *as_json)
+        for arguments in (("search", "on"), ("export", id), ("export", "--all"))
+        for as_json in ((), ("--json",))
+    ]
+    for code, _, err in found:
+        assert code == 0 or (code == 1 and f"conversation {id} is damaged" in err and err.count("\n") == 2)
+    assert any(code for code, _, _ in found)
+    for code, out, _ in found[-2:]:
+        assert "one!" in out and (code == 0) is ("another" in out)
+    session.messages += [{"role": "user", "content": "more"}, {"role": "assistant", "content": "yes"}]
+    Keeper(Settings()).keep(session, "chat")
+    assert log.load(str(session.id)) == session
+    assert run("rm", "-y", "--all")[0] == 0 and log.entries() == []
+
+
+def test_flipped_bits_are_never_called_a_bug(log: Log, run: Run) -> None:
+    pick = random.Random(3)
+    for number in range(4):
+        stored(log, f"question {number}", "more", name=f"name {number}")
+    whole = log.path.read_bytes()
+    used = [place for place, byte in enumerate(whole) if byte]  # most of the file is empty
+    for _ in range(8):
+        flipped = bytearray(whole)
+        for place in pick.sample(used, 20):
+            flipped[place] ^= 1 << pick.randrange(8)
+        log.path.write_bytes(flipped)
+        for arguments in (("list", "-a"), ("search", "e"), ("show",), ("export", "--all"), ("export", "-a", "--json")):
+            code, _, err = run(*arguments)
+            assert code in (0, 1) and "unexpected" not in err, err

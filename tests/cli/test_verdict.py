@@ -18,7 +18,7 @@ from dgemma_mlx.generation.memory import run_memory
     ("memory", "recipe", "sentence"),
     [
         ({8192: 10, 32_768: 12}, None, "fits with 3 bytes to spare at 32,768 tokens of context"),
-        ({8192: 14, 32_768: 16}, None, "fits with 1 bytes to spare at 8,192 tokens of context"),
+        ({8192: 14, 32_768: 16}, None, "fits with 1 byte to spare at 8,192 tokens of context"),
         ({8192: 16, 32_768: 18}, "q3",
          "does not fit: use q3, which takes 14 bytes (dgemma-mlx convert some/model --recipe q3)"),
         ({8192: 14_000, 32_768: 16_000}, None, "does not fit, nor would the smallest recipe, which takes 14 bytes"),

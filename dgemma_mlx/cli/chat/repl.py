@@ -32,6 +32,7 @@ from dgemma_mlx.cli.parameters import (
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.prompt_cache import PromptCacheFile, kept_prompt_cache
 from dgemma_mlx.cli.render.region import can_draw
+from dgemma_mlx.cli.render.visible import visible
 from dgemma_mlx.cli.settings import SETTINGS, Settings
 from dgemma_mlx.cli.state import history_file
 from dgemma_mlx.errors import DgemmaError
@@ -120,8 +121,9 @@ def chat(
     with quiet_when_closed(), _conversation(url, key, session, defaults, draw, model, prompt_cache) as opened:
         opened.check()  # refuse contradictory settings before anything is written
         if continued is not None:
-            title = f"{session.id} ({session.name})" if session.name else session.id
-            print(f"continuing {title} after {counted(session.turns, 'turn')}; /show shows them", file=sys.stderr)
+            title = f"{session.id} ({session.name})" if session.name else str(session.id)
+            turns = counted(session.turns, "turn")
+            print(f"continuing {visible(title)} after {turns}; /show shows them", file=sys.stderr)
         _talk(opened, history_file() if defaults["log"] else None, Keeper(settings))
 
 
@@ -227,8 +229,6 @@ def _status(chat: Chat) -> str:
 
 def _short_name(chat: Chat) -> str:
     """Return the name of the model; of a folder, the last part."""
-    from dgemma_mlx.cli.render.visible import visible
-
     name = chat.model_name
     return visible(os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name)
 
@@ -247,8 +247,6 @@ def _asker(chat: Chat, history: Path | None, person: bool) -> Ask:
 
 def _complain(error: DgemmaError) -> None:
     """Print an error and its hint to stderr."""
-    from dgemma_mlx.cli.render.visible import visible
-
     print(visible(error.message), file=sys.stderr)
     if error.hint:
         print(f"hint: {visible(error.hint)}", file=sys.stderr)

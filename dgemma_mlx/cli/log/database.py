@@ -58,6 +58,7 @@ def opened(path: Path, *, create: bool) -> Iterator[sqlite3.Connection]:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         name = path if os.path.exists(path) else ":memory:"
         with closing(sqlite3.connect(name, timeout=_PATIENCE, isolation_level=None)) as connection:
+            connection.text_factory = lambda data: data.decode(errors="surrogateescape")  # ``log`` finds such damage
             connection.execute("PRAGMA foreign_keys = ON")
             connection.execute("PRAGMA secure_delete = ON")  # what is removed is overwritten
             _check_version(connection, path)
@@ -70,6 +71,8 @@ def opened(path: Path, *, create: bool) -> Iterator[sqlite3.Connection]:
             connection.execute("COMMIT")
     except sqlite3.Error as error:
         raise _error(error, path) from None
+    except UnicodeDecodeError as error:  # of a message of SQLite that quotes a damaged table
+        raise damaged(path, reason(error)) from None
     except OSError as error:
         raise DgemmaError(f"cannot write {path}: {reason(error)}", "DGEMMA_STATE names another folder.") from None
 
@@ -96,12 +99,16 @@ def _create(connection: sqlite3.Connection) -> None:
     connection.execute("COMMIT")
 
 
+def damaged(path: Path, problem: str) -> DgemmaError:
+    """Return the error that the whole file is damaged."""
+    return DgemmaError(f"{path} is damaged: {problem}", "It was left as it is. Move it away to begin a new one.")
+
+
 def _error(error: sqlite3.Error, path: Path) -> DgemmaError:
     """Return the error that says what is wrong with the file."""
     import sqlite3
 
     if type(error) is sqlite3.DatabaseError:  # and not one of its subclasses: damaged, or no database at all
-        hint = "It was left as it is. Move it away to begin a new one."
-        return DgemmaError(f"{path} is damaged: {error}", hint)
+        return damaged(path, str(error))
     hint = next((hint for word, hint in _HINTS.items() if word in str(error)), "Check its permissions, and the disk.")
     return DgemmaError(f"cannot use {path}: {error}", hint)

@@ -10,6 +10,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from dgemma_mlx.cli.log.session import Session
+from dgemma_mlx.cli.render.visible import visible
 from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.errors import DgemmaError
 
@@ -38,19 +39,24 @@ class Keeper:
             return
         from dgemma_mlx.cli.log.log import Log
 
-        id, name = session.id, session.name
+        log, id, name = Log(), session.id, session.name
         try:
-            Log().save(session, kind, answer)
+            log.save(session, kind, answer)
+            is_removed = id is not None and log.named(id) is None
         except DgemmaError as error:
             self._is_on = False
             print(f"dgemma-mlx: from here on nothing is kept: {error.message}\nhint: {error.hint}", file=sys.stderr)
             return
         if id is not None and session.id != id:
             named = "" if session.name is None else f", named {session.name}"
-            print(f"dgemma-mlx: another program has changed conversation {id}; this one goes on as {session.id}{named}",
-                  file=sys.stderr)  # fmt: skip
+            if is_removed:
+                problem = f"conversation {id} was removed by another program; it is kept again as"
+            else:
+                problem = f"another program has changed conversation {id}; this one goes on as"
+            print(visible(f"dgemma-mlx: {problem} {session.id}{named}"), file=sys.stderr)
         elif session.name != name:
-            print(f"dgemma-mlx: another conversation has the name {name}; this one is {session.name}", file=sys.stderr)
+            changed = f"another conversation has the name {name}; this one is {session.name}"
+            print(f"dgemma-mlx: {visible(changed)}", file=sys.stderr)
 
     def keep_answer(self, session: Session, kind: str, done: Done, model: str) -> None:
         """Add an answer to a conversation and store it. One without text and calls is not kept."""

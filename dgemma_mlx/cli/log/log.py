@@ -6,15 +6,15 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 from time import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dgemma_mlx.checks import shown
-from dgemma_mlx.cli.log.database import opened
+from dgemma_mlx.checks import is_text, is_whole, reason, shown
+from dgemma_mlx.cli.log.database import damaged, opened
 from dgemma_mlx.cli.log.earlier import EARLIER, take_over
 from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.cli.state import state_folder
@@ -121,12 +121,11 @@ class Log:
             if row is None:
                 raise _missing(id)
             model, system, settings, name, revision = row
-            place = f"conversation {id}"
-            try:
-                record = {"messages": _messages(db, id), "system": system, "settings": parse_json(settings)}
-            except ValueError as error:
-                raise DgemmaError(f"{place} is damaged: {error}", _DAMAGED) from None
-        session = Session.of({**record, "model": model}, place, _DAMAGED)
+            with _intact(id):
+                _check(revision, is_whole)
+                _check(name, _is_text_or_none)
+                record = {"messages": _messages(db, id), "system": system, "settings": parse_json(_text(settings))}
+        session = Session.of({**record, "model": model}, f"conversation {id} is damaged", _DAMAGED)
         session.id, session.name, session.revision = id, name, revision
         return session
 
@@ -139,6 +138,8 @@ class Log:
 
         Raises `DgemmaError` when there is none, or more than one.
         """
+        if not is_text(key):
+            raise _missing(key)
         if (found := self.named(key)) is not None:
             return found
         with self._opened() as db:
@@ -152,24 +153,33 @@ class Log:
 
     def named(self, key: str) -> str | None:
         """Return the id of the conversation with this name or this whole id; None when there is none."""
+        if not is_text(key):
+            return None
         with self._opened() as db:
             row = db.execute("SELECT id FROM conversations WHERE name = ?1 OR id = ?1", (key,)).fetchone()
         return None if row is None else str(row[0])
 
     def entries(self, kinds: Collection[str] = (), limit: int = -1) -> list[Entry]:
-        """Return the conversations of these kinds, or of all kinds, the last one first; at most ``limit``."""
+        """Return the conversations of these kinds, or of all kinds, the last one first; at most ``limit``.
+
+        Raises `DgemmaError`, which names it, when one of them is damaged.
+        """
         with self._opened() as db:
             where = f"WHERE kind IN ({','.join('?' * len(kinds))})" if kinds else ""
             query = f"{_ENTRIES} {where} ORDER BY changed DESC, c.rowid DESC LIMIT ?"
-            return [Entry(*row) for row in db.execute(query, (*kinds, limit))]
+            rows = db.execute(query, (*kinds, limit)).fetchall()
+        return [self._entry(row) for row in rows]
+
+    def ids(self) -> list[str]:
+        """Return the ids of all conversations, the last one first, with those that are damaged."""
+        with self._opened() as db:
+            rows = db.execute("SELECT id FROM conversations ORDER BY changed DESC, rowid DESC").fetchall()
+        return [self._id(id) for (id,) in rows]
 
     def entry(self, id: str) -> Entry:
         """Return what a list says about a conversation. Raises `DgemmaError` when it is not there."""
         with self._opened() as db:
-            row = db.execute(f"{_ENTRIES} WHERE c.id = ?", (id,)).fetchone()
-        if row is None:
-            raise _missing(id)
-        return Entry(*row)
+            return self._found(db, id)
 
     def answers(self, id: str) -> list[dict[str, Any]]:
         """Return all messages of a conversation with their times, in the order in which they were written.
@@ -182,37 +192,73 @@ class Log:
             rows = db.execute(
                 "SELECT position, time, role, content, marks, coalesce(answer, '{}') FROM messages "
                 "WHERE conversation = ? ORDER BY id", (id,),
-            )  # fmt: skip
-            return [
-                {"position": position, "time": when, **_message(*message), **parse_json(answer)}
-                for position, when, *message, answer in rows
-            ]
+            ).fetchall()  # fmt: skip
+        found = []
+        with _intact(id):
+            for position, when, *message, answer in rows:
+                _check(position, lambda value: value is None or is_whole(value))
+                _check(when, _is_time)
+                found.append({"position": position, "time": when, **_message(*message), **_object(answer)})
+        return found
 
     def rename(self, id: str, name: str) -> None:
-        """Give a conversation a name. Raises `DgemmaError` when another one has it, or when it cannot be a name."""
+        """Give a conversation a name.
+
+        Raises `DgemmaError` when the conversation is not there, when another one has the name, or it cannot be one.
+        """
         check_name(name)
         if (other := self.named(name)) not in (None, id):
             raise DgemmaError(f"conversation {other} has the name {shown(name)}", "Choose another name.", exit_code=2)
         with self._opened(write=True) as db:
-            db.execute("UPDATE conversations SET name = ? WHERE id = ?", (name, id))
+            if not db.execute("UPDATE conversations SET name = ? WHERE id = ?", (name, id)).rowcount:
+                raise _missing(id)
 
     def remove(self, ids: Sequence[str]) -> None:
         """Remove conversations with all that was written in them."""
         with self._opened(write=True) as db:
             db.executemany("DELETE FROM conversations WHERE id = ?", [(id,) for id in ids])
 
-    def search(self, words: Sequence[str], limit: int = -1) -> list[Hit]:
+    def search(self, words: Sequence[str], limit: int | None = None) -> list[Hit]:
         """Return the messages that hold all the words, in any case and as parts of words, the last one first."""
         folded = [word.casefold() for word in words]
         with self._opened() as db:
-            db.create_function("holds", 1, lambda text: all(word in text.casefold() for word in folded))
-            rows = db.execute(
-                "SELECT conversation, role, content, position IS NULL FROM messages "
-                "WHERE content IS NOT NULL AND holds(content) ORDER BY id DESC LIMIT ?", (limit,),
-            ).fetchall()  # fmt: skip
-            ids = {row[0] for row in rows}
-            found = {id: Entry(*db.execute(f"{_ENTRIES} WHERE c.id = ?", (id,)).fetchone()) for id in ids}
-        return [Hit(found[id], role, content, bool(undone)) for id, role, content, undone in rows]
+            texts = "SELECT conversation, role, content, position IS NULL FROM messages WHERE content IS NOT NULL"
+            with closing(db.execute(f"{texts} ORDER BY id DESC")) as rows:
+                hits = list(islice((row for row in rows if self._holds(row, folded)), limit))
+            found = {id: self._found(db, id) for id in {row[0] for row in hits}}
+        return [Hit(found[id], role, content, bool(undone)) for id, role, content, undone in hits]
+
+    def _id(self, value: Any) -> str:
+        """Return the id of a row. Raises `DgemmaError` for what is none: then no command can name the conversation."""
+        if not isinstance(value, str) or not _ID.fullmatch(value):
+            raise damaged(self.path, f"{shown(value)} is not an id")
+        return value
+
+    def _found(self, db: Connection, id: str) -> Entry:
+        """Return the entry of an id. Raises `DgemmaError` when it is not there, or damaged."""
+        row = db.execute(f"{_ENTRIES} WHERE c.id = ?", (id,)).fetchone()
+        if row is None:
+            raise _missing(id)
+        return self._entry(row)
+
+    def _entry(self, row: Sequence[Any]) -> Entry:
+        """Return a row of ``_ENTRIES``. Raises `DgemmaError` for one that is damaged."""
+        entry = Entry(*row)
+        with _intact(self._id(entry.id)):
+            for text in (entry.kind, entry.title):
+                _check(text, is_text)
+            for text_or_none in (entry.name, entry.model):
+                _check(text_or_none, _is_text_or_none)
+            for when in (entry.created, entry.changed):
+                _check(when, _is_time)
+        return entry
+
+    def _holds(self, row: Sequence[Any], words: Sequence[str]) -> bool:
+        """Return whether a message holds all the words. Raises `DgemmaError` for one that is damaged."""
+        id, role, content = row[:3]
+        with _intact(self._id(id)):
+            _check(role, is_text)
+            return all(word in _text(content).casefold() for word in words)
 
     @contextmanager
     def _opened(self, write: bool = False) -> Iterator[Connection]:
@@ -292,16 +338,50 @@ def _store(
 
 
 def _messages(db: Connection, id: str) -> list[dict[str, Any]]:
-    """Return the messages of a conversation. Raises ``ValueError`` for one that is damaged."""
+    """Return the messages of a conversation. Raises `DgemmaError` for one that is damaged."""
     query = (
         "SELECT role, content, marks FROM messages WHERE conversation = ? AND position IS NOT NULL ORDER BY position"
     )
-    return [_message(*row) for row in db.execute(query, (id,))]
+    with _intact(id):
+        return [_message(*row) for row in db.execute(query, (id,)).fetchall()]
 
 
-def _message(role: str, content: str | None, marks: str) -> dict[str, Any]:
-    """Return a message as it was before it was stored."""
-    return {"role": role, **({} if content is None else {"content": content}), **parse_json(marks, _MOST_DIGITS)}
+def _message(role: Any, content: Any, marks: Any) -> dict[str, Any]:
+    """Return a message as it was before it was stored. Raises ``ValueError`` for one that is damaged."""
+    return {"role": _text(role), **({} if content is None else {"content": _text(content)}), **_object(marks)}
+
+
+@contextmanager
+def _intact(id: str) -> Iterator[None]:
+    """Turn the ``ValueError`` of a damaged value within the block into the error that names the conversation."""
+    try:
+        yield
+    except ValueError as error:
+        raise DgemmaError(f"conversation {id} is damaged: {reason(error)}", _DAMAGED) from None
+
+
+def _check(value: Any, is_right: Callable[[Any], bool]) -> None:
+    if not is_right(value):
+        raise ValueError(f"it holds {shown(value)} where it cannot be")
+
+
+def _text(value: Any) -> str:
+    _check(value, is_text)
+    return str(value)
+
+
+def _object(value: Any) -> dict[str, Any]:
+    found = parse_json(_text(value), _MOST_DIGITS)
+    _check(found, lambda value: isinstance(value, dict))
+    return dict(found)
+
+
+def _is_text_or_none(value: Any) -> bool:
+    return value is None or is_text(value)
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, float) and -6e10 < value < 2.5e11  # of the years 69 to 9892
 
 
 def _json(value: Any) -> str:

@@ -140,7 +140,10 @@ class Session:
         for name in settings:
             if name not in CHANGEABLE:
                 raise DgemmaError(f"{place}: unknown setting {shown(name)}", f"Settings: {', '.join(CHANGEABLE)}.")
-        settings = {name: checked(name, value, f"{place}: {name}") for name, value in settings.items()}
+        try:
+            settings = {name: checked(name, value, f"{place}: {name}") for name, value in settings.items()}
+        except DgemmaError as error:
+            raise DgemmaError(error.message, hint) from None  # the file is wrong, not its use
         return cls(messages, system, settings, model)
 
 

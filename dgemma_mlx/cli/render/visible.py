@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 _PICTURES = 0x2400  # U+2400 SYMBOL FOR NULL is the first of the pictures of the C0 controls
@@ -40,6 +41,11 @@ def visible(text: str) -> str:
     Line feeds, tabs, letters of all scripts, joiners and combining marks stay the same.
     """
     return text.translate(_UNSAFE)
+
+
+def print_path(path: Path) -> None:
+    """Print a path on a line of its own: made safe on a terminal, unchanged to a pipe."""
+    print(visible(str(path)) if sys.stdout.isatty() else path)
 
 
 def json_line(value: Any) -> str:
