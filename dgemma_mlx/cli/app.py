@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -168,6 +169,8 @@ def _usage(error: Any) -> tuple[str, str]:
     names = [name for name in sys.argv[1:] if not name.startswith("-")][:1]
     command = error.ctx.command_path if error.ctx else " ".join([PROGRAM, *names])
     message, hint = error.format_message().rstrip("."), f"`{command} --help` lists the options."
+    if re.search(r"no such option: -\.?\d", message, re.IGNORECASE):
+        hint = "A negative number that is no option's value follows `--`, as in `config set NAME -- -1`."
     if command == PROGRAM:
         hint = f"`{PROGRAM} generate \"...\"` asks a model: the command comes first; {hint}"
     elif "extra argument" in message and any(p.param_type_name == "argument" for p in error.ctx.command.params):

@@ -128,11 +128,12 @@ def edit(name: Name) -> None:
         EDITOR="code --wait" dgemma-mlx templates edit translate
     """
     from dgemma_mlx.cli.template import read_template, template_file
-    from dgemma_mlx.cli.text_editor import edit_file
+    from dgemma_mlx.cli.text_editor import check_terminal, edit_file
     from dgemma_mlx.cli.texts import read_text
     from dgemma_mlx.files import write_whole
 
     file, new = template_file(name), _NEW.format(name=name)
+    check_terminal(file)
     is_new = not file.exists()
     if is_new:
         write_whole(file, new)

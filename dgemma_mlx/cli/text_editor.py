@@ -13,13 +13,19 @@ from dgemma_mlx.errors import DgemmaError
 _HINT = "EDITOR or VISUAL names the editor to open, such as nano, or code --wait."
 
 
+def check_terminal(path: Path) -> None:
+    """Raise `DgemmaError` (exit code 2), whose hint names the file to edit, when stdin is not a terminal."""
+    if not sys.stdin.isatty():
+        hint = f"{'Edit' if path.exists() else 'Write'} {path}."
+        raise DgemmaError("cannot open an editor, because stdin is not a terminal", hint, exit_code=2)
+
+
 def edit_file(path: Path) -> None:
     """Open a file in the editor that VISUAL or else EDITOR names, by default vi, and wait until it is closed.
 
     Raises `DgemmaError` when stdin is not a terminal (exit code 2), or when the editor cannot be started or fails.
     """
-    if not sys.stdin.isatty():
-        raise DgemmaError("cannot open an editor, because stdin is not a terminal", f"Edit {path}.", exit_code=2)
+    check_terminal(path)
     import subprocess
 
     command = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"

@@ -107,6 +107,8 @@ def test_a_setting_is_set_and_removed_again(tmp_path: Path) -> None:
         (("set", "temp", "warm"), 2, "temp must be a number of at least 0, not 'warm'"),
         (("set", "temperature", "1"), 2, "unknown setting 'temperature'"),
         (("set", "memory_limit", "much"), 2, "not a size: 'much'"),
+        (("set", "model", " "), 2, "model must be a text, not ' '"),
+        (("set", "max_tokens", "9" * 26), 2, f"max_tokens must be a whole number of at least 1 and at most {2**64 - 1}"),
         (("unset", "temp"), 1, "temp is not set in "),
         (("edit",), 2, "cannot open an editor"),
     ],
@@ -134,3 +136,10 @@ def test_an_edited_file_is_checked_before_it_replaces_the_settings(tmp_path: Pat
         terminal.type("\r")
         assert terminal.finish() == 0
         assert terminal.text.endswith(f"wrote {file}") and file.read_text() == "seed = 5\n"
+
+
+def test_a_value_that_looks_like_an_option_gets_a_hint(tmp_path: Path) -> None:
+    code, _, (error, hint) = run("set", "temp", "-1", DGEMMA_CONFIG=str(tmp_path / "config.toml"))
+    assert code == 2 and "-1" in error and "`--`" in hint
+    code, _, (error, _) = run("set", "temp", "--", "-1", DGEMMA_CONFIG=str(tmp_path / "config.toml"))
+    assert code == 2 and "temp must be a number of at least 0" in error
