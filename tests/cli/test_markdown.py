@@ -180,3 +180,19 @@ def test_what_matches_a_constraint_is_not_changed() -> None:
     with Terminal(arguments) as terminal:
         assert terminal.finish() == 0
         assert "**ok**" in terminal.text
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "| a | b |\n|---|---|\n| " + "x" * 300 + " | y |\n",
+        "|" + "a|" * 30 + "\n|" + "-|" * 30 + "\n|" + "x|" * 30 + "\n",
+        "| a |\n|---|\n| one | surplus |\n",
+        "| a | b |\n|---|---|\n| `x | y` | z |\n",
+    ],
+)
+def test_a_table_loses_no_text(table: str) -> None:
+    text = MarkdownText()
+    drawn = CODES.sub("", text.add(table, 80) + text.finish(80))
+    assert "…" not in drawn
+    assert all(drawn.count(letter) >= table.count(letter) for letter in "abxyzsurplus")

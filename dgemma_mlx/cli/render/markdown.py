@@ -46,7 +46,10 @@ _CODE = ANSISyntaxTheme(
     }
 )  # fmt: skip
 # TeX between \( \), \[ \], $$ $$ or $ $, where a price is none, as in Pandoc: "$5 and $10". And Python's __names__.
-_AS_IT_IS = re.compile(r"__\w+?__|\\\(.+?\\\)|\\\[.+?\\\]|\$\$.+?\$\$|\$(?![\s$])[^$\n]*(?<![\s\\])\$(?!\d)", re.DOTALL)
+_AS_IT_IS = re.compile(  # limits, so that marks that are never closed take no time that grows with the square of the text
+    r"__\w{1,200}?__|\\\(.{1,500}?\\\)|\\\[.{1,500}?\\\]|\$\$.{1,500}?\$\$|\$(?![\s$])[^$\n]{0,500}(?<![\s\\])\$(?!\d)",
+    re.DOTALL,
+)
 
 
 class MarkdownText:
@@ -142,9 +145,21 @@ def _drawn(block: list[Token], lines: list[str], columns: int) -> str:
         if "".join(parts) == "\n".join(map(str.strip, block[1].content.split("\n"))):
             start, end = _lines(block)
             return "".join(lines[start:end]).rstrip("\n") + "\n"
+    if block[0].type == "table_open" and not _holds(block, lines, columns):
+        start, end = _lines(block)
+        return "".join(lines[start:end]).rstrip("\n") + "\n"
     if block[0].type == "fence" and not block[0].content:
         return ""
     return _render(block, columns)
+
+
+def _holds(table: list[Token], lines: list[str], columns: int) -> bool:
+    """Return whether a table holds all cells that are written, of which the parser drops surplus ones, and fits."""
+    start, end = _lines(table)
+    written = "".join([lines[start], *lines[start + 2 : end]])  # without the line of dashes
+    parsed = "".join(token.content for token in table)
+    wide = 4 * sum(token.type == "th_open" for token in table) > columns
+    return not wide and re.sub(r"[\s|\\]", "", written) == re.sub(r"[\s|\\]", "", parsed)
 
 
 def _render(block: list[Token], columns: int) -> str:
@@ -214,10 +229,22 @@ class _Code(markdown.CodeBlock):
         yield from text.render(console, end="\n")
 
 
-class _Markdown(markdown.Markdown):
-    """Markdown whose headings and code are drawn by the classes above."""
+class _Table(markdown.TableElement):
+    """A table whose cells are broken where they are too wide, and never cut."""
 
-    elements = markdown.Markdown.elements | {"heading_open": _Heading, "fence": _Code, "code_block": _Code}
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for table in super().__rich_console__(console, options):
+            for column in getattr(table, "columns", ()):
+                column.overflow = "fold"
+            yield table
+
+
+class _Markdown(markdown.Markdown):
+    """Markdown whose headings, code and tables are drawn by the classes above."""
+
+    elements = markdown.Markdown.elements | {
+        "heading_open": _Heading, "fence": _Code, "code_block": _Code, "table_open": _Table,
+    }  # fmt: skip
 
 
 _PARSER = _parser()
