@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import re
 import sys
 import warnings
 from collections.abc import Callable

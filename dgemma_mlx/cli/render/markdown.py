@@ -47,7 +47,8 @@ _CODE = ANSISyntaxTheme(
 )  # fmt: skip
 # TeX between \( \), \[ \], $$ $$ or $ $, where a price is none, as in Pandoc: "$5 and $10". And Python's __names__.
 _AS_IT_IS = re.compile(  # limits, so that marks that are never closed take no time that grows with the square of the text
-    r"__\w{1,200}?__|\\\(.{1,500}?\\\)|\\\[.{1,500}?\\\]|\$\$.{1,500}?\$\$|\$(?![\s$])[^$\n]{0,500}(?<![\s\\])\$(?!\d)",
+    r"__\w{1,200}?__|\\\(.{1,500}?\\\)|\\\[.{1,500}?\\\]|\$\$.{1,500}?\$\$"
+    r"|\$(?![\s$])[^$\n]{0,500}(?<![\s\\])\$(?!\d)",
     re.DOTALL,
 )
 
