@@ -46,7 +46,7 @@ _CODE = ANSISyntaxTheme(
     }
 )  # fmt: skip
 # TeX between \( \), \[ \], $$ $$ or $ $, where a price is none, as in Pandoc: "$5 and $10". And Python's __names__.
-_AS_IT_IS = re.compile(  # limits, so that marks that are never closed take no time that grows with the square of the text
+_AS_IT_IS = re.compile(  # limits: marks that are never closed take no quadratic time
     r"__\w{1,200}?__|\\\(.{1,500}?\\\)|\\\[.{1,500}?\\\]|\$\$.{1,500}?\$\$"
     r"|\$(?![\s$])[^$\n]{0,500}(?<![\s\\])\$(?!\d)",
     re.DOTALL,
