@@ -184,8 +184,11 @@ def fits(name: str, value: Any) -> bool:
     kind = SETTINGS[name]
     has_type = isinstance(value, kind.type) and (kind.type is bool or not isinstance(value, bool))
     if not has_type or kind.type is str:
-        return has_type and is_text(value) and (kind.choices is None or value in kind.choices)
+        is_model = name != "model" or bool(str(value).strip())
+        return has_type and is_model and is_text(value) and (kind.choices is None or value in kind.choices)
     largest = math.inf if kind.maximum is None else kind.maximum
+    if kind.type is int and not -LARGEST_SEED <= value <= LARGEST_SEED:
+        return False
     return kind.minimum is None or (kind.minimum <= value < math.inf and value <= largest)
 
 
@@ -206,7 +209,8 @@ def _bad(name: str, value: Any, place: str) -> DgemmaError:
     kind = SETTINGS[name]
     noun = f"one of {', '.join(kind.choices)}" if kind.choices else _NOUNS[kind.type]
     bounds = "" if kind.minimum is None else f" of at least {kind.minimum}"
-    bounds += "" if kind.maximum is None else f" and at most {kind.maximum}"
+    maximum = LARGEST_SEED if type(value) is int and value > LARGEST_SEED else kind.maximum
+    bounds += "" if maximum is None else f" and at most {maximum}"
     return DgemmaError(f"{place} must be {noun}{bounds}, not {shown(value)}", f"The setting means: {kind.meaning}.", 2)
 
 

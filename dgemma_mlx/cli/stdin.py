@@ -15,14 +15,14 @@ BOM = "\ufeff"
 _SAY_AFTER = 1.0  # seconds without any text after which a line says what is waited for
 _PATIENCE = 5.0  # seconds in which a pipe must begin, when there is a prompt without it
 _BLOCK = 1 << 16  # bytes
-MOST_BYTES = 64_000_000  # of a text: more than the positions of any model hold
+_MOST_BYTES = 64 * 10**6
 
 
 def read_stdin() -> str:
     """Return standard input as text, to its end.
 
     After a moment, a line on stderr says that it is waited for. Raises `DgemmaError` (exit code 2) when it is not
-    UTF-8.
+    UTF-8 or is too long.
     """
     descriptor = sys.stdin.fileno()
     if not sys.stdin.isatty() and not _has_text(descriptor, _SAY_AFTER):
@@ -36,7 +36,7 @@ def read_beside_prompt() -> str:
     That is a file that nobody has begun to read: of a loop like ``while read``, the file is at a later line. A pipe
     must begin within five seconds, which a line on stderr announces. A socket, which is what ``ssh`` gives a program
     whether or not there is text, must begin within one second. A terminal is not read, and what is none of these must
-    have text at once. Raises `DgemmaError` (exit code 2) when it is not UTF-8.
+    have text at once. Raises `DgemmaError` (exit code 2) when it is not UTF-8 or is too long.
     """
     descriptor = sys.stdin.fileno()
     mode = os.fstat(descriptor).st_mode
@@ -61,13 +61,12 @@ def _has_text(descriptor: int, seconds: float) -> bool:
 
 def _read(descriptor: int) -> str:
     """Return everything up to the end as text, and say so when it takes a pause."""
-    blocks, said, count = [], False, 0
+    blocks, length, said = [], 0, False
     while block := os.read(descriptor, _BLOCK):
         blocks.append(block)
-        count += len(block)
-        if count > MOST_BYTES:
-            message = f"standard input has more than {size(MOST_BYTES)}"
-            raise DgemmaError(message, "No model reads that much at once. Send a part of it.", exit_code=2)
+        length += len(block)
+        if length > _MOST_BYTES:
+            raise DgemmaError(f"standard input is longer than {size(_MOST_BYTES)}", "Pipe in less text.", exit_code=2)
         if not said and not sys.stdin.isatty() and not _has_text(descriptor, _SAY_AFTER):
             said = True
             _say("waiting for the end of standard input")

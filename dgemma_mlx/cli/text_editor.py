@@ -16,7 +16,7 @@ _HINT = "EDITOR or VISUAL names the editor to open, such as nano, or code --wait
 def require_terminal(path: Path) -> None:
     """Raise `DgemmaError` (exit code 2) when stdin is not a terminal, in which an editor could run."""
     if not sys.stdin.isatty():
-        raise DgemmaError("cannot open an editor, because stdin is not a terminal", f"Write {path} yourself.", 2)
+        raise DgemmaError("cannot open an editor, because stdin is not a terminal", f"Write {path}.", 2)
 
 
 def edit_file(path: Path) -> None:

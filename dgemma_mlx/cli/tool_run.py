@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dgemma_mlx.checks import reason, shown
 from dgemma_mlx.cli.render.visible import visible
-from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.errors import DgemmaError, PromptTooLongError
 from dgemma_mlx.json_text import parse_json
 from dgemma_mlx.sizes import counted, size
 
@@ -70,7 +70,7 @@ def answer_with_tools(
     Raises `DgemmaError` when the model goes on calling, or when the program cannot be started.
     """
     for _ in range(program.rounds):
-        done = answer(messages)
+        done = _answer(answer, messages)
         if not done.tool_calls:
             return done
         messages.append(done.message())
@@ -78,11 +78,21 @@ def answer_with_tools(
             result = _run(program, call)
             messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
             report(call, result)
-    done = answer(messages)
+    done = _answer(answer, messages)
     if done.tool_calls:
         message = f"the model still calls tools after {counted(program.rounds, 'round')}"
         raise DgemmaError(message, "--tool-rounds allows more.")
     return done
+
+
+def _answer(answer: Callable[[list[dict[str, Any]]], Done], messages: list[dict[str, Any]]) -> Done:
+    """Return the answer to a conversation. A hint names the tools when their results are in one that is too long."""
+    try:
+        return answer(messages)
+    except PromptTooLongError as error:
+        if messages[-1]["role"] == "tool":
+            error.hint = "It holds the results of the tools. Let the program of --tool-run print less."
+        raise
 
 
 def _run(program: ToolProgram, call: ToolCall) -> Any:
@@ -106,13 +116,12 @@ def _run(program: ToolProgram, call: ToolCall) -> Any:
     if problem:
         print(f"dgemma-mlx: the tool {visible(call.name)} {problem}", file=sys.stderr)
         return {"error": f"the tool {problem}"}
-    from dgemma_mlx.text.messages import json_data
-
-    text = data.decode(errors="replace").strip()
     try:
-        return json_data(parse_json(data), "the result")
-    except (ValueError, DgemmaError):  # a text, or a number that JSON does not have, such as NaN
-        return text
+        value = parse_json(data)
+        json.dumps(value, allow_nan=False)  # NaN and 1e999 are no JSON, although Python reads them
+        return value
+    except ValueError:
+        return data.decode(errors="replace").strip()
 
 
 def _wait(process: subprocess.Popen[bytes], result: int, seconds: float) -> str:

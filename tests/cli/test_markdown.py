@@ -185,10 +185,16 @@ def test_what_matches_a_constraint_is_not_changed() -> None:
 WIDE = "| a | b |\n|---|---|\n| /usr/local/lib/python3.12/site-packages/constants.py | https://example.org/a/b/c/d |\n"
 
 
+def test_cells_that_are_too_wide_are_folded() -> None:
+    rows = plain(WIDE, 60).splitlines()
+    assert max(map(len, rows)) < 60 and len(rows) > 3
+    assert sorted(filter(str.isalnum, plain(WIDE, 60))) == sorted(filter(str.isalnum, WIDE))
+
+
 @pytest.mark.parametrize(
     "text",
     [
-        WIDE, "|" + " a |" * 30 + "\n|" + "---|" * 30 + "\n|" + " word |" * 30 + "\n",
+        "|" + " a |" * 30 + "\n|" + "---|" * 30 + "\n|" + " word |" * 30 + "\n",
         "| a | b |\n|---|---|\n| 1 | 2 | 3 |\n", "| a |\n|---|\n| `x | y` | z |\n", "- \n- \n", "3. x\n5. y\n",
         'a [link](http://x.y "its title") b\n',
     ],

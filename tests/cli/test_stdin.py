@@ -134,7 +134,9 @@ def test_a_file_and_a_pipe_follow_the_prompt(tmp_path: Path) -> None:
     assert piped.returncode == 0 and piped.stdout.strip()
 
 
-def test_an_endless_stdin_is_one_line(reads: Callable[[int], None]) -> None:
+@pytest.mark.parametrize("read", [stdin.read_stdin, stdin.read_beside_prompt])
+def test_input_without_an_end_is_refused(reads: Callable[[int], None], read: Callable[[], str]) -> None:
     reads(os.open("/dev/zero", os.O_RDONLY))
-    with pytest.raises(DgemmaError, match=r"standard input has more than 64\.0 MB"):
-        stdin.read_stdin()
+    with pytest.raises(DgemmaError, match="standard input is longer than 64") as caught:
+        read()
+    assert caught.value.exit_code == 2

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dgemma_mlx.cli.settings import Settings
-from dgemma_mlx.cli.template import load_template, template_names
+from dgemma_mlx.cli.template import load_template, template_names, templates_folder
 from dgemma_mlx.errors import DgemmaError
 from tests.cli.terminal import Terminal
 
@@ -125,3 +125,4 @@ def test_an_editor_writes_a_template_that_is_then_checked(folder: Path, tmp_path
     assert run("templates").stdout == "new\n" and run("templates", "show", "new").stdout == 'prompt = "Hi"\n'
     done = run("templates", "edit", "other")
     assert done.returncode == 2 and "not a terminal" in done.stderr and template_names() == ["new"]
+    assert f"Write {templates_folder() / 'other.toml'}." in done.stderr

@@ -18,6 +18,7 @@ import pytest
 from dgemma_mlx import DgemmaError, Done
 from dgemma_mlx.cli import tool_run
 from dgemma_mlx.cli.tool_run import ToolProgram, answer_with_tools, program_of
+from dgemma_mlx.errors import PromptTooLongError
 from dgemma_mlx.events import Statistics
 from dgemma_mlx.text.parts import ToolCall
 
@@ -148,3 +149,20 @@ def test_options_that_need_others(tmp_path: Path) -> None:
             timeout=60, stdin=subprocess.DEVNULL, check=False,
         )  # fmt: skip
         assert done.returncode == 2 and words in done.stderr
+
+
+@pytest.mark.parametrize("printed", ["NaN", "[1, -Infinity]", '{"a": 1e999}'])
+def test_numbers_that_json_does_not_have_are_text(printed: str) -> None:
+    _, results = looped(ToolProgram(python(f"print({printed!r})")))
+    assert results == [printed, printed]
+
+
+def test_the_hint_for_results_that_are_too_long_names_the_program() -> None:
+    def answer(messages: list[dict[str, Any]]) -> Done:
+        if len(messages) > 1:
+            raise PromptTooLongError(300, 256, 512)
+        return Done("", "", CALLS, (), "tool_calls", 1, STATISTICS)
+
+    with pytest.raises(PromptTooLongError) as caught:
+        answer_with_tools(answer, [{"role": "user", "content": "Go"}], ToolProgram(python("")), lambda *_: None)
+    assert "--tool-run" in caught.value.hint

@@ -147,7 +147,7 @@ def _drawn(block: list[Token], lines: list[str], columns: int) -> str:
     """Return a block as whole lines.
 
     A paragraph without any markup stays as it is written, with its indentation, and so does what rich would not draw
-    completely: tables that are too wide or have cells without a heading, other numbers of a list, titles of links.
+    completely: tables with too many columns or with cells without a heading, other numbers of a list, titles of links.
     """
     start, end = _lines(block)
     source = "".join(lines[start:end]).rstrip("\n") + "\n"
@@ -158,8 +158,12 @@ def _drawn(block: list[Token], lines: list[str], columns: int) -> str:
     if block[0].type == "fence":
         return _render(block, columns) if block[0].content else ""
     drawn = _render(block, columns)
-    is_whole = _said(drawn) == _said(unescape(_FENCE.sub("", source))) and bool(drawn.strip()) == bool(source.strip())
-    return drawn if is_whole else source
+    said, meant = _said(drawn), _said(unescape(_FENCE.sub("", source)))
+    if block[0].type == "table_open":  # the rows of cells that are folded mix
+        said, meant = "".join(sorted(said)), "".join(sorted(meant))
+        if 8 * sum(token.type == "th_open" for token in block) > columns:  # columns of a few characters
+            return source
+    return drawn if said == meant and bool(drawn.strip()) == bool(source.strip()) else source
 
 
 def _said(text: str) -> str:
@@ -236,6 +240,16 @@ class _Code(markdown.CodeBlock):
         yield from text.render(console, end="\n")
 
 
+class _Table(markdown.TableElement):
+    """A table whose cells are folded where they are too wide, and never cut."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for table in super().__rich_console__(console, options):
+            for column in getattr(table, "columns", ()):
+                column.overflow = "fold"
+            yield table
+
+
 class _Item(markdown.ListItem):
     """An item of a list, with the dot after its number."""
 
@@ -253,10 +267,11 @@ class _Item(markdown.ListItem):
 
 
 class _Markdown(markdown.Markdown):
-    """Markdown whose headings, code and items are drawn by the classes above."""
+    """Markdown whose headings, code, tables and items are drawn by the classes above."""
 
     elements = markdown.Markdown.elements | {
         "heading_open": _Heading, "fence": _Code, "code_block": _Code, "list_item_open": _Item,
+        "table_open": _Table,
     }  # fmt: skip
 
 
