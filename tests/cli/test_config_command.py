@@ -110,7 +110,7 @@ def test_a_setting_is_set_and_removed_again(tmp_path: Path) -> None:
         (("set", "memory_limit", "much"), 2, "not a size: 'much'"),
         (("set", "model", " "), 2, "model must be a text, not ' '"),
         (("set", "max_tokens", "9" * 26), 2, f"number of at least 1 and at most {2**64 - 1}"),
-        (("set", "temp", "-1"), 2, "Write -- before a value that begins with a dash"),
+        (("set", "temp", "-1"), 2, "no such option: -1"),
         (("unset", "temp"), 1, "temp is not set in "),
         (("edit",), 2, "cannot open an editor"),
     ],
