@@ -165,9 +165,10 @@ def download(
     _run(transfers, progress)
     for file in sorted(files, key=lambda file: file.size):  # a copy that has its weights has everything
         link = repository.snapshot / file.name
-        link.unlink(missing_ok=True)
-        with suppress(FileExistsError):  # another process was faster
-            link.symlink_to(Path("../../blobs") / file.etag)
+        if link.resolve() != repository.blob(file).resolve():  # else another process was faster, and may read it
+            link.unlink(missing_ok=True)
+            with suppress(FileExistsError):
+                link.symlink_to(Path("../../blobs") / file.etag)
     note_revision(repository, revision)
 
 

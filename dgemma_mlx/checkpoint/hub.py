@@ -175,7 +175,7 @@ def _fetch(
         # These files come first, so that an unsupported model is refused before its 50 GB of weights. The library also
         # notes the names of all files, by which it knows an incomplete copy. A truncated file it takes for a whole one.
         for file in repository.missing(_FACTS):
-            if size_of(repository.blob(file)) != file.size:
+            if size_of(repository.blob(file)) not in (-1, file.size):  # -1: another program may put it there meanwhile
                 repository.blob(file).unlink(missing_ok=True)
         snapshot_download(
             repo_id, revision=repository.commit, allow_patterns=list(_FACTS), tqdm_class=_silent_bar()

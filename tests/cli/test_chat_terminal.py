@@ -70,8 +70,9 @@ def test_a_person_sees_model_context_and_how_to_leave(tmp_path: Path) -> None:
         talk.say("/clear")
         talk.wait_for_status("demo  0 of 4,096 tokens of context")
         assert talk.say("/set stats on") == ["stats: true"]
-        answer, line = talk.say("Sort 7 3 5")
+        answer, *rows = talk.say("Sort 7 3 5")
         assert answer == "3 5 7"
+        line = " ".join(rows)
         assert re.search(r"tokens in 1 canvas.* tokens/s after the prompt.* \d+ of 4,096 tokens of context$", line)
         assert talk.say("/?") == talk.say("/help")
         for word in ("exit", "quit", "help"):

@@ -30,6 +30,7 @@ def environment(hub: HubServer, tmp_path: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_first_chat_offers_models_and_remembers_the_choice(environment: dict[str, str]) -> None:
     with Terminal(["chat"], columns=120, env=environment) as terminal:
         terminal.wait_for_text("Number, 1 to 4 [1]:")

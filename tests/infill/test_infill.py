@@ -90,6 +90,7 @@ def solve_both_ways(demo: Model, count: int, seed: int) -> tuple[int, int]:
     return free, pinned
 
 
+@pytest.mark.slow
 def test_pinned_sudoku_is_solved_as_often_as_freely(demo: Model) -> None:
     free, pinned = solve_both_ways(demo, 12, seed=0)
     assert pinned >= max(free - 1, 9)  # among so few, a difference of one is chance

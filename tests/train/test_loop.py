@@ -50,6 +50,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
         assert mx.array_equal(one, two).item(), name
 
 
+@pytest.mark.slow
 def test_the_loss_falls(tmp_path: Path) -> None:
     _, losses = trained(tmp_path, 60)
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:3])
