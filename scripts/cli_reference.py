@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from typer.main import get_command
+from written_page import write_or_check
 
 from dgemma_mlx.cli.app import PROGRAM, app
 from dgemma_mlx.cli.help import Page, Row, page_of
@@ -91,20 +91,5 @@ def linked(text: str) -> str:
     return re.sub(r"docs/([a-z_]+\.md)", r"[docs/\1](\1)", text)
 
 
-def main() -> int:
-    """Write or check the page and return the exit code."""
-    parser = argparse.ArgumentParser(description="Write docs/cli.md from the program's own help.")
-    parser.add_argument("file", nargs="?", type=Path, default=PAGE, help="the page (docs/cli.md)")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if the page is out of date")
-    arguments = parser.parse_args()
-    text = reference()
-    if not arguments.check:
-        arguments.file.write_text(text, encoding="utf-8")
-    elif not arguments.file.exists() or arguments.file.read_text(encoding="utf-8") != text:
-        print(f"{arguments.file} is out of date; run: python scripts/cli_reference.py", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check("cli_reference.py", PAGE, reference))

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from typer.main import get_command
+from written_page import write_or_check
 
 from dgemma_mlx.cli.app import PROGRAM, app
 from dgemma_mlx.cli.help import Page, page_of
@@ -87,20 +87,5 @@ def roff(text: str) -> str:
     return rf"\&{line}" if line.startswith(".") else line
 
 
-def main() -> int:
-    """Write or check the page and return the exit code."""
-    parser = argparse.ArgumentParser(description="Write the manual page from the program's own help.")
-    parser.add_argument("file", nargs="?", type=Path, default=PAGE, help="the page (packaging/dgemma-mlx.1)")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if the page is out of date")
-    arguments = parser.parse_args()
-    text = manual()
-    if not arguments.check:
-        arguments.file.write_text(text, encoding="utf-8")
-    elif not arguments.file.exists() or arguments.file.read_text(encoding="utf-8") != text:
-        print(f"{arguments.file} is out of date; run: python scripts/man_page.py", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check("man_page.py", PAGE, manual))

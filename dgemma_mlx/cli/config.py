@@ -112,13 +112,11 @@ def edit() -> None:
     """
     import tempfile
 
-    from dgemma_mlx.cli.text_editor import edit_file
+    from dgemma_mlx.cli.text_editor import edit_file, require_terminal
     from dgemma_mlx.files import write_whole
 
     file = config_file(os.environ)
-    if not sys.stdin.isatty():
-        hint = f"Edit {file}, or use `dgemma-mlx config set NAME VALUE`."
-        raise DgemmaError("cannot open an editor, because stdin is not a terminal", hint, exit_code=2)
+    require_terminal(f"Edit {file}, or use `dgemma-mlx config set NAME VALUE`.")
     before = file.read_bytes() if file.exists() else _TEMPLATE.encode()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / file.name

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 
+from dgemma_mlx.cli.render.plain import reading
 from dgemma_mlx.cli.render.region import Region, can_draw
 from dgemma_mlx.events import Committed, Done, Draft, Encoded, Event
 
@@ -36,7 +37,7 @@ class Progress:
 
     def encoded(self, part: Encoded) -> None:
         """Draw how much of the prompt is encoded."""
-        self._draw(f"reading the prompt: {part.tokens / part.total:.0%} of {part.total:,} tokens")
+        self._draw(reading(part))
 
     def until_printed(self, events: Iterable[Event], form: str) -> Iterator[Event]:
         """Yield the events. The line shows each step, and ends before the first event that the ``form`` prints."""

@@ -138,7 +138,7 @@ def edit(name: Name) -> None:
     from dgemma_mlx.files import write_whole
 
     file, new = template_file(name), _NEW.format(name=name)
-    require_terminal(file)
+    require_terminal(f"Write {file}.")
     is_new = not file.exists()
     if is_new:
         write_whole(file, new)

@@ -13,10 +13,10 @@ from dgemma_mlx.errors import DgemmaError
 _HINT = "EDITOR or VISUAL names the editor to open, such as nano, or code --wait."
 
 
-def require_terminal(path: Path) -> None:
-    """Raise `DgemmaError` (exit code 2) when stdin is not a terminal, in which an editor could run."""
+def require_terminal(hint: str) -> None:
+    """Raise `DgemmaError` (exit code 2) with a hint when stdin is not a terminal, in which an editor could run."""
     if not sys.stdin.isatty():
-        raise DgemmaError("cannot open an editor, because stdin is not a terminal", f"Write {path}.", 2)
+        raise DgemmaError("cannot open an editor, because stdin is not a terminal", hint, exit_code=2)
 
 
 def edit_file(path: Path) -> None:
@@ -24,7 +24,7 @@ def edit_file(path: Path) -> None:
 
     Raises `DgemmaError` when stdin is not a terminal (exit code 2), or when the editor cannot be started or fails.
     """
-    require_terminal(path)
+    require_terminal(f"Write {path}.")
     import subprocess
 
     command = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TextIO
 
+from dgemma_mlx.cli.render.plain import reading
 from dgemma_mlx.cli.render.region import Region
 from dgemma_mlx.cli.render.visible import Piece, Row, visible, wrap
 from dgemma_mlx.events import Committed, Done, Draft, Encoded, Event
@@ -102,7 +103,7 @@ class LiveView:
 
     def encoded(self, part: Encoded) -> None:
         """Draw how much of the prompt is encoded."""
-        self._status = f"reading the prompt: {part.tokens / part.total:.0%} of {part.total:,} tokens"
+        self._status = reading(part)
         self._region.draw(self._rows(self._region.size[0]))
 
     def frame(self, draft: Draft, columns: int) -> list[Row]:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any, TextIO
 
 from dgemma_mlx.cli.render.visible import json_line, visible
-from dgemma_mlx.events import Committed, Done, Draft, Event
+from dgemma_mlx.events import Committed, Done, Draft, Encoded, Event
 
 
 class _Writer:
@@ -59,6 +59,11 @@ def print_text(events: Iterable[Event], quiet: bool) -> Done:
         thinking.end_line()
         answer.end_line()
     raise AssertionError("stream() ends with Done")
+
+
+def reading(part: Encoded) -> str:
+    """Return how much of a prompt is encoded, as a terminal shows it meanwhile."""
+    return f"reading the prompt: {part.tokens / part.total:.0%} of {part.total:,} tokens"
 
 
 def print_note(text: str) -> None:
