@@ -18,7 +18,7 @@ from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import write_whole
 from dgemma_mlx.json_text import parse_json
 
-_FIXED = ("model", "system", "live", "log", "memory_limit", "dtype", "cpu_dequantize", "kernels")
+_FIXED = ("model", "system", "live", "log", "memory_limit", "dtype", "cpu_dequantize", "image_attention", "kernels")
 # The settings that a conversation can change.
 CHANGEABLE = tuple(name for name in SETTINGS if name not in _FIXED)
 
