@@ -46,7 +46,8 @@ Adapter = Annotated[
 ImageAttention = Annotated[
     str | None,
     model_option(
-        "--image-attention", metavar="RULE", show_default="google", autocompletion=complete.values_of("image_attention"),
+        "--image-attention", metavar="RULE", show_default="google",
+        autocompletion=complete.values_of("image_attention"),
         help="Which tokens of the prompt see those of an image: google, transformers or causal (docs/images.md).",
     ),
 ]  # fmt: skip

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from dgemma_mlx.cli.loading import full_name
 from dgemma_mlx.cli.log.options import ConversationOptions
-from dgemma_mlx.cli.log.session import Session
+from dgemma_mlx.cli.log.session import NOT_KEPT, Session, kept_image
 from dgemma_mlx.cli.parameters import AnswerOptions, ModelOptions
 from dgemma_mlx.cli.settings import Settings
+from dgemma_mlx.errors import DgemmaError
 
 
 def begun(
@@ -29,7 +31,18 @@ def begun(
     return session, replace(model, model=name)
 
 
-def asked(session: Session, prompt: str) -> str | list[dict[str, Any]]:
-    """Add the prompt to the conversation. Return what the model is asked, without the system prompt."""
-    session.add("user", prompt)
-    return prompt if len(session.messages) == 1 else replace(session, system=None).prompt()
+def asked(
+    session: Session, prompt: str, images: Sequence[Mapping[str, Any]] = ()
+) -> str | list[dict[str, Any]]:
+    """Add the prompt to the conversation, with its images. Return what the model is asked, without the system prompt.
+
+    ``images`` are parts of a message's content. Raises `DgemmaError` (exit code 2) when an earlier message shows an
+    image that was not kept.
+    """
+    if any(image["path"] == NOT_KEPT for message in session.messages for image in message.get("images", ())):
+        hint = "Begin a new conversation, with the image in a file."
+        raise DgemmaError("the conversation has an image from standard input, which was not kept", hint, exit_code=2)
+    earlier = replace(session, system=None).prompt()
+    session.add("user", prompt, images=[kept_image(image) for image in images])
+    content = [*images, {"type": "text", "text": prompt}] if images else prompt
+    return [*earlier, {"role": "user", "content": content}] if earlier or images else prompt
