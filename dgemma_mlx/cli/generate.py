@@ -138,7 +138,6 @@ def generate(
     Examples:
         dgemma-mlx generate -m demo "Sort 7 3 5"
         dgemma-mlx generate -m demo --choice yes,no,72 "What is 27 + 45?"
-        dgemma-mlx generate -c "Reverse 3 5 7"
         dgemma-mlx generate -f main.py -f tests/ "Why does the test fail?"
         dgemma-mlx generate -x "A shell script that renames *.jpeg to *.jpg" > rename.sh
         dgemma-mlx generate --image cat.jpg "What is the cat doing?"

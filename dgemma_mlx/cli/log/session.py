@@ -159,6 +159,11 @@ def kept_image(image: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": image["type"], "path": path, **({"budget": image["budget"]} if "budget" in image else {})}
 
 
+def image_name(image: Mapping[str, Any]) -> str:
+    """Return what a reader is told of an image that ``kept_image`` has returned."""
+    return "from standard input, not kept" if image["path"] == NOT_KEPT else str(image["path"])
+
+
 def _seen(message: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     """Return some of a message's keys, with its images in its content."""
     found = {key: message[key] for key in keys if key in message and key != "images"}
