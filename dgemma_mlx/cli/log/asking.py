@@ -8,10 +8,9 @@ from typing import Any
 
 from dgemma_mlx.cli.loading import full_name
 from dgemma_mlx.cli.log.options import ConversationOptions
-from dgemma_mlx.cli.log.session import NOT_KEPT, Session, kept_image
+from dgemma_mlx.cli.log.session import Session, kept_image
 from dgemma_mlx.cli.parameters import AnswerOptions, ModelOptions
 from dgemma_mlx.cli.settings import Settings
-from dgemma_mlx.errors import DgemmaError
 
 
 def begun(
@@ -36,12 +35,8 @@ def asked(
 ) -> str | list[dict[str, Any]]:
     """Add the prompt to the conversation, with its images. Return what the model is asked, without the system prompt.
 
-    ``images`` are parts of a message's content. Raises `DgemmaError` (exit code 2) when an earlier message shows an
-    image that was not kept.
+    ``images`` are parts of a message's content. Raises `DgemmaError` as ``Session.prompt`` does.
     """
-    if any(image["path"] == NOT_KEPT for message in session.messages for image in message.get("images", ())):
-        hint = "Begin a new conversation, with the image in a file."
-        raise DgemmaError("the conversation has an image from standard input, which was not kept", hint, exit_code=2)
     earlier = replace(session, system=None).prompt()
     session.add("user", prompt, images=[kept_image(image) for image in images])
     content = [*images, {"type": "text", "text": prompt}] if images else prompt

@@ -71,10 +71,14 @@ class Session:
     def prompt(self, start: int | None = None) -> list[dict[str, Any]]:
         """Return the system prompt and the messages as the model sees them, by default from ``self.start`` on.
 
-        Images stand before the text of their message. Thinking and the cancelled mark are left out.
+        Images stand before the text of their message. Thinking and the cancelled mark are left out. Raises
+        `DgemmaError` (exit code 2) when an image was not kept.
         """
         system = [{"role": "system", "content": self.system}] if self.system else []
         messages = self.messages[self.start if start is None else start :]
+        if any(image["path"] == NOT_KEPT for message in messages for image in message.get("images", ())):
+            hint = "Begin a new conversation, with the image in a file."
+            raise DgemmaError("the conversation has an image from standard input, which was not kept", hint, 2)
         return system + [_seen(message, _SEEN) for message in messages]
 
     def add(self, role: str, content: str, **marks: Any) -> None:
