@@ -1,0 +1,167 @@
+"""Images on the command line: what the options read, refuse, show and keep."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dgemma_mlx.cli import app as program
+from dgemma_mlx.cli.batch import read_batch
+from dgemma_mlx.cli.log.asking import asked
+from dgemma_mlx.cli.log.log import Log
+from dgemma_mlx.cli.log.session import Session
+from dgemma_mlx.errors import DgemmaError
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def picture(path: Path, color: str = "red", size: tuple[int, int] = (40, 30)) -> Path:
+    """Write a picture of one color."""
+    from PIL import Image
+
+    Image.new("RGB", size, color).save(path)
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the program in this process, in an empty folder; return exit code, stdout and stderr."""
+    monkeypatch.setenv("DGEMMA_STATE", str(tmp_path / "state"))
+    monkeypatch.setenv("DGEMMA_MAX_DENOISING_STEPS", "2")
+    monkeypatch.setenv("DGEMMA_MAX_TOKENS", "8")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+    def run(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["dgemma-mlx", *arguments])
+        out, into = os.pipe()
+        with open(into, "wb") as pipe:
+            pipe.write(stdin)
+        with os.fdopen(out) as file:
+            monkeypatch.setattr("sys.stdin", file)
+            code = program.run()
+        printed, err = capsys.readouterr()
+        return code, printed, err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "a", "--image", "https://example.com/a.png"], "--image: https://example.com/a.png is an address"),
+        (["generate", "a", "--image", "gone.png"], "--image: cannot read gone.png: No such file"),
+        (["generate", "a", "--image", "."], "--image: cannot read .: "),
+        (["generate", "a", "--image", "pipe"], "--image: pipe is not a file"),
+        (["generate", "a", "--video", "gone.mp4"], "--video: cannot read gone.mp4: No such file"),
+        (["generate", "a", "--video", "-"], "--video cannot read standard input"),
+        (["generate", "a", "--image", "a.png", "--image-budget", "71"], "--image-budget cannot be 71"),
+        (["generate", "a", "--image-budget", "70"], "--image-budget needs --image"),
+        (["generate", "a", "--image", "-", "--image", "-"], "--image - can be given once"),
+        (["generate", "--image", "-"], "standard input cannot be the image and the text at once"),
+        (["generate", "-", "--image", "-"], "standard input cannot be the image and the text at once"),
+        (["generate", "a", "-f", "-", "--image", "-"], "standard input cannot be the image and the text at once"),
+        (["generate", "a", "--raw", "--image", "a.png"], "--raw cannot be combined with --image"),
+        (["generate", "a", "--raw", "--video", "a.png"], "--raw cannot be combined with --video"),
+        (["generate", "--batch", "b.jsonl", "--image", "a.png"], "--batch cannot be combined with --image"),
+        (["fill", "--image", "-"], "standard input cannot be the image and the text at once"),
+        (["fill", "--raw", "--image", "a.png", "t.txt"], "--raw cannot be combined with --image"),
+        (["fill", "--prefix-file", "-", "--image", "-"], "standard input cannot be the image and the text at once"),
+        (["edit", "a", "-", "--image", "-"], "standard input cannot be the image and the text at once"),
+        (["choose", "--from", "a,b", "--image", "-"], "standard input cannot be the image and the text at once"),
+        (["choose", "q", "--from", "a,b", "--image", "gone.png"], "--image: cannot read gone.png"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_shown_is_one_line_before_a_model_is_loaded(run: Run, arguments: list[str], words: str) -> None:
+    picture(Path("a.png"))
+    Path("b.jsonl").write_text('"a"\n')
+    Path("t.txt").write_text("a ___")
+    os.mkfifo("pipe")
+    code, out, err = run(*arguments, "-m", "gone/model")  # which would be an error of another kind
+    first, hint, *more = err.splitlines()
+    assert (code, out, more) == (2, "", [])
+    assert first.startswith(f"dgemma-mlx: {words}") and hint.startswith("hint: ")
+
+
+def test_a_terminal_is_not_an_image(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    master, slave = os.openpty()
+    with open(master, "rb"), os.fdopen(slave) as terminal:
+        monkeypatch.setattr("sys.argv", ["dgemma-mlx", "generate", "a", "--image", "-", "-m", "gone/model"])
+        monkeypatch.setattr(sys, "stdin", terminal)
+        assert program.run() == 2
+
+
+def test_a_missing_library_is_named_before_a_model_is_loaded(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(Path("a.png"))
+    monkeypatch.setattr("dgemma_mlx.cli.image_options.find_spec", lambda name: None)
+    assert run("generate", "a", "--image", "a.png", "-m", "gone/model")[::2] == (
+        2, "dgemma-mlx: reading images needs Pillow\nhint: pip install 'dgemma-mlx[vision]'\n"
+    )  # fmt: skip
+    assert "reading videos needs PyAV" in run("generate", "a", "--video", "a.png", "-m", "gone/model")[2]
+
+
+def test_a_model_without_a_tower_says_so(run: Run) -> None:
+    picture(Path("a.png"))
+    Path("t.txt").write_text("a ___")
+    for command in (["generate", "a"], ["fill", "t.txt"], ["edit", "a", "t.txt"], ["choose", "a", "--from", "b,c"]):
+        code, _, err = run(*command, "-m", "demo", "--image", "a.png")
+        assert code == 2 and err.splitlines()[0] == (
+            "dgemma-mlx: demo reads no images: the checkpoint has no vision tower"
+        )
+
+
+def test_a_batch_checks_the_images_of_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    picture(Path("a.png"))
+    file = Path("b.jsonl")
+    file.write_text('{"prompt": "a", "images": ["a.png"]}\n"b"\n')
+    with_budget, without = read_batch(file, budget={"budget": 70})
+    assert with_budget["images"] == [{"type": "image", "path": "a.png", "budget": 70}] and "images" not in without
+    assert read_batch(file)[0]["images"] == [{"type": "image", "path": "a.png"}]
+    for images, words in (
+        (["gone.png"], "images: cannot read gone.png: No such file"), ("a.png", "images cannot be"),
+        ([1], "images cannot be"), ([""], "images cannot be"), (["http://a/b.png"], "images: http://a/b.png is an addr"),
+    ):  # fmt: skip
+        file.write_text(f'"a"\n{json.dumps({"prompt": "a", "images": images})}\n')
+        with pytest.raises(DgemmaError) as caught:
+            read_batch(file)
+        assert caught.value.message.startswith(f"b.jsonl, line 2: {words}") and caught.value.exit_code == 2
+
+
+def test_a_conversation_keeps_the_paths_and_shows_the_images_again(tmp_path: Path) -> None:
+    session = Session()
+    path = os.path.abspath("a.png")
+    first = asked(session, "one", [{"type": "image", "path": "a.png", "budget": 70}])
+    assert first == [{"role": "user", "content": [{"type": "image", "path": "a.png", "budget": 70},
+                                                  {"type": "text", "text": "one"}]}]  # fmt: skip
+    session.add("assistant", "two")
+    session.save(tmp_path / "kept.json")
+    again = Session.load(tmp_path / "kept.json")
+    kept = [{"type": "image", "path": path, "budget": 70}]
+    assert again.messages[0] == {"role": "user", "content": "one", "images": kept}
+    assert asked(again, "three") == [
+        {"role": "user", "content": [*kept, {"type": "text", "text": "one"}]}, {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three"},
+    ]  # fmt: skip
+
+
+def test_bytes_are_not_kept_and_a_conversation_does_not_go_on_without_them() -> None:
+    session = Session()
+    asked(session, "one", [{"type": "image", "bytes": b"123"}])
+    assert session.messages == [{"role": "user", "content": "one", "images": [{"type": "image", "path": "-"}]}]
+    session.add("assistant", "two")
+    with pytest.raises(DgemmaError, match="from standard input, which was not kept"):
+        asked(session, "three")
+
+
+@pytest.mark.parametrize("images", [[1], "a", [{"type": "image"}], [{"type": "image", "path": 1}], {"a": 1}])
+def test_damaged_images_of_a_kept_conversation_are_named(tmp_path: Path, images: object) -> None:
+    session = Session([{"role": "user", "content": "a", "images": images}, {"role": "assistant", "content": "b"}])
+    session.save(tmp_path / "kept.json")
+    with pytest.raises(DgemmaError, match="its messages do not make a conversation"):
+        Session.load(tmp_path / "kept.json")
