@@ -80,7 +80,9 @@ CHAT_TEMPLATE = """\
     {%- if content is string -%}
         {{ content }}
     {%- else -%}
-        {%- for part in content or [] if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}
+        {%- for part in content or [] -%}
+            {{- '<|image|>' if part['type'] == 'image' else part['text'] if part['type'] == 'text' -}}
+        {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
 {%- macro without_thinking(text) -%}

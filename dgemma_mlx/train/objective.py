@@ -136,7 +136,8 @@ def corrupt(canvas: mx.array, noise: mx.array, draw: mx.array, t: mx.array) -> m
 
 
 def block_diffusion_loss(
-    model: DiffusionGemma, batch: Batch, config: ObjectiveConfig, pad_id: int, key: mx.array, self_condition: bool
+    model: DiffusionGemma, batch: Batch, config: ObjectiveConfig, pad_id: int, key: mx.array, self_condition: bool,
+    soft: SoftTokens | None = None,
 ) -> tuple[mx.array, dict[str, mx.array]]:
     """Compute the training loss of a batch.
 
@@ -147,6 +148,7 @@ def block_diffusion_loss(
         pad_id: The id of padding.
         key: Random key; the same key gives the same noise.
         self_condition: Give the decoder its own prediction from a noisier canvas, which is computed first.
+        soft: The soft tokens of pictures among ``batch.ids``.
 
     Returns:
         The total loss, a scalar in nats per token, and its unweighted parts by name for the log: "diffusion", and
@@ -161,7 +163,7 @@ def block_diffusion_loss(
 
     router_log: RouterLog | None = [] if config.balance_weight else None
     cache = TeacherCache(model.config.sliding_window, batch.starts)
-    hidden = model.encode(batch.ids, cache, router_log)  # type: ignore[arg-type]  # same calls as PrefixCache
+    hidden = model.encode(batch.ids, cache, router_log, soft)  # type: ignore[arg-type]  # same calls as PrefixCache
 
     conditioning = None
     if self_condition:

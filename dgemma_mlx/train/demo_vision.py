@@ -1,0 +1,275 @@
+"""The trainer of the demo model's vision tower: ``make demo-vision``.
+
+The text network is frozen: not a bit of it changes. The tower is trained on pictures that this repository draws
+(``train.tasks.look``), in three stages.
+
+1. ``see``: the tower alone, with two linear maps that are thrown away, learns to name the colour and the thing.
+2. ``show``: for each colour and each thing, a vector is learned that makes the frozen network give the right answers
+   when it stands at all places of a picture.
+3. ``join``: the projection is fitted so that the tower writes these vectors; then tower and projection are trained
+   together, through the frozen network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+
+from dgemma_mlx.checkpoint.vision_config import VisionConfig
+from dgemma_mlx.generation.api import load
+from dgemma_mlx.generation.model import Model
+from dgemma_mlx.train.loop import restore, save
+from dgemma_mlx.train.objective import ObjectiveConfig, block_diffusion_loss
+from dgemma_mlx.train.optimizer import Muon, Schedule
+from dgemma_mlx.train.pictures import Drawn, drawn, encode_pictures, questions, soft_tokens
+from dgemma_mlx.train.tasks.look import COLOURS, GRIDS, THINGS, draw_scene
+from dgemma_mlx.vision.tower import VisionTower
+
+SEED = 0
+STEPS = {"see": 5000, "show": 1000, "join": 1000}
+BATCH = {"see": 64, "show": 16, "join": 16}
+RATES = {"see": (0.02, 2e-3), "show": (0.02, 1e-2), "join": (0.002, 3e-4)}  # peak rates of Muon and of AdamW
+_OBJECTIVE = ObjectiveConfig(causal_weight=0.0, balance_weight=0.0)
+_LOG_EVERY, _SAVE_EVERY = 25, 100
+
+VISION: dict[str, Any] = {
+    "model_type": "gemma4_vision",
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "patch_size": 16,
+    "pooling_kernel_size": 1,
+    "position_embedding_size": 70,
+    "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "standardize": False,
+    "use_clipped_linears": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+}
+TOKENS = {"image_token_id": 102, "boi_token_id": 103, "eoi_token_id": 104, "vision_soft_tokens_per_image": 70}
+PROCESSOR = {
+    "image_processor": {
+        "do_resize": True, "do_rescale": True, "do_normalize": False, "resample": 3, "rescale_factor": 1 / 255,
+        "patch_size": VISION["patch_size"], "pooling_kernel_size": VISION["pooling_kernel_size"],
+        "max_soft_tokens": TOKENS["vision_soft_tokens_per_image"],
+    }
+}  # fmt: skip
+
+Loss = Callable[[random.Random, mx.array], tuple[mx.array, dict[str, mx.array]]]
+Log = Callable[[dict[str, Any]], None]
+
+
+def vision_config() -> VisionConfig:
+    """Return the configuration of the demo model's tower."""
+    config = VisionConfig.read({"vision_config": VISION, **TOKENS}, PROCESSOR)
+    assert config is not None and config.problem is None
+    return config
+
+
+class Seeing(nn.Module):
+    """The tower with linear maps from its features to colours and things.
+
+    Attributes:
+        tower: The tower.
+        colours: Map to the logits of ``COLOURS``.
+        things: Map to the logits of ``THINGS``.
+    """
+
+    def __init__(self, config: VisionConfig, text_width: int) -> None:
+        super().__init__()
+        self.tower = VisionTower(config, text_width)
+        # An untrained row is that of a coordinate that no picture in training has.
+        self.tower.patch_embedder.position_embedding_table *= 0.0
+        self.colours, self.things = (nn.Linear(config.hidden_size, len(names)) for names in (COLOURS, THINGS))
+
+
+class Codes(nn.Module):
+    """Vectors that show a colour or a thing to the text network.
+
+    Attributes:
+        colours: One vector for each of ``COLOURS``, (7, M).
+        things: One vector for each of ``THINGS``, (21, M).
+    """
+
+    def __init__(self, text_width: int) -> None:
+        super().__init__()
+        self.colours, self.things = (mx.random.normal((len(names), text_width)) for names in (COLOURS, THINGS))
+
+    def __call__(self, pictures: Drawn) -> mx.array:
+        """Return the sum of both vectors for each picture, (B, M)."""
+        colours, things = pictures.labels()
+        return self.colours[colours] + self.things[things]
+
+
+def schedule(peak: float, steps: int, warmup: int = 50) -> Schedule:
+    """Return a rate that rises to ``peak`` and then falls to a hundredth of it, linearly."""
+    joined: Schedule = optim.join_schedules(
+        [optim.linear_schedule(peak / warmup, peak, warmup), optim.linear_schedule(peak, peak / 100, steps - warmup)],
+        [warmup],
+    )
+    return joined
+
+
+def train_stage(stage: str, module: nn.Module, loss: Loss, steps: int, folder: Path, log: Log) -> None:
+    """Train the parameters of a module that are not frozen for ``steps`` steps, and save them to ``folder``.
+
+    An interrupted stage continues from its last checkpoint. ``loss`` takes the step's random numbers and its random
+    key, and returns the loss and values for the log.
+    """
+    muon_rate, adam_rate = RATES[stage]
+    muon = Muon(schedule(muon_rate, steps), weight_decay=0.02)
+    adamw = optim.AdamW(schedule(adam_rate, steps), betas=[0.9, 0.98], weight_decay=0.01, bias_correction=True)
+    optimizer = optim.MultiOptimizer([muon, adamw], [_is_hidden_matrix])
+    step = restore(folder / stage, module, optimizer, steps)  # type: ignore[arg-type]  # any module
+    gradient = nn.value_and_grad(module, loss)
+    sums: dict[str, float] = {}
+    began = time.perf_counter()
+    while step < steps:
+        (_, values), gradients = gradient(random.Random(f"{SEED}/{stage}/{step}"), mx.random.key((SEED << 32) + step))
+        gradients, _ = optim.clip_grad_norm(gradients, 1.0)
+        optimizer.update(module, gradients)
+        mx.eval(module.trainable_parameters(), optimizer.state, values)
+        step += 1
+        sums = {name: sums.get(name, 0.0) + value.item() for name, value in values.items()}
+        if step % _LOG_EVERY == 0:
+            seconds, began = time.perf_counter() - began, time.perf_counter()
+            means = {name: round(total / _LOG_EVERY, 4) for name, total in sums.items()}
+            log({"stage": stage, "step": step, **means, "seconds_per_step": round(seconds / _LOG_EVERY, 3)})
+            sums = {}
+        if step % _SAVE_EVERY == 0 or step == steps:
+            save(folder / stage, module, optimizer, step)  # type: ignore[arg-type]
+
+
+def _is_hidden_matrix(path: str, parameter: mx.array) -> bool:
+    """Return whether Muon trains a parameter: a matrix of the tower."""
+    return parameter.ndim == 2 and path.endswith("weight") and "proj" in path
+
+
+def see(config: VisionConfig, text_width: int, steps: int, folder: Path, log: Log) -> Seeing:
+    """Train the tower alone, and return it."""
+    mx.random.seed(SEED)
+    seeing = Seeing(config, text_width)
+    seeing.tower.embedding_projection.freeze()
+
+    def loss(rng: random.Random, key: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
+        pictures = drawn(rng, "train", BATCH["see"], config.patch_size)
+        features = encode_pictures(seeing.tower, config, pictures)
+        total, values = mx.array(0.0), {}
+        for name, head, label in zip(("colour", "thing"), (seeing.colours, seeing.things), pictures.labels(), strict=True):
+            logits = head(features)  # (B, n, names); each place says it, and all of them together
+            whole, each = logits.mean(axis=1), mx.broadcast_to(label[:, None], logits.shape[:2])
+            total = total + nn.losses.cross_entropy(whole, label, reduction="mean")
+            total = total + 0.5 * nn.losses.cross_entropy(logits, each, reduction="mean")
+            values[name] = (whole.argmax(-1) == label).mean()
+            values[f"{name}_each"] = (logits.argmax(-1) == label[:, None]).mean()
+        return total, {"loss": total, **values}
+
+    train_stage("see", seeing, loss, steps, folder, log)
+    return seeing
+
+
+def answers(model: Model, key: mx.array, features: mx.array, rng: random.Random, pictures: Drawn) -> mx.array:
+    """Return the loss of the frozen network's answers to questions about pictures with features (B, n, M)."""
+    pad_id = model.tokenizer.special_ids["<pad>"]
+    batch, rows = questions(rng, pictures.scenes, features.shape[1], model.tokenizer, model.template)
+    loss, _ = block_diffusion_loss(
+        model.network, batch, _OBJECTIVE, pad_id, key, rng.random() < 0.5, soft_tokens(features, rows)
+    )
+    return loss
+
+
+def show(model: Model, steps: int, folder: Path, log: Log) -> Codes:
+    """Learn the vectors that the frozen network understands, and return them."""
+    mx.random.seed(SEED)
+    codes = Codes(model.config.text.hidden_size)
+
+    def loss(rng: random.Random, key: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
+        grid = rng.choice(GRIDS)
+        pictures = Drawn([draw_scene(rng, "train") for _ in range(BATCH["show"])], mx.zeros(0), grid)
+        vectors = codes(pictures)[:, None]
+        noise = mx.random.normal((len(vectors), grid[0] * grid[1], vectors.shape[-1]), key=key)
+        size = mx.sqrt(mx.square(vectors).mean(axis=-1, keepdims=True))
+        total = answers(model, key, vectors + 0.3 * size * noise, rng, pictures)
+        return total, {"loss": total, "size": size.mean()}
+
+    train_stage("show", codes, loss, steps, folder, log)
+    return codes
+
+
+def fit_projection(seeing: Seeing, codes: Codes, config: VisionConfig, batches: int = 30) -> None:
+    """Fit the tower's projection by least squares, so that each soft token is the sum of its picture's vectors."""
+    H, M = config.hidden_size, codes.colours.shape[-1]
+    squares, products = np.zeros((H, H)), np.zeros((H, M))
+    for number in range(batches):
+        pictures = drawn(random.Random(f"{SEED}/fit/{number}"), "train", BATCH["see"], config.patch_size)
+        features = encode_pictures(seeing.tower, config, pictures)
+        wanted = mx.broadcast_to(codes(pictures)[:, None], (*features.shape[:2], M))
+        a, b = (np.array(array.reshape(-1, array.shape[-1]), np.float64) for array in (features, wanted))
+        squares += a.T @ a
+        products += a.T @ b
+    fitted = np.linalg.solve(squares + 1e-3 * np.trace(squares) / H * np.eye(H), products)
+    seeing.tower.embedding_projection.weight = mx.array(fitted.T.astype(np.float32))
+
+
+def join(model: Model, tower: VisionTower, config: VisionConfig, steps: int, folder: Path, log: Log) -> None:
+    """Train tower and projection together, through the frozen network."""
+    tower.unfreeze()
+
+    def loss(rng: random.Random, key: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
+        pictures = drawn(rng, "train", BATCH["join"], config.patch_size)
+        features = tower.embedding_projection(encode_pictures(tower, config, pictures))
+        total = answers(model, key, features, rng, pictures)
+        return total, {"loss": total}
+
+    train_stage("join", tower, loss, steps, folder, log)
+
+
+def main() -> None:
+    """Train the demo model's tower as the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, default=Path("runs/demo-vision"), help="folder of checkpoints and log")
+    parser.add_argument("--stages", nargs="*", default=["see", "show", "join"], help="stages to run")
+    for stage, count in STEPS.items():
+        parser.add_argument(f"--{stage}", type=int, default=count, help=f"updates of the stage {stage}")
+    arguments = parser.parse_args()
+    folder: Path = arguments.run
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.time()
+
+    def log(record: dict[str, Any]) -> None:
+        line = json.dumps({**record, "minutes": round((time.time() - began) / 60, 1)})
+        print(line, file=sys.stderr, flush=True)
+        with (folder / "log.jsonl").open("a") as file:
+            print(line, file=file)
+
+    config, model = vision_config(), load("demo", dtype="float32")
+    model.network.freeze()
+    model.network.train()
+    seeing = codes = None
+    if "see" in arguments.stages:
+        seeing = see(config, model.config.text.hidden_size, arguments.see, folder, log)
+    if "show" in arguments.stages:
+        codes = show(model, arguments.show, folder, log)
+    if "join" in arguments.stages:
+        assert seeing is not None and codes is not None
+        fit_projection(seeing, codes, config)
+        join(model, seeing.tower, config, arguments.join, folder, log)
+
+
+if __name__ == "__main__":
+    main()
