@@ -62,6 +62,7 @@ class TextConfig:
         layer_types: Kind of each layer, first to last: ``FULL`` or ``SLIDING``. The last layer is always ``FULL``.
         rope_parameters: Parameters of the rotary embedding for each kind of layer: ``rope_type``, ``rope_theta`` and,
             for the type "proportional", ``partial_rotary_factor``.
+        use_bidirectional_attention: "vision" if the positions of a picture see each other; None if they do not.
     """
 
     num_experts: int
@@ -82,6 +83,7 @@ class TextConfig:
     final_logit_softcapping: float = 30.0
     layer_types: tuple[str, ...] = ()
     rope_parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: _DEFAULT_ROPE)
+    use_bidirectional_attention: str | None = None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> TextConfig:
