@@ -15,9 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +27,27 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+from mlx.utils import tree_flatten
 
 from dgemma_mlx.checkpoint.vision_config import VisionConfig
 from dgemma_mlx.generation.api import load
 from dgemma_mlx.generation.model import Model
+from dgemma_mlx.json_text import read_json
+from dgemma_mlx.train.demo_tokenizer import CHAT_TEMPLATE
 from dgemma_mlx.train.loop import restore, save
 from dgemma_mlx.train.objective import ObjectiveConfig, block_diffusion_loss
 from dgemma_mlx.train.optimizer import Muon, Schedule
 from dgemma_mlx.train.pictures import Drawn, drawn, encode_pictures, questions, soft_tokens
-from dgemma_mlx.train.tasks.look import COLOURS, GRIDS, THINGS, draw_scene
+from dgemma_mlx.train.score import as_markdown, picture_card
+from dgemma_mlx.train.tasks.look import COLOURS, GRIDS, PATCH, THINGS, draw_scene
 from dgemma_mlx.vision.tower import VisionTower
 
 SEED = 0
-STEPS = {"see": 5000, "show": 1000, "join": 1000}
+STEPS = {"see": 4000, "show": 1000, "join": 1000}
 BATCH = {"see": 64, "show": 16, "join": 16}
 RATES = {"see": (0.02, 2e-3), "show": (0.02, 1e-2), "join": (0.002, 3e-4)}  # peak rates of Muon and of AdamW
 _OBJECTIVE = ObjectiveConfig(causal_weight=0.0, balance_weight=0.0)
+SHARD, INDEX = "model-vision.safetensors", "model.safetensors.index.json"
 _LOG_EVERY, _SAVE_EVERY = 25, 100
 
 VISION: dict[str, Any] = {
@@ -48,10 +55,10 @@ VISION: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 192,
     "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "patch_size": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "patch_size": PATCH,
     "pooling_kernel_size": 1,
     "position_embedding_size": 70,
     "rms_norm_eps": 1e-6,
@@ -85,16 +92,16 @@ class Seeing(nn.Module):
     """The tower with linear maps from its features to colours and things.
 
     Attributes:
-        tower: The tower.
+        tower: The tower. Its projection is the identity.
         colours: Map to the logits of ``COLOURS``.
         things: Map to the logits of ``THINGS``.
     """
 
-    def __init__(self, config: VisionConfig, text_width: int) -> None:
+    def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.tower = VisionTower(config, text_width)
-        # An untrained row is that of a coordinate that no picture in training has.
-        self.tower.patch_embedder.position_embedding_table *= 0.0
+        self.tower = VisionTower(config, config.hidden_size)
+        self.tower.embedding_projection.weight = mx.eye(config.hidden_size)
+        self.tower.embedding_projection.freeze()
         self.colours, self.things = (nn.Linear(config.hidden_size, len(names)) for names in (COLOURS, THINGS))
 
 
@@ -160,17 +167,17 @@ def _is_hidden_matrix(path: str, parameter: mx.array) -> bool:
     return parameter.ndim == 2 and path.endswith("weight") and "proj" in path
 
 
-def see(config: VisionConfig, text_width: int, steps: int, folder: Path, log: Log) -> Seeing:
+def see(config: VisionConfig, steps: int, folder: Path, log: Log) -> Seeing:
     """Train the tower alone, and return it."""
     mx.random.seed(SEED)
-    seeing = Seeing(config, text_width)
-    seeing.tower.embedding_projection.freeze()
+    seeing = Seeing(config)
 
     def loss(rng: random.Random, key: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
-        pictures = drawn(rng, "train", BATCH["see"], config.patch_size)
-        features = encode_pictures(seeing.tower, config, pictures)
+        pictures = drawn(rng, "train", BATCH["see"])
+        features = encode_pictures(seeing.tower, pictures)
         total, values = mx.array(0.0), {}
-        for name, head, label in zip(("colour", "thing"), (seeing.colours, seeing.things), pictures.labels(), strict=True):
+        heads = {"colour": seeing.colours, "thing": seeing.things}
+        for (name, head), label in zip(heads.items(), pictures.labels(), strict=True):
             logits = head(features)  # (B, n, names); each place says it, and all of them together
             whole, each = logits.mean(axis=1), mx.broadcast_to(label[:, None], logits.shape[:2])
             total = total + nn.losses.cross_entropy(whole, label, reduction="mean")
@@ -211,13 +218,13 @@ def show(model: Model, steps: int, folder: Path, log: Log) -> Codes:
     return codes
 
 
-def fit_projection(seeing: Seeing, codes: Codes, config: VisionConfig, batches: int = 30) -> None:
+def fit_projection(seeing: Seeing, codes: Codes, batches: int = 30) -> None:
     """Fit the tower's projection by least squares, so that each soft token is the sum of its picture's vectors."""
-    H, M = config.hidden_size, codes.colours.shape[-1]
+    H, M = VISION["hidden_size"], codes.colours.shape[-1]
     squares, products = np.zeros((H, H)), np.zeros((H, M))
     for number in range(batches):
-        pictures = drawn(random.Random(f"{SEED}/fit/{number}"), "train", BATCH["see"], config.patch_size)
-        features = encode_pictures(seeing.tower, config, pictures)
+        pictures = drawn(random.Random(f"{SEED}/fit/{number}"), "train", BATCH["see"])
+        features = encode_pictures(seeing.tower, pictures)
         wanted = mx.broadcast_to(codes(pictures)[:, None], (*features.shape[:2], M))
         a, b = (np.array(array.reshape(-1, array.shape[-1]), np.float64) for array in (features, wanted))
         squares += a.T @ a
@@ -226,27 +233,72 @@ def fit_projection(seeing: Seeing, codes: Codes, config: VisionConfig, batches: 
     seeing.tower.embedding_projection.weight = mx.array(fitted.T.astype(np.float32))
 
 
-def join(model: Model, tower: VisionTower, config: VisionConfig, steps: int, folder: Path, log: Log) -> None:
+def join(model: Model, tower: VisionTower, steps: int, folder: Path, log: Log) -> None:
     """Train tower and projection together, through the frozen network."""
     tower.unfreeze()
 
     def loss(rng: random.Random, key: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
-        pictures = drawn(rng, "train", BATCH["join"], config.patch_size)
-        features = tower.embedding_projection(encode_pictures(tower, config, pictures))
-        total = answers(model, key, features, rng, pictures)
+        pictures = drawn(rng, "train", BATCH["join"])
+        total = answers(model, key, encode_pictures(tower, pictures), rng, pictures)
         return total, {"loss": total}
 
     train_stage("join", tower, loss, steps, folder, log)
 
 
+def export(tower: VisionTower, source: Path, folder: Path) -> None:
+    """Write a copy of the checkpoint ``source`` with the tower to ``folder``.
+
+    The tower's weights are a file of their own, so that the files of the text network stay as they are.
+    """
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    parameters: Any = tree_flatten(tower.parameters())
+    tensors = {_source_name(path): array.astype(mx.bfloat16) for path, array in parameters}
+    mx.save_safetensors(str(folder / SHARD), tensors, metadata={"format": "mlx"})
+    config = {**read_json(source / "config.json"), "vision_config": VISION, **TOKENS}
+    text = [mx.load(str(path)) for path in sorted(folder.glob("*.safetensors"))]
+    stored: Any = {name: array for each in text for name, array in each.items()}  # type: ignore[union-attr]
+    old = read_json(source / INDEX)["weight_map"]
+    index = {
+        "metadata": {
+            "total_size": sum(array.nbytes for array in stored.values()),
+            "total_parameters": sum(array.size for array in stored.values()),
+        },
+        "weight_map": {**old, **dict.fromkeys(sorted(tensors), SHARD)},
+    }
+    for name, value in (("config.json", config), (INDEX, index), ("processor_config.json", PROCESSOR)):
+        (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+def _source_name(path: str) -> str:
+    """Return the name that a parameter of the tower has in a published checkpoint."""
+    part = "embed_vision" if path.startswith("embedding_projection") else "vision_tower"
+    return f"model.encoder.{part}.{path}"
+
+
+def score(folder: Path, pictures: int) -> None:
+    """Print how many questions about held-out pictures a checkpoint answers, and add it to its ``score_card.json``."""
+    scores = picture_card(load(folder), pictures)
+    path = folder / "score_card.json"
+    card = [line for line in json.loads(path.read_text()) if not line["task"].startswith("picture: ")]
+    path.write_text(json.dumps([*card, *map(asdict, scores)], indent=2) + "\n", encoding="utf-8")
+    print(as_markdown(scores))
+
+
 def main() -> None:
-    """Train the demo model's tower as the command line says."""
+    """Train or score the demo model's tower as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("runs/demo-vision"), help="folder of checkpoints and log")
-    parser.add_argument("--stages", nargs="*", default=["see", "show", "join"], help="stages to run")
+    parser.add_argument("--run", type=Path, default=Path("runs/demo-vision"),
+                        help="folder of checkpoints and log; training resumes from it")  # fmt: skip
+    parser.add_argument("--model", default="demo", help="the checkpoint whose text network reads the pictures")
+    parser.add_argument("--score", type=Path, help="score this checkpoint instead of training")
+    parser.add_argument("--pictures", type=int, default=200, help="held-out pictures of each topic in the score card")
     for stage, count in STEPS.items():
-        parser.add_argument(f"--{stage}", type=int, default=count, help=f"updates of the stage {stage}")
+        parser.add_argument(f"--{stage}", type=int, default=count, help=f"updates of the weights in the stage {stage}")
     arguments = parser.parse_args()
+    if arguments.score:
+        score(arguments.score, arguments.pictures)
+        return
     folder: Path = arguments.run
     folder.mkdir(parents=True, exist_ok=True)
     began = time.time()
@@ -257,18 +309,14 @@ def main() -> None:
         with (folder / "log.jsonl").open("a") as file:
             print(line, file=file)
 
-    config, model = vision_config(), load("demo", dtype="float32")
+    model = load(arguments.model, dtype="float32")
     model.network.freeze()
     model.network.train()
-    seeing = codes = None
-    if "see" in arguments.stages:
-        seeing = see(config, model.config.text.hidden_size, arguments.see, folder, log)
-    if "show" in arguments.stages:
-        codes = show(model, arguments.show, folder, log)
-    if "join" in arguments.stages:
-        assert seeing is not None and codes is not None
-        fit_projection(seeing, codes, config)
-        join(model, seeing.tower, config, arguments.join, folder, log)
+    seeing = see(vision_config(), arguments.see, folder, log)
+    codes = show(model, arguments.show, folder, log)
+    fit_projection(seeing, codes)
+    join(model, seeing.tower, arguments.join, folder, log)
+    export(seeing.tower, model.folder, folder / "model")
 
 
 if __name__ == "__main__":

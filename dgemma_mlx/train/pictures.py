@@ -1,7 +1,4 @@
-"""Batches for the demo model's vision tower: drawn pictures of one size, and questions about them.
-
-Inference encodes one picture at a time. Here many of one grid run through the tower together.
-"""
+"""Batches for the demo model's vision tower: drawn pictures of one size, and questions about them."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from dgemma_mlx.checkpoint.vision_config import VisionConfig
 from dgemma_mlx.model.soft_tokens import SoftTokens
 from dgemma_mlx.text.chat import ChatTemplate, encode_checked
 from dgemma_mlx.text.images import place_pictures
@@ -21,9 +17,9 @@ from dgemma_mlx.text.tokenizer import Tokenizer
 from dgemma_mlx.train.batches import canvas_batch
 from dgemma_mlx.train.objective import Batch
 from dgemma_mlx.train.tasks.base import Split
-from dgemma_mlx.train.tasks.look import COLOURS, GRIDS, THINGS, Pixels, Scene, ask, draw, draw_scene
+from dgemma_mlx.train.tasks.look import COLOURS, GRIDS, PATCH, THINGS, Pixels, Scene, ask, draw, draw_scene
 from dgemma_mlx.vision.pixels import Picture
-from dgemma_mlx.vision.tower import Attention, VisionTower, rotary_angles, rotated
+from dgemma_mlx.vision.tower import VisionTower
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,7 @@ class Drawn:
 
     Attributes:
         scenes: What each picture shows.
-        patches: Their patches, (B, N, 3 * patch_size ** 2) float32.
+        patches: Their patches, (B, N, 3 * PATCH ** 2) float32.
         grid: Numbers of rows and of columns of patches.
     """
 
@@ -49,49 +45,25 @@ class Drawn:
         )
 
 
-def drawn(rng: random.Random, split: Split, count: int, patch_size: int) -> Drawn:
+def drawn(rng: random.Random, split: Split, count: int) -> Drawn:
     """Draw ``count`` pictures of a split. All have one size, which is drawn as well."""
     grid = rng.choice(GRIDS)
     scenes = [draw_scene(rng, split) for _ in range(count)]
-    pixels = [draw(rng, scene, grid[0] * patch_size, grid[1] * patch_size) for scene in scenes]
-    return Drawn(scenes, mx.array(np.stack([as_picture(each, patch_size).patches() for each in pixels])), grid)
+    pixels = [draw(rng, scene, grid[0] * PATCH, grid[1] * PATCH) for scene in scenes]
+    return Drawn(scenes, mx.array(np.stack([as_picture(each).patches() for each in pixels])), grid)
 
 
-def as_picture(pixels: Pixels, patch_size: int) -> Picture:
+def as_picture(pixels: Pixels) -> Picture:
     """Return pixels (height, width, 3) as the picture that ``read_picture`` returns for a file of this size."""
     height, width, _ = pixels.shape
-    grid = height // patch_size, width // patch_size
+    grid = height // PATCH, width // PATCH
     return Picture("drawn", pixels, grid, grid[0] * grid[1], 70, -1, (width, height))
 
 
-def encode_pictures(tower: VisionTower, config: VisionConfig, drawn: Drawn) -> mx.array:
-    """Return the features of pictures, (B, N, H), before the tower's projection. The pooling's side is 1.
-
-    They are those that ``VisionTower`` computes for each picture alone.
-    """
-    count, columns = drawn.grid[0] * drawn.grid[1], drawn.grid[1]
-    x, y = mx.arange(count) % columns, mx.arange(count) // columns
-    hidden = tower.patch_embedder(drawn.patches, x, y)
-    angles = rotary_angles(x, y, config.head_dim, config.rope_theta)
-    cos, sin = (mx.tile(array, (len(hidden), 1, 1)) for array in (mx.cos(angles), mx.sin(angles)))
-    for layer in tower.encoder.layers:
-        attended = _attend(layer.self_attn, layer.input_layernorm(hidden), cos, sin, config)
-        hidden = hidden + layer.post_attention_layernorm(attended)
-        hidden = hidden + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(hidden)))
-    return mx.fast.rms_norm(hidden * config.hidden_size**0.5, None, config.rms_norm_eps)
-
-
-def _attend(attention: Attention, x: mx.array, cos: mx.array, sin: mx.array, config: VisionConfig) -> mx.array:
-    """Return what ``Attention`` returns for each picture of a batch (B, N, H). ``cos`` and ``sin`` (B * N, 2, D / 4)."""
-    B, N, _ = x.shape
-    heads, D = config.num_attention_heads, config.head_dim
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    q, k, v = (proj(x).reshape(B * N, heads, D) for proj in projections)
-    q, k = rotated(attention.q_norm(q), cos, sin), rotated(attention.k_norm(k), cos, sin)
-    v = mx.fast.rms_norm(v, None, config.rms_norm_eps)
-    q, k, v = (array.reshape(B, N, heads, D).swapaxes(1, 2) for array in (q, k, v))
-    weights = mx.softmax(q @ k.swapaxes(-1, -2), axis=-1)
-    return attention.o_proj((weights @ v).swapaxes(1, 2).reshape(B, N, heads * D))
+def encode_pictures(tower: VisionTower, drawn: Drawn) -> mx.array:
+    """Return the soft tokens of pictures, (B, n, M)."""
+    encoded: mx.array = mx.vmap(lambda patches: tower(patches, drawn.grid))(drawn.patches)
+    return encoded
 
 
 def questions(

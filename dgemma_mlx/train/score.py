@@ -8,11 +8,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
+from io import BytesIO
 
 from dgemma_mlx.generation.api import generate
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.sizes import rate
 from dgemma_mlx.train.tasks import TASKS
+from dgemma_mlx.train.tasks.look import GRIDS, TOPICS, Pixels, look
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,40 @@ def score_task(model: Model, task: str, prompts: int, seed: int = 0) -> Score:
         steps += done.statistics.denoising_steps
         canvases += done.statistics.canvases
     return Score(task, prompts, correct / prompts, round(rate(steps, canvases), 2), round(rate(tokens, steps), 2))
+
+
+def score_pictures(model: Model, topic: str, pictures: int, seed: int = 0) -> Score:
+    """Ask about one topic of ``pictures`` held-out pictures, and count the correct answers.
+
+    Each picture is written as a PNG file and read again, as a user's is, which needs Pillow. ``seed`` chooses them.
+    """
+    rng = random.Random(f"score/look/{topic}/{seed}")
+    correct = tokens = steps = canvases = 0
+    for number in range(pictures):
+        example = look(rng, "heldout", topic, rng.choice(GRIDS))
+        done = generate(
+            model, example.question, images=[png(example.pixels)], max_tokens=32, seed=number, speed="reference"
+        )
+        correct += done.text.strip() == example.answer
+        tokens += done.statistics.generated_tokens
+        steps += done.statistics.denoising_steps
+        canvases += done.statistics.canvases
+    means = round(rate(steps, canvases), 2), round(rate(tokens, steps), 2)
+    return Score(f"picture: {topic}", pictures, correct / pictures, *means)
+
+
+def picture_card(model: Model, pictures: int) -> list[Score]:
+    """Return the scores of all topics of pictures, with ``pictures`` pictures for each."""
+    return [score_pictures(model, topic, pictures) for topic in TOPICS]
+
+
+def png(pixels: Pixels) -> bytes:
+    """Return pixels (height, width, 3) uint8 as the bytes of a PNG file. Needs Pillow."""
+    from PIL import Image
+
+    file = BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
 def score_card(model: Model, prompts: int, tasks: Iterable[str] = tuple(TASKS)) -> list[Score]:
