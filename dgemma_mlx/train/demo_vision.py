@@ -5,9 +5,9 @@ The text network is frozen: not a bit of it changes. The tower is trained on pic
 
 1. ``see``: the tower alone, with two linear maps that are thrown away, learns to name the colour and the thing.
 2. ``show``: for each colour and each thing, a vector is learned that makes the frozen network give the right answers
-   when it stands at all places of a picture.
-3. ``join``: the projection is fitted so that the tower writes these vectors; then tower and projection are trained
-   together, through the frozen network.
+   when it stands at all places of a picture, and for each place one that is the same in all pictures.
+3. ``join``: the projection is fitted so that the tower writes the sums of these vectors; then tower and projection are
+   trained together, through the frozen network.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from dgemma_mlx.train.tasks.look import COLOURS, GRIDS, PATCH, THINGS, draw_scen
 from dgemma_mlx.vision.tower import VisionTower
 
 SEED = 0
-STEPS = {"see": 4000, "show": 1000, "join": 1000}
+STEPS = {"see": 2000, "show": 1000, "join": 1000}
 BATCH = {"see": 64, "show": 16, "join": 16}
-RATES = {"see": (0.02, 2e-3), "show": (0.02, 1e-2), "join": (0.002, 3e-4)}  # peak rates of Muon and of AdamW
-_OBJECTIVE = ObjectiveConfig(causal_weight=0.0, balance_weight=0.0)
+RATES = {"see": (0.02, 2e-3), "show": (0.0, 0.03), "join": (0.002, 3e-4)}  # peak rates of Muon and of AdamW
+_OBJECTIVE = ObjectiveConfig(causal_weight=0.0, balance_weight=0.0, full_noise=0.6, min_noise=0.4)
 SHARD, INDEX = "model-vision.safetensors", "model.safetensors.index.json"
 _LOG_EVERY, _SAVE_EVERY = 25, 100
 
@@ -106,21 +106,30 @@ class Seeing(nn.Module):
 
 
 class Codes(nn.Module):
-    """Vectors that show a colour or a thing to the text network.
+    """Vectors that show a colour and a thing to the text network.
 
     Attributes:
         colours: One vector for each of ``COLOURS``, (7, M).
         things: One vector for each of ``THINGS``, (21, M).
+        rows: One vector for each row of a picture's soft tokens, whatever it shows, (11, M).
+        columns: One vector for each column, (11, M).
     """
 
     def __init__(self, text_width: int) -> None:
         super().__init__()
-        self.colours, self.things = (mx.random.normal((len(names), text_width)) for names in (COLOURS, THINGS))
+        longest = max(max(grid) for grid in GRIDS)
+        sizes = {"colours": (0.7, len(COLOURS)), "things": (0.7, len(THINGS)), "rows": (0.5, longest),
+                 "columns": (0.5, longest)}  # fmt: skip
+        for name, (scale, count) in sizes.items():
+            setattr(self, name, scale * mx.random.normal((count, text_width)))
 
     def __call__(self, pictures: Drawn) -> mx.array:
-        """Return the sum of both vectors for each picture, (B, M)."""
-        colours, things = pictures.labels()
-        return self.colours[colours] + self.things[things]
+        """Return the sum of the vectors of each place of each picture, (B, n, M)."""
+        (rows, columns), (colour, thing) = pictures.grid, pictures.labels()
+        place = mx.arange(rows * columns)
+        shown = self.colours[colour] + self.things[thing]
+        summed: mx.array = shown[:, None] + (self.rows[place // columns] + self.columns[place % columns])
+        return summed
 
 
 def schedule(peak: float, steps: int, warmup: int = 50) -> Schedule:
@@ -195,7 +204,7 @@ def answers(model: Model, key: mx.array, features: mx.array, rng: random.Random,
     pad_id = model.tokenizer.special_ids["<pad>"]
     batch, rows = questions(rng, pictures.scenes, features.shape[1], model.tokenizer, model.template)
     loss, _ = block_diffusion_loss(
-        model.network, batch, _OBJECTIVE, pad_id, key, rng.random() < 0.5, soft_tokens(features, rows)
+        model.network, batch, _OBJECTIVE, pad_id, key, rng.random() < 0.3, soft_tokens(features, rows)
     )
     return loss
 
@@ -206,13 +215,10 @@ def show(model: Model, steps: int, folder: Path, log: Log) -> Codes:
     codes = Codes(model.config.text.hidden_size)
 
     def loss(rng: random.Random, key: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
-        grid = rng.choice(GRIDS)
-        pictures = Drawn([draw_scene(rng, "train") for _ in range(BATCH["show"])], mx.zeros(0), grid)
-        vectors = codes(pictures)[:, None]
-        noise = mx.random.normal((len(vectors), grid[0] * grid[1], vectors.shape[-1]), key=key)
-        size = mx.sqrt(mx.square(vectors).mean(axis=-1, keepdims=True))
-        total = answers(model, key, vectors + 0.3 * size * noise, rng, pictures)
-        return total, {"loss": total, "size": size.mean()}
+        scenes = [draw_scene(rng, "train") for _ in range(BATCH["show"])]
+        pictures = Drawn(scenes, mx.zeros(0), rng.choice(GRIDS))
+        total = answers(model, key, codes(pictures), rng, pictures)
+        return total, {"loss": total}
 
     train_stage("show", codes, loss, steps, folder, log)
     return codes
@@ -225,8 +231,7 @@ def fit_projection(seeing: Seeing, codes: Codes, batches: int = 30) -> None:
     for number in range(batches):
         pictures = drawn(random.Random(f"{SEED}/fit/{number}"), "train", BATCH["see"])
         features = encode_pictures(seeing.tower, pictures)
-        wanted = mx.broadcast_to(codes(pictures)[:, None], (*features.shape[:2], M))
-        a, b = (np.array(array.reshape(-1, array.shape[-1]), np.float64) for array in (features, wanted))
+        a, b = (np.array(array.reshape(-1, array.shape[-1]), np.float64) for array in (features, codes(pictures)))
         squares += a.T @ a
         products += a.T @ b
     fitted = np.linalg.solve(squares + 1e-3 * np.trace(squares) / H * np.eye(H), products)
