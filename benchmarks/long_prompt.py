@@ -44,7 +44,7 @@ def measure(tokens: int, budget: Budget) -> dict[str, float]:
     config = ModelConfig(TextConfig.from_dict(MODEL))
     model = DiffusionGemma(config.text).eval()
     mx.eval(model.parameters())
-    ids = mx.random.randint(0, 1024, (1, tokens))
+    ids: Any = mx.random.randint(0, 1024, (1, tokens)).tolist()
     cache = model.new_cache()
     mx.clear_cache()
     mx.reset_peak_memory()

@@ -6,13 +6,24 @@ A missing key takes the default of the configuration classes in transformers (``
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from dgemma_mlx.checks import is_whole, shown
+from dgemma_mlx.checkpoint.values import (
+    LARGEST,
+    constant,
+    first,
+    json_object,
+    named,
+    require,
+    require_size,
+    token_id,
+    token_ids,
+)
+from dgemma_mlx.checkpoint.vision_config import VisionConfig
+from dgemma_mlx.checks import shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import read_json
 
@@ -23,37 +34,8 @@ _DEFAULT_ROPE: dict[str, dict[str, Any]] = {
     SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
     FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
 }
-_LARGEST = 1 << 24  # of a size; far above any real one, and the product of two fits in a shape
-# The numbers between which a constant of the network lies. Real ones are far within; outside, float16 overflows or all
-# activations are nearly the same.
-_RANGES = {
-    "rms_norm_eps": (1e-12, 1e-2), "final_logit_softcapping": (0.1, 1e4), "rope_theta": (1.0, 1e12),
-    "partial_rotary_factor": (1e-6, 1.0),
-}  # fmt: skip
 _MOST_LAYERS = 1024
-_DAMAGED = "The checkpoint may be damaged or belong to another model."
-
-
-def _require(condition: bool, message: str) -> None:
-    """Raise ``DgemmaError`` with this message unless the condition holds."""
-    if not condition:
-        raise DgemmaError(message, _DAMAGED)
-
-
-def _require_size(value: Any, name: str) -> None:
-    """Raise ``DgemmaError`` unless the value is a positive integer of at most ``_LARGEST``."""
-    _require(is_whole(value) and 0 < value <= _LARGEST, f"{name} must be a positive integer, not {shown(value)}")
-
-
-def _constant(value: Any, name: str, place: str = "") -> float:
-    """Return a constant of the network, of which JSON may omit the decimal point, as a float.
-
-    Raises ``DgemmaError``, which says after ``place`` what it must be, unless it lies in its range in ``_RANGES``.
-    """
-    least, most = _RANGES[name]
-    good = (is_whole(value) or isinstance(value, float)) and least <= value <= most
-    _require(good, f"{place}{name} must be a number from {least:g} to {most:g}, not {shown(value)}")
-    return float(value)
+_IMAGE_IDS = {"image_token_id": 258_880, "boi_token_id": 255_999, "eoi_token_id": 258_882}  # where they are left out
 
 
 @dataclass(frozen=True)
@@ -80,6 +62,7 @@ class TextConfig:
         layer_types: Kind of each layer, first to last: ``FULL`` or ``SLIDING``. The last layer is always ``FULL``.
         rope_parameters: Parameters of the rotary embedding for each kind of layer: ``rope_type``, ``rope_theta`` and,
             for the type "proportional", ``partial_rotary_factor``.
+        use_bidirectional_attention: "vision" if the positions of a picture see each other; None if they do not.
     """
 
     num_experts: int
@@ -100,6 +83,7 @@ class TextConfig:
     final_logit_softcapping: float = 30.0
     layer_types: tuple[str, ...] = ()
     rope_parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: _DEFAULT_ROPE)
+    use_bidirectional_attention: str | None = None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> TextConfig:
@@ -110,21 +94,21 @@ class TextConfig:
         """
         values = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
         for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
-            _require(name in values, f"text_config has no {name!r}")
+            require(name in values, f"text_config has no {name!r}")
         layers = values.get("num_hidden_layers", cls.num_hidden_layers)
-        _require_size(layers, "num_hidden_layers")
-        _require(layers <= _MOST_LAYERS, f"num_hidden_layers is {layers}, more than {_MOST_LAYERS}")
+        require_size(layers, "num_hidden_layers")
+        require(layers <= _MOST_LAYERS, f"num_hidden_layers is {layers}, more than {_MOST_LAYERS}")
         types = values.get("layer_types", [SLIDING if (i + 1) % 6 else FULL for i in range(layers)])
-        _require(isinstance(types, (list, tuple)) and all(kind in (FULL, SLIDING) for kind in types),
+        require(isinstance(types, (list, tuple)) and all(kind in (FULL, SLIDING) for kind in types),
                  f"layer_types must be a list of {FULL!r} and {SLIDING!r}, not {shown(types)}")
-        _require(len(types) == layers, f"{len(types)} layer_types for {layers} layers")
+        require(len(types) == layers, f"{len(types)} layer_types for {layers} layers")
         types = [*types[:-1], FULL]  # the reference forces the last layer to full attention
         values["layer_types"] = tuple(types)
         values.setdefault("num_global_key_value_heads", values.get("num_key_value_heads", cls.num_key_value_heads))
         values.update(_full_layer_values(raw.get("per_layer_config"), values, types))
         for name in ("rms_norm_eps", "final_logit_softcapping"):
             if name in values:
-                values[name] = _constant(values[name], name)
+                values[name] = constant(values[name], name)
         config = cls(**values)
         config._validate(raw)
         return config
@@ -133,22 +117,22 @@ class TextConfig:
         """Raise ``DgemmaError`` for an invalid field, or for a setting in ``raw`` that is not supported."""
         for f in fields(self):
             if f.type == "int":
-                _require_size(getattr(self, f.name), f.name)
-        _require(isinstance(self.rope_parameters, Mapping), "rope_parameters must be an object")
+                require_size(getattr(self, f.name), f.name)
+        require(isinstance(self.rope_parameters, Mapping), "rope_parameters must be an object")
         for kind in sorted(set(self.layer_types)):
             heads, kv_heads, head_dim = self.num_attention_heads, self.kv_heads(kind), self.layer_head_dim(kind)
-            _require(heads % kv_heads == 0, f"{heads} query heads are not a multiple of {kv_heads} key/value heads")
-            _require(head_dim % 2 == 0, f"the head dimension of {kind} is odd: {head_dim}")
-            _require(heads * head_dim <= _LARGEST, f"{heads} heads of {head_dim} are too many")
+            require(heads % kv_heads == 0, f"{heads} query heads are not a multiple of {kv_heads} key/value heads")
+            require(head_dim % 2 == 0, f"the head dimension of {kind} is odd: {head_dim}")
+            require(heads * head_dim <= LARGEST, f"{heads} heads of {head_dim} are too many")
             _validate_rope(self.rope_parameters.get(kind), f"rope_parameters of {kind}")
-        _require(self.top_k_experts <= self.num_experts, "top_k_experts is larger than num_experts")
+        require(self.top_k_experts <= self.num_experts, "top_k_experts is larger than num_experts")
         activation = raw.get("hidden_activation", "gelu_pytorch_tanh")
-        _require(activation == "gelu_pytorch_tanh", f"unsupported hidden_activation {shown(activation)}")
-        _require(not raw.get("attention_bias"), "attention_bias is not supported")
+        require(activation == "gelu_pytorch_tanh", f"unsupported hidden_activation {shown(activation)}")
+        require(not raw.get("attention_bias"), "attention_bias is not supported")
         bidirectional = raw.get("use_bidirectional_attention")
-        _require(bidirectional in (None, "vision"),
+        require(bidirectional in (None, "vision"),
                  f"unsupported use_bidirectional_attention {shown(bidirectional)}")
-        _require(raw.get("tie_word_embeddings") in (None, True), "untied word embeddings are not supported")
+        require(raw.get("tie_word_embeddings") in (None, True), "untied word embeddings are not supported")
 
     def layer_head_dim(self, kind: str) -> int:
         """Return the width of a head (D) in layers of this kind, ``FULL`` or ``SLIDING``."""
@@ -172,31 +156,31 @@ def _full_layer_values(per_layer: Any, values: Mapping[str, Any], layer_types: l
     if per_layer is None:
         return {}
     good = isinstance(per_layer, Mapping) and all(isinstance(layer, Mapping) for layer in per_layer.values())
-    _require(good, "per_layer_config must be an object of objects")
+    require(good, "per_layer_config must be an object of objects")
     indices, changes = {str(i): i for i in range(len(layer_types))}, {}
     for key, layer in per_layer.items():
         i = indices.get(key.lstrip("0") or key[-1:])  # "05" is "5", and "00" is "0"
-        _require(i is not None, "per_layer_config has unknown layers")
-        _require(i not in changes, f"per_layer_config names layer {i} twice")
+        require(i is not None, "per_layer_config has unknown layers")
+        require(i not in changes, f"per_layer_config names layer {i} twice")
         changes[i] = layer
     flat = {name: values.get(name, getattr(TextConfig, name)) for name in ("head_dim", "num_key_value_heads")}
     full = {**flat, **changes.get(len(layer_types) - 1, {})}  # the last layer is always a full one
-    _require(full.keys() == flat.keys(), f"per_layer_config changes more than {', '.join(flat)}")
+    require(full.keys() == flat.keys(), f"per_layer_config changes more than {', '.join(flat)}")
     for i, kind in enumerate(layer_types):
         expected = full if kind == FULL else flat
-        _require({**flat, **changes.get(i, {})} == expected,
+        require({**flat, **changes.get(i, {})} == expected,
                  f"per_layer_config: layer {i} differs from the others with {kind}")
     return {"global_head_dim": full["head_dim"], "num_global_key_value_heads": full["num_key_value_heads"]}
 
 
 def _validate_rope(rope: Any, name: str) -> None:
     """Raise ``DgemmaError`` unless ``rope`` holds supported parameters of a rotary embedding."""
-    _require(isinstance(rope, Mapping), f"{name} are missing or not an object")
+    require(isinstance(rope, Mapping), f"{name} are missing or not an object")
     kind = rope.get("rope_type", "default")
-    _require(kind in ("default", "proportional"), f"{name}: unsupported rope_type {shown(kind)}")
-    _constant(rope.get("rope_theta"), "rope_theta", f"{name}: ")
-    _constant(rope.get("partial_rotary_factor", 1.0), "partial_rotary_factor", f"{name}: ")
-    _require(rope.get("factor", 1) == 1, f"{name}: factor is not supported")
+    require(kind in ("default", "proportional"), f"{name}: unsupported rope_type {shown(kind)}")
+    constant(rope.get("rope_theta"), "rope_theta", f"{name}: ")
+    constant(rope.get("partial_rotary_factor", 1.0), "partial_rotary_factor", f"{name}: ")
+    require(rope.get("factor", 1) == 1, f"{name}: factor is not supported")
 
 
 @dataclass(frozen=True)
@@ -207,67 +191,87 @@ class ModelConfig:
         text: Configuration of the text network.
         canvas_length: Number of tokens in a canvas (C).
         image_token_id: Id of the token that stands for a soft token of an image; None if there is none.
+        boi_token_id: Id of the token that stands before the soft tokens of an image; None if there is none.
+        eoi_token_id: Id of the token that stands after the soft tokens of an image; None if there is none.
         pad_token_id: Id of the padding token.
         bos_token_id: Id of the token that begins a sequence.
         eos_token_ids: Ids of the tokens that end a text.
         quantization: Quantization of packed weights: ``group_size``, ``bits`` and ``mode`` for all modules, and objects
             with these keys for single modules; None if no weights are packed.
-        vision: The unparsed configuration of the vision tower; None if there is none.
+        vision: Configuration of the vision tower; None if there is none.
     """
 
     text: TextConfig
     canvas_length: int = 256
     image_token_id: int | None = None
+    boi_token_id: int | None = None
+    eoi_token_id: int | None = None
     pad_token_id: int = 0
     bos_token_id: int = 2
     eos_token_ids: tuple[int, ...] = (1,)
     quantization: Mapping[str, Any] | None = None
-    vision: Mapping[str, Any] | None = None
+    vision: VisionConfig | None = None
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
-        """Create a configuration from the content of config.json.
+    def from_dict(cls, raw: Mapping[str, Any], processor: Mapping[str, Any] | None = None) -> ModelConfig:
+        """Create a configuration from the content of config.json and, for pictures, of processor_config.json.
 
-        Raises ``DgemmaError`` for a value that is missing, invalid or not supported.
+        Raises ``DgemmaError`` for a value that is missing, invalid or not supported. What is not supported of the
+        vision tower is noted in ``vision.problem`` instead.
         """
         kind = raw.get("model_type")
-        _require(kind == "diffusion_gemma", f"model_type is {shown(kind)}, not 'diffusion_gemma'")
-        _require(raw.get("tie_word_embeddings") in (None, True), "untied word embeddings are not supported")
-        _require(isinstance(raw.get("text_config"), Mapping), "text_config is missing or not an object")
+        require(kind == "diffusion_gemma", f"model_type is {shown(kind)}, not 'diffusion_gemma'")
+        require(raw.get("tie_word_embeddings") in (None, True), "untied word embeddings are not supported")
+        require(isinstance(raw.get("text_config"), Mapping), "text_config is missing or not an object")
         text: Mapping[str, Any] = raw["text_config"]
-        canvas_length = _first(raw.get("canvas_length"), cls.canvas_length)
-        _require_size(canvas_length, "canvas_length")
+        canvas_length = first(raw.get("canvas_length"), cls.canvas_length)
+        require_size(canvas_length, "canvas_length")
+        text_config = TextConfig.from_dict(text)
 
-        def token_id(name: str, default: int) -> Any:
-            return _first(raw.get(name), text.get(name), default)
+        def text_id(name: str, default: int) -> Any:
+            return first(raw.get(name), text.get(name), default)
 
-        image_token_id = raw.get("image_token_id")
+        def image_id(name: str) -> int | None:
+            value = raw.get(name, _IMAGE_IDS[name])
+            token = None if value is None else token_id(value, name)
+            return token if token is not None and token < text_config.vocab_size else None
+
         config = cls(
-            text=TextConfig.from_dict(text),
+            text=text_config,
             canvas_length=canvas_length,
-            image_token_id=None if image_token_id is None else _id(image_token_id, "image_token_id"),
-            pad_token_id=_id(token_id("pad_token_id", 0), "pad_token_id"),
-            bos_token_id=_id(token_id("bos_token_id", 2), "bos_token_id"),
-            eos_token_ids=_ids(token_id("eos_token_id", 1), "eos_token_id"),
-            quantization=_object(raw, "quantization") or _object(raw, "quantization_config"),
-            vision=_object(raw, "vision_config"),
+            image_token_id=image_id("image_token_id"),
+            boi_token_id=image_id("boi_token_id"),
+            eoi_token_id=image_id("eoi_token_id"),
+            pad_token_id=token_id(text_id("pad_token_id", 0), "pad_token_id"),
+            bos_token_id=token_id(text_id("bos_token_id", 2), "bos_token_id"),
+            eos_token_ids=token_ids(text_id("eos_token_id", 1), "eos_token_id"),
+            quantization=json_object(raw, "quantization") or json_object(raw, "quantization_config"),
+            vision=VisionConfig.read(raw, processor or {}),
         )
         for name in ("pad_token_id", "bos_token_id"):
             token = getattr(config, name)
-            _require(token < config.text.vocab_size, f"{name} {token} is not in the vocabulary")
+            require(token < config.text.vocab_size, f"{name} {token} is not in the vocabulary")
         return config
 
     @classmethod
     def load(cls, folder: Path) -> ModelConfig:
-        """Read config.json of a checkpoint folder.
+        """Read config.json of a checkpoint folder and, if it has a vision tower, processor_config.json.
 
-        Raises ``DgemmaError`` when the file is missing, is not valid JSON, or holds a value that is invalid or not
-        supported.
+        Raises ``DgemmaError`` when config.json is missing, is not valid JSON, or holds a value that is invalid or not
+        supported. A damaged processor_config.json is noted in ``vision.problem`` instead.
         """
-        path = folder / "config.json"
-        raw = read_json(path)
-        with _named(path):
-            return cls.from_dict(raw)
+        path, processor = folder / "config.json", folder / "processor_config.json"
+        raw, problem, pictures = read_json(path), None, None
+        if raw.get("vision_config") and processor.exists():
+            try:
+                pictures = read_json(processor)
+            except DgemmaError as error:
+                problem = error.message
+        with named(path):
+            config = cls.from_dict(raw, pictures)
+        if problem is not None and config.vision is not None:
+            config = replace(config, vision=replace(config.vision, problem=problem))
+        return config
 
 
 @dataclass(frozen=True)
@@ -307,12 +311,12 @@ class GenerationConfig:
         """
         path = folder / "generation_config.json"
         raw = read_json(path) if path.exists() else {}
-        with _named(path):
-            sampler = _object(raw, "sampler_config") or {}
-            raw = {**raw, "entropy_bound": _first(sampler.get("entropy_bound"), raw.get("entropy_bound"))}
+        with named(path):
+            sampler = json_object(raw, "sampler_config") or {}
+            raw = {**raw, "entropy_bound": first(sampler.get("entropy_bound"), raw.get("entropy_bound"))}
             eos, pad = raw.get("eos_token_id"), raw.get("pad_token_id")
-            raw["eos_token_ids"] = config.eos_token_ids if eos is None else _ids(eos, "eos_token_id")
-            raw["pad_token_id"] = config.pad_token_id if pad is None else _id(pad, "pad_token_id")
+            raw["eos_token_ids"] = config.eos_token_ids if eos is None else token_ids(eos, "eos_token_id")
+            raw["pad_token_id"] = config.pad_token_id if pad is None else token_id(pad, "pad_token_id")
             return cls().override(**{f.name: raw.get(f.name) for f in fields(cls)})
 
     def override(self, **values: Any) -> GenerationConfig:
@@ -351,45 +355,9 @@ _LEAST_TEMPERATURE = 1e-6  # far below it, logits divided by the temperature ove
 def _check(value: Any, name: str, *, minimum: float, whole: bool = False) -> None:
     """Raise ``DgemmaError`` (exit code 2) unless the value is a number, or a whole number, of at least ``minimum``."""
     right_type = isinstance(value, int) if whole else isinstance(value, (int, float))
-    if not right_type or isinstance(value, bool) or not minimum <= value <= (_LARGEST if whole else 1e30):
+    if not right_type or isinstance(value, bool) or not minimum <= value <= (LARGEST if whole else 1e30):
         kind = "a whole number" if whole else "a number"
         raise DgemmaError(
             f"{name} must be {kind} of at least {minimum:g}, not {shown(value)}",
             "Leave it out to use the checkpoint's own value.", exit_code=2,
         )
-
-
-def _first(*values: Any) -> Any:
-    """Return the first value that is not None, or None."""
-    return next((value for value in values if value is not None), None)
-
-
-def _id(value: Any, name: str) -> int:
-    """Return the value if it is a token id. Raises ``DgemmaError`` otherwise."""
-    good = is_whole(value) and 0 <= value <= _LARGEST
-    _require(good, f"{name} must be a token id, not {shown(value)}")
-    return int(value)
-
-
-def _ids(value: Any, name: str) -> tuple[int, ...]:
-    """Return the ids of a value that is a token id or a list of token ids. Raises ``DgemmaError`` otherwise."""
-    return tuple(_id(item, name) for item in (value if isinstance(value, list) else [value]))
-
-
-def _object(raw: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    """Return a JSON object of the configuration, or None if it is missing, null or empty.
-
-    Raises ``DgemmaError`` for a value that is not an object.
-    """
-    value = raw.get(name)
-    _require(value is None or isinstance(value, Mapping), f"{name} must be an object, not {shown(value)}")
-    return value or None
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Put the path of a file before the message of every ``DgemmaError`` that the block raises."""
-    try:
-        yield
-    except DgemmaError as error:
-        raise DgemmaError(f"{path}: {error.message}", _DAMAGED) from None

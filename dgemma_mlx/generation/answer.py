@@ -12,6 +12,7 @@ from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.constrain.canvas import ConstraintState, RowStart
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Committed, Done, Draft, FinishReason, Statistics
+from dgemma_mlx.generation.pictures import PromptIds
 from dgemma_mlx.sizes import rate
 from dgemma_mlx.text.parts import Parts, PartsParser
 
@@ -23,7 +24,7 @@ class Answer:
     """One prompt's answer while it is written.
 
     Attributes:
-        prompt_ids: Ids of the prompt.
+        prompt_ids: Ids of the prompt, with its pictures.
         seed: Seed of the random numbers.
         max_tokens: Largest number of tokens to write.
         max_positions: Number of positions the model supports (max_position_embeddings).
@@ -42,7 +43,7 @@ class Answer:
         doubted: Number of committed tokens that the encoder doubts.
     """
 
-    prompt_ids: list[int]
+    prompt_ids: PromptIds
     seed: int
     max_tokens: int
     max_positions: int

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import GenerationConfig, ModelConfig
 from dgemma_mlx.checkpoint.hub import resolve
-from dgemma_mlx.checks import reason
+from dgemma_mlx.checks import reason, shown
 from dgemma_mlx.constrain.constraint import Constraint
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED
 from dgemma_mlx.errors import DgemmaError
@@ -20,6 +20,7 @@ from dgemma_mlx.events import Done, Encoded, Event
 from dgemma_mlx.generation.memory import should_dequantize
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.generation.options import GenerationOptions, Verify
+from dgemma_mlx.generation.pictures import PictureEncoder
 from dgemma_mlx.generation.prompt_cache import PromptCache
 from dgemma_mlx.generation.request import ask, begin
 from dgemma_mlx.generation.runner import Runner
@@ -27,7 +28,9 @@ from dgemma_mlx.model.dequantize import dequantize, dequantized_bytes
 from dgemma_mlx.model.half_precision import fastest, require_float16
 from dgemma_mlx.model.joined import join_projections
 from dgemma_mlx.model.load import load_model
+from dgemma_mlx.model.soft_tokens import IMAGE_ATTENTION, ImageAttention
 from dgemma_mlx.model.text import DiffusionGemma
+from dgemma_mlx.text.images import Image
 from dgemma_mlx.text.messages import Message
 from dgemma_mlx.text.tokenizer import Tokenizer, load_tokenizer
 from dgemma_mlx.text.tools import Tool, ToolChoice
@@ -42,7 +45,7 @@ _DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32
 def load(
     model: str | Path | None = None, *,
     dtype: mx.Dtype | Literal["auto", "bfloat16", "float16", "float32"] | None = "auto",
-    cpu_dequantize: str = "auto", adapter: str | Path | None = None,
+    cpu_dequantize: str = "auto", adapter: str | Path | None = None, image_attention: ImageAttention | None = None,
 ) -> Model:
     """Open a checkpoint and read its weights. Any thread may use the model afterwards, one at a time.
 
@@ -55,11 +58,18 @@ def load(
         cpu_dequantize: Whether packed weights are unpacked where there is no Metal: "on", "off", or "auto", which
             unpacks them when that takes no more than half of the free memory.
         adapter: A folder that ``dgemma-mlx train``, PEFT or mlx_lm has written.
+        image_attention: What the positions of a picture see of each other: "google", "transformers" or "causal"; see
+            ``dgemma_mlx.model.soft_tokens``. None is "google", or "causal" where config.json says so.
 
     Raises:
-        DgemmaError: When there is no such model or adapter, when its files are incomplete or damaged, or when ``dtype``
-            is float16 and the model exceeds its range.
+        DgemmaError: When there is no such model or adapter, when its files are incomplete or damaged, when ``dtype``
+            is float16 and the model exceeds its range, or for another ``image_attention``.
     """
+    if image_attention is not None and image_attention not in IMAGE_ATTENTION:
+        raise DgemmaError(
+            f"image_attention must be one of {', '.join(IMAGE_ATTENTION)}, not {shown(image_attention)}",
+            "Leave it out for the checkpoint's own.", exit_code=2,
+        )  # fmt: skip
     chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     is_floating = isinstance(chosen, mx.Dtype) and mx.issubdtype(chosen, mx.floating)
     if dtype is not None and dtype != "auto" and not is_floating:
@@ -92,6 +102,8 @@ def load(
         config = replace(config, canvas_length=canvas_length)
     if mx.metal.is_available():  # a GPU launches less; on a CPU it gains nothing
         join_projections(network)
+    if image_attention is not None:
+        network.image_attention = image_attention
     _evaluate(network)
     generation = GenerationConfig.load(checkpoint.folder, config)
     tokenizer = load_tokenizer(checkpoint.folder, config.text.vocab_size)
@@ -103,6 +115,7 @@ def load(
         generation=generation,
         network=network,
         tokenizer=tokenizer,
+        pictures=None if config.vision is None else PictureEncoder(checkpoint.folder, config, network.dtype),
         adapter=folder,
     )
 
@@ -139,7 +152,7 @@ def generate(
     memory_limit: int | None = None, cancelled: Callable[[], bool] | None = None,
     constraint: Constraint | None = None, response_format: Mapping[str, Any] | None = None,
     tools: Sequence[Tool] | None = None, tool_choice: ToolChoice | None = None,
-    encoded: Callable[[Encoded], None] | None = None,
+    encoded: Callable[[Encoded], None] | None = None, images: Sequence[Image] | None = None,
 ) -> Done:
     """Generate a whole answer. The arguments are those of ``stream``.
 
@@ -152,7 +165,7 @@ def generate(
         prompt_cache=prompt_cache, speed=speed, verify=verify, temp=temp, generation=generation,
         trim_canvas=trim_canvas, prefill_step_size=prefill_step_size, memory_limit=memory_limit, cancelled=cancelled,
         constraint=constraint, response_format=response_format, tools=tools, tool_choice=tool_choice,
-        encoded=encoded,
+        encoded=encoded, images=images,
     ):  # fmt: skip
         if isinstance(event, Done):
             return event
@@ -182,6 +195,7 @@ def stream(
     tools: Sequence[Tool] | None = None,
     tool_choice: ToolChoice | None = None,
     encoded: Callable[[Encoded], None] | None = None,
+    images: Sequence[Image] | None = None,
 ) -> Generator[Event, None, None]:
     """Generate an answer step by step.
 
@@ -221,17 +235,20 @@ def stream(
             tool, or ``{"type": "function", "function": {"name": ...}}``, calls of this one.
         encoded: A function that is called after each part of the prompt with the number of positions that are encoded,
             to show the progress of a long prompt.
+        images: Images that the last user message shows before its text: paths, the bytes of files, or parts of a
+            message. Messages may hold images themselves.
 
     Raises:
         DgemmaError: For an option out of range, options that exclude each other, a conversation without messages, a
-            prompt that is too long, and a memory limit that is too low. All are raised before anything is encoded.
+            prompt that is too long, images that cannot be read, and a memory limit that is too low. All are raised
+            before anything is encoded.
     """
     options = GenerationOptions(
         speed=speed, verify=verify, temp=temp, generation=generation, trim_canvas=trim_canvas,
         prefill_step_size=prefill_step_size, memory_limit=memory_limit, cancelled=cancelled, constraint=constraint,
         response_format=response_format,
     )  # fmt: skip
-    asked = ask(model, prompt, options, system, thinking, raw, tools, tool_choice)
+    asked = ask(model, prompt, options, system, thinking, raw, tools, tool_choice, images)
     runner = begin(model, [asked], [seed], [max_tokens], options, prompt_cache)
     return _events(runner, encoded)
 
@@ -270,14 +287,15 @@ def generate_batch(
     response_format: Mapping[str, Any] | None = None,
     tools: Sequence[Tool] | Sequence[Sequence[Tool] | None] | None = None,
     tool_choice: ToolChoice | Sequence[ToolChoice | None] | None = None,
+    images: Sequence[Sequence[Image] | None] | None = None,
 ) -> list[Done]:
     """Answer several prompts at once. Each answer is what it would be alone with its seed, except for rounding.
 
     ``max_tokens``, ``system`` and ``tool_choice`` are one value for all prompts, or one for each; ``seeds`` are one for
-    each. ``tools`` is one list for all prompts, or a list with a list of tools, or None, for each. The other arguments
-    are those of ``stream``. ``trim_canvas`` is refused for more than one prompt, because the answers would
-    differ from those that the prompts get alone. Raises ``DgemmaError`` for that, for lists of the wrong length, and
-    whenever ``stream`` does.
+    each. ``tools`` is one list for all prompts, or a list with a list of tools, or None, for each. ``images`` is a list
+    with a list of images, or None, for each. The other arguments are those of ``stream``. ``trim_canvas`` is refused
+    for more than one prompt, because the answers would differ from those that the prompts get alone. Raises
+    ``DgemmaError`` for that, for lists of the wrong length, and whenever ``stream`` does.
     """
     if isinstance(prompts, str):
         raise DgemmaError("prompts must be a list of prompts", "One prompt goes to generate().", exit_code=2)
@@ -292,8 +310,9 @@ def generate_batch(
     choices = tool_choice if isinstance(tool_choice, (list, tuple)) else [tool_choice] * count
     are_lists = bool(tools) and all(own is None or isinstance(own, (list, tuple)) for own in tools or ())
     offers: Sequence[Any] = (tools or ()) if are_lists else [tools] * count
+    images = [None] * count if images is None else images
     for name, values in (("max_tokens", limits), ("seeds", seeds), ("system", systems), ("tools", offers),
-                         ("tool_choice", choices)):  # fmt: skip
+                         ("tool_choice", choices), ("images", images)):  # fmt: skip
         if len(values) != count:
             raise DgemmaError(
                 f"{name} must be one for each of {count} prompts, not {len(values)}", "Use None to leave it out.", 2
@@ -304,9 +323,10 @@ def generate_batch(
         response_format=response_format,
     )  # fmt: skip
     asked = []
-    for number, (prompt, own, offer, choice) in enumerate(zip(prompts, systems, offers, choices, strict=True), 1):
+    each_own = zip(prompts, systems, offers, choices, images, strict=True)
+    for number, (prompt, own, offer, choice, pictures) in enumerate(each_own, 1):
         try:
-            asked.append(ask(model, prompt, options, own, thinking, raw, offer, choice))
+            asked.append(ask(model, prompt, options, own, thinking, raw, offer, choice, pictures))
         except DgemmaError as error:
             place = f"prompt {number}: " if count > 1 else ""
             raise DgemmaError(f"{place}{error.message}", error.hint, error.exit_code) from None

@@ -41,5 +41,6 @@ class ModelIdentity:
             str(model.network.dtype).removeprefix("mlx.core."),
             *(["packed weights"] if dequantized_bytes(model.network) else []),
             *(["kernels"] if uses_kernels else []),
+            *([] if model.pictures is None else [f"image attention {model.network.image_attention}"]),
         )  # fmt: skip
         return cls(model.name, weights.hexdigest(), ", ".join(made_with))

@@ -26,7 +26,8 @@ DEQUANTIZE_CHOICES = ("auto", "on", "off")
 PREFILL_STEP_SIZE = 2048 if mx.metal.is_available() else 512
 _AHEAD = 8  # blocks of scores alive at a time (measured): MLX starts operations before earlier ones have ended
 _MARKS = 2  # copies of the sliding layers' keys and values that a ``PromptCache`` holds
-_MASKS = 3  # boolean arrays alive while the masks of a batch of padded prompts are computed
+_MASKS = 3  # boolean arrays alive while the masks of a batch of padded prompts, or of pictures, are computed
+_TOWER_ARRAYS, _TOWER_INNER = 12, 3  # arrays of each width alive in the vision tower (measured, float32)
 _SAMPLER_BYTES, _SAMPLER_ARRAYS = 4 << 20, 5  # without Metal: bytes of a block of the sampler, and blocks alive
 _SPARSE_ROWS = 72  # without Metal: float32 rows of the embedding table alive for each list of probable tokens
 _SHARE_OF_FREE = 0.9  # of the free memory, without Metal
@@ -63,11 +64,13 @@ class Work:
         rows: Number of canvases that are denoised at a time.
         shares_prefix: Whether all rows follow one prefix, which is encoded once and then copied for each row.
         verifies: Whether the encoder reads each canvas.
+        patches: Number of patches of the largest picture; 0 without pictures.
     """
 
     rows: int = 1
     shares_prefix: bool = False
     verifies: bool = False
+    patches: int = 0
 
 
 ONE_ANSWER = Work()
@@ -108,7 +111,9 @@ def run_memory(
     cache = cache_memory(config, positions)
     windows = _kept_memory(config, SLIDING, _window(config, positions))
     encoded = 1 if work.shares_prefix else rows
-    prefill = encoded * cache + _prefill_memory(config, encoded, positions, budget)
+    prefill = encoded * cache + max(
+        _prefill_memory(config, encoded, positions, budget, work.patches), _tower_memory(config, work.patches)
+    )
     snapshot = rows * windows if work.verifies or work.shares_prefix else 0
     denoising = rows * cache + snapshot + _denoising_memory(config, rows, positions, budget)
     if work.shares_prefix:
@@ -119,7 +124,8 @@ def run_memory(
         others = rows - 1
         fewer = (rows + others) * cache + snapshot + _denoising_memory(config, others, positions, budget)
         denoising = max(denoising, fewer)
-    return weight_bytes + max(prefill, denoising)
+    tower = tower_weights(config) if work.patches else 0
+    return weight_bytes + tower + max(prefill, denoising)
 
 
 class Need(NamedTuple):
@@ -139,12 +145,17 @@ class Need(NamedTuple):
         return self.kept + self.working
 
 
-def answer_need(config: ModelConfig, positions: int) -> Need:
-    """Return the memory of an answer to a prompt of ``positions``. It is never less than ``run_memory`` says."""
+def answer_need(config: ModelConfig, positions: int, patches: int = 0) -> Need:
+    """Return the memory of an answer to a prompt of ``positions``. It is never less than ``run_memory`` says.
+
+    ``patches`` is the number of patches of the prompt's largest picture, 0 without pictures. The weights of the vision
+    tower count as the answer's, although they stay.
+    """
     marks = _MARKS + 1  # the third is where prompts of several conversations part
     kept = cache_memory(config, positions) + marks * _kept_memory(config, SLIDING, _window(config, positions))
-    prefill, denoising = (work(config, 1, positions, _BUDGETS[-1]) for work in (_prefill_memory, _denoising_memory))
-    return Need(kept, max(prefill, denoising))
+    prefill = max(_prefill_memory(config, 1, positions, _BUDGETS[-1], patches), _tower_memory(config, patches))
+    tower = tower_weights(config) if patches else 0
+    return Need(kept + tower, max(prefill, _denoising_memory(config, 1, positions, _BUDGETS[-1])))
 
 
 def fitting_budget(
@@ -168,7 +179,8 @@ def fitting_budget(
         needed = run_memory(config, weight_bytes, positions, budget, work)
         if needed <= bound:
             # More than a chunk's working set would be of no use to the next chunk.
-            useful = _prefill_memory(config, 1 if work.shares_prefix else work.rows, positions, budget)
+            encoded = 1 if work.shares_prefix else work.rows
+            useful = _prefill_memory(config, encoded, positions, budget, work.patches)
             return replace(budget, idle_bytes=min(bound - needed, useful))
     if limit is None:
         return budgets[-1]
@@ -242,12 +254,34 @@ def _kept_memory(config: ModelConfig, kind: str, positions: int) -> int:
     return 2 * layers * positions * width * _element()
 
 
-def _prefill_memory(config: ModelConfig, rows: int, positions: int, budget: Budget) -> int:
+def tower_weights(config: ModelConfig) -> int:
+    """Return the bytes of the vision tower's weights once loaded, as if none of them were packed; 0 without a tower."""
+    vision = config.vision
+    if vision is None:
+        return 0
+    H, inner = vision.hidden_size, vision.num_attention_heads * vision.head_dim
+    layer = 4 * H * inner + 3 * H * vision.intermediate_size + 4 * H + 2 * vision.head_dim
+    ends = H * (3 * vision.patch_size**2 + 2 * vision.position_embedding_size + config.text.hidden_size + 2)
+    return (vision.num_hidden_layers * layer + ends) * _element()
+
+
+def _tower_memory(config: ModelConfig, patches: int) -> int:
+    """Return the peak bytes of intermediate results of the vision tower for a picture of ``patches``."""
+    vision = config.vision
+    if vision is None or not patches:
+        return 0
+    widths = _TOWER_ARRAYS * vision.hidden_size + _TOWER_INNER * vision.intermediate_size + 3 * vision.patch_size**2
+    scores = 0 if mx.metal.is_available() else 4 * vision.num_attention_heads * patches**2
+    return 4 * patches * widths + min(scores, _AHEAD * SCORE_BYTES)
+
+
+def _prefill_memory(config: ModelConfig, rows: int, positions: int, budget: Budget, patches: int = 0) -> int:
     """Return the peak bytes of intermediate results of a chunk of ``rows`` prompts."""
-    length = min(max(1, budget.prefill_step_size // rows), positions)
+    block = 0 if config.vision is None else patches // config.vision.pooling_kernel_size**2  # a chunk parts no picture
+    length = min(max(1, budget.prefill_step_size // rows) + block, positions)
     # Encoding needs the last layer's keys and values, not what it would attend to.
     kinds = config.text.layer_types[:-1]
-    masks = _MASKS * rows * length * positions if rows > 1 else 0
+    masks = _MASKS * rows * length * positions if rows > 1 or patches else 0
     return masks + _layer_memory(config, kinds, rows, length, positions, budget, encoding=True)
 
 

@@ -1,6 +1,7 @@
 """A prompt cache on disk: one safetensors file, valid only for the model that made it.
 
-The file holds these tensors, in this order: ``ids`` (P) int32; for each layer ``keys`` and ``values`` (1, Hk, S, D);
+The file holds these tensors, in this order: ``ids`` (P) int64, with a picture's negative key at each of its soft
+tokens; for each layer ``keys`` and ``values`` (1, Hk, S, D);
 and ``sha256`` over all bytes before it. Full-attention layers store all P positions. Sliding layers store the windows
 before each point to which a prompt can go back: the marks and the end. Positions in several windows are stored once.
 """
@@ -28,8 +29,8 @@ from dgemma_mlx.json_text import parse_json
 from dgemma_mlx.model.cache import FullLayerCache, PrefixCache, Snapshot
 from dgemma_mlx.model.text import DiffusionGemma
 
-_FORMAT, _VERSION = "dgemma-mlx prompt cache", 1
-_DTYPES = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32", mx.int32: "I32", mx.uint8: "U8"}
+_FORMAT, _VERSION = "dgemma-mlx prompt cache", 2
+_DTYPES = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32", mx.int64: "I64", mx.uint8: "U8"}
 _MAX_HEADER = 1 << 20  # bytes; the header of a thousand layers takes a quarter of this
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, struct.error)
 _OTHER_FILE = "Choose another file; --prompt-cache continues only from files that it has written."
@@ -142,7 +143,7 @@ def _check_identity(path: Path, found: Mapping[str, str], here: ModelIdentity) -
 
 def _layout(like: PrefixCache, points: Sequence[int], window: int) -> dict[str, _Stored]:
     """Return the file's tensors, in order, for a cache that is shaped ``like`` this one, which is not empty."""
-    layout = {"ids": _Stored(mx.int32, (points[-1],))}
+    layout = {"ids": _Stored(mx.int64, (points[-1],))}
     for i, layer in enumerate(like.layers):
         full = isinstance(layer, FullLayerCache)
         length = points[-1] if full else sum(new for _, new in _windows(points, window))
@@ -184,7 +185,7 @@ def _data(
 ) -> Iterator[bytes | memoryview]:
     """Yield the stored bytes, up to the digest. ``snapshots`` are those of the points."""
     news = [new for _, new in _windows([snapshot.offset for snapshot in snapshots], window)]
-    yield _bytes(mx.array(list(ids), mx.int32))
+    yield _bytes(mx.array(list(ids), mx.int64))
     for i, layer in enumerate(cache.layers):
         if isinstance(layer, FullLayerCache):
             yield from map(_bytes, layer.state())
@@ -213,11 +214,13 @@ def _read_header(file: BinaryIO, path: Path, digest: hashlib._Hash) -> tuple[dic
         name, _, number = metadata["format"].rpartition(" ")
         if name != _FORMAT or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("not ours")
-        newer = int(number) > _VERSION
+        version = int(number)
     except _MALFORMED:
         raise DgemmaError(f"{path} is not a prompt cache, or it is damaged", _OTHER_FILE) from None
-    if newer:
+    if version > _VERSION:
         raise DgemmaError(f"{path} was written by a newer dgemma-mlx", "Update dgemma-mlx, or choose another file.")
+    if version < _VERSION:
+        raise DgemmaError(f"{path} was written by an older dgemma-mlx", _DELETE)
     digest.update(start + text)
     return entries, metadata
 
@@ -245,7 +248,7 @@ def _read_data(
         return mx.array(np.frombuffer(data, np.uint8)).view(layout[name].dtype).reshape(layout[name].shape)
 
     ids: Any = take("ids").tolist()
-    _require(0 <= min(ids) and max(ids) < text.vocab_size)
+    _require(max(ids) < text.vocab_size)
     cache = network.new_cache()
     snapshots = {point: Snapshot(point, {}) for point in points}
     for i, layer in enumerate(cache.layers):

@@ -16,8 +16,10 @@ from dgemma_mlx.generation.answer import Answer, call_prefix
 from dgemma_mlx.generation.memory import Work, fit_to_memory
 from dgemma_mlx.generation.model import Model, ModelText
 from dgemma_mlx.generation.options import GenerationOptions, Held
+from dgemma_mlx.generation.pictures import PromptIds, most_patches
 from dgemma_mlx.generation.prompt_cache import PromptCache
 from dgemma_mlx.generation.runner import Runner
+from dgemma_mlx.text.images import Image
 from dgemma_mlx.text.messages import Message
 from dgemma_mlx.text.parts import PartsParser
 from dgemma_mlx.text.tools import Tool, ToolChoice
@@ -27,23 +29,23 @@ class Asked(NamedTuple):
     """An encoded prompt, and what its answer is held to.
 
     Attributes:
-        ids: Ids of the prompt.
+        ids: Ids of the prompt, with its pictures.
         held: What the answer is held to; None when it is free.
         reads_calls: Whether the answer may hold calls.
     """
 
-    ids: list[int]
+    ids: PromptIds
     held: Held | None
     reads_calls: bool
 
 
 def ask(
     model: ModelText, prompt: str | Sequence[Message], options: GenerationOptions, system: str | None, thinking: bool,
-    raw: bool, tools: Sequence[Tool] | None, tool_choice: ToolChoice | None,
+    raw: bool, tools: Sequence[Tool] | None, tool_choice: ToolChoice | None, images: Sequence[Image] | None = None,
 ) -> Asked:
     """Encode a prompt. Raises ``DgemmaError`` for arguments that exclude each other."""
     ids = model.encode_prompt(
-        prompt, system=system, thinking=thinking, raw=raw, tools=tools, tool_choice=tool_choice
+        prompt, system=system, thinking=thinking, raw=raw, tools=tools, tool_choice=tool_choice, images=images
     )
     return Asked(ids, options.held(model, tools, tool_choice, thinking), tool_choice != "none")
 
@@ -81,7 +83,8 @@ def begin(
         new_answer(model, asked, seed, limit, options)
         for asked, seed, limit in zip(prompts, seeds, max_tokens, strict=True)
     ]
-    work = Work(len(prompts), verifies=options.verify != "off")
+    patches = most_patches(asked.ids for asked in prompts)
+    work = Work(len(prompts), verifies=options.verify != "off", patches=patches)
     longest = max(len(asked.ids) for asked in prompts)
     budget = fit_to_memory(model, longest, work, options.memory_limit, options.prefill_step_size)
     return Runner(model, options, answers, budget, prompt_cache)

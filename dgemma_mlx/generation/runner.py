@@ -46,6 +46,7 @@ class Runner:
         self._answers, self._prompt_cache = answers, prompt_cache
         self._denoiser = options.denoiser(model)
         self._budget = budget
+        self._features = model.features_of(answer.prompt_ids for answer in answers)
         self._cancellation = Cancellation(options.cancelled)
         self._live = list(range(len(answers)))
         self._noise = Noise(*(answer.seed for answer in answers))
@@ -91,7 +92,7 @@ class Runner:
         padding = [longest - len(answer.prompt_ids) for answer in self._answers]
         rows = [[0] * pad + answer.prompt_ids for pad, answer in zip(padding, self._answers, strict=True)]
         cache = self._network.new_cache(mx.array(padding, mx.int32) if any(padding) else None)
-        for _ in self._encode(mx.array(rows, mx.int32), cache):
+        for _ in self._encode(rows, cache):
             yield from ((number, Encoded(cache.offset, longest)) for number in self._live)
         return cache
 
@@ -108,17 +109,18 @@ class Runner:
             shared = known  # such a mark would save the next prompt little
         for start, end, mark in ((known, shared, "shared"), (shared, turn, "turn"), (turn, len(ids), None)):
             encoded = start
-            for count in self._encode(mx.array([ids[start:end]], mx.int32), cache):
+            for count in self._encode([ids[start:end]], cache):
                 part, encoded = ids[encoded : encoded + count], encoded + count
                 prompt_cache.append(part, mark if encoded == end else None)
                 yield 0, Encoded(encoded, len(ids))
         return cache
 
-    def _encode(self, ids: mx.array, cache: PrefixCache) -> Generator[int, None, None]:
+    def _encode(self, rows: Sequence[Sequence[int]], cache: PrefixCache) -> Generator[int, None, None]:
         """Encode ids (B, P) chunk by chunk. Yield the number of positions of each chunk."""
         hidden = yield from prefill(
-            self._network, ids, cache, self._budget, self._cancellation, wants_hidden=self._verifier is not None
-        )
+            self._network, rows, cache, self._budget, self._cancellation, self._features,
+            wants_hidden=self._verifier is not None,
+        )  # fmt: skip
         if self._verifier is not None and hidden is not None:
             self._verifier.start_after(hidden)
 

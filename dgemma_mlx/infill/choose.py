@@ -13,10 +13,12 @@ from dgemma_mlx.checks import check_text, shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model, ModelText, block_length
 from dgemma_mlx.generation.options import GenerationOptions
+from dgemma_mlx.generation.pictures import PromptIds
 from dgemma_mlx.generation.wired import wired_memory
 from dgemma_mlx.infill.fill import end_id
 from dgemma_mlx.infill.writer import Writer
 from dgemma_mlx.text.exact import encode_exactly
+from dgemma_mlx.text.images import Image
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ def choose(
     model: Model, question: str, choices: Sequence[str], *, listed: bool = False, system: str | None = None,
     raw: bool = False, seed: int | None = None, prefill_step_size: int | None = None,
     memory_limit: int | None = None, cancelled: Callable[[], bool] | None = None,
+    images: Sequence[Image] | None = None,
 ) -> list[Choice]:
     """Return how probable each of the choices is as the answer, the most probable first.
 
@@ -57,13 +60,14 @@ def choose(
             to stay within the memory limit.
         memory_limit: Bytes that the work may take. None is the device's own limit.
         cancelled: A function that is called while the prompt is encoded. Once it returns True, the work ends.
+        images: Images that the question shows, as in ``stream``.
 
     Raises:
-        DgemmaError: For fewer than two choices, equal or empty ones, and one that a canvas does not hold or that the
-            model's tokenizer cannot keep.
+        DgemmaError: For fewer than two choices, equal or empty ones, one that a canvas does not hold or that the
+            model's tokenizer cannot keep, and an image that cannot be read.
         KeyboardInterrupt: After ``cancelled`` has returned True.
     """
-    prepared = prepare_choices(model, question, choices, listed=listed, system=system, raw=raw)
+    prepared = prepare_choices(model, question, choices, listed=listed, system=system, raw=raw, images=images)
     options = GenerationOptions(
         prefill_step_size=prefill_step_size, memory_limit=memory_limit, cancelled=cancelled
     )
@@ -79,14 +83,14 @@ class PreparedChoices(NamedTuple):
         rows: Ids of each answer and the end-of-text id.
     """
 
-    ids: list[int]
+    ids: PromptIds
     texts: list[str]
     rows: list[list[int]]
 
 
 def prepare_choices(
     model: ModelText, question: str, choices: Sequence[str], *, listed: bool = False, system: str | None = None,
-    raw: bool = False,
+    raw: bool = False, images: Sequence[Image] | None = None,
 ) -> PreparedChoices:
     """Check and encode a question. The arguments are those of ``choose``, whose errors are raised here."""
     if not isinstance(choices, Sequence) or isinstance(choices, str):
@@ -108,7 +112,7 @@ def prepare_choices(
             "Use shorter answers.", exit_code=2,
         )  # fmt: skip
     asked = f"{question}\n\nAnswer with one of: {', '.join(texts)}." if listed else question
-    ids = model.encode_prompt(asked, system=system, raw=raw)
+    ids = model.encode_prompt(asked, system=system, raw=raw, images=images)
     model.check_prompt(ids)
     return PreparedChoices(ids, texts, rows)
 

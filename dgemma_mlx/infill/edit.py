@@ -14,6 +14,7 @@ from dgemma_mlx.diffusion.speed import DEFAULT_SPEED
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model, ModelText
 from dgemma_mlx.generation.options import GenerationOptions
+from dgemma_mlx.generation.pictures import PromptIds
 from dgemma_mlx.generation.wired import wired_memory
 from dgemma_mlx.infill.fill import Filled, Prepared, doubt_about, end_id, lay_out, noised_start, write_gaps
 from dgemma_mlx.infill.layout import bias_against, characters, not_text
@@ -24,6 +25,7 @@ from dgemma_mlx.infill.writer import Progress, Writer
 from dgemma_mlx.kernels import LogitBias
 from dgemma_mlx.sizes import counted
 from dgemma_mlx.text.exact import encode_exactly
+from dgemma_mlx.text.images import Image
 
 DEFAULT_STRENGTH = 0.6
 DEFAULT_CANDIDATES = 5
@@ -36,6 +38,7 @@ def edit(
     seed: int | None = None, speed: str = DEFAULT_SPEED, temp: float | None = None,
     generation: GenerationConfig | None = None, prefill_step_size: int | None = None,
     memory_limit: int | None = None, cancelled: Callable[[], bool] | None = None, progress: Progress | None = None,
+    images: Sequence[Image] | None = None,
 ) -> Filled:
     """Change a text as the instruction says: all of it, or a part.
 
@@ -54,13 +57,14 @@ def edit(
         candidates: Number of lengths to try for each part. It has no effect on a whole text.
 
     Raises:
-        DgemmaError: When there is nothing to change, one canvas does not hold it, or the model's tokenizer cannot keep
-            the text.
+        DgemmaError: When there is nothing to change, one canvas does not hold it, the model's tokenizer cannot keep
+            the text, or an image cannot be read.
         KeyboardInterrupt: After ``cancelled`` has returned True.
     """
     prepared = prepare_edit(
-        model, instruction, text, lines=lines, match=match, strength=strength, candidates=candidates, system=system
-    )
+        model, instruction, text, lines=lines, match=match, strength=strength, candidates=candidates, system=system,
+        images=images,
+    )  # fmt: skip
     options = GenerationOptions(
         speed=speed, temp=temp, generation=generation, prefill_step_size=prefill_step_size, memory_limit=memory_limit,
         cancelled=cancelled,
@@ -78,7 +82,7 @@ class PreparedText(NamedTuple):
         strength: Share of the text that starts as noise.
     """
 
-    ids: list[int]
+    ids: PromptIds
     text: str
     canvas: list[int]
     strength: float
@@ -87,6 +91,7 @@ class PreparedText(NamedTuple):
 def prepare_edit(
     model: ModelText, instruction: str, text: str, *, lines: Lines | None = None, match: str | None = None,
     strength: float | None = None, candidates: int = DEFAULT_CANDIDATES, system: str | None = None,
+    images: Sequence[Image] | None = None,
 ) -> Prepared | PreparedText:
     """Check and encode a text and an instruction. The arguments are those of ``edit``, whose errors are raised here."""
     check_text("the instruction", instruction)
@@ -99,14 +104,14 @@ def prepare_edit(
         message = f"strength must be a number above 0 and at most 1, not {shown(strength)}"
         raise DgemmaError(message, "Below 1, the result stays closer to the text.", exit_code=2)
     check_count("candidates", candidates)
-    opening = model.encode_prompt(f"{instruction.strip()}\n\n{text}", system=system)
+    opening = model.encode_prompt(f"{instruction.strip()}\n\n{text}", system=system, images=images)
     if lines is None and match is None:
         canvas = _canvas_ids(model, text)
         model.check_prompt(opening)
         return PreparedText(opening, text, canvas, strength or DEFAULT_STRENGTH)
     layout = lay_out(model, selected(text, lines, match))
     ladders = [around(len(slot.original), layout.room, candidates) for slot in layout.slots]
-    ids = [*opening, *layout.prefix]
+    ids = opening.followed_by(layout.prefix)
     model.check_prompt(ids)
     return Prepared(ids, layout, ladders, candidates, strength or 1.0)
 

@@ -19,11 +19,13 @@ from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Draft
 from dgemma_mlx.generation.model import Model, ModelText
 from dgemma_mlx.generation.options import GenerationOptions
+from dgemma_mlx.generation.pictures import PromptIds
 from dgemma_mlx.generation.wired import wired_memory
 from dgemma_mlx.infill.layout import Layout, Lengths
 from dgemma_mlx.infill.search import Candidate, ladder, search
 from dgemma_mlx.infill.template import MARK, Gap, Part, parse_gaps, shown
 from dgemma_mlx.infill.writer import InfillStatistics, Progress, Writer
+from dgemma_mlx.text.images import Image
 
 DEFAULT_CANDIDATES = 8
 _PROMPT = (
@@ -61,6 +63,7 @@ def fill(
     speed: str = DEFAULT_SPEED, temp: float | None = None, generation: GenerationConfig | None = None,
     prefill_step_size: int | None = None, memory_limit: int | None = None,
     cancelled: Callable[[], bool] | None = None, progress: Progress | None = None,
+    images: Sequence[Image] | None = None,
 ) -> Filled:
     """Fill the gaps of a text.
 
@@ -85,13 +88,16 @@ def fill(
         memory_limit: Bytes that the work may take. None is the device's own limit.
         cancelled: A function that is called between any two steps. Once it returns True, the work ends.
         progress: A function that is called after each step with the number of canvases and of steps so far.
+        images: Images that the question shows, as in ``stream``.
 
     Raises:
-        DgemmaError: When there is no gap, one canvas does not hold all of them, or the model's tokenizer cannot keep
-            the text.
+        DgemmaError: When there is no gap, one canvas does not hold all of them, the model's tokenizer cannot keep the
+            text, or an image cannot be read.
         KeyboardInterrupt: After ``cancelled`` has returned True.
     """
-    prepared = prepare_fill(model, text, mark=mark, prompt=prompt, system=system, raw=raw, candidates=candidates)
+    prepared = prepare_fill(
+        model, text, mark=mark, prompt=prompt, system=system, raw=raw, candidates=candidates, images=images
+    )
     options = GenerationOptions(
         speed=speed, temp=temp, generation=generation, prefill_step_size=prefill_step_size, memory_limit=memory_limit,
         cancelled=cancelled,
@@ -110,7 +116,7 @@ class Prepared(NamedTuple):
         strength: Share of the gaps' original text that starts as noise; None where a gap holds no text yet.
     """
 
-    ids: list[int]
+    ids: PromptIds
     layout: Layout
     ladders: list[list[int]]
     candidates: int
@@ -120,6 +126,7 @@ class Prepared(NamedTuple):
 def prepare_fill(
     model: ModelText, text: str | Sequence[Part], *, mark: str = MARK, prompt: str | None = None,
     system: str | None = None, raw: bool = False, candidates: int = DEFAULT_CANDIDATES,
+    images: Sequence[Image] | None = None,
 ) -> Prepared:
     """Check and encode a text with gaps. The arguments are those of ``fill``, whose errors are raised here."""
     parts = alternating(parse_gaps(text, mark) if isinstance(text, str) else text)
@@ -135,7 +142,7 @@ def prepare_fill(
         for slot in layout.slots
     ]
     question = "" if raw else _PROMPT + shown(parts) if prompt is None else prompt
-    ids = [*model.encode_prompt(question, system=system, raw=raw), *layout.prefix]
+    ids = model.encode_prompt(question, system=system, raw=raw, images=images).followed_by(layout.prefix)
     model.check_prompt(ids)
     return Prepared(ids, layout, ladders, candidates)
 

@@ -19,6 +19,7 @@ from dgemma_mlx.generation.cancellation import Cancellation
 from dgemma_mlx.generation.memory import Work, fit_to_memory
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.generation.options import GenerationOptions
+from dgemma_mlx.generation.pictures import PromptIds, most_patches
 from dgemma_mlx.generation.prefill import prefill
 from dgemma_mlx.model.cache import PrefixCache
 from dgemma_mlx.model.half_precision import refuse_nan
@@ -61,7 +62,7 @@ class Writer:
     """
 
     def __init__(
-        self, model: Model, prefix: Sequence[int], rows: int, seed: int | None,
+        self, model: Model, prefix: PromptIds, rows: int, seed: int | None,
         options: GenerationOptions | None = None, progress: Progress | None = None,
     ) -> None:
         """Encode the prefix (P).
@@ -76,13 +77,15 @@ class Writer:
         self._prompt_tokens, self._batches, self._canvases, self._steps = len(prefix), 0, 0, 0
         model.check_prompt(prefix)
         mx.reset_peak_memory()
-        work = Work(rows, shares_prefix=True)
+        work = Work(rows, shares_prefix=True, patches=most_patches([prefix]))
         budget = fit_to_memory(model, len(prefix), work, options.memory_limit, options.prefill_step_size)
         self._denoiser = options.denoiser(model)
         self._cancellation = Cancellation(options.cancelled)
         self._cache = model.network.new_cache()
-        ids = mx.array([prefix], mx.int32)
-        chunks = prefill(model.network, ids, self._cache, budget, self._cancellation, wants_hidden=True)
+        chunks = prefill(
+            model.network, [prefix], self._cache, budget, self._cancellation, model.features_of([prefix]),
+            wants_hidden=True,
+        )  # fmt: skip
         self._hidden = _last_hidden(chunks)
         self._cancellation.check()
         mx.eval(self._hidden)

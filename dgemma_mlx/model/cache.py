@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import FULL, SLIDING, TextConfig
+from dgemma_mlx.model.soft_tokens import ImageAttention, SoftTokens
 
 # Which keys each query sees: None for all, "causal" for a causal mask in which the last query sees the last key, or
 # a boolean array that is broadcastable to (B, H, L, S).
@@ -149,6 +150,23 @@ class SlidingLayerCache(_LayerCache):
         # Without this dependency MLX would make the copies of all layers last, and hold each chunk until then.
         k, v = mx.depends([k, v], list(kept))
         return k, v
+
+
+def prefix_masks(
+    queries: mx.array, keys: mx.array, all_keys: mx.array, window: int, soft: SoftTokens | None, rule: ImageAttention
+) -> tuple[mx.array, mx.array | None]:
+    """Return the masks of sliding-window layers, (..., L, S), and of full layers, or None where these are causal.
+
+    ``queries`` (L, 1) and ``keys`` (S,) are positions, and ``all_keys`` are those of full layers. ``rule`` says what
+    the ``soft`` tokens among the queries see; it is described in ``model.soft_tokens``.
+    """
+    causal, near = keys <= queries, keys > queries - window
+    if soft is None or rule == "causal":
+        return causal & near, None
+    same = soft.same_block(keys.size)
+    if rule == "google":
+        return (causal | same) & near, None
+    return causal & near | same, (all_keys <= queries) | soft.same_block(all_keys.size)
 
 
 def row_positions(rope_offset: int | mx.array, batch: int, length: int) -> mx.array:
@@ -305,23 +323,24 @@ class PrefixCache:
             layer.set_state(*(array[chosen] for array in layer.state()))
         return other
 
-    def encode_masks(self, length: int) -> dict[str, Mask]:
-        """Return the mask of each kind of layer for appending ``length`` positions.
+    def encode_masks(
+        self, length: int, soft: SoftTokens | None = None, rule: ImageAttention = "google"
+    ) -> dict[str, Mask]:
+        """Return the mask of each kind of layer for appending ``length`` positions, the ``soft`` tokens among them.
 
         The keys of a mask's last axis are those that ``update`` returns: the whole prefix in full-attention layers, the
-        stored window in sliding-window layers, each followed by the new positions.
+        stored window in sliding-window layers, each followed by the new positions. ``rule`` is described in
+        ``model.soft_tokens``.
         """
         end = self.offset + length
-        if self._left_padding is None and end <= self._window:
+        if self._left_padding is None and soft is None and end <= self._window:
             return {FULL: "causal", SLIDING: "causal"}
         queries = mx.arange(self.offset, end)[:, None]  # (L, 1)
-        first = self.offset - min(self.offset, self._window - 1)
-        keys = mx.arange(first, end)
-        sliding = (keys <= queries) & (keys > queries - self._window)
+        keys, all_keys = mx.arange(self.offset - min(self.offset, self._window - 1), end), mx.arange(end)
+        sliding, full = prefix_masks(queries, keys, all_keys, self._window, soft, rule)
         if self._left_padding is None:
-            return {FULL: "causal", SLIDING: sliding}
-        all_keys = mx.arange(end)
-        full = all_keys <= queries
+            return {FULL: "causal" if full is None else full, SLIDING: sliding}
+        full = all_keys <= queries if full is None else full
         # A padding position sees itself: a softmax over no key would be NaN.
         return {
             FULL: self._unpadded(all_keys) & full | (all_keys == queries),

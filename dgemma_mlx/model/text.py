@@ -25,6 +25,7 @@ from dgemma_mlx.model.experts import Experts, Router, RouterLog
 from dgemma_mlx.model.mlp import MLP, SelfConditioning
 from dgemma_mlx.model.packed import times_table, weighted_rows
 from dgemma_mlx.model.prediction import DenseRows, Prediction, incomplete
+from dgemma_mlx.model.soft_tokens import ImageAttention, SoftTokens
 
 # Takes a layer, its index and the cache method that appends keys and values; returns a function to call as the layer.
 LayerWrapper = Callable[["Layer", int, Callable[..., Any]], Callable[..., tuple[mx.array, mx.array]]]
@@ -146,11 +147,13 @@ class DiffusionGemma(nn.Module):
         self_conditioning: Block that adds the previous step's prediction to the canvas embeddings.
         layers: The layers, first to last.
         norm: Final norm.
+        image_attention: Which positions of a picture see each other (see ``model.soft_tokens``).
     """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
+        self.image_attention: ImageAttention = "google" if config.use_bidirectional_attention else "causal"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.self_conditioning = SelfConditioning(config)
         self.layers = [Layer(config, kind) for kind in config.layer_types]
@@ -188,19 +191,22 @@ class DiffusionGemma(nn.Module):
         embeddings: mx.array = self.embed_tokens(ids).astype(self.dtype)  # mxfp4, mxfp8 and nvfp4 unpack to bfloat16
         return embeddings * math.sqrt(self.config.hidden_size)
 
-    def encode(self, ids: mx.array, cache: PrefixCache, router_log: RouterLog | None = None) -> mx.array:
+    def encode(
+        self, ids: mx.array, cache: PrefixCache, router_log: RouterLog | None = None, soft: SoftTokens | None = None
+    ) -> mx.array:
         """Append ids (B, L) to the cache and return their hidden states (B, L, M) after the final norm.
 
-        Attention is causal. If ``router_log`` is given, each layer appends its router's result to it.
+        Attention is causal, except within the blocks of ``soft`` tokens, which take the places of some ids; there, the
+        ids have no meaning. If ``router_log`` is given, each layer appends its router's result to it.
         """
-        return self._encode(ids, cache, router_log)
+        return self._encode(ids, cache, router_log, soft)
 
-    def extend(self, ids: mx.array, cache: PrefixCache) -> None:
+    def extend(self, ids: mx.array, cache: PrefixCache, soft: SoftTokens | None = None) -> None:
         """Append ids (B, L) to the cache, as ``encode`` does, without the hidden states.
 
         The work ends with the keys and values of the last layer, whose attention and experts nobody reads.
         """
-        self._encode(ids, cache, None, only_cache=True)
+        self._encode(ids, cache, None, soft, only_cache=True)
 
     def decode(
         self, canvas: mx.array, cache: PrefixCache, self_conditioning: mx.array | None = None,
@@ -250,13 +256,14 @@ class DiffusionGemma(nn.Module):
         return self._run_layers(x, cache, masks, cache.with_canvas, scalars, router_log, started)
 
     def _encode(
-        self, ids: mx.array, cache: PrefixCache, router_log: RouterLog | None, only_cache: bool = False
+        self, ids: mx.array, cache: PrefixCache, router_log: RouterLog | None, soft: SoftTokens | None,
+        only_cache: bool = False,
     ) -> mx.array:
         """Append ids (B, L) to the cache, and return what ``_run_layers`` returns, (B, L, M)."""
-        masks, scalars = cache.encode_masks(ids.shape[1]), [layer.encoder_layer_scalar for layer in self.layers]
-        hidden = self._run_layers(
-            self.embed(ids), cache, masks, cache.update, scalars, router_log, only_cache=only_cache
-        )
+        masks = cache.encode_masks(ids.shape[1], soft, self.image_attention)
+        scalars = [layer.encoder_layer_scalar for layer in self.layers]
+        x = self.embed(ids) if soft is None else soft.put_into(self.embed(ids))
+        hidden = self._run_layers(x, cache, masks, cache.update, scalars, router_log, only_cache=only_cache)
         cache.advance(ids.shape[1])
         return hidden
 

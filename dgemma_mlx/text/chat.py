@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dgemma_mlx.checks import reason
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import read_json
+from dgemma_mlx.text.images import has_images
 from dgemma_mlx.text.messages import Message, conversation
 from dgemma_mlx.text.tokenizer import Tokenizer
 from dgemma_mlx.text.tokenizer_config import named_tokens, read_tokenizer_config
@@ -180,11 +181,26 @@ def encode_chat(
     because it removes thinking from the history. With ``trust_assistant``, which is for training data, all control
     tokens in an assistant's content count as such.
 
-    Raises ``DgemmaError`` as ``ChatTemplate.render`` does, and when the template leaves out the tools, calls of tools
-    or their results (exit code 2).
+    Raises ``DgemmaError`` as ``ChatTemplate.render`` does, when the template leaves out the tools, calls of tools or
+    their results (exit code 2), and for images, which ``ModelText.encode_prompt`` reads.
     """
     extra |= {"enable_thinking": enable_thinking, "add_generation_prompt": add_generation_prompt}
-    data = {"messages": conversation(messages), "tools": declarations(tools), "extra": plain_data(extra)}
+    checked = conversation(messages)
+    if has_images(checked):
+        raise DgemmaError("this reads no images", "Leave them out of the messages.", exit_code=2)
+    return encode_checked(tokenizer, template, checked, declarations(tools), trust_assistant=trust_assistant, **extra)
+
+
+def encode_checked(
+    tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *,
+    trust_assistant: bool = False, **variables: Any,
+) -> list[int]:
+    """Return the ids of messages that ``conversation`` has returned and tools that ``declarations`` has returned.
+
+    An image is a part ``{"type": "image"}``, for which templates write the token ``<|image|>``. The other parameters
+    and the errors are those of ``encode_chat``.
+    """
+    data = {"messages": list(messages), "tools": list(tools), "extra": plain_data(variables)}
     mark = _unused_mark([data, template.templates])
     first_characters = "".join(sorted({text[0] for text in tokenizer.special_ids}))
     control_start = re.compile(f"[{re.escape(first_characters)}]" if first_characters else "(?!)")
@@ -193,8 +209,7 @@ def encode_chat(
         return control_start.sub(lambda match: match[0] + mark, text)
 
     guarded = [_guard_message(message, guard, trust_assistant) for message in data["messages"]]
-    declared, variables = _guard(data["tools"], guard), _guard(data["extra"], guard)
-    text = template.render_checked(guarded, declared, **variables)
+    text = template.render_checked(guarded, _guard(data["tools"], guard), **_guard(data["extra"], guard))
     for part in _parts(data["messages"], data["tools"]):
         if template.leaves_out(part):
             raise DgemmaError(

@@ -2,18 +2,22 @@
 
 Programs write the same conversation in many ways: the arguments of a call as an object or as JSON text, a result as a
 text, a number or an object, a call in OpenAI's form or as a ``ToolCall``. ``conversation`` returns one form for all of
-them, and refuses what a template would leave out, such as an image.
+them, and refuses what a template would leave out, such as a sound.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from itertools import count, takewhile
 from math import isfinite
 from typing import Any
 
+from dgemma_mlx.checkpoint.vision_config import BUDGETS
 from dgemma_mlx.checks import is_text, shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import parse_json
@@ -31,15 +35,20 @@ _KEYS = {
 _OTHER_KEYS = ("role", "content")
 _NAME = re.compile(r"[^\s{}]+")  # of a tool that was called: what ``text.parts`` reads as a name
 _MEDIA = ("image", "audio", "video", "file", "document")
+_SOURCES = ("path", "bytes", "base64")  # of an image
+_IMAGE = 'Write an image as {"type": "image", "path": "..."}, or with "bytes" or "base64" in place of the path.'
 _RESPONSE = 'A response is {"name": "...", "response": ...}.'
 _EXAMPLE = 'Write a message as {"role": "user", "content": "..."}.'
 
 
 def conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Return the messages of a conversation in one form, as plain JSON values.
+    """Return the messages of a conversation in one form, as plain JSON values, apart from the bytes of images.
 
-    * The roles are system, developer, user, assistant (or model) and tool. The content is a text or a list of text
-      parts. That of an assistant that calls tools may be missing, and that of a tool is any JSON value.
+    * The roles are system, developer, user, assistant (or model) and tool. The content is a text or a list of parts.
+      That of an assistant that calls tools may be missing, and that of a tool is any JSON value.
+    * A part is a text, ``{"type": "text", "text"}``; an image, ``{"type": "image"}`` with its file's "path", its
+      "bytes", or these as text in "base64", and if wished the "budget" of soft tokens that it takes (70, 140, 280, 560
+      or 1120); or a video, ``{"type": "video", "path"}``.
     * A call is ``{"id", "type": "function", "function": {"name", "arguments"}}``, a ``ToolCall``, or an object with the
       keys of one. ``arguments`` is an object or its JSON text. Calls without an id get one.
     * A tool's message names its call with ``tool_call_id``, or else with ``name``, or neither if only one call is open.
@@ -48,8 +57,8 @@ def conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
     * Thinking is in ``thinking`` and ``reasoning_content``, whichever of the three usual names it had.
 
     Keys whose value is None or an empty list count as absent. Raises ``DgemmaError`` (exit code 2), which names the
-    message, for every other key, unknown roles, images and other media, results of calls that nobody made, and values
-    that are not JSON.
+    message, for every other key, unknown roles, other media, results of calls that nobody made, and values that are not
+    JSON. Files are not opened.
     """
     if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence):
         raise DgemmaError(f"a conversation is a list of messages, not {shown(messages)}", _EXAMPLE, exit_code=2)
@@ -193,7 +202,7 @@ def _attach(message: dict[str, Any], results: Sequence[dict[str, Any]], place: s
         raise _wrong(place, "it has tool_responses, and messages of tools follow it", "Give the results only once.")
     if "tool_calls" in message and any(isinstance(result["content"], dict) for result in results):
         message["tool_responses"] = [
-            {"name": result["name"], "response": _joined(result["content"])} for result in results
+            {"name": result["name"], "response": _joined(result["content"], place)} for result in results
         ]
 
 
@@ -209,9 +218,14 @@ def _responses(responses: Any, place: str) -> list[dict[str, Any]]:
     return [json_data(response, place) for response in responses]
 
 
-def _joined(content: Any) -> Any:
+def _joined(content: Any, place: str) -> Any:
     """Return the text of text parts, and any other value unchanged."""
-    return "".join(part["text"] for part in content) if isinstance(content, list) else content
+    if not isinstance(content, list):
+        return content
+    if any(part["type"] != "text" for part in content):
+        raise _wrong(place, "one of its calls has an image as a result, and another one an object", "Send the image "
+                     "in a message of the user.")  # fmt: skip
+    return "".join(part["text"] for part in content)
 
 
 def _is_part(value: Any) -> bool:
@@ -224,23 +238,60 @@ def _is_media(kind: Any) -> bool:
     return isinstance(kind, str) and any(name in kind for name in _MEDIA)
 
 
-def _content(content: Any, place: str) -> str | list[dict[str, str]]:
-    """Return a content that is a text or a list of text parts."""
+def _content(content: Any, place: str) -> str | list[dict[str, Any]]:
+    """Return a content that is a text or a list of parts."""
     if isinstance(content, (list, tuple)):
         return [_part(part, place) for part in content]
     return _text(content, "content", place)
 
 
-def _part(part: Any, place: str) -> dict[str, str]:
-    """Return a text part. All other parts are refused."""
+def _part(part: Any, place: str) -> dict[str, Any]:
+    """Return a part that is a text, an image or a video. All other parts are refused."""
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if _is_media(kind):
-        raise _wrong(place, f"a part of type {shown(kind)} cannot be read", "Only text is read so far.")
-    if kind != "text":
+    if kind not in ("text", "image", "video"):
+        if _is_media(kind):
+            raise _wrong(place, f"a part of type {shown(kind)} cannot be read", f"Parts are texts and images. {_IMAGE}")
         raise _wrong(place, f"{shown(part)} is not a text part", 'Write a part as {"type": "text", "text": "..."}.')
-    if unread := [name for name, value in part.items() if name not in ("type", "text") and value not in (None, [])]:
-        raise _wrong(place, f"{shown(unread[0])} is not read in a text part", "Its keys are type and text.")
-    return {"type": "text", "text": _text(part.get("text"), "text", place)}
+    keys = {"text": ("text",), "image": (*_SOURCES, "budget"), "video": ("path",)}[kind]
+    values = {name: value for name, value in part.items() if name != "type" and value is not None and value != []}
+    if unread := [name for name in values if name not in keys]:
+        article = "an" if kind == "image" else "a"
+        raise _wrong(place, f"{shown(unread[0])} is not read in {article} {kind} part",
+                     f"Its keys are type and {', '.join(keys)}.")  # fmt: skip
+    if kind == "text":
+        return {"type": "text", "text": _text(part.get("text"), "text", place)}
+    return {"type": kind, **_file(values, kind, place)}
+
+
+def _file(values: Mapping[str, Any], kind: str, place: str) -> dict[str, Any]:
+    """Return the path or the bytes of an image or video, and the budget of an image if it has one."""
+    given = [name for name in _SOURCES if name in values]
+    if len(given) != 1:
+        problem = f"it has {' and '.join(given)}" if given else "it has no file"
+        hint = _IMAGE if kind == "image" else 'Write a video as {"type": "video", "path": "..."}.'
+        raise _wrong(place, f"an {kind}: {problem}" if kind == "image" else f"a {kind}: {problem}", hint)
+    found: dict[str, Any] = {}
+    [source], value = given, values[given[0]]
+    if source == "path":
+        path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+        if not isinstance(path, str) or not path or "\0" in path:
+            raise _wrong(place, f"{shown(value)} is not the path of a file", _IMAGE)
+        found["path"] = path
+    elif source == "bytes":
+        if not isinstance(value, (bytes, bytearray, memoryview)):
+            raise _wrong(place, f"the bytes of an image must be bytes, not {shown(value)}", _IMAGE)
+        found["bytes"] = bytes(value)
+    else:
+        try:
+            found["bytes"] = base64.b64decode(_text(value, "base64", place), validate=True)
+        except (binascii.Error, ValueError):
+            raise _wrong(place, "the base64 text of an image is malformed", "Encode the bytes of its file.") from None
+    if "budget" in values:
+        if values["budget"] not in BUDGETS or isinstance(values["budget"], bool):
+            raise _wrong(place, f"{shown(values['budget'])} is not the budget of an image",
+                         f"It is one of {', '.join(map(str, BUDGETS))} soft tokens.")  # fmt: skip
+        found["budget"] = values["budget"]
+    return found
 
 
 def _calls(calls: Any, place: str) -> list[dict[str, Any]]:

@@ -15,8 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from dgemma_mlx.checkpoint.config import FULL, SLIDING
-from dgemma_mlx.model.cache import SCORE_BYTES, Mask
+from dgemma_mlx.model.cache import SCORE_BYTES, Mask, prefix_masks
 from dgemma_mlx.model.experts import RouterLog
+from dgemma_mlx.model.soft_tokens import ImageAttention, SoftTokens
 from dgemma_mlx.model.text import DiffusionGemma
 
 
@@ -76,11 +77,13 @@ class TeacherCache:
         self.rope_offset: int | mx.array = 0
         self.score_bytes = SCORE_BYTES
 
-    def encode_masks(self, length: int) -> dict[str, Mask]:
-        """Return the causal masks of each layer kind for sequences of ``length`` positions."""
+    def encode_masks(
+        self, length: int, soft: SoftTokens | None = None, rule: ImageAttention = "google"
+    ) -> dict[str, Mask]:
+        """Return the masks of each layer kind for sequences of ``length`` positions, as ``PrefixCache`` does."""
         positions = mx.arange(length)
-        queries, keys = positions[:, None], positions
-        return {FULL: "causal", SLIDING: (keys <= queries) & (keys > queries - self._window)}
+        sliding, full = prefix_masks(positions[:, None], positions, positions, self._window, soft, rule)
+        return {FULL: "causal" if full is None else full, SLIDING: sliding}
 
     def update(self, layer: int, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         """Store a layer's keys and values (B, Hk, S, D) and return them. Layers must be stored in order."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dgemma_mlx.checkpoint.config import FULL, SLIDING, GenerationConfig, ModelConfig, TextConfig
+from dgemma_mlx.checkpoint.vision_config import VisionConfig
 from dgemma_mlx.errors import DgemmaError
 from tests.model.checkpoint import flat_config, layered_config
 from tests.model.odd_values import ABSENT, ODD_VALUES, changed, one_line, places, reported
@@ -78,9 +79,9 @@ def test_text_only_checkpoint(vision: Any) -> None:
     assert ModelConfig.from_dict(changed(flat_config(), ("vision_config",), vision)).vision is None
 
 
-def test_vision_config_is_kept() -> None:
+def test_vision_config_takes_the_defaults_of_transformers() -> None:
     vision = {"model_type": "gemma4_vision", "hidden_size": 8}
-    assert ModelConfig.from_dict({**flat_config(), "vision_config": vision}).vision == vision
+    assert ModelConfig.from_dict({**flat_config(), "vision_config": vision}).vision == VisionConfig(hidden_size=8)
 
 
 @pytest.mark.parametrize("name", ["quantization", "quantization_config"])

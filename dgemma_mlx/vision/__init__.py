@@ -1,0 +1,1 @@
+"""Pictures in: pixels and video frames to patches, and the tower that turns patches into soft tokens."""
