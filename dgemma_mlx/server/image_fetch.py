@@ -1,8 +1,8 @@
 """Images behind the addresses in requests, fetched so that no request can make the server reach this network.
 
 A request that names an address makes the server connect there. What listens on this machine or on its network often
-trusts whoever reaches it, so only public addresses are connected to. A name is resolved once, and the connection goes to
-the address that was checked: a second look-up might say something else (DNS rebinding).
+trusts whoever reaches it, so only public addresses are connected to. A name is resolved once, and the connection goes
+to the address that was checked: a second look-up might say something else (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -50,6 +50,9 @@ class FetchRules:
     networks: tuple[Network, ...] = ()
     most_bytes: int = MOST_BYTES
     seconds: float = SECONDS
+
+
+PUBLIC = FetchRules()
 
 
 def fetch_image(url: str, rules: FetchRules) -> bytes:
