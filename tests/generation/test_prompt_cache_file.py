@@ -305,12 +305,11 @@ def set_entry(name: str, **values: object) -> Callable[[dict[str, Any], bytearra
 
 
 def set_id(value: int) -> Callable[[dict[str, Any], bytearray], object]:
-    return lambda header, data: struct.pack_into("<i", data, 4 * 17, value)
+    return lambda header, data: struct.pack_into("<q", data, 8 * 17, value)
 
 
 FORGERIES: dict[str, Callable[[dict[str, Any], bytearray], object]] = {
     "id out of the vocabulary": set_id(768),
-    "id below 0": set_id(-1),
     "no ids": set_entry("ids", shape=[0], data_offsets=[0, 0]),
     "fewer ids": set_entry("ids", shape=[79]),
     "a negative count": set_entry("ids", shape=[-80]),
@@ -372,8 +371,13 @@ def test_forging_alone_changes_nothing(saved: Path, model: Model) -> None:
 
 
 def test_a_newer_format_asks_for_a_newer_program(saved: Path, model: Model) -> None:
-    forge(saved, lambda header, data: header["__metadata__"].update(format="dgemma-mlx prompt cache 2", marks="?"))
+    forge(saved, lambda header, data: header["__metadata__"].update(format="dgemma-mlx prompt cache 3", marks="?"))
     assert "newer" in refused(saved, model)
+
+
+def test_an_older_format_is_said_to_be_older(saved: Path, model: Model) -> None:
+    forge(saved, lambda header, data: header["__metadata__"].update(format="dgemma-mlx prompt cache 1", marks="?"))
+    assert "older" in refused(saved, model)
 
 
 @pytest.mark.parametrize("content", [b"", b"text\n", b"\xff" * 50, b"\2" + b"\0" * 7 + b"[]", b"\1" + b"\0" * 7 + b"7"])

@@ -13,6 +13,7 @@ import dgemma_mlx
 from dgemma_mlx import Committed, DgemmaError, Done, Draft, Model, PromptCache, generate, generate_batch, stream
 from dgemma_mlx.diffusion.speed import SPEEDS
 from dgemma_mlx.model.cache import PrefixCache
+from dgemma_mlx.model.soft_tokens import SoftTokens
 from dgemma_mlx.model.text import DiffusionGemma
 
 COUNT = "Count from 13 to 40."  # takes more than one canvas
@@ -287,9 +288,9 @@ def test_a_prompt_without_a_cache_is_encoded_in_one_call(demo: Model, monkeypatc
     shapes: list[Any] = []
     extend = DiffusionGemma.extend
 
-    def spy(self: DiffusionGemma, ids: mx.array, cache: PrefixCache) -> None:
+    def spy(self: DiffusionGemma, ids: mx.array, cache: PrefixCache, soft: SoftTokens | None) -> None:
         shapes.append(ids.shape)
-        extend(self, ids, cache)
+        extend(self, ids, cache, soft)
 
     monkeypatch.setattr(DiffusionGemma, "extend", spy)
     done = generate(demo, "Sort 7 3 5", seed=1)

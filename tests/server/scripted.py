@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from dgemma_mlx import Model, load
 from dgemma_mlx.model.cache import PrefixCache
+from dgemma_mlx.model.soft_tokens import SoftTokens
 from dgemma_mlx.model.text import DiffusionGemma
 
 OPENINGS = ("<|turn>model\n", "<tool_response|>")  # after a result, the model's turn goes on
@@ -18,11 +19,11 @@ OPENINGS = ("<|turn>model\n", "<tool_response|>")  # after a result, the model's
 class ScriptedNetwork(DiffusionGemma):
     """The demo's network, with its real caches and steps. Only its predictions come from a script."""
 
-    def extend(self, ids: mx.array, cache: PrefixCache) -> None:
+    def extend(self, ids: mx.array, cache: PrefixCache, soft: SoftTokens | None = None) -> None:
         """Remember what was encoded."""
         rows: Any = ids.tolist()
         cache.script = (*getattr(cache, "script", ())[: cache.offset], *rows[0])  # type: ignore[attr-defined]
-        super().extend(ids, cache)
+        super().extend(ids, cache, soft)
 
     def decode_layers(self, x: mx.array, cache: PrefixCache, *more: Any, **options: Any) -> mx.array:
         """Remember which canvas ``project`` is asked for."""

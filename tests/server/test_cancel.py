@@ -14,6 +14,7 @@ import pytest
 
 from dgemma_mlx import Model
 from dgemma_mlx.model.cache import PrefixCache
+from dgemma_mlx.model.soft_tokens import SoftTokens
 from tests.server.live import serving
 from tests.server.scripted import ScriptedNetwork, scripted_model
 from tests.waiting import wait_until
@@ -46,9 +47,9 @@ LINES: list[str] = []
 
 
 class GatedNetwork(ScriptedNetwork):
-    def extend(self, ids: mx.array, cache: PrefixCache) -> None:
+    def extend(self, ids: mx.array, cache: PrefixCache, soft: SoftTokens | None = None) -> None:
         GATE.passes("extend")
-        super().extend(ids, cache)
+        super().extend(ids, cache, soft)
 
     def project(self, hidden: mx.array) -> mx.array:
         if hidden.ndim == 3:
