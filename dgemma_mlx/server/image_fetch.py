@@ -167,7 +167,12 @@ def _read(connected: socket.socket, parts: SplitResult, most: int) -> bytes | st
     ):  # fmt: skip
         asking.putheader(header, value)
     asking.endheaders()
-    answer = asking.getresponse()
+    with asking.getresponse() as answer:
+        return _file(answer, most)
+
+
+def _file(answer: http.client.HTTPResponse, most: int) -> bytes | str:
+    """Return the image in an answer, or where the answer redirects to."""
     location = answer.headers.get("location")
     if answer.status in _REDIRECTS and location is not None:
         return location
