@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_network
 from pathlib import Path
@@ -18,10 +20,11 @@ from dgemma_mlx.server.anthropic_request import conversation as of_messages
 from dgemma_mlx.server.body import converted
 from dgemma_mlx.server.errors import ApiError
 from dgemma_mlx.server.image_fetch import FetchRules
-from dgemma_mlx.server.images import ImageReference, decoded
+from dgemma_mlx.server.images import ImageReader, ImageReference, decoded
 from dgemma_mlx.server.messages import chat_messages
 from dgemma_mlx.server.responses_request import ResponsesRequest
 from dgemma_mlx.server.responses_request import conversation as of_responses
+from dgemma_mlx.server.settings import ServerSettings
 from tests.server.live import http, serving
 from tests.vision.seeing import png, write_seeing
 
@@ -63,7 +66,8 @@ def pictures() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return load(write_seeing(tmp_path_factory.mktemp("seeing")))
+    model = load(write_seeing(tmp_path_factory.mktemp("seeing")))
+    return replace(model, generation=model.generation.override(max_denoising_steps=3))
 
 
 log: list[str] = []
@@ -133,21 +137,23 @@ def test_the_own_endpoints_show_images(model: Model, address: str) -> None:
     found = answered(address, "/v1/choose", body)["choices"]
     expected = choose(model, QUESTION, ["yes", "no"], images=[png()], seed=SEED)
     assert [each["probability"] for each in found] == pytest.approx([each.probability for each in expected], abs=1e-5)
-    gap = {"text": "It is ___:2___.", "images": [URL], "seed": SEED, "max_denoising_steps": 4}
-    options = model.generation.override(max_denoising_steps=4)
-    filled = fill(model, gap["text"], images=[png()], seed=SEED, generation=options)
+    gap: dict[str, Any] = {"text": "It is ___:2___.", "images": [URL], "seed": SEED}
+    filled = fill(model, gap["text"], images=[png()], seed=SEED)
     assert answered(address, "/v1/fill", gap)["text"] == filled.text
-    edit = {"text": "a b", "instruction": "Swap.", "images": [URL], "seed": SEED, "max_denoising_steps": 2}
+    edit = {"text": "a b", "instruction": "Swap.", "images": [URL], "seed": SEED}
     assert answered(address, "/v1/edit", edit)["model"] == "demo"
     assert "images[1]" in refused(address, "/v1/choose", {**body, "images": [URL, "data:,"]})
 
 
-def test_details_choose_the_number_of_soft_tokens(address: str) -> None:
-    counts = [
-        answered(address, "/v1/chat/completions", {**chat(detail=detail), "max_tokens": 1})["usage"]["prompt_tokens"]
-        for detail in ("low", "auto", "high")
-    ]
-    assert counts[0] == counts[1] < 100 and 1000 < counts[2] < 1200
+@pytest.mark.parametrize(("detail", "budget"), [("low", 70), ("auto", None), ("high", 1120), (None, None)])
+def test_details_choose_the_number_of_soft_tokens(model: Model, detail: str | None, budget: int | None) -> None:
+    part = {"type": "image_url", "image_url": {"url": URL, "detail": detail}}
+    messages = chat_messages([{"role": "user", "content": [part]}])
+    reader = ImageReader(ServerSettings("demo"))
+    [found] = asyncio.run(reader.messages(model.without_network(), messages))
+    reader.close()
+    expected = {"type": "image", "bytes": png(), **({} if budget is None else {"budget": budget})}
+    assert found["content"] == [expected]
 
 
 def test_tokens_are_counted_with_the_picture(address: str) -> None:
