@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from dgemma_mlx.cli import app as program
-from dgemma_mlx.cli.batch import read_batch
+from dgemma_mlx.cli.batch import _messages, read_batch
 from dgemma_mlx.cli.log.asking import asked
-from dgemma_mlx.cli.log.log import Log
 from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.errors import DgemmaError
 
@@ -125,7 +124,7 @@ def test_a_batch_checks_the_images_of_every_line(tmp_path: Path, monkeypatch: py
     assert read_batch(file)[0]["images"] == [{"type": "image", "path": "a.png"}]
     for images, words in (
         (["gone.png"], "images: cannot read gone.png: No such file"), ("a.png", "images cannot be"),
-        ([1], "images cannot be"), ([""], "images cannot be"), (["http://a/b.png"], "images: http://a/b.png is an addr"),
+        ([1], "images cannot be"), ([""], "images cannot be"), (["http://a/b.png"], "images: http://a/b.png is an"),
     ):  # fmt: skip
         file.write_text(f'"a"\n{json.dumps({"prompt": "a", "images": images})}\n')
         with pytest.raises(DgemmaError) as caught:
@@ -165,3 +164,15 @@ def test_damaged_images_of_a_kept_conversation_are_named(tmp_path: Path, images:
     session.save(tmp_path / "kept.json")
     with pytest.raises(DgemmaError, match="its messages do not make a conversation"):
         Session.load(tmp_path / "kept.json")
+
+
+def test_the_log_of_a_batch_holds_texts_and_paths() -> None:
+    parts = [{"type": "image", "base64": "aGk="}, {"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    prompt = [{"role": "user", "content": parts}, {"role": "assistant", "content": "c"}, {"role": "user", "content": "d"}]
+    path = os.path.abspath("a.png")
+    assert _messages(prompt, [{"type": "image", "path": "a.png"}]) == [
+        {"role": "user", "content": "ab", "images": [{"type": "image", "path": "-"}]},
+        {"role": "assistant", "content": "c"},
+        {"role": "user", "content": "d", "images": [{"type": "image", "path": path}]},
+    ]
+    assert _messages("a", None) == [{"role": "user", "content": "a"}]
