@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from dgemma_mlx.cli.batch import _messages, read_batch
 from dgemma_mlx.cli.log.asking import asked
 from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.errors import DgemmaError
+from tests.vision.seeing import drawn, png, write_seeing
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -168,7 +170,8 @@ def test_damaged_images_of_a_kept_conversation_are_named(tmp_path: Path, images:
 
 def test_the_log_of_a_batch_holds_texts_and_paths() -> None:
     parts = [{"type": "image", "base64": "aGk="}, {"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    prompt = [{"role": "user", "content": parts}, {"role": "assistant", "content": "c"}, {"role": "user", "content": "d"}]
+    prompt = [{"role": "user", "content": parts}, {"role": "assistant", "content": "c"},
+              {"role": "user", "content": "d"}]  # fmt: skip
     path = os.path.abspath("a.png")
     assert _messages(prompt, [{"type": "image", "path": "a.png"}]) == [
         {"role": "user", "content": "ab", "images": [{"type": "image", "path": "-"}]},
@@ -176,3 +179,48 @@ def test_the_log_of_a_batch_holds_texts_and_paths() -> None:
         {"role": "user", "content": "d", "images": [{"type": "image", "path": path}]},
     ]
     assert _messages("a", None) == [{"role": "user", "content": "a"}]
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small model that reads images, with random weights in its tower."""
+    return str(write_seeing(tmp_path_factory.mktemp("seeing")))
+
+
+def answered(run: Run, seeing: str, *arguments: str, stdin: bytes = b"") -> dict[str, Any]:
+    """Run generate --json and return the record."""
+    code, out, err = run("generate", "-m", seeing, "--seed", "1", "--json", *arguments, stdin=stdin)
+    assert code == 0, err
+    record: dict[str, Any] = json.loads(out)
+    return record
+
+
+def test_images_become_soft_tokens_of_the_prompt(run: Run, seeing: str) -> None:
+    Path("a.png").write_bytes(png(1))
+    Path("b.png").write_bytes(png(2, 80, 20))
+
+    def count(*arguments: str, stdin: bytes = b"") -> int:
+        tokens: int = answered(run, seeing, "What is it?", *arguments, stdin=stdin)["statistics"]["prompt_tokens"]
+        return tokens
+
+    text = count()
+    one, other = count("--image", "a.png") - text, count("--image", "b.png") - text
+    assert 50 < one - 2 <= 70 and 40 < other - 2 <= 70  # and two marks around them
+    assert count("--image", "a.png", "--image", "b.png") == text + one + other
+    assert count("--image", "-", stdin=png(1)) == text + one
+    assert 110 < count("--image", "a.png", "--image-budget", "140") - text <= 142
+
+
+def test_the_same_picture_is_the_same_prompt_wherever_it_comes_from(run: Run, seeing: str) -> None:
+    Path("a.png").write_bytes(png(1))
+    drawn(1).save("c.bmp")
+    asked = ["What is it?", "--prompt-cache", "kept.cache"]
+    first = answered(run, seeing, *asked, "--image", "a.png")["statistics"]
+    again = answered(run, seeing, *asked, "--image", "c.bmp")["statistics"]
+    assert (first["cached_tokens"], again["cached_tokens"]) == (0, first["prompt_tokens"] - 1) or (
+        again["cached_tokens"] > 60
+    )
+    Path("a.png").write_bytes(png(2))
+    assert answered(run, seeing, *asked, "--image", "a.png")["statistics"]["cached_tokens"] < 20
+    code, _, err = run("generate", "-m", seeing, *asked, "--image", "a.png", "--image-attention", "transformers")
+    assert code == 1 and "kept.cache" in err.splitlines()[0] and "image attention" in err
