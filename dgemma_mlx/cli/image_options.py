@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
-from dgemma_mlx.checkpoint.vision_config import BUDGETS
+from dgemma_mlx.checkpoint.vision_config import BUDGETS, VisionConfig
 from dgemma_mlx.checks import reason
 from dgemma_mlx.cli.parameters import prompt_option
 from dgemma_mlx.cli.render.visible import visible
@@ -94,17 +94,22 @@ class ImageOptions:
     def read(self) -> list[Mapping[str, Any]]:
         """Return the images as parts of a message's content.
 
-        Files are opened, but not read. Raises `DgemmaError` (exit code 2) for a URL, a file that cannot be read, and
-        when the library that reads it is missing.
+        Raises `DgemmaError` (exit code 2) for a URL, for what is not a picture that can be read, and when the library
+        that reads it is missing.
         """
         if self.files:
             _require("Pillow", "PIL", "vision")
         return [self._part(path) for path in self.image or ()]
 
     def _part(self, path: Path) -> Mapping[str, Any]:
+        from dgemma_mlx.vision.pixels import read_picture
+
         if path == _STDIN:
-            return {"type": "image", "bytes": read_stdin_bytes("--image -"), **self.budget}
+            data = read_stdin_bytes("--image -")
+            read_picture(data, VisionConfig(), BUDGETS[0], "standard input")
+            return {"type": "image", "bytes": data, **self.budget}
         check_file(path, "--image")
+        read_picture(path, VisionConfig(), BUDGETS[0], str(path))  # before a model is loaded, which may take long
         return {"type": "image", "path": str(path), **self.budget}
 
 
