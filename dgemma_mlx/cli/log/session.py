@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import write_whole
 from dgemma_mlx.json_text import parse_json
 
-_FIXED = ("model", "system", "live", "log", "memory_limit", "dtype", "cpu_dequantize", "kernels")
+_FIXED = ("model", "system", "live", "log", "memory_limit", "dtype", "cpu_dequantize", "image_attention", "kernels")
 # The settings that a conversation can change.
 CHANGEABLE = tuple(name for name in SETTINGS if name not in _FIXED)
 
 FORMAT = "dgemma-mlx session 1"
 # The keys of a message that the model sees. Thinking and marks are not among them.
 _SEEN = ("role", "content", "name", "tool_calls", "tool_call_id")
+NOT_KEPT = "-"  # in place of the path of an image that was no file
 _TURNS = re.compile("(u(at+)*a)*")  # of the first letters of the roles
 _HINT = "/save and `dgemma-mlx sessions export --json` write conversations to files."
 
@@ -35,7 +37,8 @@ class Session:
 
     Attributes:
         messages: Messages with "role" and "content". A turn begins with a message of the user and ends with one of the
-            assistant; between them may be calls and results of tools. A message of the assistant also has its
+            assistant; between them may be calls and results of tools. The content is a text. A message of the user may
+            also have "images", as ``kept_image`` returns them. A message of the assistant also has its
             "tool_calls" and "thinking", if any, and "cancelled": true if it was stopped.
         system: System prompt, or None.
         settings: Settings that ``/set`` has changed, by their names in ``dgemma_mlx.cli.settings``.
@@ -68,11 +71,15 @@ class Session:
     def prompt(self, start: int | None = None) -> list[dict[str, Any]]:
         """Return the system prompt and the messages as the model sees them, by default from ``self.start`` on.
 
-        Thinking and the cancelled mark are left out.
+        Images stand before the text of their message. Thinking and the cancelled mark are left out. Raises
+        `DgemmaError` (exit code 2) when an image was not kept.
         """
         system = [{"role": "system", "content": self.system}] if self.system else []
         messages = self.messages[self.start if start is None else start :]
-        return system + [{key: message[key] for key in _SEEN if key in message} for message in messages]
+        if any(image["path"] == NOT_KEPT for message in messages for image in message.get("images", ())):
+            hint = "Begin a new conversation, with the image in a file."
+            raise DgemmaError("the conversation has an image from standard input, which was not kept", hint, 2)
+        return system + [_seen(message, _SEEN) for message in messages]
 
     def add(self, role: str, content: str, **marks: Any) -> None:
         """Add a message. Marks such as ``cancelled`` are stored when they are true."""
@@ -147,6 +154,28 @@ class Session:
         return cls(messages, system, settings, model)
 
 
+def kept_image(image: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a conversation keeps of an image, a part of a message's content: the full path, and the budget.
+
+    The bytes of an image without a file are not kept.
+    """
+    path = os.path.abspath(image["path"]) if "path" in image else NOT_KEPT
+    return {"type": image["type"], "path": path, **({"budget": image["budget"]} if "budget" in image else {})}
+
+
+def image_name(image: Mapping[str, Any]) -> str:
+    """Return what a reader is told of an image that ``kept_image`` has returned."""
+    return "from standard input, not kept" if image["path"] == NOT_KEPT else str(image["path"])
+
+
+def _seen(message: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """Return some of a message's keys, with its images in its content."""
+    found = {key: message[key] for key in keys if key in message and key != "images"}
+    if images := message.get("images"):
+        found["content"] = [*images, {"type": "text", "text": message["content"]}]
+    return found
+
+
 def _fault(messages: Any) -> str | None:
     """Return why the value is not a list of whole turns, each with an answer to its question; None when it is."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
@@ -156,7 +185,9 @@ def _fault(messages: Any) -> str | None:
     from dgemma_mlx.text.messages import conversation
 
     try:
-        conversation([{key: value for key, value in message.items() if key != "cancelled"} for message in messages])
+        conversation([_seen(message, [key for key in message if key != "cancelled"]) for message in messages])
+    except (KeyError, TypeError):
+        return "its images are not a list"
     except DgemmaError as error:
         return error.message
     for number, message in enumerate(messages, 1):
