@@ -17,6 +17,7 @@ from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
+VISION_FILE = "optiq/optiq_vision.safetensors"  # where OptiQ's checkpoints keep the vision tower
 _FETCH_AGAIN = "The download may be incomplete. Fetch the checkpoint again."
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 _MOST_LENGTH = 2**31 - 1  # of an axis: MLX counts in 32 bits
@@ -150,12 +151,23 @@ def open_tensors(folder: Path) -> dict[str, mx.array]:
     """
     files = shard_files(folder)
     merged(map(read_header, files))  # for its checks: every file is complete, and no tensor is stored twice
-    tensors: dict[str, mx.array] = {}
-    for path in files:
-        try:
-            loaded = mx.load(str(path), format="safetensors")
-        except (RuntimeError, ValueError) as error:
-            raise DgemmaError(f"{path} cannot be loaded: {reason(error)}", _FETCH_AGAIN) from None
-        assert isinstance(loaded, dict)
-        tensors.update(loaded)
-    return tensors
+    return {name: tensor for path in files for name, tensor in _open(path).items()}
+
+
+def open_file(path: Path) -> dict[str, mx.array]:
+    """Return every tensor of one safetensors file by its name, lazily.
+
+    Raises ``DgemmaError`` when the file is missing, damaged or incomplete.
+    """
+    read_header(path)
+    return _open(path)
+
+
+def _open(path: Path) -> dict[str, mx.array]:
+    """Open a safetensors file whose header has been checked. Raises ``DgemmaError`` when MLX cannot."""
+    try:
+        loaded = mx.load(str(path), format="safetensors")
+    except (RuntimeError, ValueError) as error:
+        raise DgemmaError(f"{path} cannot be loaded: {reason(error)}", _FETCH_AGAIN) from None
+    assert isinstance(loaded, dict)
+    return loaded

@@ -5,7 +5,7 @@ The tensors' names, shapes, dtypes and quantization are checked. The weights are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,13 @@ def load_model(folder: Path, config: ModelConfig, dtype: mx.Dtype | None = None,
     weights = remap(open_tensors(folder))
     model = DiffusionGemma(config.text)
     if config.quantization is not None:
-        _quantize(model, config.quantization, weights.text)
+        pack_modules(model, config.quantization, weights.text, DECODER.__add__)
     if dtype is None and mx.default_device() == mx.Device(mx.cpu):
         dtype = mx.float32
     if not strict:
         known = dict(tree_flatten(model.parameters()))
         weights.text = {path: tensor for path, tensor in weights.text.items() if path in known}
-    _check(model, weights)
+    check_parameters(model, weights.text, weights.names, source_name)
     if dtype is not None:
         weights.text = {
             name: tensor.astype(dtype) if mx.issubdtype(tensor.dtype, mx.floating) else tensor
@@ -59,38 +59,46 @@ def load_model(folder: Path, config: ModelConfig, dtype: mx.Dtype | None = None,
     return model, weights
 
 
-def _quantize(model: DiffusionGemma, quantization: Mapping[str, Any], weights: Mapping[str, mx.array]) -> None:
-    """Replace each module whose weights are packed, using the group size, bits and mode of that module.
+def pack_modules(
+    network: nn.Module, quantization: Mapping[str, Any], paths: Container[str], module_name: Callable[[str], str]
+) -> None:
+    """Replace each module of a network whose weights are packed, using the group size, bits and mode of that module.
 
-    Raises ``DgemmaError`` when MLX does not support a module's quantization.
+    A module is packed if ``paths``, of the parameters in a checkpoint, holds its ``scales``. ``module_name`` returns
+    the name that a module's path has in the checkpoint. Raises ``DgemmaError`` when MLX does not support a module's
+    quantization.
     """
 
     def packed(path: str, module: nn.Module) -> nn.Module:
-        if not hasattr(module, "to_quantized") or f"{path}.scales" not in weights:
+        if not hasattr(module, "to_quantized") or f"{path}.scales" not in paths:
             return module
-        chosen = module_quantization(quantization, path)
+        chosen = module_quantization(quantization, module_name(path))
         try:
             quantized: nn.Module = module.to_quantized(**chosen)
         except (ValueError, TypeError):
-            raise DgemmaError(f"config.json: {DECODER}{path} cannot be quantized as {chosen}", _DAMAGED) from None
+            raise DgemmaError(f"config.json: {module_name(path)} cannot be quantized as {chosen}", _DAMAGED) from None
         return quantized
 
-    model.update_modules(tree_map_with_path(packed, model.leaf_modules(), is_leaf=nn.Module.is_module))
+    network.update_modules(tree_map_with_path(packed, network.leaf_modules(), is_leaf=nn.Module.is_module))
 
 
-def _check(model: DiffusionGemma, weights: Weights) -> None:
-    """Check that the parameters and the tensors match one to one, in path, shape and kind of dtype.
+def check_parameters(
+    network: nn.Module, tensors: Mapping[str, mx.array], names: Mapping[str, str], source_name: Callable[[str], str]
+) -> None:
+    """Check that parameters and tensors match one to one, in path, shape and kind of dtype.
 
-    A parameter and a tensor with different floating-point dtypes match. Raises ``DgemmaError`` otherwise.
+    ``tensors`` has the tensors by parameter path, ``names`` their names in the checkpoint, and ``source_name`` returns
+    the name that a missing tensor would have. A parameter and a tensor with different floating-point dtypes match.
+    Raises ``DgemmaError`` otherwise.
     """
-    expected = dict(tree_flatten(model.parameters()))
-    if missing := sorted(expected.keys() - weights.text.keys()):
+    expected = dict(tree_flatten(network.parameters()))
+    if missing := sorted(expected.keys() - tensors.keys()):
         raise DgemmaError(f"the checkpoint lacks {some_of([source_name(path) for path in missing])}", _DAMAGED)
-    if unexpected := sorted(weights.text.keys() - expected.keys()):
-        names = [weights.names[path] for path in unexpected]
-        raise DgemmaError(f"the checkpoint has unknown tensors: {some_of(names)}", _DAMAGED)
+    if unexpected := sorted(tensors.keys() - expected.keys()):
+        unknown = [names[path] for path in unexpected]
+        raise DgemmaError(f"the checkpoint has unknown tensors: {some_of(unknown)}", _DAMAGED)
     for path, parameter in expected.items():
-        name, tensor = weights.names[path], weights.text[path]
+        name, tensor = names[path], tensors[path]
         if tensor.shape != parameter.shape:
             raise DgemmaError(f"{name} has shape {tensor.shape}, but config.json asks for {parameter.shape}", _DAMAGED)
         both_floating = all(mx.issubdtype(array.dtype, mx.floating) for array in (tensor, parameter))
