@@ -17,7 +17,6 @@ from dgemma_mlx.cli.log.asking import asked
 from dgemma_mlx.cli.log.log import Log
 from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.errors import DgemmaError
-from tests.cli.terminal import Terminal
 from tests.vision.seeing import drawn, png, write_seeing
 
 Run = Callable[..., tuple[int, str, str]]
@@ -285,11 +284,13 @@ def test_a_conversation_goes_on_about_its_picture(run: Run, seeing: str) -> None
     assert code == 2 and "a.png cannot be read: No such file" in err
 
 
-def test_only_a_terminal_is_told_which_picture_is_shown(run: Run, seeing: str, tmp_path: Path) -> None:
+def test_only_a_terminal_is_told_which_picture_is_shown(
+    run: Run, seeing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Path("a.png").write_bytes(png(1))
-    arguments = ["generate", "-m", seeing, "--seed", "1", "--no-live", "What?", "--image", "a.png"]
+    arguments = ["generate", "-m", seeing, "--seed", "1", "What?", "--image", "a.png"]
     assert "a.png" not in run(*arguments)[2]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     for options, is_shown in (([], True), (["-q"], False), (["--json"], False)):
-        with Terminal([*arguments, *options]) as terminal:
-            assert terminal.finish() == 0
-            assert ("a.png" in terminal.text) is is_shown
+        code, _, err = run(*arguments, *options)
+        assert code == 0 and ("a.png" in err) is is_shown
