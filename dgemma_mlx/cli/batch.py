@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from dgemma_mlx.checks import LARGEST_SEED, is_text, is_whole, shown
 from dgemma_mlx.cli.image_options import check_file
+from dgemma_mlx.cli.images import kept_image
 from dgemma_mlx.cli.log.keep import Keeper
-from dgemma_mlx.cli.log.session import Session, kept_image
+from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.cli.settings import fits
 from dgemma_mlx.cli.tools import check_choice
 from dgemma_mlx.errors import DgemmaError
