@@ -19,6 +19,7 @@ from dgemma_mlx.sizes import counted, size
 MOST_BYTES = 4 * 10**6  # of all files together; the model's 256K positions hold about 1 MB of English
 MOST_FILES = 500  # of a folder
 _BOM = b"\xef\xbb\xbf"
+_PICTURE = re.compile(rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP|II\*\0|MM\0\*|....ftyp(?:avif|hei)", re.DOTALL)
 _HINT = "Name text files that can be read, or a folder of them."
 
 
@@ -96,6 +97,9 @@ def _is_binary(data: bytes) -> bool:
 
 def _text(path: Path, data: bytes) -> str:
     """Return the text of a file without its byte order mark."""
+    if _PICTURE.match(data):
+        hint = "Show it to the model with `--image FILE`, or with `/image FILE` in a chat."
+        raise DgemmaError(f"{path} is a picture, not a text file", hint, exit_code=2)
     if _is_binary(data):
         raise DgemmaError(f"{path} is a binary file", "Only text files can be sent.", exit_code=2)
     try:

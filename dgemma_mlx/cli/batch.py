@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgemma_mlx.checks import LARGEST_SEED, is_text, is_whole, shown
+from dgemma_mlx.cli.image_options import check_file
+from dgemma_mlx.cli.images import kept_image
 from dgemma_mlx.cli.log.keep import Keeper
 from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.cli.settings import fits
@@ -43,8 +45,18 @@ def _check_tools(value: Any) -> bool:
     return value is not None and declarations(value) is not None
 
 
+def _check_images(value: Any) -> bool:
+    """Return whether the value is a list of paths. Raises as ``check_file`` does."""
+    if not isinstance(value, list) or not all(is_text(item) and item for item in value):
+        return False
+    for item in value:
+        check_file(Path(item), "images")
+    return True
+
+
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "prompt": _check_prompt,
+    "images": _check_images,
     "id": lambda value: is_text(value) or is_whole(value),
     "system": partial(fits, "system"),
     "seed": partial(fits, "seed"),
@@ -54,11 +66,13 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def read_batch(path: Path, tools: Any = None, tool_choice: str | None = None) -> list[dict[str, Any]]:
+def read_batch(
+    path: Path, tools: Any = None, tool_choice: str | None = None, budget: Mapping[str, int] | None = None
+) -> list[dict[str, Any]]:
     """Read and check all lines of a batch file. Blank lines are skipped.
 
-    ``tools`` and ``tool_choice`` are for the lines that have none of their own. Raises `DgemmaError` that names the
-    first bad line.
+    ``tools`` and ``tool_choice`` are for the lines that have none of their own. ``budget`` is what is added to every
+    image, which then is a part of a message's content. Raises `DgemmaError` that names the first bad line.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -70,6 +84,9 @@ def read_batch(path: Path, tools: Any = None, tool_choice: str | None = None) ->
         _request(line, f"{path}, line {number}", {"tools": tools, "tool_choice": tool_choice})
         for number, line in enumerate(lines, 1) if line.strip()
     ]  # fmt: skip
+    for request in requests:
+        if "images" in request:
+            request["images"] = [{"type": "image", "path": name, **(budget or {})} for name in request["images"]]
     if not requests:
         raise DgemmaError(f"{path} holds no prompt", _HINT, exit_code=2)
     return requests
@@ -132,7 +149,8 @@ def answer_batch(
                 cut += result.finish_reason == "length" and not result.is_blank
             print(json_line(record), flush=True)
             if "error" not in record and isinstance(result, Done):
-                session = Session(_messages(request["prompt"]), request.get("system", options["system"]))
+                messages = _messages(request["prompt"], request.get("images"))
+                session = Session(messages, request.get("system", options["system"]))
                 keeper.keep_answer(session, "batch", result, model.name)
     if cut:
         print(f"dgemma-mlx: {cut} of {len(requests)} answers were cut off, by -n, by the model's limit or by padding",
@@ -142,9 +160,21 @@ def answer_batch(
         raise DgemmaError(message, 'Their lines have the key "error".')
 
 
-def _messages(prompt: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages of a request's prompt."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+def _messages(
+    prompt: str | list[dict[str, Any]], images: Sequence[Mapping[str, Any]] | None
+) -> list[dict[str, Any]]:
+    """Return the messages of a request's prompt as the log keeps them."""
+    from dgemma_mlx.text.images import is_image, with_images
+
+    def kept(message: Mapping[str, Any]) -> dict[str, Any]:
+        content = message.get("content")
+        if message["role"] == "tool" or not isinstance(content, list):
+            return dict(message)
+        text = "".join(part["text"] for part in content if not is_image(part))
+        shown_images = [kept_image(part) for part in content if is_image(part)]
+        return {**message, "content": text, **({"images": shown_images} if shown_images else {})}
+
+    return [kept(message) for message in with_images(prompt, images)]
 
 
 def _answers(
@@ -158,9 +188,9 @@ def _answers(
     from dgemma_mlx.generation.api import generate_batch
 
     each = {"seeds": "seed", "max_tokens": "max_tokens", "system": "system", "tools": "tools",
-            "tool_choice": "tool_choice"}  # fmt: skip
+            "tool_choice": "tool_choice", "images": "images"}  # fmt: skip
     common = {name: value for name, value in options.items() if name not in each.values()}
-    merged = [{**options, **request} for request in requests]
+    merged = [{"images": None, **options, **request} for request in requests]
     own: dict[str, Any] = {name: [request[key] for request in merged] for name, key in each.items()}
     try:
         answers: list[Any] = generate_batch(model, [request["prompt"] for request in merged], **own, **common)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from dgemma_mlx.cli.image_options import ImageOptions, show_images
 from dgemma_mlx.cli.interrupt import interruptible
 from dgemma_mlx.cli.loading import answer_arguments, load_model
 from dgemma_mlx.cli.log.keep import Keeper
@@ -37,6 +39,7 @@ def choose(
     raw: Raw = False,
     as_json: AsJson = False,
     *,
+    pictures: ImageOptions,
     answer: AnswerOptions,
     model: ModelOptions,
 ) -> None:
@@ -47,9 +50,13 @@ def choose(
 
     Examples:
         dgemma-mlx choose -m demo "What is 27 + 45?" --from 71,72,82
+        dgemma-mlx choose "What is it?" --from invoice,letter,photo --image scan.png
         cat mail.txt | dgemma-mlx choose "Which department?" --from sales,support,billing --list --json
     """
-    asked = read_prompt(question, file, quiet=answer.quiet)
+    takes_stdin = question in (None, "-") or Path("-") in (file or ())
+    pictures.check(prompt_on_stdin=takes_stdin, raw=raw)
+    images = pictures.read()
+    asked = read_prompt(question, file, quiet=answer.quiet, stdin_is_taken=pictures.takes_stdin)
     answers = [text for row in csv.reader([choices], skipinitialspace=True) for text in row]
     with quiet_when_closed():
         from dgemma_mlx.infill.choose import choose as choose_among
@@ -57,8 +64,12 @@ def choose(
         settings = Settings()
         loaded = load_model(settings, model, answer.quiet)
         arguments = answer_arguments(settings, answer, raw)
+        if not (answer.quiet or as_json):
+            show_images(images)
         with interruptible() as cancelled:
-            found = choose_among(loaded, asked, answers, listed=listed, raw=raw, cancelled=cancelled, **arguments)
+            found = choose_among(
+                loaded, asked, answers, listed=listed, raw=raw, cancelled=cancelled, images=images, **arguments
+            )
         lines = [f"{choice.probability:.4f}  {choice.text}" for choice in found]
         if as_json:
             print(json_line({"model": loaded.name, "choices": [asdict(choice) for choice in found]}))
@@ -66,4 +77,6 @@ def choose(
             for line in lines:
                 print(visible(line))
         about = {"model": loaded.name, "seed": arguments["seed"], "finish_reason": "stop", "statistics": None}
-        Keeper(settings).keep_turn("choose", f"{asked}\n\n{choices}", "\n".join(lines), arguments["system"], about)
+        Keeper(settings).keep_turn(
+            "choose", f"{asked}\n\n{choices}", "\n".join(lines), arguments["system"], about, images
+        )

@@ -67,6 +67,8 @@ def examine() -> dict[str, Any]:
         "mlx": _version("mlx"),
         "huggingface_hub": _version("huggingface_hub"),
         "mlx_lm": _version("mlx-lm"),
+        "pillow": _version("pillow"),
+        "av": _version("av"),
         "os": " ".join(("macOS", platform.mac_ver()[0]) if sys.platform == "darwin" else platform.uname()[0:3:2]),
         "machine": platform.machine(),
         "chip": _chip(),
@@ -232,6 +234,13 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _reader(library: str, version: str | None, extra: str) -> str:
+    """Return which library reads images or videos, or how to install it."""
+    if version is None:
+        return f"cannot be read without {library}: pip install 'dgemma-mlx[{extra}]'"
+    return f"read with {library} {version}"
+
+
 def _as_text(facts: dict[str, Any]) -> str:
     """Return the facts as rows, and the advice after them."""
     from dgemma_mlx.sizes import size
@@ -245,6 +254,8 @@ def _as_text(facts: dict[str, Any]) -> str:
         ("versions", f"dgemma-mlx {facts['dgemma_mlx']}, mlx {facts['mlx']}, Python {facts['python']}"),
         ("self-check", f"{len(facts['self_check'])} operations, error at most {max(facts['self_check'].values()):.1g}"),
         ("models in", f"{facts['cache_folder']}, {size(facts['cache_free'])} free"),
+        ("images", _reader("Pillow", facts["pillow"], "vision")),
+        ("videos", _reader("PyAV", facts["av"], "video")),
     ]
     if result := facts.get("probe"):
         rows.append(("products", f"{1000 * result['matmul_tflops']:,.0f} GFLOP/s"))

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from dgemma_mlx.checks import shown
+from dgemma_mlx.cli.image_options import ImageOptions, show_images
 from dgemma_mlx.cli.infill import File, ResultOptions, keep_filled, prepared, print_filled, report, save
 from dgemma_mlx.cli.parameters import AnswerOptions, DenoisingOptions, ModelOptions, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
@@ -37,6 +38,7 @@ def edit(
     lines: Lines = None,
     match: Match = None,
     strength: Strength = None,
+    pictures: ImageOptions,
     answer: AnswerOptions,
     model: ModelOptions,
     result: ResultOptions,
@@ -51,6 +53,7 @@ def edit(
         - The whole text may change, or only the part that `--lines` or `--match` selects. Then the rest stays the same,
           byte for byte, and `--candidates` are written with lengths near the one it has.
         - A low `--strength` keeps most of the wording.
+        - `--image` shows the model a picture that the instruction is about (docs/images.md).
         - docs/fill.md explains how candidates are written and compared.
 
     Examples:
@@ -61,6 +64,8 @@ def edit(
     """
     result.check(file)
     span = None if lines is None else _span(lines)
+    pictures.check(prompt_on_stdin=is_stdin(file))
+    images = pictures.read()
     before = read_text(file)
     _, text = without_bom(before)
     with quiet_when_closed():
@@ -68,9 +73,11 @@ def edit(
             from dgemma_mlx.infill.edit import DEFAULT_CANDIDATES
             from dgemma_mlx.infill.edit import edit as edit_text
 
+            if not (answer.quiet or result.as_json):
+                show_images(images)
             edited = edit_text(
                 loaded, instruction, text, lines=span, match=match, strength=strength,
-                candidates=result.candidates or DEFAULT_CANDIDATES, **arguments,
+                candidates=result.candidates or DEFAULT_CANDIDATES, images=images, **arguments,
             )  # fmt: skip
         report(edited, result, answer.quiet)
         if edited.text == text and not answer.quiet:
@@ -79,7 +86,7 @@ def edit(
             save(edited, file, before)
         form = "text" if is_stdin(file) and not result.diff else "diff"
         print_filled(edited, loaded, before, file, "json" if result.as_json else form)
-        keep_filled("edit", f"{instruction}\n\n{text}", edited, loaded, arguments["system"])
+        keep_filled("edit", f"{instruction}\n\n{text}", edited, loaded, arguments["system"], images)
 
 
 def _span(lines: str) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from dgemma_mlx.checks import shown
+from dgemma_mlx.cli.image_options import ImageOptions, show_images
 from dgemma_mlx.cli.infill import File, ResultOptions, keep_filled, prepared, print_filled, report, save
 from dgemma_mlx.cli.parameters import AnswerOptions, DenoisingOptions, ModelOptions, prompt_option, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
@@ -58,6 +59,7 @@ def fill(
     suffix_file: SuffixFile = None,
     prompt: Prompt = None,
     raw: Raw = False,
+    pictures: ImageOptions,
     answer: AnswerOptions,
     model: ModelOptions,
     result: ResultOptions,
@@ -73,6 +75,7 @@ def fill(
         - Gaps of unknown length are written at several lengths at a time (`--candidates`). The most probable candidate
           wins, and `--show-all` lists the others.
         - All gaps and the text between them must fit into one canvas.
+        - `--image` shows the model a picture, such as the form that the text describes (docs/images.md).
         - docs/fill.md explains what the model sees and how the candidates are compared.
 
     Examples:
@@ -84,6 +87,9 @@ def fill(
     split = prefix_file is not None or suffix_file is not None
     _check(file, at, size, hint, split)
     result.check(None if split else file)
+    texts = [path for path in (prefix_file, suffix_file) if path is not None] if split else [file]
+    pictures.check(prompt_on_stdin=any(map(is_stdin, texts)), raw=raw)
+    images = pictures.read()
     before, parts = _parts(file, hole, at, size, hint, prefix_file, suffix_file)
     with quiet_when_closed():
         with prepared(model, answer, denoising, raw) as (loaded, arguments):
@@ -91,8 +97,11 @@ def fill(
             from dgemma_mlx.infill.fill import fill as fill_text
             from dgemma_mlx.infill.template import shown as shown_gaps
 
+            if not (answer.quiet or result.as_json):
+                show_images(images)
             candidates = result.candidates or DEFAULT_CANDIDATES
-            filled = fill_text(loaded, parts, prompt=prompt, raw=raw, candidates=candidates, **arguments)
+            filled = fill_text(loaded, parts, prompt=prompt, raw=raw, candidates=candidates, images=images,
+                               **arguments)  # fmt: skip
         report(filled, result, answer.quiet)
         if result.write and file is not None:
             save(filled, file, before)
@@ -100,7 +109,8 @@ def fill(
         if not result.write or form != "text":
             print_filled(filled, loaded, before, file, form)
         asked = shown_gaps(parts)
-        keep_filled("fill", f"{prompt}\n\n{asked}" if prompt else asked, filled, loaded, arguments["system"])
+        keep_filled("fill", f"{prompt}\n\n{asked}" if prompt else asked, filled, loaded, arguments["system"],
+                    images)  # fmt: skip
 
 
 def _parts(

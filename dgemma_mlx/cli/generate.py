@@ -19,6 +19,7 @@ from dgemma_mlx.cli.generate_options import (
     TextOptions,
     TrimCanvas,
 )
+from dgemma_mlx.cli.image_options import MediaOptions, show_images
 from dgemma_mlx.cli.loading import answer_arguments, load_model
 from dgemma_mlx.cli.log.asking import asked, begun
 from dgemma_mlx.cli.log.keep import Keeper
@@ -54,6 +55,7 @@ def generate(
     thinking: Thinking = None,
     conversation: ConversationOptions,
     text: TextOptions,
+    media: MediaOptions,
     tool: ToolOptions,
     batch: BatchOptions,
     output: OutputOptions,
@@ -97,10 +99,12 @@ def generate(
         - `--tool-run PROGRAM` is run for every call, with the call's JSON as its standard input. What it prints, as
           JSON or text, is the result, and the model goes on until it answers without a call. Calls and results then go
           to stderr. The model is told when the program fails or takes too long.
-        - A line of a `--batch` file is a JSON string, or an object with `prompt` and optionally `id`, `system`, `seed`,
-          `max_tokens`, `tools` and `tool_choice`. The model is loaded once. Every line is checked before the first one
-          is answered. With `--batch-size N`, N prompts are answered at a time, each as it would be alone, or fewer when
-          N exceed the memory limit.
+        - `--image` shows the model a picture before the prompt, and `--image -` the one on standard input.
+          docs/images.md says what can be read, and how many tokens a picture becomes.
+        - A line of a `--batch` file is a JSON string, or an object with `prompt` and optionally `images`, `id`,
+          `system`, `seed`, `max_tokens`, `tools` and `tool_choice`. The model is loaded once. Every line is checked
+          before the first one is answered. With `--batch-size N`, N prompts are answered at a time, each as it would be
+          alone, or fewer when N exceed the memory limit.
         - `--speed reference` follows the reference implementation's loop step by step. `balanced` also commits a canvas
           as soon as every position is nearly certain; `fast` accepts less certainty. On the demo model, `balanced`
           takes 1.4 times fewer steps and answers 939 instead of 942 of 1,000 prompts correctly (docs/speed.md). Except
@@ -134,22 +138,26 @@ def generate(
     Examples:
         dgemma-mlx generate -m demo "Sort 7 3 5"
         dgemma-mlx generate -m demo --choice yes,no,72 "What is 27 + 45?"
-        dgemma-mlx generate -c "Reverse 3 5 7"
         dgemma-mlx generate -f main.py -f tests/ "Why does the test fail?"
         dgemma-mlx generate -x "A shell script that renames *.jpeg to *.jpg" > rename.sh
+        dgemma-mlx generate --image cat.jpg "What is the cat doing?"
         cat notes.txt | dgemma-mlx generate -m mlx-community/diffusiongemma-26B-A4B-it-4bit "Summarise:"
     """
     output.check()
     tool.check()
     _check_batch(batch, prompt, text, tool, output, prompt_cache, trim_canvas)
     conversation.check(raw=raw, batch=batch.batch is not None)
+    media.check(prompt_on_stdin=text.takes_stdin(prompt), raw=raw, batch=batch.batch is not None)
     matched = constraint_of(**asdict(constraint))
     tools = read_tools(tool.tool) if tool.tool else None
     program = tool.program()
     if batch.batch is None:
         check_choice(tools, tool.tool_choice)
-    requests = [] if batch.batch is None else read_batch(batch.batch, tools, tool.tool_choice)
-    written, template = ("", {}) if batch.batch else text.read(prompt, answer.quiet)
+    requests = [] if batch.batch is None else read_batch(
+        batch.batch, tools, tool.tool_choice, media.budget
+    )
+    written, template = ("", {}) if batch.batch else text.read(prompt, answer.quiet, media.takes_stdin)
+    images = media.read()
     if raw and "system" in template:
         raise DgemmaError("--raw excludes a template with a system prompt", "Leave one of them out.", exit_code=2)
     if answer.quiet:
@@ -163,6 +171,8 @@ def generate(
         "tools": tools, "tool_choice": tool.tool_choice,
     }  # fmt: skip
     loop = {"max_denoising_steps": denoising.max_denoising_steps, **asdict(schedule)}
+    if not (answer.quiet or output.as_json or output.as_json_lines):
+        show_images(images)
     form = output.form(live=not answer.quiet and can_draw() and settings["live"].value)
     named = replace(answer, system=template["system"]) if answer.system is None and "system" in template else answer
     session, chosen = begun(conversation, settings, named, model, arguments["system"])
@@ -184,7 +194,7 @@ def generate(
                 form, markdown, answer.quiet, trace, output.show_steps, progress=drawn and form != "live",
                 runs_tools=program is not None, session=session, watched=watched,
             )  # fmt: skip
-            question = asked(session, written)
+            question = asked(session, written, images)
             if program is None:
                 print_answer(loaded, question, arguments, printed)
             else:

@@ -96,20 +96,29 @@ class TextOptions:
     template: TemplateName = None
     param: Params = None
 
-    def read(self, prompt: str | None, quiet: bool) -> tuple[str, Mapping[str, Any]]:
+    def takes_stdin(self, prompt: str | None) -> bool:
+        """Whether standard input is the prompt, or one of the files, and not only what may follow the prompt."""
+        return prompt == "-" or Path("-") in (self.file or ()) or (prompt is None and self.template is None)
+
+    def read(
+        self, prompt: str | None, quiet: bool, stdin_is_taken: bool = False
+    ) -> tuple[str, Mapping[str, Any]]:
         """Return the text that the model answers, and the settings of the template.
 
-        Raises `DgemmaError` (exit code 2) as ``read_prompt`` and ``load_template`` do, and for --param without
-        --template.
+        ``quiet`` and ``stdin_is_taken`` are those of ``read_prompt``. Raises `DgemmaError` (exit code 2) as
+        ``read_prompt`` and ``load_template`` do, and for --param without --template.
         """
         if self.template is None:
             if self.param:
                 raise DgemmaError("--param needs --template", "It names the template with the gaps.", exit_code=2)
-            return read_prompt(prompt, self.file, quiet=quiet), {}
+            return read_prompt(prompt, self.file, quiet=quiet, stdin_is_taken=stdin_is_taken), {}
         from dgemma_mlx.cli.template import load_template
 
         template = load_template(self.template, self.param or ())
-        text = read_prompt(prompt, self.file, template.filled, optional=template.is_complete, quiet=quiet)
+        text = read_prompt(
+            prompt, self.file, template.filled, optional=template.is_complete, quiet=quiet,
+            stdin_is_taken=stdin_is_taken,
+        )  # fmt: skip
         return text, template.settings
 
 

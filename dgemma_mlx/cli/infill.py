@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -153,6 +153,11 @@ def print_filled(filled: Filled, model: Model, before: str, path: Path | None, f
         print_exact(after)
 
 
-def keep_filled(kind: str, asked: str, filled: Filled, model: Model, system: str | None) -> None:
-    """Keep the result of ``fill`` or ``edit`` in the log. ``asked`` is what was asked for, and the text as it was."""
-    Keeper(Settings()).keep_turn(kind, asked, filled.text, system, about(filled, model.name))
+def keep_filled(
+    kind: str, asked: str, filled: Filled, model: Model, system: str | None, images: Sequence[Mapping[str, Any]]
+) -> None:
+    """Keep the result of ``fill`` or ``edit`` in the log.
+
+    ``asked`` is what was asked for, and the text as it was. ``images`` are those that were shown.
+    """
+    Keeper(Settings()).keep_turn(kind, asked, filled.text, system, about(filled, model.name), images)

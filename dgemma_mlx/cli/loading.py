@@ -60,9 +60,12 @@ def model_loader(settings: Settings, options: ModelOptions, training: bool = Fal
     name = settings.pick("model", options.model)
     cpu_dequantize = settings.pick("cpu_dequantize", options.cpu_dequantize)
     chosen = settings.pick_checked("dtype", options.dtype)
+    rule: Any = settings.pick_checked("image_attention", options.image_attention)
     dtype: Any = None if training else "auto" if chosen == "auto" else getattr(mx, chosen)
     fetch(name)
-    return lambda: load(name, dtype=dtype, cpu_dequantize=cpu_dequantize, adapter=options.adapter)
+    return lambda: load(
+        name, dtype=dtype, cpu_dequantize=cpu_dequantize, adapter=options.adapter, image_attention=rule
+    )
 
 
 def full_name(name: str | None) -> str | None:

@@ -43,6 +43,14 @@ ModelName = Annotated[
 Adapter = Annotated[
     Path | None, model_option("--adapter", metavar="FOLDER", help="An adapter that `dgemma-mlx train` has written.")
 ]
+ImageAttention = Annotated[
+    str | None,
+    model_option(
+        "--image-attention", metavar="RULE", show_default="google",
+        autocompletion=complete.values_of("image_attention"),
+        help="Which tokens of the prompt see those of an image: google, transformers or causal (docs/images.md).",
+    ),
+]  # fmt: skip
 Dtype = Annotated[
     str | None,
     resource_option(
@@ -149,6 +157,7 @@ class ModelOptions:
     dtype: Dtype = None
     cpu_dequantize: CpuDequantize = None
     no_kernels: NoKernels = False
+    image_attention: ImageAttention = None
 
 
 @dataclass(frozen=True)

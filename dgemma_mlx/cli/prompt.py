@@ -27,7 +27,7 @@ Files = Annotated[
 
 def read_prompt(
     argument: str | None, files: Sequence[Path] | None = None, fill_in: Callable[[str], str] = str, *,
-    optional: bool = False, quiet: bool = False,
+    optional: bool = False, quiet: bool = False, stdin_is_taken: bool = False,
 ) -> str:
     """Return the text that the model answers: the files, then the argument, then standard input.
 
@@ -42,6 +42,7 @@ def read_prompt(
         fill_in: A function that puts the argument and standard input into a template.
         optional: Whether the argument and standard input may be missing, because the template has a text of its own.
         quiet: Whether standard input is read without the line that says so.
+        stdin_is_taken: Whether standard input is something else, a picture.
 
     Raises:
         DgemmaError: (exit code 2) When the prompt is empty or not UTF-8 text, or when a file cannot be read.
@@ -51,8 +52,8 @@ def read_prompt(
     if not is_text(given):
         raise DgemmaError("the prompt is not UTF-8 text", "Convert it to UTF-8.", exit_code=2)
     piped = ""
-    if _STDIN in files:
-        pass  # it is one of the files
+    if _STDIN in files or stdin_is_taken:
+        pass  # it is one of the files, or a picture
     elif given or (optional and argument != "-"):
         piped = read_beside_prompt()
     elif argument == "-" or not sys.stdin.isatty():

@@ -63,6 +63,9 @@ SETTINGS: dict[str, SettingKind] = {
         str, "auto", "number format of the computation", choices=("auto", "bfloat16", "float16", "float32")
     ),
     "cpu_dequantize": SettingKind(str, "auto", "unpack weights where there is no Metal", choices=("auto", "on", "off")),
+    "image_attention": SettingKind(
+        str, None, "which tokens of the prompt see those of an image", choices=("google", "transformers", "causal")
+    ),
     "kernels": SettingKind(
         str, "auto", "this program's own Metal kernels", choices=("auto", "off", "reference", "force")
     ),
@@ -123,7 +126,7 @@ class Settings(Mapping[str, Setting]):
 
     def pick_checked(self, name: str, option: Any) -> Any:
         """Return what ``pick`` returns. Raises `DgemmaError` when the option is not a valid value of the setting."""
-        return self.pick(name, None if option is None else checked(name, option, f"--{name}"))
+        return self.pick(name, None if option is None else checked(name, option, f"--{name.replace('_', '-')}"))
 
 
 def config_file(environment: Mapping[str, str]) -> Path:

@@ -22,6 +22,7 @@ from dgemma_mlx.checks import shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.json_text import parse_json
+from dgemma_mlx.text.images import is_image
 from dgemma_mlx.text.messages import THINKING_KEYS, Message, conversation
 from dgemma_mlx.text.tools import call_text, declarations
 from dgemma_mlx.train.batches import Conversation
@@ -267,13 +268,15 @@ def _answer(message: Message) -> str:
 
 
 def _check_content(message: Any, place: str) -> None:
-    """Raise ``DgemmaError`` when there is nothing to learn or to read in a message, or thinking outside its content."""
+    """Raise ``DgemmaError`` for an image, for nothing to learn or to read, and for thinking outside the content."""
     if not isinstance(message, dict):
         raise DgemmaError(f"{place} must have a role and a content, but is not a JSON object", _HINT, exit_code=2)
     if thinking := [name for name in THINKING_KEYS if message.get(name) is not None]:
         raise DgemmaError(
             f"{place}: {thinking[0]} is not read", "Write thinking into the content, as the model writes it.", 2
         )
+    if isinstance(message.get("content"), list) and any(map(is_image, message["content"])):
+        raise DgemmaError(f"{place} has an image", "Training and evaluation take no images yet; remove the line.", 2)
     if message.get("role") != "tool" and not (message.get("content") is None and message.get("tool_calls")):
         _text(message.get("content"), "content", place)
 

@@ -20,7 +20,7 @@ def folder(tmp_path: Path) -> Path:
     (folder / "sub" / ".cache").mkdir(parents=True)
     (folder / ".hidden").mkdir()
     for name, data in (
-        ("b.txt", b"\xef\xbb\xbftwo\r\n"), ("a.md", b"one"), ("sub/c.txt", b"three\n"), ("photo.png", b"\x89PNG\0\0"),
+        ("b.txt", b"\xef\xbb\xbftwo\r\n"), ("a.md", b"one"), ("sub/c.txt", b"three\n"), ("program", b"\x7fELF\0\0"),
         ("latin.txt", b"caf\xe9"), (".env", b"KEY=1"), (".hidden/d.txt", b"x"), ("sub/.cache/e.txt", b"x"),
     ):  # fmt: skip
         (folder / name).write_bytes(data)
@@ -70,7 +70,7 @@ def test_a_pipe_is_read_to_its_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("gone.txt", "cannot read {}: No such file"), ("photo.png", "{} is a binary file"),
+        ("gone.txt", "cannot read {}: No such file"), ("program", "{} is a binary file"),
         ("latin.txt", r"{} is not UTF-8 text \(byte 3\)"), ("empty", "{} has no text file$"),
         ("sub/.cache/only", r"{} has no text file \(left out: 1 hidden\)"),
     ],
@@ -109,3 +109,12 @@ def test_the_name_of_a_folder_cannot_control_the_terminal(tmp_path: Path, capsys
     (folder / "a").write_text("x")
     read_attachments([folder])
     assert capsys.readouterr().err == f"dgemma-mlx: {tmp_path}/m␛[31md: 1 file, 1 byte\n"
+
+
+@pytest.mark.parametrize("data", [b"\x89PNG\r\n\x1a\n\0", b"\xff\xd8\xff\xe0\0", b"RIFF\1\2\3\4WEBP\0", b"GIF89a\0"])
+def test_a_picture_is_not_a_text_file_and_the_hint_names_the_option_for_it(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "photo").write_bytes(data)
+    with pytest.raises(DgemmaError, match="is a picture, not a text file") as caught:
+        read_attachments([tmp_path / "photo"])
+    assert "--image" in caught.value.hint
+    assert caught.value.exit_code == 2

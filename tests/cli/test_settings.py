@@ -17,6 +17,7 @@ from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.memory import DEQUANTIZE_CHOICES
 from dgemma_mlx.generation.options import VERIFY
 from dgemma_mlx.kernels.dispatch import MODES, VARIABLE
+from dgemma_mlx.model.soft_tokens import IMAGE_ATTENTION
 
 # One value of every setting that differs from its default: in TOML, in the environment, in Python.
 OTHERS: dict[str, tuple[str, str, Any]] = {
@@ -41,6 +42,7 @@ OTHERS: dict[str, tuple[str, str, Any]] = {
     "memory_limit": ('"8GB"', "8GB", "8GB"),
     "dtype": ('"float16"', "float16", "float16"),
     "cpu_dequantize": ('"on"', "on", "on"),
+    "image_attention": ('"causal"', "causal", "causal"),
     "kernels": ('"off"', "off", "off"),
 }
 
@@ -51,6 +53,7 @@ def test_choices_are_those_of_the_modules_that_make_them() -> None:
     assert SETTINGS["speed"].choices == tuple(SPEEDS)
     assert SETTINGS["speed"].default == DEFAULT_SPEED
     assert SETTINGS["verify"].choices == VERIFY
+    assert SETTINGS["image_attention"].choices == IMAGE_ATTENTION
     assert f"DGEMMA_{'kernels'.upper()}" == VARIABLE
 
 

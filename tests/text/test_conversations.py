@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,15 +79,28 @@ def test_objects_and_lists_as_results_are_responses_as_well() -> None:
 
 
 RESPONSE = {"name": "weather", "response": "sunny"}
-IMAGES = ("image_url", "image", "input_image", "input_audio", "audio", "video", "file", "document")
+MEDIA = ("image_url", "input_image", "input_audio", "audio", "file", "document")
 
 
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
         *(([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": kind}]}],
-           f"message 1: a part of type '{kind}' cannot be read") for kind in IMAGES),
-        ([SAID, result([{"type": "image", "image": "x"}])], "message 2: a part of type 'image' cannot be read"),
+           f"message 1: a part of type '{kind}' cannot be read") for kind in MEDIA),
+        ([SAID, result([{"type": "image", "image": "x"}])], "message 2: 'image' is not read in an image part"),
+        *(([{"role": "user", "content": [{"type": "image", **part}]}], words) for part, words in (
+            ({}, "an image: it has no file"), ({"path": "a", "bytes": b"b"}, "an image: it has path and bytes"),
+            ({"path": 5}, "5 is not the path of a file"), ({"path": ""}, "'' is not the path of a file"),
+            ({"path": "a\0"}, "is not the path of a file"), ({"bytes": "x"}, "must be bytes, not 'x'"),
+            ({"base64": "???"}, "the base64 text of an image is malformed"), ({"base64": b"YQ=="}, "must be a text"),
+            ({"path": "a", "budget": 100}, "100 is not the budget of an image"),
+            ({"path": "a", "budget": True}, "True is not the budget"), ({"path": "a", "budget": [70]}, "[70] is not"),
+            ({"url": "http://a"}, "'url' is not read in an image part"),
+        )),
+        ([{"role": "user", "content": [{"type": "video", "bytes": b"x"}]}], "'bytes' is not read in a video part"),
+        ([{"role": "user", "content": [{"type": "video"}]}], "a video: it has no file"),
+        ([{**SAID, "tool_calls": [CALL, {**CALL, "id": "b"}]}, result([{"type": "image", "path": "a"}]),
+          result({"x": 1}, tool_call_id="b")], "has an image as a result, and another one an object"),
         ([], "the conversation is empty"), ("hello", "a conversation is a list of messages"),
         (["hello"], "a chat message must be an object"), ([{"content": "x"}], "message 1 has no role"),
         ([{"role": "wizard", "content": "x"}], "message 1 has the unknown role 'wizard'"),
@@ -171,3 +185,14 @@ def test_what_a_template_leaves_out_is_refused(gemma: Tokenizer) -> None:
         assert error.value.exit_code == 2
     whole = ChatTemplate({"default": loop.replace(" if m.role != 'tool'", "")}, {}, "test")
     assert gemma.decode(encode_chat(gemma, whole, told)).endswith("x")
+
+
+def test_images_keep_their_files_in_one_form() -> None:
+    parts = [{"type": "image", "path": Path("a.png"), "budget": 70}, {"type": "image", "bytes": bytearray(b"ab")},
+             {"type": "image", "base64": "YWI="}, {"type": "video", "path": "b.mp4"},
+             {"type": "text", "text": "c"}]  # fmt: skip
+    [message] = conversation([{"role": "user", "content": parts}])
+    assert message["content"] == [
+        {"type": "image", "path": "a.png", "budget": 70}, {"type": "image", "bytes": b"ab"},
+        {"type": "image", "bytes": b"ab"}, {"type": "video", "path": "b.mp4"}, {"type": "text", "text": "c"},
+    ]  # fmt: skip

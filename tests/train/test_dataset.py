@@ -218,6 +218,8 @@ def test_long_examples_are_cut_to_whole_canvases_or_left_out(tmp_path: Path, dem
         ({"messages": [{**CHAT[1], "name": "Ana"}, CHAT[2]]}, "message 1: 'name' is not read"),
         ({"messages": [*CHAT[:1], {"role": ["user"] * 999, "content": "a"}]}, "message 2 has the unknown role"),
         ({"messages": [*CHAT[:1], {"role": {}, "content": "a"}]}, "message 2 has the unknown role {}"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "path": "a.png"}]}, CHAT[2]]},
+         "message 1 has an image"),
         ('{"text": ' + "9" * 5000 + "}", "is not JSON"), ('{"text": NaN}', "text must be a non-empty string"),
     ],
 )  # fmt: skip

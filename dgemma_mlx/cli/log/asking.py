@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from dgemma_mlx.cli.images import kept_image
 from dgemma_mlx.cli.loading import full_name
 from dgemma_mlx.cli.log.options import ConversationOptions
 from dgemma_mlx.cli.log.session import Session
@@ -29,7 +31,14 @@ def begun(
     return session, replace(model, model=name)
 
 
-def asked(session: Session, prompt: str) -> str | list[dict[str, Any]]:
-    """Add the prompt to the conversation. Return what the model is asked, without the system prompt."""
-    session.add("user", prompt)
-    return prompt if len(session.messages) == 1 else replace(session, system=None).prompt()
+def asked(
+    session: Session, prompt: str, images: Sequence[Mapping[str, Any]] = ()
+) -> str | list[dict[str, Any]]:
+    """Add the prompt to the conversation, with its images. Return what the model is asked, without the system prompt.
+
+    ``images`` are parts of a message's content.
+    """
+    earlier = replace(session, system=None).prompt()
+    session.add("user", prompt, images=[kept_image(image) for image in images])
+    content = [*images, {"type": "text", "text": prompt}] if images else prompt
+    return [*earlier, {"role": "user", "content": content}] if earlier or images else prompt

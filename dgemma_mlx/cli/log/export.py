@@ -8,6 +8,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any
 
+from dgemma_mlx.cli.images import image_label
 from dgemma_mlx.cli.log.log import Entry, Hit, Log
 from dgemma_mlx.cli.log.session import Session
 
@@ -104,9 +105,10 @@ def as_markdown(session: Session, entry: Entry) -> Iterator[str]:
 
 
 def _content(message: Mapping[str, Any]) -> str:
-    """Return the text of a message; a result of a tool that is not a text as JSON."""
+    """Return the images of a message, each in a line, and its text; a result of a tool that is not a text as JSON."""
     content = message.get("content") or ""
-    return content if isinstance(content, str) else _json(content)
+    images = [image_label(image) for image in message.get("images", ())]
+    return "\n".join([*images, content if isinstance(content, str) else _json(content)])
 
 
 def _json(value: Any) -> str:

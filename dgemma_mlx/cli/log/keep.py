@@ -9,6 +9,7 @@ from dataclasses import asdict
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
+from dgemma_mlx.cli.images import kept_image
 from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.cli.render.visible import visible
 from dgemma_mlx.cli.settings import Settings
@@ -90,10 +91,18 @@ class Keeper:
                 _end_turn(session)
                 self.keep(session, kind, about(ends[-1], model))
 
-    def keep_turn(self, kind: str, prompt: str, text: str, system: str | None, answer: Mapping[str, Any]) -> None:
-        """Store a question and its answer as a conversation of their own. ``answer`` is that of ``keep``."""
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
-        self.keep(Session(messages, system, model=answer["model"]), kind, answer)
+    def keep_turn(
+        self, kind: str, prompt: str, text: str, system: str | None, answer: Mapping[str, Any],
+        images: Iterable[Mapping[str, Any]] = (),
+    ) -> None:
+        """Store a question and its answer as a conversation of their own.
+
+        ``answer`` is that of ``keep``, and ``images`` are the parts of a message's content that the question shows.
+        """
+        session = Session(system=system, model=answer["model"])
+        session.add("user", prompt, images=[kept_image(image) for image in images])
+        session.add("assistant", text)
+        self.keep(session, kind, answer)
 
 
 def _add(session: Session, done: Done) -> bool:

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dgemma_mlx.checks import reason, shown
+from dgemma_mlx.cli.images import fault_of, with_text
 from dgemma_mlx.cli.settings import SETTINGS, checked
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import write_whole
 from dgemma_mlx.json_text import parse_json
 
-_FIXED = ("model", "system", "live", "log", "memory_limit", "dtype", "cpu_dequantize", "kernels")
+_FIXED = ("model", "system", "live", "log", "memory_limit", "dtype", "cpu_dequantize", "image_attention", "kernels")
 # The settings that a conversation can change.
 CHANGEABLE = tuple(name for name in SETTINGS if name not in _FIXED)
 
@@ -35,7 +36,8 @@ class Session:
 
     Attributes:
         messages: Messages with "role" and "content". A turn begins with a message of the user and ends with one of the
-            assistant; between them may be calls and results of tools. A message of the assistant also has its
+            assistant; between them may be calls and results of tools. The content is a text. A message of the user may
+            also have "images" (see ``dgemma_mlx.cli.images``). A message of the assistant also has its
             "tool_calls" and "thinking", if any, and "cancelled": true if it was stopped.
         system: System prompt, or None.
         settings: Settings that ``/set`` has changed, by their names in ``dgemma_mlx.cli.settings``.
@@ -68,23 +70,23 @@ class Session:
     def prompt(self, start: int | None = None) -> list[dict[str, Any]]:
         """Return the system prompt and the messages as the model sees them, by default from ``self.start`` on.
 
-        Thinking and the cancelled mark are left out.
+        Images stand before the text of their message. Thinking and the cancelled mark are left out.
         """
         system = [{"role": "system", "content": self.system}] if self.system else []
         messages = self.messages[self.start if start is None else start :]
-        return system + [{key: message[key] for key in _SEEN if key in message} for message in messages]
+        return system + [_seen(message, _SEEN) for message in messages]
 
     def add(self, role: str, content: str, **marks: Any) -> None:
         """Add a message. Marks such as ``cancelled`` are stored when they are true."""
         self.messages.append({"role": role, "content": content, **{k: v for k, v in marks.items() if v}})
 
-    def pop_turn(self) -> str | None:
-        """Remove the last turn, question and answer. Return the question, or None when there is no turn."""
+    def pop_turn(self) -> dict[str, Any] | None:
+        """Remove the last turn, question and answer. Return the question's message, or None when there is no turn."""
         while self.messages:
             message = self.messages.pop()
             if message["role"] == "user":
                 self.start = min(self.start, len(self.messages))
-                return str(message["content"])
+                return message
         return None
 
     def copy(self) -> Session:
@@ -147,6 +149,14 @@ class Session:
         return cls(messages, system, settings, model)
 
 
+def _seen(message: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """Return some of a message's keys, with its images in its content."""
+    found = {key: message[key] for key in keys if key in message and key != "images"}
+    if images := message.get("images"):
+        found["content"] = with_text(images, message["content"])
+    return found
+
+
 def _fault(messages: Any) -> str | None:
     """Return why the value is not a list of whole turns, each with an answer to its question; None when it is."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
@@ -155,8 +165,14 @@ def _fault(messages: Any) -> str | None:
         return None
     from dgemma_mlx.text.messages import conversation
 
+    for number, message in enumerate(messages, 1):
+        if "images" in message and message.get("role") != "user":
+            return f"message {number}: only a message of the user has images"
+        if (fault := fault_of(message.get("images", []))) is not None:
+            return f"message {number}: {fault}"
+    kept = ("cancelled", "images")
     try:
-        conversation([{key: value for key, value in message.items() if key != "cancelled"} for message in messages])
+        conversation([{key: value for key, value in message.items() if key not in kept} for message in messages])
     except DgemmaError as error:
         return error.message
     for number, message in enumerate(messages, 1):
