@@ -27,7 +27,7 @@ PREFILL_STEP_SIZE = 2048 if mx.metal.is_available() else 512
 _AHEAD = 8  # blocks of scores alive at a time (measured): MLX starts operations before earlier ones have ended
 _MARKS = 2  # copies of the sliding layers' keys and values that a ``PromptCache`` holds
 _MASKS = 3  # boolean arrays alive while the masks of a batch of padded prompts, or of pictures, are computed
-_TOWER_ARRAYS, _TOWER_INNER = 12, 3  # arrays of each width alive in the vision tower (measured, float32)
+_TOWER_HIDDEN, _TOWER_HEADS, _TOWER_INNER = 12, 17, 3  # arrays of each width alive in the vision tower (measured)
 _SAMPLER_BYTES, _SAMPLER_ARRAYS = 4 << 20, 5  # without Metal: bytes of a block of the sampler, and blocks alive
 _SPARSE_ROWS = 72  # without Metal: float32 rows of the embedding table alive for each list of probable tokens
 _SHARE_OF_FREE = 0.9  # of the free memory, without Metal
@@ -270,7 +270,8 @@ def _tower_memory(config: ModelConfig, patches: int) -> int:
     vision = config.vision
     if vision is None or not patches:
         return 0
-    widths = _TOWER_ARRAYS * vision.hidden_size + _TOWER_INNER * vision.intermediate_size + 3 * vision.patch_size**2
+    heads = vision.num_attention_heads * vision.head_dim
+    widths = _TOWER_HIDDEN * vision.hidden_size + _TOWER_HEADS * heads + _TOWER_INNER * vision.intermediate_size
     scores = 0 if mx.metal.is_available() else 4 * vision.num_attention_heads * patches**2
     return 4 * patches * widths + min(scores, _AHEAD * SCORE_BYTES)
 

@@ -20,7 +20,7 @@ from dgemma_mlx.checkpoint.config import ModelConfig
 from dgemma_mlx.checkpoint.hub import resolve
 from dgemma_mlx.checkpoint.names import module_quantization, parameter_names, some_of
 from dgemma_mlx.checkpoint.output import SMALL_FILES, check_output, output_folder, write_fuse_report
-from dgemma_mlx.checkpoint.shards import INDEX, open_tensors, read_header, shard_files
+from dgemma_mlx.checkpoint.shards import INDEX, open_tensors, stored_tensors, weight_files
 from dgemma_mlx.checks import reason
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import is_clutter, locked_folder, replace_folder, write_whole
@@ -134,14 +134,14 @@ def rewrite(
     """
     folder.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
-    files = shard_files(source)
+    files, stored = weight_files(source), stored_tensors(source)
     for number, file in enumerate(files, 1):
         tensors = open_tensors(source)  # opened again for each shard, which frees what the one before has read
         names, vision = parameter_names(tensors)
         by_path = {path: tensors[name] for path, name in names.items()}
         paths = {name: path for path, name in names.items()}
         written: dict[str, mx.array] = {}
-        for name in read_header(file):
+        for name in [name for name, tensor in stored.items() if tensor.path == file]:
             if name in paths:
                 written |= change(paths[name], name, by_path)
             elif name in vision:

@@ -60,7 +60,8 @@ class Picture:
         rows, columns = self.grid
         height, width, _ = self.pixels.shape
         blocks = self.pixels.reshape(rows, height // rows, columns, width // columns, 3).transpose(0, 2, 1, 3, 4)
-        scaled: np.ndarray[Any, np.dtype[np.float64]] = blocks.reshape(rows * columns, -1).astype(np.float64) * (1 / 255)
+        levels = blocks.reshape(rows * columns, -1).astype(np.float64)
+        scaled: np.ndarray[Any, np.dtype[np.float64]] = levels * (1 / 255)
         return scaled.astype(np.float32)
 
 
@@ -79,11 +80,14 @@ def read_picture(source: str | Path | bytes, config: VisionConfig, budget: int, 
     Raises:
         DgemmaError: The tower is not supported, Pillow is missing, or the source is not a picture that can be read.
     """
-    try:
-        from PIL import Image
-    except ImportError:
-        raise DgemmaError("reading images needs Pillow", "pip install 'dgemma-mlx[vision]'", exit_code=2) from None
-    with _file(source, name) as file, _pillow_errors(name), Image.open(file, formats=_FORMATS) as image:
+    require_pillow()
+    from PIL import Image
+
+    config.require_supported()
+    with (
+        regular_file(source, name, _OTHER_FILE) as file, _pillow_errors(name),
+        Image.open(file, formats=_FORMATS) as image,
+    ):  # fmt: skip
         if Image.MAX_IMAGE_PIXELS is not None and math.prod(image.size) > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError
         image.load()
@@ -91,11 +95,18 @@ def read_picture(source: str | Path | bytes, config: VisionConfig, budget: int, 
     return resized_picture(upright, config, budget, name)
 
 
+def require_pillow() -> None:
+    """Raise ``DgemmaError`` (exit code 2) when Pillow is not installed."""
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError:
+        raise DgemmaError("reading images needs Pillow", "pip install 'dgemma-mlx[vision]'", exit_code=2) from None
+
+
 def resized_picture(image: Image, config: VisionConfig, budget: int, name: str) -> Picture:
     """Resize an image of Pillow's mode RGB for the vision tower. See ``read_picture``."""
     from PIL.Image import Resampling
 
-    config.require_supported()
     if budget not in BUDGETS:
         choices = ", ".join(map(str, BUDGETS))
         raise DgemmaError(f"{name}: no budget of {shown(budget)} soft tokens", f"Choose one of {choices}.", exit_code=2)
@@ -163,11 +174,14 @@ def _eight_bits(grey: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8
 
 
 @contextmanager
-def _file(source: str | Path | bytes, name: str) -> Iterator[BinaryIO]:
-    """Yield a picture's file, open for reading. Raises ``DgemmaError`` when it is not a regular file or is empty."""
+def regular_file(source: str | Path | bytes, name: str, hint: str) -> Iterator[BinaryIO]:
+    """Yield a file, given by its path or its content, open for reading.
+
+    Raises ``DgemmaError`` (exit code 2), with ``hint``, when it cannot be opened, is not a regular file, or is empty.
+    """
     if isinstance(source, bytes):
         if not source:
-            raise DgemmaError(f"{name} is empty", _OTHER_FILE, exit_code=2)
+            raise DgemmaError(f"{name} is empty", hint, exit_code=2)
         yield BytesIO(source)
         return
     try:
@@ -177,9 +191,9 @@ def _file(source: str | Path | bytes, name: str) -> Iterator[BinaryIO]:
     with file:
         facts = os.fstat(file.fileno())
         if not stat.S_ISREG(facts.st_mode):
-            raise DgemmaError(f"{name} is not a file", _OTHER_FILE, exit_code=2)
+            raise DgemmaError(f"{name} is not a file", hint, exit_code=2)
         if not facts.st_size:
-            raise DgemmaError(f"{name} is empty", _OTHER_FILE, exit_code=2)
+            raise DgemmaError(f"{name} is empty", hint, exit_code=2)
         yield file
 
 

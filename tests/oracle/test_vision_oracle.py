@@ -135,7 +135,9 @@ def save_tower(folder: Path, change: dict[str, Any], tower: Any, projection: Any
     "change", [{}, {"standardize": True}, {"use_clipped_linears": True}, {"standardize": True, "head_dim": 72}], ids=str
 )
 @pytest.mark.parametrize("size", [(90, 120), (40, 3)], ids=str)
-def test_soft_tokens_equal_those_of_the_reference(tmp_path: Path, change: dict[str, Any], size: tuple[int, int]) -> None:
+def test_soft_tokens_equal_those_of_the_reference(
+    tmp_path: Path, change: dict[str, Any], size: tuple[int, int]
+) -> None:
     width = flat_config()["text_config"]["hidden_size"]
     tower, projection = reference_tower(change, width)
     config = save_tower(tmp_path, change, tower, projection)

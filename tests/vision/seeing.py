@@ -10,11 +10,12 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from dgemma_mlx.vision.tower import VisionTower
+from mlx.utils import tree_flatten
 from PIL import Image
 
 from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
 from dgemma_mlx.checkpoint.vision_config import VisionConfig
+from dgemma_mlx.vision.tower import VisionTower
 
 # A picture of the smallest budget, 70 soft tokens, is at most 280 patches.
 VISION: dict[str, Any] = {
@@ -54,8 +55,6 @@ def tower_tensors(seed: int = 0, text_width: int = 128) -> dict[str, mx.array]:
     """Return random values for every tensor of the tower, by its published name."""
     mx.random.seed(seed)
     tower = VisionTower(VisionConfig.read({"vision_config": VISION}, {"image_processor": _PROCESSOR}), text_width)
-    from mlx.utils import tree_flatten
-
     found: dict[str, mx.array] = {}
     for path, array in tree_flatten(tower.parameters()):
         name = f"embed_vision.{path}" if path.startswith("embedding_projection") else f"vision_tower.{path}"
@@ -70,8 +69,10 @@ _PROCESSOR = {"patch_size": VISION["patch_size"], "pooling_kernel_size": 2, "max
 def write_seeing(folder: Path, seed: int = 0, **vision: Any) -> Path:
     """Write the checkpoint and return its folder. Keyword arguments replace keys of ``vision_config``."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO_FOLDER / name, folder / name)
+    generation = json.loads((DEMO_FOLDER / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**generation, "max_denoising_steps": 3}))
     config = json.loads((DEMO_FOLDER / "config.json").read_text())
     config |= {**IMAGE_IDS, "vision_config": {**VISION, **vision}, "vision_soft_tokens_per_image": 70}
     (folder / "config.json").write_text(json.dumps(config))
