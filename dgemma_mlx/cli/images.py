@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 
 from dgemma_mlx.checks import is_text, is_whole, reason
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.sizes import size
+from dgemma_mlx.sizes import counted, size
 
 MOST_BYTES = 32 << 20  # of an image that a conversation keeps
 MEDIA_TYPES = {
@@ -150,3 +151,24 @@ def without_data(message: Mapping[str, Any]) -> dict[str, Any]:
         return dict(message)
     bare = [{key: value for key, value in image.items() if key != "base64"} for image in message["images"]]
     return {**message, "images": bare}
+
+
+@dataclass(frozen=True)
+class AttachedImage:
+    """An image or video that goes with the next message of a chat.
+
+    Attributes:
+        name: The path as it was given.
+        image: What the conversation keeps of it.
+        tokens: Number of tokens that it becomes; None where only a server can tell.
+    """
+
+    name: str
+    image: dict[str, Any]
+    tokens: int | None
+
+    def __str__(self) -> str:
+        """Return the name, the size in pixels and the number of tokens in a line, as far as they are known."""
+        shape = "{}x{}".format(*self.image["size"]) if "size" in self.image else ""
+        tokens = "" if self.tokens is None else counted(self.tokens, "token")
+        return "  ".join(part for part in (self.name, shape, tokens) if part)
