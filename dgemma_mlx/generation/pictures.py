@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,9 +76,7 @@ def read_pictures(
 
     def bare(part: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         if part["type"] == "video":
-            from dgemma_mlx.vision.video import read_frames
-
-            frames = read_frames(part["path"], vision, part["path"])
+            frames = _read_video(part["path"], vision)
             pictures.extend(picture for _, picture in frames)
             return _frames([seconds for seconds, _ in frames])
         if part["type"] == "image":
@@ -108,6 +108,23 @@ def _read_bytes(data: bytes, config: VisionConfig, budget: int, name: str) -> Pi
         with suppress(KeyError):  # another thread was faster
             _recent.popitem(last=False)
     return replace(picture, name=name)
+
+
+def _read_video(path: str, config: VisionConfig) -> tuple[tuple[float, Picture], ...]:
+    """Return the frames of a video with their times in seconds; those read last, while the file is the same."""
+    try:
+        about = os.stat(path)
+    except OSError:  # which reading it says
+        return _frames_of(path, 0, 0, config)
+    return _frames_of(path, about.st_mtime_ns, about.st_size, config)
+
+
+@lru_cache(maxsize=2)
+def _frames_of(path: str, changed: int, length: int, config: VisionConfig) -> tuple[tuple[float, Picture], ...]:
+    """Return the frames of a video that was changed at a time in nanoseconds, and has so many bytes."""
+    from dgemma_mlx.vision.video import read_frames
+
+    return tuple(read_frames(path, config, path))
 
 
 def _frames(times: Sequence[float]) -> list[Mapping[str, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +53,10 @@ def pictures(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Log]:
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Log:
     """An empty log."""
     monkeypatch.setenv("DGEMMA_STATE", str(tmp_path / "state"))
-    yield Log()
+    return Log()
 
 
 def test_an_image_goes_with_the_next_message_and_stays(
@@ -66,7 +65,7 @@ def test_an_image_goes_with_the_next_message_and_stays(
     take(chat, f"/image {pictures / 'cat.png'} '{pictures / 'My Dog.png'}'")
     cat, dog, waiting = capsys.readouterr().err.splitlines()
     assert cat == f"{pictures / 'cat.png'}  40x40  64 tokens" and dog.startswith(f"{pictures / 'My Dog.png'}  40x40")
-    assert waiting == "2 images will be sent with your next message; /drop takes them back"
+    assert waiting == "2 files will be sent with your next message; /drop takes them back"
     take(chat, "/drop 2")
     take(chat, "/image")
     assert capsys.readouterr().err.splitlines()[1:] == [f"1  {cat}"]
@@ -96,6 +95,25 @@ def test_what_is_no_image_changes_nothing(chat: LocalChat, pictures: Path, name:
     assert caught.value.hint and chat.attachments == before
 
 
+def test_frames_of_a_video_are_shown_while_the_file_is_there(
+    chat: LocalChat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("av")
+    from tests.vision.test_video import video
+
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(video(2))
+    take(chat, f"/video {path}")
+    assert capsys.readouterr().err.startswith(f"{path}  120 tokens\n1 file will be sent")
+    take(chat, "What?")
+    assert chat.answer() and (used := chat.used) is not None and used > 120
+    path.unlink()
+    take(chat, "/show")
+    assert "[video: clip.mp4, gone]\nWhat?" in capsys.readouterr().err
+    take(chat, "And now?")
+    assert chat.answer() and (used := chat.used) is not None and used < 120
+
+
 def test_a_model_without_a_tower_says_so_and_paths_are_words(pictures: Path) -> None:
     blind = write_seeing(pictures / "blind")
     config = json.loads((blind / "config.json").read_text())
@@ -106,6 +124,9 @@ def test_a_model_without_a_tower_says_so_and_paths_are_words(pictures: Path) -> 
         for line in (f"/image {cat}", str(cat)):
             assert "reads no images: the checkpoint has no vision tower" in "".join(talk.say(line))
         assert "cat.png is sent as its path" in "".join(talk.say(f"Resize {cat}"))
+        Session(turn(image_of("cat.png", png(1)))).save(pictures / "talk.json")
+        talk.say(f"/load {pictures / 'talk.json'}")  # and the line below the prompt has no count
+        assert "reads no images" in "".join(talk.say("And now?"))
 
 
 def test_paths_of_images_are_found_in_a_line(pictures: Path) -> None:
@@ -139,26 +160,24 @@ def test_a_dragged_picture_is_seen_in_a_terminal(seeing: str, pictures: Path) ->
     asked = messages(state)[0]
     assert asked["content"] == "Which one is cat.png?"
     assert [image["name"] for image in asked["images"]] == ["My Dog.png", "cat.png"]
-    (pictures / "cat.png").unlink()
-    with Talk(state, "-m", seeing, "--continue") as talk:
-        talk.say("And now?")
-        rows = talk.say("/show")
-        assert "[image: My Dog.png 40x40]" in rows and "[image: cat.png 40x40]" in rows
+    for name in ("cat.png", "My Dog.png"):
+        (pictures / name).unlink()
     with sqlite3.connect(state / "conversations.db") as db:
         db.execute("DELETE FROM image_uses")
         db.execute("DELETE FROM images WHERE rowid = 2")
     with Talk(state, "-m", seeing, "--continue") as talk:
-        line = "dgemma-mlx: cat.png: no longer kept; the model sees only the name\n"
-        assert line in talk.text
+        assert "dgemma-mlx: cat.png: no longer kept; the model sees only the name\n" in talk.text
         talk.say("And now?")
-    assert last_session(state).turns == 3
+        rows = talk.say("/show")
+        assert "[image: My Dog.png 40x40]" in rows and "[image: cat.png 40x40, gone]" in rows
+    assert last_session(state).turns == 2
 
 
 def test_a_server_gets_data_urls(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with foreign((200, sent(choice(content="A cat"), choice("stop")))) as (url, asked):
         chat = new_chat(url)
         take(chat, f"/image {pictures / 'cat.png'}")
-        with pytest.raises(DgemmaError, match="text.png is not a picture"):
+        with pytest.raises(DgemmaError, match=r"text\.png is not a picture"):
             take(chat, f"/image {pictures / 'text.png'}")
         with pytest.raises(DgemmaError, match="a video cannot be sent to a server"):
             take(chat, f"/video {pictures / 'cat.png'}")
@@ -213,5 +232,5 @@ def test_a_log_of_the_version_before_is_read_and_gets_images(log: Log) -> None:
 ])  # fmt: skip
 def test_a_saved_image_that_is_damaged_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
     Session(turn({**image_of("a.png", png(1)), **change})).save(tmp_path / "talk.json")
-    with pytest.raises(DgemmaError, match=r"talk.json: its messages do not make a conversation: message 1: .*image"):
+    with pytest.raises(DgemmaError, match=r"talk\.json: its messages do not make a conversation: message 1: .*image"):
         Session.load(tmp_path / "talk.json")

@@ -55,9 +55,12 @@ class LocalChat(Chat):
         return self.model.config.text.max_position_embeddings
 
     @property
-    def used(self) -> int:
-        """Number of positions that the conversation takes."""
-        return len(self.model.encode_prompt(self.session.prompt())) if self.session.messages else 0
+    def used(self) -> int | None:
+        """Number of positions that the conversation takes; None when it has images that the model does not read."""
+        try:
+            return len(self.model.encode_prompt(self.session.prompt())) if self.session.messages else 0
+        except DgemmaError:  # the next answer says why
+            return None
 
     def models(self) -> list[tuple[str, str]]:
         """Return the demo and the models in the Hub's cache, with their sizes."""

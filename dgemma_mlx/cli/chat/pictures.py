@@ -128,7 +128,7 @@ def _video(chat: Chat, rest: str) -> None:
 
 
 def _waiting(chat: Chat) -> str:
-    return counted(sum(isinstance(each, AttachedImage) for each in chat.attachments), "image")
+    return counted(len(chat.attachments), "file")
 
 
 COMMANDS = {

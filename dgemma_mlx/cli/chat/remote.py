@@ -141,10 +141,10 @@ class RemoteChat(Chat):
     def _body(self, seed: int | None) -> dict[str, Any]:
         """Return the request. A temperature other than 0 has no effect on a server."""
         body: dict[str, Any] = {
-            "model": self._chosen, "messages": list(map(_sent, self.session.prompt())), "stream": True, "drafts": True, "seed": seed,
-            "max_tokens": self.setting("max_tokens"), "temperature": self.setting("temp"),
-            "speed": self.setting("speed"), "stream_options": {"include_usage": True},
-            "reasoning_effort": "medium" if self.setting("thinking") else "none",
+            "model": self._chosen, "messages": list(map(_sent, self.session.prompt())), "stream": True,
+            "drafts": True, "seed": seed, "max_tokens": self.setting("max_tokens"),
+            "temperature": self.setting("temp"), "speed": self.setting("speed"),
+            "stream_options": {"include_usage": True}, "reasoning_effort": "medium" if self.setting("thinking") else "none",
         }  # fmt: skip
         return {name: value for name, value in body.items() if value is not None}
 
