@@ -14,7 +14,9 @@ from typing import Annotated, Any
 
 from dgemma_mlx.checkpoint.vision_config import BUDGETS, VisionConfig
 from dgemma_mlx.checks import reason
+from dgemma_mlx.cli.images import image_size
 from dgemma_mlx.cli.parameters import prompt_option
+from dgemma_mlx.cli.render.thumbnail import thumbnail
 from dgemma_mlx.cli.render.visible import visible
 from dgemma_mlx.cli.stdin import read_stdin_bytes
 from dgemma_mlx.errors import DgemmaError
@@ -167,11 +169,17 @@ def _require(library: str, module: str, extra: str) -> None:
         raise DgemmaError(f"reading {kind} needs {library}", f"pip install 'dgemma-mlx[{extra}]'", exit_code=2)
 
 
-def show_images(images: Iterable[Mapping[str, Any]]) -> None:
-    """Print the name and the size of each image to stderr if it is a terminal."""
+def show_images(parts: Iterable[Mapping[str, Any]]) -> None:
+    """Show each image, and print its name and sizes, on stderr if that is a terminal."""
     if not sys.stderr.isatty():
         return
-    for image in images:
-        name = image.get("path", "standard input")
-        length = len(image["bytes"]) if "bytes" in image else os.stat(name).st_size
-        print(f"{image['type']}: {visible(name)}, {size(length)}", file=sys.stderr)
+    for part in parts:
+        name = part.get("path", "standard input")
+        if part["type"] == "video":
+            print(f"video: {visible(name)}, {size(os.stat(name).st_size)}", file=sys.stderr)
+            continue
+        data = part["bytes"] if "bytes" in part else Path(name).read_bytes()
+        shape = image_size(data)
+        pixels = "" if shape is None else f" {shape[0]}x{shape[1]},"
+        sys.stderr.write(thumbnail(data, sys.stderr))
+        print(f"image: {visible(name)},{pixels} {size(len(data))}", file=sys.stderr)
