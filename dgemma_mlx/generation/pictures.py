@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import ModelConfig
+from dgemma_mlx.checkpoint.vision_config import VisionConfig
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.model.soft_tokens import SoftTokens
 from dgemma_mlx.text.images import MAX_IMAGES, has_images, is_image, place_pictures
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
     from dgemma_mlx.vision.tower import VisionTower
 
 _KEPT_BYTES = 128 << 20  # of features; those of a picture of 280 soft tokens take 1.6 MB in half precision
+_RECENT = 16  # pictures that were read from bytes last, of 2 MB each at 280 soft tokens
+_recent: OrderedDict[tuple[bytes, int, VisionConfig], Picture] = OrderedDict()
 _OTHER = "Take a checkpoint with its vision tower, or leave the images out."
 
 
@@ -75,8 +81,9 @@ def read_pictures(
             return _frames([seconds for seconds, _ in frames])
         if part["type"] == "image":
             name = part.get("path") or f"image {len(pictures) + 1}"
-            source = part["path"] if "path" in part else part["bytes"]
-            pictures.append(read_picture(source, vision, part.get("budget") or vision.default_budget, name))
+            read = _read_bytes if "bytes" in part else read_picture
+            source = part["bytes"] if "bytes" in part else part["path"]
+            pictures.append(read(source, vision, part.get("budget") or vision.default_budget, name))
             return [{"type": "image"}]
         return [part]
 
@@ -90,6 +97,17 @@ def read_pictures(
     if len(pictures) > MAX_IMAGES:
         raise _too_many(len(pictures))
     return found, pictures
+
+
+def _read_bytes(data: bytes, config: VisionConfig, budget: int, name: str) -> Picture:
+    """Return what ``read_picture`` returns. A conversation shows the same files in every turn: each is read once."""
+    key = sha256(data).digest(), budget, config
+    picture = _recent.pop(key, None) or read_picture(data, config, budget, name)
+    _recent[key] = picture
+    while len(_recent) > _RECENT:
+        with suppress(KeyError):  # another thread was faster
+            _recent.popitem(last=False)
+    return replace(picture, name=name)
 
 
 def _frames(times: Sequence[float]) -> list[Mapping[str, Any]]:

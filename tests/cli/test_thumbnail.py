@@ -6,6 +6,7 @@ import base64
 import re
 import sys
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -53,12 +54,11 @@ def sixel_image(text: str) -> Image.Image:
         elif sign == "-":
             x, y = 0, y + 6
         else:
-            for _ in range(int(count or 1)):
-                bits = ord(repeated or sign) - 63
-                for row in range(6):
-                    if bits >> row & 1:
-                        image.putpixel((x, y + row), colors[color])
-                x += 1
+            bits, end = ord(repeated or sign) - 63, x + int(count or 1)
+            for column, row in product(range(x, end), range(6)):
+                if bits >> row & 1:
+                    image.putpixel((column, y + row), colors[color])
+            x = end
     return image
 
 
