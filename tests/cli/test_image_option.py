@@ -14,6 +14,7 @@ import pytest
 
 from dgemma_mlx.cli import app as program
 from dgemma_mlx.cli.batch import _messages, read_batch
+from dgemma_mlx.cli.images import kept_image
 from dgemma_mlx.cli.log.asking import asked
 from dgemma_mlx.cli.log.log import Log
 from dgemma_mlx.cli.log.session import Session
@@ -277,6 +278,15 @@ def test_the_lines_of_a_batch_have_their_own_images(run: Run, seeing: str) -> No
             continue
         alone = answered(run, seeing, "What?", *(word for name in images for word in ("--image", name)))
         assert (record["tokens"], record["text"]) == (alone["tokens"], alone["text"])
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="a Mac has no such names of files")
+def test_a_name_that_is_not_utf_8_is_kept_readable(run: Run, seeing: str) -> None:
+    with open(b"\xff\x1b.png", "wb") as file:
+        file.write(png(1))
+    answered(run, seeing, "What?", "--image", os.fsdecode(b"\xff\x1b.png"))
+    assert "[image: \ufffd\u241b.png 40x40]" in run("sessions", "show")[1]
+    assert kept_image({"type": "video", "path": os.fsdecode(b"/\xff.mp4")})["path"] == "/\ufffd.mp4"
 
 
 def test_a_conversation_goes_on_about_its_picture(run: Run, seeing: str) -> None:

@@ -18,7 +18,7 @@ from dgemma_mlx.sizes import counted, size
 def _read(chat: Chat, rest: str) -> None:
     found = read_attachments(paths_of(rest, "/read FILE"), say)
     again = {attachment.name for attachment in found}
-    chat.attachments = [old for old in chat.attachments if old.name not in again] + found
+    chat.attachments = [*(old for old in chat.attachments if old.name not in again), *found]
     for attachment in found:
         say(_described(chat, attachment))
     say(f"{counted(len(chat.attachments), 'file')} will be sent with your next message; /drop takes them back")
