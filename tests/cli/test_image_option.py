@@ -282,10 +282,10 @@ def test_the_lines_of_a_batch_have_their_own_images(run: Run, seeing: str) -> No
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="a Mac has no such names of files")
 def test_a_name_that_is_not_utf_8_is_kept_readable(run: Run, seeing: str) -> None:
-    with open(b"\xff\x1b.png", "wb") as file:
+    with open(b"\xff.png", "wb") as file:
         file.write(png(1))
-    answered(run, seeing, "What?", "--image", os.fsdecode(b"\xff\x1b.png"))
-    assert "[image: \ufffd\u241b.png 40x40]" in run("sessions", "show")[1]
+    answered(run, seeing, "What?", "--image", os.fsdecode(b"\xff.png"))
+    assert "[image: \ufffd.png 40x40]" in run("sessions", "show")[1]
     assert kept_image({"type": "video", "path": os.fsdecode(b"/\xff.mp4")})["path"] == "/\ufffd.mp4"
 
 
