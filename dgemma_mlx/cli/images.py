@@ -67,12 +67,12 @@ def kept_image(part: Mapping[str, Any]) -> dict[str, Any]:
     An image that is too large is kept as its name. Raises `DgemmaError` (exit code 2) for a file that cannot be read.
     """
     if part["type"] == "video":
-        path = os.path.abspath(part["path"])
+        path = _as_text(os.path.abspath(part["path"]))
         return {"type": "video", "name": os.path.basename(path), "path": path}
     budget = {"budget": part["budget"]} if part.get("budget") else {}
     name, data = "standard input", part.get("bytes")
     if "path" in part:
-        name = os.path.basename(part["path"])
+        name = _as_text(os.path.basename(part["path"]))
         with suppress(DgemmaError):  # another one of it is raised when the model reads the file
             data = read_image(Path(part["path"]))
     elif "base64" in part:
@@ -82,11 +82,16 @@ def kept_image(part: Mapping[str, Any]) -> dict[str, Any]:
     return {**image_of(name, data), **budget}
 
 
+def _as_text(path: str) -> str:
+    """Return a path as the log and files can hold it: bytes that are not UTF-8 become U+FFFD."""
+    return os.fsencode(path).decode(errors="replace")
+
+
 def image_of(name: str, data: bytes) -> dict[str, Any]:
     """Return an image as a conversation keeps it."""
     shape = image_size(data)
     return {
-        "type": "image", "name": name, **({} if shape is None else {"size": list(shape)}),
+        "type": "image", "name": _as_text(name), **({} if shape is None else {"size": list(shape)}),
         "sha256": sha256(data).hexdigest(), "base64": base64.b64encode(data).decode(),
     }  # fmt: skip
 
