@@ -17,7 +17,8 @@ from dgemma_mlx.checkpoint.config import ModelConfig
 from dgemma_mlx.checkpoint.hub import Checkpoint, remote_headers
 from dgemma_mlx.checkpoint.names import module_quantization, parameter_names, source_name
 from dgemma_mlx.checkpoint.output import SMALL_FILES
-from dgemma_mlx.checkpoint.shards import StoredTensor, merged, read_header, shard_files
+from dgemma_mlx.checkpoint.shards import StoredTensor, merged, stored_tensors, tower_only, weight_files
+from dgemma_mlx.checkpoint.vision_config import VISION_FILE
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import is_clutter
 from dgemma_mlx.json_text import read_json
@@ -156,7 +157,7 @@ class Source:
     @property
     def fingerprint(self) -> list[list[Any]]:
         """Name, size and modification time (nanoseconds) of each weight file."""
-        stats = [(path.name, path.stat()) for path in shard_files(self.folder)]
+        stats = [(path.name, path.stat()) for path in weight_files(self.folder)]
         return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
@@ -169,7 +170,7 @@ def open_source(checkpoint: Checkpoint) -> Source:
     folder = checkpoint.folder
     raw = read_json(folder / "config.json")
     config = ModelConfig.load(folder)
-    stored = merged(map(read_header, shard_files(folder)) if checkpoint.has_weights else _remote_headers(checkpoint))
+    stored = stored_tensors(folder) if checkpoint.has_weights else merged(_remote_headers(checkpoint))
     text_names, vision_names = parameter_names(stored)
     text: dict[str, Weight] = {}
     used: set[str] = set()
@@ -190,10 +191,11 @@ def open_source(checkpoint: Checkpoint) -> Source:
 def _remote_headers(checkpoint: Checkpoint) -> Iterator[dict[str, StoredTensor]]:
     """Yield the tensors of each weight file of a checkpoint on the Hub."""
     for file, header in remote_headers(checkpoint).items():
-        yield {
+        tensors = {
             name: StoredTensor(checkpoint.folder / file, tensor.dtype, tuple(tensor.shape), *tensor.data_offsets)
             for name, tensor in header.tensors.items()
         }
+        yield tower_only(tensors) if file == VISION_FILE else tensors
 
 
 def _weight(name: str, parts: dict[str, StoredTensor], config: ModelConfig, path: str,

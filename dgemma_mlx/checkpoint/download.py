@@ -1,8 +1,7 @@
 """Download files of a Hub repository into the Hub's cache: several at a time, resumed inside a file, and checked.
 
-The layout of the cache is that of ``huggingface_hub``, so that all programs share it: ``blobs/ETAG`` holds a file's
-content and ``snapshots/COMMIT/NAME`` links to it. The library itself keeps nothing of a file whose download ends early.
-Here, what has arrived stays in ``blobs/ETAG.incomplete``, and the next attempt goes on from its end.
+The cache is that of ``huggingface_hub``: ``blobs/ETAG`` holds a file's content, and ``snapshots/COMMIT/NAME`` links to
+it. What has arrived of a file stays in ``blobs/ETAG.incomplete``, and the next attempt goes on from its end.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from dgemma_mlx.checkpoint.vision_config import VISION_FILE
 from dgemma_mlx.checks import shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import write_whole
@@ -118,10 +118,10 @@ def list_files(repo_id: str, revision: str | None) -> Repository:
     api = HfApi()
     commit = api.model_info(repo_id, revision=revision).sha
     assert commit is not None, "the Hub names the commit of every revision"
-    entries = [entry for entry in api.list_repo_tree(repo_id, revision=commit) if isinstance(entry, RepoFile)]
+    entries = api.list_repo_tree(repo_id, recursive=True, revision=commit)
     files = tuple(
         RemoteFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id, entry.xet_hash)
-        for entry in entries if "/" not in entry.path
+        for entry in entries if isinstance(entry, RepoFile) and ("/" not in entry.path or entry.path == VISION_FILE)
     )  # fmt: skip
     for file in files:
         if not _ETAG.fullmatch(file.etag):
@@ -159,7 +159,6 @@ def download(
     _remove_stale(blobs, {repository.part(file) for file in files})
     check_space(repository, files)
     blobs.mkdir(parents=True, exist_ok=True)
-    repository.snapshot.mkdir(parents=True, exist_ok=True)
     storage = _XetStorage(repository)
     transfers = [_Transfer(repository, file, storage) for file in sorted(files, key=lambda file: -file.size)]
     _run(transfers, progress)
@@ -167,8 +166,9 @@ def download(
         link = repository.snapshot / file.name
         if link.resolve() != repository.blob(file).resolve():  # else another process was faster, and may read it
             link.unlink(missing_ok=True)
+            link.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileExistsError):
-                link.symlink_to(Path("../../blobs") / file.etag)
+                link.symlink_to(os.path.relpath(repository.blob(file), link.parent))
     note_revision(repository, revision)
 
 

@@ -27,6 +27,7 @@ from dgemma_mlx.checkpoint.download import (
     size_of,
 )
 from dgemma_mlx.checkpoint.shards import shard_files, shard_names
+from dgemma_mlx.checkpoint.vision_config import VISION_FILE
 from dgemma_mlx.checks import reason, shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import read_json
@@ -51,6 +52,7 @@ FILES = (
     "*.jinja",
     "*.safetensors",
     "*.safetensors.index.json",
+    VISION_FILE,
 )
 
 
@@ -128,6 +130,8 @@ def remote_headers(checkpoint: Checkpoint) -> dict[str, Any]:
     found = _HUB_ID.fullmatch(checkpoint.name)
     assert found is not None, "the name must be a Hub id that resolve() accepted"
     names = shard_names(checkpoint.folder)
+    if any(name == VISION_FILE for name, _, _ in needed_files(checkpoint.folder)):
+        names.append(VISION_FILE)
     # One file at a time, because the library draws a bar of its own when it reads the headers of all. All are of the
     # commit whose names they are, which gives its name to the folder: a branch may have moved on.
     read = partial(HfApi().parse_safetensors_file_metadata, found[1], revision=checkpoint.folder.name)
@@ -253,7 +257,8 @@ def needed_files(snapshot: Path) -> list[tuple[str, str, int]]:
         return []
     needed = []
     for name, entry in files.items() if isinstance(files, dict) else ():
-        if any(fnmatch(name, pattern) for pattern in FILES) and "/" not in name and isinstance(entry, dict):
+        known = any(fnmatch(name, pattern) for pattern in FILES) and ("/" not in name or name == VISION_FILE)
+        if known and isinstance(entry, dict):
             size: Any = entry.get("lfs_size") or entry.get("size")
             etag: Any = entry.get("lfs_sha256") or entry.get("blob_id")
             if isinstance(size, int) and isinstance(etag, str):

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-from dgemma_mlx.checkpoint.shards import StoredTensor, merged, read_header, shard_files
+from dgemma_mlx.checkpoint.shards import StoredTensor, stored_tensors, weight_files
 from dgemma_mlx.errors import DgemmaError
 
 _SAMPLE = 4096  # bytes per sample: the least that a disk reads, so that fewer would not be faster
@@ -25,8 +25,7 @@ def weights_digest(folder: Path) -> str:
     go unnoticed. The digest does not depend on how the tensors are distributed over files. Raises ``DgemmaError`` when
     the files cannot be read.
     """
-    files = shard_files(folder)
-    tensors = merged(map(read_header, files))
+    files, tensors = weight_files(folder), stored_tensors(folder)
     digest = hashlib.sha256()
     try:
         with ExitStack() as stack, ThreadPoolExecutor(_READERS) as readers:

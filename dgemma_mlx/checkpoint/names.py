@@ -18,6 +18,7 @@ import mlx.core as mx
 DECODER = "model.decoder."
 _ENCODER = "model.encoder.language_model."
 _VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
+_TOWER_PART = re.compile(r"(?:.*\.)??((?:vision_tower|embed_vision)\..+)")
 # The names of expert tensors have no ".weight" at the end in published checkpoints, but their parameter paths do.
 _BARE_EXPERTS = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")
 
@@ -44,6 +45,12 @@ def source_name(parameter: str) -> str:
     name = DECODER + parameter
     stem = name.removesuffix(".weight")
     return stem if _BARE_EXPERTS.search(stem) else name
+
+
+def vision_name(name: str) -> str | None:
+    """Return the published name of a tensor of the vision tower that has another prefix; None for other tensors."""
+    found = _TOWER_PART.fullmatch(name)
+    return "model.encoder." + found[1] if found else None
 
 
 def parameter_names(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:

@@ -8,16 +8,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
+from dgemma_mlx.checkpoint.names import vision_name
+from dgemma_mlx.checkpoint.vision_config import VISION_FILE
 from dgemma_mlx.checks import is_whole, reason, shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
-VISION_FILE = "optiq/optiq_vision.safetensors"  # where OptiQ's checkpoints keep the vision tower
+_T = TypeVar("_T")
 _FETCH_AGAIN = "The download may be incomplete. Fetch the checkpoint again."
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 _MOST_LENGTH = 2**31 - 1  # of an axis: MLX counts in 32 bits
@@ -64,6 +66,15 @@ def shard_files(folder: Path) -> list[Path]:
             named = f"{INDEX} names {file.name}, which is not in {folder}"
             raise DgemmaError(named if (folder / INDEX).exists() else missing, _FETCH_AGAIN)
     return files
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the paths of a checkpoint's weight files: its shards, then the file of the vision tower if it has one.
+
+    Raises ``DgemmaError`` as ``shard_files`` does.
+    """
+    files, tower = shard_files(folder), folder / VISION_FILE
+    return [*files, tower] if os.path.isfile(tower) else files
 
 
 def shard_names(folder: Path) -> list[str]:
@@ -143,31 +154,35 @@ def merged(headers: Iterable[Mapping[str, StoredTensor]]) -> dict[str, StoredTen
     return tensors
 
 
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of a checkpoint by its name, read from the headers of its files.
+
+    Tensors in the vision tower's own file have the names that they would have in a shard, and are left out where a
+    shard has them as well. Raises ``DgemmaError`` when a file is missing, damaged or incomplete, or when two shards
+    hold the same tensor.
+    """
+    tensors, file = merged(map(read_header, shard_files(folder))), folder / VISION_FILE
+    return {**tower_only(read_header(file)), **tensors} if os.path.isfile(file) else tensors
+
+
+def tower_only(tensors: Mapping[str, _T]) -> dict[str, _T]:
+    """Return those of a file's tensors that are the vision tower's, by the names that they would have in a shard."""
+    return {name: tensor for old, tensor in tensors.items() if (name := vision_name(old))}
+
+
 def open_tensors(folder: Path) -> dict[str, mx.array]:
-    """Return every tensor of a checkpoint by its name in the files, lazily.
+    """Return every tensor of a checkpoint by its name, lazily. The names are those of ``stored_tensors``.
 
     MLX reads the data of a tensor from disk when it is first used. The headers are checked now. Raises ``DgemmaError``
-    when a file is missing, damaged or incomplete, or when two shards hold the same tensor.
+    as ``stored_tensors`` does.
     """
-    files = shard_files(folder)
-    merged(map(read_header, files))  # for its checks: every file is complete, and no tensor is stored twice
-    return {name: tensor for path in files for name, tensor in _open(path).items()}
-
-
-def open_file(path: Path) -> dict[str, mx.array]:
-    """Return every tensor of one safetensors file by its name, lazily.
-
-    Raises ``DgemmaError`` when the file is missing, damaged or incomplete.
-    """
-    read_header(path)
-    return _open(path)
-
-
-def _open(path: Path) -> dict[str, mx.array]:
-    """Open a safetensors file whose header has been checked. Raises ``DgemmaError`` when MLX cannot."""
-    try:
-        loaded = mx.load(str(path), format="safetensors")
-    except (RuntimeError, ValueError) as error:
-        raise DgemmaError(f"{path} cannot be loaded: {reason(error)}", _FETCH_AGAIN) from None
-    assert isinstance(loaded, dict)
-    return loaded
+    stored_tensors(folder)  # for its checks: every file is complete, and no tensor is stored twice
+    tensors: dict[str, mx.array] = {}
+    for path in weight_files(folder):
+        try:
+            loaded = mx.load(str(path), format="safetensors")
+        except (RuntimeError, ValueError) as error:
+            raise DgemmaError(f"{path} cannot be loaded: {reason(error)}", _FETCH_AGAIN) from None
+        assert isinstance(loaded, dict)
+        tensors = {**tower_only(loaded), **tensors} if path == folder / VISION_FILE else {**tensors, **loaded}
+    return tensors

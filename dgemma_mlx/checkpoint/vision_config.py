@@ -15,6 +15,7 @@ from dgemma_mlx.checks import shown
 from dgemma_mlx.errors import DgemmaError
 
 BUDGETS = (70, 140, 280, 560, 1120)  # numbers of soft tokens that a picture may aim at
+VISION_FILE = "optiq/optiq_vision.safetensors"  # where OptiQ's checkpoints may keep the tower's weights
 _MOST_LAYERS = 1024
 _BICUBIC = 3  # of Pillow's filters
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from dgemma_mlx.checks import LARGEST_SEED, is_text, is_whole, shown
 from dgemma_mlx.cli.image_options import check_file
+from dgemma_mlx.cli.images import kept_image
 from dgemma_mlx.cli.log.keep import Keeper
-from dgemma_mlx.cli.log.session import Session, kept_image
+from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.cli.settings import fits
 from dgemma_mlx.cli.tools import check_choice
 from dgemma_mlx.errors import DgemmaError
@@ -148,7 +149,7 @@ def answer_batch(
                 cut += result.finish_reason == "length" and not result.is_blank
             print(json_line(record), flush=True)
             if "error" not in record and isinstance(result, Done):
-                messages = _messages(request["prompt"], request.get("images", ()))
+                messages = _messages(request["prompt"], request.get("images"))
                 session = Session(messages, request.get("system", options["system"]))
                 keeper.keep_answer(session, "batch", result, model.name)
     if cut:
@@ -159,13 +160,21 @@ def answer_batch(
         raise DgemmaError(message, 'Their lines have the key "error".')
 
 
-def _messages(prompt: str | list[dict[str, Any]], images: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _messages(
+    prompt: str | list[dict[str, Any]], images: Sequence[Mapping[str, Any]] | None
+) -> list[dict[str, Any]]:
     """Return the messages of a request's prompt as the log keeps them."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    last = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=None)
-    if images and last is not None:
-        messages[last] = {**messages[last], "images": [kept_image(image) for image in images]}
-    return messages
+    from dgemma_mlx.text.images import is_image, with_images
+
+    def kept(message: Mapping[str, Any]) -> dict[str, Any]:
+        content = message.get("content")
+        if message["role"] == "tool" or not isinstance(content, list):
+            return dict(message)
+        text = "".join(part["text"] for part in content if not is_image(part))
+        shown_images = [kept_image(part) for part in content if is_image(part)]
+        return {**message, "content": text, **({"images": shown_images} if shown_images else {})}
+
+    return [kept(message) for message in with_images(prompt, images)]
 
 
 def _answers(

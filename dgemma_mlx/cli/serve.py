@@ -46,6 +46,9 @@ AllowHost = Annotated[
     server_option("--allow-host", metavar="NAME",
                    help="Accept this name of the machine in the Host header. May be repeated."),
 ]  # fmt: skip
+AllowRemoteImages = Annotated[
+    bool, server_option("--allow-remote-images", help="Fetch images from the public addresses that requests name.")
+]
 Open = Annotated[bool, server_option("--open", help="Open the page of the server in the browser.")]
 StrictModel = Annotated[
     bool, server_option("--strict-model", help="Answer 404 to requests for a model of another name.")
@@ -86,6 +89,7 @@ class AddressOptions:
     allow_origin: AllowOrigin = None
     allow_host: AllowHost = None
     strict_model: StrictModel = False
+    allow_remote_images: AllowRemoteImages = False
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,8 @@ def serve(
           can see the options of a program; the variable DGEMMA_API_KEY is not visible to them.
         - Web pages of other origins are refused unless `--allow-origin` names them: `app://obsidian.md` is the one of
           Obsidian, and `vscode-file://vscode-app` that of VS Code.
+        - Images come inside requests, as data URLs. With `--allow-remote-images` the server also fetches them from
+          addresses, so whoever may use it can make it connect to any public one; this network is out of reach.
         - Ctrl-C or SIGTERM ends the server in order: answers that are being written are cancelled.
         - The extra `serve` has the libraries that the server needs; docs/install.md says how to add them.
 
@@ -189,6 +195,7 @@ def _server_settings(
         prompt_caches=limits.prompt_caches,
         prompt_cache_dir=limits.prompt_cache_dir,
         strict_model=address.strict_model,
+        remote_images=address.allow_remote_images,
         log_prompts=log_prompts,
         log=log,
     )

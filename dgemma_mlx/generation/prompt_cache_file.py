@@ -137,7 +137,8 @@ def _check_identity(path: Path, found: Mapping[str, str], here: ModelIdentity) -
     if found.get("made_with") != here.made_with:
         raise DgemmaError(
             f"{path} was computed with {str(found.get('made_with'))[:200]}; this run uses {here.made_with}",
-            "The numbers differ slightly. Use the same --dtype, --cpu-dequantize and --no-kernels, or another file.",
+            "The numbers differ. Use the same --dtype, --cpu-dequantize, --no-kernels, --image-attention, or another "
+            "file.",
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -60,8 +61,13 @@ class Accounting:
             cached, prompt = sum(use.cached_tokens for use in uses), sum(use.prompt_tokens for use in uses)
             parts += [counted(tokens, "token"), counted(steps, "step"), f"{cached} of {prompt} prompt tokens cached"]
         if self._settings.log_prompts:
-            parts += [json.dumps(prompt, default=str) for prompt in tally.prompts]
+            parts += [json.dumps(prompt, default=_shortened) for prompt in tally.prompts]
         return f"{time.strftime('%H:%M:%S')} {scope['method']} {path} {status} {', '.join(parts)}"
+
+
+def _shortened(value: Any) -> str:
+    """Return what the log says of a value that JSON does not have: of the bytes of an image, how many they are."""
+    return f"{len(value):,} bytes" if isinstance(value, bytes) else str(value)
 
 
 def _pattern(scope: Scope) -> str:

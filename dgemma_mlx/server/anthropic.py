@@ -142,11 +142,13 @@ async def _question(request: Request, body: MessagesRequest) -> Question:
     if body.output_config is not None:
         format = body.output_config.format or format
     wanted = None if choice is None else {"type": choice.type, "name": choice.name}
-    offer = await request.app.state.engine.read(lambda text: offered(tools(body), wanted))
+    engine: Engine = request.app.state.engine
+    offer = await engine.read(lambda text: offered(tools(body), wanted))
     for line in offer.remarks():
         request.app.state.remarks.once(line)
+    messages = await engine.images.messages(engine.text, conversation(body))
     return Question(
-        conversation(body), thinking=body.thinking is not None and body.thinking.type != "disabled", tools=offer.tools,
+        messages, thinking=body.thinking is not None and body.thinking.type != "disabled", tools=offer.tools,
         tool_choice=offer.choice, single_call=choice is not None and choice.disable_parallel_tool_use is True,
         response_format=None if format is None else
             {"type": "json_schema", "json_schema": {"name": "answer", "schema": format.schema}},

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from dgemma_mlx.server.errors import ApiError
-from dgemma_mlx.server.messages import chat_messages
+from dgemma_mlx.server.images import ImageReference, url_reference
+from dgemma_mlx.server.messages import chat_messages, text_of
 from dgemma_mlx.text.messages import Message
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -44,15 +45,19 @@ class ToolReference(msgspec.Struct, tag="tool_reference"):
     tool_name: str
 
 
-class Image(msgspec.Struct, tag="image"):
-    """A picture."""
-
-
 class Source(msgspec.Struct):
-    """Where a document comes from."""
+    """Where an image or a document comes from."""
 
     type: str
     data: str | None = None
+    media_type: str | None = None
+    url: str | None = None
+
+
+class Image(msgspec.Struct, tag="image"):
+    """An image, which is read from base64, or from an address."""
+
+    source: Source
 
 
 class Document(msgspec.Struct, tag="document"):
@@ -179,7 +184,7 @@ def conversation(body: CountRequest) -> list[Message]:
             found += [_result(block, place) for block in results]
             rest = [block for block in blocks if not isinstance(block, ToolResult)]
             if rest or not results:
-                found.append({"role": "user", "content": _text(rest, place)})
+                found.append({"role": "user", "content": _parts(rest, place)})
         elif rest := [block for block in blocks if not isinstance(block, (ToolAddition, ToolRemoval))]:
             found.append({"role": "system", "content": _text(rest, place)})
     return chat_messages(found)
@@ -231,16 +236,24 @@ def _answer(blocks: Sequence[Any], place: str) -> Message:
 
 def _result(block: ToolResult, place: str) -> Message:
     """Return the message of a tool. A failure is told from a result."""
-    text = _text(_blocks(block.content), place)
-    return {"role": "tool", "tool_call_id": block.tool_use_id, "content": {"error": text} if block.is_error else text}
+    blocks = _blocks(block.content)
+    content = {"error": _text(blocks, place)} if block.is_error else _parts(blocks, place)
+    return {"role": "tool", "tool_call_id": block.tool_use_id, "content": content}
 
 
 def _text(blocks: Sequence[Any], place: str) -> str:
     """Return the texts of blocks, each on a line of its own."""
-    return "\n".join(_block_text(block, place) for block in blocks)
+    return text_of(_parts(blocks, place), place)
 
 
-def _block_text(block: Any, place: str) -> str:
+def _parts(blocks: Sequence[Any], place: str) -> list[str | ImageReference]:
+    """Return the texts and the images of blocks, for ``chat_messages``."""
+    return [_part(block, place) for block in blocks]
+
+
+def _part(block: Any, place: str) -> str | ImageReference:
+    if isinstance(block, Image):
+        return _image(block.source, place)
     if isinstance(block, Text):
         return block.text
     if isinstance(block, ToolReference):
@@ -248,4 +261,14 @@ def _block_text(block: Any, place: str) -> str:
     if isinstance(block, Document) and block.source.type == "text" and block.source.data is not None:
         return block.source.data if block.title is None else f"{block.title}\n{block.source.data}"
     name = type(block).__struct_config__.tag
-    raise ApiError(400, f"a block of type {name} cannot be read here. Only text is read so far", param=place)
+    raise ApiError(400, f"{place}: a block of type {name} cannot be read here. Only text and images are", param=place)
+
+
+def _image(source: Source, place: str) -> ImageReference:
+    """Return the image of a block."""
+    if source.type == "url" and source.url is not None:
+        return url_reference(source.url, None, place)
+    if source.type == "base64" and source.data is not None and source.media_type is not None:
+        return ImageReference(f"data:{source.media_type};base64,{source.data}", place)
+    message = "an image has a source of type base64, with media_type and data, or of type url; no files are kept here"
+    raise ApiError(400, f"{place}: {message}", param=place)

@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Done, Encoded, Event
 from dgemma_mlx.generation.cancellation import Cancelled
-from dgemma_mlx.generation.memory import Need, answer_need, device_limit, fitting_budget
+from dgemma_mlx.generation.memory import Need, Work, answer_need, device_limit, fitting_budget
 from dgemma_mlx.generation.model import Model, ModelText
 from dgemma_mlx.generation.options import GenerationOptions
+from dgemma_mlx.generation.pictures import most_patches
 from dgemma_mlx.generation.prompt_cache_folder import PromptCacheFolder
 from dgemma_mlx.generation.prompt_caches import PromptCaches
 from dgemma_mlx.generation.request import Asked, ask, begin, new_answer
@@ -24,6 +25,7 @@ from dgemma_mlx.infill.fill import Filled
 from dgemma_mlx.server.admission import Admission, Place
 from dgemma_mlx.server.answering import Answering, Inbox, call_soon, failure
 from dgemma_mlx.server.errors import ApiError
+from dgemma_mlx.server.images import ImageReader
 from dgemma_mlx.server.metrics import Metrics
 from dgemma_mlx.server.question import Question
 from dgemma_mlx.server.settings import ServerSettings
@@ -41,6 +43,7 @@ class Engine:
         metrics: What the server has done.
         admission: The requests that wait and work.
         caches: The prompt caches.
+        images: What reads the images of requests.
     """
 
     text: ModelText
@@ -54,6 +57,7 @@ class Engine:
         self._load = load
         self.admission = Admission(settings.max_queue, self._room)
         self.caches = PromptCaches(settings.prompt_caches, self._room_for_caches)
+        self.images = ImageReader(settings)
         self._folder = folder
         self._weights = 0  # bytes
         self._model: Model | None = None  # for the worker's thread
@@ -85,6 +89,7 @@ class Engine:
         self._is_closed = True
         await asyncio.to_thread(self._worker.close)
         await asyncio.to_thread(self._readers.shutdown)
+        self.images.close()
         if self._folder is not None:
             self._folder.close()
 
@@ -122,7 +127,8 @@ class Engine:
                 question.tool_choice,
             )
             # Refused here when it would never fit. Other answers and idle prompt caches are left out: they end.
-            fitting_budget(text.config, self._weights, len(asked.ids), self.settings.memory_limit)
+            work = Work(patches=most_patches([asked.ids]))
+            fitting_budget(text.config, self._weights, len(asked.ids), self.settings.memory_limit, work)
             room = text.config.text.max_position_embeddings - len(asked.ids)
             wanted = min(question.max_tokens or self.settings.max_tokens or room, room)
             new_answer(text, asked, question.seed, wanted, options)  # raises what is known before any work
@@ -142,7 +148,7 @@ class Engine:
                     yield event
 
         current_tally().prompts.append(question.prompt)
-        need = answer_need(self.text.config, len(asked.ids))
+        need = answer_need(self.text.config, len(asked.ids), most_patches([asked.ids]))
         inbox.cancel = self._submit(place, need, inbox.receive, request)
         return Answering(len(asked.ids), inbox, inbox.cancel)
 

@@ -1,7 +1,8 @@
 """Messages and tools as clients write them -> the form that ``text.messages`` and ``text.tools`` read.
 
 Clients add keys of their own, leave out contents, and send tools that only OpenAI can run. The form here is that of
-OpenAI's chat completions; other protocols write their messages and tools in it first.
+OpenAI's chat completions; other protocols write their messages and tools in it first. Images are left as references,
+which ``images.ImageReader`` reads.
 """
 
 from __future__ import annotations
@@ -17,21 +18,24 @@ from dgemma_mlx.constrain.turns import Turn, calls_of, of_turn
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import parse_json
 from dgemma_mlx.server.errors import ApiError
+from dgemma_mlx.server.images import ImageReference, part_reference
 from dgemma_mlx.text.messages import THINKING_KEYS, Message
 from dgemma_mlx.text.tools import Tool, ToolChoice, declarations
 
 _BILLING = "x-anthropic-billing-header:"  # begins a line that changes with every request
 _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # part -> its key
+_IMAGES = ("image_url", "input_image")  # types of parts
 _SYSTEM = ("system", "developer")
 
 
 def chat_messages(messages: Sequence[Any]) -> list[Message]:
     """Return the messages of a conversation without what only other programs read.
 
-    Contents become texts: null is empty, and text parts are joined by line feeds. The role developer is system. System
+    Contents become texts: null is empty, and text parts are joined by line feeds. In messages of the user and of tools,
+    a content with images is a list of texts and ``ImageReference`` objects. The role developer is system. System
     messages at the beginning become one, without the line by which a client of Anthropic's has itself billed, because
     it would hide a prompt that is already encoded. Raises ``ApiError`` (400), which names the message, for parts that
-    are not text. What else is wrong, ``text.messages.conversation`` says.
+    cannot be read. What else is wrong, ``text.messages.conversation`` says.
     """
     found = [_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
     first = next((number for number, message in enumerate(found) if message.get("role") != "system"), len(found))
@@ -50,21 +54,47 @@ def text_of(content: Any, place: str) -> str:
 
     Raises ``ApiError`` (400), which names the place, for anything else, such as images.
     """
+    found = content_of(content, place)
+    if isinstance(found, str):
+        return found
+    where = next(part.place for part in found if isinstance(part, ImageReference))
+    raise ApiError(400, f"{where}: an image can only stand in a message of the user or of a tool", param=where)
+
+
+def content_of(content: Any, place: str) -> str | list[Any]:
+    """Return a content, which is null, a text, or a list of parts, as one text where it has no images.
+
+    Otherwise it is a list of text parts and ``ImageReference`` objects; texts that follow each other are joined by line
+    feeds. Raises ``ApiError`` (400), which names the place, for anything else.
+    """
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, Sequence):
         raise ApiError(400, f"the content is a text or a list of parts, not {shown(content)}", param=place)
-    return "\n".join(_part(part, f"{place}[{number}]") for number, part in enumerate(content))
+    parts = [_part(part, f"{place}[{number}]") for number, part in enumerate(content)]
+    found: list[Any] = []
+    for part in parts:
+        if isinstance(part, ImageReference):
+            found.append(part)
+        elif found and isinstance(found[-1], dict):
+            found[-1]["text"] += f"\n{part}"
+        else:
+            found.append({"type": "text", "text": part})
+    if any(isinstance(part, ImageReference) for part in found):
+        return found
+    return str(found[0]["text"]) if found else ""
 
 
-def _part(part: Any, place: str) -> str:
-    """Return the text of a part."""
-    if isinstance(part, str):
+def _part(part: Any, place: str) -> str | ImageReference:
+    """Return the text of a part, or its image."""
+    if isinstance(part, (str, ImageReference)):
         return part
     kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind in _IMAGES:
+        return part_reference(part, place)
     text = part.get(_TEXTS[kind]) if isinstance(kind, str) and kind in _TEXTS else None
     if not isinstance(text, str):
-        raise ApiError(400, f"a part of type {shown(kind)} cannot be read; only text can", param=place)
+        raise ApiError(400, f"a part of type {shown(kind)} cannot be read; only text and images can", param=place)
     return text
 
 
@@ -79,8 +109,10 @@ def _message(message: Any, place: str) -> dict[str, Any]:
         key = "name" if message.get("tool_call_id") is None else "tool_call_id"
         found = {"role": role, "content": content}
         if content is None or isinstance(content, (str, list)):
-            found["content"] = text_of(content, f"{place}.content")
+            found["content"] = content_of(content, f"{place}.content")
         return {**found, key: message.get(key)}
+    if role == "user":
+        return {"role": role, "content": content_of(content, f"{place}.content")}
     found = {"role": role, "content": text_of(content, f"{place}.content")}
     if role in ("assistant", "model"):
         if message.get("function_call"):

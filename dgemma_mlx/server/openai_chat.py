@@ -38,7 +38,7 @@ class ChatRequest(CommonRequest, kw_only=True):
     """The body of a request.
 
     Attributes:
-        messages: The conversation.
+        messages: The conversation. Images are parts of type ``image_url``.
         max_completion_tokens: The new name of ``max_tokens``.
         tools: What the model may call.
         tool_choice: Whether it calls.
@@ -82,7 +82,8 @@ async def complete(request: Request) -> Response:
         request.app.state.remarks.once(line)
     has_drafts = bool(body.stream and body.drafts)
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    messages, sampling = chat_messages(body.messages), body.sampling(limit)
+    sampling = body.sampling(limit)
+    messages = await engine.images.messages(engine.text, chat_messages(body.messages))
     questions = [
         Question(
             messages, thinking=body.thinks(), tools=offer.tools, tool_choice=offer.choice,

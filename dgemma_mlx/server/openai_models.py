@@ -16,7 +16,7 @@ from dgemma_mlx.server.openai_request import check_model
 
 async def list_models(request: Request) -> Response:
     """List the loaded model."""
-    model = await _entry(request.app.state.engine)
+    model = _entry(request.app.state.engine)
     pages = {"first_id": model["id"], "last_id": model["id"], "has_more": False}
     return JSONResponse({"object": "list", "data": [model], **pages})
 
@@ -25,17 +25,19 @@ async def retrieve(request: Request) -> Response:
     """Describe the loaded model, whichever name is asked for."""
     engine: Engine = request.app.state.engine
     check_model(engine, request.path_params["id"])
-    return JSONResponse(await _entry(engine))
+    return JSONResponse(_entry(engine))
 
 
-async def _entry(engine: Engine) -> dict[str, Any]:
+def _entry(engine: Engine) -> dict[str, Any]:
     """Return what the list says of the model. The length of the context has no common name."""
-    config = await engine.read(lambda text: text.config.text)
+    config = engine.text.config.text
+    reads = ["text"] if engine.text.config.vision is None else ["text", "image"]
     name, now = engine.settings.model_name, int(time.time())
     context = config.max_position_embeddings
     return {
         "id": name, "object": "model", "created": now, "owned_by": "dgemma-mlx",
         "type": "model", "display_name": name, "created_at": datetime.fromtimestamp(now, timezone.utc).isoformat(),
+        "architecture": {"input_modalities": reads, "output_modalities": ["text"]},
         "context_length": context, "max_model_len": context,
         "meta": {"n_ctx": context, "n_ctx_train": context, "n_vocab": config.vocab_size},
     }  # fmt: skip

@@ -27,6 +27,7 @@ from dgemma_mlx.server.body import read_body
 from dgemma_mlx.server.drafts import Drafts
 from dgemma_mlx.server.engine import Engine
 from dgemma_mlx.server.errors import ApiError
+from dgemma_mlx.server.images import url_reference
 from dgemma_mlx.server.openai_request import check_model
 from dgemma_mlx.server.settings import ServerSettings
 from dgemma_mlx.server.sse import EventStream, event, unless_gone
@@ -100,6 +101,7 @@ class FillRequest(Denoising):
         prompt: What to ask the model; null shows it the text with its gaps.
         raw: Whether the model sees only the text around the gaps.
         candidates: Number of lengths to try at a time.
+        images: Images that the question shows: data URLs, or addresses where the server fetches them.
         stream: Whether the steps are sent as they are made, as the events of a stream with the field ``dgemma``. They
             are those of the most certain candidate at the time. The last event is the result.
     """
@@ -109,6 +111,7 @@ class FillRequest(Denoising):
     prompt: str | None = None
     raw: bool = False
     candidates: Candidates = FILL_CANDIDATES
+    images: list[str] | None = None
     stream: bool = False
 
 
@@ -122,6 +125,7 @@ class EditRequest(Denoising):
         match: A regular expression for the parts to change.
         strength: Share of the text that starts as noise, above 0 and at most 1.
         candidates: Number of lengths to try for each part.
+        images: Images that the question shows: data URLs, or addresses where the server fetches them.
     """
 
     instruction: str
@@ -130,6 +134,7 @@ class EditRequest(Denoising):
     match: str | None = None
     strength: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     candidates: Candidates = EDIT_CANDIDATES
+    images: list[str] | None = None
 
 
 class ChooseRequest(msgspec.Struct):
@@ -143,6 +148,7 @@ class ChooseRequest(msgspec.Struct):
         raw: Whether the question is plain text, without the chat template.
         seed: Seed of the canvas of noise; null draws one.
         model: The name of the model, which is served by the loaded one.
+        images: Images that the question shows: data URLs, or addresses where the server fetches them.
     """
 
     question: str
@@ -152,6 +158,7 @@ class ChooseRequest(msgspec.Struct):
     raw: bool = False
     seed: int | None = None
     model: str | None = None
+    images: list[str] | None = None
 
     def options(self, text: ModelText, settings: ServerSettings) -> GenerationOptions:
         """Return checked options. Raises ``DgemmaError`` for a seed out of range."""
@@ -162,6 +169,7 @@ class ChooseRequest(msgspec.Struct):
 async def fill(request: Request) -> Response:
     """Fill the gaps of a text."""
     body = await read_body(request, FillRequest)
+    images = await _images(request, body.images)
 
     def prepare(model: ModelText) -> Prepared:
         text: str | list[Part] = body.text if isinstance(body.text, str) else [
@@ -169,7 +177,7 @@ async def fill(request: Request) -> Response:
         ]
         return prepare_fill(
             model, text, mark=body.mark, prompt=body.prompt, system=body.system, raw=body.raw,
-            candidates=body.candidates,
+            candidates=body.candidates, images=images,
         )
 
     if not body.stream:
@@ -217,11 +225,12 @@ async def _steps(
 async def edit(request: Request) -> Response:
     """Change a text."""
     body = await read_body(request, EditRequest)
+    images = await _images(request, body.images)
 
     def prepare(model: ModelText) -> Prepared | PreparedText:
         return prepare_edit(
             model, body.instruction, body.text, lines=body.lines, match=body.match, strength=body.strength,
-            candidates=body.candidates, system=body.system,
+            candidates=body.candidates, system=body.system, images=images,
         )
 
     return _answer(request, asdict(await worked(request, body, prepare, write_edit)))
@@ -230,14 +239,22 @@ async def edit(request: Request) -> Response:
 async def choose(request: Request) -> Response:
     """Say how probable each of several answers is."""
     body = await read_body(request, ChooseRequest)
+    images = await _images(request, body.images)
 
     def prepare(model: ModelText) -> PreparedChoices:
         return prepare_choices(
-            model, body.question, body.choices, listed=body.listed, system=body.system, raw=body.raw
+            model, body.question, body.choices, listed=body.listed, system=body.system, raw=body.raw, images=images
         )
 
     found = await worked(request, body, prepare, weigh)
     return _answer(request, {"choices": [asdict(choice) for choice in found]})
+
+
+async def _images(request: Request, urls: Sequence[str] | None) -> list[dict[str, Any]]:
+    """Return images as parts of a message."""
+    engine: Engine = request.app.state.engine
+    references = [url_reference(url, None, f"images[{number}]") for number, url in enumerate(urls or ())]
+    return await engine.images.parts(engine.text, references)
 
 
 async def worked(

@@ -45,9 +45,10 @@ async def create(request: Request) -> Response:
     offer = await engine.read(lambda text: offered(functions(tools), tool_choice(body.tool_choice)))
     for line in offer.remarks():
         remarks.once(line)
+    messages = await engine.images.messages(engine.text, conversation(body))
     answering = await engine.ask(
         Question(
-            conversation(body), thinking=body.reasoning is not None and body.reasoning.effort not in NO_THINKING,
+            messages, thinking=body.reasoning is not None and body.reasoning.effort not in NO_THINKING,
             tools=offer.tools, tool_choice=offer.choice, single_call=body.parallel_tool_calls is False,
             response_format=response_format(body),
             max_tokens=body.max_output_tokens, seed=body.seed, temp=0 if body.temperature == 0 else None,

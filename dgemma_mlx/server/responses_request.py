@@ -9,7 +9,8 @@ import msgspec
 
 from dgemma_mlx.server.body import converted
 from dgemma_mlx.server.errors import ApiError
-from dgemma_mlx.server.messages import chat_messages, flat_name
+from dgemma_mlx.server.images import ImageReference, part_reference
+from dgemma_mlx.server.messages import chat_messages, flat_name, text_of
 from dgemma_mlx.text.messages import Message
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -48,7 +49,11 @@ class Refusal(msgspec.Struct, tag="refusal"):
 
 
 class InputImage(msgspec.Struct, tag="input_image"):
-    """A picture."""
+    """An image: a data URL, or the address of a file."""
+
+    image_url: str | None = None
+    file_id: str | None = None
+    detail: str | None = None
 
 
 class InputFile(msgspec.Struct, tag="input_file"):
@@ -187,9 +192,9 @@ def conversation(body: ResponsesRequest) -> list[Message]:
         found.append({"role": "system", "content": body.instructions})
     for item, place in _items(body.input):
         if isinstance(item, (FunctionCallOutput, CustomToolCallOutput)):
-            found.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output, place)})
+            found.append({"role": "tool", "tool_call_id": item.call_id, "content": _content(item.output, place)})
         elif isinstance(item, MessageItem) and item.role != "assistant":
-            found.append({"role": item.role, "content": _text(item.content, place)})
+            found.append({"role": item.role, "content": _content(item.content, place)})
         elif isinstance(item, ItemReference):
             raise ApiError(400, "nothing is stored here. Send the item itself", param=place)
         elif not isinstance(item, WebSearchCall):
@@ -266,17 +271,25 @@ def _add(message: dict[str, Any], item: Any, place: str) -> None:
     if isinstance(item, Reasoning):
         message["thinking"] += "".join(part.text for part in item.content or item.summary or ())
     elif isinstance(item, MessageItem):
-        message["content"] = "\n".join(filter(None, (message["content"], _text(item.content, place))))
+        text = text_of(_content(item.content, place), place)
+        message["content"] = "\n".join(filter(None, (message["content"], text)))
     else:
         arguments = {"input": item.input} if isinstance(item, CustomToolCall) else item.arguments
         function = {"name": flat_name(item.namespace, item.name), "arguments": arguments}
         message["tool_calls"].append({"id": item.call_id, "function": function})
 
 
-def _text(content: str | list[Any] | None, place: str) -> str:
-    """Return the texts of a content, each on a line of its own."""
+def _content(content: str | list[Part] | None, place: str) -> str | list[Any]:
+    """Return a content for ``chat_messages``."""
     if content is None or isinstance(content, str):
         return content or ""
-    if any(isinstance(part, (InputImage, InputFile)) for part in content):
-        raise ApiError(400, "pictures and files cannot be read here. Only text is read so far", param=place)
-    return "\n".join(part.refusal if isinstance(part, Refusal) else part.text for part in content)
+    return [_part(part, place) for part in content]
+
+
+def _part(part: Part, place: str) -> str | ImageReference:
+    """Return the text of a part, or its image."""
+    if isinstance(part, InputImage):
+        return part_reference(msgspec.to_builtins(part), place)
+    if isinstance(part, InputFile):
+        raise ApiError(400, f"{place}: files cannot be read here. Only text and images are read", param=place)
+    return part.refusal if isinstance(part, Refusal) else part.text

@@ -228,4 +228,4 @@ def _forbidden(message: str) -> ApiError:
 
 
 def _too_large(most: int) -> ApiError:
-    return ApiError(413, f"the body is larger than {most:,} bytes")
+    return ApiError(413, f"the body is larger than {most:,} bytes, the limit that --max-body sets")

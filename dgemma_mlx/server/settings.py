@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED
+from dgemma_mlx.server.image_fetch import PUBLIC, FetchRules
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class ServerSettings:
         prompt_caches: Number of conversations whose encoded prompts are kept.
         prompt_cache_dir: A folder that keeps the prompt caches across restarts; None keeps them in memory only.
         strict_model: Whether a request for another model's name is answered with 404.
+        remote_images: Whether images are fetched from the addresses that requests name.
+        fetch_rules: What may be fetched then.
         ping_seconds: Seconds of silence in a stream after which the client gets a sign of life.
         log_prompts: Whether prompts are part of the log.
         log: Called with each line of the log.
@@ -53,6 +56,8 @@ class ServerSettings:
     prompt_caches: int = 4
     prompt_cache_dir: Path | None = None
     strict_model: bool = False
+    remote_images: bool = False
+    fetch_rules: FetchRules = PUBLIC
     ping_seconds: float = 10.0
     log_prompts: bool = False
     log: Callable[[str], None] = lambda line: None

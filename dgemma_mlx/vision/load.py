@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import ModelConfig
 from dgemma_mlx.checkpoint.names import remap
-from dgemma_mlx.checkpoint.shards import VISION_FILE, open_file, open_tensors
+from dgemma_mlx.checkpoint.shards import open_tensors
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.model.load import check_parameters, pack_modules
 from dgemma_mlx.vision.tower import LIMITS, VisionTower
 
-_PART = re.compile(r".*?\b(?:vision_tower|embed_vision)\.")  # up to the parameter path
+_PREFIX = re.compile(r"model\.encoder\.(?:vision_tower|embed_vision)\.")
 _FLOAT32 = ("std_bias", "std_scale")
 _PROJECTION = "embedding_projection"
 
@@ -41,12 +40,12 @@ def load_tower(folder: Path, config: ModelConfig, dtype: mx.Dtype) -> VisionTowe
     if config.vision is None:
         raise _no_tower(folder)
     config.vision.require_supported()
-    stored = _tensors(folder)
+    stored = remap(open_tensors(folder)).vision
     if not config.vision.use_clipped_linears:
         stored = {name: tensor for name, tensor in stored.items() if not name.endswith(LIMITS)}
     if not stored:
         raise _no_tower(folder)
-    names = {_PART.sub("", name, count=1): name for name in stored}
+    names = {_PREFIX.sub("", name, count=1): name for name in stored}
     tensors = {path: stored[name] for path, name in names.items()}
     tower = VisionTower(config.vision, config.text.hidden_size)
     pack_modules(tower, config.quantization or {}, tensors, _source_name)
@@ -56,17 +55,6 @@ def load_tower(folder: Path, config: ModelConfig, dtype: mx.Dtype) -> VisionTowe
     tower.eval()
     mx.eval(tower.parameters())
     return tower
-
-
-def _tensors(folder: Path) -> Mapping[str, mx.array]:
-    """Return the tower's tensors by their names in the files, lazily."""
-    stored = remap(open_tensors(folder)).vision
-    file = folder / VISION_FILE
-    if file.exists():
-        own = {name: tensor for name, tensor in open_file(file).items() if _PART.match(name)}
-        paths = {_PART.sub("", name, count=1) for name in stored}
-        stored |= {name: tensor for name, tensor in own.items() if _PART.sub("", name, count=1) not in paths}
-    return stored
 
 
 def _converted(path: str, tensor: mx.array, dtype: mx.Dtype) -> mx.array:

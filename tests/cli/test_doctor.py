@@ -32,6 +32,7 @@ def test_it_tells_what_is_here(tmp_path: Path) -> None:
     assert facts["dgemma_mlx"] == dgemma_mlx.__version__
     assert facts["python"] == sys.version.split()[0]
     assert facts["mlx"].split(".") >= ["0", "32"]
+    assert facts["pillow"] and facts["av"]
     assert facts["metal"] is mx.metal.is_available()
     assert facts["memory"] > 1e9 and facts["cache_free"] > 0
     assert facts["cache_folder"] == str(tmp_path / "not" / "yet")
@@ -53,6 +54,7 @@ def test_it_says_the_same_to_people() -> None:
     names = [row[:10].strip() for row in rows if not row.startswith("!")]
     assert names[:6] == ["chip", "memory", "system", "Metal", "versions", "self-check"]
     assert "kernels" in names
+    assert any(row.startswith("images     read with Pillow ") for row in rows)
     assert any(row.startswith("! ") for row in rows) != (rows[-1] == "all well")
 
 
@@ -67,6 +69,10 @@ def good_facts() -> dict[str, Any]:
         "metal": True, "machine": "arm64", "memory": 64e9, "cache_free": 500e9, "cache_folder": "/cache",
         "self_check": {"matmul": 1e-6}, "kernels": {"mode": "auto", "operations": ["moe_route"], "checks": [FINE]},
     }  # fmt: skip
+
+
+def test_a_missing_library_for_images_is_a_line_with_the_command_that_installs_it() -> None:
+    assert doctor._reader("PyAV", None, "video") == "cannot be read without PyAV: pip install 'dgemma-mlx[video]'"
 
 
 def test_a_good_machine_needs_no_advice() -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dgemma_mlx.cli import app as program
-from dgemma_mlx.cli.batch import read_batch
+from dgemma_mlx.cli.batch import _messages, read_batch
+from dgemma_mlx.cli.images import kept_image
 from dgemma_mlx.cli.log.asking import asked
 from dgemma_mlx.cli.log.log import Log
 from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.errors import DgemmaError
+from tests.vision.seeing import drawn, png, write_seeing
+from tests.vision.test_video import video
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -57,6 +62,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         (["generate", "a", "--image", "https://example.com/a.png"], "--image: https://example.com/a.png is an address"),
         (["generate", "a", "--image", "gone.png"], "--image: cannot read gone.png: No such file"),
         (["generate", "a", "--image", "."], "--image: cannot read .: "),
+        (["generate", "a", "--image", "t.txt"], "t.txt is not a picture that Pillow reads"),
+        (["choose", "a", "--from", "b,c", "--image", "-"], "standard input is empty"),
         (["generate", "a", "--image", "pipe"], "--image: pipe is not a file"),
         (["generate", "a", "--video", "gone.mp4"], "--video: cannot read gone.mp4: No such file"),
         (["generate", "a", "--video", "-"], "--video cannot read standard input"),
@@ -125,7 +132,7 @@ def test_a_batch_checks_the_images_of_every_line(tmp_path: Path, monkeypatch: py
     assert read_batch(file)[0]["images"] == [{"type": "image", "path": "a.png"}]
     for images, words in (
         (["gone.png"], "images: cannot read gone.png: No such file"), ("a.png", "images cannot be"),
-        ([1], "images cannot be"), ([""], "images cannot be"), (["http://a/b.png"], "images: http://a/b.png is an addr"),
+        ([1], "images cannot be"), ([""], "images cannot be"), (["http://a/b.png"], "images: http://a/b.png is an"),
     ):  # fmt: skip
         file.write_text(f'"a"\n{json.dumps({"prompt": "a", "images": images})}\n')
         with pytest.raises(DgemmaError) as caught:
@@ -133,30 +140,27 @@ def test_a_batch_checks_the_images_of_every_line(tmp_path: Path, monkeypatch: py
         assert caught.value.message.startswith(f"b.jsonl, line 2: {words}") and caught.value.exit_code == 2
 
 
-def test_a_conversation_keeps_the_paths_and_shows_the_images_again(tmp_path: Path) -> None:
+def test_a_conversation_keeps_the_files_and_shows_the_images_again(tmp_path: Path) -> None:
     session = Session()
-    path = os.path.abspath("a.png")
-    first = asked(session, "one", [{"type": "image", "path": "a.png", "budget": 70}])
-    assert first == [{"role": "user", "content": [{"type": "image", "path": "a.png", "budget": 70},
-                                                  {"type": "text", "text": "one"}]}]  # fmt: skip
+    path = picture(tmp_path / "a.png")
+    shown = {"type": "image", "path": str(path), "budget": 70}
+    assert asked(session, "one", [shown]) == [{"role": "user", "content": [shown, {"type": "text", "text": "one"}]}]
     session.add("assistant", "two")
+    asked(session, "three", [{"type": "image", "bytes": b"123"}])
+    session.add("assistant", "four")
     session.save(tmp_path / "kept.json")
+    data = path.read_bytes()
+    path.unlink()
     again = Session.load(tmp_path / "kept.json")
-    kept = [{"type": "image", "path": path, "budget": 70}]
-    assert again.messages[0] == {"role": "user", "content": "one", "images": kept}
-    assert asked(again, "three") == [
-        {"role": "user", "content": [*kept, {"type": "text", "text": "one"}]}, {"role": "assistant", "content": "two"},
-        {"role": "user", "content": "three"},
+    kept = again.messages[0]["images"][0]
+    assert (kept["name"], kept["size"], kept["budget"]) == ("a.png", [40, 30], 70)
+    assert asked(again, "five") == [
+        {"role": "user", "content": [{"type": "image", "base64": base64.b64encode(data).decode(), "budget": 70},
+                                     {"type": "text", "text": "one"}]},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": [{"type": "image", "base64": "MTIz"}, {"type": "text", "text": "three"}]},
+        {"role": "assistant", "content": "four"}, {"role": "user", "content": "five"},
     ]  # fmt: skip
-
-
-def test_bytes_are_not_kept_and_a_conversation_does_not_go_on_without_them() -> None:
-    session = Session()
-    asked(session, "one", [{"type": "image", "bytes": b"123"}])
-    assert session.messages == [{"role": "user", "content": "one", "images": [{"type": "image", "path": "-"}]}]
-    session.add("assistant", "two")
-    with pytest.raises(DgemmaError, match="from standard input, which was not kept"):
-        asked(session, "three")
 
 
 @pytest.mark.parametrize("images", [[1], "a", [{"type": "image"}], [{"type": "image", "path": 1}], {"a": 1}])
@@ -165,3 +169,142 @@ def test_damaged_images_of_a_kept_conversation_are_named(tmp_path: Path, images:
     session.save(tmp_path / "kept.json")
     with pytest.raises(DgemmaError, match="its messages do not make a conversation"):
         Session.load(tmp_path / "kept.json")
+
+
+def test_the_log_of_a_batch_holds_texts_and_images(tmp_path: Path) -> None:
+    parts = [{"type": "image", "base64": "aGk="}, {"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    prompt = [{"role": "user", "content": parts}, {"role": "assistant", "content": "c"},
+              {"role": "user", "content": "d"}]  # fmt: skip
+    path = picture(tmp_path / "a.png")
+    first, second, third = _messages(prompt, [{"type": "image", "path": str(path)}])
+    assert [first["content"], second["content"], third["content"]] == ["ab", "c", "d"]
+    assert first["images"][0]["base64"] == "aGk=" and third["images"][0]["name"] == "a.png"
+    assert _messages("a", None) == [{"role": "user", "content": "a"}]
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small model that reads images, with random weights in its tower."""
+    return str(write_seeing(tmp_path_factory.mktemp("seeing")))
+
+
+def answered(run: Run, seeing: str, *arguments: str, stdin: bytes = b"") -> dict[str, Any]:
+    """Run generate --json and return the record. The random model may give an answer without text."""
+    code, out, err = run("generate", "-m", seeing, "--seed", "1", "--json", *arguments, stdin=stdin)
+    assert code == 0 or "the model gave no answer" in err, err
+    record: dict[str, Any] = json.loads(out)
+    return record
+
+
+def test_images_become_soft_tokens_of_the_prompt(run: Run, seeing: str) -> None:
+    Path("a.png").write_bytes(png(1))
+    Path("b.png").write_bytes(png(2, 80, 20))
+
+    def count(*arguments: str, stdin: bytes = b"") -> int:
+        tokens: int = answered(run, seeing, "What is it?", *arguments, stdin=stdin)["statistics"]["prompt_tokens"]
+        return tokens
+
+    text = count()
+    one, other = count("--image", "a.png") - text, count("--image", "b.png") - text
+    assert one == other == 64 + 2  # 8 x 8 and 4 x 16 squares, and two marks around each
+    assert count("--image", "a.png", "--image", "b.png") == text + one + other
+    assert count("--image", "-", stdin=png(1)) == text + one
+    assert count("--image", "a.png", "--image-budget", "140") == text + 121 + 2
+
+
+def test_a_video_becomes_its_frames(run: Run, seeing: str) -> None:
+    Path("a.mp4").write_bytes(video(3))
+    Path("a.png").write_bytes(png(1))
+    text, *shown = (
+        answered(run, seeing, "What?", *words)["statistics"]["prompt_tokens"]
+        for words in ([], ["--video", "a.mp4"], ["--video", "a.mp4", "--image", "a.png"])
+    )
+    assert shown[0] > text + 3 * 50 and shown[1] == shown[0] + 64 + 2
+
+
+def test_the_saved_prompt_of_a_picture_goes_on_wherever_the_picture_comes_from(run: Run, seeing: str) -> None:
+    Path("a.png").write_bytes(png(1))
+    drawn(1).save("c.bmp")
+    asked = ["What is it?", "--prompt-cache", "kept.cache"]
+    first = answered(run, seeing, *asked, "--image", "a.png")
+    again = answered(run, seeing, *asked, "--image", "c.bmp")
+    assert first["statistics"]["cached_tokens"] == 0 and again["statistics"]["cached_tokens"] > 66
+    assert first["text"] == again["text"]
+    Path("a.png").write_bytes(png(2))
+    other = answered(run, seeing, *asked, "--image", "a.png")
+    assert other["statistics"]["cached_tokens"] < 10 and other["tokens"] != first["tokens"]
+    code, _, err = run("generate", "-m", seeing, *asked, "--image", "a.png", "--image-attention", "transformers")
+    assert code == 1 and err.startswith("dgemma-mlx: kept.cache was computed with") and "attention google" in err
+
+
+def test_every_command_sees_the_picture(run: Run, seeing: str) -> None:
+    for name, seed in (("a.png", 1), ("b.png", 2)):
+        Path(name).write_bytes(png(seed))
+    Path("t.txt").write_text("a ___:2___ b")
+    for command in (
+        ["choose", "What?", "--from", "a,b"], ["fill", "t.txt", "--candidates", "1"],
+        ["edit", "Do.", "t.txt", "--match", "b", "--candidates", "1"],
+    ):  # fmt: skip
+        found = []
+        for images in ([], ["--image", "a.png"], ["--image", "b.png"]):
+            code, out, err = run(*command, "-m", seeing, "--seed", "1", "--json", *images)
+            assert code == 0, err
+            record = json.loads(out)
+            found.append(record.get("choices") or record["candidates"][0]["score"])
+        assert found[0] != found[1] != found[2] != found[0]
+    kept = [log.load(entry.id).messages[0] for log in [Log()] for entry in log.entries()]
+    paths = [[image["name"] for image in message.get("images", [])] for message in kept]
+    assert paths == [["b.png"], ["a.png"], []] * 3 and all(isinstance(message["content"], str) for message in kept)
+
+
+def test_an_answer_about_a_picture_matches_a_schema(run: Run, seeing: str) -> None:
+    Path("a.png").write_bytes(png(1))
+    schema = {"type": "object", "properties": {"color": {"enum": ["red", "blue"]}}, "required": ["color"]}
+    record = answered(run, seeing, "What?", "--image", "a.png", "--json-schema", json.dumps(schema), "-n", "64")
+    assert json.loads(record["text"])["color"] in ("red", "blue")
+
+
+def test_the_lines_of_a_batch_have_their_own_images(run: Run, seeing: str) -> None:
+    for name, data in (("a.png", png(1)), ("b.png", png(2)), ("bad.png", b"no picture")):
+        Path(name).write_bytes(data)
+    images_of_lines = (["a.png", "b.png"], [], ["bad.png"], ["b.png"])
+    lines = [json.dumps({"prompt": "What?", "images": images}) for images in images_of_lines]
+    Path("b.jsonl").write_text("\n".join(lines))
+    code, out, _ = run("generate", "-m", seeing, "--seed", "1", "--batch", "b.jsonl", "--batch-size", "4")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert code == 1 and records[2] == {"index": 2, "error": "bad.png is not a picture that Pillow reads"}
+    for record, images in zip(records, images_of_lines, strict=True):
+        if "error" in record:
+            continue
+        alone = answered(run, seeing, "What?", *(word for name in images for word in ("--image", name)))
+        assert (record["tokens"], record["text"]) == (alone["tokens"], alone["text"])
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="a Mac has no such names of files")
+def test_a_name_that_is_not_utf_8_is_kept_readable(run: Run, seeing: str) -> None:
+    with open(b"\xff.png", "wb") as file:
+        file.write(png(1))
+    answered(run, seeing, "What?", "--image", os.fsdecode(b"\xff.png"))
+    assert "[image: \ufffd.png 40x40]" in run("sessions", "show")[1]
+    assert kept_image({"type": "video", "path": os.fsdecode(b"/\xff.mp4")})["path"] == "/\ufffd.mp4"
+
+
+def test_a_conversation_goes_on_about_its_picture(run: Run, seeing: str) -> None:
+    Path("a.png").write_bytes(png(1))
+    first = answered(run, seeing, "What?", "--image", "a.png", "--session", "pictures")
+    second = answered(run, seeing, "And now?", "--session", "pictures")
+    assert second["statistics"]["prompt_tokens"] > first["statistics"]["prompt_tokens"] + 10
+    code, out, _ = run("sessions", "show", "pictures")
+    assert code == 0 and "[image: a.png 40x40]\nWhat?" in out
+    Path("a.png").unlink()
+    third = answered(run, seeing, "And then?", "--session", "pictures")
+    assert third["statistics"]["prompt_tokens"] > second["statistics"]["prompt_tokens"]
+
+
+def test_only_a_terminal_is_told_which_picture_is_shown(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("a.png").write_bytes(png(1))
+    arguments = ["generate", "-m", "./gone", "What?", "--image", "a.png"]  # said before the model is loaded
+    assert "a.png" not in run(*arguments)[2]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for options, is_shown in (([], True), (["-q"], False), (["--json"], False)):
+        assert ("a.png  40x40" in run(*arguments, *options)[2]) is is_shown

@@ -231,7 +231,7 @@ from dgemma_mlx.cli.log.keep import Keeper
 from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.cli.settings import Settings
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # as a disk that is full
+resource.setrlimit(resource.RLIMIT_FSIZE, (80_000, 80_000))  # as a disk that is full
 keeper = Keeper(Settings())
 for number in range(30):
     keeper.keep(Session([{"role": "user", "content": "x" * 5000}, {"role": "assistant", "content": "y"}]), "chat")

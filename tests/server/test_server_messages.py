@@ -33,12 +33,14 @@ def test_the_content_of_every_role_may_be_null_empty_or_parts(role: str, content
     conversation([USER, message])
 
 
-def test_a_part_that_is_not_text_is_refused_with_its_place() -> None:
-    image = {"type": "image_url", "image_url": {"url": "data:"}}
+@pytest.mark.parametrize(
+    "part", [{"type": "input_audio"}, {"type": "image", "path": "/etc/hostname"}, {"type": "video", "path": "a.mp4"}]
+)
+def test_a_part_that_cannot_be_read_is_refused_with_its_place(part: dict[str, Any]) -> None:
     with pytest.raises(ApiError) as error:
-        chat_messages([USER, {"role": "user", "content": [{"type": "text", "text": "a"}, image]}])
+        chat_messages([USER, {"role": "user", "content": [{"type": "text", "text": "a"}, part]}])
     assert (error.value.status, error.value.param) == (400, "messages[1].content[1]")
-    assert "image_url" in error.value.message
+    assert part["type"] in error.value.message
 
 
 @pytest.mark.parametrize("content", [3, {"type": "text"}, [None], [{"type": []}], [{"type": "text", "text": 1}]])

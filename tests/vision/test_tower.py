@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from dgemma_mlx.checkpoint.config import ModelConfig
-from dgemma_mlx.checkpoint.shards import VISION_FILE
-from dgemma_mlx.checkpoint.vision_config import VisionConfig
+from dgemma_mlx.checkpoint.vision_config import VISION_FILE, VisionConfig
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.vision.load import load_tower
 from dgemma_mlx.vision.pixels import read_picture

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from dgemma_mlx.cli.images import kept_image
 from dgemma_mlx.cli.loading import full_name
 from dgemma_mlx.cli.log.options import ConversationOptions
-from dgemma_mlx.cli.log.session import Session, kept_image
+from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.cli.parameters import AnswerOptions, ModelOptions
 from dgemma_mlx.cli.settings import Settings
 
@@ -35,7 +36,7 @@ def asked(
 ) -> str | list[dict[str, Any]]:
     """Add the prompt to the conversation, with its images. Return what the model is asked, without the system prompt.
 
-    ``images`` are parts of a message's content. Raises `DgemmaError` as ``Session.prompt`` does.
+    ``images`` are parts of a message's content.
     """
     earlier = replace(session, system=None).prompt()
     session.add("user", prompt, images=[kept_image(image) for image in images])

@@ -15,11 +15,20 @@ from dgemma_mlx.errors import DgemmaError
 if TYPE_CHECKING:
     import sqlite3
 
-VERSION = 1
+VERSION = 2
 _APPLICATION = 0x6447656D  # "dGem": which program's file this is
 _PATIENCE = 10  # seconds to wait for another program that writes
 # A message without a position is no longer a part of its conversation: it was undone, or answered again. ``marks`` is
 # a JSON object of its other keys, and ``answer`` one of an answer's model, seed, finish_reason and statistics.
+# The file of an image is stored once, whichever messages show it (since version 2).
+_IMAGES = """
+    CREATE TABLE images (sha256 TEXT PRIMARY KEY, data BLOB NOT NULL);
+    CREATE TABLE image_uses (
+        message INTEGER NOT NULL REFERENCES messages ON DELETE CASCADE, sha256 TEXT NOT NULL REFERENCES images,
+        PRIMARY KEY (message, sha256)
+    ) WITHOUT ROWID;
+    CREATE INDEX image_uses_by_image ON image_uses (sha256);
+"""
 _SCHEMA = f"""
     CREATE TABLE conversations (
         id TEXT PRIMARY KEY, name TEXT UNIQUE, kind TEXT NOT NULL, model TEXT, system TEXT, settings TEXT NOT NULL,
@@ -31,6 +40,7 @@ _SCHEMA = f"""
         position INTEGER, time REAL NOT NULL, role TEXT NOT NULL, content TEXT, marks TEXT NOT NULL, answer TEXT,
         UNIQUE (conversation, position)
     );
+    {_IMAGES}
     PRAGMA application_id = {_APPLICATION};
     PRAGMA user_version = {VERSION};
 """
@@ -61,7 +71,7 @@ def opened(path: Path, *, create: bool) -> Iterator[sqlite3.Connection]:
             connection.text_factory = lambda data: data.decode(errors="surrogateescape")  # ``log`` finds such damage
             connection.execute("PRAGMA foreign_keys = ON")
             connection.execute("PRAGMA secure_delete = ON")  # what is removed is overwritten
-            _check_version(connection, path)
+            _check_version(connection, path, upgrade=create)
             connection.execute("BEGIN IMMEDIATE" if create else "BEGIN")
             try:
                 yield connection
@@ -77,24 +87,29 @@ def opened(path: Path, *, create: bool) -> Iterator[sqlite3.Connection]:
         raise DgemmaError(f"cannot write {path}: {reason(error)}", "DGEMMA_STATE names another folder.") from None
 
 
-def _check_version(connection: sqlite3.Connection, path: Path) -> None:
-    """Create the tables of an empty file. Raise `DgemmaError` for a file that this version cannot read."""
+def _check_version(connection: sqlite3.Connection, path: Path, *, upgrade: bool) -> None:
+    """Create the tables of an empty file. Raise `DgemmaError` for a file that this version cannot read.
+
+    With ``upgrade``, a file of an earlier version gets the tables that it lacks.
+    """
     version, application = (
         connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("user_version", "application_id")
     )
     if version == 0 and connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
-        _create(connection)
+        _change(connection, 0, _SCHEMA)
     elif application != _APPLICATION:
         raise DgemmaError(f"{path} is the database of another program", "Move it away, or set DGEMMA_STATE.")
     elif version > VERSION:
         raise DgemmaError(f"{path} was written by a later version of dgemma-mlx", "Update this one.")
+    elif upgrade and version < VERSION:
+        _change(connection, version, f"{_IMAGES} PRAGMA user_version = {VERSION};")
 
 
-def _create(connection: sqlite3.Connection) -> None:
-    """Create the tables, unless another process has just done so."""
+def _change(connection: sqlite3.Connection, version: int, statements: str) -> None:
+    """Change the tables of a file of this version, unless another process has just done so."""
     connection.execute("BEGIN IMMEDIATE")
-    if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
-        for statement in _SCHEMA.split(";"):
+    if connection.execute("PRAGMA user_version").fetchone()[0] == version:
+        for statement in statements.split(";"):
             connection.execute(statement)
     connection.execute("COMMIT")
 

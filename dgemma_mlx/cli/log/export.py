@@ -8,8 +8,9 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any
 
+from dgemma_mlx.cli.images import image_label
 from dgemma_mlx.cli.log.log import Entry, Hit, Log
-from dgemma_mlx.cli.log.session import Session, image_name
+from dgemma_mlx.cli.log.session import Session
 
 _AROUND = 30  # characters of a message before what a search has found
 
@@ -106,7 +107,7 @@ def as_markdown(session: Session, entry: Entry) -> Iterator[str]:
 def _content(message: Mapping[str, Any]) -> str:
     """Return the images of a message, each in a line, and its text; a result of a tool that is not a text as JSON."""
     content = message.get("content") or ""
-    images = [f"[{image['type']}: {image_name(image)}]" for image in message.get("images", ())]
+    images = [image_label(image) for image in message.get("images", ())]
     return "\n".join([*images, content if isinstance(content, str) else _json(content)])
 
 

@@ -9,7 +9,8 @@ from dataclasses import asdict
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from dgemma_mlx.cli.log.session import Session, kept_image
+from dgemma_mlx.cli.images import kept_image
+from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.cli.render.visible import visible
 from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.errors import DgemmaError

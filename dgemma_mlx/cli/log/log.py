@@ -14,8 +14,10 @@ from time import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dgemma_mlx.checks import is_text, is_whole, reason, shown
+from dgemma_mlx.cli.images import without_data
 from dgemma_mlx.cli.log.database import damaged, opened
 from dgemma_mlx.cli.log.earlier import EARLIER, take_over
+from dgemma_mlx.cli.log.kept_images import remove_unused, store_images, with_files
 from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.cli.state import state_folder
 from dgemma_mlx.errors import DgemmaError
@@ -124,7 +126,8 @@ class Log:
             with _intact(id):
                 _check(revision, is_whole)
                 _check(name, _is_text_or_none)
-                record = {"messages": _messages(db, id), "system": system, "settings": parse_json(_text(settings))}
+                messages = with_files(db, _messages(db, id))
+                record = {"messages": messages, "system": system, "settings": parse_json(_text(settings))}
         session = Session.of({**record, "model": model}, f"conversation {id} is damaged", _DAMAGED)
         session.id, session.name, session.revision = id, name, revision
         return session
@@ -217,6 +220,7 @@ class Log:
         """Remove conversations with all that was written in them."""
         with self._opened(write=True) as db:
             db.executemany("DELETE FROM conversations WHERE id = ?", [(id,) for id in ids])
+            remove_unused(db)
 
     def search(self, words: Sequence[str], limit: int | None = None) -> list[Hit]:
         """Return the messages that hold all the words, in any case and as parts of words, the last one first."""
@@ -319,22 +323,23 @@ def _store(
     db: Connection, id: str, messages: Sequence[dict[str, Any]], answer: Mapping[str, Any] | None, now: float
 ) -> None:
     """Store the messages of a conversation. Those that it no longer has stay in the log, without a position."""
-    pairs = zip(_messages(db, id), messages, strict=False)
+    pairs = zip(_messages(db, id), map(without_data, messages), strict=False)
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     if answer is not None:
         same = min(same, len(messages) - 1)  # the same text once more is another answer
     db.execute("UPDATE messages SET position = NULL WHERE conversation = ? AND position >= ?", (id, same))
     for position, message in enumerate(messages[same:], same):
-        marks = {key: value for key, value in message.items() if key not in ("role", "content")}
+        marks = {key: value for key, value in without_data(message).items() if key not in ("role", "content")}
         content = message.get("content")
         if content is not None and not isinstance(content, str):  # the result of a tool
             marks["content"], content = content, None
         about = answer if position == len(messages) - 1 else None
         values = (id, position, now, message["role"], content, _json(marks), None if about is None else _json(about))
-        db.execute(
+        added = db.execute(
             "INSERT INTO messages (conversation, position, time, role, content, marks, answer) "
             "VALUES (?, ?, ?, ?, ?, ?, ?)", values,
         )  # fmt: skip
+        store_images(db, added.lastrowid, message)
 
 
 def _messages(db: Connection, id: str) -> list[dict[str, Any]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated
 
+from dgemma_mlx.cli.images import gone_line
 from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.cli.parameters import prompt_option
+from dgemma_mlx.cli.render.visible import visible
 from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.errors import DgemmaError
 
@@ -87,4 +90,7 @@ class ConversationOptions:
             check_name(str(self.session))
             return None
         check_continuable(log.entry(id))
-        return log.load(id)
+        found = log.load(id)
+        if (line := gone_line(found.messages)) is not None:
+            print(f"dgemma-mlx: {visible(line)}", file=sys.stderr)
+        return found

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dgemma_mlx.checks import reason, shown
+from dgemma_mlx.cli.images import fault_of, with_text
 from dgemma_mlx.cli.settings import SETTINGS, checked
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import write_whole
@@ -26,7 +26,6 @@ CHANGEABLE = tuple(name for name in SETTINGS if name not in _FIXED)
 FORMAT = "dgemma-mlx session 1"
 # The keys of a message that the model sees. Thinking and marks are not among them.
 _SEEN = ("role", "content", "name", "tool_calls", "tool_call_id")
-NOT_KEPT = "-"  # in place of the path of an image that was no file
 _TURNS = re.compile("(u(at+)*a)*")  # of the first letters of the roles
 _HINT = "/save and `dgemma-mlx sessions export --json` write conversations to files."
 
@@ -38,7 +37,7 @@ class Session:
     Attributes:
         messages: Messages with "role" and "content". A turn begins with a message of the user and ends with one of the
             assistant; between them may be calls and results of tools. The content is a text. A message of the user may
-            also have "images", as ``kept_image`` returns them. A message of the assistant also has its
+            also have "images" (see ``dgemma_mlx.cli.images``). A message of the assistant also has its
             "tool_calls" and "thinking", if any, and "cancelled": true if it was stopped.
         system: System prompt, or None.
         settings: Settings that ``/set`` has changed, by their names in ``dgemma_mlx.cli.settings``.
@@ -71,27 +70,23 @@ class Session:
     def prompt(self, start: int | None = None) -> list[dict[str, Any]]:
         """Return the system prompt and the messages as the model sees them, by default from ``self.start`` on.
 
-        Images stand before the text of their message. Thinking and the cancelled mark are left out. Raises
-        `DgemmaError` (exit code 2) when an image was not kept.
+        Images stand before the text of their message. Thinking and the cancelled mark are left out.
         """
         system = [{"role": "system", "content": self.system}] if self.system else []
         messages = self.messages[self.start if start is None else start :]
-        if any(image["path"] == NOT_KEPT for message in messages for image in message.get("images", ())):
-            hint = "Begin a new conversation, with the image in a file."
-            raise DgemmaError("the conversation has an image from standard input, which was not kept", hint, 2)
         return system + [_seen(message, _SEEN) for message in messages]
 
     def add(self, role: str, content: str, **marks: Any) -> None:
         """Add a message. Marks such as ``cancelled`` are stored when they are true."""
         self.messages.append({"role": role, "content": content, **{k: v for k, v in marks.items() if v}})
 
-    def pop_turn(self) -> str | None:
-        """Remove the last turn, question and answer. Return the question, or None when there is no turn."""
+    def pop_turn(self) -> dict[str, Any] | None:
+        """Remove the last turn, question and answer. Return the question's message, or None when there is no turn."""
         while self.messages:
             message = self.messages.pop()
             if message["role"] == "user":
                 self.start = min(self.start, len(self.messages))
-                return str(message["content"])
+                return message
         return None
 
     def copy(self) -> Session:
@@ -154,25 +149,11 @@ class Session:
         return cls(messages, system, settings, model)
 
 
-def kept_image(image: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a conversation keeps of an image, a part of a message's content: the full path, and the budget.
-
-    The bytes of an image without a file are not kept.
-    """
-    path = os.path.abspath(image["path"]) if "path" in image else NOT_KEPT
-    return {"type": image["type"], "path": path, **({"budget": image["budget"]} if "budget" in image else {})}
-
-
-def image_name(image: Mapping[str, Any]) -> str:
-    """Return what a reader is told of an image that ``kept_image`` has returned."""
-    return "from standard input, not kept" if image["path"] == NOT_KEPT else str(image["path"])
-
-
 def _seen(message: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     """Return some of a message's keys, with its images in its content."""
     found = {key: message[key] for key in keys if key in message and key != "images"}
     if images := message.get("images"):
-        found["content"] = [*images, {"type": "text", "text": message["content"]}]
+        found["content"] = with_text(images, message["content"])
     return found
 
 
@@ -184,10 +165,14 @@ def _fault(messages: Any) -> str | None:
         return None
     from dgemma_mlx.text.messages import conversation
 
+    for number, message in enumerate(messages, 1):
+        if "images" in message and message.get("role") != "user":
+            return f"message {number}: only a message of the user has images"
+        if (fault := fault_of(message.get("images", []))) is not None:
+            return f"message {number}: {fault}"
+    kept = ("cancelled", "images")
     try:
-        conversation([_seen(message, [key for key in message if key != "cancelled"]) for message in messages])
-    except (KeyError, TypeError):
-        return "its images are not a list"
+        conversation([{key: value for key, value in message.items() if key not in kept} for message in messages])
     except DgemmaError as error:
         return error.message
     for number, message in enumerate(messages, 1):
