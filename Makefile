@@ -13,7 +13,7 @@ CHROMIUM := $(shell command -v chromium || command -v chromium-browser || comman
 	ls -d "/Applications/Google Chrome.app" 2>/dev/null)
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help man reference setup demo demo-model test test-kernels test-vocabulary test-clients clients test-page screenshots docs-commands installs formula vocabulary soak lint type oracle bench capture wheel clean
+.PHONY: help man reference setup demo demo-model demo-vision test test-kernels test-vocabulary test-clients clients test-page screenshots docs-commands installs formula vocabulary soak lint type oracle bench capture wheel clean
 .NOTPARALLEL:
 
 help:
@@ -22,10 +22,12 @@ help:
 
 setup: $(VENV)/.installed ## install the program into .venv
 
-demo: $(VENV)/.installed ## ask the built-in model three questions
+demo: $(VENV)/.installed ## ask the built-in model four questions, one of them about a picture
 	@for prompt in "Sort 7 3 5" "What is 27 + 45?" "Make a JSON object: Simon is 59 years old and lives in Rome."; do \
 		echo; echo "\$$ dgemma-mlx generate -m demo --seed 1 \"$$prompt\""; \
 		$(VENV)/bin/dgemma-mlx generate -m demo --seed 1 "$$prompt" || exit 1; done
+	@echo; echo "\$$ dgemma-mlx generate -m demo --seed 1 --image docs/pictures/shape.png \"What colour is it?\""
+	@$(VENV)/bin/dgemma-mlx generate -m demo --seed 1 --image docs/pictures/shape.png "What colour is it?"
 	@printf '%s\n' "" "The program is $(CURDIR)/$(VENV)/bin/dgemma-mlx. To call it by its name:" \
 		"  source $(VENV)/bin/activate     in this terminal (fish: $(VENV)/bin/activate.fish)" \
 		"  pipx install '.[serve]'       in every terminal (docs/install.md has other ways)" \
@@ -33,6 +35,12 @@ demo: $(VENV)/.installed ## ask the built-in model three questions
 
 demo-model: $(VENV)/.installed ## train the built-in model from nothing in runs/demo (resumes), and score it
 	@sh scripts/demo_model.sh $(PYTHON_BIN) $(ARGS)
+
+demo-vision: $(VENV)/.installed ## train the built-in model's vision tower in runs/demo-vision (resumes), and score it
+	@library=$$(sh scripts/openblas.sh "training the vision tower") || exit 1; export LD_PRELOAD=$$library; \
+		$(PYTHON_BIN) -m dgemma_mlx.train.demo_vision $(ARGS) && \
+		$(PYTHON_BIN) -m dgemma_mlx.train.demo_vision --score runs/demo-vision/model
+	@echo "To release it: cp runs/demo-vision/model/* dgemma_mlx/demo/" >&2
 
 test: $(VENV)/.installed-test ## run the tests, without torch
 	@$(PYTHON_BIN) -m pytest $(PARALLEL) $(ARGS)
@@ -110,7 +118,7 @@ runs/gemma4/tokenizer.json: scripts/gemma_vocabulary.py | $(VENV)/.installed
 	@$(PYTHON_BIN) scripts/gemma_vocabulary.py runs/gemma4
 
 $(VENV)/.installed: $(REQUIREMENTS)
-	@sh scripts/setup.sh $(VENV) 3.10 serve
+	@sh scripts/setup.sh $(VENV) 3.10 serve,vision
 	@touch $@
 
 $(VENV)/.installed-test: $(REQUIREMENTS)

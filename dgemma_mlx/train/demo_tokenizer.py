@@ -19,7 +19,7 @@ from dgemma_mlx.train.tasks.words import NAMES, NOUNS, listed
 
 VOCAB_SIZE = 768
 SPACE = "\u2581"  # the character that stands for a space in Gemma's tokens
-# The ids of Gemma 4. The three image tokens are reserved: the demo model has no vision tower.
+# The ids of Gemma 4. No training of the text network has the three image tokens: see train.demo_vision.
 SPECIAL_TOKENS = {
     "<pad>": 0,
     "<eos>": 1,

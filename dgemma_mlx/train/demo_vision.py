@@ -43,7 +43,7 @@ from dgemma_mlx.train.tasks.look import COLOURS, GRIDS, PATCH, THINGS, draw_scen
 from dgemma_mlx.vision.tower import VisionTower
 
 SEED = 0
-STEPS = {"see": 2000, "show": 1000, "join": 1000}
+STEPS = {"see": 2000, "show": 1500, "join": 1000}
 BATCH = {"see": 64, "show": 16, "join": 16}
 RATES = {"see": (0.02, 2e-3), "show": (0.0, 0.03), "join": (0.002, 3e-4)}  # peak rates of Muon and of AdamW
 _OBJECTIVE = ObjectiveConfig(causal_weight=0.0, balance_weight=0.0, full_noise=0.6, min_noise=0.4)

@@ -100,8 +100,8 @@ class Scene:
         if topic == "shape":
             return f"It is a {self.value}."
         if topic == "digit":
-            return f"The digit is {self.value}."
-        return "There is 1 dot." if self.value == "1" else f"There are {self.value} dots."
+            return f"It is {self.value}."
+        return "There is 1." if self.value == "1" else f"There are {self.value}."
 
 
 @dataclass(frozen=True)
