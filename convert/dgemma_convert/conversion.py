@@ -11,7 +11,7 @@ from typing import Any
 from dgemma_convert import mixed
 from dgemma_convert.card import write_report, write_small_files
 from dgemma_convert.formats import Format
-from dgemma_convert.plan import MANIFEST, SHARD_BYTES, MixedFormats, Plan, make_plan
+from dgemma_convert.plan import MANIFEST, SHARD_BYTES, MixedFormats, Plan, make_plan, vision_targets
 from dgemma_convert.recipes import DEFAULT, MIXED, RECIPES, Recipe
 from dgemma_convert.source import Source, open_source
 from dgemma_convert.verify import Verification, verify
@@ -24,6 +24,7 @@ from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.files import locked_folder, replace_folder
 
 GROUP_SIZES = (32, 64, 128)
+_VISION = Format(8, 64)  # of the vision tower's matrices with ``vision_bits``
 
 # Called with a stage ("convert", "verify", "measure" or "calibrate"), the amount of it that is done, and its total:
 # bytes of the source for "convert", layers for "verify" and "calibrate", groups of tensors for "measure".
@@ -54,7 +55,8 @@ def _silent(stage: str, done: int, total: int) -> None:
 def convert(
     source: str, output: str | Path | None = None, recipe: str = DEFAULT, *, group_size: int | None = None,
     target_bytes: int | None = None, target_bpw: float | None = None, calibration: Path | None = None,
-    resume: bool = False, force: bool = False, check: bool = False, progress: Progress = _silent,
+    vision_bits: int | None = None, resume: bool = False, force: bool = False, check: bool = False,
+    progress: Progress = _silent,
 ) -> Report:
     """Convert a checkpoint into a new folder.
 
@@ -68,6 +70,7 @@ def convert(
         target_bpw: Bits per weight, above 0 and at most 16. For the recipe "mixed".
         calibration: A UTF-8 file with one text on each line. The recipe "mixed" weights errors by the activations that
             these texts cause.
+        vision_bits: 8 packs the matrices of the vision tower in 8 bits. None keeps the tower as it is.
         resume: Continue an interrupted conversion.
         force: Replace an existing output, or start an interrupted conversion again.
         check: Compare the output with the source, which sets ``Report.verification``.
@@ -79,7 +82,7 @@ def convert(
     """
     plan = prepare(
         source, output, recipe, group_size=group_size, target_bytes=target_bytes, target_bpw=target_bpw,
-        calibration=calibration, progress=progress,
+        calibration=calibration, vision_bits=vision_bits, progress=progress,
     )
     return carry_out(plan, resume=resume, force=force, check=check, progress=progress)
 
@@ -87,7 +90,8 @@ def convert(
 def prepare(
     source: str, output: str | Path | None = None, recipe: str = DEFAULT, *, group_size: int | None = None,
     target_bytes: int | None = None, target_bpw: float | None = None, calibration: Path | None = None,
-    progress: Progress = _silent, shard_bytes: int = SHARD_BYTES, download: bool = True,
+    vision_bits: int | None = None, progress: Progress = _silent, shard_bytes: int = SHARD_BYTES,
+    download: bool = True,
 ) -> Plan:
     """Open and check a source and plan its conversion. Nothing is written.
 
@@ -99,6 +103,7 @@ def prepare(
         target_bytes: See ``convert``.
         target_bpw: See ``convert``.
         calibration: See ``convert``.
+        vision_bits: See ``convert``.
         progress: Called while the recipe "mixed" measures errors; see ``Progress``.
         shard_bytes: Maximum size of one weight file of the output.
         download: Download weights that are still on the Hub. Without them, a plan can be shown but not carried out. The
@@ -109,13 +114,18 @@ def prepare(
     """
     chosen = _recipe(recipe, group_size)
     _check_target(recipe, target_bytes, target_bpw, calibration)
+    vision = _vision_format(vision_bits)
     checkpoint = resolve(source, weights=download or recipe == MIXED)
     folder = output_folder(_default_output(checkpoint, recipe) if output is None else output)
     opened = open_source(checkpoint)
+    if vision is not None and not opened.vision:
+        raise DgemmaError(
+            f"{checkpoint.name} has no vision tower to pack", "Leave out --vision-bits.", exit_code=2
+        )
     if recipe != MIXED:
-        return make_plan(opened, folder, chosen, shard_bytes=shard_bytes)
-    formats = _choose_formats(opened, group_size or 64, target_bytes, target_bpw, calibration, progress)
-    return make_plan(opened, folder, chosen, shard_bytes=shard_bytes, mixed=formats)
+        return make_plan(opened, folder, chosen, shard_bytes=shard_bytes, vision=vision)
+    formats = _choose_formats(opened, group_size or 64, target_bytes, target_bpw, calibration, vision, progress)
+    return make_plan(opened, folder, chosen, shard_bytes=shard_bytes, mixed=formats, vision=vision)
 
 
 def carry_out(plan: Plan, *, resume: bool = False, force: bool = False, check: bool = False,
@@ -218,6 +228,16 @@ def _recipe(name: str, group_size: int | None) -> Recipe:
     return recipe.with_group_size(group_size)
 
 
+def _vision_format(bits: int | None) -> Format | None:
+    """Return the format of the vision tower's matrices for a number of bits. Raises ``DgemmaError`` unless it is 8."""
+    if bits is not None and (isinstance(bits, bool) or bits != _VISION.bits):
+        raise DgemmaError(
+            f"the vision tower cannot have {shown(bits)} bits", "Give --vision-bits 8, or leave it out to keep bf16.",
+            exit_code=2,
+        )
+    return None if bits is None else _VISION
+
+
 def _default_output(checkpoint: Checkpoint, recipe: str) -> Path:
     """Return the output folder ``<source name>-<recipe>``.
 
@@ -232,7 +252,7 @@ def _default_output(checkpoint: Checkpoint, recipe: str) -> Path:
 
 def _choose_formats(
     source: Source, group_size: int, target_bytes: int | None, target_bpw: float | None, calibration: Path | None,
-    progress: Progress,
+    vision: Format | None, progress: Progress,
 ) -> MixedFormats:
     """Measure the errors of all groups of tensors and choose their formats for the recipe "mixed"."""
     moments: mixed.Moments = {}
@@ -241,10 +261,11 @@ def _choose_formats(
         moments = mixed.calibrate(source, texts, lambda done, total: progress("calibrate", done, total))
     groups = mixed.measure(source, group_size, moments, lambda done, total: progress("measure", done, total))
     packed = {path for group in groups for path in group.paths}
-    kept = [weight for path, weight in source.text.items() if path not in packed] + source.vision
+    kept = sum(2 * weight.size for path, weight in source.text.items() if path not in packed)
+    kept += sum(target.nbytes for target in vision_targets(source, vision))
     values = sum(weight.size for weight in (*source.text.values(), *source.vision))
     budget = target_bytes if target_bytes is not None else round((target_bpw or 0) * values / 8)
-    bits = mixed.solve(groups, budget - sum(2 * weight.size for weight in kept), by_size=calibration is None)
+    bits = mixed.solve(groups, budget - kept, by_size=calibration is None)
     formats = {path: Format(bits[group.name], group_size) for group in groups for path in group.paths}
     table = {group.name: {"bits": bits[group.name], **group.as_dict()} for group in groups}
     return MixedFormats(

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +258,7 @@ class Plan:
 
 
 def make_plan(source: Source, output: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES,
-              mixed: MixedFormats | None = None) -> Plan:
+              mixed: MixedFormats | None = None, vision: Format | None = None) -> Plan:
     """Apply a recipe to a source.
 
     Args:
@@ -267,6 +267,7 @@ def make_plan(source: Source, output: Path, recipe: Recipe, *, shard_bytes: int 
         recipe: The recipe.
         shard_bytes: Maximum size of one weight file, unless a single weight is larger.
         mixed: Formats that the recipe "mixed" has chosen. They take precedence over the rules of the recipe.
+        vision: Format of the vision tower's matrices that are not packed in the source; None keeps them as they are.
     """
     layers = source.config.text.num_hidden_layers
     formats: Mapping[str, Format] = {} if mixed is None else mixed.formats
@@ -278,7 +279,9 @@ def make_plan(source: Source, output: Path, recipe: Recipe, *, shard_bytes: int 
             indivisible.append(weight.name)
             packing = None
         targets.append(_target(tensor_class, weight, packing))
-    targets += [_target(VISION, weight, weight.format) for weight in source.vision]
+    targets += vision_targets(source, vision)
+    if vision is not None:
+        indivisible += [weight.name for weight in source.vision if is_matrix(weight) and not vision.fits(weight.shape)]
     warnings = []
     if indivisible:
         warnings.append(f"tensors whose rows do not divide into groups stay bf16: {some_of(indivisible)}")
@@ -288,6 +291,24 @@ def make_plan(source: Source, output: Path, recipe: Recipe, *, shard_bytes: int 
         warnings.append(_repacking_warning(recipe))
     table = None if mixed is None else mixed.table
     return Plan(source, output, recipe, _shards(targets, shard_bytes), tuple(warnings), table)
+
+
+def vision_targets(source: Source, packing: Format | None) -> list[Target]:
+    """Return the targets of the vision tower, whose plain matrices are packed where a format is given and fits."""
+    targets = []
+    for weight in source.vision:
+        if packing is not None and is_matrix(weight) and packing.fits(weight.shape):
+            named = replace(weight, name=weight.name.removesuffix(".weight"), suffix=".weight")
+            targets.append(_target(VISION, named, packing))
+        else:
+            targets.append(_target(VISION, weight, weight.format))
+    return targets
+
+
+def is_matrix(weight: Weight) -> bool:
+    """Return whether a weight of the vision tower is the plain matrix of a linear map."""
+    plain = weight.format is None and weight.stored[0].dtype not in ("U8", "U32")
+    return plain and weight.name.endswith(".weight") and len(weight.shape) == 2
 
 
 def _target(tensor_class: str, weight: Weight, packing: Format | None) -> Target:

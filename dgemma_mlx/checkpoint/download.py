@@ -1,8 +1,7 @@
 """Download files of a Hub repository into the Hub's cache: several at a time, resumed inside a file, and checked.
 
-The layout of the cache is that of ``huggingface_hub``, which all programs share: ``blobs/ETAG`` holds a file's content
-and ``snapshots/COMMIT/NAME`` links to it. Of a file whose download ends early, the library keeps nothing. Here, what has
-arrived stays in ``blobs/ETAG.incomplete``, and the next attempt goes on from its end.
+The cache is that of ``huggingface_hub``: ``blobs/ETAG`` holds a file's content, and ``snapshots/COMMIT/NAME`` links to
+it. What has arrived of a file stays in ``blobs/ETAG.incomplete``, and the next attempt goes on from its end.
 """
 
 from __future__ import annotations
@@ -119,9 +118,7 @@ def list_files(repo_id: str, revision: str | None) -> Repository:
     api = HfApi()
     commit = api.model_info(repo_id, revision=revision).sha
     assert commit is not None, "the Hub names the commit of every revision"
-    entries = list(api.list_repo_tree(repo_id, revision=commit))
-    if any(entry.path == str(Path(VISION_FILE).parent) for entry in entries):
-        entries += api.list_repo_tree(repo_id, str(Path(VISION_FILE).parent), revision=commit)
+    entries = api.list_repo_tree(repo_id, recursive=True, revision=commit)
     files = tuple(
         RemoteFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id, entry.xet_hash)
         for entry in entries if isinstance(entry, RepoFile) and ("/" not in entry.path or entry.path == VISION_FILE)
@@ -162,7 +159,6 @@ def download(
     _remove_stale(blobs, {repository.part(file) for file in files})
     check_space(repository, files)
     blobs.mkdir(parents=True, exist_ok=True)
-    repository.snapshot.mkdir(parents=True, exist_ok=True)
     storage = _XetStorage(repository)
     transfers = [_Transfer(repository, file, storage) for file in sorted(files, key=lambda file: -file.size)]
     _run(transfers, progress)
@@ -170,7 +166,7 @@ def download(
         link = repository.snapshot / file.name
         if link.resolve() != repository.blob(file).resolve():  # else another process was faster, and may read it
             link.unlink(missing_ok=True)
-            link.parent.mkdir(exist_ok=True)
+            link.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileExistsError):
                 link.symlink_to(os.path.relpath(repository.blob(file), link.parent))
     note_revision(repository, revision)

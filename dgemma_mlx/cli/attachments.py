@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dgemma_mlx.checks import reason
+from dgemma_mlx.cli.images import media_type
 from dgemma_mlx.cli.render.visible import visible
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.sizes import counted, size
@@ -19,7 +20,6 @@ from dgemma_mlx.sizes import counted, size
 MOST_BYTES = 4 * 10**6  # of all files together; the model's 256K positions hold about 1 MB of English
 MOST_FILES = 500  # of a folder
 _BOM = b"\xef\xbb\xbf"
-_PICTURE = re.compile(rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP|II\*\0|MM\0\*|....ftyp(?:avif|hei)", re.DOTALL)
 _HINT = "Name text files that can be read, or a folder of them."
 
 
@@ -97,16 +97,16 @@ def _is_binary(data: bytes) -> bool:
 
 def _text(path: Path, data: bytes) -> str:
     """Return the text of a file without its byte order mark."""
-    if _PICTURE.match(data):
+    message, hint = f"{path} is a binary file", "Only text files can be sent."
+    if not _is_binary(data):
+        try:
+            return data.removeprefix(_BOM).decode("utf-8")
+        except UnicodeDecodeError as error:
+            message, hint = f"{path} is not UTF-8 text (byte {error.start})", "Convert it to UTF-8."
+    if media_type(data) is not None:
+        message = f"{path} is a picture, not a text file"
         hint = "Show it to the model with `--image FILE`, or with `/image FILE` in a chat."
-        raise DgemmaError(f"{path} is a picture, not a text file", hint, exit_code=2)
-    if _is_binary(data):
-        raise DgemmaError(f"{path} is a binary file", "Only text files can be sent.", exit_code=2)
-    try:
-        return data.removeprefix(_BOM).decode("utf-8")
-    except UnicodeDecodeError as error:
-        message = f"{path} is not UTF-8 text (byte {error.start})"
-        raise DgemmaError(message, "Convert it to UTF-8.", exit_code=2) from None
+    raise DgemmaError(message, hint, exit_code=2)
 
 
 def _folder(folder: Path, room: int, say: Callable[[str], None]) -> list[tuple[Path, bytes]]:

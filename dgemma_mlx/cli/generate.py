@@ -172,7 +172,7 @@ def generate(
     }  # fmt: skip
     loop = {"max_denoising_steps": denoising.max_denoising_steps, **asdict(schedule)}
     if not (answer.quiet or output.as_json or output.as_json_lines):
-        show_images(images)
+        show_images(images, draw=settings["live"].value and not output.no_live)
     form = output.form(live=not answer.quiet and can_draw() and settings["live"].value)
     named = replace(answer, system=template["system"]) if answer.system is None and "system" in template else answer
     session, chosen = begun(conversation, settings, named, model, arguments["system"])

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from dgemma_mlx.checkpoint.vision_config import BUDGETS, VisionConfig
 from dgemma_mlx.checks import reason
+from dgemma_mlx.cli.images import image_size
 from dgemma_mlx.cli.parameters import prompt_option
 from dgemma_mlx.cli.render.visible import visible
 from dgemma_mlx.cli.stdin import read_stdin_bytes
@@ -167,11 +168,22 @@ def _require(library: str, module: str, extra: str) -> None:
         raise DgemmaError(f"reading {kind} needs {library}", f"pip install 'dgemma-mlx[{extra}]'", exit_code=2)
 
 
-def show_images(images: Iterable[Mapping[str, Any]]) -> None:
-    """Print the name and the size of each image to stderr if it is a terminal."""
+def show_images(images: Iterable[Mapping[str, Any]], *, draw: bool = True) -> None:
+    """Print the name and the size of each image to stderr if it is a terminal, and a thumbnail where one can be drawn.
+
+    With ``draw`` off there are no thumbnails.
+    """
     if not sys.stderr.isatty():
         return
+    from dgemma_mlx.cli.render.thumbnail import thumbnail
+
     for image in images:
         name = image.get("path", "standard input")
-        length = len(image["bytes"]) if "bytes" in image else os.stat(name).st_size
-        print(f"{image['type']}: {visible(name)}, {size(length)}", file=sys.stderr)
+        length = size(len(image["bytes"]) if "bytes" in image else os.stat(name).st_size)
+        if image["type"] == "image":
+            data = image["bytes"] if "bytes" in image else Path(name).read_bytes()
+            if draw:
+                sys.stderr.write(thumbnail(data, sys.stderr))
+            if (shape := image_size(data)) is not None:
+                length = f"{shape[0]}x{shape[1]}"
+        print(f"{visible(name)}  {length}", file=sys.stderr)

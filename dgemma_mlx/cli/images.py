@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 
 from dgemma_mlx.checks import is_text, is_whole, reason
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.sizes import size
+from dgemma_mlx.sizes import counted, size
 
 MOST_BYTES = 32 << 20  # of an image that a conversation keeps
 MEDIA_TYPES = {
@@ -66,12 +67,12 @@ def kept_image(part: Mapping[str, Any]) -> dict[str, Any]:
     An image that is too large is kept as its name. Raises `DgemmaError` (exit code 2) for a file that cannot be read.
     """
     if part["type"] == "video":
-        path = os.path.abspath(part["path"])
+        path = _as_text(os.path.abspath(part["path"]))
         return {"type": "video", "name": os.path.basename(path), "path": path}
     budget = {"budget": part["budget"]} if part.get("budget") else {}
     name, data = "standard input", part.get("bytes")
     if "path" in part:
-        name = os.path.basename(part["path"])
+        name = _as_text(os.path.basename(part["path"]))
         with suppress(DgemmaError):  # another one of it is raised when the model reads the file
             data = read_image(Path(part["path"]))
     elif "base64" in part:
@@ -81,11 +82,16 @@ def kept_image(part: Mapping[str, Any]) -> dict[str, Any]:
     return {**image_of(name, data), **budget}
 
 
+def _as_text(path: str) -> str:
+    """Return a path as the log and files can hold it: bytes that are not UTF-8 become U+FFFD."""
+    return os.fsencode(path).decode(errors="replace")
+
+
 def image_of(name: str, data: bytes) -> dict[str, Any]:
     """Return an image as a conversation keeps it."""
     shape = image_size(data)
     return {
-        "type": "image", "name": name, **({} if shape is None else {"size": list(shape)}),
+        "type": "image", "name": _as_text(name), **({} if shape is None else {"size": list(shape)}),
         "sha256": sha256(data).hexdigest(), "base64": base64.b64encode(data).decode(),
     }  # fmt: skip
 
@@ -150,3 +156,24 @@ def without_data(message: Mapping[str, Any]) -> dict[str, Any]:
         return dict(message)
     bare = [{key: value for key, value in image.items() if key != "base64"} for image in message["images"]]
     return {**message, "images": bare}
+
+
+@dataclass(frozen=True)
+class AttachedImage:
+    """An image or video that goes with the next message of a chat.
+
+    Attributes:
+        name: The path as it was given.
+        image: What the conversation keeps of it.
+        tokens: Number of tokens that it becomes; None where only a server can tell.
+    """
+
+    name: str
+    image: dict[str, Any]
+    tokens: int | None
+
+    def __str__(self) -> str:
+        """Return the name, the size in pixels and the number of tokens in a line, as far as they are known."""
+        shape = "{}x{}".format(*self.image["size"]) if "size" in self.image else ""
+        tokens = "" if self.tokens is None else counted(self.tokens, "token")
+        return "  ".join(part for part in (self.name, shape, tokens) if part)

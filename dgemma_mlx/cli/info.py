@@ -17,7 +17,9 @@ from dgemma_mlx.cli.render.visible import visible
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
-    from dgemma_convert.source import Source
+    from collections.abc import Iterable
+
+    from dgemma_convert.source import Source, Weight
 
 _CONTEXTS = (1024, 8192, 32_768, 131_072)
 
@@ -94,9 +96,10 @@ def describe(source: Source, cpu_dequantize: str = "auto", batch_size: int = 1) 
         "canvas_length": config.canvas_length,
         "positions": positions,
         "vision": bool(source.vision),
+        "vision_tower": _tower(source),
         "bytes": size,
         "bits_per_weight": round(8 * size / parameters, 2),
-        "formats": sorted({str(weight.format) if weight.format else weight.stored[0].dtype for weight in weights}),
+        "formats": _formats(weights),
         "recipe": _recipe(source.folder),
         "unpacked": unpacks(source, cpu_dequantize),
         "batch_size": batch_size,
@@ -112,6 +115,39 @@ def describe(source: Source, cpu_dequantize: str = "auto", batch_size: int = 1) 
         "fitting_recipe": verdict.recipe,
         "verdict": verdict.sentence(),
     }
+
+
+def _tower(source: Source) -> dict[str, Any] | None:
+    """Return the facts about the vision tower; None if the checkpoint has neither its weights nor its configuration.
+
+    ``soft_tokens`` is the number of tokens that an image aims at by default, and ``file`` the name of the tower's own
+    file, if it has one. ``problem`` says why images cannot be read, and is None if they can.
+    """
+    from dgemma_mlx.checkpoint.vision_config import VISION_FILE
+
+    config, weights = source.config.vision, source.vision
+    if config is None and not weights:
+        return None
+    if config is None:
+        problem: str | None = "config.json does not describe it"
+    else:
+        problem = config.problem if weights else "its weights are not in the checkpoint"
+    apart = any(str(tensor.path).endswith(VISION_FILE) for weight in weights for tensor in weight.stored)
+    described = config is not None and config.problem is None
+    return {
+        "layers": config.num_hidden_layers if config is not None and described else None,
+        "soft_tokens": config.default_budget if config is not None and described else None,
+        "parameters": sum(weight.size for weight in weights),
+        "bytes": sum(weight.nbytes for weight in weights),
+        "formats": _formats(weights),
+        "file": VISION_FILE if apart else None,
+        "problem": problem,
+    }
+
+
+def _formats(weights: Iterable[Weight]) -> list[str]:
+    """Return the names of all formats and dtypes of weights, sorted."""
+    return sorted({str(weight.format) if weight.format else weight.stored[0].dtype for weight in weights})
 
 
 def _recipe(folder: Path) -> str | None:
@@ -137,7 +173,7 @@ def _as_text(facts: dict[str, Any]) -> str:
         "experts": f"{facts['experts_per_token']} of {facts['experts']}",
         "canvas": f"{facts['canvas_length']} tokens from a vocabulary of {facts['vocabulary']:,}",
         "positions": f"{facts['positions']:,}",
-        "vision": "yes" if facts["vision"] else "no",
+        "vision": _vision(facts["vision_tower"]),
         "on disk": f"{size(facts['bytes'])}, {facts['bits_per_weight']} bits per weight",
         "formats": ", ".join(facts["formats"]) + recipe,
         "folder": facts["folder"],
@@ -152,3 +188,18 @@ def _as_text(facts: dict[str, Any]) -> str:
     ]
     lines.append(f"  {facts['verdict']}")
     return "\n".join(lines)
+
+
+def _vision(tower: dict[str, Any] | None) -> str:
+    """Return the facts about the vision tower as one line."""
+    from dgemma_mlx.sizes import amount, size
+
+    if tower is None:
+        return "no"
+    if tower["problem"]:
+        return f"no: {tower['problem']}"
+    apart = f" in {tower['file']}" if tower["file"] else ""
+    return (
+        f"{amount(tower['parameters'])} in {tower['layers']} layers, {size(tower['bytes'])} "
+        f"({', '.join(tower['formats'])}){apart}, {tower['soft_tokens']} tokens per image"
+    )

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import ModelConfig
+from dgemma_mlx.checkpoint.vision_config import VisionConfig
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.model.soft_tokens import SoftTokens
 from dgemma_mlx.text.images import MAX_IMAGES, has_images, is_image, place_pictures
@@ -20,6 +26,8 @@ if TYPE_CHECKING:
     from dgemma_mlx.vision.tower import VisionTower
 
 _KEPT_BYTES = 128 << 20  # of features; those of a picture of 280 soft tokens take 1.6 MB in half precision
+_RECENT = 16  # pictures that were read from bytes last, of 2 MB each at 280 soft tokens
+_recent: OrderedDict[tuple[bytes, int, VisionConfig], Picture] = OrderedDict()
 _OTHER = "Take a checkpoint with its vision tower, or leave the images out."
 
 
@@ -68,15 +76,14 @@ def read_pictures(
 
     def bare(part: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         if part["type"] == "video":
-            from dgemma_mlx.vision.video import read_frames
-
-            frames = read_frames(part["path"], vision, part["path"])
+            frames = _read_video(part["path"], vision)
             pictures.extend(picture for _, picture in frames)
             return _frames([seconds for seconds, _ in frames])
         if part["type"] == "image":
             name = part.get("path") or f"image {len(pictures) + 1}"
-            source = part["path"] if "path" in part else part["bytes"]
-            pictures.append(read_picture(source, vision, part.get("budget") or vision.default_budget, name))
+            read = _read_bytes if "bytes" in part else read_picture
+            source = part["bytes"] if "bytes" in part else part["path"]
+            pictures.append(read(source, vision, part.get("budget") or vision.default_budget, name))
             return [{"type": "image"}]
         return [part]
 
@@ -90,6 +97,34 @@ def read_pictures(
     if len(pictures) > MAX_IMAGES:
         raise _too_many(len(pictures))
     return found, pictures
+
+
+def _read_bytes(data: bytes, config: VisionConfig, budget: int, name: str) -> Picture:
+    """Return what ``read_picture`` returns. A conversation shows the same files in every turn: each is read once."""
+    key = sha256(data).digest(), budget, config
+    picture = _recent.pop(key, None) or read_picture(data, config, budget, name)
+    _recent[key] = picture
+    while len(_recent) > _RECENT:
+        with suppress(KeyError):  # another thread was faster
+            _recent.popitem(last=False)
+    return replace(picture, name=name)
+
+
+def _read_video(path: str, config: VisionConfig) -> tuple[tuple[float, Picture], ...]:
+    """Return the frames of a video with their times in seconds; those read last, while the file is the same."""
+    try:
+        about = os.stat(path)
+    except OSError:  # which reading it says
+        return _frames_of(path, 0, 0, config)
+    return _frames_of(path, about.st_mtime_ns, about.st_size, config)
+
+
+@lru_cache(maxsize=2)
+def _frames_of(path: str, changed: int, length: int, config: VisionConfig) -> tuple[tuple[float, Picture], ...]:
+    """Return the frames of a video that was changed at a time in nanoseconds, and has so many bytes."""
+    from dgemma_mlx.vision.video import read_frames
+
+    return tuple(read_frames(path, config, path))
 
 
 def _frames(times: Sequence[float]) -> list[Mapping[str, Any]]:

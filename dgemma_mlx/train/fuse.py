@@ -75,7 +75,7 @@ def fuse(
             try:
                 for path in unfinished.iterdir():  # of a merge that was killed
                     path.unlink()
-                rewrite(checkpoint.folder, unfinished, raw, change, progress)
+                rewrite(checkpoint.folder, unfinished, raw, change, progress, tower=change)
                 write_fuse_report(unfinished)
                 check_output(output, force, [checkpoint.folder, adapter])  # again: it may have come into being
                 replace_folder(unfinished, output)
@@ -119,17 +119,18 @@ def write_trained(model: Model, folder: Path) -> None:
 
 def rewrite(
     source: Path, folder: Path, config: Mapping[str, Any], change: Change,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None, tower: Change | None = None,
 ) -> None:
     """Write a checkpoint whose text tensors are those of a source after ``change``.
 
-    Tensors of the vision tower, the tokenizer and the other small files are copied unchanged.
+    The tokenizer and the other small files are copied unchanged.
 
     Args:
         source: The checkpoint folder to read.
         folder: The checkpoint folder to write.
         config: The content of the new config.json.
         change: Returns the tensors to write for one tensor of the source.
+        tower: The change of the vision tower's tensors, whose paths are their names. None copies them unchanged.
         progress: Called after each shard with the number of shards done and the number of all shards.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +146,7 @@ def rewrite(
             if name in paths:
                 written |= change(paths[name], name, by_path)
             elif name in vision:
-                written[name] = tensors[name]
+                written |= {name: tensors[name]} if tower is None else tower(name, name, tensors)
         mx.save_safetensors(str(folder / file.name), written, metadata={"format": "mlx"})
         weight_map |= dict.fromkeys(written, file.name)
         mx.clear_cache()

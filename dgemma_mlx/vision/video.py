@@ -6,6 +6,7 @@ Pillow, which are optional dependencies.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from dgemma_mlx.vision.pixels import Picture, regular_file, require_pillow, resi
 if TYPE_CHECKING:
     from av import VideoFrame
     from av.container import InputContainer
+    from av.video.stream import VideoStream
 
 MOST_FRAMES = 32
 BUDGET = 70  # soft tokens of a frame
@@ -88,10 +90,22 @@ def _packets(container: InputContainer, name: str) -> tuple[list[int], list[int]
             keys += [time] if packet.is_keyframe else []
     if not times:
         raise DgemmaError(f"{name} has no frames", _OTHER_FILE, exit_code=2)
-    if len(times) < stream.frames:
-        lost = f"it has {len(times):,} of {stream.frames:,} frames"
+    lost = f"it has {len(times):,} of {stream.frames:,} frames" if len(times) < stream.frames else None
+    end, whole = float(max(times) * (stream.time_base or 0)), _stated_seconds(stream)
+    if whole - end > max(0.5, 0.05 * whole):  # the last frame may be shown for some time
+        lost = f"it has {end:.1f} of {whole:.1f} seconds"
+    if lost:
         raise DgemmaError(f"{name} is cut off: {lost}", _FETCH_AGAIN, exit_code=2)
     return sorted(times), sorted(keys)
+
+
+def _stated_seconds(stream: VideoStream) -> float:
+    """Return the length that a Matroska file states for a stream, in seconds; 0 where none is stated.
+
+    These files do not count their frames.
+    """
+    found = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    return sum(float(part) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True)) if found else 0.0
 
 
 def _frames_at(targets: list[int], keys: list[int], container: InputContainer) -> Iterator[tuple[float, VideoFrame]]:

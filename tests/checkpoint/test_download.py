@@ -21,7 +21,8 @@ import pytest
 
 from dgemma_mlx.checkpoint import download
 from dgemma_mlx.checkpoint.download import RemoteFile
-from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
+from dgemma_mlx.checkpoint.hub import DEMO_FOLDER, is_complete
+from dgemma_mlx.checkpoint.vision_config import VISION_FILE
 from tests.hub_server import PIECE, Files, HubServer, Repository
 from tests.waiting import wait_until
 
@@ -108,6 +109,19 @@ def test_no_byte_is_downloaded_twice_after_kills_at_random_moments(hub: HubServe
     check_whole(hub, tmp_path)
     total = sum(map(len, random_files().values()))
     assert hub.sent.total() - total <= kills * len(SHARDS) * IN_FLIGHT
+
+
+def test_the_vision_towers_own_file_is_downloaded_and_no_other_in_a_folder(hub: HubServer, tmp_path: Path) -> None:
+    tower = random.Random(2).randbytes(1000)
+    hub.repositories["owner/name"].revisions["main"] |= {VISION_FILE: tower, "original/model.safetensors": b"other"}
+    with start(hub, tmp_path) as process:
+        printed, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    snapshot = Path(printed.strip())
+    assert (snapshot / VISION_FILE).read_bytes() == tower
+    assert not (snapshot / "original").exists()
+    (snapshot / VISION_FILE).unlink()
+    assert not is_complete(snapshot)
 
 
 def test_a_part_that_is_damaged_is_downloaded_again(hub: HubServer, tmp_path: Path) -> None:

@@ -19,11 +19,13 @@ from dgemma_convert import convert
 from dgemma_convert.source import open_source
 from dgemma_mlx.checkpoint.hub import DEMO_FOLDER, resolve
 from dgemma_mlx.checkpoint.shards import read_header
+from dgemma_mlx.checkpoint.vision_config import VISION_FILE
 from dgemma_mlx.cli.info import describe
 from dgemma_mlx.cli.verdict import loaded_bytes
 from dgemma_mlx.generation.memory import Work, run_memory
 from tests.hub_server import HubServer, Repository
-from tests.model.checkpoint import flat_config
+from tests.model.checkpoint import flat_config, random_tensors, write_checkpoint
+from tests.vision.towers import tower_tensors, vision_config
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
@@ -55,6 +57,27 @@ def test_the_demo() -> None:
     assert list(facts["memory"]) == ["1024", "4096"]
     small, large = facts["memory"].values()
     assert small["cache"] < large["cache"] and facts["bytes"] < small["total"] < large["total"]
+
+
+def test_the_vision_tower(tmp_path: Path) -> None:
+    config = vision_config()
+    tower = tower_tensors(config)
+    size = sum(tensor.nbytes for tensor in tower.values())
+    source = write_checkpoint(tmp_path / "whole", config, {**random_tensors(config), **tower})
+    facts = facts_of(source)
+    assert facts["vision"] is True
+    assert facts["vision_tower"] == {
+        "layers": 2, "soft_tokens": 280, "parameters": size // 4, "bytes": size, "formats": ["F32"], "file": None,
+        "problem": None,
+    }
+    apart = write_checkpoint(tmp_path / "apart", config, random_tensors(config))
+    assert facts_of(apart)["vision_tower"]["problem"] == "its weights are not in the checkpoint"
+    (apart / VISION_FILE).parent.mkdir()
+    mx.save_safetensors(str(apart / VISION_FILE), tower)
+    assert facts_of(apart)["vision_tower"] == {**facts["vision_tower"], "file": VISION_FILE}
+    line = next(line for line in run(str(apart)).stdout.decode().splitlines() if line.startswith("  vision "))
+    assert line.endswith(f"(F32) in {VISION_FILE}, 280 tokens per image")
+    assert "  vision      no\n" in run("demo").stdout.decode()
 
 
 def test_a_name_from_outside_is_harmless_on_the_terminal(tmp_path: Path) -> None:

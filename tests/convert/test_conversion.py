@@ -13,6 +13,11 @@ from safetensors import safe_open
 
 from dgemma_convert import RECIPES, carry_out, convert, prepare
 from dgemma_convert.formats import Format
+from dgemma_mlx.checkpoint.config import ModelConfig
+from dgemma_mlx.checkpoint.vision_config import VISION_FILE, VisionConfig
+from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.vision.load import load_tower
+from dgemma_mlx.vision.pixels import read_picture
 from tests.convert.checkpoints import (
     SMALLEST,
     TOWER,
@@ -35,6 +40,7 @@ from tests.model.checkpoint import (
     random_tensors,
     write_checkpoint,
 )
+from tests.vision.towers import noise, saved, tower_tensors, vision_config
 
 FIXED = [name for name in RECIPES if name != "mixed"]
 INDEX = "model.safetensors.index.json"
@@ -249,6 +255,50 @@ def test_bias_of_a_packed_vision_module_is_copied(tmp_path: Path) -> None:
     kept = load(convert(str(source)).output)[1].vision
     assert kept.keys() == vision.keys()
     assert all(identical(kept[name], tensor) for name, tensor in vision.items())
+
+
+def test_vision_bits_pack_the_matrices_whose_rows_divide_into_groups(tmp_path: Path) -> None:
+    config = vision_config(intermediate_size=80)  # no multiple of 64, as the 4,304 of the published tower
+    tower = tower_tensors(config)
+    source = make_source(tmp_path / "source", config, {**some_tensors(), **tower})
+    plain, small = convert(str(source), tmp_path / "plain"), convert(str(source), tmp_path / "small", vision_bits=8)
+    kept = load(small.output)[1].vision
+    packed = {name.removesuffix(".scales") for name in kept if name.endswith(".scales")}
+    layer = "model.encoder.vision_tower.encoder.layers.0"
+    assert f"{layer}.self_attn.q_proj.linear" in packed and f"{layer}.mlp.gate_proj.linear" in packed
+    assert "model.encoder.vision_tower.patch_embedder.input_proj" in packed
+    assert "model.encoder.embed_vision.embedding_projection" in packed
+    assert f"{layer}.mlp.down_proj.linear" not in packed
+    assert all(len(tower[f"{name}.weight"].shape) == 2 for name in packed)
+    assert any("mlp.down_proj.linear.weight" in warning for warning in small.plan.warnings)
+    assert small.plan.fingerprint() != plain.plan.fingerprint()
+    picture = read_picture(saved(noise(60, 90)), VisionConfig(), 70, "noise")
+    one, other = (
+        load_tower(report.output, ModelConfig.load(report.output), mx.float32)(picture.patches(), picture.grid)
+        for report in (plain, small)
+    )
+    assert 0 < float(mx.abs(one - other).mean()) < 0.05 * float(one.std())
+    again = convert(str(small.output), tmp_path / "again", vision_bits=8).output
+    assert all(identical(load(again)[1].vision[name], tensor) for name, tensor in kept.items())
+
+
+def test_bits_of_a_tower_that_cannot_be_had_are_refused(tmp_path: Path) -> None:
+    source = str(make_source(tmp_path / "source"))
+    with pytest.raises(DgemmaError, match=r"the vision tower cannot have 4 bits"):
+        convert(source, vision_bits=4)
+    with pytest.raises(DgemmaError, match=r"source has no vision tower to pack"):
+        convert(source, vision_bits=8)
+
+
+def test_the_file_of_optiq_becomes_part_of_the_shards(tmp_path: Path) -> None:
+    config = vision_config()
+    source = make_source(tmp_path / "source", config)
+    tower = {name: tensor.astype(mx.bfloat16) for name, tensor in tower_tensors(config).items()}
+    (source / VISION_FILE).parent.mkdir()
+    mx.save_safetensors(str(source / VISION_FILE), {name.split(".", 2)[2]: value for name, value in tower.items()})
+    kept = load(convert(str(source)).output)[1].vision
+    assert kept.keys() == tower.keys()
+    assert all(identical(kept[name], tensor) for name, tensor in tower.items())
 
 
 # Sources that are conversions themselves

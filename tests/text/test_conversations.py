@@ -189,7 +189,8 @@ def test_what_a_template_leaves_out_is_refused(gemma: Tokenizer) -> None:
 
 def test_images_keep_their_files_in_one_form() -> None:
     parts = [{"type": "image", "path": Path("a.png"), "budget": 70}, {"type": "image", "bytes": bytearray(b"ab")},
-             {"type": "image", "base64": "YWI="}, {"type": "video", "path": "b.mp4"}, {"type": "text", "text": "c"}]  # fmt: skip
+             {"type": "image", "base64": "YWI="}, {"type": "video", "path": "b.mp4"},
+             {"type": "text", "text": "c"}]  # fmt: skip
     [message] = conversation([{"role": "user", "content": parts}])
     assert message["content"] == [
         {"type": "image", "path": "a.png", "budget": 70}, {"type": "image", "bytes": b"ab"},

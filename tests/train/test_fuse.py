@@ -11,12 +11,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from dgemma_mlx.checkpoint.config import ModelConfig
 from dgemma_mlx.checkpoint.shards import open_tensors
+from dgemma_mlx.checkpoint.vision_config import VISION_FILE
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.model.adapter import GROUPS, AdapterConfig, adapted_modules, attach, merged, plain_weight
 from dgemma_mlx.model.adapter_file import load_adapter, save_adapter
 from dgemma_mlx.train.fuse import fuse
+from dgemma_mlx.vision.load import load_tower
 from tests.model.checkpoint import Tensors, flat_config, load, logits, quantized, random_tensors, write_checkpoint
+from tests.vision.towers import tower_tensors, vision_config
 
 FOUR = {"group_size": 64, "bits": 4, "mode": "affine"}
 EIGHT = {"group_size": 64, "bits": 8, "mode": "affine"}
@@ -121,6 +125,26 @@ def test_dequantized_output_computes_what_base_and_adapter_compute(tmp_path: Pat
     assert "quantization" not in raw
     expected, plain = adapted_logits(folder, adapter), logits(load(folder)[0])
     assert np.abs(logits(load(tmp_path / "fused")[0]) - expected).mean() < 0.2 * np.abs(expected - plain).mean()
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_the_vision_tower_stays_readable(tmp_path: Path, dequantize: bool) -> None:
+    config = vision_config()
+    tower = tower_tensors(config)
+    module = "model.encoder.embed_vision.embedding_projection"
+    names = [f"{module}.{part}" for part in ("weight", "scales", "biases")]
+    projection = dict(zip(names, mx.quantize(tower.pop(names[0]), **EIGHT), strict=True))
+    written = {**config, "quantization": {**FOUR, module: EIGHT}}
+    folder = write_checkpoint(tmp_path / "base", written, {**random_tensors(flat_config()), **projection})
+    (folder / VISION_FILE).parent.mkdir()
+    mx.save_safetensors(str(folder / VISION_FILE), tower)
+    fuse(str(folder), adapter_for(folder, tmp_path / "adapter"), tmp_path / "fused", dequantize=dequantize)
+    before, after = (
+        load_tower(place, ModelConfig.load(place), mx.float32) for place in (folder, tmp_path / "fused")
+    )
+    assert ("scales" in after.embedding_projection) is not dequantize
+    patches = np.random.default_rng(0).random((54, 768), np.float32)
+    np.testing.assert_allclose(after(patches, (6, 9)), before(patches, (6, 9)), atol=0.03 if dequantize else 0)
 
 
 def test_a_failed_merge_leaves_no_files(tmp_path: Path) -> None:

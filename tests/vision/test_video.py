@@ -97,7 +97,7 @@ def test_what_is_not_a_video_is_refused(tmp_path: Path) -> None:
     assert failure(tmp_path / "none") == "clip.mp4 cannot be read: No such file or directory"
 
 
-@pytest.mark.parametrize("kind", ["mp4", "avi"])
+@pytest.mark.parametrize("kind", ["mp4", "avi", "matroska"])
 def test_a_truncated_video_is_refused(kind: str) -> None:
     data = video(50, kind)
     for length in (len(data) * 9 // 10, len(data) // 2, 100):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from dgemma_mlx.cli.attachments import Attachment
 from dgemma_mlx.cli.batch import NO_ANSWER
+from dgemma_mlx.cli.images import AttachedImage
 from dgemma_mlx.cli.interrupt import interruptible
 from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.cli.render.plain import print_note, print_tool_calls, print_warnings
@@ -29,14 +30,14 @@ class Chat(ABC):
     Attributes:
         session: Messages, system prompt and changed settings.
         draw: Whether the canvas is drawn on the terminal.
-        attachments: Files that go before the next message.
+        attachments: Files and images that go with the next message.
         last: The last answer, or None.
     """
 
     def __init__(self, session: Session, defaults: dict[str, Any], *, draw: bool) -> None:
         """``defaults`` are the settings that ``/set`` has not changed."""
         self.session, self.draw = session, draw
-        self.attachments: list[Attachment] = []
+        self.attachments: list[Attachment | AttachedImage] = []
         self.last: Done | None = None
         self._defaults = defaults
 
@@ -89,6 +90,18 @@ class Chat(ABC):
     @abstractmethod
     def tokens_of(self, text: str) -> int | None:
         """Return the number of tokens of a text; None where the tokenizer is elsewhere."""
+
+    @property
+    @abstractmethod
+    def reads_images(self) -> bool:
+        """Whether the model reads images, as far as that is known here."""
+
+    @abstractmethod
+    def look(self, part: Mapping[str, Any]) -> int | None:
+        """Return the number of tokens of an image or video, a part of a message; None where only a server can tell.
+
+        Raises `DgemmaError` when the model reads none, or not this one.
+        """
 
     @abstractmethod
     def _run(self, seed: int | None, cancelled: Callable[[], bool]) -> Done:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 
-from dgemma_mlx.cli.attachments import with_attachments
-from dgemma_mlx.cli.chat import copy, files, kept, models, options, turns
+from dgemma_mlx.cli.attachments import Attachment, with_attachments
+from dgemma_mlx.cli.chat import copy, files, kept, models, options, pictures, turns
 from dgemma_mlx.cli.chat.answer import Chat
 from dgemma_mlx.cli.chat.command import Command, Outcome, at_terminal, say
 from dgemma_mlx.cli.chat.paths import paths_of
+from dgemma_mlx.cli.images import AttachedImage
 from dgemma_mlx.errors import DgemmaError
 
 QUOTES = '"""'
@@ -33,24 +34,36 @@ def take(chat: Chat, line: str, *, edited: bool = False) -> Outcome:
 
     A message that was ``edited`` replaces the last turn.
 
+    On a terminal, the absolute paths of images in a line attach them, as when files are dragged into the window. A line
+    without other words only attaches them.
+
     Raises `DgemmaError` for an unknown command and for a command that is used wrongly.
     """
     text = line.strip()
-    if command := _COMMAND.fullmatch(text):
-        name, rest = command.groups()
-        name = ALIASES.get(name, name)
-        if name not in COMMANDS:
-            raise _no_command(text, name)
-        return COMMANDS[name].run(chat, rest) or Outcome()
+    words, command = text, _COMMAND.fullmatch(text)
+    name = ALIASES.get(command[1], command[1]) if command else None
+    if command and name in COMMANDS:
+        return COMMANDS[name].run(chat, command[2]) or Outcome()
+    if at_terminal() and not is_quoted(text) and (found := pictures.dragged(text)).paths:
+        if chat.reads_images or name is not None or not found.text:
+            pictures.attach(chat, found.paths)
+            if not (words := found.text):
+                return Outcome()
+        else:
+            say(f"{chat.model_name} reads no images: {found.paths[0].name} is sent as its path")
+    elif name is not None:
+        raise _no_command(text, name)
     if at_terminal() and text in ("exit", "quit", "help"):
         hint = f"Write /{text}. To send the word as a message, write {QUOTES}{text}{QUOTES}."
         raise DgemmaError(f"{text} alone is not sent to the model", hint)
-    message = text[len(QUOTES) : -len(QUOTES)].strip() if is_quoted(text) else text
+    message = text[len(QUOTES) : -len(QUOTES)].strip() if is_quoted(text) else words
     if not message:
         return Outcome()
-    if edited:
-        chat.session.pop_turn()
-    chat.session.add("user", with_attachments(message, chat.attachments))
+    before = chat.session.pop_turn() if edited else None  # its images stay
+    images = [*((before or {}).get("images", ())),
+              *(each.image for each in chat.attachments if isinstance(each, AttachedImage))]  # fmt: skip
+    files_before = [each for each in chat.attachments if isinstance(each, Attachment)]
+    chat.session.add("user", with_attachments(message, files_before), images=images)
     chat.attachments = []
     return Outcome(ask=True)
 
@@ -83,6 +96,7 @@ COMMANDS = {
     **options.COMMANDS,
     **turns.COMMANDS,
     **files.COMMANDS,
+    **pictures.COMMANDS,
     **copy.COMMANDS,
     **kept.COMMANDS,
     "bye": Command("", "leave; so do /exit, /quit and Ctrl-D", _bye),

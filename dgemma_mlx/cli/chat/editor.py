@@ -111,7 +111,7 @@ class Words(Completer):
                 yield from _beginning(rest, dict.fromkeys(self._models(), ""))
         elif name == "copy":
             yield from _beginning(rest, {"code": ""})
-        elif name in COMMANDS and COMMANDS[name].usage.startswith("FILE"):
+        elif name in COMMANDS and COMMANDS[name].usage.lstrip("[").startswith("FILE"):
             yield from _paths(rest, complete_event)
 
 

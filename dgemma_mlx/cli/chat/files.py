@@ -9,6 +9,7 @@ from dgemma_mlx.cli.attachments import Attachment, read_attachments
 from dgemma_mlx.cli.chat.answer import Chat
 from dgemma_mlx.cli.chat.command import Command, say
 from dgemma_mlx.cli.chat.paths import path_of, paths_of
+from dgemma_mlx.cli.images import AttachedImage, gone_line
 from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.sizes import counted, size
@@ -17,14 +18,16 @@ from dgemma_mlx.sizes import counted, size
 def _read(chat: Chat, rest: str) -> None:
     found = read_attachments(paths_of(rest, "/read FILE"), say)
     again = {attachment.name for attachment in found}
-    chat.attachments = [old for old in chat.attachments if old.name not in again] + found
+    chat.attachments = [*(old for old in chat.attachments if old.name not in again), *found]
     for attachment in found:
         say(_described(chat, attachment))
     say(f"{counted(len(chat.attachments), 'file')} will be sent with your next message; /drop takes them back")
 
 
-def _described(chat: Chat, attachment: Attachment) -> str:
+def _described(chat: Chat, attachment: Attachment | AttachedImage) -> str:
     """Return the name and the size of a file, and its tokens where they can be counted."""
+    if isinstance(attachment, AttachedImage):
+        return str(attachment)
     tokens = chat.tokens_of(str(attachment))
     length = size(len(attachment.text.encode()))
     return f"{attachment.name}: {length}" + ("" if tokens is None else f", {tokens:,} tokens")
@@ -68,6 +71,8 @@ def _load(chat: Chat, rest: str) -> None:
     path = path_of(rest, "/load FILE")
     chat.session, chat.attachments = replace(Session.load(path), model=chat.session.model), []
     say(f"{counted(chat.session.turns, 'turn')} from {path}, as a new conversation")
+    if (line := gone_line(chat.session.messages)) is not None:
+        say(line)
 
 
 COMMANDS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dgemma_mlx.cli.chat.answer import Chat
 from dgemma_mlx.cli.chat.command import Command, say
+from dgemma_mlx.cli.images import gone_line
 from dgemma_mlx.cli.log.log import CONTINUABLE, Log, check_continuable, check_name
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.sizes import counted
@@ -38,6 +39,8 @@ def _switch(chat: Chat, log: Log, key: str) -> None:
         raise
     chat.attachments = []
     say(f"{entry.id}: {counted(chat.session.turns, 'turn')}; /show shows them")
+    if (line := gone_line(chat.session.messages)) is not None:
+        say(line)
 
 
 def _rename(chat: Chat, rest: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -55,9 +55,12 @@ class LocalChat(Chat):
         return self.model.config.text.max_position_embeddings
 
     @property
-    def used(self) -> int:
-        """Number of positions that the conversation takes."""
-        return len(self.model.encode_prompt(self.session.prompt())) if self.session.messages else 0
+    def used(self) -> int | None:
+        """Number of positions that the conversation takes; None when it has images that the model does not read."""
+        try:
+            return len(self.model.encode_prompt(self.session.prompt())) if self.session.messages else 0
+        except DgemmaError:  # the next answer says why
+            return None
 
     def models(self) -> list[tuple[str, str]]:
         """Return the demo and the models in the Hub's cache, with their sizes."""
@@ -107,6 +110,15 @@ class LocalChat(Chat):
     def tokens_of(self, text: str) -> int:
         """Return the number of tokens of a text."""
         return len(self.model.tokenizer.encode(text))
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the checkpoint has a vision tower."""
+        return self.model.config.vision is not None
+
+    def look(self, part: Mapping[str, Any]) -> int:
+        """Return the number of tokens of an image or video, a part of a message."""
+        return sum(id < 0 for id in self.model.encode_prompt([{"role": "user", "content": [part]}]))
 
     def _run(self, seed: int | None, cancelled: Callable[[], bool]) -> Done:
         """Generate an answer and show it."""

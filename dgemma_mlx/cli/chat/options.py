@@ -8,6 +8,7 @@ from dataclasses import asdict
 from dgemma_mlx.checks import shown
 from dgemma_mlx.cli.chat.answer import Chat
 from dgemma_mlx.cli.chat.command import Command, say
+from dgemma_mlx.cli.images import image_label
 from dgemma_mlx.cli.log.session import CHANGEABLE
 from dgemma_mlx.cli.settings import parse
 from dgemma_mlx.errors import DgemmaError
@@ -55,7 +56,8 @@ def _show(chat: Chat, rest: str) -> None:
     for message in chat.session.messages:
         mark = " (cancelled)" if message.get("cancelled") else ""
         content = message.get("content") or ""
-        say(f"\n[{message['role']}{mark}]\n{content if isinstance(content, str) else json.dumps(content)}")
+        images = "".join(f"{image_label(image)}\n" for image in message.get("images", ()))
+        say(f"\n[{message['role']}{mark}]\n{images}{content if isinstance(content, str) else json.dumps(content)}")
         for call in message.get("tool_calls") or ():
             say(f"tool call: {json.dumps(call, ensure_ascii=False)}")
     if chat.attachments:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+import base64
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from dgemma_mlx.checks import is_whole
 from dgemma_mlx.cli.chat.answer import Chat
 from dgemma_mlx.cli.chat.connection import CONTEXT_EXCEEDED, Server, ServerError
+from dgemma_mlx.cli.images import media_type, read_image
 from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Committed, Done, Draft, Event, Statistics
@@ -110,6 +113,19 @@ class RemoteChat(Chat):
     def tokens_of(self, text: str) -> None:
         """Return None: the tokenizer is the server's."""
 
+    @property
+    def reads_images(self) -> bool:
+        """True: whether its model does is what the server says when it gets one."""
+        return True
+
+    def look(self, part: Mapping[str, Any]) -> None:
+        """Return None: the server counts the tokens. Raises `DgemmaError` for what its protocol has no place for."""
+        if part["type"] == "video":
+            raise DgemmaError("a video cannot be sent to a server", "Load a model with -m, or send single pictures.")
+        if media_type(read_image(Path(part["path"]))) is None:
+            hint = "It may be a PNG, JPEG, GIF, WebP, BMP, TIFF or AVIF file."
+            raise DgemmaError(f"{part['path']} is not a picture", hint)
+
     def _run(self, seed: int | None, cancelled: Callable[[], bool]) -> Done:
         """Ask the server, without the oldest turns where the conversation is too long for it, and show the answer."""
         while True:
@@ -125,12 +141,29 @@ class RemoteChat(Chat):
     def _body(self, seed: int | None) -> dict[str, Any]:
         """Return the request. A temperature other than 0 has no effect on a server."""
         body: dict[str, Any] = {
-            "model": self._chosen, "messages": self.session.prompt(), "stream": True, "drafts": True, "seed": seed,
-            "max_tokens": self.setting("max_tokens"), "temperature": self.setting("temp"),
-            "speed": self.setting("speed"), "stream_options": {"include_usage": True},
-            "reasoning_effort": "medium" if self.setting("thinking") else "none",
+            "model": self._chosen, "messages": list(map(_sent, self.session.prompt())), "stream": True,
+            "drafts": True, "seed": seed, "max_tokens": self.setting("max_tokens"),
+            "temperature": self.setting("temp"), "speed": self.setting("speed"),
+            "stream_options": {"include_usage": True}, "reasoning_effort": "medium" if self.setting("thinking") else "none",
         }  # fmt: skip
         return {name: value for name, value in body.items() if value is not None}
+
+
+def _sent(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message in OpenAI's form: its images are data URLs."""
+    content = message.get("content")
+    if message["role"] != "user" or not isinstance(content, list):
+        return message
+    return {**message, "content": list(map(_sent_part, content))}
+
+
+def _sent_part(part: dict[str, Any]) -> dict[str, Any]:
+    if part["type"] == "video":  # of a conversation with a loaded model
+        raise DgemmaError("the conversation has a video, which cannot be sent to a server", "/clear begins a new one.")
+    if part["type"] != "image":
+        return part
+    kind = media_type(base64.b64decode(part["base64"])) or "application/octet-stream"
+    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{part['base64']}"}}
 
 
 class RemoteAnswer:

@@ -77,9 +77,11 @@ def chat(
         - Alt-Enter starts a new line, and `\"\"\"` begins and ends a message of several lines. The arrow keys bring
           back earlier messages.
         - The commands are `/help`, `/model`, `/system`, `/set`, `/show`, `/stats`, `/clear`, `/regen`, `/undo`,
-          `/edit`, `/read FILE...`, `/files`, `/drop`, `/save FILE`, `/load FILE`, `/copy`, `/sessions`,
-          `/rename NAME` and `/bye`. A line that begins with a slash never reaches the model, except within `\"\"\"`.
-          `/system none` removes the system prompt.
+          `/edit`, `/read FILE...`, `/files`, `/drop`, `/save FILE`, `/load FILE`, `/image FILE...`, `/video FILE...`,
+          `/copy`, `/sessions`, `/rename NAME` and `/bye`. A line that begins with a slash never reaches the model,
+          except within `\"\"\"`. `/system none` removes the system prompt.
+        - `/image FILE` shows the model a picture with your next message; so does a picture that is dragged into the
+          window. `/drop` takes it back.
         - Ctrl-X Ctrl-E opens the message in an editor. The line below the prompt shows how much of the model's context
           is used; the setting `stats` prints a line about each answer.
         - Ctrl-C stops an answer after the current step. Committed canvases stay, marked as cancelled. Ctrl-C twice at

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dgemma_mlx.cli.chat.answer import Chat
 from dgemma_mlx.cli.chat.command import Command, Outcome, can_edit, say
 from dgemma_mlx.errors import DgemmaError
@@ -13,7 +15,8 @@ def _clear(chat: Chat, rest: str) -> None:
 
 
 def _regen(chat: Chat, rest: str) -> Outcome:
-    chat.session.add("user", _last_question(chat))
+    question = _last_question(chat)
+    chat.session.add("user", question["content"], images=question.get("images"))
     return Outcome(ask=True, again=True)
 
 
@@ -30,7 +33,7 @@ def _edit(chat: Chat, rest: str) -> Outcome:
     return Outcome(text=str(chat.session.messages[chat.session.questions[-1]]["content"]))
 
 
-def _last_question(chat: Chat) -> str:
+def _last_question(chat: Chat) -> dict[str, Any]:
     """Remove the last turn and return its question. Raises `DgemmaError` when there is no turn."""
     question = chat.session.pop_turn()
     if question is None:
