@@ -1,13 +1,13 @@
 """The trainer of the demo model's vision tower: ``make demo-vision``.
 
 The text network is frozen: not a bit of it changes. The tower is trained on pictures that this repository draws
-(``train.tasks.look``), in three stages.
+(``train.tasks.look``), in four stages.
 
 1. ``see``: the tower alone, with two linear maps that are thrown away, learns to name the colour and the thing.
-2. ``show``: for each colour and each thing, a vector is learned that makes the frozen network give the right answers
-   when it stands at all places of a picture, and for each place one that is the same in all pictures.
-3. ``join``: the projection is fitted so that the tower writes the sums of these vectors; then tower and projection are
-   trained together, through the frozen network.
+2. ``show``: vectors are learned that make the frozen network give the right answers: one for each colour, which stands
+   in the even rows of a picture's soft tokens, one for each thing, in the odd rows, and one for each place.
+3. ``fit``: the tower, with its projection, learns to write these vectors.
+4. ``join``: tower and projection are trained together, through the frozen network.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-import numpy as np
 from mlx.utils import tree_flatten
 
 from dgemma_mlx.checkpoint.vision_config import VisionConfig
@@ -43,9 +42,10 @@ from dgemma_mlx.train.tasks.look import COLOURS, GRIDS, PATCH, THINGS, draw_scen
 from dgemma_mlx.vision.tower import VisionTower
 
 SEED = 0
-STEPS = {"see": 2000, "show": 1500, "join": 1000}
-BATCH = {"see": 64, "show": 16, "join": 16}
-RATES = {"see": (0.02, 2e-3), "show": (0.0, 0.03), "join": (0.002, 3e-4)}  # peak rates of Muon and of AdamW
+STEPS = {"see": 3000, "show": 1500, "fit": 500, "join": 1000}
+BATCH = {"see": 64, "show": 16, "fit": 64, "join": 16}
+# Peak rates of Muon and of AdamW.
+RATES = {"see": (0.02, 2e-3), "show": (0.0, 0.03), "fit": (0.01, 1e-3), "join": (0.002, 3e-4)}
 _OBJECTIVE = ObjectiveConfig(causal_weight=0.0, balance_weight=0.0, full_noise=0.6, min_noise=0.4)
 SHARD, INDEX = "model-vision.safetensors", "model.safetensors.index.json"
 _LOG_EVERY, _SAVE_EVERY = 25, 100
@@ -109,8 +109,8 @@ class Codes(nn.Module):
     """Vectors that show a colour and a thing to the text network.
 
     Attributes:
-        colours: One vector for each of ``COLOURS``, (7, M).
-        things: One vector for each of ``THINGS``, (21, M).
+        colours: One vector for each of ``COLOURS``, (7, M), for the even rows of soft tokens.
+        things: One vector for each of ``THINGS``, (21, M), for the odd rows.
         rows: One vector for each row of a picture's soft tokens, whatever it shows, (11, M).
         columns: One vector for each column, (11, M).
     """
@@ -127,8 +127,9 @@ class Codes(nn.Module):
         """Return the sum of the vectors of each place of each picture, (B, n, M)."""
         (rows, columns), (colour, thing) = pictures.grid, pictures.labels()
         place = mx.arange(rows * columns)
-        shown = self.colours[colour] + self.things[thing]
-        summed: mx.array = shown[:, None] + (self.rows[place // columns] + self.columns[place % columns])
+        even = (place // columns % 2 == 0)[:, None]
+        shown = mx.where(even, self.colours[colour][:, None], self.things[thing][:, None])
+        summed: mx.array = shown + (self.rows[place // columns] + self.columns[place % columns])
         return summed
 
 
@@ -224,23 +225,26 @@ def show(model: Model, steps: int, folder: Path, log: Log) -> Codes:
     return codes
 
 
-def fit_projection(seeing: Seeing, codes: Codes, batches: int = 30) -> None:
-    """Fit the tower's projection by least squares, so that each soft token is the sum of its picture's vectors."""
-    H, M = VISION["hidden_size"], codes.colours.shape[-1]
-    squares, products = np.zeros((H, H)), np.zeros((H, M))
-    for number in range(batches):
-        pictures = drawn(random.Random(f"{SEED}/fit/{number}"), "train", BATCH["see"])
-        features = encode_pictures(seeing.tower, pictures)
-        a, b = (np.array(array.reshape(-1, array.shape[-1]), np.float64) for array in (features, codes(pictures)))
-        squares += a.T @ a
-        products += a.T @ b
-    fitted = np.linalg.solve(squares + 1e-3 * np.trace(squares) / H * np.eye(H), products)
-    seeing.tower.embedding_projection.weight = mx.array(fitted.T.astype(np.float32))
+def fit(seen: VisionTower, codes: Codes, steps: int, folder: Path, log: Log) -> VisionTower:
+    """Return a tower with a projection that is trained, from a tower that sees, to write the vectors of ``show``."""
+    mx.random.seed(SEED)
+    tower = VisionTower(vision_config(), codes.colours.shape[-1])
+    weights: Any = tree_flatten(seen.parameters())
+    tower.load_weights([(path, array) for path, array in weights if "projection" not in path], strict=False)
+
+    def loss(rng: random.Random, _: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
+        pictures = drawn(rng, "train", BATCH["fit"])
+        wanted = codes(pictures)
+        total = mx.square(encode_pictures(tower, pictures) - wanted).mean() / mx.square(wanted).mean()
+        return total, {"loss": total}
+
+    codes.freeze()
+    train_stage("fit", tower, loss, steps, folder, log)
+    return tower
 
 
 def join(model: Model, tower: VisionTower, steps: int, folder: Path, log: Log) -> None:
     """Train tower and projection together, through the frozen network."""
-    tower.unfreeze()
 
     def loss(rng: random.Random, key: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
         pictures = drawn(rng, "train", BATCH["join"])
@@ -319,9 +323,9 @@ def main() -> None:
     model.network.train()
     seeing = see(vision_config(), arguments.see, folder, log)
     codes = show(model, arguments.show, folder, log)
-    fit_projection(seeing, codes)
-    join(model, seeing.tower, arguments.join, folder, log)
-    export(seeing.tower, model.folder, folder / "model")
+    tower = fit(seeing.tower, codes, arguments.fit, folder, log)
+    join(model, tower, arguments.join, folder, log)
+    export(tower, model.folder, folder / "model")
 
 
 if __name__ == "__main__":
