@@ -19,7 +19,7 @@ from dgemma_mlx.cli.log.asking import asked
 from dgemma_mlx.cli.log.log import Log
 from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.errors import DgemmaError
-from tests.vision.seeing import drawn, png, write_seeing
+from tests.vision.seeing import drawn, png, write_blind, write_seeing
 from tests.vision.test_video import video
 
 Run = Callable[..., tuple[int, str, str]]
@@ -115,10 +115,11 @@ def test_a_missing_library_is_named_before_a_model_is_loaded(run: Run, monkeypat
 def test_a_model_without_a_tower_says_so(run: Run) -> None:
     picture(Path("a.png"))
     Path("t.txt").write_text("a ___")
+    write_blind(Path("blind"))
     for command in (["generate", "a"], ["fill", "t.txt"], ["edit", "a", "t.txt"], ["choose", "a", "--from", "b,c"]):
-        code, _, err = run(*command, "-m", "demo", "--image", "a.png")
+        code, _, err = run(*command, "-m", "./blind", "--image", "a.png")
         assert code == 2 and err.splitlines()[0] == (
-            "dgemma-mlx: demo reads no images: the checkpoint has no vision tower"
+            "dgemma-mlx: ./blind reads no images: the checkpoint has no vision tower"
         )
 
 

@@ -26,7 +26,7 @@ from dgemma_mlx.server.responses_request import ResponsesRequest
 from dgemma_mlx.server.responses_request import conversation as of_responses
 from dgemma_mlx.server.settings import ServerSettings
 from tests.server.live import http, serving
-from tests.vision.seeing import png, write_seeing
+from tests.vision.seeing import png, write_blind, write_seeing
 
 SEED, MOST, QUESTION = 3, 8, "What is it?"
 
@@ -245,8 +245,9 @@ def test_what_a_model_reads_is_told(closed: str) -> None:
     assert entry["architecture"]["input_modalities"] == ["text", "image"]
 
 
-def test_a_model_without_a_tower_reads_no_images() -> None:
-    with serving() as address:
+def test_a_model_without_a_tower_reads_no_images(tmp_path: Path) -> None:
+    blind = write_blind(tmp_path / "blind")
+    with serving(lambda: load(blind)) as address:
         for path, body in (
             ("/v1/chat/completions", chat()), ("/v1/responses", response(image_url=URL)),
             ("/v1/messages", message(**BASE64)),

@@ -84,6 +84,14 @@ def write_seeing(folder: Path, seed: int = 0, **vision: Any) -> Path:
     return folder
 
 
+def write_blind(folder: Path) -> Path:
+    """Write the demo without its vision tower and return the folder."""
+    shutil.copytree(DEMO_FOLDER, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vision_config": None}))
+    return folder
+
+
 def drawn(seed: int = 0, width: int = 40, height: int = 40) -> Image.Image:
     """Return a picture of noise, whose pixels depend on the seed."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
