@@ -42,10 +42,10 @@ from dgemma_mlx.train.tasks.look import COLOURS, GRIDS, PATCH, THINGS, draw_scen
 from dgemma_mlx.vision.tower import VisionTower
 
 SEED = 0
-STEPS = {"see": 3000, "show": 1500, "fit": 500, "join": 1000}
+STEPS = {"see": 3000, "show": 1500, "fit": 500, "join": 1500}
 BATCH = {"see": 64, "show": 16, "fit": 64, "join": 16}
 # Peak rates of Muon and of AdamW.
-RATES = {"see": (0.02, 2e-3), "show": (0.0, 0.03), "fit": (0.01, 1e-3), "join": (0.002, 3e-4)}
+RATES = {"see": (0.02, 2e-3), "show": (0.0, 0.03), "fit": (0.01, 1e-3), "join": (0.005, 1e-3)}
 _OBJECTIVE = ObjectiveConfig(causal_weight=0.0, balance_weight=0.0, full_noise=0.6, min_noise=0.4)
 SHARD, INDEX = "model-vision.safetensors", "model.safetensors.index.json"
 _LOG_EVERY, _SAVE_EVERY = 25, 100

@@ -97,11 +97,7 @@ class Scene:
         """Return the answer to a question about the colour or about the kind of thing that is shown."""
         if topic == "colour":
             return f"It is {self.colour}."
-        if topic == "shape":
-            return f"It is a {self.value}."
-        if topic == "digit":
-            return f"It is {self.value}."
-        return "There is 1." if self.value == "1" else f"There are {self.value}."
+        return f"It is a {self.value}." if topic == "shape" else f"It is {self.value}."
 
 
 @dataclass(frozen=True)
