@@ -310,6 +310,10 @@ def generate_batch(
     choices = tool_choice if isinstance(tool_choice, (list, tuple)) else [tool_choice] * count
     are_lists = bool(tools) and all(own is None or isinstance(own, (list, tuple)) for own in tools or ())
     offers: Sequence[Any] = (tools or ()) if are_lists else [tools] * count
+    if not (images is None or isinstance(images, (list, tuple))):
+        raise DgemmaError(
+            f"images must be a list of lists, not {shown(images)}", 'As in [["cat.png"], None].', exit_code=2
+        )
     images = [None] * count if images is None else images
     for name, values in (("max_tokens", limits), ("seeds", seeds), ("system", systems), ("tools", offers),
                          ("tool_choice", choices), ("images", images)):  # fmt: skip

@@ -193,6 +193,7 @@ def test_a_stream_of_a_picture_is_answered(address: str) -> None:
     [
         ("/v1/chat/completions", chat(1), "messages[0].content[0]"),
         ("/v1/chat/completions", chat(detail="huge"), "messages[0].content[0]"),
+        ("/v1/chat/completions", chat(detail=["low"]), "messages[0].content[0]"),
         ("/v1/chat/completions", chat("data:image/png;base64,a"), "malformed"),
         ("/v1/chat/completions", chat("data:image/png;base64"), "messages[0].content[0]"),
         ("/v1/chat/completions", chat("data:text/html;base64,aaaa"), "'text/html' is not an image"),
