@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,27 @@ def test_the_tower_is_read_at_the_first_picture_and_features_are_kept(seeing_fol
     assert features.shape == (64, 128) and features.dtype == model.network.dtype
     [again] = model.encode_prompt("Another question", images=[png()]).pictures.values()
     assert model.pictures.features(again) is features
+
+
+def test_a_configuration_without_weights_is_no_tower(seeing_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(seeing_folder, tmp_path / "stripped")
+    tensors: Any = mx.load(str(seeing_folder / "model.safetensors"))
+    text = {name: tensor for name, tensor in tensors.items() if "vision" not in name}
+    mx.save_safetensors(str(tmp_path / "stripped" / "model.safetensors"), text)
+    model = load(tmp_path / "stripped")
+    assert model.config.vision is None and model.pictures is None
+    with pytest.raises(DgemmaError, match="the checkpoint has no vision tower"):
+        model.encode_prompt(QUESTION, images=[png()])
+
+
+def test_the_work_ends_between_two_pictures(seeing_folder: Path) -> None:
+    model = load(seeing_folder)
+    encoder = model.pictures
+    assert encoder is not None
+    generate(
+        model, QUESTION, images=[png(seed) for seed in range(4)], cancelled=lambda: len(encoder._features) > 0, **SHORT
+    )
+    assert len(encoder._features) == 1
 
 
 def test_fill_edit_choose_and_constraints_see_the_picture(seeing: Model) -> None:
