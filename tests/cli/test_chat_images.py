@@ -106,12 +106,12 @@ def test_frames_of_a_video_are_shown_while_the_file_is_there(
     take(chat, f"/video {path}")
     assert capsys.readouterr().err.startswith(f"{path}  120 tokens\n1 file will be sent")
     take(chat, "What?")
-    assert chat.answer() and (used := chat.used) is not None and used > 120
+    assert (used := chat.used) is not None and used > 120
+    chat.session.add("assistant", "Grey.")
     path.unlink()
     take(chat, "/show")
     assert "[video: clip.mp4, gone]\nWhat?" in capsys.readouterr().err
-    take(chat, "And now?")
-    assert chat.answer() and (used := chat.used) is not None and used < 120
+    assert (used := chat.used) is not None and used < 120
 
 
 def test_a_model_without_a_tower_says_so_and_paths_are_words(pictures: Path) -> None:

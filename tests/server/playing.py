@@ -48,6 +48,12 @@ class Play:
                 return f'<|tool_call>call:{name}{{input:<|"|>a "b"<|"|>}}<tool_call|>'
         return NUMBERS if "count" in prompt else "Fine."
 
+    def wait(self, seconds: float) -> None:
+        """Let the model wait for some time at the next prompt "wait"."""
+        self.waits.clear()
+        self.goes_on.clear()
+        threading.Timer(seconds, self.goes_on.set).start()
+
     def last(self) -> str:
         """Return the last prompt."""
         return self.prompts[-1]

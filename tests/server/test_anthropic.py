@@ -104,7 +104,8 @@ def test_a_stream_and_a_whole_answer_have_the_same_blocks(client: httpx.Client) 
 
 
 def test_silence_is_broken_by_pings(client: httpx.Client) -> None:
-    body = {"messages": [user("hi")], "stream": True}
+    body = {"messages": [user("wait")], "stream": True}
+    PLAY.wait(0.1)
     assert {"type": "ping"} in events(client.post("/v1/messages", json=body))
 
 

@@ -84,7 +84,8 @@ def test_a_stream_tells_of_reasoning_text_and_calls_in_order(client: httpx.Clien
 
 
 def test_silence_is_broken_by_the_response_as_it_is(client: httpx.Client) -> None:
-    found = events(client.post("/v1/responses", json={"input": "hi", "stream": True}))
+    PLAY.wait(0.1)
+    found = events(client.post("/v1/responses", json={"input": "wait", "stream": True}))
     assert len([each for each in found if each["type"] == "response.in_progress"]) > 1
 
 

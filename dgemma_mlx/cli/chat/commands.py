@@ -74,7 +74,9 @@ def _no_command(text: str, name: str) -> DgemmaError:
         is_file = all(path.exists() for path in paths_of(text, "/read FILE"))
     except DgemmaError:
         is_file = False
-    hint = "/read FILE sends a file." if is_file else "/help lists the commands. Nothing was sent."
+    hint = "/help lists the commands. Nothing was sent."
+    if is_file:
+        hint = "/read FILE sends a file, and /image FILE shows a picture."
     return DgemmaError(f"there is no command /{name}", hint)
 
 

@@ -144,7 +144,8 @@ class RemoteChat(Chat):
             "model": self._chosen, "messages": list(map(_sent, self.session.prompt())), "stream": True,
             "drafts": True, "seed": seed, "max_tokens": self.setting("max_tokens"),
             "temperature": self.setting("temp"), "speed": self.setting("speed"),
-            "stream_options": {"include_usage": True}, "reasoning_effort": "medium" if self.setting("thinking") else "none",
+            "stream_options": {"include_usage": True},
+            "reasoning_effort": "medium" if self.setting("thinking") else "none",
         }  # fmt: skip
         return {name: value for name, value in body.items() if value is not None}
 
