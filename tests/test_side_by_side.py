@@ -30,6 +30,7 @@ def run(folder: Path, *arguments: str) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.slow
 def test_alone_it_measures_this_project(tmp_path: Path) -> None:
     results = run(tmp_path)
     rows = [(row["program"], row["prompt_tokens"]) for row in results["rows"]]

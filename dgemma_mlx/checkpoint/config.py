@@ -253,6 +253,11 @@ class ModelConfig:
             require(token < config.text.vocab_size, f"{name} {token} is not in the vocabulary")
         return config
 
+    @property
+    def reads_images(self) -> bool:
+        """Whether the model can be shown images."""
+        return self.vision is not None and self.vision.problem is None and self.image_token_id is not None
+
     @classmethod
     def load(cls, folder: Path) -> ModelConfig:
         """Read config.json of a checkpoint folder and, if it has a vision tower, processor_config.json.

@@ -146,7 +146,7 @@ def check_file(path: Path, what: str) -> None:
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError of a path with a NUL
         if _URL.match(str(path)):
             hint = "Download it first, for example with curl -O URL."
             address = str(path).replace(":/", "://", 1)  # as it was, before it became a path

@@ -80,10 +80,12 @@ def load(
     config = ModelConfig.load(checkpoint.folder)
     folder = None if adapter is None else Path(adapter).expanduser()
     canvas_length: int | None = None  # of the adapter
+    has_tower = False
 
     def open_network(dtype: mx.Dtype | None) -> DiffusionGemma:
-        nonlocal canvas_length
-        network, _ = load_model(checkpoint.folder, config, dtype)
+        nonlocal canvas_length, has_tower
+        network, weights = load_model(checkpoint.folder, config, dtype)
+        has_tower = bool(weights.vision)
         if should_dequantize(dequantized_bytes(network), cpu_dequantize):
             dequantize(network)
         if folder is not None:
@@ -100,6 +102,8 @@ def load(
         require_float16(network, config.bos_token_id)
     if canvas_length is not None:
         config = replace(config, canvas_length=canvas_length)
+    if not has_tower:  # some converters leave out the tower's weights, but not its configuration
+        config = replace(config, vision=None)
     if mx.metal.is_available():  # a GPU launches less; on a CPU it gains nothing
         join_projections(network)
     if image_attention is not None:
@@ -310,6 +314,10 @@ def generate_batch(
     choices = tool_choice if isinstance(tool_choice, (list, tuple)) else [tool_choice] * count
     are_lists = bool(tools) and all(own is None or isinstance(own, (list, tuple)) for own in tools or ())
     offers: Sequence[Any] = (tools or ()) if are_lists else [tools] * count
+    if not (images is None or isinstance(images, (list, tuple))):
+        raise DgemmaError(
+            f"images must be a list of lists, not {shown(images)}", 'As in [["cat.png"], None].', exit_code=2
+        )
     images = [None] * count if images is None else images
     for name, values in (("max_tokens", limits), ("seeds", seeds), ("system", systems), ("tools", offers),
                          ("tool_choice", choices), ("images", images)):  # fmt: skip

@@ -193,18 +193,19 @@ def soft_tokens(rows: Sequence[Sequence[int]], features: Callable[[int], mx.arra
     ``features`` returns the features (n, M) of the picture with a key.
     """
     firsts: dict[int, int] = {}  # the first row of each picture's features
+    lengths: dict[int, int] = {}
     arrays: list[mx.array] = []
     places, blocks, count, block = [], [], 0, -1
     for ids in rows:
         own_places, own_blocks, before, place = [], [], 0, 0
         for id in ids:
             if id < 0:
-                if id != before:
-                    block, place = block + 1, 0
                 if id not in firsts:
-                    firsts[id] = count
                     arrays.append(features(id))
-                    count += arrays[-1].shape[0]
+                    firsts[id], lengths[id] = count, arrays[-1].shape[0]
+                    count += lengths[id]
+                if id != before or place == lengths[id]:  # one picture may stand twice without ids between
+                    block, place = block + 1, 0
                 own_places.append(firsts[id] + place)
                 place += 1
             else:

@@ -21,8 +21,8 @@ def prefill(
     """Encode the ids (B, P) of prompts into the cache, chunk by chunk within the budget, as the caller iterates.
 
     Yield the number of positions after each chunk. If ``wants_hidden``, return the hidden state (B, 1, M) of the last
-    position, not evaluated; otherwise, or for an empty prompt, return None. Raises ``Cancelled`` between two chunks.
-    The bound on attention scores stays with the cache.
+    position, not evaluated; otherwise, or for an empty prompt, return None. Raises ``Cancelled`` between two chunks
+    or pictures. The bound on attention scores stays with the cache.
 
     A negative id is a picture's key, for which ``features`` returns the features (n, M). The positions of a picture see
     each other, so no chunk ends within one; a chunk may therefore be longer than the budget says, by a picture.
@@ -30,6 +30,13 @@ def prefill(
     length = len(rows[0])
     cache.reserve(length)
     cache.score_bytes = budget.score_bytes
+
+    def encoded(key: int) -> mx.array:
+        if cancellation is not None:
+            cancellation.check()
+        assert features is not None
+        return features(key)
+
     step_size = max(1, budget.prefill_step_size // len(rows))
     hidden, start = None, 0
     while start < length:
@@ -37,7 +44,7 @@ def prefill(
             cancellation.check()
         end = _chunk_end(rows, start, step_size)
         parts = [row[start:end] for row in rows]
-        soft = None if features is None else soft_tokens(parts, features)
+        soft = None if features is None else soft_tokens(parts, encoded)
         chunk = mx.array(parts if soft is None else [[max(id, 0) for id in part] for part in parts], mx.int32)
         if wants_hidden and end == length:
             hidden = network.encode(chunk, cache, soft=soft)[:, -1:]

@@ -52,7 +52,7 @@ def url_reference(url: Any, detail: Any, place: str) -> ImageReference:
     """
     if not isinstance(url, str):
         raise ApiError(400, f"{place}: an image has a URL, not {shown(url)}", param=place)
-    if detail is not None and detail not in _DETAILS:
+    if not (detail is None or isinstance(detail, str)) or detail not in _DETAILS:
         raise ApiError(400, f"{place}: detail is auto, low or high, not {shown(detail)}", param=place)
     return ImageReference(url, place, _DETAILS[detail])
 

@@ -212,7 +212,7 @@ async def props(request: Request) -> Response:
         "default_generation_settings": {"id": 0, "n_ctx": context, "speculative": False, "is_processing": False},
         "total_slots": engine.settings.max_queue, "model_alias": engine.settings.model_name,
         "model_path": engine.settings.model_name, "chat_template": template,
-        "modalities": {"vision": engine.text.config.vision is not None, "audio": False},
+        "modalities": {"vision": engine.text.config.reads_images, "audio": False},
         "build_info": f"dgemma-mlx {__version__}",
     })  # fmt: skip
 

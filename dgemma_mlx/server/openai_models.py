@@ -31,7 +31,7 @@ async def retrieve(request: Request) -> Response:
 def _entry(engine: Engine) -> dict[str, Any]:
     """Return what the list says of the model. The length of the context has no common name."""
     config = engine.text.config.text
-    reads = ["text"] if engine.text.config.vision is None else ["text", "image"]
+    reads = ["text", "image"] if engine.text.config.reads_images else ["text"]
     name, now = engine.settings.model_name, int(time.time())
     context = config.max_position_embeddings
     return {

@@ -30,15 +30,19 @@ def with_images(prompt: str | Sequence[Message], images: Sequence[Image] | None)
     Raises ``DgemmaError`` (exit code 2) for what is not a list of images, and for messages without a user's.
     """
     messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if images is None or images == []:
+    if images is None:
         return messages
     if not isinstance(images, (list, tuple)):
         raise DgemmaError(f"images must be a list, not {shown(images)}", 'As in ["cat.png"].', exit_code=2)
+    if not images:
+        return messages
     parts = [_part(image) for image in images]
     for index in range(len(messages) - 1, -1, -1):
         message = messages[index]
         if isinstance(message, Mapping) and message.get("role") == "user":
             content = message.get("content")
+            if not (content is None or isinstance(content, (str, list, tuple))):
+                return messages  # ``conversation`` refuses it
             rest = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or ())
             messages[index] = {**message, "content": [*parts, *rest]}
             return messages

@@ -18,7 +18,7 @@ from math import isfinite
 from typing import Any
 
 from dgemma_mlx.checkpoint.vision_config import BUDGETS
-from dgemma_mlx.checks import is_text, shown
+from dgemma_mlx.checks import is_text, is_whole, shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import parse_json
 from dgemma_mlx.text.parts import ToolCall
@@ -287,7 +287,7 @@ def _file(values: Mapping[str, Any], kind: str, place: str) -> dict[str, Any]:
         except (binascii.Error, ValueError):
             raise _wrong(place, "the base64 text of an image is malformed", "Encode the bytes of its file.") from None
     if "budget" in values:
-        if values["budget"] not in BUDGETS or isinstance(values["budget"], bool):
+        if not is_whole(values["budget"]) or values["budget"] not in BUDGETS:
             raise _wrong(place, f"{shown(values['budget'])} is not the budget of an image",
                          f"It is one of {', '.join(map(str, BUDGETS))} soft tokens.")  # fmt: skip
         found["budget"] = values["budget"]

@@ -112,7 +112,7 @@ class Tokenizer:
 
     def token(self, id: int) -> str:
         """Return the token as the vocabulary spells it (``▁the``, ``<0xE2>``, ``<|turn>``), or "" for an unknown id."""
-        return self._backend.token(id)
+        return self._backend.token(id) if id >= 0 else ""
 
     def token_bytes(self, id: int, *, keep_special: bool = False) -> bytes:
         """Return the UTF-8 bytes that the token adds to the decoded text.

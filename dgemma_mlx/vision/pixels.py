@@ -11,7 +11,7 @@ import os
 import stat
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
@@ -68,8 +68,8 @@ class Picture:
 def read_picture(source: str | Path | bytes, config: VisionConfig, budget: int, name: str) -> Picture:
     """Read a picture and resize it.
 
-    It is turned upright as its EXIF data say. Of an animation, the first frame is read. What is transparent becomes
-    white. Grey levels of more than 8 bits are scaled to 8 bits.
+    It is turned upright as its EXIF data say, unless these are damaged. Of an animation, the first frame is read. What
+    is transparent becomes white. Grey levels of more than 8 bits are scaled to 8 bits.
 
     Args:
         source: The path of a file, or a file's content.
@@ -147,7 +147,8 @@ def _upright_rgb(image: Image) -> Image:
     from PIL import Image as _Image
     from PIL import ImageOps
 
-    image = ImageOps.exif_transpose(image)
+    with suppress(Exception):  # Pillow raises errors of many kinds for damaged EXIF data, which other programs ignore
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _Image.fromarray(_eight_bits(np.asarray(image)))
     if "A" not in image.getbands() and image.info.get("transparency") is None:
@@ -161,7 +162,7 @@ def _eight_bits(grey: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8
     """Scale grey levels (height, width) to 8 bits.
 
     Integers are levels of 16 bits, and floats levels from 0 to 1. If some lie outside, the least level becomes black
-    and the greatest white. Raises ``ValueError`` for levels that are not finite.
+    and the greatest white; a single level becomes black. Raises ``ValueError`` for levels that are not finite.
     """
     levels = grey.astype(np.float64)
     low, high = float(levels.min()), float(levels.max())
@@ -170,7 +171,7 @@ def _eight_bits(grey: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8
     white = 1.0 if grey.dtype.kind == "f" else 65_535.0
     if low >= 0 and high <= white:
         low, high = 0.0, white
-    return np.rint((levels - low) * (255 / (high - low))).astype(np.uint8)
+    return np.rint((levels - low) * (255 / ((high - low) or 1))).astype(np.uint8)
 
 
 @contextmanager

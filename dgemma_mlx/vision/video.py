@@ -54,12 +54,12 @@ def read_frames(source: str | Path | bytes, config: VisionConfig, name: str) -> 
     require_pillow()
     config.require_supported()
     with regular_file(source, name, _OTHER_FILE) as file, _errors(name):
-        with av.open(file, options=_OPTIONS) as container:
+        with av.open(file, options=_OPTIONS, metadata_errors="replace") as container:
             times, keys = _packets(container, name)
         count = min(MOST_FRAMES, len(times))
         targets = [times[i * len(times) // count] for i in range(count)]
         file.seek(0)
-        with av.open(file, options=_OPTIONS) as container:
+        with av.open(file, options=_OPTIONS, metadata_errors="replace") as container:
             found = [
                 (seconds, _picture(frame, config, name, seconds))
                 for seconds, frame in _frames_at(targets, keys, container)
@@ -79,6 +79,8 @@ def _packets(container: InputContainer, name: str) -> tuple[list[int], list[int]
     if not container.streams.video:
         raise DgemmaError(f"{name} has no video, only sound or data", _OTHER_FILE, exit_code=2)
     stream, most = container.streams.video[0], Image.MAX_IMAGE_PIXELS
+    if stream.codec_context is None:  # although PyAV's types say that it never is
+        raise DgemmaError(f"{name} has a video that PyAV does not decode", "Convert it to H.264.", exit_code=2)
     if most is not None and stream.codec_context.width * stream.codec_context.height > most:
         raise DgemmaError(f"{name} has frames of more than {most:,} pixels", "Make the video smaller.", exit_code=2)
     times: list[int] = []
@@ -142,11 +144,11 @@ def _picture(frame: VideoFrame, config: VisionConfig, name: str, seconds: float)
 @contextmanager
 def _errors(name: str) -> Iterator[None]:
     """Turn what PyAV raises in the block into a ``DgemmaError`` that begins with ``name``."""
-    import av
-
     try:
         yield
-    except av.FFmpegError:
+    except DgemmaError:
+        raise
+    except Exception:  # readers of damaged files raise nearly anything
         raise DgemmaError(
             f"{name} is not a video that PyAV reads, or it is damaged or cut off", _OTHER_FILE, exit_code=2
         ) from None

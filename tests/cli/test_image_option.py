@@ -134,6 +134,7 @@ def test_a_batch_checks_the_images_of_every_line(tmp_path: Path, monkeypatch: py
     for images, words in (
         (["gone.png"], "images: cannot read gone.png: No such file"), ("a.png", "images cannot be"),
         ([1], "images cannot be"), ([""], "images cannot be"), (["http://a/b.png"], "images: http://a/b.png is an"),
+        (["a\0.png"], "images: cannot read a"),
     ):  # fmt: skip
         file.write_text(f'"a"\n{json.dumps({"prompt": "a", "images": images})}\n')
         with pytest.raises(DgemmaError) as caught:

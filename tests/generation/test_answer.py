@@ -13,6 +13,7 @@ from dgemma_mlx.constrain.canvas import ConstraintState
 from dgemma_mlx.constrain.tokens import TokenMachine
 from dgemma_mlx.generation.answer import Answer, call_prefix
 from dgemma_mlx.generation.options import GenerationOptions
+from dgemma_mlx.generation.pictures import PromptIds
 from dgemma_mlx.generation.request import Asked, begin
 from dgemma_mlx.text.parts import PartsParser
 
@@ -145,7 +146,7 @@ def test_ids_of_calls_are_those_of_the_prompt_alone_also_in_a_batch(demo: Model)
     call = demo.tokenizer.encode_control("<|tool_call>call:f{}<tool_call|>")
 
     def ids(prompts: list[list[int]], seeds: list[int]) -> list[str]:
-        asked = [Asked(prompt, None, True) for prompt in prompts]
+        asked = [Asked(PromptIds(prompt), None, True) for prompt in prompts]
         runner = begin(demo, asked, seeds, [8] * len(prompts), GenerationOptions())
         return [answer.parser.feed(call).tool_calls[0].id for answer in runner._answers]
 

@@ -27,6 +27,7 @@ from dgemma_mlx.server.responses_request import conversation as of_responses
 from dgemma_mlx.server.settings import ServerSettings
 from tests.server.live import http, serving
 from tests.vision.seeing import png, write_blind, write_seeing
+from tests.waiting import wait_until
 
 SEED, MOST, QUESTION = 3, 8, "What is it?"
 
@@ -179,8 +180,18 @@ def test_a_picture_is_encoded_once_for_a_conversation(model: Model) -> None:
 def test_the_log_has_no_bytes_of_pictures(address: str) -> None:
     log.clear()
     answered(address, "/v1/chat/completions", chat())
+    wait_until(lambda: any("chat" in line for line in log))  # the line comes after the answer
     [line] = [line for line in log if "chat" in line]
     assert f'"bytes": "{len(png()):,} bytes"' in line and QUESTION in line and len(line) < 400
+
+
+def test_a_tower_that_is_not_supported_is_not_offered(tmp_path: Path) -> None:
+    model = load(write_seeing(tmp_path / "odd", hidden_activation="relu"))
+    with serving(lambda: model) as address:
+        assert "unsupported hidden_activation 'relu'" in refused(address, "/v1/chat/completions", chat())
+        assert http.get(f"{address}/props").json()["modalities"]["vision"] is False
+        [entry] = http.get(f"{address}/v1/models").json()["data"]
+        assert entry["architecture"]["input_modalities"] == ["text"]
 
 
 def test_a_stream_of_a_picture_is_answered(address: str) -> None:
@@ -193,6 +204,7 @@ def test_a_stream_of_a_picture_is_answered(address: str) -> None:
     [
         ("/v1/chat/completions", chat(1), "messages[0].content[0]"),
         ("/v1/chat/completions", chat(detail="huge"), "messages[0].content[0]"),
+        ("/v1/chat/completions", chat(detail=["low"]), "messages[0].content[0]"),
         ("/v1/chat/completions", chat("data:image/png;base64,a"), "malformed"),
         ("/v1/chat/completions", chat("data:image/png;base64"), "messages[0].content[0]"),
         ("/v1/chat/completions", chat("data:text/html;base64,aaaa"), "'text/html' is not an image"),

@@ -95,7 +95,10 @@ def test_training_continues_from_an_adapter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("batch_size", "causal_weight", "checkpoint_layers"),
-    [(1, 0.0, False), (4, 0.0, False), (8, 0.0, False), (5, 0.5, False), (8, 0.0, True), (8, 0.5, True)],
+    [
+        (1, 0.0, False), (4, 0.0, False), (5, 0.5, False), (8, 0.0, True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((8, 0.0, False), (8, 0.5, True))),
+    ],
 )
 def test_the_estimate_is_near_the_peak(batch_size: int, causal_weight: float, checkpoint_layers: bool) -> None:
     """For every size of a batch. The answers fit in a canvas, so the lengths do not depend on where it is drawn."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from dgemma_mlx import Constraint, choose, edit, fill, generate, generate_batch, load
@@ -15,7 +17,7 @@ from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Done
 from dgemma_mlx.generation.memory import Work, run_memory
 from dgemma_mlx.generation.model import Model
-from dgemma_mlx.generation.pictures import PictureEncoder, most_patches
+from dgemma_mlx.generation.pictures import PictureEncoder, most_patches, soft_tokens
 from dgemma_mlx.generation.prompt_cache import PromptCache
 from dgemma_mlx.model.soft_tokens import ImageAttention
 from tests.vision.seeing import png
@@ -143,6 +145,27 @@ def test_the_tower_is_read_at_the_first_picture_and_features_are_kept(seeing_fol
     assert model.pictures.features(again) is features
 
 
+def test_a_configuration_without_weights_is_no_tower(seeing_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(seeing_folder, tmp_path / "stripped")
+    tensors: Any = mx.load(str(seeing_folder / "model.safetensors"))
+    text = {name: tensor for name, tensor in tensors.items() if "vision" not in name}
+    mx.save_safetensors(str(tmp_path / "stripped" / "model.safetensors"), text)
+    model = load(tmp_path / "stripped")
+    assert model.config.vision is None and model.pictures is None
+    with pytest.raises(DgemmaError, match="the checkpoint has no vision tower"):
+        model.encode_prompt(QUESTION, images=[png()])
+
+
+def test_the_work_ends_between_two_pictures(seeing_folder: Path) -> None:
+    model = load(seeing_folder)
+    encoder = model.pictures
+    assert encoder is not None
+    generate(
+        model, QUESTION, images=[png(seed) for seed in range(4)], cancelled=lambda: len(encoder._features) > 0, **SHORT
+    )
+    assert len(encoder._features) == 1
+
+
 def test_fill_edit_choose_and_constraints_see_the_picture(seeing: Model) -> None:
     by_picture = [
         (
@@ -206,3 +229,33 @@ def test_images_that_cannot_be_read_are_one_line_before_anything_is_encoded(seei
 def test_a_template_that_shows_fewer_images_than_there_are_is_refused(seeing: Model) -> None:
     with pytest.raises(DgemmaError, match="the model's chat template shows 1 of 2 images"):
         seeing.encode_prompt([message("a", image(0), role="system"), message(image(1), "b")])
+
+
+def test_the_same_picture_twice_in_a_row_is_two_blocks(seeing: Model) -> None:
+    bare = replace(seeing, config=replace(seeing.config, boi_token_id=None, eoi_token_id=None))
+    ids = bare.encode_prompt(QUESTION, images=[png(), png()])
+    [key] = ids.pictures
+    soft = soft_tokens([ids], lambda _: mx.zeros((64, 2)))
+    assert soft is not None
+    start = ids.index(key)
+    assert soft.rows[0, start : start + 128].tolist() == [*range(64), *range(64)]
+    assert soft.blocks[0, start : start + 128].tolist() == [0] * 64 + [1] * 64
+
+
+@pytest.mark.parametrize("images", [5, "cat.png", np.zeros((2, 2)), np.zeros(0)], ids=str)
+def test_what_is_not_a_list_of_images_is_refused(seeing: Model, images: Any) -> None:
+    with pytest.raises(DgemmaError, match="images must be"):
+        generate(seeing, QUESTION, images=images)
+    with pytest.raises(DgemmaError, match="images must be"):
+        generate_batch(seeing, [QUESTION, QUESTION], images=images)
+
+
+@pytest.mark.parametrize("content", [5, {"text": "a"}])
+def test_images_before_what_is_no_text_are_refused(seeing: Model, content: Any) -> None:
+    with pytest.raises(DgemmaError, match="message 1: content must be a text"):
+        generate(seeing, [{"role": "user", "content": content}], images=[png()])
+
+
+def test_a_budget_is_a_whole_number(seeing: Model) -> None:
+    with pytest.raises(DgemmaError, match=r"70\.0 is not the budget of an image"):
+        generate(seeing, [message(image(budget=70.0))])

@@ -81,6 +81,12 @@ def test_a_picture_is_turned_upright() -> None:
     assert picture.pixels[0, 0].tolist() == [0, 0, 255] and picture.pixels[-1, -1].tolist() == [255, 0, 0]
 
 
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+def test_a_picture_whose_orientation_is_damaged_stays_as_it_is(kind: str) -> None:
+    picture = read(saved(Image.new("RGB", (200, 100)), kind, exif=b"Exif\0\0what no camera writes"))
+    assert picture.size == (200, 100)
+
+
 @pytest.mark.parametrize(("mode", "clear"), [("RGBA", (0, 0, 0, 0)), ("LA", (0, 0))])
 def test_what_is_transparent_becomes_white(mode: str, clear: tuple[int, ...]) -> None:
     assert (read(saved(Image.new(mode, (9, 9), clear))).pixels == 255).all()
@@ -102,8 +108,9 @@ def test_a_transparent_color_of_a_palette_becomes_white() -> None:
         (np.array([[0, 1], [0.5, 0.2]], np.float32), [0, 255, 128, 51]),
         (np.array([[-10, 20], [5, 20]], np.float32), [0, 255, 128, 255]),
         (np.array([[0, 1 << 20], [1 << 19, 0]], np.int32), [0, 255, 128, 0]),
+        (np.full((2, 2), 1 << 20, np.int32), [0, 0, 0, 0]),
     ],
-    ids=["16 bits", "32 bits", "0 to 1", "any floats", "large integers"],
+    ids=["16 bits", "32 bits", "0 to 1", "any floats", "large integers", "one level"],
 )
 def test_grey_levels_of_more_than_8_bits_are_scaled(levels: np.ndarray[Any, Any], expected: list[int]) -> None:
     large = levels.repeat(48 * 4, 0).repeat(48 * 4, 1)  # 384 x 384: resized to itself, so that no level is mixed

@@ -104,6 +104,18 @@ def test_a_truncated_video_is_refused(kind: str) -> None:
         assert "cut off" in failure(data[:length])
 
 
+def test_a_title_that_is_not_utf8_is_no_obstacle() -> None:
+    data = video(3, "matroska")
+    name = b"Lavf"  # of the writing program, which stands in the file's metadata
+    assert name in data
+    assert len(read_frames(data.replace(name, b"L\xe4vf"), CONFIG, "clip.mkv")) == 3
+
+
+def test_a_codec_that_is_not_known_is_refused() -> None:
+    data = video(3, "avi").replace(b"FMP4", b"XXXX")
+    assert failure(data) == "clip.mp4 has a video that PyAV does not decode"
+
+
 def test_frames_of_too_many_pixels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     data = video(2)
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 6000)
