@@ -41,11 +41,13 @@ _FORMS = "A model is a folder, a Hub id (owner/name or owner/name@revision), or 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # of an open file, whose name the error does not have
 _ACCESS = "accept the licence on its page and log in with `hf auth login`."
 # What `info` shows, and the list of weight files, by which the Hub is asked for the headers of each.
-_FACTS = ("config.json", "conversion_report.json", "generation_config.json", "model.safetensors.index.json")
+_FACTS = (
+    "config.json", "conversion_report.json", "generation_config.json", "model.safetensors.index.json",
+    "processor_config.json",
+)  # fmt: skip
 # The files of a repository that a complete copy has: no README, and no weights in other formats.
 FILES = (
     *_FACTS,
-    "processor_config.json",
     "preprocessor_config.json",
     "tokenizer*",
     "chat_template*",

@@ -144,8 +144,9 @@ def even_rows(grid: tuple[int, int]) -> mx.array:
     return mx.arange(grid[0] * grid[1]) // grid[1] % 2 == 0
 
 
-def schedule(peak: float, steps: int, warmup: int = 50) -> Schedule:
+def schedule(peak: float, steps: int) -> Schedule:
     """Return a rate that rises to ``peak`` and then falls to a hundredth of it, linearly."""
+    warmup = min(50, steps // 4)
     joined: Schedule = optim.join_schedules(
         [optim.linear_schedule(peak / warmup, peak, warmup), optim.linear_schedule(peak, peak / 100, steps - warmup)],
         [warmup],

@@ -71,14 +71,14 @@ def questions(
 ) -> tuple[Batch, mx.array]:
     """Return a batch with a question about each picture, and the rows of their features in it, (B, L) int32.
 
-    Each picture has ``count`` soft tokens. A third of the questions is about the colour. Where a text token stands, the
+    Each picture has ``count`` soft tokens. Two fifths of the questions are about the colour. Where a text token stands, the
     row is -1.
     """
     special = tokenizer.special_ids
     block = [special["<|image>"], *[special["<|image|>"]] * count, special["<image|>"]]
     conversations = []
     for scene in scenes:
-        question, answer = ask(rng, scene, "colour" if rng.random() < 1 / 3 else scene.kind)
+        question, answer = ask(rng, scene, "colour" if rng.random() < 0.4 else scene.kind)
         content = [{"type": "image"}, {"type": "text", "text": question}]
         ids = encode_checked(
             tokenizer, template, [{"role": "user", "content": content}], [], add_generation_prompt=True

@@ -25,6 +25,7 @@ from dgemma_mlx.cli.verdict import loaded_bytes
 from dgemma_mlx.generation.memory import Work, run_memory
 from tests.hub_server import HubServer, Repository
 from tests.model.checkpoint import flat_config, random_tensors, write_checkpoint
+from tests.vision.seeing import write_blind
 from tests.vision.towers import tower_tensors, vision_config
 
 
@@ -46,14 +47,14 @@ def facts_of(model: Path | str) -> dict[str, Any]:
 
 def test_the_demo() -> None:
     facts = facts_of("demo")
-    stored = read_header(DEMO_FOLDER / "model.safetensors").values()
+    stored = [tensor for path in DEMO_FOLDER.glob("*.safetensors") for tensor in read_header(path).values()]
     assert facts["parameters"] == sum(math.prod(tensor.shape) for tensor in stored)
     assert facts["bytes"] == sum(tensor.nbytes for tensor in stored)
     assert (facts["bits_per_weight"], facts["formats"]) == (16.0, ["BF16"])
     assert (facts["layers"], facts["full_attention_layers"], facts["sliding_window"]) == (6, 1, 64)
     assert (facts["experts"], facts["experts_per_token"], facts["canvas_length"]) == (8, 2, 32)
     assert facts["parameters"] / 4 < facts["active_parameters"] < facts["parameters"]
-    assert facts["vision"] is False
+    assert facts["vision"] is True
     assert list(facts["memory"]) == ["1024", "4096"]
     small, large = facts["memory"].values()
     assert small["cache"] < large["cache"] and facts["bytes"] < small["total"] < large["total"]
@@ -77,7 +78,7 @@ def test_the_vision_tower(tmp_path: Path) -> None:
     assert facts_of(apart)["vision_tower"] == {**facts["vision_tower"], "file": VISION_FILE}
     line = next(line for line in run(str(apart)).stdout.decode().splitlines() if line.startswith("  vision "))
     assert line.endswith(f"(F32) in {VISION_FILE}, 280 tokens per image")
-    assert "  vision      no\n" in run("demo").stdout.decode()
+    assert "  vision      no\n" in run(str(write_blind(tmp_path / "blind"))).stdout.decode()
 
 
 def test_a_name_from_outside_is_harmless_on_the_terminal(tmp_path: Path) -> None:
@@ -226,7 +227,8 @@ def test_no_weight_is_read(tmp_path: Path) -> None:
         [sys.executable, "-c", limited, "info", "--json", str(folder)], capture_output=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr.decode()
-    assert json.loads(done.stdout)["bytes"] == size
+    tower = read_header(DEMO_FOLDER / "model-vision.safetensors").values()
+    assert json.loads(done.stdout)["bytes"] == size + sum(tensor.nbytes for tensor in tower)
     unit = 1 if sys.platform == "darwin" else 1024
     assert int(done.stderr.split()[-1]) * unit < 1e9
 

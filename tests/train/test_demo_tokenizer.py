@@ -136,7 +136,7 @@ def test_plain_chat(render: Render, tokenizer: Tokenizer) -> None:
     ]
     text = render(messages=messages, add_generation_prompt=True)
     assert text == (
-        "<bos><|turn>user\nhi<turn|>\n<|turn>model\nHello.<turn|>\n<|turn>user\nab<turn|>\n<|turn>model\n"
+        "<bos><|turn>user\nhi<turn|>\n<|turn>model\nHello.<turn|>\n<|turn>user\na<|image|>b<turn|>\n<|turn>model\n"
     )
     assert render(messages=messages[:1]) == "<bos><|turn>user\nhi<turn|>\n"
     ids = tokenizer.encode(render(messages=messages[:1], add_generation_prompt=True)).ids

@@ -86,7 +86,7 @@ def write_seeing(folder: Path, seed: int = 0, **vision: Any) -> Path:
 
 def write_blind(folder: Path) -> Path:
     """Write the demo without its vision tower and return the folder."""
-    shutil.copytree(DEMO_FOLDER, folder)
+    shutil.copytree(DEMO_FOLDER, folder, ignore=shutil.ignore_patterns("model-vision.safetensors", "*.index.json"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vision_config": None}))
     return folder
