@@ -32,7 +32,7 @@ from mlx.utils import tree_flatten
 from dgemma_mlx.checkpoint.vision_config import VisionConfig
 from dgemma_mlx.generation.api import load
 from dgemma_mlx.generation.model import Model
-from dgemma_mlx.json_text import read_json
+from dgemma_mlx.json_text import parse_json, read_json
 from dgemma_mlx.train.demo_tokenizer import CHAT_TEMPLATE
 from dgemma_mlx.train.loop import restore, save
 from dgemma_mlx.train.objective import ObjectiveConfig, block_diffusion_loss
@@ -326,7 +326,7 @@ def score(folder: Path, pictures: int) -> None:
     """Print how many questions about held-out pictures a checkpoint answers, and add it to its ``score_card.json``."""
     scores = picture_card(load(folder), pictures)
     path = folder / "score_card.json"
-    card = [line for line in json.loads(path.read_text()) if not line["task"].startswith("picture: ")]
+    card = [line for line in parse_json(path.read_bytes()) if not line["task"].startswith("picture: ")]
     path.write_text(json.dumps([*card, *map(asdict, scores)], indent=2) + "\n", encoding="utf-8")
     print(as_markdown(scores))
 

@@ -189,15 +189,19 @@ def copy(tmp_path: Path) -> Path:
 
 
 def weights(folder: Path) -> dict[str, mx.array]:
-    loaded = mx.load(str(folder / "model.safetensors"))
-    assert isinstance(loaded, dict)
-    return loaded
+    found: dict[str, mx.array] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        loaded = mx.load(str(path))
+        assert isinstance(loaded, dict)
+        found |= loaded
+    return found
 
 
 def rewritten(folder: Path, tensors: dict[str, mx.array], **options: Any) -> Model:
     """The model of a folder whose weights are replaced."""
     mx.eval(tensors)
-    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    for name in ("model.safetensors.index.json", "model-vision.safetensors"):
+        (folder / name).unlink(missing_ok=True)
     config = json.loads((folder / "config.json").read_text()) | options.pop("config", {})
     write_checkpoint(folder, config, tensors, **options)
     return dgemma_mlx.load(folder)

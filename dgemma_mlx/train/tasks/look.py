@@ -122,7 +122,7 @@ class Look:
 def draw_scene(rng: random.Random, split: Split, kind: str | None = None) -> Scene:
     """Draw what a picture of a split shows; of the given ``kind``, unless it is None."""
     while True:
-        chosen = kind or rng.choices(("shape", "count", "digit"), (4, 4, 4))[0]
+        chosen = kind or rng.choice(("shape", "count", "digit"))
         value = rng.choice({"shape": SHAPES, "count": COUNTS, "digit": DIGITS}[chosen])
         scene = Scene(chosen, value, rng.choice(list(COLOURS)), rng.choice(SIZES))
         if scene.split == split:
