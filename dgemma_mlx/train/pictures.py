@@ -71,8 +71,8 @@ def questions(
 ) -> tuple[Batch, mx.array]:
     """Return a batch with a question about each picture, and the rows of their features in it, (B, L) int32.
 
-    Each picture has ``count`` soft tokens. Two fifths of the questions are about the colour. Where a text token stands, the
-    row is -1.
+    Each picture has ``count`` soft tokens. Two fifths of the questions are about the colour. The row of a text token is
+    -1.
     """
     special = tokenizer.special_ids
     block = [special["<|image>"], *[special["<|image|>"]] * count, special["<image|>"]]

@@ -1,4 +1,4 @@
-"""The demo model's eyes: how pictures are drawn, how the tower is trained on them, and what the shipped model answers."""
+"""The demo model's eyes: how pictures are drawn, how its tower is trained, and what the shipped model answers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -114,20 +115,20 @@ def test_a_stage_resumes_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(demo_vision, "BATCH", {"see": 2})
     monkeypatch.setattr(demo_vision, "_SAVE_EVERY", 2)
     monkeypatch.setitem(demo_vision.VISION, "num_hidden_layers", 1)
-    config, log = demo_vision.vision_config(), []
+    config, log = demo_vision.vision_config(), list[dict[str, Any]]()
     whole = demo_vision.see(config, 4, tmp_path / "a", log.append)
+    batches = iter([*[demo_vision.drawn] * 3, None])
 
-    class Stop(Exception):
-        pass
+    def cut_off(*arguments: Any) -> Any:
+        batch = next(batches)
+        if batch is None:
+            raise KeyboardInterrupt
+        return batch(*arguments)
 
-    def stop(rng: random.Random, *_: object) -> None:
-        raise Stop
-
-    original = demo_vision.drawn
-    calls = iter([original, original, original, stop])
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(demo_vision, "drawn", lambda *arguments: next(calls)(*arguments))
-        demo_vision.see(config, 4, tmp_path / "b", log.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(demo_vision, "drawn", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            demo_vision.see(config, 4, tmp_path / "b", log.append)
     again = demo_vision.see(config, 4, tmp_path / "b", log.append)
     assert mx.array_equal(whole.colours.weight, again.colours.weight)
 
