@@ -7,7 +7,8 @@ The text network is frozen: not a bit of it changes. The tower is trained on pic
 2. ``show``: vectors are learned that make the frozen network give the right answers: one for each colour, which stands
    in the even rows of a picture's soft tokens, one for each thing, in the odd rows, and one for each place.
 3. ``fit``: the tower, with its projection, learns to write these vectors.
-4. ``join``: tower and projection are trained together, through the frozen network.
+4. ``join``: tower and projection are trained together, through the frozen network, while two new linear maps keep the
+   tower naming what it sees.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from dgemma_mlx.vision.tower import VisionTower
 SEED = 0
 STEPS = {"see": 3000, "show": 1500, "fit": 1000, "join": 2200}
 BATCH = {"see": 64, "show": 16, "fit": 64, "join": 16}
+NAMED, NAMING_WEIGHT = 40, 0.15  # of the stage join: pictures that are named in a step, and the weight of that loss
 # Peak rates of Muon and of AdamW.
 RATES = {"see": (0.02, 2e-3), "show": (0.0, 0.03), "fit": (0.005, 1e-3), "join": (0.005, 1e-3)}
 _OBJECTIVE = ObjectiveConfig(causal_weight=0.0, balance_weight=0.0, full_noise=0.6, min_noise=0.4)
@@ -90,20 +92,33 @@ def vision_config() -> VisionConfig:
 
 
 class Seeing(nn.Module):
-    """The tower with linear maps from its features to colours and things.
+    """A tower with linear maps from its soft tokens to colours and things.
 
     Attributes:
-        tower: The tower. Its projection is the identity.
+        tower: The tower.
         colours: Map to the logits of ``COLOURS``.
         things: Map to the logits of ``THINGS``.
     """
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, tower: VisionTower, width: int) -> None:
         super().__init__()
-        self.tower = VisionTower(config, config.hidden_size)
-        self.tower.embedding_projection.weight = mx.eye(config.hidden_size)
-        self.tower.embedding_projection.freeze()
-        self.colours, self.things = (nn.Linear(config.hidden_size, len(names)) for names in (COLOURS, THINGS))
+        self.tower = tower
+        self.colours, self.things = (nn.Linear(width, len(names)) for names in (COLOURS, THINGS))
+
+    def naming(self, pictures: Drawn) -> tuple[mx.array, dict[str, mx.array]]:
+        """Return the loss of naming what pictures show, and the shares of right colours and of right things.
+
+        Each soft token names it, and all of them together.
+        """
+        soft, total, right = encode_pictures(self.tower, pictures), mx.array(0.0), {}
+        heads = {"colour": self.colours, "thing": self.things}
+        for (name, head), label in zip(heads.items(), pictures.labels(), strict=True):
+            logits = head(soft)  # (B, n, names)
+            whole, each = logits.mean(axis=1), mx.broadcast_to(label[:, None], logits.shape[:2])
+            total = total + nn.losses.cross_entropy(whole, label, reduction="mean")
+            total = total + 0.5 * nn.losses.cross_entropy(logits, each, reduction="mean")
+            right[name] = (whole.argmax(-1) == label).mean()
+        return total, right
 
 
 class Codes(nn.Module):
@@ -189,27 +204,20 @@ def _is_hidden_matrix(path: str, parameter: mx.array) -> bool:
     return parameter.ndim == 2 and path.endswith("weight") and "proj" in path
 
 
-def see(config: VisionConfig, steps: int, folder: Path, log: Log) -> Seeing:
-    """Train the tower alone, and return it."""
+def see(config: VisionConfig, steps: int, folder: Path, log: Log) -> VisionTower:
+    """Train the tower alone, with the identity as its projection, and return it."""
     mx.random.seed(SEED)
-    seeing = Seeing(config)
+    tower = VisionTower(config, config.hidden_size)
+    tower.embedding_projection.weight = mx.eye(config.hidden_size)
+    tower.embedding_projection.freeze()
+    seeing = Seeing(tower, config.hidden_size)
 
-    def loss(rng: random.Random, key: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
-        pictures = drawn(rng, "train", BATCH["see"])
-        features = encode_pictures(seeing.tower, pictures)
-        total, values = mx.array(0.0), {}
-        heads = {"colour": seeing.colours, "thing": seeing.things}
-        for (name, head), label in zip(heads.items(), pictures.labels(), strict=True):
-            logits = head(features)  # (B, n, names); each place says it, and all of them together
-            whole, each = logits.mean(axis=1), mx.broadcast_to(label[:, None], logits.shape[:2])
-            total = total + nn.losses.cross_entropy(whole, label, reduction="mean")
-            total = total + 0.5 * nn.losses.cross_entropy(logits, each, reduction="mean")
-            values[name] = (whole.argmax(-1) == label).mean()
-            values[f"{name}_each"] = (logits.argmax(-1) == label[:, None]).mean()
-        return total, {"loss": total, **values}
+    def loss(rng: random.Random, _: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
+        total, right = seeing.naming(drawn(rng, "train", BATCH["see"]))
+        return total, {"loss": total, **right}
 
     train_stage("see", seeing, loss, steps, folder, log)
-    return seeing
+    return tower
 
 
 def answers(model: Model, key: mx.array, features: mx.array, rng: random.Random, pictures: Drawn) -> mx.array:
@@ -281,14 +289,17 @@ def _least_squares(seen: VisionTower, codes: Codes, batches: int = 20) -> mx.arr
 
 
 def join(model: Model, tower: VisionTower, steps: int, folder: Path, log: Log) -> None:
-    """Train tower and projection together, through the frozen network."""
+    """Train tower and projection together, through the frozen network, while the tower goes on naming pictures."""
+    mx.random.seed(SEED)
+    seeing = Seeing(tower, model.config.text.hidden_size)
 
     def loss(rng: random.Random, key: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
         pictures = drawn(rng, "train", BATCH["join"])
-        total = answers(model, key, encode_pictures(tower, pictures), rng, pictures)
-        return total, {"loss": total}
+        answering = answers(model, key, encode_pictures(tower, pictures), rng, pictures)
+        naming, right = seeing.naming(drawn(rng, "train", NAMED))
+        return answering + NAMING_WEIGHT * naming, {"loss": answering, **right}
 
-    train_stage("join", tower, loss, steps, folder, log)
+    train_stage("join", seeing, loss, steps, folder, log)
 
 
 def export(tower: VisionTower, source: Path, folder: Path) -> None:
@@ -358,9 +369,9 @@ def main() -> None:
     model = load(arguments.model, dtype="float32")
     model.network.freeze()
     model.network.train()
-    seeing = see(vision_config(), arguments.see, folder, log)
+    seen = see(vision_config(), arguments.see, folder, log)
     codes = show(model, arguments.show, folder, log)
-    tower = fit(seeing.tower, codes, arguments.fit, folder, log)
+    tower = fit(seen, codes, arguments.fit, folder, log)
     join(model, tower, arguments.join, folder, log)
     export(tower, model.folder, folder / "model")
 

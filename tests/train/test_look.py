@@ -130,7 +130,7 @@ def test_a_stage_resumes_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(KeyboardInterrupt):
             demo_vision.see(config, 4, tmp_path / "b", log.append)
     again = demo_vision.see(config, 4, tmp_path / "b", log.append)
-    assert mx.array_equal(whole.colours.weight, again.colours.weight)
+    assert mx.array_equal(whole.patch_embedder.input_proj.weight, again.patch_embedder.input_proj.weight)
 
 
 def test_the_text_network_is_as_it_was() -> None:
