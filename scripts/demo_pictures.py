@@ -16,7 +16,7 @@ from dgemma_mlx.train.tasks.look import COLOURS, SIZES, Scene, draw
 
 SIDE = 256
 MOST_BYTES = 4000
-PICTURES = {"shape": ("shape", "star"), "dots": ("count", "5"), "digit": ("digit", "7"), "square": ("shape", "square")}
+PICTURES = {"shape": ("shape", "triangle"), "dots": ("count", "5"), "digit": ("digit", "7")}
 
 
 def main(folder: Path) -> None:
