@@ -86,12 +86,13 @@ def test_an_image_goes_with_the_next_message_and_stays(
 @pytest.mark.parametrize(("name", "words"), [
     ("gone.png", "cannot read .*gone.png: No such file"), ("text.png", "text.png is not a picture"),
     ("cut.png", "cut.png cannot be read: image file is truncated"), ("", "cannot read .*: Is a directory"),
+    ("https://example.com/cat.png", "/image: https://example.com/cat.png is an address, not a file"),
 ])  # fmt: skip
 def test_what_is_no_image_changes_nothing(chat: LocalChat, pictures: Path, name: str, words: str) -> None:
     take(chat, f"/image {pictures / 'cat.png'}")
     before = chat.attachments
     with pytest.raises(DgemmaError, match=words) as caught:
-        take(chat, f"/image '{pictures / 'My Dog.png'}' {pictures / name}")
+        take(chat, f"/image '{pictures / 'My Dog.png'}' {name if '://' in name else pictures / name}")
     assert caught.value.hint and chat.attachments == before
 
 

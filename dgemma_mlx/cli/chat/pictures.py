@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 from dgemma_mlx.cli.chat.answer import Chat
 from dgemma_mlx.cli.chat.command import Command, say
 from dgemma_mlx.cli.chat.paths import paths_of
+from dgemma_mlx.cli.image_options import check_file
 from dgemma_mlx.cli.images import AttachedImage, image_of, kept_image, media_type, read_image
 from dgemma_mlx.cli.render.thumbnail import thumbnail
 from dgemma_mlx.errors import DgemmaError
@@ -108,7 +109,10 @@ def _add(chat: Chat, found: Sequence[AttachedImage]) -> None:
 
 def _image(chat: Chat, rest: str) -> None:
     if rest:
-        attach(chat, [_of_url(str(path)) for path in paths_of(rest, "/image FILE")])
+        paths = [_of_url(str(path)) for path in paths_of(rest, "/image FILE")]
+        for path in paths:
+            check_file(path, "/image")
+        attach(chat, paths)
         say(f"{_waiting(chat)} will be sent with your next message; /drop takes them back")
         return
     images = [(n, each) for n, each in enumerate(chat.attachments, 1) if isinstance(each, AttachedImage)]
@@ -121,6 +125,7 @@ def _image(chat: Chat, rest: str) -> None:
 def _video(chat: Chat, rest: str) -> None:
     found = []
     for path in paths_of(rest, "/video FILE"):
+        check_file(path, "/video")
         part = {"type": "video", "path": str(path)}
         found.append(AttachedImage(str(path), kept_image(part), chat.look(part)))
     _add(chat, found)
