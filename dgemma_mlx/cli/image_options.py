@@ -67,8 +67,7 @@ class ImageOptions:
             raw: Whether the prompt has no chat template.
             batch: Whether the prompts are in a file, with their own images.
         """
-        if self.image_budget not in (None, *BUDGETS):
-            raise DgemmaError(f"--image-budget cannot be {self.image_budget}", f"It is one of {_CHOICES}.", 2)
+        check_budget(self.image_budget)
         if self.image_budget is not None and not self.image and not batch:
             raise DgemmaError("--image-budget needs --image", "It is the size of a picture in tokens.", exit_code=2)
         if raw and self.files:
@@ -136,6 +135,12 @@ class MediaOptions(ImageOptions):
             check_file(path, "--video")
             found.append({"type": "video", "path": str(path)})
         return found
+
+
+def check_budget(budget: int | None) -> None:
+    """Raise `DgemmaError` (exit code 2) for a value of ``--image-budget`` that is not one of ``BUDGETS``."""
+    if budget not in (None, *BUDGETS):
+        raise DgemmaError(f"--image-budget cannot be {budget}", f"It is one of {_CHOICES}.", exit_code=2)
 
 
 def check_file(path: Path, what: str) -> None:

@@ -14,7 +14,7 @@ from dgemma_mlx import load
 from dgemma_mlx.cli.chat.commands import take
 from dgemma_mlx.cli.chat.local import LocalChat
 from dgemma_mlx.cli.chat.pictures import dragged
-from dgemma_mlx.cli.images import image_of
+from dgemma_mlx.cli.images import AttachedImage, image_of
 from dgemma_mlx.cli.log.export import as_markdown, as_text
 from dgemma_mlx.cli.log.log import Log
 from dgemma_mlx.cli.log.session import Session
@@ -94,6 +94,17 @@ def test_what_is_no_image_changes_nothing(chat: LocalChat, pictures: Path, name:
     with pytest.raises(DgemmaError, match=words) as caught:
         take(chat, f"/image '{pictures / 'My Dog.png'}' {name if '://' in name else pictures / name}")
     assert caught.value.hint and chat.attachments == before
+
+
+def test_the_budget_is_that_of_the_pictures_that_are_added(chat: LocalChat, pictures: Path) -> None:
+    take(chat, f"/image {pictures / 'cat.png'}")
+    chat.image_budget = 140
+    take(chat, f"/image '{pictures / 'My Dog.png'}'")
+    small, large = (each for each in chat.attachments if isinstance(each, AttachedImage))
+    assert "budget" not in small.image and large.image["budget"] == 140
+    assert (small.tokens, large.tokens) == (64, 121)  # the next smaller squares of 70 and 140
+    take(chat, "What are they?")
+    assert sum(id < 0 for id in chat.model.encode_prompt(chat.session.prompt())) == 64 + 121
 
 
 def test_frames_of_a_video_are_shown_while_the_file_is_there(

@@ -91,10 +91,11 @@ def _is_image(path: Path) -> bool:
 def attach(chat: Chat, paths: Sequence[Path]) -> None:
     """Attach images to the next message, show them, and say so. Raises `DgemmaError`, without a change."""
     found = []
+    budget = {} if chat.image_budget is None else {"budget": chat.image_budget}
     for path in paths:
         data = read_image(path)
-        tokens = chat.look({"type": "image", "path": str(path)})
-        found.append(AttachedImage(str(path), image_of(path.name, data), tokens))
+        tokens = chat.look({"type": "image", "path": str(path), **budget})
+        found.append(AttachedImage(str(path), {**image_of(path.name, data), **budget}, tokens))
     _add(chat, found)
 
 
