@@ -109,7 +109,8 @@ def require_pillow() -> None:
     try:
         import PIL.Image  # noqa: F401
     except ImportError:
-        raise DgemmaError("reading images needs Pillow", "pip install 'dgemma-mlx[vision]'", exit_code=2) from None
+        hint = "Run pip install pillow, or pipx inject dgemma-mlx pillow."
+        raise DgemmaError("reading images needs Pillow", hint, exit_code=2) from None
 
 
 def resized_picture(image: Image, config: VisionConfig, budget: int, name: str) -> Picture:

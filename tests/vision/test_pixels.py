@@ -191,4 +191,4 @@ def test_a_missing_pillow_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DgemmaError) as error:
         read(b"any")
     assert error.value.message == "reading images needs Pillow"
-    assert error.value.hint == "pip install 'dgemma-mlx[vision]'"
+    assert error.value.hint == "Run pip install pillow, or pipx inject dgemma-mlx pillow."
