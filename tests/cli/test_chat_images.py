@@ -141,13 +141,15 @@ def test_a_model_without_a_tower_says_so_and_paths_are_words(pictures: Path) -> 
         assert "reads no images" in "".join(talk.say("And now?"))
 
 
-def test_paths_of_images_are_found_in_a_line(pictures: Path) -> None:
+def test_paths_of_images_are_found_in_a_line(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(pictures))
     cat, dog = pictures / "cat.png", pictures / "My Dog.png"
     pasted = str(dog).replace(" ", "\\ ")
     for line, paths, text in (
         (str(cat), [cat], ""), (str(dog), [dog], ""), (f"'{dog}' {cat} ", [dog, cat], ""), (pasted, [dog], ""),
         (f"file://{str(dog).replace(' ', '%20')}", [dog], ""), (f'"{dog}"', [dog], ""),
-        (f"What is in {cat}?", [cat], "What is in cat.png?"),
+        (f"What is in {cat}?", [cat], "What is in cat.png?"), ("Is ~/cat.png red?", [cat], "Is cat.png red?"),
+        ("~/cat.png", [cat], ""), ("Is cat.png red ~/?", [], "Is cat.png red ~/?"),
         (f"Is {pasted} or '{dog}' older than file://{cat}, or not", [dog, dog, cat],
          "Is My Dog.png or My Dog.png older than cat.png, or not"),
         (f"{cat} and {pictures / 'text.png'}", [cat], f"cat.png and {pictures / 'text.png'}"),

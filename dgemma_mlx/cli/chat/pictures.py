@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -20,8 +21,8 @@ from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.sizes import counted
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif")
-# An absolute path as terminals paste it: in quotation marks, as a URL, or with backslashes.
-_PATH = re.compile(r"""(?<!\S)(?:'(?P<single>/[^']+)'|"(?P<double>/[^"]+)"|(?P<plain>(?:file://|/)(?:\\.|[^\s\\])+))""")
+# An absolute path as terminals paste it: in quotation marks, as a URL, or with backslashes; or one that begins with ~/.
+_PATH = re.compile(r"""(?<!\S)(?:'(?P<single>/[^']+)'|"(?P<double>/[^"]+)"|(?P<plain>(?:file://|~?/)(?:\\.|[^\s\\])+))""")
 _AFTER_A_WORD = ".,;:!?)"
 
 
@@ -51,7 +52,7 @@ def dragged(line: str) -> Dragged:
 
     def name_of(found: re.Match[str]) -> str:
         for text, rest in _readings(found):
-            if _is_image(path := _of_url(text)):
+            if _is_image(path := _of_url(os.path.expanduser(text))):
                 paths.append(path)
                 return path.name + rest
         return found[0]
