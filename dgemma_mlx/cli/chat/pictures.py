@@ -13,12 +13,12 @@ from urllib.parse import unquote, urlsplit
 
 from dgemma_mlx.cli.chat.answer import Chat
 from dgemma_mlx.cli.chat.command import Command, say
+from dgemma_mlx.cli.chat.files import say_waiting
 from dgemma_mlx.cli.chat.paths import paths_of
 from dgemma_mlx.cli.image_options import check_file
 from dgemma_mlx.cli.images import AttachedImage, image_of, kept_image, media_type, read_image
 from dgemma_mlx.cli.render.thumbnail import thumbnail
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.sizes import counted
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 # An absolute path as terminals paste it: in quotation marks, as a URL, or with backslashes; or one that begins with ~/.
@@ -115,7 +115,7 @@ def _image(chat: Chat, rest: str) -> None:
         for path in paths:
             check_file(path, "/image")
         attach(chat, paths)
-        say(f"{_waiting(chat)} will be sent with your next message; /drop takes them back")
+        say_waiting(chat)
         return
     images = [(n, each) for n, each in enumerate(chat.attachments, 1) if isinstance(each, AttachedImage)]
     for number, each in images:
@@ -131,11 +131,7 @@ def _video(chat: Chat, rest: str) -> None:
         part = {"type": "video", "path": str(path)}
         found.append(AttachedImage(str(path), kept_image(part), chat.look(part)))
     _add(chat, found)
-    say(f"{_waiting(chat)} will be sent with your next message; /drop takes them back")
-
-
-def _waiting(chat: Chat) -> str:
-    return counted(len(chat.attachments), "file")
+    say_waiting(chat)
 
 
 COMMANDS = {
