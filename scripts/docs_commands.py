@@ -5,8 +5,8 @@
 
 A fenced block without a language, or with `sh`, holds commands; blocks of other languages do not. All commands of a
 page run in one bash, with a new home and with the program on the PATH. The folder holds what the pages take for the
-reader's own files (scripts/reader/). A chat gets one message; other commands have an empty standard input. Comments
-before a block, which readers do not see, say what a script cannot know:
+reader's own files (scripts/reader/), and docs/pictures/. A chat gets one message; other commands have an empty standard
+input. Comments before a block, which readers do not see, say what a script cannot know:
 
     <!-- in a clone -->               the page is read in a clone of the repository; nothing is installed yet
     <!-- before: COMMAND -->          what the reader has done before the next block, such as starting a server
@@ -184,7 +184,7 @@ def install(clone: Path, environment: Path) -> None:
     """Install the program of a clone into a new virtual environment, as a wheel and with the pinned versions."""
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     pip = [environment / "bin" / "pip", "install", "-qq", "--disable-pip-version-check"]
-    subprocess.run([*pip, "--constraint", clone / "constraints.txt", f"{clone}[serve,train]"], check=True)
+    subprocess.run([*pip, "--constraint", clone / "constraints.txt", f"{clone}[serve,train,video]"], check=True)
 
 
 def reader(home: Path, programs: Path | None) -> dict[str, str]:
@@ -211,6 +211,7 @@ def run_pages(pages: Mapping[str, Page]) -> int:
                 copy_repository(folder)
             else:
                 shutil.copytree(ROOT / "scripts" / "reader", folder)
+                shutil.copytree(ROOT / "docs" / "pictures", folder / "docs" / "pictures")
             failed = run_page(page, folder, reader(home, None if page.clone else environment / "bin"))
             ran = sum(not command.reason for command in page.commands)
             print(f"{name}: {ran} commands run, {len(failed)} failed, {len(page.commands) - ran} not run", flush=True)

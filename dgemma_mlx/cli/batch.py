@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dgemma_mlx.events import Done
     from dgemma_mlx.generation.model import Model
 
-_HINT = 'A line is a JSON string, or an object like {"prompt": "...", "id": "a", "system": "...", "seed": 1}.'
+_HINT = 'A line is a JSON string, or an object like {"prompt": "...", "images": ["cat.png"], "id": "a", "seed": 1}.'
 NO_ANSWER = "the model gave no answer"
 
 

@@ -234,10 +234,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _reader(library: str, version: str | None, extra: str) -> str:
+def _reader(library: str, version: str | None, packages: str) -> str:
     """Return which library reads images or videos, or how to install it."""
     if version is None:
-        return f"cannot be read without {library}: pip install 'dgemma-mlx[{extra}]'"
+        return f"cannot be read without {library}: pip install {packages}, or pipx inject dgemma-mlx {packages}"
     return f"read with {library} {version}"
 
 
@@ -254,8 +254,8 @@ def _as_text(facts: dict[str, Any]) -> str:
         ("versions", f"dgemma-mlx {facts['dgemma_mlx']}, mlx {facts['mlx']}, Python {facts['python']}"),
         ("self-check", f"{len(facts['self_check'])} operations, error at most {max(facts['self_check'].values()):.1g}"),
         ("models in", f"{facts['cache_folder']}, {size(facts['cache_free'])} free"),
-        ("images", _reader("Pillow", facts["pillow"], "vision")),
-        ("videos", _reader("PyAV", facts["av"], "video")),
+        ("images", _reader("Pillow", facts["pillow"], "pillow")),
+        ("videos", _reader("PyAV", facts["av"], "av pillow")),
     ]
     if result := facts.get("probe"):
         rows.append(("products", f"{1000 * result['matmul_tflops']:,.0f} GFLOP/s"))

@@ -67,8 +67,7 @@ class ImageOptions:
             raw: Whether the prompt has no chat template.
             batch: Whether the prompts are in a file, with their own images.
         """
-        if self.image_budget not in (None, *BUDGETS):
-            raise DgemmaError(f"--image-budget cannot be {self.image_budget}", f"It is one of {_CHOICES}.", 2)
+        check_budget(self.image_budget)
         if self.image_budget is not None and not self.image and not batch:
             raise DgemmaError("--image-budget needs --image", "It is the size of a picture in tokens.", exit_code=2)
         if raw and self.files:
@@ -99,7 +98,7 @@ class ImageOptions:
         that reads it is missing.
         """
         if self.files:
-            _require("Pillow", "PIL", "vision")
+            _require("images", "Pillow", "PIL", "pillow")
         return [self._part(path) for path in self.image or ()]
 
     def _part(self, path: Path) -> Mapping[str, Any]:
@@ -128,7 +127,7 @@ class MediaOptions(ImageOptions):
     def read(self) -> list[Mapping[str, Any]]:
         """Return the images, then the videos, as parts of a message's content. Raises as ``ImageOptions.read``."""
         if self.video:
-            _require("PyAV", "av", "video")
+            _require("videos", "PyAV", "av", "av pillow")
         found = super().read()
         for path in self.video or ():
             if path == _STDIN:
@@ -136,6 +135,12 @@ class MediaOptions(ImageOptions):
             check_file(path, "--video")
             found.append({"type": "video", "path": str(path)})
         return found
+
+
+def check_budget(budget: int | None) -> None:
+    """Raise `DgemmaError` (exit code 2) for a value of ``--image-budget`` that is not one of ``BUDGETS``."""
+    if budget not in (None, *BUDGETS):
+        raise DgemmaError(f"--image-budget cannot be {budget}", f"It is one of {_CHOICES}.", exit_code=2)
 
 
 def check_file(path: Path, what: str) -> None:
@@ -161,11 +166,11 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def _require(library: str, module: str, extra: str) -> None:
+def _require(kind: str, library: str, module: str, packages: str) -> None:
     """Raise `DgemmaError` (exit code 2) where a library is missing, before a model is loaded."""
     if find_spec(module) is None:
-        kind = "images" if extra == "vision" else "videos"
-        raise DgemmaError(f"reading {kind} needs {library}", f"pip install 'dgemma-mlx[{extra}]'", exit_code=2)
+        hint = f"Run pip install {packages}, or pipx inject dgemma-mlx {packages}."
+        raise DgemmaError(f"reading {kind} needs {library}", hint, exit_code=2)
 
 
 def show_images(images: Iterable[Mapping[str, Any]], *, draw: bool = True) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _KEPT_BYTES = 128 << 20  # of features; those of a picture of 280 soft tokens take 1.6 MB in half precision
 _RECENT = 16  # pictures that were read from bytes last, of 2 MB each at 280 soft tokens
 _recent: OrderedDict[tuple[bytes, int, VisionConfig], Picture] = OrderedDict()
-_OTHER = "Take a checkpoint with its vision tower, or leave the images out."
+_OTHER = "`dgemma-mlx info MODEL` says whether a model has one; or leave the images out."
 
 
 class PromptIds(list[int]):

@@ -74,5 +74,5 @@ def _no_tower(folder: Path) -> DgemmaError:
     """Return the error of a checkpoint without tower."""
     return DgemmaError(
         f"{folder} reads no images: the checkpoint has no vision tower",
-        "Take a checkpoint with its vision tower, or leave the images out.", exit_code=2,
+        "`dgemma-mlx info MODEL` says whether a model has one; or leave the images out.", exit_code=2,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import stat
 import warnings
 from collections.abc import Iterator
@@ -31,6 +32,14 @@ _VERSION = b"dgemma-mlx pixels 1"  # of the preprocessing; part of a picture's k
 # Formats whose readers are part of Pillow and run no other program, as the one for EPS does.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
 _OTHER_FILE = "Pictures may be PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF files, among others."
+# Files that are often taken for pictures that can be read: their first bytes, what they are, and what to do.
+_OTHER_KINDS = (
+    (rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1)", "a HEIC picture, which Pillow does not read",
+     "Save it as JPEG; on a Mac: sips -s format jpeg FILE --out FILE.jpg"),
+    (rb"%PDF-", "a PDF file", "Save its page as a picture; on a Mac: sips -s format png FILE --out FILE.png"),
+    (rb"....ftyp(?!avi[fs])|....moov|\x1a\x45\xdf\xa3|RIFF....AVI ", "a video",
+     "`--video FILE` of generate and `/video FILE` in a chat show videos."),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +94,7 @@ def read_picture(source: str | Path | bytes, config: VisionConfig, budget: int, 
 
     config.require_supported()
     with (
-        regular_file(source, name, _OTHER_FILE) as file, _pillow_errors(name),
+        regular_file(source, name, _OTHER_FILE) as file, _pillow_errors(name, file),
         Image.open(file, formats=_FORMATS) as image,
     ):  # fmt: skip
         if Image.MAX_IMAGE_PIXELS is not None and math.prod(image.size) > Image.MAX_IMAGE_PIXELS:
@@ -100,7 +109,8 @@ def require_pillow() -> None:
     try:
         import PIL.Image  # noqa: F401
     except ImportError:
-        raise DgemmaError("reading images needs Pillow", "pip install 'dgemma-mlx[vision]'", exit_code=2) from None
+        hint = "Run pip install pillow, or pipx inject dgemma-mlx pillow."
+        raise DgemmaError("reading images needs Pillow", hint, exit_code=2) from None
 
 
 def resized_picture(image: Image, config: VisionConfig, budget: int, name: str) -> Picture:
@@ -204,8 +214,8 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 @contextmanager
-def _pillow_errors(name: str) -> Iterator[None]:
-    """Turn what Pillow raises in the block into a ``DgemmaError`` that begins with ``name``."""
+def _pillow_errors(name: str, file: BinaryIO) -> Iterator[None]:
+    """Turn what Pillow raises while it reads ``file`` into a ``DgemmaError`` that begins with ``name``."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -217,8 +227,18 @@ def _pillow_errors(name: str) -> Iterator[None]:
         most = Image.MAX_IMAGE_PIXELS or 0
         raise DgemmaError(f"{name} has more than {most:,} pixels", "Make the picture smaller.", exit_code=2) from None
     except UnidentifiedImageError:
-        raise DgemmaError(f"{name} is not a picture that Pillow reads", _OTHER_FILE, exit_code=2) from None
+        raise _no_picture(name, file) from None
     except Exception as error:  # readers of damaged files raise nearly anything
         raise DgemmaError(
             f"{name} cannot be read: {reason(error)}", "The file may be damaged or cut off.", exit_code=2
         ) from None
+
+
+def _no_picture(name: str, file: BinaryIO) -> DgemmaError:
+    """Return the error about a file that is not a picture that Pillow reads. It says what the file is, if known."""
+    file.seek(0)
+    head = file.read(32)
+    for magic, kind, hint in _OTHER_KINDS:
+        if re.match(magic, head, re.DOTALL):
+            return DgemmaError(f"{name} is {kind}", hint, exit_code=2)
+    return DgemmaError(f"{name} is not a picture that Pillow reads", _OTHER_FILE, exit_code=2)

@@ -50,7 +50,8 @@ def read_frames(source: str | Path | bytes, config: VisionConfig, name: str) -> 
     try:
         import av
     except ImportError:
-        raise DgemmaError("reading videos needs PyAV", "pip install 'dgemma-mlx[video]'", exit_code=2) from None
+        hint = "Run pip install av pillow, or pipx inject dgemma-mlx av pillow."
+        raise DgemmaError("reading videos needs PyAV", hint, exit_code=2) from None
     require_pillow()
     config.require_supported()
     with regular_file(source, name, _OTHER_FILE) as file, _errors(name):

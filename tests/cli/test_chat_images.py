@@ -14,7 +14,7 @@ from dgemma_mlx import load
 from dgemma_mlx.cli.chat.commands import take
 from dgemma_mlx.cli.chat.local import LocalChat
 from dgemma_mlx.cli.chat.pictures import dragged
-from dgemma_mlx.cli.images import image_of
+from dgemma_mlx.cli.images import AttachedImage, image_of
 from dgemma_mlx.cli.log.export import as_markdown, as_text
 from dgemma_mlx.cli.log.log import Log
 from dgemma_mlx.cli.log.session import Session
@@ -86,13 +86,25 @@ def test_an_image_goes_with_the_next_message_and_stays(
 @pytest.mark.parametrize(("name", "words"), [
     ("gone.png", "cannot read .*gone.png: No such file"), ("text.png", "text.png is not a picture"),
     ("cut.png", "cut.png cannot be read: image file is truncated"), ("", "cannot read .*: Is a directory"),
+    ("https://example.com/cat.png", "/image: https://example.com/cat.png is an address, not a file"),
 ])  # fmt: skip
 def test_what_is_no_image_changes_nothing(chat: LocalChat, pictures: Path, name: str, words: str) -> None:
     take(chat, f"/image {pictures / 'cat.png'}")
     before = chat.attachments
     with pytest.raises(DgemmaError, match=words) as caught:
-        take(chat, f"/image '{pictures / 'My Dog.png'}' {pictures / name}")
+        take(chat, f"/image '{pictures / 'My Dog.png'}' {name if '://' in name else pictures / name}")
     assert caught.value.hint and chat.attachments == before
+
+
+def test_the_budget_is_that_of_the_pictures_that_are_added(chat: LocalChat, pictures: Path) -> None:
+    take(chat, f"/image {pictures / 'cat.png'}")
+    chat.image_budget = 140
+    take(chat, f"/image '{pictures / 'My Dog.png'}'")
+    small, large = (each for each in chat.attachments if isinstance(each, AttachedImage))
+    assert "budget" not in small.image and large.image["budget"] == 140
+    assert (small.tokens, large.tokens) == (64, 121)  # the next smaller squares of 70 and 140
+    take(chat, "What are they?")
+    assert sum(id < 0 for id in chat.model.encode_prompt(chat.session.prompt())) == 64 + 121
 
 
 def test_frames_of_a_video_are_shown_while_the_file_is_there(
@@ -129,13 +141,15 @@ def test_a_model_without_a_tower_says_so_and_paths_are_words(pictures: Path) -> 
         assert "reads no images" in "".join(talk.say("And now?"))
 
 
-def test_paths_of_images_are_found_in_a_line(pictures: Path) -> None:
+def test_paths_of_images_are_found_in_a_line(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(pictures))
     cat, dog = pictures / "cat.png", pictures / "My Dog.png"
     pasted = str(dog).replace(" ", "\\ ")
     for line, paths, text in (
         (str(cat), [cat], ""), (str(dog), [dog], ""), (f"'{dog}' {cat} ", [dog, cat], ""), (pasted, [dog], ""),
         (f"file://{str(dog).replace(' ', '%20')}", [dog], ""), (f'"{dog}"', [dog], ""),
-        (f"What is in {cat}?", [cat], "What is in cat.png?"),
+        (f"What is in {cat}?", [cat], "What is in cat.png?"), ("Is ~/cat.png red?", [cat], "Is cat.png red?"),
+        ("~/cat.png", [cat], ""), ("Is cat.png red ~/?", [], "Is cat.png red ~/?"),
         (f"Is {pasted} or '{dog}' older than file://{cat}, or not", [dog, dog, cat],
          "Is My Dog.png or My Dog.png older than cat.png, or not"),
         (f"{cat} and {pictures / 'text.png'}", [cat], f"cat.png and {pictures / 'text.png'}"),

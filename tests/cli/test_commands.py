@@ -230,7 +230,7 @@ def test_files_go_with_the_next_message(
     take(chat, "/read one.txt")
     tokens = len(chat.model.tokenizer.encode("one.txt:\n```\nSort\n```"))
     assert capsys.readouterr().err.splitlines() == [
-        f"one.txt: 5 bytes, {tokens} tokens", "1 file will be sent with your next message; /drop takes them back"
+        f"one.txt: 5 bytes, {tokens} tokens", "1 file will be sent with your next message; /drop takes it back"
     ]  # fmt: skip
     take(chat, "/read   and two.txt  ")  # a path that exists needs no quotation marks
     assert chat.session.messages == []

@@ -72,7 +72,8 @@ def good_facts() -> dict[str, Any]:
 
 
 def test_a_missing_library_for_images_is_a_line_with_the_command_that_installs_it() -> None:
-    assert doctor._reader("PyAV", None, "video") == "cannot be read without PyAV: pip install 'dgemma-mlx[video]'"
+    missing = "cannot be read without PyAV: pip install av pillow, or pipx inject dgemma-mlx av pillow"
+    assert doctor._reader("PyAV", None, "av pillow") == missing
 
 
 def test_a_good_machine_needs_no_advice() -> None:

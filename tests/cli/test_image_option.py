@@ -107,7 +107,7 @@ def test_a_missing_library_is_named_before_a_model_is_loaded(run: Run, monkeypat
     picture(Path("a.png"))
     monkeypatch.setattr("dgemma_mlx.cli.image_options.find_spec", lambda name: None)
     assert run("generate", "a", "--image", "a.png", "-m", "gone/model")[::2] == (
-        2, "dgemma-mlx: reading images needs Pillow\nhint: pip install 'dgemma-mlx[vision]'\n"
+        2, "dgemma-mlx: reading images needs Pillow\nhint: Run pip install pillow, or pipx inject dgemma-mlx pillow.\n"
     )  # fmt: skip
     assert "reading videos needs PyAV" in run("generate", "a", "--video", "a.png", "-m", "gone/model")[2]
 

@@ -114,12 +114,12 @@ def test_an_address_or_a_key_may_be_wrong(address: str, url: str, key: str | Non
 ])  # fmt: skip
 def test_options_of_a_loaded_model_are_refused(options: dict[str, Any], name: str) -> None:
     with pytest.raises(DgemmaError, match=f"--url cannot be combined with {name}") as raised:
-        _check_remote(ModelOptions(**options), None, None)
+        _check_remote(ModelOptions(**options), None, None, None)
     assert raised.value.exit_code == 2
-    for verify, cache in (("flag", None), (None, Path("x"))):
+    for verify, cache, budget in (("flag", None, None), (None, Path("x"), None), (None, None, 70)):
         with pytest.raises(DgemmaError, match="--url cannot be combined with"):
-            _check_remote(ModelOptions(), verify, cache)
-    _check_remote(ModelOptions(), None, None)
+            _check_remote(ModelOptions(), verify, cache, budget)
+    _check_remote(ModelOptions(), None, None, None)
 
 
 def test_a_chat_over_http_imports_no_mlx(address: str, tmp_path: Path) -> None:

@@ -137,6 +137,21 @@ def test_a_truncated_file_is_refused(kind: str) -> None:
         assert failure(data[:length]).startswith("cat.png ")
 
 
+@pytest.mark.parametrize(("data", "words", "hint"), [
+    (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is a HEIC picture, which Pillow does not read", "sips -s format jpeg"),
+    (b"%PDF-1.4\n", "is a PDF file", "sips -s format png"),
+    (b"\0\0\0\x20ftypisom\0\0\2\0", "is a video", "--video FILE"),
+    (b"\0\0\0\x14ftypqt  \0\0\2\0", "is a video", "--video FILE"),
+    (b"\x1a\x45\xdf\xa3\0\0", "is a video", "--video FILE"),
+    (b"\0\0\0\x18ftypavif\0\0\0\0", "", ""),
+])  # fmt: skip
+def test_what_is_often_taken_for_a_picture_is_named(data: bytes, words: str, hint: str) -> None:
+    with pytest.raises(DgemmaError) as caught:
+        read(data)
+    assert words in caught.value.message and hint in (caught.value.hint or "")
+    assert bool(words) or "video" not in caught.value.message
+
+
 def test_what_is_not_a_picture_is_refused(tmp_path: Path) -> None:
     assert failure(b"hello") == "cat.png is not a picture that Pillow reads"
     assert failure(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n") == "cat.png is not a picture that Pillow reads"
@@ -176,4 +191,4 @@ def test_a_missing_pillow_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DgemmaError) as error:
         read(b"any")
     assert error.value.message == "reading images needs Pillow"
-    assert error.value.hint == "pip install 'dgemma-mlx[vision]'"
+    assert error.value.hint == "Run pip install pillow, or pipx inject dgemma-mlx pillow."

@@ -127,4 +127,4 @@ def test_a_missing_pyav_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DgemmaError) as error:
         read_frames(b"any", CONFIG, "clip.mp4")
     assert error.value.message == "reading videos needs PyAV"
-    assert error.value.hint == "pip install 'dgemma-mlx[video]'"
+    assert error.value.hint == "Run pip install av pillow, or pipx inject dgemma-mlx av pillow."

@@ -32,6 +32,7 @@ class Chat(ABC):
         draw: Whether the canvas is drawn on the terminal.
         attachments: Files and images that go with the next message.
         last: The last answer, or None.
+        image_budget: Number of tokens that a picture aims at; None for the checkpoint's own.
     """
 
     def __init__(self, session: Session, defaults: dict[str, Any], *, draw: bool) -> None:
@@ -39,6 +40,7 @@ class Chat(ABC):
         self.session, self.draw = session, draw
         self.attachments: list[Attachment | AttachedImage] = []
         self.last: Done | None = None
+        self.image_budget: int | None = None
         self._defaults = defaults
 
     def setting(self, name: str) -> Any:

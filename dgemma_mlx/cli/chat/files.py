@@ -21,7 +21,13 @@ def _read(chat: Chat, rest: str) -> None:
     chat.attachments = [*(old for old in chat.attachments if old.name not in again), *found]
     for attachment in found:
         say(_described(chat, attachment))
-    say(f"{counted(len(chat.attachments), 'file')} will be sent with your next message; /drop takes them back")
+    say_waiting(chat)
+
+
+def say_waiting(chat: Chat) -> None:
+    """Say how many files go with the next message."""
+    them = "it" if len(chat.attachments) == 1 else "them"
+    say(f"{counted(len(chat.attachments), 'file')} will be sent with your next message; /drop takes {them} back")
 
 
 def _described(chat: Chat, attachment: Attachment | AttachedImage) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -12,15 +13,16 @@ from urllib.parse import unquote, urlsplit
 
 from dgemma_mlx.cli.chat.answer import Chat
 from dgemma_mlx.cli.chat.command import Command, say
+from dgemma_mlx.cli.chat.files import say_waiting
 from dgemma_mlx.cli.chat.paths import paths_of
+from dgemma_mlx.cli.image_options import check_file
 from dgemma_mlx.cli.images import AttachedImage, image_of, kept_image, media_type, read_image
 from dgemma_mlx.cli.render.thumbnail import thumbnail
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.sizes import counted
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif")
-# An absolute path as terminals paste it: in quotation marks, as a URL, or with backslashes.
-_PATH = re.compile(r"""(?<!\S)(?:'(?P<single>/[^']+)'|"(?P<double>/[^"]+)"|(?P<plain>(?:file://|/)(?:\\.|[^\s\\])+))""")
+# An absolute path as terminals paste it: in quotation marks, as a URL, or with backslashes; or one that begins with ~/.
+_PATH = re.compile(r"""(?<!\S)(?:'(?P<single>/[^']+)'|"(?P<double>/[^"]+)"|(?P<plain>(?:file://|~?/)(?:\\.|[^\s\\])+))""")
 _AFTER_A_WORD = ".,;:!?)"
 
 
@@ -50,7 +52,7 @@ def dragged(line: str) -> Dragged:
 
     def name_of(found: re.Match[str]) -> str:
         for text, rest in _readings(found):
-            if _is_image(path := _of_url(text)):
+            if _is_image(path := _of_url(os.path.expanduser(text))):
                 paths.append(path)
                 return path.name + rest
         return found[0]
@@ -90,10 +92,11 @@ def _is_image(path: Path) -> bool:
 def attach(chat: Chat, paths: Sequence[Path]) -> None:
     """Attach images to the next message, show them, and say so. Raises `DgemmaError`, without a change."""
     found = []
+    budget = {} if chat.image_budget is None else {"budget": chat.image_budget}
     for path in paths:
         data = read_image(path)
-        tokens = chat.look({"type": "image", "path": str(path)})
-        found.append(AttachedImage(str(path), image_of(path.name, data), tokens))
+        tokens = chat.look({"type": "image", "path": str(path), **budget})
+        found.append(AttachedImage(str(path), {**image_of(path.name, data), **budget}, tokens))
     _add(chat, found)
 
 
@@ -108,8 +111,11 @@ def _add(chat: Chat, found: Sequence[AttachedImage]) -> None:
 
 def _image(chat: Chat, rest: str) -> None:
     if rest:
-        attach(chat, [_of_url(str(path)) for path in paths_of(rest, "/image FILE")])
-        say(f"{_waiting(chat)} will be sent with your next message; /drop takes them back")
+        paths = [_of_url(str(path)) for path in paths_of(rest, "/image FILE")]
+        for path in paths:
+            check_file(path, "/image")
+        attach(chat, paths)
+        say_waiting(chat)
         return
     images = [(n, each) for n, each in enumerate(chat.attachments, 1) if isinstance(each, AttachedImage)]
     for number, each in images:
@@ -121,14 +127,11 @@ def _image(chat: Chat, rest: str) -> None:
 def _video(chat: Chat, rest: str) -> None:
     found = []
     for path in paths_of(rest, "/video FILE"):
+        check_file(path, "/video")
         part = {"type": "video", "path": str(path)}
         found.append(AttachedImage(str(path), kept_image(part), chat.look(part)))
     _add(chat, found)
-    say(f"{_waiting(chat)} will be sent with your next message; /drop takes them back")
-
-
-def _waiting(chat: Chat) -> str:
-    return counted(len(chat.attachments), "file")
+    say_waiting(chat)
 
 
 COMMANDS = {

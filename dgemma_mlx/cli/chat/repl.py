@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dgemma_mlx.cli.image_options import ImageBudget, check_budget
 from dgemma_mlx.cli.loading import full_name, load_model, model_loader
 from dgemma_mlx.cli.log.keep import Keeper, about
 from dgemma_mlx.cli.log.options import ConversationOptions
@@ -67,6 +68,7 @@ def chat(
     speed: SpeedMode = None,
     verify: VerifyMode = None,
     prompt_cache: PromptCacheFile = None,
+    image_budget: ImageBudget = None,
 ) -> None:
     """Talk with the model in the terminal.
 
@@ -81,7 +83,7 @@ def chat(
           `/copy`, `/sessions`, `/rename NAME` and `/bye`. A line that begins with a slash never reaches the model,
           except within `\"\"\"`. `/system none` removes the system prompt.
         - `/image FILE` shows the model a picture with your next message; so does a picture that is dragged into the
-          window. `/drop` takes it back.
+          window. `/drop` takes it back. `--image-budget` is about the pictures that are added after the start.
         - Ctrl-X Ctrl-E opens the message in an editor. The line below the prompt shows how much of the model's context
           is used; the setting `stats` prints a line about each answer.
         - Ctrl-C stops an answer after the current step. Committed canvases stay, marked as cancelled. Ctrl-C twice at
@@ -104,8 +106,9 @@ def chat(
     """
     from dgemma_mlx.cli.log.session import Session
 
+    check_budget(image_budget)
     if url is not None:
-        _check_remote(model, verify, prompt_cache)
+        _check_remote(model, verify, prompt_cache, image_budget)
     settings = Settings()
     continued = conversation.open(settings)
     flags = {
@@ -121,6 +124,7 @@ def chat(
         session.system = defaults["system"]
     draw = defaults["live"] and not no_live and can_draw()
     with quiet_when_closed(), _conversation(url, key, session, defaults, draw, model, prompt_cache) as opened:
+        opened.image_budget = image_budget
         opened.check()  # refuse contradictory settings before anything is written
         if continued is not None:
             title = f"{session.id} ({session.name})" if session.name else str(session.id)
@@ -168,13 +172,16 @@ def _conversation(
         yield LocalChat(loaded, session, defaults, draw=draw, cache=cache)
 
 
-def _check_remote(model: ModelOptions, verify: str | None, prompt_cache: Path | None) -> None:
+def _check_remote(
+    model: ModelOptions, verify: str | None, prompt_cache: Path | None, image_budget: int | None
+) -> None:
     """Raise `DgemmaError` (exit code 2) for options that only a loaded model has."""
-    given = {"--verify": verify, "--prompt-cache": prompt_cache} | {
+    given = {"--verify": verify, "--prompt-cache": prompt_cache, "--image-budget": image_budget} | {
         f"--{name.replace('_', '-')}": value for name, value in asdict(model).items() if value
     }
     if names := [name for name, value in given.items() if value is not None]:
-        hint = f"Give {names[0]} to `dgemma-mlx serve`." if names[0] != "--verify" else "A server does not verify."
+        own = {"--verify": "A server does not verify.", "--image-budget": "The server's checkpoint chooses it."}
+        hint = own.get(names[0], f"Give {names[0]} to `dgemma-mlx serve`.")
         raise DgemmaError(f"--url cannot be combined with {names[0]}", hint, exit_code=2)
 
 
