@@ -44,7 +44,7 @@ from dgemma_mlx.train.tasks.look import COLOURS, GRIDS, PATCH, THINGS, draw_scen
 from dgemma_mlx.vision.tower import VisionTower
 
 SEED = 0
-STEPS = {"see": 3000, "show": 1500, "fit": 1000, "join": 2200}
+STEPS = {"see": 3000, "show": 1500, "fit": 1000, "join": 2500}
 BATCH = {"see": 64, "show": 16, "fit": 64, "join": 16}
 NAMED, NAMING_WEIGHT = 40, 0.15  # of the stage join: pictures that are named in a step, and the weight of that loss
 # Peak rates of Muon and of AdamW.
