@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 from dgemma_mlx.checkpoint.vision_config import BUDGETS, VisionConfig
-from dgemma_mlx.checks import reason
 from dgemma_mlx.cli.images import image_size
 from dgemma_mlx.cli.parameters import prompt_option
 from dgemma_mlx.cli.render.visible import visible
@@ -97,8 +94,6 @@ class ImageOptions:
         Raises `DgemmaError` (exit code 2) for a URL, for what is not a picture that can be read, and when the library
         that reads it is missing.
         """
-        if self.files:
-            _require("images", "Pillow", "PIL", "pillow")
         return [self._part(path) for path in self.image or ()]
 
     def _part(self, path: Path) -> Mapping[str, Any]:
@@ -127,7 +122,9 @@ class MediaOptions(ImageOptions):
     def read(self) -> list[Mapping[str, Any]]:
         """Return the images, then the videos, as parts of a message's content. Raises as ``ImageOptions.read``."""
         if self.video:
-            _require("videos", "PyAV", "av", "av pillow")
+            from dgemma_mlx.vision.video import require_pyav
+
+            require_pyav()
         found = super().read()
         for path in self.video or ():
             if path == _STDIN:
@@ -148,29 +145,14 @@ def check_file(path: Path, what: str) -> None:
 
     ``what`` begins the message and says where the path comes from.
     """
-    try:
-        with open(path, "rb", opener=_without_waiting) as file:
-            is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-    except (OSError, ValueError) as error:  # ValueError of a path with a NUL
-        if _URL.match(str(path)):
-            hint = "Download it first, for example with curl -O URL."
-            address = str(path).replace(":/", "://", 1)  # as it was, before it became a path
-            raise DgemmaError(f"{what}: {address} is an address, not a file", hint, exit_code=2) from None
-        raise DgemmaError(f"{what}: cannot read {path}: {reason(error)}", "Name a file that can be read.", 2) from None
-    if not is_file:
-        raise DgemmaError(f"{what}: {path} is not a file", "Name the file of a picture.", exit_code=2)
+    if _URL.match(str(path)) and not os.path.exists(path):
+        address = str(path).replace(":/", "://", 1)  # as it was, before it became a path
+        hint = "Download it first, for example with curl -O URL."
+        raise DgemmaError(f"{what}: {address} is an address, not a file", hint, exit_code=2)
+    from dgemma_mlx.vision.pixels import regular_file
 
-
-def _without_waiting(path: str, flags: int) -> int:
-    """Open a file, and do not wait for the writer of a pipe."""
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
-def _require(kind: str, library: str, module: str, packages: str) -> None:
-    """Raise `DgemmaError` (exit code 2) where a library is missing, before a model is loaded."""
-    if find_spec(module) is None:
-        hint = f"Run pip install {packages}, or pipx inject dgemma-mlx {packages}."
-        raise DgemmaError(f"reading {kind} needs {library}", hint, exit_code=2)
+    with regular_file(path, f"{what}: {path}", "Name a file that can be read."):
+        pass
 
 
 def show_images(images: Iterable[Mapping[str, Any]], *, draw: bool = True) -> None:

@@ -47,12 +47,9 @@ def read_frames(source: str | Path | bytes, config: VisionConfig, name: str) -> 
     Raises:
         DgemmaError: PyAV or Pillow is missing, or the source is not a video that can be read.
     """
-    try:
-        import av
-    except ImportError:
-        hint = "Run pip install av pillow, or pipx inject dgemma-mlx av pillow."
-        raise DgemmaError("reading videos needs PyAV", hint, exit_code=2) from None
-    require_pillow()
+    require_pyav()
+    import av
+
     config.require_supported()
     with regular_file(source, name, _OTHER_FILE) as file, _errors(name):
         with av.open(file, options=_OPTIONS, metadata_errors="replace") as container:
@@ -68,6 +65,16 @@ def read_frames(source: str | Path | bytes, config: VisionConfig, name: str) -> 
         if len(found) < count:
             raise DgemmaError(f"{name} is damaged or cut off: frames are missing", _FETCH_AGAIN, exit_code=2)
         return found
+
+
+def require_pyav() -> None:
+    """Raise ``DgemmaError`` (exit code 2) when PyAV or Pillow is not installed."""
+    require_pillow()
+    try:
+        import av  # noqa: F401
+    except ImportError:
+        hint = "Run pip install av pillow, or pipx inject dgemma-mlx av pillow."
+        raise DgemmaError("reading videos needs PyAV", hint, exit_code=2) from None
 
 
 def _packets(container: InputContainer, name: str) -> tuple[list[int], list[int]]:

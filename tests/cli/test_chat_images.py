@@ -84,8 +84,8 @@ def test_an_image_goes_with_the_next_message_and_stays(
 
 
 @pytest.mark.parametrize(("name", "words"), [
-    ("gone.png", "cannot read .*gone.png: No such file"), ("text.png", "text.png is not a picture"),
-    ("cut.png", "cut.png cannot be read: image file is truncated"), ("", "cannot read .*: Is a directory"),
+    ("gone.png", "gone.png cannot be read: No such file"), ("text.png", "text.png is not a picture"),
+    ("cut.png", "cut.png cannot be read: image file is truncated"), ("", "cannot be read: Is a directory"),
     ("https://example.com/cat.png", "/image: https://example.com/cat.png is an address, not a file"),
 ])  # fmt: skip
 def test_what_is_no_image_changes_nothing(chat: LocalChat, pictures: Path, name: str, words: str) -> None:
@@ -167,7 +167,7 @@ def test_a_dragged_picture_is_seen_in_a_terminal(seeing: str, pictures: Path) ->
         talk.type("\x15")  # erases the line
         rows = talk.say(f"'{pictures / 'My Dog.png'}'")
         assert "64 tokens" in " ".join(rows) and b"\x1b_Ga=T,f=100,q=2" in talk.output
-        assert "gone.png: No such file" in "".join(talk.say(f"/image {pictures / 'gone.png'}"))
+        assert "gone.png cannot be read: No such file" in "".join(talk.say(f"/image {pictures / 'gone.png'}"))
         talk.say(f"Which one is {pictures / 'cat.png'}?")
         talk.type("\x04")
         assert talk.finish() == 0

@@ -60,12 +60,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     ("arguments", "words"),
     [
         (["generate", "a", "--image", "https://example.com/a.png"], "--image: https://example.com/a.png is an address"),
-        (["generate", "a", "--image", "gone.png"], "--image: cannot read gone.png: No such file"),
-        (["generate", "a", "--image", "."], "--image: cannot read .: "),
+        (["generate", "a", "--image", "gone.png"], "--image: gone.png cannot be read: No such file"),
+        (["generate", "a", "--image", "."], "--image: . cannot be read: "),
         (["generate", "a", "--image", "t.txt"], "t.txt is not a picture that Pillow reads"),
         (["choose", "a", "--from", "b,c", "--image", "-"], "standard input is empty"),
         (["generate", "a", "--image", "pipe"], "--image: pipe is not a file"),
-        (["generate", "a", "--video", "gone.mp4"], "--video: cannot read gone.mp4: No such file"),
+        (["generate", "a", "--video", "gone.mp4"], "--video: gone.mp4 cannot be read: No such file"),
         (["generate", "a", "--video", "-"], "--video cannot read standard input"),
         (["generate", "a", "--image", "a.png", "--image-budget", "71"], "--image-budget cannot be 71"),
         (["generate", "a", "--image-budget", "70"], "--image-budget needs --image"),
@@ -81,7 +81,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         (["fill", "--prefix-file", "-", "--image", "-"], "standard input cannot be the image and the text at once"),
         (["edit", "a", "-", "--image", "-"], "standard input cannot be the image and the text at once"),
         (["choose", "--from", "a,b", "--image", "-"], "standard input cannot be the image and the text at once"),
-        (["choose", "q", "--from", "a,b", "--image", "gone.png"], "--image: cannot read gone.png"),
+        (["choose", "q", "--from", "a,b", "--image", "gone.png"], "--image: gone.png cannot be read"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_shown_is_one_line_before_a_model_is_loaded(run: Run, arguments: list[str], words: str) -> None:
@@ -105,11 +105,12 @@ def test_a_terminal_is_not_an_image(run: Run, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_missing_library_is_named_before_a_model_is_loaded(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     picture(Path("a.png"))
-    monkeypatch.setattr("dgemma_mlx.cli.image_options.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "av", None)  # importing it fails
+    assert "reading videos needs PyAV" in run("generate", "a", "--video", "a.png", "-m", "gone/model")[2]
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
     assert run("generate", "a", "--image", "a.png", "-m", "gone/model")[::2] == (
         2, "dgemma-mlx: reading images needs Pillow\nhint: Run pip install pillow, or pipx inject dgemma-mlx pillow.\n"
     )  # fmt: skip
-    assert "reading videos needs PyAV" in run("generate", "a", "--video", "a.png", "-m", "gone/model")[2]
 
 
 def test_a_model_without_a_tower_says_so(run: Run) -> None:
@@ -132,9 +133,9 @@ def test_a_batch_checks_the_images_of_every_line(tmp_path: Path, monkeypatch: py
     assert with_budget["images"] == [{"type": "image", "path": "a.png", "budget": 70}] and "images" not in without
     assert read_batch(file)[0]["images"] == [{"type": "image", "path": "a.png"}]
     for images, words in (
-        (["gone.png"], "images: cannot read gone.png: No such file"), ("a.png", "images cannot be"),
+        (["gone.png"], "images: gone.png cannot be read: No such file"), ("a.png", "images cannot be"),
         ([1], "images cannot be"), ([""], "images cannot be"), (["http://a/b.png"], "images: http://a/b.png is an"),
-        (["a\0.png"], "images: cannot read a"),
+        (["a\0.png"], "images: a\\x00.png cannot be read: embedded null byte"),
     ):  # fmt: skip
         file.write_text(f'"a"\n{json.dumps({"prompt": "a", "images": images})}\n')
         with pytest.raises(DgemmaError) as caught:
