@@ -65,14 +65,14 @@ def test_a_missing_model_is_offered_and_ctrl_c_stops_it_at_once(
 ) -> None:
     hub.rate = 1_000_000
     with Terminal(SORT, env=environment) as terminal:
-        terminal.wait_for_text("Download 4.0 MB? [Y/n]:")
+        terminal.wait_for_text("Download 4.4 MB? [Y/n]:")
         first, second, third, _ = terminal.screen.rows[:4]
-        assert re.fullmatch(r"owner/tiny: 4.0 MB to download; [\d.]+ [GT]B free on the disk", first)
+        assert re.fullmatch(r"owner/tiny: 4.4 MB to download; [\d.]+ [GT]B free on the disk", first)
         assert second.startswith("memory: 19.") and "with 4,096 tokens of context; " in second
         assert third.startswith("fits with ")
         assert hub.sent["model.safetensors"] <= HEADER
         terminal.type("\r")
-        terminal.wait_for(lambda: bool(re.search(r"━ [1-3]\.\d/4\.0 MB [\d.]+ [kM]B/s 0:00:0\d", terminal.text)))
+        terminal.wait_for(lambda: bool(re.search(r"━ [1-3]\.\d/4\.4 MB [\d.]+ [kM]B/s 0:00:0\d", terminal.text)))
         assert len(terminal.screen.rows) == 5  # one bar
         terminal.type("\x03")
         assert terminal.finish(seconds=5) == 130
@@ -84,7 +84,7 @@ def test_a_missing_model_is_offered_and_ctrl_c_stops_it_at_once(
         terminal.wait_for_text("[Y/n]:")
         terminal.type("y\r")
         assert terminal.finish() == 0
-        assert "downloaded owner/tiny, 4.0 MB" in terminal.text and "━" not in terminal.text
+        assert "downloaded owner/tiny, 4.4 MB" in terminal.text and "━" not in terminal.text
         assert terminal.text.endswith("3 5 7")
     assert hub.sent["model.safetensors"] < len(DEMO["model.safetensors"]) + 1_000_000
 
@@ -104,7 +104,7 @@ def test_in_a_pipe_there_are_lines_and_no_question(environment: dict[str, str]) 
     assert (done.returncode, done.stdout) == (0, "3 5 7\n")
     *verdict, begun, ended = done.stderr.splitlines()
     assert len(verdict) == 3 and verdict[-1].startswith("fits with ")
-    assert (begun, ended) == ("downloading owner/tiny, 4.0 MB of 4.0 MB", "downloaded owner/tiny, 4.0 MB")
+    assert (begun, ended) == ("downloading owner/tiny, 4.4 MB of 4.4 MB", "downloaded owner/tiny, 4.4 MB")
     done = run(environment, *SORT)
     assert (done.returncode, done.stdout, done.stderr) == (0, "3 5 7\n", "")
 
