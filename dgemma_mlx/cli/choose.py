@@ -62,7 +62,7 @@ def choose(
         from dgemma_mlx.infill.choose import choose as choose_among
 
         settings = Settings()
-        loaded = load_model(settings, model, answer.quiet)
+        loaded = load_model(settings, model, answer.quiet, images=bool(images))
         arguments = answer_arguments(settings, answer, raw)
         if not (answer.quiet or as_json):
             show_images(images)

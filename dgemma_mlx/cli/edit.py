@@ -69,7 +69,7 @@ def edit(
     before = read_text(file)
     _, text = without_bom(before)
     with quiet_when_closed():
-        with prepared(model, answer, denoising, raw=False) as (loaded, arguments):
+        with prepared(model, answer, denoising, raw=False, images=bool(images)) as (loaded, arguments):
             from dgemma_mlx.infill.edit import DEFAULT_CANDIDATES
             from dgemma_mlx.infill.edit import edit as edit_text
 

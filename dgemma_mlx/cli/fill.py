@@ -92,7 +92,7 @@ def fill(
     images = pictures.read()
     before, parts = _parts(file, hole, at, size, hint, prefix_file, suffix_file)
     with quiet_when_closed():
-        with prepared(model, answer, denoising, raw) as (loaded, arguments):
+        with prepared(model, answer, denoising, raw, images=bool(images)) as (loaded, arguments):
             from dgemma_mlx.infill.fill import DEFAULT_CANDIDATES
             from dgemma_mlx.infill.fill import fill as fill_text
             from dgemma_mlx.infill.template import shown as shown_gaps

@@ -178,7 +178,7 @@ def generate(
     session, chosen = begun(conversation, settings, named, model, arguments["system"])
     arguments["system"] = session.system
     with quiet_when_closed(), _open(output.trace) as trace:
-        loaded = load_model(settings, chosen, answer.quiet)
+        loaded = load_model(settings, chosen, answer.quiet, images=bool(images))
         in_force = {name: settings.pick(name, option) for name, option in loop.items()}
         arguments["generation"] = loaded.generation.override(**in_force)
         if batch.batch is not None:

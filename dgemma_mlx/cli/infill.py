@@ -80,14 +80,14 @@ class ResultOptions:
 
 @contextmanager
 def prepared(
-    model: ModelOptions, answer: AnswerOptions, denoising: DenoisingOptions, raw: bool
+    model: ModelOptions, answer: AnswerOptions, denoising: DenoisingOptions, raw: bool, images: bool
 ) -> Iterator[tuple[Model, dict[str, Any]]]:
-    """Yield the model and the keyword arguments that fill and edit share.
+    """Yield the model and the keyword arguments that fill and edit share. ``images`` says whether it is shown any.
 
     Within the block, Ctrl-C ends the work after the current denoising step.
     """
     settings = Settings()
-    loaded = load_model(settings, model, answer.quiet)
+    loaded = load_model(settings, model, answer.quiet, images=images)
     steps = settings.pick("max_denoising_steps", denoising.max_denoising_steps)
     arguments = {
         **answer_arguments(settings, answer, raw), "speed": settings.pick_checked("speed", denoising.speed),

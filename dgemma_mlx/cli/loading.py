@@ -31,17 +31,26 @@ def fetch(name: str | None, weights: bool = True) -> Checkpoint:
 
 
 def load_model(
-    settings: Settings, options: ModelOptions, quiet: bool = False, training: bool = False, checked: bool = False
+    settings: Settings, options: ModelOptions, quiet: bool = False, training: bool = False, checked: bool = False,
+    images: bool = False,
 ) -> Model:
     """Load the model that the options or the settings name, and set the mode of the Metal kernels.
 
     Unless ``quiet``, a line on stderr says when the built-in demo answers because no model was chosen. For
     ``training`` the weights keep the dtype in which they are stored, because gradients leave the range of float16.
-    Work that takes long has its weights ``checked`` before: one that is NaN or infinite raises `DgemmaError`.
+    Work that takes long has its weights ``checked`` before: one that is NaN or infinite raises `DgemmaError`. A
+    model that is to be shown ``images``, and reads none, is refused before its weights are read.
     """
     from dgemma_mlx.model.finite import require_finite
 
-    loaded = model_loader(settings, options, training)()
+    load = model_loader(settings, options, training)
+    if images:
+        from dgemma_mlx.checkpoint.config import ModelConfig
+        from dgemma_mlx.generation.pictures import require_vision
+
+        checkpoint = fetch(settings.pick("model", options.model))
+        require_vision(ModelConfig.load(checkpoint.folder), checkpoint.name)
+    loaded = load()
     if checked:
         require_finite(loaded.network)
     if not quiet:

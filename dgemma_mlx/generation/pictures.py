@@ -64,10 +64,7 @@ def read_pictures(
     """
     if not has_images(messages):
         return list(messages), []
-    vision = config.vision
-    if vision is None or config.image_token_id is None:
-        raise DgemmaError(f"{model_name} reads no images: the checkpoint has no vision tower", _OTHER, exit_code=2)
-    vision.require_supported()
+    vision = require_vision(config, model_name)
     count = sum(map(is_image, (part for message in messages if isinstance(message.get("content"), list)
                                for part in message["content"])))  # fmt: skip
     if count > MAX_IMAGES:
@@ -97,6 +94,14 @@ def read_pictures(
     if len(pictures) > MAX_IMAGES:
         raise _too_many(len(pictures))
     return found, pictures
+
+
+def require_vision(config: ModelConfig, model_name: str) -> VisionConfig:
+    """Return the configuration of a model's vision tower. Raises ``DgemmaError`` when the model reads no images."""
+    if config.vision is None or config.image_token_id is None:
+        raise DgemmaError(f"{model_name} reads no images: the checkpoint has no vision tower", _OTHER, exit_code=2)
+    config.vision.require_supported()
+    return config.vision
 
 
 def _read_bytes(data: bytes, config: VisionConfig, budget: int, name: str) -> Picture:
