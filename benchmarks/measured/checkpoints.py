@@ -115,6 +115,7 @@ def _write_random(folder: Path, case: Case) -> None:
         shutil.copy(DEMO_FOLDER / file, folder)
     _write_tokenizer(folder, case.vocab_size)
     config = read_json(DEMO_FOLDER / "config.json")
+    config["vision_config"] = None
     config["canvas_length"] = case.canvas_length
     config["text_config"].update(
         case.shape, vocab_size=case.vocab_size, sliding_window=1024, max_position_embeddings=262_144
