@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from dgemma_mlx import load
 from tests.page.conftest import Visit
 from tests.server.live import serving
-from tests.vision.seeing import png, write_seeing
+from tests.vision.seeing import png, write_blind, write_seeing
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -30,6 +31,14 @@ TEXT = base64.b64encode(png()).decode()
 def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server with a model that reads images."""
     folder = write_seeing(tmp_path_factory.mktemp("seeing"))
+    with serving(lambda: load(folder), max_tokens=4) as address:
+        yield address
+
+
+@pytest.fixture
+def blind(tmp_path: Path) -> Iterator[str]:
+    """The address of a server with a model that reads no images."""
+    folder = write_blind(tmp_path / "blind")
     with serving(lambda: load(folder), max_tokens=4) as address:
         yield address
 
@@ -79,8 +88,8 @@ def test_images_go_with_a_text_with_gaps(seeing: str, visit: Visit) -> None:
     assert asked[0]["images"] == [f"data:image/png;base64,{TEXT}"]
 
 
-def test_a_model_that_reads_no_images_takes_none(scripted: str, visit: Visit) -> None:
-    page = visit(scripted)
+def test_a_model_that_reads_no_images_takes_none(blind: str, visit: Visit) -> None:
+    page = visit(blind)
     page.get_by_text("of context").wait_for()
     assert page.get_by_role("button", name="Add images").count() == 0
     page.evaluate(GIVE, ["paste", "clipboardData", TEXT])
