@@ -48,3 +48,8 @@ def _one_line(text: str) -> str:
         text = f"{text[: _LONGEST // 2]}…{text[-_LONGEST // 2 + 1 :]}"
     line = text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]}…{line[-_LONGEST // 2 + 1 :]}"
+
+
+def how_to_install(packages: str) -> str:
+    """Return how to install optional libraries, named with spaces between them, where the program is."""
+    return f"pip install {packages}, or pipx inject dgemma-mlx {packages}"

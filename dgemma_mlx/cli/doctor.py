@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from dgemma_mlx.cli.parameters import AsJson, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
+from dgemma_mlx.errors import how_to_install
 
 _PROBE_SECONDS = 5.0  # duration of each of the two probes
 _TOLERANCE = 0.01  # relative error that passes the self-check: Macs may multiply float32 with ten bits
@@ -237,7 +238,7 @@ def _version(package: str) -> str | None:
 def _reader(library: str, version: str | None, packages: str) -> str:
     """Return which library reads images or videos, or how to install it."""
     if version is None:
-        return f"cannot be read without {library}: pip install {packages}, or pipx inject dgemma-mlx {packages}"
+        return f"cannot be read without {library}: {how_to_install(packages)}"
     return f"read with {library} {version}"
 
 

@@ -25,7 +25,7 @@ from dgemma_mlx.cli.parameters import (
     section,
 )
 from dgemma_mlx.cli.settings import Settings
-from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.errors import DgemmaError, how_to_install
 
 if TYPE_CHECKING:
     from dgemma_mlx.server.settings import ServerSettings
@@ -167,8 +167,7 @@ def _require_libraries() -> None:
 
     missing = [name for name in ("starlette", "uvicorn", "msgspec") if find_spec(name) is None]
     if missing:
-        names = " ".join(missing)
-        hint = f"Run pip install {names}, or pipx inject dgemma-mlx {names}."
+        hint = f"Run {how_to_install(' '.join(missing))}."
         raise DgemmaError(f"serve needs {' and '.join(missing)}", hint, 2)
 
 

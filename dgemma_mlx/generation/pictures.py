@@ -18,7 +18,7 @@ from dgemma_mlx.checkpoint.config import ModelConfig
 from dgemma_mlx.checkpoint.vision_config import VisionConfig
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.model.soft_tokens import SoftTokens
-from dgemma_mlx.text.images import MAX_IMAGES, has_images, is_image, place_pictures
+from dgemma_mlx.text.images import MAX_IMAGES, images_of, place_pictures
 from dgemma_mlx.text.messages import Message
 from dgemma_mlx.vision.pixels import Picture, read_picture
 
@@ -62,13 +62,12 @@ def read_pictures(
     frames, with the time before each; and the pictures in the same order. Raises ``DgemmaError`` (exit code 2) when the
     model reads no images, a file is not an image, and for more than ``MAX_IMAGES``.
     """
-    if not has_images(messages):
+    images = images_of(messages)
+    if not images:
         return list(messages), []
     vision = require_vision(config, model_name)
-    count = sum(map(is_image, (part for message in messages if isinstance(message.get("content"), list)
-                               for part in message["content"])))  # fmt: skip
-    if count > MAX_IMAGES:
-        raise _too_many(count)
+    if len(images) > MAX_IMAGES:
+        raise _too_many(len(images))
     pictures: list[Picture] = []
 
     def bare(part: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -18,7 +18,9 @@ from urllib.parse import unquote_to_bytes
 
 from dgemma_mlx.checkpoint.vision_config import BUDGETS
 from dgemma_mlx.checks import shown
+from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import ModelText
+from dgemma_mlx.generation.pictures import require_vision
 from dgemma_mlx.server.errors import ApiError
 from dgemma_mlx.server.image_fetch import FetchError, fetch_image
 from dgemma_mlx.server.settings import ServerSettings
@@ -114,9 +116,10 @@ class ImageReader:
         if not references:
             return []
         first = references[0].place
-        if text.config.vision is None:
-            message = f"{first}: {self._settings.model_name} reads no images: the checkpoint has no vision tower"
-            raise ApiError(400, message, param=first)
+        try:
+            require_vision(text.config, self._settings.model_name)
+        except DgemmaError as error:
+            raise ApiError(400, f"{first}: {error.message}", param=first) from None
         if len(references) > MAX_IMAGES:
             message = f"{len(references)} images are too many for a prompt. It may have {MAX_IMAGES}"
             raise ApiError(400, message, param=references[MAX_IMAGES].place)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dgemma_mlx.checks import reason
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import read_json
-from dgemma_mlx.text.images import has_images
+from dgemma_mlx.text.images import images_of
 from dgemma_mlx.text.messages import Message, conversation
 from dgemma_mlx.text.tokenizer import Tokenizer
 from dgemma_mlx.text.tokenizer_config import named_tokens, read_tokenizer_config
@@ -186,7 +186,7 @@ def encode_chat(
     """
     extra |= {"enable_thinking": enable_thinking, "add_generation_prompt": add_generation_prompt}
     checked = conversation(messages)
-    if has_images(checked):
+    if images_of(checked):
         raise DgemmaError("this reads no images", "Leave them out of the messages.", exit_code=2)
     return encode_checked(tokenizer, template, checked, declarations(tools), trust_assistant=trust_assistant, **extra)
 

@@ -65,10 +65,10 @@ def is_image(part: Any) -> bool:
     return isinstance(part, Mapping) and part.get("type") in ("image", "video")
 
 
-def has_images(messages: Sequence[Message]) -> bool:
-    """Return whether any of the messages that ``conversation`` has returned has an image or a video."""
-    return any(is_image(part) for message in messages if isinstance(message.get("content"), list)
-               for part in message["content"])  # fmt: skip
+def images_of(messages: Sequence[Message]) -> list[Mapping[str, Any]]:
+    """Return the images and videos of messages that ``conversation`` has returned, in order."""
+    contents = [message.get("content") for message in messages]
+    return [part for content in contents if isinstance(content, list) for part in content if is_image(part)]
 
 
 def place_pictures(ids: Sequence[int], blocks: Sequence[Sequence[int]], marker: int) -> list[int]:

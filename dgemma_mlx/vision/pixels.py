@@ -23,7 +23,7 @@ import numpy as np
 
 from dgemma_mlx.checkpoint.vision_config import BUDGETS, VisionConfig
 from dgemma_mlx.checks import reason, shown
-from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.errors import DgemmaError, how_to_install
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -109,7 +109,7 @@ def require_pillow() -> None:
     try:
         import PIL.Image  # noqa: F401
     except ImportError:
-        hint = "Run pip install pillow, or pipx inject dgemma-mlx pillow."
+        hint = f"Run {how_to_install('pillow')}."
         raise DgemmaError("reading images needs Pillow", hint, exit_code=2) from None
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dgemma_mlx.checkpoint.vision_config import VisionConfig
-from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.errors import DgemmaError, how_to_install
 from dgemma_mlx.vision.pixels import Picture, regular_file, require_pillow, resized_picture
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def require_pyav() -> None:
     try:
         import av  # noqa: F401
     except ImportError:
-        hint = "Run pip install av pillow, or pipx inject dgemma-mlx av pillow."
+        hint = f"Run {how_to_install('av pillow')}."
         raise DgemmaError("reading videos needs PyAV", hint, exit_code=2) from None
 
 
