@@ -13,12 +13,14 @@ from typing import Any
 
 from dgemma_mlx.checkpoint.values import (
     LARGEST,
+    MOST_LAYERS,
     constant,
     first,
     json_object,
     named,
     require,
     require_size,
+    require_usual_layers,
     token_id,
     token_ids,
 )
@@ -34,7 +36,6 @@ _DEFAULT_ROPE: dict[str, dict[str, Any]] = {
     SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
     FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
 }
-_MOST_LAYERS = 1024
 _IMAGE_IDS = {"image_token_id": 258_880, "boi_token_id": 255_999, "eoi_token_id": 258_882}  # where they are left out
 
 
@@ -97,7 +98,7 @@ class TextConfig:
             require(name in values, f"text_config has no {name!r}")
         layers = values.get("num_hidden_layers", cls.num_hidden_layers)
         require_size(layers, "num_hidden_layers")
-        require(layers <= _MOST_LAYERS, f"num_hidden_layers is {layers}, more than {_MOST_LAYERS}")
+        require(layers <= MOST_LAYERS, f"num_hidden_layers is {layers}, more than {MOST_LAYERS}")
         types = values.get("layer_types", [SLIDING if (i + 1) % 6 else FULL for i in range(layers)])
         require(isinstance(types, (list, tuple)) and all(kind in (FULL, SLIDING) for kind in types),
                  f"layer_types must be a list of {FULL!r} and {SLIDING!r}, not {shown(types)}")
@@ -126,9 +127,7 @@ class TextConfig:
             require(heads * head_dim <= LARGEST, f"{heads} heads of {head_dim} are too many")
             _validate_rope(self.rope_parameters.get(kind), f"rope_parameters of {kind}")
         require(self.top_k_experts <= self.num_experts, "top_k_experts is larger than num_experts")
-        activation = raw.get("hidden_activation", "gelu_pytorch_tanh")
-        require(activation == "gelu_pytorch_tanh", f"unsupported hidden_activation {shown(activation)}")
-        require(not raw.get("attention_bias"), "attention_bias is not supported")
+        require_usual_layers(raw)
         bidirectional = raw.get("use_bidirectional_attention")
         require(bidirectional in (None, "vision"),
                  f"unsupported use_bidirectional_attention {shown(bidirectional)}")

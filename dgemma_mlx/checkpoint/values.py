@@ -17,6 +17,7 @@ _RANGES = {
     "rms_norm_eps": (1e-12, 1e-2), "final_logit_softcapping": (0.1, 1e4), "rope_theta": (1.0, 1e12),
     "partial_rotary_factor": (1e-6, 1.0),
 }  # fmt: skip
+MOST_LAYERS = 1024
 DAMAGED = "The checkpoint may be damaged or belong to another model."
 
 
@@ -40,6 +41,13 @@ def constant(value: Any, name: str, place: str = "") -> float:
     good = (is_whole(value) or isinstance(value, float)) and least <= value <= most
     require(good, f"{place}{name} must be a number from {least:g} to {most:g}, not {shown(value)}")
     return float(value)
+
+
+def require_usual_layers(raw: Mapping[str, Any]) -> None:
+    """Raise ``DgemmaError`` for layers with another activation than GELU or with biases, in text network and tower."""
+    activation = raw.get("hidden_activation", "gelu_pytorch_tanh")
+    require(activation == "gelu_pytorch_tanh", f"unsupported hidden_activation {shown(activation)}")
+    require(not raw.get("attention_bias"), "attention_bias is not supported")
 
 
 def first(*values: Any) -> Any:

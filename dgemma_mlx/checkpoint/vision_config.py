@@ -10,13 +10,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dgemma_mlx.checkpoint.values import DAMAGED, LARGEST, constant, first, json_object, require, require_size
+from dgemma_mlx.checkpoint.values import (
+    DAMAGED,
+    LARGEST,
+    MOST_LAYERS,
+    constant,
+    first,
+    json_object,
+    require,
+    require_size,
+    require_usual_layers,
+)
 from dgemma_mlx.checks import shown
 from dgemma_mlx.errors import DgemmaError
 
 BUDGETS = (70, 140, 280, 560, 1120)  # numbers of soft tokens that a picture may aim at
 VISION_FILE = "optiq/optiq_vision.safetensors"  # where OptiQ's checkpoints may keep the tower's weights
-_MOST_LAYERS = 1024
 _BICUBIC = 3  # of Pillow's filters
 
 
@@ -87,16 +96,14 @@ class VisionConfig:
             elif f.type == "bool":
                 value = getattr(config, f.name)
                 require(isinstance(value, bool), f"{f.name} must be true or false, not {shown(value)}")
-        require(config.num_hidden_layers <= _MOST_LAYERS, f"more than {_MOST_LAYERS} layers")
+        require(config.num_hidden_layers <= MOST_LAYERS, f"more than {MOST_LAYERS} layers")
         require(config.head_dim % 4 == 0, f"the head dimension is not a multiple of 4: {config.head_dim}")
         require(config.num_attention_heads * config.head_dim <= LARGEST, "the heads are too many")
         require(config.patch_size * config.pooling_kernel_size <= 1024, "the patches are too large")
         kind = rope.get("rope_type", "axial")
         require(kind in ("default", "axial"), f"unsupported rope_type {shown(kind)}")
         require(rope.get("factor", 1) == 1, "rope_parameters: factor is not supported")
-        activation = raw.get("hidden_activation", "gelu_pytorch_tanh")
-        require(activation == "gelu_pytorch_tanh", f"unsupported hidden_activation {shown(activation)}")
-        require(not raw.get("attention_bias"), "attention_bias is not supported")
+        require_usual_layers(raw)
         kv_heads = first(raw.get("num_key_value_heads"), config.num_attention_heads)
         require(kv_heads == config.num_attention_heads, f"unsupported num_key_value_heads {shown(kv_heads)}")
         return config
