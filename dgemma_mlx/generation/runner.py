@@ -162,7 +162,7 @@ class Runner:
             for drafts in steps:
                 for row, draft in zip(rows, drafts, strict=True):
                     if row not in finished:
-                        self._answers[self._live[row]].count_step()
+                        self._answers[self._live[row]].count_step(len(draft.tokens))
                         yield self._live[row], draft
                         if draft.finished:
                             finished[row] = draft
@@ -179,9 +179,12 @@ class Runner:
         stay, and the rest is denoised again, until the encoder agrees or ``MAX_REPAIRS`` are used. ``drafts`` then
         holds the repaired canvases. A repair that is cancelled leaves the cache as it was before the canvas.
         """
+        rows = list(drafts)
         for repair in range(MAX_REPAIRS + 1):
             before = cache.snapshot()
             readings, hidden = verifier.read(cache, drafts.values())
+            for row in rows:  # a canvas that is read again because another row's was repaired counts once
+                self._answers[self._live[row]].count_encoded(len(drafts[row].tokens))
             if self._options.verify == "flag" or repair == MAX_REPAIRS:
                 break
             places = {
@@ -231,6 +234,8 @@ class Runner:
         if rows and not is_encoded:
             self._network.extend(mx.array([drafts[row].tokens for row in rows], mx.int32), cache)
             mx.async_eval(cache.state())
+            for number, row in zip(self._live, rows, strict=True):
+                self._answers[number].count_encoded(len(drafts[row].tokens))
         if self._prompt_cache is not None and (rows or is_encoded):
             self._prompt_cache.append(drafts[0].tokens, mark="canvas")
         return cache
