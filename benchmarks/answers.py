@@ -10,12 +10,13 @@ recipes/sudoku, ``--adapter``; it is not part of the sums over all tasks.
 
 Work is the number of positions that pass through the layers: those of the canvas in every denoising step (a decoder
 pass), and those of every encoder pass over a canvas, which commits it before the next one or which ``--verify`` makes.
-The prompt's prefill is the same for all ways and is left out. Of the right answers, the table shows Wilson's interval of
-their share and Newcombe's interval of the paired difference to the first way; of the work, a bootstrap interval over
+The prompt's prefill is the same for all ways and is left out. Of the right answers, the table shows Wilson's interval
+of their share and Newcombe's interval of the paired difference to the first way; of the work, a bootstrap interval over
 prompts of the ratio to the first way. All are of 95 %.
 
-``--output`` writes one record per answer, from which ``--from`` prints and draws everything again; it takes several
-files, such as that of ``sampler_peers.py``. ``--plots`` draws the right answers against the work, and the modes by task.
+``--output`` writes one record per answer, from which ``--from`` prints and draws everything again, without this
+package's libraries. It takes several files, such as that of ``sampler_peers.py``. ``--plots`` draws the right answers
+against the work, and the modes by task; it needs matplotlib.
 """
 
 from __future__ import annotations

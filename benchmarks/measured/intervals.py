@@ -21,8 +21,9 @@ def wilson(right: int, count: int) -> tuple[float, float]:
 def paired_difference(first: Sequence[bool], other: Sequence[bool]) -> tuple[float, float]:
     """Return an interval of the share in ``other`` minus the share in ``first``, of answers to the same questions.
 
-    The method is Newcombe's square-and-add of Wilson's intervals with a corrected correlation (his method 10, Statistics
-    in Medicine 17, 1998, 2635-2650). Unlike a bootstrap, it does not shrink to a point when no answer differs.
+    The method is Newcombe's square-and-add of Wilson's intervals with a corrected correlation (his method 10,
+    Statistics in Medicine 17, 1998, 2635-2650). Unlike a bootstrap, it does not shrink to a point when no answer
+    differs.
     """
     a, b = np.asarray(other, bool), np.asarray(first, bool)
     count = len(a)
@@ -49,8 +50,8 @@ def paired_difference(first: Sequence[bool], other: Sequence[bool]) -> tuple[flo
 def ratio_of_sums(above: Sequence[float], below: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """Return a bootstrap interval of ``sum(above) / sum(below)``, of values that belong to the same questions.
 
-    The questions are drawn again ``RESAMPLES`` times, with replacement and a fixed seed; the interval leaves out 2.5 % of
-    the ratios on each side.
+    The questions are drawn again ``RESAMPLES`` times, with replacement and a fixed seed; the interval leaves out 2.5 %
+    of the ratios on each side.
     """
     pairs = np.array([above, below], np.float64)
     rng, count = np.random.default_rng(seed), pairs.shape[1]

@@ -14,7 +14,10 @@ SPEED_COLORS = {"reference": "#7a7a7a", "balanced": "#2a6f97", "fast": "#89c2d9"
 
 
 def draw(sums: Sequence[Sums], folder: Path) -> list[Path]:
-    """Draw the plots that the sums suffice for into a folder, and return the paths. The same sums give the same bytes."""
+    """Draw the plots that the sums suffice for into a folder, and return their paths.
+
+    The same sums give the same bytes, with one version of matplotlib.
+    """
     import matplotlib
 
     matplotlib.use("svg")
@@ -31,7 +34,7 @@ def draw(sums: Sequence[Sums], folder: Path) -> list[Path]:
 def _draw_front(sums: Sequence[Sums], folder: Path) -> Path:
     """Draw ``benchmark-answers.svg``: for each task a panel with one point per way, and the front.
 
-    Bars are 95 % intervals: of the share of right answers, and of the work relative to the first way, which stands at 1.
+    Bars are 95 % intervals: of the share of right answers, and of the work relative to the first way's.
     """
     import matplotlib.pyplot as plt
 

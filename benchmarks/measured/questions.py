@@ -1,4 +1,4 @@
-"""The questions of ``answers.py`` and ``sampler_peers.py``: held-out prompts of the demo model's tasks, with checkers."""
+"""The questions of ``answers.py`` and ``sampler_peers.py``: held-out prompts of the demo model's tasks, and checkers."""
 
 from __future__ import annotations
 
