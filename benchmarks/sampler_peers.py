@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from answers import names, parser_of, part, run
+from answers import parser_of, part, run
 from measured import diffusers_ways, own_ways, vlm_ways
 from measured.checkpoints import COLD_TOKENS, write
 from measured.questions import TASKS, questions

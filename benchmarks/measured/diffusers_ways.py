@@ -18,11 +18,11 @@ from .records import Answerer, Cost, Question
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DiscreteDDIM": ("DiscreteDDIMScheduler", {}),
-    "DiscreteDDIM, corrector": ("DiscreteDDIMScheduler", {"corrector_steps": 1}),
+    "DiscreteDDIM+corrector": ("DiscreteDDIMScheduler", {"corrector_steps": 1}),
     "EntropyBound": ("EntropyBoundScheduler", {}),
     "BlockRefinement": ("BlockRefinementScheduler", {}),
 }
-ALL_STEPS = ", all steps"
+ALL_STEPS = " all steps"
 ADAPTIVE = [f"diffusers {name}" for name in SCHEDULERS]
 FIXED = [name + ALL_STEPS for name in ADAPTIVE]
 

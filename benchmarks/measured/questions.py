@@ -1,4 +1,4 @@
-"""The questions of ``answers.py`` and ``sampler_peers.py``: held-out prompts of the demo model's tasks, and checkers."""
+"""The questions of ``answers.py`` and ``sampler_peers.py``: held-out prompts of the demo model's tasks."""
 
 from __future__ import annotations
 

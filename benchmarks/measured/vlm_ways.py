@@ -9,11 +9,11 @@ from typing import Any
 from .questions import MAX_TOKENS
 from .records import Answerer, Cost, Question
 
-# Its defaults: temperature 0, and the stopping thresholds of the checkpoint. The last way samples, as the reference does.
+# Its defaults: temperature 0, and the checkpoint's stopping thresholds. The last way samples, as the reference does.
 WAYS: dict[str, dict[str, Any]] = {
     "mlx-vlm confidence-threshold": {"diffusion_sampler": "confidence-threshold"},
     "mlx-vlm entropy-bound": {"diffusion_sampler": "entropy-bound"},
-    "mlx-vlm entropy-bound, temperature 1": {"diffusion_sampler": "entropy-bound", "temperature": 1.0},
+    "mlx-vlm entropy-bound sampled": {"diffusion_sampler": "entropy-bound", "temperature": 1.0},
 }  # fmt: skip
 
 
