@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,9 @@ def main() -> None:
         parser.error(f"not a way: {', '.join(unknown)}; the ways are {', '.join(everything)}")
     if unknown := [task for task in arguments.tasks if task not in TASKS]:
         parser.error(f"not a task of the demo model: {', '.join(unknown)}")
+    for program, module in (("mlx-vlm", "mlx_vlm"), ("diffusers", "diffusers")):
+        if any(way.startswith(program) for way in arguments.ways) and find_spec(module) is None:
+            parser.error(f"{program} is not installed in the environment of {sys.executable}")
     run(__file__, arguments, answered(arguments))
 
 
