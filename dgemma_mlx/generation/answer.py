@@ -11,6 +11,7 @@ import mlx.core as mx
 from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.constrain.canvas import ConstraintState, RowStart
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.diffusion.stopping import text_ids
 from dgemma_mlx.events import Committed, Done, Draft, FinishReason, Statistics
 from dgemma_mlx.generation.pictures import PromptIds
 from dgemma_mlx.sizes import rate
@@ -114,10 +115,10 @@ class Answer:
         self.canvas_steps += 1
         self.decoded += positions
 
-    def count_encoded(self, positions: int) -> None:
-        """Count one encoder pass over so many positions of a canvas."""
-        self.encoder_passes += 1
-        self.encoded += positions
+    def count_encoded(self, positions: int, passes: int = 1) -> None:
+        """Count encoder passes over so many positions of a canvas each."""
+        self.encoder_passes += passes
+        self.encoded += passes * positions
 
     def commit(self, draft: Draft, doubted: Sequence[int], is_cancelled: bool) -> Committed:
         """Append a finished canvas to the answer, cut after its first end-of-text id and at ``max_tokens``.
@@ -186,9 +187,3 @@ def call_prefix(prompt_ids: Sequence[int], seed: int) -> str:
     """Return the beginning of the ids of an answer's tool calls: the same for the same prompt and seed."""
     digest = hashlib.sha256(",".join(map(str, [seed, *prompt_ids])).encode()).hexdigest()
     return f"call_{digest[:12]}_"
-
-
-def text_ids(canvas: Sequence[int], eos_ids: Sequence[int]) -> Sequence[int]:
-    """Return the canvas up to and including its first end-of-text id."""
-    end = next((position for position, token in enumerate(canvas) if token in eos_ids), len(canvas))
-    return canvas[: end + 1]
