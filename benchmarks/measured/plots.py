@@ -39,7 +39,7 @@ def _draw_front(sums: Sequence[Sums], folder: Path) -> Path:
     """
     import matplotlib.pyplot as plt
 
-    tasks = list(dict.fromkeys(one.task for one in sums))
+    tasks = sorted({one.task for one in sums})  # "all" first
     numbers = {way: number for number, way in enumerate(dict.fromkeys(one.way for one in sums), 1)}
     height = 3.8 + 0.17 * math.ceil(len(numbers) / 2)
     figure, panels = plt.subplots(
@@ -70,8 +70,8 @@ def _draw_front(sums: Sequence[Sums], folder: Path) -> Path:
         axes.set_xlabel(f"work, {shown[0].way} = 1")
         axes.set_title(f"{task}, {len(shown[0].records):,} questions", fontsize=9)
     panels[0][0].set_ylabel("right answers, %")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=7)
+    named = {label: handle for axes in panels[0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=7)
     return _save(figure, folder / "benchmark-answers.svg")
 
 
