@@ -69,8 +69,8 @@ class Sums:
 def compare(records: Sequence[Record]) -> list[Sums]:
     """Return the sums of each way on each task, and on all tasks when there are several; ways in their first order.
 
-    A way that has not been tried on a task is left out there, except for the first one. Raises ``ValueError`` unless all
-    others have answered the same questions of the task.
+    A way that has not been tried on a task is left out there. Raises ``ValueError`` when this is the first way, and
+    unless all others have answered the same questions of the task.
     """
     tasks = dict.fromkeys(record.task for record in records)
     ways = list(dict.fromkeys(record.way for record in records))

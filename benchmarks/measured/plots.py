@@ -70,7 +70,10 @@ def _draw_front(sums: Sequence[Sums], folder: Path) -> Path:
         axes.set_xlabel(f"work, {shown[0].way} = 1")
         axes.set_title(f"{task}, {len(shown[0].records):,} questions", fontsize=9)
     panels[0][0].set_ylabel("right answers, %")
-    named = {label: handle for axes in panels[0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    named = {}
+    for axes in panels[0]:
+        handles, labels = axes.get_legend_handles_labels()
+        named.update(zip(labels, handles, strict=True))
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=7)
     return _save(figure, folder / "benchmark-answers.svg")
 
