@@ -153,11 +153,14 @@ def test_records_are_read_as_they_were_written_and_shown_again(tmp_path: Path) -
     file, records = tmp_path / "records.json", some_records()
     write(file, records, prompts=2)
     assert read(file) == records
+    other = tmp_path / "other.json"  # a later run of a way, one answer of which differs
+    write(other, [replace(record, decoder_passes=3) if record.number else record for record in records[:2]])
     shown = subprocess.run(
-        [sys.executable, str(SCRIPT), "--from", str(file), str(file), "--tasks", "sort,count"], capture_output=True,
+        [sys.executable, str(SCRIPT), "--from", str(file), str(other), "--tasks", "sort,count"], capture_output=True,
         text=True, timeout=120, check=True,
     )  # fmt: skip
     assert shown.stdout.strip() == table(compare([one for one in records if one.task != SUDOKU6]))
+    assert shown.stderr.startswith("1 records of later files differ")
 
 
 def test_a_larger_number_of_questions_only_adds_some_and_processes_share_all() -> None:
