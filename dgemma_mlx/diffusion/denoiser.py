@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.diffusion.edits import NO_EDITS, Edits
-from dgemma_mlx.diffusion.sampler import Noise
+from dgemma_mlx.diffusion.sampler import Noise, Proposal
 from dgemma_mlx.diffusion.schedule import temperature
 from dgemma_mlx.diffusion.speed import REFERENCE, Speed
 from dgemma_mlx.diffusion.stopping import TESTS, Stopping
@@ -36,7 +36,7 @@ class Denoiser:
     Attributes:
         network: The text network.
         config: The loop's parameters: number of steps, temperatures, acceptance and stopping thresholds.
-        speed: When a canvas may be committed before the reference would commit it.
+        speed: The sampler, and when a canvas may be committed before the reference would commit it.
         greedy: Whether the denoiser canvas takes the most probable tokens instead of sampling.
     """
 
@@ -74,7 +74,7 @@ class Denoiser:
                     mx.eval(*decoded.sample, *gathered)
                     signal = self._next_signal(decoded)  # the device computes it while the CPU projects
                     sample = edits.projection(decoded.sample, gathered, decoded.uniforms, decoded.temperature)
-                step = self._accept(sample, noise, edits, stopping)
+                step = self._step(canvas, sample, noise, edits, stopping, number)
                 if last is not None:
                     step = step.keep_finished(last)
                 mx.eval(*step.arrays(), *decoded.sample)
@@ -118,12 +118,13 @@ class Denoiser:
             refuse_nan(self.network, draft.mean_entropy, f"step {number} of canvas {canvas_index + 1}")
         return drafts
 
-    def _accept(self, sample: CanvasSample, noise: Noise, edits: Edits, stopping: Stopping) -> _Step:
-        """Accept the certain positions of a sample (B, C), renoise the others, and test whether to stop."""
-        accepted_mask = edits.accept(sample.entropy, self.config.entropy_bound * self.speed.entropy_bound_factor)
+    def _step(
+        self, canvas: mx.array, sample: CanvasSample, noise: Noise, edits: Edits, stopping: Stopping, number: int
+    ) -> _Step:
+        """Let the sampler write the next canvas (B, C) from this one and its sample, and test whether to stop."""
         denoiser_canvas = sample.argmax if self.greedy else sample.sample
-        fresh = noise.canvas(sample.entropy.shape[1], self.network.config.vocab_size)
-        renoised = mx.where(accepted_mask, denoiser_canvas, fresh)
+        proposal = Proposal(canvas, denoiser_canvas, sample, edits.free, number, self.network.config.vocab_size)
+        renoised, accepted_mask = self.speed.sampler(proposal, noise, self.config)
         return _Step(edits.pinned(renoised), sample.argmax, accepted_mask, sample.entropy, *stopping(sample))
 
     def _sample(self, raw: mx.array, uniforms: mx.array, T: float, edits: Edits) -> CanvasSample:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from dgemma_mlx.diffusion.sampler import Noise, accept
+from dgemma_mlx.diffusion.sampler import Noise
 from dgemma_mlx.kernels import CanvasSample, LogitBias
 
 
@@ -103,12 +103,6 @@ class Edits:
     def pinned(self, canvas: mx.array) -> mx.array:
         """Return ids (B, C) with the pinned ids in their positions."""
         return canvas if self.pins is None else self.pins.apply(canvas)
-
-    def accept(self, entropy: mx.array, bound: float) -> mx.array:
-        """Return the positions (B, C) bool that a step accepts: free ones, as if no others existed."""
-        if self.pins is None:
-            return accept(entropy, bound)
-        return accept(mx.where(self.pins.free, entropy, mx.inf), bound) & self.pins.free
 
 
 NO_EDITS = Edits()

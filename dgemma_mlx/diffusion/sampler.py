@@ -1,13 +1,73 @@
-"""Acceptance of sampled tokens, and the random numbers of a generation.
-
-Reference: transformers ``EntropyBoundSampler``; Ben-Hamu et al., arXiv 2505.24857.
-"""
+"""Samplers, which write the next step's canvas from a step's prediction, and the random numbers of a generation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
+
+from dgemma_mlx.checkpoint.config import GenerationConfig
+from dgemma_mlx.kernels import CanvasSample
+
+
+class Proposal(NamedTuple):
+    """What a sampler sees of one step. Pins, barred ids and the projection of a constraint are applied already.
+
+    Attributes:
+        canvas: The ids that the step has read, (B, C) int32.
+        denoiser_canvas: The ids that the step proposes, (B, C) int32: drawn from the prediction, or most probable.
+        sample: The statistics of the prediction, (B, C).
+        free: The positions that are not pinned, (B, C) bool; None when all are free.
+        number: Number of the step, from 1.
+        vocab_size: Number of ids of the vocabulary, V.
+    """
+
+    canvas: mx.array
+    denoiser_canvas: mx.array
+    sample: CanvasSample
+    free: mx.array | None
+    number: int
+    vocab_size: int
+
+
+class Sampler(Protocol):
+    """Decides which proposed ids a step accepts, and what stands at the other positions."""
+
+    def __call__(self, proposal: Proposal, noise: Noise, config: GenerationConfig) -> tuple[mx.array, mx.array]:
+        """Return the canvas (B, C) int32 that the next step reads, and the accepted positions (B, C) bool.
+
+        Pinned positions are never accepted. The caller writes the pinned ids into the canvas. ``noise`` gives the
+        random numbers, which are drawn in the same order in every step.
+        """
+
+
+@dataclass(frozen=True)
+class EntropyBound:
+    """The reference's sampler: accept the most certain positions, and fill all others with uniform noise.
+
+    Reference: transformers ``EntropyBoundSampler``; Ben-Hamu et al., arXiv 2505.24857.
+
+    Attributes:
+        factor: Factor on the checkpoint's ``entropy_bound``. Above 1, a step accepts more tokens.
+    """
+
+    factor: float = 1.0
+
+    def __call__(self, proposal: Proposal, noise: Noise, config: GenerationConfig) -> tuple[mx.array, mx.array]:
+        """Accept the proposed ids within the bound, as if there were no pinned positions."""
+        accepted_mask = accept_free(proposal, config.entropy_bound * self.factor)
+        fresh = noise.canvas(proposal.canvas.shape[1], proposal.vocab_size)
+        return mx.where(accepted_mask, proposal.denoiser_canvas, fresh), accepted_mask
+
+
+def accept_free(proposal: Proposal, entropy_bound: float) -> mx.array:
+    """Return the free positions (B, C) bool of a proposal that are accepted, as if no others existed."""
+    entropy, free = proposal.sample.entropy, proposal.free
+    if free is None:
+        return accept(entropy, entropy_bound)
+    return accept(mx.where(free, entropy, mx.inf), entropy_bound) & free
 
 
 def accept(entropy: mx.array, entropy_bound: float) -> mx.array:

@@ -1,8 +1,10 @@
-"""Speed modes: documented sets of tests that commit a canvas before the reference's loop would."""
+"""Speed modes: a sampler, and tests that commit a canvas before the reference's loop would."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from dgemma_mlx.diffusion.sampler import EntropyBound, Sampler
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Speed:
             probability (early commit on confidence gaps: Prophet, arXiv 2508.19982). None makes no such test.
         confident: The test on the mean entropy alone, or None.
         plateau: The test for a canvas that does not change any more, or None.
-        entropy_bound_factor: Factor on the checkpoint's ``entropy_bound``. Above 1, a step accepts more tokens.
+        sampler: Which ids a step accepts, and what stands at the other positions.
         ignore_after_end: Whether positions after a settled end-of-text id do not count, because their text is dropped.
         reroll: Whether a canvas that is still uncertain after all steps, or that holds nothing but padding, is denoised
             once more, from other noise.
@@ -53,7 +55,7 @@ class Speed:
     gap: float | None = None
     confident: ConfidentTest | None = None
     plateau: PlateauTest | None = None
-    entropy_bound_factor: float = 1.0
+    sampler: Sampler = field(default_factory=EntropyBound)
     ignore_after_end: bool = True
     reroll: bool = True
 
@@ -65,7 +67,7 @@ SPEEDS: dict[str, Speed] = {
     "reference": REFERENCE,
     "balanced": Speed(gap=0.9, confident=ConfidentTest(2), plateau=PlateauTest(4, 0.05)),
     "fast": Speed(
-        gap=0.8, confident=ConfidentTest(12, 0.05), plateau=PlateauTest(2, 0.1), entropy_bound_factor=2.0
+        gap=0.8, confident=ConfidentTest(12, 0.05), plateau=PlateauTest(2, 0.1), sampler=EntropyBound(factor=2.0)
     ),
 }  # fmt: skip
 
