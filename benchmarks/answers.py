@@ -90,8 +90,16 @@ def part(text: str | None) -> tuple[int, int]:
 
 
 def kept(files: Sequence[Path], arguments: argparse.Namespace) -> list[Record]:
-    """Return the records of files, each once, of the ways and tasks that are asked for, ways in the order asked for."""
-    found = list(dict.fromkeys(record for file in files for record in read(file)))
+    """Return the records of files, of the ways and tasks that are asked for, ways in the order asked for.
+
+    Where several files hold a way's answer to a question, the first one counts; others that differ are told on stderr.
+    """
+    first: dict[tuple[str, str, int], Record] = {}
+    records = [record for file in files for record in read(file)]
+    differing = sum(record != first.setdefault((record.way, record.task, record.number), record) for record in records)
+    if differing:
+        print(f"{differing} records of later files differ from those of earlier ones and are left out", file=sys.stderr)
+    found = list(first.values())
     ways = arguments.ways or list(dict.fromkeys(record.way for record in found))
     found = [record for record in found if record.way in ways and record.task in (arguments.tasks or [record.task])]
     return sorted(found, key=lambda record: ways.index(record.way))

@@ -118,9 +118,17 @@ def test_sums_compare_with_the_first_way_and_leave_6x6_sudoku_apart() -> None:
 
 def test_ways_that_answered_other_questions_are_not_compared() -> None:
     records = some_records()
-    for broken in (records[:-1], [*records, records[0]], [*records[:-1], replace(records[-1], number=7)]):
+    partly = [one for one in records if (one.way, one.task, one.number) != ("fast", "sort", 0)]
+    for broken in (partly, [*records, records[0]], [*records[:-1], replace(records[-1], number=7)]):
         with pytest.raises(ValueError, match="the same questions"):
             compare(broken)
+
+
+def test_a_way_may_leave_out_a_task_but_not_the_first_one() -> None:
+    records = [one for one in some_records() if (one.way, one.task) != ("fast", SUDOKU6)]
+    assert [one.way for one in compare(records) if one.task == SUDOKU6] == ["reference"]
+    with pytest.raises(ValueError, match="to compare with"):
+        compare([one for one in some_records() if (one.way, one.task) != ("reference", SUDOKU6)])
 
 
 def test_the_front_holds_the_ways_that_no_other_way_beats() -> None:
@@ -145,11 +153,14 @@ def test_records_are_read_as_they_were_written_and_shown_again(tmp_path: Path) -
     file, records = tmp_path / "records.json", some_records()
     write(file, records, prompts=2)
     assert read(file) == records
+    other = tmp_path / "other.json"  # a later run of a way, one answer of which differs
+    write(other, [replace(record, decoder_passes=3) if record.number else record for record in records[:2]])
     shown = subprocess.run(
-        [sys.executable, str(SCRIPT), "--from", str(file), str(file), "--tasks", "sort,count"], capture_output=True,
+        [sys.executable, str(SCRIPT), "--from", str(file), str(other), "--tasks", "sort,count"], capture_output=True,
         text=True, timeout=120, check=True,
     )  # fmt: skip
     assert shown.stdout.strip() == table(compare([one for one in records if one.task != SUDOKU6]))
+    assert shown.stderr.startswith("1 records of later files differ")
 
 
 def test_a_larger_number_of_questions_only_adds_some_and_processes_share_all() -> None:

@@ -69,7 +69,8 @@ class Sums:
 def compare(records: Sequence[Record]) -> list[Sums]:
     """Return the sums of each way on each task, and on all tasks when there are several; ways in their first order.
 
-    Raises ``ValueError`` unless every way has answered the same questions.
+    A way that has not been tried on a task is left out there. Raises ``ValueError`` when this is the first way, and
+    unless all others have answered the same questions of the task.
     """
     tasks = dict.fromkeys(record.task for record in records)
     ways = list(dict.fromkeys(record.way for record in records))
@@ -80,7 +81,9 @@ def compare(records: Sequence[Record]) -> list[Sums]:
     found = []
     for task, own in groups.items():
         first = _of(own, ways[0])
-        found += [_sums(task, way, first, _of(own, way)) for way in ways]
+        if not first:
+            raise ValueError(f"{ways[0]}, to compare with, has not answered {task}")
+        found += [_sums(task, way, first, tried) for way in ways if (tried := _of(own, way))]
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,12 @@ def _draw_front(sums: Sequence[Sums], folder: Path) -> Path:
     """
     import matplotlib.pyplot as plt
 
-    tasks = list(dict.fromkeys(one.task for one in sums))
-    figure, panels = plt.subplots(1, len(tasks), figsize=(4.6 * len(tasks) + 0.6, 3.8), squeeze=False)
+    tasks = sorted({one.task for one in sums})  # "all" first
+    numbers = {way: number for number, way in enumerate(dict.fromkeys(one.way for one in sums), 1)}
+    height = 3.8 + 0.17 * math.ceil(len(numbers) / 2)
+    figure, panels = plt.subplots(
+        1, len(tasks), figsize=(max(4.6 * len(tasks), 5.6), height), squeeze=False, layout="constrained"
+    )
     for task, axes in zip(tasks, panels[0], strict=True):
         shown = [one for one in sums if one.task == task]
         best = front(shown)
@@ -53,8 +58,11 @@ def _draw_front(sums: Sequence[Sums], folder: Path) -> Path:
             widths = [[max(0.0, x - 1 / high)], [max(0.0, 1 / low - x)]]
             heights = [[y - 100 * one.share_interval[0]], [100 * one.share_interval[1] - y]]
             color = OTHER if one.way.startswith(PEERS) else OWN
-            axes.errorbar(x, y, heights, widths, fmt="o", markersize=4, color=color, elinewidth=0.6)
-            axes.annotate(one.way, (x, y), (4, 4), textcoords="offset points", fontsize=7, color=color)
+            number = numbers[one.way]
+            axes.errorbar(
+                x, y, heights, widths, fmt="o", markersize=4, color=color, elinewidth=0.5, label=f"{number}  {one.way}"
+            )
+            axes.annotate(str(number), (x, y), (3, 3), textcoords="offset points", fontsize=8, color=color)
         axes.set_xscale("log")
         ticks = [tick for tick in (0.25, 0.5, 1, 2, 4, 8, 16, 32) if tick <= 2 * max(1 / one.saving for one in shown)]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -62,6 +70,11 @@ def _draw_front(sums: Sequence[Sums], folder: Path) -> Path:
         axes.set_xlabel(f"work, {shown[0].way} = 1")
         axes.set_title(f"{task}, {len(shown[0].records):,} questions", fontsize=9)
     panels[0][0].set_ylabel("right answers, %")
+    named = {}
+    for axes in panels[0]:
+        handles, labels = axes.get_legend_handles_labels()
+        named.update(zip(labels, handles, strict=True))
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=7)
     return _save(figure, folder / "benchmark-answers.svg")
 
 
@@ -81,6 +94,7 @@ def _draw_speeds(sums: Sequence[Sums], folder: Path) -> Path:
     panels[0].legend(frameon=False, ncols=3)
     panels[1].set_ylabel("correct answers, %")
     panels[1].set_xticks(range(len(tasks)), tasks, fontsize=8)
+    figure.tight_layout()
     return _save(figure, folder / "benchmark-speed.svg")
 
 
@@ -88,7 +102,6 @@ def _save(figure: Any, path: Path) -> Path:
     """Write a figure without its date, and return the path."""
     import matplotlib.pyplot as plt
 
-    figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
     return path

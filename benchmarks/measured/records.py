@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,12 +93,13 @@ Answerer = Callable[[Question], Cost]  # the seed of an answer is the number of 
 
 
 def ask(way: str, answerer: Answerer, asked: Sequence[Question]) -> list[Record]:
-    """Answer all questions in one way, and check the answers."""
-    records = []
+    """Answer all questions in one way, and check the answers. Say on stderr how long it took."""
+    records, began = [], time.monotonic()
     for question in asked:
         counts = asdict(answerer(question))
         right = question.is_right(counts.pop("text"))
         records.append(Record(way, question.task, question.number, right, **counts))
+    print(f"{way}: {len(asked)} answers, {time.monotonic() - began:.0f} s", file=sys.stderr)
     return records
 
 

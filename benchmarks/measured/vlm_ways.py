@@ -54,6 +54,8 @@ def answerers(
                 canvases += result.diffusion_block_complete
                 if not result.diffusion_block_complete and result.finish_reason is None:
                     ids.append(int(result.token))
+            if (len(decoded), sum(decoded)) != (result.diffusion_denoising_steps, result.diffusion_work_tokens):
+                raise RuntimeError("mlx-vlm counts other steps than its calls of the decoder")
             return Cost(decode(ids), canvases, len(decoded), sum(decoded), len(encoded), sum(encoded))
 
         return answer
