@@ -25,8 +25,9 @@ from dgemma_mlx.model.text import DiffusionGemma
 # Entropy, in nats, above which a position counts as uncertain.
 _UNCERTAIN = 0.2
 
-# Share of the decoder's certain tokens that the encoder must expect as well, or its judgement is not used.
-_AGREEMENT = 0.8
+# Share of a row's tokens that the encoder must have expected itself, or its judgement is not used: a network whose
+# encoder was not trained to write expects none, and may find everything plausible.
+_AGREEMENT = 0.2
 
 
 class Verdict(NamedTuple):
@@ -48,21 +49,21 @@ class _Row:
     Attributes:
         agreed: The pinned prefix of the canvas.
         checked: The text of the last check.
-        certain: Number of tokens, over all checks, of which the decoder was certain.
-        expected: Number of those that the encoder expected.
+        judged: Number of tokens that the encoder has judged, over all checks.
+        expected: Number of those that it expected.
         passes: Number of encoder passes that the row has asked for.
     """
 
     agreed: Sequence[int] = ()
     checked: Sequence[int] | None = None
-    certain: int = 0
+    judged: int = 0
     expected: int = 0
     passes: int = 0
 
     def is_worth_it(self, text: Sequence[int], entropy: Sequence[float], max_uncertain: int) -> bool:
         """Return whether a check of this text, with its entropies, can be expected to save steps."""
         few = sum(value > _UNCERTAIN for value in entropy[len(self.agreed) : len(text)]) <= max_uncertain
-        is_believed = self.expected >= _AGREEMENT * self.certain
+        is_believed = self.expected >= _AGREEMENT * self.judged
         return few and is_believed and text != self.checked
 
     def judge(
@@ -71,10 +72,9 @@ class _Row:
         """Take in the encoder's judgement of the text after its first token, and return whether it is settled."""
         self.passes, self.checked = self.passes + 1, text
         free = range(max(1, len(self.agreed)), len(text))
-        certain = [place for place in free if entropy[place] < SETTLED_END]
-        self.certain += len(certain)
-        self.expected += sum(text[place] == expected[place - 1] for place in certain)
-        if self.expected < _AGREEMENT * self.certain or not self.certain:
+        self.judged += len(free)
+        self.expected += sum(text[place] == expected[place - 1] for place in free)
+        if not free or self.expected < _AGREEMENT * self.judged:
             return False
         place = next((place for place in free if not plausible[place - 1]), None)
         if place is not None:
@@ -85,10 +85,10 @@ class _Row:
 class EncoderCheck:
     """The check of one canvas in every row of a batch. Call it after each step that leaves a row open.
 
-    A row is checked when the first token of its text is settled, no more than ``CheckRule.max_uncertain`` positions are
-    uncertain, and the text is not that of its last check. A token is plausible if its probability is at least ``CheckRule.ratio`` times that of
-    the token that the encoder expects. The encoder must earn its say: if it does not expect four fifths of the tokens
-    of which the decoder is certain, the row is not checked any more.
+    A row is checked when no more than ``CheckRule.max_uncertain`` positions of its text are uncertain and the text is
+    not that of its last check. A token is plausible if its probability is at least ``CheckRule.ratio`` times that of
+    the token that the encoder expects. The encoder must earn its say: while it has expected less than a fifth of the
+    tokens that it has judged, a row is neither settled nor pinned, and when a check ends so, it is the row's last.
 
     Attributes:
         is_encoded: Whether the cache holds the settled canvases of all rows. Otherwise it is as it was before them.

@@ -13,8 +13,10 @@ from dgemma_mlx.constrain.canvas import CanvasProjection
 from dgemma_mlx.diffusion.edits import Edits, Pins
 from dgemma_mlx.diffusion.encoder_check import EncoderCheck
 from dgemma_mlx.diffusion.sampler import Noise
+from dgemma_mlx.diffusion.stopping import text_ids
 from dgemma_mlx.events import Draft, Encoded, Event
 from dgemma_mlx.generation.answer import Answer
+from dgemma_mlx.generation.borders import repeats_words
 from dgemma_mlx.generation.cancellation import Cancellation, Cancelled
 from dgemma_mlx.generation.memory import Budget
 from dgemma_mlx.generation.model import Model, block_length
@@ -140,19 +142,30 @@ class Runner:
         drafts = yield from self._attempt(cache, attempts.fork(), list(range(len(self._live))), check=check)
         self._is_encoded = check is not None and check.is_encoded
         answers = {row: self._answers[self._live[row]] for row in drafts}
-        rejected = [row for row, draft in drafts.items() if draft.low_confidence or answers[row].is_blank(draft)]
+        rejected = [
+            row for row, draft in drafts.items()
+            if draft.low_confidence or answers[row].is_blank(draft) or self._repeats(row, draft)
+        ]  # fmt: skip
         if self._is_encoded and (rejected or self._verifier is not None):
             cache.restore(before)
             self._is_encoded = False
         if rejected and self._denoiser.speed.reroll:
             again = yield from self._attempt(cache, attempts.fork(rejected), rejected, attempt=1)
             for row, draft in again.items():
-                drafts[row] = min(drafts[row], draft, key=lambda d: (answers[row].is_blank(d), *_uncertainty(d)))
+                drafts[row] = min(drafts[row], draft, key=lambda d: (
+                    answers[row].is_blank(d), d.low_confidence, self._repeats(row, d), _uncertainty(d)
+                ))  # fmt: skip
         readings = None
         if self._verifier is not None:
             readings = yield from self._verify(self._verifier, cache, attempts, drafts)
             self._is_encoded = True
         return list(drafts.values()), readings
+
+    def _repeats(self, row: int, draft: Draft) -> bool:
+        """Return whether a canvas begins with the last words of the canvas before it."""
+        answer = self._answers[self._live[row]]
+        ids = [token for token in text_ids(draft.tokens, answer.config.eos_token_ids) if token not in answer.marks]
+        return repeats_words(answer.tokens, ids, self._model.tokenizer.decode)
 
     def _check(self, cache: PrefixCache) -> EncoderCheck | None:
         """Return the encoder's check of the next canvases; None without one, and under a constraint."""
@@ -281,7 +294,7 @@ class Runner:
         return block_length(remaining, whole)
 
 
-def _uncertainty(draft: Draft) -> tuple[bool, float]:
-    """Return a sort key that puts the more certain draft first."""
+def _uncertainty(draft: Draft) -> float:
+    """Return the mean entropy of a draft, in nats; infinity for NaN."""
     entropy = draft.mean_entropy
-    return draft.low_confidence, math.inf if math.isnan(entropy) else entropy
+    return math.inf if math.isnan(entropy) else entropy

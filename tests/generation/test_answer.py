@@ -59,7 +59,7 @@ def test_the_steps_of_a_canvas_are_counted_from_its_own_first_step(demo: Model) 
     taken = []
     for steps in (3, 1):
         for _ in range(steps):
-            answer.count_step()
+            answer.count_step(4)
         taken.append(answer.commit(draft_of(canvas), (), is_cancelled=False).steps)
     assert taken == [3, 1] and answer.steps == 4
 

@@ -1,0 +1,176 @@
+"""The encoder's check of open canvases, on the demo model's network and by brute force."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import dgemma_mlx
+from dgemma_mlx import Draft, Model, generate, stream
+from dgemma_mlx.constrain.constraint import Constraint
+from dgemma_mlx.diffusion.encoder_check import EncoderCheck
+from dgemma_mlx.diffusion.speed import SPEEDS, CheckRule
+from dgemma_mlx.model.cache import PrefixCache
+
+RATIO = 0.3
+PROMPT = "Make a JSON object: Simon is 59 years old and lives in Rome."
+CERTAIN, OPEN = 0.0, 1.0  # entropies, in nats
+
+
+@pytest.fixture(scope="module")
+def demo() -> Model:
+    return dgemma_mlx.load("demo")
+
+
+@pytest.fixture(scope="module")
+def answer(demo: Model) -> list[int]:
+    """The model's answer to ``PROMPT`` on a canvas of 32 ids."""
+    drafts = [event for event in stream(demo, PROMPT, seed=1, speed="reference") if isinstance(event, Draft)]
+    return list(drafts[-1].tokens)
+
+
+def prefix(model: Model, prompt: str = PROMPT, rows: int = 1) -> PrefixCache:
+    """The encoded prompt."""
+    cache = model.network.new_cache()
+    model.network.encode(mx.array([list(model.encode_prompt(prompt))] * rows, mx.int32), cache)
+    return cache
+
+
+def check_of(model: Model, cache: PrefixCache, rows: int = 1, max_uncertain: int = 32) -> EncoderCheck:
+    return EncoderCheck(model.network, cache, rows, model.generation.eos_token_ids, CheckRule(max_uncertain, RATIO))
+
+
+def asked(check: EncoderCheck, *canvases: list[int], finished: list[bool] | None = None, entropy: float = OPEN) -> Any:
+    """The verdict on canvases of which every position has the same entropy: settled rows, pinned prefixes."""
+    ids = mx.array(canvases, mx.int32)
+    verdict = check(ids, mx.full(ids.shape, entropy), finished or [False] * len(canvases))
+    if verdict is None:
+        return None
+    rows = zip(np.array(verdict.pins.ids).tolist(), np.array(verdict.pins.free).tolist(), strict=True)
+    return verdict.settled.tolist(), [[i for i, is_free in zip(ids, free, strict=True) if not is_free]
+                                      for ids, free in rows]  # fmt: skip
+
+
+def expected_next(model: Model, ids: list[int]) -> np.ndarray[Any, Any]:
+    """The encoder's probabilities of the token after ``ids``, which are encoded alone."""
+    hidden = model.network.encode(mx.array([ids]), model.network.new_cache())
+    return np.array(mx.softmax(model.network.logits(hidden[0, -1]), axis=-1)).astype(np.float64)
+
+
+def judged_one_by_one(model: Model, canvas: list[int]) -> tuple[bool, list[int]]:
+    """Whether the text is plausible, and the prefix to pin: every position by a pass of its own over what precedes."""
+    ids = list(model.encode_prompt(PROMPT))
+    ends = [place for place, token in enumerate(canvas) if token in model.generation.eos_token_ids]
+    for place in range(1, (ends[0] if ends else len(canvas) - 1) + 1):
+        probabilities = expected_next(model, ids + canvas[:place])
+        if probabilities[canvas[place]] < RATIO * probabilities.max():
+            return False, [*canvas[:place], int(probabilities.argmax())]
+    return True, []
+
+
+def test_a_plausible_answer_is_settled_and_stays_encoded(demo: Model, answer: list[int]) -> None:
+    cache = prefix(demo)
+    check = check_of(demo, cache)
+    assert asked(check, answer) == ([True], [[]]) == ([judged_one_by_one(demo, answer)[0]], [[]])
+    fresh = prefix(demo)
+    demo.network.extend(mx.array([answer], mx.int32), fresh)
+    assert check.is_encoded and cache.offset == fresh.offset
+    for mine, theirs in zip(cache.state(), fresh.state(), strict=True):
+        np.testing.assert_allclose(np.array(mine.astype(mx.float32)), np.array(theirs.astype(mx.float32)), atol=1e-5)
+
+
+@pytest.mark.parametrize("place", [1, 2, 7, 12, 20])
+def test_the_plausible_prefix_and_the_encoders_token_are_pinned(demo: Model, answer: list[int], place: int) -> None:
+    wrong = [*answer[:place], 400, *answer[place + 1 :]]
+    is_plausible, pinned = judged_one_by_one(demo, wrong)
+    cache = prefix(demo)
+    offset, check = cache.offset, check_of(demo, cache)
+    assert asked(check, wrong) == ([is_plausible], [pinned])
+    assert pinned == answer[: place + 1]
+    assert not check.is_encoded and cache.offset == offset
+    # The same text is not checked again, and what is pinned is not judged again.
+    assert asked(check, wrong) is None
+    assert asked(check, answer) == ([True], [pinned])
+    assert check.passes == [2]
+
+
+def test_the_first_token_is_the_decoders_alone(demo: Model, answer: list[int]) -> None:
+    other = [400, *answer[1:]]
+    settled, pins = asked(check_of(demo, prefix(demo)), other)
+    assert pins == [judged_one_by_one(demo, other)[1]] and settled == [not pins[0]]
+
+
+def test_rows_are_judged_alone_and_finished_ones_are_left_alone(demo: Model, answer: list[int]) -> None:
+    wrong = [*answer[:7], 400, *answer[8:]]
+    for finished in ([False, False, False], [False, False, True]):
+        check = check_of(demo, prefix(demo, rows=3), rows=3)
+        settled, pins = asked(check, answer, wrong, wrong, finished=finished)
+        assert settled == [True, False, False]
+        assert pins == [[], answer[:8], [] if finished[2] else answer[:8]]
+        assert check.passes == [1, 1, 0 if finished[2] else 1] and not check.is_encoded
+    check = check_of(demo, prefix(demo, rows=2), rows=2)
+    assert asked(check, answer, wrong, finished=[False, True])[0] == [True, False]
+    assert check.is_encoded  # the cache holds what both rows have come to
+
+
+def test_a_text_with_too_many_uncertain_positions_is_not_worth_a_check(demo: Model, answer: list[int]) -> None:
+    length = next(place for place, token in enumerate(answer) if token in demo.generation.eos_token_ids) + 1
+    assert asked(check_of(demo, prefix(demo), max_uncertain=length - 1), answer) is None
+    assert asked(check_of(demo, prefix(demo), max_uncertain=length - 1), answer, entropy=CERTAIN) is not None
+    assert asked(check_of(demo, prefix(demo), max_uncertain=length), answer) is not None
+
+
+def test_an_end_where_the_encoder_expects_it_settles_the_text(demo: Model, answer: list[int]) -> None:
+    eos = demo.generation.eos_token_ids
+    end = next(place for place, token in enumerate(answer) if token in eos)
+    longer = [*answer[:end], 400, *answer[end + 1 :]]
+    check = check_of(demo, prefix(demo))
+    settled, (pinned,) = asked(check, longer)
+    assert settled == [True] and pinned == answer[: end + 1]
+    assert not check.is_encoded  # the cache never held this text
+
+
+@pytest.mark.parametrize("canvas", ["empty", "padding"])
+def test_a_canvas_without_text_is_not_settled(demo: Model, canvas: str) -> None:
+    first = demo.generation.eos_token_ids[0] if canvas == "empty" else 0
+    verdict = asked(check_of(demo, prefix(demo)), [first] + [0] * 31, entropy=CERTAIN)
+    assert verdict is None or verdict[0] == [False]
+
+
+def test_an_encoder_that_was_not_trained_to_write_is_not_heard(
+    demo: Model, answer: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = type(demo.network).project
+    for planted in ("nothing", "noise"):  # it finds all tokens alike, or others than the decoder
+        noise = mx.random.normal((32, demo.network.config.vocab_size), key=mx.random.key(0))
+        monkeypatch.setattr(type(demo.network), "project", lambda self, hidden, noise=noise, planted=planted: (
+            project(self, hidden) * 0 + (noise[: hidden.shape[1]] if planted == "noise" else 0)
+        ))  # fmt: skip
+        check = check_of(demo, prefix(demo))
+        assert asked(check, answer) == ([False], [[]])
+        assert asked(check, [*answer[:2], 400, *answer[3:]]) is None
+
+
+@pytest.mark.parametrize("speed", [speed for speed, tests in SPEEDS.items() if tests.check is not None])
+def test_generated_texts_that_the_encoder_settles_are_plausible_to_it(demo: Model, speed: str) -> None:
+    settled = 0
+    for seed in range(12):
+        prompt = "Write a sentence about a small dog."
+        drafts = [event for event in stream(demo, prompt, seed=seed, speed=speed) if isinstance(event, Draft)]
+        if drafts[-1].settled_by != "encoder":
+            continue
+        settled += 1
+        tokens, ids = list(drafts[-1].tokens), list(demo.encode_prompt(prompt))
+        end = next(place for place, token in enumerate(tokens) if token in demo.generation.eos_token_ids)
+        for place in range(1, end + 1):
+            probabilities = expected_next(demo, ids + tokens[:place])
+            assert probabilities[tokens[place]] >= RATIO * probabilities.max() - 1e-4
+    assert settled > 3
+
+
+def test_a_constraint_is_not_checked(demo: Model) -> None:
+    done = generate(demo, "Say yes or no.", seed=1, constraint=Constraint.regex("yes|no"))
+    assert done.text in ("yes", "no") and done.statistics.encoder_passes == 0
