@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from dgemma_mlx.diffusion.edits import Pins
-from dgemma_mlx.diffusion.speed import SETTLED_END, CheckRule
+from dgemma_mlx.diffusion.speed import CheckRule
 from dgemma_mlx.diffusion.stopping import text_ids
 from dgemma_mlx.model.cache import PrefixCache
 from dgemma_mlx.model.text import DiffusionGemma

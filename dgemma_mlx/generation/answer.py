@@ -10,8 +10,8 @@ import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.constrain.canvas import ConstraintState, RowStart
-from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.diffusion.stopping import text_ids
+from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Committed, Done, Draft, FinishReason, Statistics
 from dgemma_mlx.generation.pictures import PromptIds
 from dgemma_mlx.sizes import rate
