@@ -12,8 +12,8 @@ from typing import Any
 import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import GenerationConfig
-from dgemma_mlx.diffusion.edits import NO_EDITS, Edits
-from dgemma_mlx.diffusion.encoder_check import EncoderCheck, Verdict
+from dgemma_mlx.diffusion.edits import NO_EDITS, Edits, Pins
+from dgemma_mlx.diffusion.encoder_check import EncoderCheck
 from dgemma_mlx.diffusion.sampler import Noise, Proposal
 from dgemma_mlx.diffusion.schedule import temperature
 from dgemma_mlx.diffusion.speed import REFERENCE, Speed
@@ -72,7 +72,7 @@ class Denoiser:
                 if decoded is None:
                     decoded = self._decode(canvas, signal, cache, noise, edits, number)
                 sample = decoded.sample
-                if edits.projection is not None:
+                if has_signal := edits.projection is not None:
                     gathered = edits.projection.gather(decoded.raw, self.network.config.final_logit_softcapping)
                     mx.eval(*decoded.sample, *gathered)
                     signal = self._next_signal(decoded)  # the device computes it while the CPU projects
@@ -80,18 +80,20 @@ class Denoiser:
                 step = self._step(canvas, sample, noise, edits, stopping, number)
                 if last is not None:
                     step = step.keep_finished(last)
-                mx.eval(*step.arrays(), *decoded.sample)
-                if check is not None and number < max_steps and (verdict := step.checked(check)) is not None:
-                    step, edits = step.after(verdict), replace(edits, pins=verdict.pins)
-                    stopping.free = verdict.pins.free
-                    mx.eval(*step.arrays())
+                read = decoded.sample
+                mx.eval(*step.arrays(), *read)
+                if check is not None and number < max_steps and (rows := step.worth(check)):
+                    signal, decoded, has_signal = self._next_signal(decoded), None, True
+                    mx.eval(signal)  # so that the logits are freed: the check has logits of its own
+                    step, pins = step.checked(check, rows)
+                    edits, stopping.free = replace(edits, pins=pins), pins.free
                 last, has_ended = step, number == max_steps or step.all_finished()
-                early = is_lazy and not has_ended and self.network.predicts_at_once(decoded.sample)
+                early = is_lazy and not has_ended and self.network.predicts_at_once(read)
                 if not early:  # the drafts would come late, after what predict waits for
                     yield self._drafts(step, canvas_index, attempt, number)
                 if has_ended:
                     return
-                if edits.projection is None:
+                if not has_signal and decoded is not None:
                     signal = self._next_signal(decoded)
                 canvas, decoded = step.current_canvas, None  # frees the logits first
                 if early:
@@ -191,18 +193,21 @@ class _Step:
         """Return whether every row has passed a stopping test. The step must be evaluated."""
         return all(self.finished())
 
-    def checked(self, check: EncoderCheck) -> Verdict | None:
-        """Return what the encoder's check says of the rows that are open; None when it is not asked."""
+    def worth(self, check: EncoderCheck) -> list[int]:
+        """Return the open rows that are worth the encoder's check."""
         finished = self.finished()
-        return None if all(finished) else check(self.argmax_canvas, self.entropy, finished)
+        return [] if all(finished) else check.worth(self.argmax_canvas, self.entropy, finished)
 
-    def after(self, verdict: Verdict) -> _Step:
-        """Return this step with the verdict of the encoder's check on its open rows."""
+    def checked(self, check: EncoderCheck, rows: list[int]) -> tuple[_Step, Pins]:
+        """Return this step after the encoder's check of these rows, evaluated, and the positions fixed from now on."""
+        verdict = check(self.argmax_canvas, rows, self.finished())
         open_rows = (self.test >= len(TESTS))[:, None]
         test = mx.where(verdict.settled, TESTS.index("encoder"), self.test).astype(mx.int32)
         current = mx.where(open_rows, verdict.pins.apply(self.current_canvas), self.current_canvas)
         argmax = mx.where(open_rows, verdict.pins.apply(self.argmax_canvas), self.argmax_canvas)
-        return replace(self, current_canvas=current, argmax_canvas=argmax, test=test)
+        step = replace(self, current_canvas=current, argmax_canvas=argmax, test=test)
+        mx.eval(*step.arrays())
+        return step, verdict.pins
 
     def keep_finished(self, last: _Step) -> _Step:
         """Return this step, in which the rows that had finished by the ``last`` step keep its values."""

@@ -66,9 +66,7 @@ class _Row:
         is_believed = self.expected >= _AGREEMENT * self.judged
         return few and is_believed and text != self.checked
 
-    def judge(
-        self, text: Sequence[int], entropy: Sequence[float], expected: Sequence[int], plausible: Sequence[bool]
-    ) -> bool:
+    def judge(self, text: Sequence[int], expected: Sequence[int], plausible: Sequence[bool]) -> bool:
         """Take in the encoder's judgement of the text after its first token, and return whether it is settled."""
         self.passes, self.checked = self.passes + 1, text
         free = range(max(1, len(self.agreed)), len(text))
@@ -108,32 +106,37 @@ class EncoderCheck:
         """The number of encoder passes that each row has asked for."""
         return [row.passes for row in self._rows]
 
-    def __call__(self, argmax: mx.array, entropy: mx.array, finished: Sequence[bool]) -> Verdict | None:
-        """Check the argmax canvases (B, C) of a step with their entropies (B, C), both evaluated.
+    def worth(self, argmax: mx.array, entropy: mx.array, finished: Sequence[bool]) -> list[int]:
+        """Return the rows that are worth a check.
 
-        ``finished`` says which rows are settled already. Return None when no row is worth a check.
+        ``argmax`` and ``entropy`` (B, C) are those of a step, evaluated. ``finished`` says which rows are settled.
         """
-        canvases: Any = argmax.tolist()
         entropies: Any = entropy.tolist()
-        texts = [text_ids(canvas, self._eos_ids) for canvas in canvases]
-        asked = [
-            index for index, row in enumerate(self._rows)
-            if not finished[index] and row.is_worth_it(texts[index], entropies[index], self._rule.max_uncertain)
+        rows = zip(self._rows, self._texts(argmax), entropies, finished, strict=True)
+        return [
+            index for index, (row, text, uncertainty, is_finished) in enumerate(rows)
+            if not is_finished and row.is_worth_it(text, uncertainty, self._rule.max_uncertain)
         ]  # fmt: skip
-        if not asked:
-            return None
+
+    def __call__(self, argmax: mx.array, rows: Sequence[int], finished: Sequence[bool]) -> Verdict:
+        """Check these rows of the argmax canvases (B, C). ``finished`` says which rows are settled already."""
+        texts = self._texts(argmax)
         snapshot = self._cache.snapshot()
         expected, plausible = self._judgement(argmax)
-        whole, ended = [False] * len(canvases), [False] * len(canvases)
-        for index in asked:
+        whole, ended = [False] * len(texts), [False] * len(texts)
+        for index in rows:
             row = self._rows[index]
-            whole[index] = row.judge(texts[index], entropies[index], expected[index], plausible[index])
+            whole[index] = row.judge(texts[index], expected[index], plausible[index])
             ended[index] = bool(row.agreed) and row.agreed[-1] in self._eos_ids
         self.is_encoded = all(done or is_whole for done, is_whole in zip(finished, whole, strict=True))
         if not self.is_encoded:
             self._cache.restore(snapshot)
         settled = [is_whole or is_ended for is_whole, is_ended in zip(whole, ended, strict=True)]
-        return Verdict(mx.array(settled), self._pins(len(canvases[0])))
+        return Verdict(mx.array(settled), self._pins(argmax.shape[1]))
+
+    def _texts(self, argmax: mx.array) -> list[Sequence[int]]:
+        canvases: Any = argmax.tolist()
+        return [text_ids(canvas, self._eos_ids) for canvas in canvases]
 
     def _judgement(self, ids: mx.array) -> tuple[Any, Any]:
         """Encode canvases of ids (B, C) into the cache, and judge all positions but the first.

@@ -46,9 +46,11 @@ def check_of(model: Model, cache: PrefixCache, rows: int = 1, max_uncertain: int
 def asked(check: EncoderCheck, *canvases: list[int], finished: list[bool] | None = None, entropy: float = OPEN) -> Any:
     """The verdict on canvases of which every position has the same entropy: settled rows, pinned prefixes."""
     ids = mx.array(canvases, mx.int32)
-    verdict = check(ids, mx.full(ids.shape, entropy), finished or [False] * len(canvases))
-    if verdict is None:
+    finished = finished or [False] * len(canvases)
+    worth = check.worth(ids, mx.full(ids.shape, entropy), finished)
+    if not worth:
         return None
+    verdict = check(ids, worth, finished)
     rows = zip(np.array(verdict.pins.ids).tolist(), np.array(verdict.pins.free).tolist(), strict=True)
     return verdict.settled.tolist(), [[i for i, is_free in zip(ids, free, strict=True) if not is_free]
                                       for ids, free in rows]  # fmt: skip
