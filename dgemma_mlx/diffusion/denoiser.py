@@ -70,11 +70,11 @@ class Denoiser:
                     decoded = self._decode(canvas, signal, cache, noise, edits, number)
                 sample = decoded.sample
                 if edits.projection is not None:
-                    gathered = edits.projection.gather(decoded.raw, self.network.config.final_logit_softcapping)
+                    gathered = edits.projection.gather(decoded.raw, self._softcap)
                     mx.eval(*decoded.sample, *gathered)
                     signal = self._next_signal(decoded)  # the device computes it while the CPU projects
                     sample = edits.projection(decoded.sample, gathered, decoded.uniforms, decoded.temperature)
-                step = self._step(canvas, sample, noise, edits, stopping, number)
+                step = self._step(canvas, sample, decoded.raw, noise, edits, stopping, number)
                 if last is not None:
                     step = step.keep_finished(last)
                 mx.eval(*step.arrays(), *decoded.sample)
@@ -111,6 +111,10 @@ class Denoiser:
         mx.async_eval(signal)
         return signal
 
+    @property
+    def _softcap(self) -> float | None:
+        return self.network.config.final_logit_softcapping
+
     def _drafts(self, step: _Step, canvas_index: int, attempt: int, number: int) -> tuple[Draft, ...]:
         """Return the rows of an evaluated step as events. Raises ``DgemmaError`` when the step has computed NaN."""
         drafts = step.drafts(canvas_index, attempt, number, self.config.max_denoising_steps)
@@ -119,17 +123,18 @@ class Denoiser:
         return drafts
 
     def _step(
-        self, canvas: mx.array, sample: CanvasSample, noise: Noise, edits: Edits, stopping: Stopping, number: int
+        self, canvas: mx.array, sample: CanvasSample, raw: mx.array, noise: Noise, edits: Edits, stopping: Stopping,
+        number: int,
     ) -> _Step:
         """Let the sampler write the next canvas (B, C) from this one and its sample, and test whether to stop."""
-        denoiser_canvas = sample.argmax if self.greedy else sample.sample
-        proposal = Proposal(canvas, denoiser_canvas, sample, edits.free, number, self.network.config.vocab_size)
+        denoiser_canvas, softcap = sample.argmax if self.greedy else sample.sample, self._softcap
+        proposal = Proposal(canvas, denoiser_canvas, sample, edits.free, number, raw, softcap)
         renoised, accepted_mask = self.speed.sampler(proposal, noise, self.config)
         return _Step(edits.pinned(renoised), sample.argmax, accepted_mask, sample.entropy, *stopping(sample))
 
     def _sample(self, raw: mx.array, uniforms: mx.array, T: float, edits: Edits) -> CanvasSample:
         """Sample every position from the logits (B, C, V), which are not softcapped yet, under pins and barred ids."""
-        sample = canvas_sampler(raw, uniforms, self.network.config.final_logit_softcapping, T, edits.barred)
+        sample = canvas_sampler(raw, uniforms, self._softcap, T, edits.barred)
         return sample if edits.pins is None else edits.pins.certain(sample)
 
 

@@ -13,7 +13,7 @@ from dgemma_mlx.kernels import CanvasSample
 
 
 class Proposal(NamedTuple):
-    """What a sampler sees of one step. Pins, barred ids and the projection of a constraint are applied already.
+    """What a sampler sees of one step. In all but ``raw``, pins, barred ids and a projection are applied already.
 
     Attributes:
         canvas: The ids that the step has read, (B, C) int32.
@@ -21,7 +21,8 @@ class Proposal(NamedTuple):
         sample: The statistics of the prediction, (B, C).
         free: The positions that are not pinned, (B, C) bool; None when all are free.
         number: Number of the step, from 1.
-        vocab_size: Number of ids of the vocabulary, V.
+        raw: The logits before the softcap, (B, C, V), as the network has computed them.
+        softcap: Bound of the logits' softcap; None for none.
     """
 
     canvas: mx.array
@@ -29,7 +30,8 @@ class Proposal(NamedTuple):
     sample: CanvasSample
     free: mx.array | None
     number: int
-    vocab_size: int
+    raw: mx.array
+    softcap: float | None
 
 
 class Sampler(Protocol):
@@ -38,8 +40,7 @@ class Sampler(Protocol):
     def __call__(self, proposal: Proposal, noise: Noise, config: GenerationConfig) -> tuple[mx.array, mx.array]:
         """Return the canvas (B, C) int32 that the next step reads, and the accepted positions (B, C) bool.
 
-        Pinned positions are never accepted. The caller writes the pinned ids into the canvas. ``noise`` gives the
-        random numbers, which are drawn in the same order in every step.
+        Pinned positions are never accepted. The caller writes the pinned ids into the canvas.
         """
 
 
@@ -58,7 +59,7 @@ class EntropyBound:
     def __call__(self, proposal: Proposal, noise: Noise, config: GenerationConfig) -> tuple[mx.array, mx.array]:
         """Accept the proposed ids within the bound, as if there were no pinned positions."""
         accepted_mask = accept_free(proposal, config.entropy_bound * self.factor)
-        fresh = noise.canvas(proposal.canvas.shape[1], proposal.vocab_size)
+        fresh = noise.canvas(*proposal.raw.shape[1:])
         return mx.where(accepted_mask, proposal.denoiser_canvas, fresh), accepted_mask
 
 
