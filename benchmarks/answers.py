@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import candidates  # noqa: F401, by which ``--ways`` may name the samplers that were tried
+
 from dgemma_mlx import Model, generate, load
 from dgemma_mlx.train.tasks import TASKS
 
