@@ -2,18 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+import mlx.core as mx
+
+from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.diffusion.ancestral import Ancestral
+from dgemma_mlx.diffusion.sampler import EntropyBound, Noise, Proposal, accept_free
 from dgemma_mlx.diffusion.speed import SPEEDS, Speed
 
 BALANCED = SPEEDS["balanced"]
+
+
+@dataclass(frozen=True)
+class AdaptiveBound:
+    """Accepts within a bound that grows with the step k, with the entropies H, or by a number of positions.
+
+    The bound is entropy_bound * (1 + growth * (k - 1)) + share * sum(H), and at least what k * quota positions need.
+
+    Attributes:
+        growth: Growth of the bound with each step, as a share of the checkpoint's.
+        share: Share of the entropy of all positions that a step accepts in addition.
+        quota: Number of positions that each step accepts in addition to those of the step before it.
+    """
+
+    growth: float = 0.0
+    share: float = 0.0
+    quota: int = 0
+
+    def __call__(self, proposal: Proposal, noise: Noise, config: GenerationConfig) -> tuple[mx.array, mx.array]:
+        """Accept the most certain positions within the bound, and fill all others with uniform noise."""
+        entropy, k = proposal.sample.entropy, proposal.number  # pinned positions have no entropy
+        bound = config.entropy_bound * (1 + self.growth * (k - 1)) + self.share * entropy.sum(axis=-1, keepdims=True)
+        least = mx.sort(entropy, axis=-1)[:, : max(0, k * self.quota - 1)].sum(axis=-1, keepdims=True)
+        accepted_mask = accept_free(proposal, mx.maximum(bound, least))
+        fresh = noise.canvas(*proposal.raw.shape[1:])
+        return mx.where(accepted_mask, proposal.denoiser_canvas, fresh), accepted_mask
+
 
 CANDIDATES: dict[str, Speed] = {
     "ddim4": replace(BALANCED, sampler=Ancestral(4)),
     "ddim8": replace(BALANCED, sampler=Ancestral(8)),
     "ddim16": replace(BALANCED, sampler=Ancestral(16)),
     "corrector8": replace(BALANCED, sampler=Ancestral(8, corrector_steps=1, corrector_k=4)),
+    "bound3": replace(BALANCED, sampler=EntropyBound(3)),
+    "bound10": replace(BALANCED, sampler=EntropyBound(10)),
+    "growing": replace(BALANCED, sampler=AdaptiveBound(growth=0.5)),
+    "share": replace(BALANCED, sampler=AdaptiveBound(share=0.1)),
+    "quota": replace(BALANCED, sampler=AdaptiveBound(quota=4)),
     "corrector16": replace(BALANCED, sampler=Ancestral(16, corrector_steps=1, corrector_k=4)),
 }
 SPEEDS.update(CANDIDATES)  # so that ``generate`` finds them

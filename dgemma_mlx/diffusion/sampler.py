@@ -63,15 +63,18 @@ class EntropyBound:
         return mx.where(accepted_mask, proposal.denoiser_canvas, fresh), accepted_mask
 
 
-def accept_free(proposal: Proposal, entropy_bound: float) -> mx.array:
-    """Return the free positions (B, C) bool of a proposal that are accepted, as if no others existed."""
+def accept_free(proposal: Proposal, entropy_bound: float | mx.array) -> mx.array:
+    """Return the free positions (B, C) bool of a proposal that are accepted, as if no others existed.
+
+    The bound is one number, or one for each row, (B, 1), in nats.
+    """
     entropy, free = proposal.sample.entropy, proposal.free
     if free is None:
         return accept(entropy, entropy_bound)
     return accept(mx.where(free, entropy, mx.inf), entropy_bound) & free
 
 
-def accept(entropy: mx.array, entropy_bound: float) -> mx.array:
+def accept(entropy: mx.array, entropy_bound: float | mx.array) -> mx.array:
     """Return which positions (B, C) bool are accepted, given their entropies (B, C) in nats.
 
     Positions are taken in ascending order of entropy while the sum of the entropies before them stays within the
