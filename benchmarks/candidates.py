@@ -49,6 +49,7 @@ CANDIDATES: dict[str, Speed] = {
     "bound10": replace(BALANCED, sampler=EntropyBound(10)),
     "growing": replace(BALANCED, sampler=AdaptiveBound(growth=0.5)),
     "share": replace(BALANCED, sampler=AdaptiveBound(share=0.1)),
+    "momentum3": replace(BALANCED, momentum=0.3),
     "quota": replace(BALANCED, sampler=AdaptiveBound(quota=4)),
     "corrector16": replace(BALANCED, sampler=Ancestral(16, corrector_steps=1, corrector_k=4)),
 }

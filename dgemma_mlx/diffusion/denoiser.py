@@ -72,7 +72,7 @@ class Denoiser:
                 if edits.projection is not None:
                     gathered = edits.projection.gather(decoded.raw, self._softcap)
                     mx.eval(*decoded.sample, *gathered)
-                    signal = self._next_signal(decoded)  # the device computes it while the CPU projects
+                    signal = self._next_signal(decoded, None if number == edits.first_step else signal)  # computed while the CPU projects
                     sample = edits.projection(decoded.sample, gathered, decoded.uniforms, decoded.temperature)
                 step = self._step(canvas, sample, decoded.raw, noise, edits, stopping, number)
                 if last is not None:
@@ -85,7 +85,7 @@ class Denoiser:
                 if has_ended:
                     return
                 if edits.projection is None:
-                    signal = self._next_signal(decoded)
+                    signal = self._next_signal(decoded, None if number == edits.first_step else signal)
                 canvas, decoded = step.current_canvas, None  # frees the logits first
                 if early:
                     decoded = self._decode(canvas, signal, cache, noise, edits, number + 1)
@@ -104,10 +104,15 @@ class Denoiser:
         T = temperature(self.config.max_denoising_steps + 1 - number, self.config)
         return _Decoded(raw, uniforms, T, self._sample(raw, uniforms, T, edits))
 
-    def _next_signal(self, decoded: _Decoded) -> mx.array:
-        """Start what conditions the next step on this one, whose sample is evaluated, and return it, (B, C, M)."""
+    def _next_signal(self, decoded: _Decoded, last: mx.array | None) -> mx.array:
+        """Start what conditions the next step on this one, whose sample is evaluated, and return it, (B, C, M).
+
+        ``last`` is the signal that this step has read; None in the first step, which has read none.
+        """
         prediction = self.network.predict(decoded.raw, decoded.sample, decoded.temperature)
         signal = self.network.conditioning_signal(prediction, decoded.uniforms.shape)
+        if last is not None and self.speed.momentum:
+            signal = self.speed.momentum * last + (1 - self.speed.momentum) * signal
         mx.async_eval(signal)
         return signal
 

@@ -47,6 +47,7 @@ class Speed:
         confident: The test on the mean entropy alone, or None.
         plateau: The test for a canvas that does not change any more, or None.
         sampler: Which ids a step accepts, and what stands at the other positions.
+        momentum: Share of the last step's self-conditioning signal in the next one; 0 takes the new signal only.
         ignore_after_end: Whether positions after a settled end-of-text id do not count, because their text is dropped.
         reroll: Whether a canvas that is still uncertain after all steps, or that holds nothing but padding, is denoised
             once more, from other noise.
@@ -56,6 +57,7 @@ class Speed:
     confident: ConfidentTest | None = None
     plateau: PlateauTest | None = None
     sampler: Sampler = field(default_factory=EntropyBound)
+    momentum: float = 0.0
     ignore_after_end: bool = True
     reroll: bool = True
 
