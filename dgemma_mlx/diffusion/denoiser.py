@@ -68,11 +68,11 @@ class Denoiser:
             for number in range(edits.first_step, max_steps + 1):
                 if decoded is None:
                     decoded = self._decode(canvas, signal, cache, noise, edits, number)
-                sample = decoded.sample
+                sample, read = decoded.sample, None if number == edits.first_step else signal
                 if edits.projection is not None:
                     gathered = edits.projection.gather(decoded.raw, self._softcap)
                     mx.eval(*decoded.sample, *gathered)
-                    signal = self._next_signal(decoded, None if number == edits.first_step else signal)  # computed while the CPU projects
+                    signal = self._next_signal(decoded, read)  # the device computes it while the CPU projects
                     sample = edits.projection(decoded.sample, gathered, decoded.uniforms, decoded.temperature)
                 step = self._step(canvas, sample, decoded.raw, noise, edits, stopping, number)
                 if last is not None:
@@ -85,7 +85,7 @@ class Denoiser:
                 if has_ended:
                     return
                 if edits.projection is None:
-                    signal = self._next_signal(decoded, None if number == edits.first_step else signal)
+                    signal = self._next_signal(decoded, read)
                 canvas, decoded = step.current_canvas, None  # frees the logits first
                 if early:
                     decoded = self._decode(canvas, signal, cache, noise, edits, number + 1)
