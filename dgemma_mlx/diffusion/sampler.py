@@ -52,13 +52,19 @@ class EntropyBound:
 
     Attributes:
         factor: Factor on the checkpoint's ``entropy_bound``. Above 1, a step accepts more tokens.
+        ramp: Step, from 1, from which on all positions within the bound are accepted. An earlier step k accepts a
+            random k / ramp of them: what is accepted at once, from a canvas of noise, holds mistakes that agree with
+            each other, and the next step sees them better when some are noise again.
     """
 
     factor: float = 1.0
+    ramp: int = 1
 
     def __call__(self, proposal: Proposal, noise: Noise, config: GenerationConfig) -> tuple[mx.array, mx.array]:
         """Accept the proposed ids within the bound, as if there were no pinned positions."""
         accepted_mask = accept_free(proposal, config.entropy_bound * self.factor)
+        if proposal.number < self.ramp:
+            accepted_mask = accepted_mask & (noise.uniform(proposal.canvas.shape[1]) < proposal.number / self.ramp)
         fresh = noise.canvas(*proposal.raw.shape[1:])
         return mx.where(accepted_mask, proposal.denoiser_canvas, fresh), accepted_mask
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dgemma_mlx.diffusion.sampler import Noise, accept
+from dgemma_mlx.checkpoint.config import GenerationConfig
+from dgemma_mlx.diffusion.sampler import EntropyBound, Noise, Proposal, accept
+from dgemma_mlx.kernels import canvas_sampler
 
 
 def accept_one_by_one(entropy: Sequence[float], bound: float) -> list[bool]:
@@ -92,3 +94,19 @@ def chi_square(samples: NDArray[Any], p: NDArray[Any]) -> float:
     """Of the samples' counts against probabilities p."""
     expected = p * samples.size
     return float(((np.bincount(samples, minlength=p.size) - expected) ** 2 / expected).sum())
+
+
+@pytest.mark.parametrize(("number", "share"), [(1, 0.25), (2, 0.5), (4, 1.0), (9, 1.0)])
+def test_a_ramp_accepts_a_growing_share_of_what_the_bound_allows(number: int, share: float) -> None:
+    C, V, config = 5000, 10, GenerationConfig(entropy_bound=1.0)
+    raw = mx.random.normal((2, C, V), key=mx.random.key(0)) * 9
+    sample = canvas_sampler(raw, mx.zeros((2, C)), None, 1.0)
+    free = mx.arange(C)[None] % 5 > 0
+    canvas = mx.zeros((2, C), mx.int32)
+    proposal = Proposal(canvas, sample.sample, sample, mx.concatenate([free, free]), number, raw, None)
+    _, every = EntropyBound()(proposal, Noise(1, 2), config)
+    canvas, some = EntropyBound(ramp=4)(proposal, Noise(1, 2), config)
+    assert 0.1 < every.mean().item() < 0.9
+    assert not (some & ~every).any()
+    assert ((canvas == sample.sample) | ~some).all()
+    assert some.sum().item() / every.sum().item() == pytest.approx(share, abs=0.03)
