@@ -1,183 +1,148 @@
-"""Measure correct answers and denoising steps of each speed mode and of --verify, on the demo model.
+"""Measure right answers and the work that they cost, of each speed mode and of --verify, on the demo model.
 
     python benchmarks/answers.py [--prompts 100] [--ways reference,balanced,fast,reference+flag,...] [--tasks ...]
-           [--model FOLDER] [--processes 2] [--output FILE] [--plots FOLDER]
+           [--adapter FOLDER] [--model FOLDER] [--processes 2] [--output FILE] [--plots FOLDER]
+    python benchmarks/answers.py --from FILE ... [--ways ...] [--tasks ...] [--plots FOLDER]
 
 A way is a speed mode, optionally followed by ``+flag`` or ``+repair`` for ``--verify``. Every way answers the same
-held-out prompts of every task with the same seeds. The script prints a table. ``--output`` writes the table as JSON,
-and ``--plots`` draws steps per canvas and correct answers. Work is counted in denoising steps. A step is one pass of
-the decoder over a canvas; ``--verify`` adds one pass of the encoder per canvas and per repair, which is not counted.
+held-out prompts of every task with the same seeds. The task ``sudoku6``, 6x6 Sudoku, needs the adapter of
+recipes/sudoku, ``--adapter``; it is not part of the sums over all tasks.
+
+Work is the number of positions that pass through the layers: those of the canvas in every denoising step (a decoder
+pass), and those of every encoder pass over a canvas, which commits it before the next one or which ``--verify`` makes.
+The prompt's prefill is the same for all ways and is left out. Of the right answers, the table shows Wilson's interval
+of their share and Newcombe's interval of the paired difference to the first way; of the work, a bootstrap interval over
+prompts of the ratio to the first way. All are of 95 %.
+
+``--output`` writes one record per answer, from which ``--from`` prints and draws everything again, without this
+package's libraries. It takes several files, such as that of ``sampler_peers.py``. ``--plots`` draws the right answers
+against the work, and the modes by task; it needs matplotlib.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
-import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import candidates  # noqa: F401, by which ``--ways`` may name the samplers that were tried
-
-from dgemma_mlx import Model, generate, load
-from dgemma_mlx.train.tasks import TASKS
+from measured.comparison import compare, doubts, table
+from measured.records import Record, ask, in_processes, read, share, write
 
 WAYS = "reference,balanced,fast,reference+flag,reference+repair"
-COLORS = {"reference": "#7a7a7a", "balanced": "#2a6f97", "fast": "#89c2d9"}
 
 
-@dataclass
-class Row:
-    """Counts of one way on one task.
+def names(text: str) -> list[str]:
+    """Return the names in a list with commas."""
+    return text.split(",")
 
-    Attributes:
-        task: Name of the task, or "all".
-        way: The speed mode and the ``--verify`` mode.
-        prompts: Number of prompts.
-        correct: Number of correct answers.
-        steps: Denoising steps of all answers.
-        canvases: Canvases of all answers.
-        tokens: Tokens of all answers.
-        seconds: Total time.
-        low_confidence: Number of answers with at least one low-confidence canvas.
-        flagged_right: Number of correct answers in which the encoder doubts a token.
-        flagged_wrong: Number of wrong answers in which the encoder doubts a token.
+
+def parser_of(doc: str | None, ways: str) -> argparse.ArgumentParser:
+    """Return the options that this script and ``sampler_peers.py`` share."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=20, help="prompts per task (default: 20)")
+    parser.add_argument("--ways", type=names, metavar="LIST", help=f"ways to answer (default: {ways})")
+    parser.add_argument("--tasks", type=names, metavar="LIST", help="tasks of the demo model (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the choice of prompts")
+    parser.add_argument("--processes", type=int, default=1, help="processes that share the prompts")
+    parser.add_argument("--share", metavar="I/N", help="answer the I-th of N parts, and print the records as JSON")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the records to this file, as JSON")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw plots into this folder")
+    return parser
+
+
+def show(records: Sequence[Record], arguments: argparse.Namespace) -> None:
+    """Print the tables, and draw the plots that are asked for."""
+    sums = compare(records)
+    print(table(sums))
+    if doubted := doubts(sums):
+        print(f"\n{doubted}")
+    if arguments.plots:
+        from measured.plots import draw
+
+        for path in draw(sums, arguments.plots):
+            print(path, file=sys.stderr)
+
+
+def run(script: str, arguments: argparse.Namespace, answered: Iterable[Record]) -> None:
+    """Collect the records, in several processes of ``script`` when asked, and print, write and draw them.
+
+    ``answered`` are the records of this process, which are computed only when they are read.
     """
-
-    task: str
-    way: str
-    prompts: int = 0
-    correct: int = 0
-    steps: int = 0
-    canvases: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    low_confidence: int = 0
-    flagged_right: int = 0
-    flagged_wrong: int = 0
+    if arguments.share:
+        print(json.dumps([asdict(record) for record in answered]))
+        return
+    records = in_processes(script, sys.argv[1:], arguments.processes) if arguments.processes > 1 else list(answered)
+    order = {way: index for index, way in enumerate(arguments.ways)}
+    places = {task: index for index, task in enumerate(arguments.tasks)}
+    records.sort(key=lambda record: (places[record.task], order[record.way], record.number))
+    if arguments.output:
+        write(arguments.output, records, prompts=arguments.prompts, seed=arguments.seed)
+    show(records, arguments)
 
 
-def measure(model: Model, task: str, way: str, prompts: int, seed: int) -> Row:
-    """Answer held-out prompts of one task in one way and check the answers."""
-    speed, _, verify = way.partition("+")
-    rng, row = random.Random(f"answers/{task}/{seed}"), Row(task, way, prompts)
-    for number in range(prompts):
-        example = TASKS[task].sample(rng, "heldout")
-        done = generate(
-            model, list(example.messages), max_tokens=128, seed=number, speed=speed, verify=verify or "off"
-        )
-        right, statistics = TASKS[task].check(example, done.text), done.statistics
-        row.correct += right
-        row.steps += statistics.denoising_steps
-        row.canvases += statistics.canvases
-        row.tokens += statistics.generated_tokens
-        row.seconds += statistics.seconds
-        row.low_confidence += statistics.low_confidence > 0
-        row.flagged_right += right and statistics.doubted_tokens > 0
-        row.flagged_wrong += not right and statistics.doubted_tokens > 0
-    return row
+def part(text: str | None) -> tuple[int, int]:
+    """Return the part and the number of parts of ``--share``."""
+    index, of = (text or "0/1").split("/")
+    return int(index), int(of)
 
 
-def total(rows: list[Row], way: str) -> Row:
-    """Return the sums of one way over all tasks."""
-    own = [row for row in rows if row.way == way]
-    sums = {name: sum(asdict(row)[name] for row in own) for name in asdict(own[0]) if name not in ("task", "way")}
-    return Row("all", way, **sums)
+def kept(files: Sequence[Path], arguments: argparse.Namespace) -> list[Record]:
+    """Return the records of files, of the ways and tasks that are asked for, ways in the order asked for.
+
+    Where several files hold a way's answer to a question, the first one counts; others that differ are told on stderr.
+    """
+    first: dict[tuple[str, str, int], Record] = {}
+    records = [record for file in files for record in read(file)]
+    differing = sum(record != first.setdefault((record.way, record.task, record.number), record) for record in records)
+    if differing:
+        print(f"{differing} records of later files differ from those of earlier ones and are left out", file=sys.stderr)
+    found = list(first.values())
+    ways = arguments.ways or list(dict.fromkeys(record.way for record in found))
+    found = [record for record in found if record.way in ways and record.task in (arguments.tasks or [record.task])]
+    return sorted(found, key=lambda record: ways.index(record.way))
 
 
-def table(rows: list[Row]) -> str:
-    """Format the rows as a Markdown table."""
-    columns = (
-        "task", "way", "correct", "steps per canvas", "tokens per step", "low confidence", "doubted: correct", "wrong"
-    )  # fmt: skip
-    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
-    lines += [
-        f"| {row.task} | {row.way} | {row.correct / row.prompts:.1%} | {row.steps / row.canvases:.2f} "
-        f"| {row.tokens / row.steps:.2f} | {row.low_confidence} | {row.flagged_right} of {row.correct} "
-        f"| {row.flagged_wrong} of {row.prompts - row.correct} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
+def answered(arguments: argparse.Namespace) -> Iterable[Record]:
+    """Answer this process's questions in all ways."""
+    from measured.own_ways import answerer
+    from measured.questions import SUDOKU6, questions
 
+    from dgemma_mlx import load
 
-def draw(rows: list[Row], folder: Path) -> Path:
-    """Draw ``benchmark-speed.svg``: for each task one bar per speed mode."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "dgemma-mlx", "font.size": 9, "axes.spines.right": False})
-    matplotlib.rcParams["axes.spines.top"] = False
-    import matplotlib.pyplot as plt
-
-    tasks = list(dict.fromkeys(row.task for row in rows))
-    figure, panels = plt.subplots(2, 1, figsize=(8, 4.6), sharex=True)
-    for index, (speed, color) in enumerate(COLORS.items()):
-        own = {row.task: row for row in rows if row.way == speed}
-        positions = [x + 0.27 * (index - 1) for x in range(len(tasks))]
-        panels[0].bar(positions, [own[t].steps / own[t].canvases for t in tasks], 0.25, label=speed, color=color)
-        panels[1].bar(positions, [100 * own[t].correct / own[t].prompts for t in tasks], 0.25, color=color)
-    panels[0].set_ylabel("steps per canvas")
-    panels[0].legend(frameon=False, ncols=3)
-    panels[1].set_ylabel("correct answers, %")
-    panels[1].set_xticks(range(len(tasks)), tasks, fontsize=8)
-    figure.tight_layout()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "benchmark-speed.svg"
-    figure.savefig(path, metadata={"Date": None})
-    return path
-
-
-def in_processes(arguments: argparse.Namespace) -> list[Row]:
-    """Divide the tasks among several processes of this script and return their rows."""
-    shares = [arguments.tasks[i :: arguments.processes] for i in range(arguments.processes)]
-    command = [sys.executable, __file__, "--prompts", str(arguments.prompts), "--ways", ",".join(arguments.ways),
-               "--seed", str(arguments.seed), "--model", arguments.model, "--rows"]  # fmt: skip
-    started = [
-        subprocess.Popen([*command, "--tasks", ",".join(share)], stdout=subprocess.PIPE, text=True)
-        for share in shares if share
-    ]  # fmt: skip
-    found: list[dict[str, Any]] = [row for process in started for row in json.loads(process.communicate()[0])]
-    order = {task: index for index, task in enumerate(arguments.tasks)}
-    return sorted((Row(**row) for row in found), key=lambda row: order[row.task])
+    asked = share(questions(arguments.tasks, arguments.prompts, arguments.seed), *part(arguments.share))
+    for is_tuned in (False, True):
+        own = [question for question in asked if (question.task == SUDOKU6) == is_tuned]
+        if own:
+            model = load(arguments.model, adapter=arguments.adapter if is_tuned else None)
+            for way in arguments.ways:
+                yield from ask(way, answerer(model, way), own)
 
 
 def main() -> None:
-    """Parse the command line, measure and print the table."""
-
-    def names(text: str) -> list[str]:
-        return text.split(",")
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=20, help="prompts per task")
-    parser.add_argument("--ways", type=names, default=names(WAYS), help="speed modes, optionally with +flag or +repair")
-    parser.add_argument("--tasks", type=names, default=list(TASKS), help="tasks of the demo model (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="seed for the choice of prompts")
+    """Parse the command line, measure or read the records, and print the tables."""
+    parser = parser_of(__doc__, WAYS)
     parser.add_argument("--model", default="demo", help="model or checkpoint folder")
-    parser.add_argument("--processes", type=int, default=1, help="processes that share the tasks")
-    parser.add_argument("--rows", action="store_true", help="print the rows as JSON, without totals")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the rows to this file, as JSON")
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw plots into this folder")
+    parser.add_argument("--adapter", metavar="FOLDER", help="adapter of recipes/sudoku, for the task sudoku6")
+    parser.add_argument("--from", dest="files", type=Path, nargs="+", metavar="FILE", help="show these files' records")
     arguments = parser.parse_args()
-    if arguments.processes > 1:
-        rows = in_processes(arguments)
-    else:
-        model = load(arguments.model)
-        rows = [
-            measure(model, task, way, arguments.prompts, arguments.seed)
-            for task in arguments.tasks for way in arguments.ways
-        ]  # fmt: skip
-    if arguments.rows:
-        print(json.dumps([asdict(row) for row in rows]))
+    if arguments.files:
+        show(kept(arguments.files, arguments), arguments)
         return
-    totals = [total(rows, way) for way in arguments.ways]
-    print(table(rows + totals))
-    if arguments.output:
-        arguments.output.write_text(json.dumps({"rows": [asdict(row) for row in rows + totals]}, indent=2) + "\n")
-    if arguments.plots:
-        print(draw(rows, arguments.plots), file=sys.stderr)
+    from measured.own_ways import is_way
+    from measured.questions import SUDOKU6, TASKS
+
+    arguments.ways = arguments.ways or names(WAYS)
+    arguments.tasks = arguments.tasks or [*TASKS, *([SUDOKU6] if arguments.adapter else [])]
+    if unknown := [way for way in arguments.ways if not is_way(way)]:
+        parser.error(f"not a speed mode, optionally with +flag or +repair: {', '.join(unknown)}")
+    if unknown := [task for task in arguments.tasks if task not in (*TASKS, SUDOKU6)]:
+        parser.error(f"not a task: {', '.join(unknown)}")
+    if SUDOKU6 in arguments.tasks and not arguments.adapter:
+        parser.error(f"{SUDOKU6} needs --adapter")
+    run(__file__, arguments, answered(arguments))
 
 
 if __name__ == "__main__":

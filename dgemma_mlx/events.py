@@ -117,6 +117,11 @@ class Statistics:
         peak_memory: Largest number of bytes that MLX held.
         low_confidence: Number of canvases that were committed while still uncertain.
         doubted_tokens: Number of tokens that the encoder would have written differently; 0 unless ``verify`` asks it.
+        decoded_positions: Number of canvas positions that the decoder passes computed, over all steps. What a row of a
+            batch waits for is not counted, here and in ``encoder_passes``: the counts are those of the answer alone.
+        encoder_passes: Number of encoder passes over canvases, to commit or to verify them. The prompt's prefill is
+            not one.
+        encoded_positions: Number of canvas positions that these encoder passes computed.
     """
 
     prompt_tokens: int
@@ -131,6 +136,9 @@ class Statistics:
     peak_memory: int
     low_confidence: int = 0
     doubted_tokens: int = 0
+    decoded_positions: int = 0
+    encoder_passes: int = 0
+    encoded_positions: int = 0
 
 
 @dataclass(frozen=True)

@@ -151,8 +151,8 @@ def _random(path: str, shape: tuple[int, ...], key: mx.array, sharpness: float) 
 def _rewrite(folder: Path, dtype: mx.Dtype, for_transformers: bool = False) -> None:
     """Convert all floating-point tensors of a checkpoint to ``dtype`` and write them to one file.
 
-    For transformers, also remove ``.weight`` from the names of experts and add the smallest possible vision tower to
-    the configuration, because transformers always creates a vision tower.
+    For transformers, also remove ``.weight`` from the names of experts and, where there is no vision tower, add the
+    smallest possible one to the configuration, because transformers always creates one.
     """
     tensors = {
         name.replace("_proj.weight", "_proj") if for_transformers and ".experts." in name else name:
@@ -165,7 +165,7 @@ def _rewrite(folder: Path, dtype: mx.Dtype, for_transformers: bool = False) -> N
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, metadata={"format": "pt"})
     config = read_json(folder / "config.json")
     config["dtype"] = str(dtype).removeprefix("mlx.core.")
-    if for_transformers:
+    if for_transformers and not config["vision_config"]:
         config["vision_config"] = {
             "model_type": "gemma4_vision", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
             "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,

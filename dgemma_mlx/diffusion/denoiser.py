@@ -6,13 +6,14 @@ Reference: transformers ``DiffusionGemmaGenerationMixin._denoising_step``.
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.diffusion.edits import NO_EDITS, Edits
+from dgemma_mlx.diffusion.encoder_check import EncoderCheck, Verdict
 from dgemma_mlx.diffusion.sampler import Noise, Proposal
 from dgemma_mlx.diffusion.schedule import temperature
 from dgemma_mlx.diffusion.speed import REFERENCE, Speed
@@ -47,14 +48,15 @@ class Denoiser:
 
     def denoise(
         self, cache: PrefixCache, noise: Noise, canvas_length: int, edits: Edits = NO_EDITS, *,
-        canvas_index: int = 0, attempt: int = 0,
+        check: EncoderCheck | None = None, canvas_index: int = 0, attempt: int = 0,
     ) -> Generator[tuple[Draft, ...], None, None]:
         """Denoise one canvas of ``canvas_length`` C positions after the cached prefix.
 
         Yield one ``Draft`` per row of the batch for each step; in the last step every draft is ``finished``. While the
         caller looks at a step's drafts, the device already computes the first layers of the next step, if there is one.
         A caller may stop between any two steps. It then closes the generator, which waits for these layers. C may
-        differ from the checkpoint's ``canvas_length``. ``canvas_index`` and ``attempt`` only label the drafts. Raises
+        differ from the checkpoint's ``canvas_length``. ``check`` is called after each step that leaves a row open; it must
+        not be combined with pins or a projection. ``canvas_index`` and ``attempt`` only label the drafts. Raises
         ``DgemmaError`` when the network computes NaN.
         """
         max_steps = self.config.max_denoising_steps
@@ -78,6 +80,10 @@ class Denoiser:
                 if last is not None:
                     step = step.keep_finished(last)
                 mx.eval(*step.arrays(), *decoded.sample)
+                if check is not None and number < max_steps and (verdict := step.checked(check)) is not None:
+                    step, edits = step.after(verdict), replace(edits, pins=verdict.pins)
+                    stopping.free = verdict.pins.free
+                    mx.eval(*step.arrays())
                 last, has_ended = step, number == max_steps or step.all_finished()
                 early = is_lazy and not has_ended and self.network.predicts_at_once(decoded.sample)
                 if not early:  # the drafts would come late, after what predict waits for
@@ -185,10 +191,27 @@ class _Step:
             self.current_canvas, self.argmax_canvas, self.accepted_mask, self.entropy, self.test, self.uncertain,
         )  # fmt: skip
 
+    def finished(self) -> list[bool]:
+        """Return which rows have passed a stopping test. The step must be evaluated."""
+        tests: Any = self.test.tolist()
+        return [test < len(TESTS) for test in tests]
+
     def all_finished(self) -> bool:
         """Return whether every row has passed a stopping test. The step must be evaluated."""
-        tests: Any = self.test.tolist()
-        return all(test < len(TESTS) for test in tests)
+        return all(self.finished())
+
+    def checked(self, check: EncoderCheck) -> Verdict | None:
+        """Return what the encoder's check says of the rows that are open; None when it is not asked."""
+        finished = self.finished()
+        return None if all(finished) else check(self.argmax_canvas, self.entropy, finished)
+
+    def after(self, verdict: Verdict) -> _Step:
+        """Return this step with the verdict of the encoder's check on its open rows."""
+        open_rows = (self.test >= len(TESTS))[:, None]
+        test = mx.where(verdict.settled, TESTS.index("encoder"), self.test).astype(mx.int32)
+        current = mx.where(open_rows, verdict.pins.apply(self.current_canvas), self.current_canvas)
+        argmax = mx.where(open_rows, verdict.pins.apply(self.argmax_canvas), self.argmax_canvas)
+        return replace(self, current_canvas=current, argmax_canvas=argmax, test=test)
 
     def keep_finished(self, last: _Step) -> _Step:
         """Return this step, in which the rows that had finished by the ``last`` step keep its values."""

@@ -35,6 +35,19 @@ class PlateauTest:
 
 
 @dataclass(frozen=True)
+class CheckRule:
+    """Lets the causal encoder read canvases that no other test has settled (see ``diffusion.encoder_check``).
+
+    Attributes:
+        max_uncertain: Largest number of uncertain positions in a text that is worth a check.
+        ratio: Least probability of a plausible token, as a share of that of the token that the encoder expects.
+    """
+
+    max_uncertain: int
+    ratio: float
+
+
+@dataclass(frozen=True)
 class Speed:
     """What a speed mode adds to the reference's loop.
 
@@ -46,6 +59,7 @@ class Speed:
             probability (early commit on confidence gaps: Prophet, arXiv 2508.19982). None makes no such test.
         confident: The test on the mean entropy alone, or None.
         plateau: The test for a canvas that does not change any more, or None.
+        check: The encoder's check of canvases that stay open, or None.
         sampler: Which ids a step accepts, and what stands at the other positions.
         momentum: Share of the last step's self-conditioning signal in the next one; 0 takes the new signal only.
         ignore_after_end: Whether positions after a settled end-of-text id do not count, because their text is dropped.
@@ -56,6 +70,7 @@ class Speed:
     gap: float | None = None
     confident: ConfidentTest | None = None
     plateau: PlateauTest | None = None
+    check: CheckRule | None = None
     sampler: Sampler = field(default_factory=EntropyBound)
     momentum: float = 0.0
     ignore_after_end: bool = True
@@ -67,7 +82,9 @@ REFERENCE = Speed(ignore_after_end=False, reroll=False)
 
 SPEEDS: dict[str, Speed] = {
     "reference": REFERENCE,
-    "balanced": Speed(gap=0.9, confident=ConfidentTest(2), plateau=PlateauTest(4, 0.05)),
+    "balanced": Speed(
+        gap=0.9, confident=ConfidentTest(2), plateau=PlateauTest(4, 0.05), check=CheckRule(12, 0.3)
+    ),
     "fast": Speed(
         gap=0.8, confident=ConfidentTest(12, 0.05), plateau=PlateauTest(2, 0.1), sampler=EntropyBound(factor=2.0)
     ),

@@ -11,6 +11,7 @@ import mlx.core as mx
 from dgemma_mlx.checkpoint.config import GenerationConfig
 from dgemma_mlx.constrain.canvas import ConstraintState, RowStart
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.diffusion.stopping import text_ids
 from dgemma_mlx.events import Committed, Done, Draft, FinishReason, Statistics
 from dgemma_mlx.generation.pictures import PromptIds
 from dgemma_mlx.sizes import rate
@@ -41,6 +42,9 @@ class Answer:
         canvas_steps: Number of denoising steps of the current canvas.
         low_confidence: Number of canvases that were committed while still uncertain.
         doubted: Number of committed tokens that the encoder doubts.
+        decoded: Number of canvas positions that decoder passes computed.
+        encoder_passes: Number of encoder passes over canvases.
+        encoded: Number of canvas positions that these passes computed.
     """
 
     prompt_ids: PromptIds
@@ -60,6 +64,9 @@ class Answer:
     canvas_steps: int = 0
     low_confidence: int = 0
     doubted: int = 0
+    decoded: int = 0
+    encoder_passes: int = 0
+    encoded: int = 0
 
     @property
     def remaining(self) -> int:
@@ -102,10 +109,16 @@ class Answer:
         can_be_blank = (self.constraint is None or self.is_free) and bool(self.config.eos_token_ids)
         return can_be_blank and not may_end and self.marks.issuperset(ids)
 
-    def count_step(self) -> None:
-        """Count one denoising step."""
+    def count_step(self, positions: int) -> None:
+        """Count one denoising step over a canvas of so many positions."""
         self.steps += 1
         self.canvas_steps += 1
+        self.decoded += positions
+
+    def count_encoded(self, positions: int, passes: int = 1) -> None:
+        """Count encoder passes over so many positions of a canvas each."""
+        self.encoder_passes += passes
+        self.encoded += passes * positions
 
     def commit(self, draft: Draft, doubted: Sequence[int], is_cancelled: bool) -> Committed:
         """Append a finished canvas to the answer, cut after its first end-of-text id and at ``max_tokens``.
@@ -162,6 +175,9 @@ class Answer:
             peak_memory=mx.get_peak_memory(),
             low_confidence=self.low_confidence,
             doubted_tokens=self.doubted,
+            decoded_positions=self.decoded,
+            encoder_passes=self.encoder_passes,
+            encoded_positions=self.encoded,
         )
         parts, tokens = self.parts, tuple(self.tokens)
         return Done(parts.text, parts.thinking, parts.tool_calls, tokens, self.finish_reason, self.seed, statistics)
@@ -171,9 +187,3 @@ def call_prefix(prompt_ids: Sequence[int], seed: int) -> str:
     """Return the beginning of the ids of an answer's tool calls: the same for the same prompt and seed."""
     digest = hashlib.sha256(",".join(map(str, [seed, *prompt_ids])).encode()).hexdigest()
     return f"call_{digest[:12]}_"
-
-
-def text_ids(canvas: Sequence[int], eos_ids: Sequence[int]) -> Sequence[int]:
-    """Return the canvas up to and including its first end-of-text id."""
-    end = next((position for position, token in enumerate(canvas) if token in eos_ids), len(canvas))
-    return canvas[: end + 1]

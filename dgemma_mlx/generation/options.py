@@ -122,6 +122,11 @@ class GenerationOptions:
             constraint = Constraint(of_turn(turn), "the answer")
         return Held(constraint.over(model.tokenizer, self.config(model), model.config.text.vocab_size), is_free)
 
+    @property
+    def asks_encoder(self) -> bool:
+        """Whether the encoder judges canvases: to verify them, or because the speed mode has it check open ones."""
+        return self.verify != "off" or SPEEDS[self.speed].check is not None
+
     def config(self, model: ModelText) -> GenerationConfig:
         """Return the loop's parameters in force."""
         config = self.generation or model.generation

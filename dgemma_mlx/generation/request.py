@@ -84,7 +84,7 @@ def begin(
         for asked, seed, limit in zip(prompts, seeds, max_tokens, strict=True)
     ]
     patches = most_patches(asked.ids for asked in prompts)
-    work = Work(len(prompts), verifies=options.verify != "off", patches=patches)
+    work = Work(len(prompts), verifies=options.asks_encoder, patches=patches)
     longest = max(len(asked.ids) for asked in prompts)
     budget = fit_to_memory(model, longest, work, options.memory_limit, options.prefill_step_size)
     return Runner(model, options, answers, budget, prompt_cache)

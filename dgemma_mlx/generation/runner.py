@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from dgemma_mlx.constrain.canvas import CanvasProjection
 from dgemma_mlx.diffusion.edits import Edits, Pins
+from dgemma_mlx.diffusion.encoder_check import EncoderCheck
 from dgemma_mlx.diffusion.sampler import Noise
 from dgemma_mlx.events import Draft, Encoded, Event
 from dgemma_mlx.generation.answer import Answer
@@ -51,6 +52,7 @@ class Runner:
         self._live = list(range(len(answers)))
         self._noise = Noise(*(answer.seed for answer in answers))
         self._verifier: Verifier | None = None
+        self._is_encoded = False  # whether the prefix cache holds the canvases that were finished last
         if options.verify != "off":
             self._verifier = Verifier(self._network, self._denoiser.config.eos_token_ids)
         self._cached_tokens = 0
@@ -133,10 +135,15 @@ class Runner:
         self, cache: PrefixCache
     ) -> Generator[Numbered, None, tuple[list[Draft], list[Reading] | None]]:
         """Write the next canvas of every live answer. Return its finished drafts, and what the encoder says of them."""
-        attempts = self._noise.fork()
-        drafts = yield from self._attempt(cache, attempts.fork(), list(range(len(self._live))))
+        attempts, before = self._noise.fork(), cache.snapshot()
+        check = self._check(cache)
+        drafts = yield from self._attempt(cache, attempts.fork(), list(range(len(self._live))), check=check)
+        self._is_encoded = check is not None and check.is_encoded
         answers = {row: self._answers[self._live[row]] for row in drafts}
         rejected = [row for row, draft in drafts.items() if draft.low_confidence or answers[row].is_blank(draft)]
+        if self._is_encoded and (rejected or self._verifier is not None):
+            cache.restore(before)
+            self._is_encoded = False
         if rejected and self._denoiser.speed.reroll:
             again = yield from self._attempt(cache, attempts.fork(rejected), rejected, attempt=1)
             for row, draft in again.items():
@@ -144,10 +151,20 @@ class Runner:
         readings = None
         if self._verifier is not None:
             readings = yield from self._verify(self._verifier, cache, attempts, drafts)
+            self._is_encoded = True
         return list(drafts.values()), readings
 
+    def _check(self, cache: PrefixCache) -> EncoderCheck | None:
+        """Return the encoder's check of the next canvases; None without one, and under a constraint."""
+        rule = self._denoiser.speed.check
+        is_held = any(answer.constraint is not None for answer in self._answers)
+        if rule is None or is_held:
+            return None
+        return EncoderCheck(self._network, cache, len(self._live), self._denoiser.config.eos_token_ids, rule)
+
     def _attempt(
-        self, cache: PrefixCache, noise: Noise, rows: list[int], attempt: int = 0, pins: Pins | None = None
+        self, cache: PrefixCache, noise: Noise, rows: list[int], attempt: int = 0, pins: Pins | None = None,
+        check: EncoderCheck | None = None,
     ) -> Canvases:
         """Denoise a canvas for these rows of the batch, each of which has a row of ``noise``."""
         finished: dict[int, Draft] = {}
@@ -156,18 +173,21 @@ class Runner:
         if len(rows) < len(self._live):
             cache = cache.rows(rows)
         steps = self._denoiser.denoise(
-            cache, noise, self._canvas_length(), edits, canvas_index=index, attempt=attempt
+            cache, noise, self._canvas_length(), edits, check=check, canvas_index=index, attempt=attempt
         )
         with closing(steps):
             for drafts in steps:
                 for row, draft in zip(rows, drafts, strict=True):
                     if row not in finished:
-                        self._answers[self._live[row]].count_step()
+                        self._answers[self._live[row]].count_step(len(draft.tokens))
                         yield self._live[row], draft
                         if draft.finished:
                             finished[row] = draft
                 if len(finished) < len(rows):
                     self._cancellation.check()
+        if check is not None:
+            for row, passes in zip(rows, check.passes, strict=True):
+                self._answers[self._live[row]].count_encoded(len(finished[row].tokens), passes)
         return {row: finished[row] for row in rows}
 
     def _verify(
@@ -179,9 +199,12 @@ class Runner:
         stay, and the rest is denoised again, until the encoder agrees or ``MAX_REPAIRS`` are used. ``drafts`` then
         holds the repaired canvases. A repair that is cancelled leaves the cache as it was before the canvas.
         """
+        rows = list(drafts)
         for repair in range(MAX_REPAIRS + 1):
             before = cache.snapshot()
             readings, hidden = verifier.read(cache, drafts.values())
+            for row in rows:  # a canvas that is read again because another row's was repaired counts once
+                self._answers[self._live[row]].count_encoded(len(drafts[row].tokens))
             if self._options.verify == "flag" or repair == MAX_REPAIRS:
                 break
             places = {
@@ -227,11 +250,12 @@ class Runner:
             self._noise.keep(rows)
             if self._verifier is not None:
                 self._verifier.keep(rows)
-        is_encoded = self._verifier is not None
-        if rows and not is_encoded:
+        if rows and not self._is_encoded:
             self._network.extend(mx.array([drafts[row].tokens for row in rows], mx.int32), cache)
             mx.async_eval(cache.state())
-        if self._prompt_cache is not None and (rows or is_encoded):
+            for number, row in zip(self._live, rows, strict=True):
+                self._answers[number].count_encoded(len(drafts[row].tokens))
+        if self._prompt_cache is not None and (rows or self._is_encoded):
             self._prompt_cache.append(drafts[0].tokens, mark="canvas")
         return cache
 

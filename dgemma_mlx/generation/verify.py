@@ -13,8 +13,8 @@ from typing import Any
 import mlx.core as mx
 
 from dgemma_mlx.diffusion.edits import Pins
+from dgemma_mlx.diffusion.stopping import text_ids
 from dgemma_mlx.events import Draft
-from dgemma_mlx.generation.answer import text_ids
 from dgemma_mlx.model.cache import PrefixCache
 from dgemma_mlx.model.text import DiffusionGemma
 

@@ -20,6 +20,7 @@ COUNT = "Count from 13 to 40."  # takes more than one canvas
 PROMPTS = (
     "Sort 5 2 9", COUNT, "What is 27 + 45?", "My name is Ana.", "Count from 3 to 47.", "Reverse: red blue green",
 )  # fmt: skip
+WORK = ("decoded_positions", "encoder_passes", "encoded_positions")  # of the statistics
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +175,7 @@ def test_a_prompt_is_answered_in_a_batch_as_it_is_alone(demo: Model, speed: str,
         assert (found.tokens, found.text, found.finish_reason, found.seed) == (
             alone.tokens, alone.text, alone.finish_reason, seed
         )  # fmt: skip
-        for name in ("prompt_tokens", "canvases", "denoising_steps", "doubted_tokens"):
+        for name in ("prompt_tokens", "canvases", "denoising_steps", "doubted_tokens", *WORK):
             assert getattr(found.statistics, name) == getattr(alone.statistics, name)
     assert len({done.statistics.canvases for done in together}) > 1
 
@@ -282,6 +283,33 @@ def test_only_the_rows_that_the_encoder_doubts_are_repaired(demo: Model, decoded
     together = generate_batch(demo, prompts, seeds=[0, 1, 2], **options)
     assert [done.text for done in together] == [done.text for done in alone]
     assert sum(decoded_rows) == sum(done.statistics.denoising_steps for done in alone)
+
+
+@pytest.mark.parametrize("verify", ["off", "flag", "repair"])
+@pytest.mark.parametrize(("prompt", "steps"), [(COUNT, 48), ("Make a sentence.", 1)])
+def test_the_work_that_is_counted_is_the_work_that_is_done(
+    demo: Model, monkeypatch: pytest.MonkeyPatch, verify: str, prompt: str, steps: int
+) -> None:
+    decoded, encoded = [], []
+    embed, encode = DiffusionGemma.decoder_input, DiffusionGemma._encode
+
+    def decode_spy(self: DiffusionGemma, canvas: mx.array, signal: mx.array) -> mx.array:
+        decoded.append(canvas.size)
+        return embed(self, canvas, signal)
+
+    def encode_spy(self: DiffusionGemma, ids: mx.array, *arguments: Any, **named: Any) -> Any:
+        encoded.append(ids.size)
+        return encode(self, ids, *arguments, **named)
+
+    monkeypatch.setattr(DiffusionGemma, "decoder_input", decode_spy)
+    monkeypatch.setattr(DiffusionGemma, "_encode", encode_spy)
+    options: dict[str, Any] = {"generation": demo.generation.override(max_denoising_steps=steps), "verify": verify}
+    found = generate(demo, prompt, seed=3, max_tokens=70, speed="balanced", **options).statistics
+    assert encoded.pop(0) == found.prompt_tokens
+    assert (found.denoising_steps, found.decoded_positions) == (len(decoded), sum(decoded))
+    assert (found.encoder_passes, found.encoded_positions) == (len(encoded), sum(encoded))
+    least = found.canvases - (verify == "off")
+    assert found.encoder_passes > least if (verify, steps) == ("repair", 1) else found.encoder_passes == least
 
 
 def test_a_prompt_without_a_cache_is_encoded_in_one_call(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Samplers that were tried and that no speed mode uses. ``answers.py`` measures them by name."""
+"""Samplers that were tried and that no speed mode uses. ``answers.py`` measures them by name (``--ways``)."""
 
 from __future__ import annotations
 

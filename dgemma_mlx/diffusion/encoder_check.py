@@ -1,0 +1,154 @@
+"""The encoder's check of an open canvas: what the causal encoder finds plausible is settled, the rest is denoised on.
+
+The network's encoder is causal. One pass over a canvas says, at each position, which token it would have written after
+everything before that position. A canvas whose whole text is plausible to it is settled. Otherwise the plausible
+prefix, with the encoder's own token after it, is pinned, and the decoder goes on with the rest: the same weights draft
+in parallel and verify from left to right (S2D2, arXiv 2603.25702). The first token of a canvas is the decoder's alone:
+what the encoder would have written there was computed before the canvas, and is not kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from dgemma_mlx.diffusion.edits import Pins
+from dgemma_mlx.diffusion.speed import SETTLED_END, CheckRule
+from dgemma_mlx.diffusion.stopping import text_ids
+from dgemma_mlx.model.cache import PrefixCache
+from dgemma_mlx.model.text import DiffusionGemma
+
+# Entropy, in nats, above which a position counts as uncertain.
+_UNCERTAIN = 0.2
+
+# Share of the decoder's certain tokens that the encoder must expect as well, or its judgement is not used.
+_AGREEMENT = 0.8
+
+
+class Verdict(NamedTuple):
+    """What a check says of the rows of a step.
+
+    Attributes:
+        settled: The rows that the check has settled, (B,) bool.
+        pins: The positions that are fixed from now on.
+    """
+
+    settled: mx.array
+    pins: Pins
+
+
+@dataclass
+class _Row:
+    """What is known of one row.
+
+    Attributes:
+        agreed: The pinned prefix of the canvas.
+        checked: The text of the last check.
+        certain: Number of tokens, over all checks, of which the decoder was certain.
+        expected: Number of those that the encoder expected.
+        passes: Number of encoder passes that the row has asked for.
+    """
+
+    agreed: Sequence[int] = ()
+    checked: Sequence[int] | None = None
+    certain: int = 0
+    expected: int = 0
+    passes: int = 0
+
+    def is_worth_it(self, text: Sequence[int], entropy: Sequence[float], max_uncertain: int) -> bool:
+        """Return whether a check of this text, with its entropies, can be expected to save steps."""
+        few = sum(value > _UNCERTAIN for value in entropy[len(self.agreed) : len(text)]) <= max_uncertain
+        is_believed = self.expected >= _AGREEMENT * self.certain
+        return few and is_believed and text != self.checked
+
+    def judge(
+        self, text: Sequence[int], entropy: Sequence[float], expected: Sequence[int], plausible: Sequence[bool]
+    ) -> bool:
+        """Take in the encoder's judgement of the text after its first token, and return whether it is settled."""
+        self.passes, self.checked = self.passes + 1, text
+        free = range(max(1, len(self.agreed)), len(text))
+        certain = [place for place in free if entropy[place] < SETTLED_END]
+        self.certain += len(certain)
+        self.expected += sum(text[place] == expected[place - 1] for place in certain)
+        if self.expected < _AGREEMENT * self.certain or not self.certain:
+            return False
+        place = next((place for place in free if not plausible[place - 1]), None)
+        if place is not None:
+            self.agreed = [*text[:place], expected[place - 1]]
+        return place is None
+
+
+class EncoderCheck:
+    """The check of one canvas in every row of a batch. Call it after each step that leaves a row open.
+
+    A row is checked when the first token of its text is settled, no more than ``CheckRule.max_uncertain`` positions are
+    uncertain, and the text is not that of its last check. A token is plausible if its probability is at least ``CheckRule.ratio`` times that of
+    the token that the encoder expects. The encoder must earn its say: if it does not expect four fifths of the tokens
+    of which the decoder is certain, the row is not checked any more.
+
+    Attributes:
+        is_encoded: Whether the cache holds the settled canvases of all rows. Otherwise it is as it was before them.
+    """
+
+    def __init__(
+        self, network: DiffusionGemma, cache: PrefixCache, rows: int, eos_ids: Sequence[int], rule: CheckRule
+    ) -> None:
+        """``cache`` holds the prefix of the canvases of so many rows."""
+        self._network, self._cache = network, cache
+        self._eos_ids, self._rule = eos_ids, rule
+        self._rows = [_Row() for _ in range(rows)]
+        self.is_encoded = False
+
+    @property
+    def passes(self) -> list[int]:
+        """The number of encoder passes that each row has asked for."""
+        return [row.passes for row in self._rows]
+
+    def __call__(self, argmax: mx.array, entropy: mx.array, finished: Sequence[bool]) -> Verdict | None:
+        """Check the argmax canvases (B, C) of a step with their entropies (B, C), both evaluated.
+
+        ``finished`` says which rows are settled already. Return None when no row is worth a check.
+        """
+        canvases: Any = argmax.tolist()
+        entropies: Any = entropy.tolist()
+        texts = [text_ids(canvas, self._eos_ids) for canvas in canvases]
+        asked = [
+            index for index, row in enumerate(self._rows)
+            if not finished[index] and row.is_worth_it(texts[index], entropies[index], self._rule.max_uncertain)
+        ]  # fmt: skip
+        if not asked:
+            return None
+        snapshot = self._cache.snapshot()
+        expected, plausible = self._judgement(argmax)
+        whole, ended = [False] * len(canvases), [False] * len(canvases)
+        for index in asked:
+            row = self._rows[index]
+            whole[index] = row.judge(texts[index], entropies[index], expected[index], plausible[index])
+            ended[index] = bool(row.agreed) and row.agreed[-1] in self._eos_ids
+        self.is_encoded = all(done or is_whole for done, is_whole in zip(finished, whole, strict=True))
+        if not self.is_encoded:
+            self._cache.restore(snapshot)
+        settled = [is_whole or is_ended for is_whole, is_ended in zip(whole, ended, strict=True)]
+        return Verdict(mx.array(settled), self._pins(len(canvases[0])))
+
+    def _judgement(self, ids: mx.array) -> tuple[Any, Any]:
+        """Encode canvases of ids (B, C) into the cache, and judge all positions but the first.
+
+        Return the tokens that the encoder expects, and which of the ids are plausible to it, as lists (B, C - 1).
+        """
+        raw = self._network.project(self._network.encode(ids, self._cache)[:, :-1])
+        expected = mx.argmax(raw, axis=-1)
+        both = mx.take_along_axis(raw, mx.stack([ids[:, 1:], expected.astype(ids.dtype)], axis=-1), axis=-1)
+        token, most = mx.split(self._network.capped(both), 2, axis=-1)
+        plausible = token >= most + math.log(self._rule.ratio)
+        return expected.tolist(), plausible[..., 0].tolist()
+
+    def _pins(self, length: int) -> Pins:
+        """Return the agreed prefixes of all rows as pins of canvases of ``length`` positions."""
+        ids = [[*row.agreed, *[0] * (length - len(row.agreed))] for row in self._rows]
+        free = [[place >= len(row.agreed) for place in range(length)] for row in self._rows]
+        return Pins(mx.array(ids, mx.int32), mx.array(free))
