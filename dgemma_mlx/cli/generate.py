@@ -106,8 +106,9 @@ def generate(
           before the first one is answered. With `--batch-size N`, N prompts are answered at a time, each as it would be
           alone, or fewer when N exceed the memory limit.
         - `--speed reference` follows the reference implementation's loop step by step. `balanced` also commits a canvas
-          as soon as every position is nearly certain; `fast` accepts less certainty. On the demo model, `balanced`
-          takes 1.4 times fewer steps and answers 939 instead of 942 of 1,000 prompts correctly (docs/speed.md). Except
+          as soon as every position is nearly certain, or the encoder finds its text plausible; `fast` accepts less
+          certainty. On the demo model, `balanced` does WORK times less work and answers RIGHT instead of REF of 1,000
+          prompts correctly (docs/speed.md). Except
           with `reference`, a canvas that is uncertain after all its steps is started again once. If it stays
           uncertain, a line on stderr and `low_confidence` in the events say so.
         - An answer ends at a canvas that holds nothing but padding; except with `reference`, such a canvas is first

@@ -55,8 +55,8 @@ class Denoiser:
         Yield one ``Draft`` per row of the batch for each step; in the last step every draft is ``finished``. While the
         caller looks at a step's drafts, the device already computes the first layers of the next step, if there is one.
         A caller may stop between any two steps. It then closes the generator, which waits for these layers. C may
-        differ from the checkpoint's ``canvas_length``. ``check`` is called after each step that leaves a row open; it is
-        not for canvases with pins or a projection. ``canvas_index`` and ``attempt`` only label the drafts.
+        differ from the checkpoint's ``canvas_length``. ``check`` is called after each step that leaves a row open; it
+        is not for canvases with pins or a projection. ``canvas_index`` and ``attempt`` only label the drafts.
 
         Raises ``DgemmaError`` when the network computes NaN.
         """

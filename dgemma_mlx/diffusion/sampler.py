@@ -47,17 +47,14 @@ class Sampler(Protocol):
 class EntropyBound:
     """The reference's sampler: accept the most certain positions, and fill all others with uniform noise.
 
+    The bound is the checkpoint's ``entropy_bound``.
+
     Reference: transformers ``EntropyBoundSampler``; Ben-Hamu et al., arXiv 2505.24857.
-
-    Attributes:
-        factor: Factor on the checkpoint's ``entropy_bound``. Above 1, a step accepts more tokens.
     """
-
-    factor: float = 1.0
 
     def __call__(self, proposal: Proposal, noise: Noise, config: GenerationConfig) -> tuple[mx.array, mx.array]:
         """Accept the proposed ids within the bound, as if there were no pinned positions."""
-        accepted_mask = accept_free(proposal, config.entropy_bound * self.factor)
+        accepted_mask = accept_free(proposal, config.entropy_bound)
         fresh = noise.canvas(proposal.canvas.shape[1], proposal.vocab_size)
         return mx.where(accepted_mask, proposal.denoiser_canvas, fresh), accepted_mask
 

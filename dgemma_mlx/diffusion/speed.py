@@ -78,14 +78,12 @@ class Speed:
 # The reference's loop: no further test.
 REFERENCE = Speed(ignore_after_end=False, reroll=False)
 
+CHECK = CheckRule(max_uncertain=12, ratio=0.3)
+
 SPEEDS: dict[str, Speed] = {
     "reference": REFERENCE,
-    "balanced": Speed(
-        gap=0.9, confident=ConfidentTest(2), plateau=PlateauTest(4, 0.05), check=CheckRule(12, 0.3)
-    ),
-    "fast": Speed(
-        gap=0.8, confident=ConfidentTest(12, 0.05), plateau=PlateauTest(2, 0.1), sampler=EntropyBound(factor=2.0)
-    ),
+    "balanced": Speed(gap=0.9, confident=ConfidentTest(2), plateau=PlateauTest(4, 0.05), check=CHECK),
+    "fast": Speed(gap=0.8, confident=ConfidentTest(12, 0.05), plateau=PlateauTest(2, 0.1), check=CHECK),
 }  # fmt: skip
 
 DEFAULT_SPEED = "balanced"
