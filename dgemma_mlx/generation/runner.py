@@ -25,7 +25,7 @@ from dgemma_mlx.generation.prefill import prefill
 from dgemma_mlx.generation.prompt_cache import LEAST_SHARED, PromptCache
 from dgemma_mlx.generation.verify import MAX_REPAIRS, Reading, Verifier, repair_pins
 from dgemma_mlx.generation.wired import wired_memory
-from dgemma_mlx.model.cache import PrefixCache
+from dgemma_mlx.model.cache import PrefixCache, Snapshot
 
 Numbered = tuple[int, Event | Encoded]  # the number of an answer, and what happened to it
 Events = Generator[Numbered, None, None]
@@ -55,6 +55,7 @@ class Runner:
         self._noise = Noise(*(answer.seed for answer in answers))
         self._verifier: Verifier | None = None
         self._is_encoded = False  # whether the prefix cache holds the canvases that were finished last
+        self._before: Snapshot  # the prefix cache before these canvases
         if options.verify != "off":
             self._verifier = Verifier(self._network, self._denoiser.config.eos_token_ids)
         self._cached_tokens = 0
@@ -140,7 +141,7 @@ class Runner:
         attempts, before = self._noise.fork(), cache.snapshot()
         check = self._check(cache)
         drafts = yield from self._attempt(cache, attempts.fork(), list(range(len(self._live))), check=check)
-        self._is_encoded = check is not None and check.is_encoded
+        self._is_encoded, self._before = check is not None and check.is_encoded, before
         answers = {row: self._answers[self._live[row]] for row in drafts}
         rejected = [
             row for row, draft in drafts.items()
@@ -168,10 +169,13 @@ class Runner:
         return repeats_words(answer.tokens, ids, self._model.tokenizer.decode)
 
     def _check(self, cache: PrefixCache) -> EncoderCheck | None:
-        """Return the encoder's check of the next canvases; None without one, and under a constraint."""
+        """Return the encoder's check of the next canvases; None without one.
+
+        Under a constraint there is none, because the encoder's own token might not match. After pictures there is none
+        either: how well the encoder judges answers about them has not been measured.
+        """
         rule = self._denoiser.speed.check
-        is_held = any(answer.constraint is not None for answer in self._answers)
-        if rule is None or is_held:
+        if rule is None or any(a.constraint is not None or a.prompt_ids.pictures for a in self._answers):
             return None
         return EncoderCheck(self._network, cache, len(self._live), self._denoiser.config.eos_token_ids, rule)
 
@@ -263,6 +267,10 @@ class Runner:
             self._noise.keep(rows)
             if self._verifier is not None:
                 self._verifier.keep(rows)
+        if not rows and self._is_encoded and self._verifier is None:
+            # Nobody needs the canvas any more. The same prompt, asked again, finds all of itself.
+            cache.restore(self._before)
+            self._is_encoded = False
         if rows and not self._is_encoded:
             self._network.extend(mx.array([drafts[row].tokens for row in rows], mx.int32), cache)
             mx.async_eval(cache.state())
