@@ -115,10 +115,10 @@ class Answer:
         self.canvas_steps += 1
         self.decoded += positions
 
-    def count_encoded(self, positions: int, passes: int = 1) -> None:
-        """Count encoder passes over so many positions of a canvas each."""
-        self.encoder_passes += passes
-        self.encoded += passes * positions
+    def count_encoded(self, positions: int) -> None:
+        """Count one encoder pass over so many positions of a canvas."""
+        self.encoder_passes += 1
+        self.encoded += positions
 
     def commit(self, draft: Draft, doubted: Sequence[int], is_cancelled: bool) -> Committed:
         """Append a finished canvas to the answer, cut after its first end-of-text id and at ``max_tokens``.

@@ -204,7 +204,8 @@ class Runner:
                     self._cancellation.check()
         if check is not None:
             for row, passes in zip(rows, check.passes, strict=True):
-                self._answers[self._live[row]].count_encoded(len(finished[row].tokens), passes)
+                for positions in passes:
+                    self._answers[self._live[row]].count_encoded(positions)
         return {row: finished[row] for row in rows}
 
     def _verify(

@@ -16,6 +16,7 @@ from dgemma_mlx.diffusion.speed import SPEEDS, CheckRule
 from dgemma_mlx.model.cache import PrefixCache
 
 RATIO = 0.3
+LONG = "Count from 13 to 40."  # takes two canvases
 PROMPT = "Make a JSON object: Simon is 59 years old and lives in Rome."
 CERTAIN, OPEN = 0.0, 1.0  # entropies, in nats
 
@@ -30,6 +31,13 @@ def answer(demo: Model) -> list[int]:
     """The model's answer to ``PROMPT`` on a canvas of 32 ids."""
     drafts = [event for event in stream(demo, PROMPT, seed=1, speed="reference") if isinstance(event, Draft)]
     return list(drafts[-1].tokens)
+
+
+@pytest.fixture(scope="module")
+def full(demo: Model) -> list[int]:
+    """The first of the two canvases of the model's answer to ``LONG``."""
+    drafts = [event for event in stream(demo, LONG, seed=1, speed="reference") if isinstance(event, Draft)]
+    return list(next(draft for draft in drafts if draft.finished).tokens)
 
 
 def prefix(model: Model, prompt: str = PROMPT, rows: int = 1) -> PrefixCache:
@@ -73,12 +81,20 @@ def judged_one_by_one(model: Model, canvas: list[int]) -> tuple[bool, list[int]]
     return True, []
 
 
-def test_a_plausible_answer_is_settled_and_stays_encoded(demo: Model, answer: list[int]) -> None:
+def test_a_plausible_answer_is_settled(demo: Model, answer: list[int]) -> None:
     cache = prefix(demo)
-    check = check_of(demo, cache)
+    offset, check = cache.offset, check_of(demo, cache)
     assert asked(check, answer) == ([True], [[]]) == ([judged_one_by_one(demo, answer)[0]], [[]])
-    fresh = prefix(demo)
-    demo.network.extend(mx.array([answer], mx.int32), fresh)
+    assert not check.is_encoded and cache.offset == offset  # the answer ends here
+    assert check.passes == [[24]]  # a text of 23 ids, in quarters of 32
+
+
+def test_a_plausible_canvas_that_goes_on_stays_encoded(demo: Model, full: list[int]) -> None:
+    cache = prefix(demo, LONG)
+    check = check_of(demo, cache)
+    assert asked(check, full) == ([True], [[]]) and check.passes == [[32]]
+    fresh = prefix(demo, LONG)
+    demo.network.extend(mx.array([full], mx.int32), fresh)
     assert check.is_encoded and cache.offset == fresh.offset
     for mine, theirs in zip(cache.state(), fresh.state(), strict=True):
         np.testing.assert_allclose(np.array(mine.astype(mx.float32)), np.array(theirs.astype(mx.float32)), atol=1e-5)
@@ -96,7 +112,7 @@ def test_the_plausible_prefix_and_the_encoders_token_are_pinned(demo: Model, ans
     # The same text is not checked again, and what is pinned is not judged again.
     assert asked(check, wrong) is None
     assert asked(check, answer) == ([True], [pinned])
-    assert check.passes == [2]
+    assert [len(passes) for passes in check.passes] == [2]
 
 
 def test_the_first_token_is_the_decoders_alone(demo: Model, answer: list[int]) -> None:
@@ -105,16 +121,18 @@ def test_the_first_token_is_the_decoders_alone(demo: Model, answer: list[int]) -
     assert pins == [judged_one_by_one(demo, other)[1]] and settled == [not pins[0]]
 
 
-def test_rows_are_judged_alone_and_finished_ones_are_left_alone(demo: Model, answer: list[int]) -> None:
+def test_rows_are_judged_alone_and_finished_ones_are_left_alone(
+    demo: Model, answer: list[int], full: list[int]
+) -> None:
     wrong = [*answer[:7], 400, *answer[8:]]
     for finished in ([False, False, False], [False, False, True]):
         check = check_of(demo, prefix(demo, rows=3), rows=3)
         settled, pins = asked(check, answer, wrong, wrong, finished=finished)
         assert settled == [True, False, False]
         assert pins == [[], answer[:8], [] if finished[2] else answer[:8]]
-        assert check.passes == [1, 1, 0 if finished[2] else 1] and not check.is_encoded
-    check = check_of(demo, prefix(demo, rows=2), rows=2)
-    assert asked(check, answer, wrong, finished=[False, True])[0] == [True, False]
+        assert [len(passes) for passes in check.passes] == [1, 1, 0 if finished[2] else 1] and not check.is_encoded
+    check = check_of(demo, prefix(demo, LONG, rows=2), rows=2)
+    assert asked(check, full, wrong, finished=[False, True])[0] == [True, False]
     assert check.is_encoded  # the cache holds what both rows have come to
 
 
