@@ -34,7 +34,7 @@ from measured.records import Answerer, Record, ask, share
 
 from dgemma_mlx import load
 from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
-from dgemma_mlx.generation.answer import text_ids
+from dgemma_mlx.diffusion.stopping import text_ids
 
 OURS = ["reference", "balanced", "fast"]
 WAYS = [*OURS, *vlm_ways.WAYS, *diffusers_ways.ADAPTIVE]
