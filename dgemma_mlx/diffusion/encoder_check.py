@@ -64,7 +64,8 @@ class _Row:
         """Return whether a check of this text, with its entropies, can be expected to save steps."""
         few = sum(value > _UNCERTAIN for value in entropy[len(self.agreed) : len(text)]) <= max_uncertain
         is_believed = self.expected >= _AGREEMENT * self.judged
-        return few and is_believed and text != self.checked
+        has_more = len(text) > max(1, len(self.agreed))  # than the encoder has no say on
+        return few and is_believed and has_more and text != self.checked
 
     def judge(self, text: Sequence[int], expected: Sequence[int], plausible: Sequence[bool]) -> bool:
         """Take in the encoder's judgement of the text after its first token, and return whether it is settled."""
@@ -72,7 +73,7 @@ class _Row:
         free = range(max(1, len(self.agreed)), len(text))
         self.judged += len(free)
         self.expected += sum(text[place] == expected[place - 1] for place in free)
-        if not free or self.expected < _AGREEMENT * self.judged:
+        if self.expected < _AGREEMENT * self.judged:
             return False
         place = next((place for place in free if not plausible[place - 1]), None)
         if place is not None:
