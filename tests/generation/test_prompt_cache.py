@@ -54,8 +54,8 @@ def test_one_document_and_several_questions(model: Model) -> None:
 
 def test_asking_again_encodes_nothing(model: Model) -> None:
     """Not even after an answer whose last canvas the encoder's check has left encoded."""
-    settled = set()
-    for seed, prompt in ((3, "What is 27 + 45?"), *((seed, "Write a sentence about a small dog.") for seed in range(3))):
+    settled, sentence = set(), "Write a sentence about a small dog."
+    for seed, prompt in ((3, "What is 27 + 45?"), *((seed, sentence) for seed in range(3))):
         prompt_cache = PromptCache()
         events = list(stream(model, prompt, seed=seed, prompt_cache=prompt_cache))
         again = generate(model, prompt, seed=seed, prompt_cache=prompt_cache)
