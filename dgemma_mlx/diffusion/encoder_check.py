@@ -56,7 +56,8 @@ class _Row:
         checked: The text of the last check.
         judged: Number of tokens that the encoder has judged, over all checks.
         expected: Number of those that it expected.
-        passes: Numbers of positions of the encoder passes that the row has asked for.
+        passes: Numbers of positions of the encoder passes that the row has asked for, as if it were alone.
+        is_kept: Whether the last of them would have been kept in the cache, if the row were alone.
     """
 
     agreed: Sequence[int] = ()
@@ -64,21 +65,22 @@ class _Row:
     judged: int = 0
     expected: int = 0
     passes: list[int] = field(default_factory=list)
+    is_kept: bool = False
 
     def is_worth_it(self, text: Sequence[int], entropy: Sequence[float], max_uncertain: int) -> bool:
         """Return whether a check of this text, with its entropies, can be expected to save steps."""
         few = sum(value > _UNCERTAIN for value in entropy[len(self.agreed) : len(text)]) <= max_uncertain
         is_believed = self.expected >= _AGREEMENT * self.judged
-        return few and is_believed and text != self.checked
+        has_more = len(text) > max(1, len(self.agreed))  # than the encoder has no say on
+        return few and is_believed and has_more and text != self.checked
 
     def judge(self, text: Sequence[int], expected: Sequence[int], plausible: Sequence[bool]) -> bool:
         """Take in the encoder's judgement of the text after its first token, and return whether it is settled."""
-        self.passes.append(len(plausible) + 1)
         self.checked = text
         free = range(max(1, len(self.agreed)), len(text))
         self.judged += len(free)
         self.expected += sum(text[place] == expected[place - 1] for place in free)
-        if not free or self.expected < _AGREEMENT * self.judged:
+        if self.expected < _AGREEMENT * self.judged:
             return False
         place = next((place for place in free if not plausible[place - 1]), None)
         if place is not None:
@@ -112,6 +114,11 @@ class EncoderCheck:
         """The numbers of positions of the encoder passes that each row has asked for."""
         return [row.passes for row in self._rows]
 
+    @property
+    def kept(self) -> list[bool]:
+        """Whether each row's canvas would be in the cache, if the row were alone."""
+        return [row.is_kept for row in self._rows]
+
     def worth(self, argmax: mx.array, entropy: mx.array, finished: Sequence[bool]) -> list[int]:
         """Return the rows that are worth a check.
 
@@ -130,17 +137,20 @@ class EncoderCheck:
         The encoder reads no further than the longest text, in quarters of the canvas.
         """
         texts = self._texts(argmax)
-        quarter = max(1, argmax.shape[1] // _PARTS)
-        length = min(argmax.shape[1], -(-max(len(texts[index]) for index in rows) // quarter) * quarter)
+        quarter, whole_length = max(1, argmax.shape[1] // _PARTS), argmax.shape[1]
+        lengths = {index: min(whole_length, -(-len(texts[index]) // quarter) * quarter) for index in rows}
+        length = max(lengths.values())
         snapshot = self._cache.snapshot()
         expected, plausible = self._judgement(argmax[:, :length])
         whole, ended = [False] * len(texts), [False] * len(texts)
         for index in rows:
             row = self._rows[index]
             whole[index] = row.judge(texts[index], expected[index], plausible[index])
+            row.passes.append(lengths[index])
+            row.is_kept = whole[index] and lengths[index] == whole_length
             ended[index] = bool(row.agreed) and row.agreed[-1] in self._eos_ids
         all_settled = all(done or is_whole for done, is_whole in zip(finished, whole, strict=True))
-        self.is_encoded = all_settled and length == argmax.shape[1]
+        self.is_encoded = all_settled and length == whole_length
         if not self.is_encoded:
             self._cache.restore(snapshot)
         settled = [is_whole or is_ended for is_whole, is_ended in zip(whole, ended, strict=True)]

@@ -24,9 +24,9 @@ class PromptCache:
 
     A prefix is reusable up to where the cache ends, and up to a mark. Sliding-window layers forget what lies before
     their window, so going back needs the state that they had. A mark holds this state: keys and values of the sliding
-    layers. There are three marks: ``turn``, at the start of the last model turn; ``canvas``, after the last canvas that
-    was encoded; and ``shared``, where a prompt first differed from the previous one (one long document, several
-    questions).
+    layers. There are three marks: ``turn``, at the start of the last model turn; ``canvas``, before the last canvas of
+    an answer, whose padding is in no later prompt; and ``shared``, where a prompt first differed from the previous one
+    (one long document, several questions).
 
     One answer at a time uses a cache (see ``lease``). Between two uses nothing in it is lazy, so that the next use may
     be in another thread.
@@ -171,7 +171,12 @@ class PromptCache:
         self._stored = None
         self._encoded.ids += ids
         if mark is not None:
-            self._encoded.marks[mark] = self._encoded.cache.snapshot()
+            self.mark(mark)
+
+    def mark(self, name: str) -> None:
+        """Set the mark of that name after all that is recorded and encoded."""
+        assert self._encoded is not None, "reuse() comes first"
+        self._encoded.marks[name] = self._encoded.cache.snapshot()
 
 
 @dataclass

@@ -25,7 +25,7 @@ from dgemma_mlx.generation.prefill import prefill
 from dgemma_mlx.generation.prompt_cache import LEAST_SHARED, PromptCache
 from dgemma_mlx.generation.verify import MAX_REPAIRS, Reading, Verifier, repair_pins
 from dgemma_mlx.generation.wired import wired_memory
-from dgemma_mlx.model.cache import PrefixCache, Snapshot
+from dgemma_mlx.model.cache import PrefixCache
 
 Numbered = tuple[int, Event | Encoded]  # the number of an answer, and what happened to it
 Events = Generator[Numbered, None, None]
@@ -55,7 +55,7 @@ class Runner:
         self._noise = Noise(*(answer.seed for answer in answers))
         self._verifier: Verifier | None = None
         self._is_encoded = False  # whether the prefix cache holds the canvases that were finished last
-        self._before: Snapshot  # the prefix cache before these canvases
+        self._settled: set[int] = set()  # rows whose canvas the check has encoded, so that alone it would be kept
         if options.verify != "off":
             self._verifier = Verifier(self._network, self._denoiser.config.eos_token_ids)
         self._cached_tokens = 0
@@ -138,16 +138,19 @@ class Runner:
         self, cache: PrefixCache
     ) -> Generator[Numbered, None, tuple[list[Draft], list[Reading] | None]]:
         """Write the next canvas of every live answer. Return its finished drafts, and what the encoder says of them."""
-        attempts, before = self._noise.fork(), cache.snapshot()
-        check = self._check(cache)
+        attempts, check = self._noise.fork(), self._check(cache)
+        before = None if check is None else cache.snapshot()
+        if self._prompt_cache is not None:
+            self._prompt_cache.mark("canvas")
         drafts = yield from self._attempt(cache, attempts.fork(), list(range(len(self._live))), check=check)
-        self._is_encoded, self._before = check is not None and check.is_encoded, before
+        self._is_encoded = check is not None and check.is_encoded
         answers = {row: self._answers[self._live[row]] for row in drafts}
         rejected = [
             row for row, draft in drafts.items()
             if draft.low_confidence or answers[row].is_blank(draft) or self._repeats(row, draft)
         ]  # fmt: skip
-        if self._is_encoded and (rejected or self._verifier is not None):
+        self._settled = set() if check is None else {row for row in drafts if check.kept[row]} - set(rejected)
+        if before is not None and self._is_encoded and (rejected or self._verifier is not None):
             cache.restore(before)
             self._is_encoded = False
         if rejected and self._denoiser.speed.reroll:
@@ -192,18 +195,19 @@ class Runner:
         steps = self._denoiser.denoise(
             cache, noise, self._canvas_length(), edits, check=check, canvas_index=index, attempt=attempt
         )
-        with closing(steps):
-            for drafts in steps:
-                for row, draft in zip(rows, drafts, strict=True):
-                    if row not in finished:
-                        self._answers[self._live[row]].count_step(len(draft.tokens))
-                        yield self._live[row], draft
-                        if draft.finished:
-                            finished[row] = draft
-                if len(finished) < len(rows):
-                    self._cancellation.check()
-        if check is not None:
-            for row, passes in zip(rows, check.passes, strict=True):
+        try:
+            with closing(steps):
+                for drafts in steps:
+                    for row, draft in zip(rows, drafts, strict=True):
+                        if row not in finished:
+                            self._answers[self._live[row]].count_step(len(draft.tokens))
+                            yield self._live[row], draft
+                            if draft.finished:
+                                finished[row] = draft
+                    if len(finished) < len(rows):
+                        self._cancellation.check()
+        finally:  # also when it is cancelled
+            for row, passes in zip(rows, () if check is None else check.passes, strict=False):
                 for positions in passes:
                     self._answers[self._live[row]].count_encoded(positions)
         return {row: finished[row] for row in rows}
@@ -260,25 +264,23 @@ class Runner:
         Yield the ``Done`` of the answers that are left out, and return the cache of the others.
         """
         rows = [row for row, number in enumerate(self._live) if self._answers[number].finish_reason is None]
+        others = [self._live[row] for row in rows]
         if rows and len(rows) < len(self._live):
-            others = [self._live[row] for row in rows]
             yield from self._done([number for number in self._live if number not in others])
             self._live = others
             cache = cache.rows(rows)
             self._noise.keep(rows)
             if self._verifier is not None:
                 self._verifier.keep(rows)
-        if not rows and self._is_encoded and self._verifier is None:
-            # Nobody needs the canvas any more. The same prompt, asked again, finds all of itself.
-            cache.restore(self._before)
-            self._is_encoded = False
         if rows and not self._is_encoded:
             self._network.extend(mx.array([drafts[row].tokens for row in rows], mx.int32), cache)
             mx.async_eval(cache.state())
-            for number, row in zip(self._live, rows, strict=True):
-                self._answers[number].count_encoded(len(drafts[row].tokens))
+        if self._verifier is None:  # whose passes are counted already, as those of the check are
+            for number, row in zip(others, rows, strict=True):
+                if row not in self._settled:
+                    self._answers[number].count_encoded(len(drafts[row].tokens))
         if self._prompt_cache is not None and (rows or self._is_encoded):
-            self._prompt_cache.append(drafts[0].tokens, mark="canvas")
+            self._prompt_cache.append(drafts[0].tokens)
         return cache
 
     def _repair_place(self, row: int, draft: Draft, reading: Reading) -> int | None:

@@ -34,6 +34,9 @@ def demo() -> Model:
         ("", " the", False),
         ("the", "", False),
         ("The dog, the cat,", " the cat, the cow", True),
+        ("No no no no", " no no.", False),  # the text repeats itself
+        ("He said that that", " that is", False),
+        ("Row your boat, row your boat, row your boat,", " row your boat,", False),
     ],
 )
 def test_whole_words_are_found(demo: Model, before: str, after: str, repeats: bool) -> None:

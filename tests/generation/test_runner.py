@@ -313,6 +313,33 @@ def test_the_work_that_is_counted_is_the_work_that_is_done(
     assert found.encoder_passes > least if (verify, steps) == ("repair", 1) else found.encoder_passes == least
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_encoder_passes_of_a_row_are_those_of_the_answer_alone(demo: Model, seed: int) -> None:
+    """Whether the other row's canvas is settled by the encoder or not."""
+    prompts, seeds = (COUNT, "Write a sentence about a small dog.", "Count from 3 to 47."), [10 * seed, seed, seed + 3]
+    together = generate_batch(demo, prompts, seeds=seeds, max_tokens=128)
+    for prompt, own, found in zip(prompts, seeds, together, strict=True):
+        alone = generate(demo, prompt, seed=own, max_tokens=128)
+        assert found.tokens == alone.tokens
+        assert [getattr(found.statistics, name) for name in WORK] == [getattr(alone.statistics, name) for name in WORK]
+
+
+def test_the_encoder_passes_of_a_cancelled_canvas_are_counted(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = []
+    encode = DiffusionGemma._encode
+
+    def encode_spy(self: DiffusionGemma, ids: mx.array, *arguments: Any, **named: Any) -> Any:
+        encoded.append(ids.size)
+        return encode(self, ids, *arguments, **named)
+
+    monkeypatch.setattr(DiffusionGemma, "_encode", encode_spy)
+    for most in range(1, 5):
+        encoded.clear()
+        done = generate(demo, "Count from 3 to 47.", seed=0, cancelled=lambda most=most: len(encoded) > most)
+        counted = (done.statistics.encoder_passes, done.statistics.encoded_positions)
+        assert (done.finish_reason, *counted) == ("cancelled", len(encoded) - 1, sum(encoded[1:]))
+
+
 def test_a_prompt_without_a_cache_is_encoded_in_one_call(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[Any] = []
     extend = DiffusionGemma.extend
