@@ -107,7 +107,7 @@ def generate(
           alone, or fewer when N exceed the memory limit.
         - `--speed reference` follows the reference implementation's loop step by step. `balanced` also commits a canvas
           as soon as every position is nearly certain, or the encoder finds its text plausible; `fast` accepts less
-          certainty. On the demo model, `balanced` does 2.1 times less work and answers 973 instead of 942 of 1,000
+          certainty. On the demo model, `balanced` does 2.0 times less work and answers 976 instead of 942 of 1,000
           prompts correctly (docs/speed.md). Except
           with `reference`, a canvas that is uncertain after all its steps is started again once. If it stays
           uncertain, a line on stderr and `low_confidence` in the events say so.

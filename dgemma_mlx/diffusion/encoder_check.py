@@ -70,9 +70,10 @@ class _Row:
     def is_worth_it(self, text: Sequence[int], entropy: Sequence[float], max_uncertain: int) -> bool:
         """Return whether a check of this text, with its entropies, can be expected to save steps."""
         few = sum(value > _UNCERTAIN for value in entropy[len(self.agreed) : len(text)]) <= max_uncertain
+        has_begun = bool(self.agreed) or entropy[0] <= _UNCERTAIN
         is_believed = self.expected >= _AGREEMENT * self.judged
         has_more = len(text) > max(1, len(self.agreed))  # than the encoder has no say on
-        return few and is_believed and has_more and text != self.checked
+        return few and has_begun and is_believed and has_more and text != self.checked
 
     def judge(self, text: Sequence[int], expected: Sequence[int], plausible: Sequence[bool]) -> bool:
         """Take in the encoder's judgement of the text after its first token, and return whether it is settled."""
@@ -91,10 +92,11 @@ class _Row:
 class EncoderCheck:
     """The check of one canvas in every row of a batch. Call it after each step that leaves a row open.
 
-    A row is checked when no more than ``CheckRule.max_uncertain`` positions of its text are uncertain and the text is
-    not that of its last check. A token is plausible if its probability is at least ``CheckRule.ratio`` times that of
-    the token that the encoder expects. The encoder must earn its say: while it has expected less than a fifth of the
-    tokens that it has judged, a row is neither settled nor pinned, and when a check ends so, it is the row's last.
+    A row is checked when its first token is certain enough, no more than ``CheckRule.max_uncertain`` positions of its
+    text are uncertain, and the text is not that of its last check. A token is plausible if its probability is at least
+    ``CheckRule.ratio`` times that of the token that the encoder expects. The encoder must earn its say: while it has
+    expected less than a fifth of the tokens that it has judged, a row is neither settled nor pinned, and when a check
+    ends so, it is the row's last.
 
     Attributes:
         is_encoded: Whether the cache holds the settled canvases of all rows. Otherwise it is as it was before them.

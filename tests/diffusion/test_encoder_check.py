@@ -51,11 +51,15 @@ def check_of(model: Model, cache: PrefixCache, rows: int = 1, max_uncertain: int
     return EncoderCheck(model.network, cache, rows, model.generation.eos_token_ids, CheckRule(max_uncertain, RATIO))
 
 
-def asked(check: EncoderCheck, *canvases: list[int], finished: list[bool] | None = None, entropy: float = OPEN) -> Any:
-    """The verdict on canvases of which every position has the same entropy: settled rows, pinned prefixes."""
+def asked(
+    check: EncoderCheck, *canvases: list[int], finished: list[bool] | None = None, entropy: float = OPEN,
+    first: float = CERTAIN,
+) -> Any:
+    """The verdict on canvases whose positions after the ``first`` have one entropy: settled rows, pinned prefixes."""
     ids = mx.array(canvases, mx.int32)
     finished = finished or [False] * len(canvases)
-    worth = check.worth(ids, mx.full(ids.shape, entropy), finished)
+    entropies = mx.where(mx.arange(ids.shape[1]) == 0, first, entropy)
+    worth = check.worth(ids, mx.broadcast_to(entropies, ids.shape), finished)
     if not worth:
         return None
     verdict = check(ids, worth, finished)
@@ -117,6 +121,7 @@ def test_the_plausible_prefix_and_the_encoders_token_are_pinned(demo: Model, ans
 
 def test_the_first_token_is_the_decoders_alone(demo: Model, answer: list[int]) -> None:
     other = [400, *answer[1:]]
+    assert asked(check_of(demo, prefix(demo)), other, first=OPEN) is None  # it is not settled yet
     settled, pins = asked(check_of(demo, prefix(demo)), other)
     assert pins == [judged_one_by_one(demo, other)[1]] and settled == [not pins[0]]
 
@@ -138,9 +143,9 @@ def test_rows_are_judged_alone_and_finished_ones_are_left_alone(
 
 def test_a_text_with_too_many_uncertain_positions_is_not_worth_a_check(demo: Model, answer: list[int]) -> None:
     length = next(place for place, token in enumerate(answer) if token in demo.generation.eos_token_ids) + 1
-    assert asked(check_of(demo, prefix(demo), max_uncertain=length - 1), answer) is None
-    assert asked(check_of(demo, prefix(demo), max_uncertain=length - 1), answer, entropy=CERTAIN) is not None
-    assert asked(check_of(demo, prefix(demo), max_uncertain=length), answer) is not None
+    assert asked(check_of(demo, prefix(demo), max_uncertain=length - 2), answer) is None
+    assert asked(check_of(demo, prefix(demo), max_uncertain=length - 2), answer, entropy=CERTAIN) is not None
+    assert asked(check_of(demo, prefix(demo), max_uncertain=length - 1), answer) is not None
 
 
 def test_an_end_where_the_encoder_expects_it_settles_the_text(demo: Model, answer: list[int]) -> None:
