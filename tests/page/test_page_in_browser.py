@@ -27,15 +27,18 @@ WATCH = """() => {
 
 def ask(page: Page, question: str) -> Locator:
     """Ask a question with the keyboard, and return its answer, which is whole."""
-    box = page.get_by_role("textbox", name="Your message")
+    box, answers = page.get_by_role("textbox", name="Your message"), page.get_by_role("article", name="Answer")
+    before = answers.count()
     box.fill(question)
     box.press("Enter")
+    answers.nth(before).wait_for(state="attached")  # until then, the button to send is still there
     return ended(page)
 
 
 def ended(page: Page) -> Locator:
     """Wait until the model has finished, and return its latest answer."""
     page.locator("#send").wait_for()
+    page.evaluate("() => new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
     page.wait_for_function("() => !document.getAnimations().length")
     return page.get_by_role("article", name="Answer").last
 
@@ -272,7 +275,8 @@ def test_a_phone_needs_no_sideways_scrolling(width: int, scripted: str, visit: V
 
 def test_the_page_is_used_with_the_keyboard_alone(demo: str, visit: Visit) -> None:
     page = visit(demo)
-    page.keyboard.type("Sort 7 3 5")  # the text box has the focus
+    page.wait_for_function("() => document.activeElement?.localName === 'textarea'")  # it takes the focus by itself
+    page.keyboard.type("Sort 7 3 5")
     page.keyboard.press("Enter")
     answer = page.get_by_role("article", name="Answer").last
     answer.locator(".main-text", has_text="3 5 7").wait_for()  # the button to send may still be there at first
