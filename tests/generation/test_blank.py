@@ -67,8 +67,8 @@ def test_a_constraint_may_allow_an_empty_answer(demo: Model) -> None:
 
 def run(*arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "tests.generation.blank_plant", *arguments], input=text or "", capture_output=True, text=True,
-        timeout=60, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        [sys.executable, "-m", "tests.generation.blank_plant", *arguments], input=text or "", capture_output=True,
+        text=True, timeout=60, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
 
 
