@@ -93,7 +93,10 @@ def test_the_ratio_of_proportional_works_has_no_spread() -> None:
 
 
 def record(way: str, task: str, number: int, right: bool = True, steps: int = 2) -> Record:
-    return Record(way, task, number, right, 1, steps, 32 * steps, 1, 32)
+    return Record(
+        way=way, task=task, number=number, right=right, canvases=1, decoder_passes=steps, decoder_positions=32 * steps,
+        encoder_passes=1, encoder_positions=32,
+    )  # fmt: skip
 
 
 def some_records() -> list[Record]:

@@ -68,8 +68,11 @@ def answerers(
             )  # fmt: skip
             if encoded[0] != len(encode(question.messages)):
                 raise RuntimeError(f"the pipeline reads another prompt than this project: {question.messages}")
-            text = decode(found.sequences[0].tolist())
-            return Cost(text, len(encoded), len(decoded), sum(decoded), len(encoded) - 1, sum(encoded[1:]))
+            return Cost(
+                text=decode(found.sequences[0].tolist()), canvases=len(encoded),
+                decoder_passes=len(decoded), decoder_positions=sum(decoded),
+                encoder_passes=len(encoded) - 1, encoder_positions=sum(encoded[1:]),
+            )  # fmt: skip
 
         return answer
 

@@ -30,8 +30,10 @@ def answerer(model: Model, way: str) -> Answerer:
         )
         counts = done.statistics
         return Cost(
-            done.text, counts.canvases, counts.denoising_steps, counts.decoded_positions, counts.encoder_passes,
-            counts.encoded_positions, counts.low_confidence, counts.doubted_tokens,
+            text=done.text, canvases=counts.canvases,
+            decoder_passes=counts.denoising_steps, decoder_positions=counts.decoded_positions,
+            encoder_passes=counts.encoder_passes, encoder_positions=counts.encoded_positions,
+            low_confidence=counts.low_confidence, doubted=counts.doubted_tokens,
         )  # fmt: skip
 
     return answer

@@ -34,12 +34,11 @@ class Question:
     is_right: Callable[[str], bool]
 
 
-@dataclass(frozen=True)
-class Cost:
-    """An answer and what it cost.
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What an answer cost.
 
     Attributes:
-        text: The answer.
         canvases: Number of canvases.
         decoder_passes: Number of decoder passes over a canvas.
         decoder_positions: Number of positions of these passes.
@@ -49,7 +48,6 @@ class Cost:
         doubted: Number of tokens that the encoder doubts, for programs that ask it.
     """
 
-    text: str
     canvases: int
     decoder_passes: int
     decoder_positions: int
@@ -59,8 +57,19 @@ class Cost:
     doubted: int = 0
 
 
-@dataclass(frozen=True)
-class Record:
+@dataclass(frozen=True, kw_only=True)
+class Cost(Counts):
+    """An answer and what it cost.
+
+    Attributes:
+        text: The answer.
+    """
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record(Counts):
     """One way's answer to one question, as ``--output`` keeps it.
 
     Attributes:
@@ -68,20 +77,12 @@ class Record:
         task: Name of the task.
         number: Index of the question in its task.
         right: Whether the answer is right.
-        canvases: As in ``Cost``, like the following ones.
     """
 
     way: str
     task: str
     number: int
     right: bool
-    canvases: int
-    decoder_passes: int
-    decoder_positions: int
-    encoder_passes: int
-    encoder_positions: int
-    low_confidence: int = 0
-    doubted: int = 0
 
     @property
     def work(self) -> int:
@@ -98,7 +99,7 @@ def ask(way: str, answerer: Answerer, asked: Sequence[Question]) -> list[Record]
     for question in asked:
         counts = asdict(answerer(question))
         right = question.is_right(counts.pop("text"))
-        records.append(Record(way, question.task, question.number, right, **counts))
+        records.append(Record(way=way, task=question.task, number=question.number, right=right, **counts))
     print(f"{way}: {len(asked)} answers, {time.monotonic() - began:.0f} s", file=sys.stderr)
     return records
 

@@ -56,7 +56,10 @@ def answerers(
                     ids.append(int(result.token))
             if (len(decoded), sum(decoded)) != (result.diffusion_denoising_steps, result.diffusion_work_tokens):
                 raise RuntimeError("mlx-vlm counts other steps than its calls of the decoder")
-            return Cost(decode(ids), canvases, len(decoded), sum(decoded), len(encoded), sum(encoded))
+            return Cost(
+                text=decode(ids), canvases=canvases, decoder_passes=len(decoded), decoder_positions=sum(decoded),
+                encoder_passes=len(encoded), encoder_positions=sum(encoded),
+            )  # fmt: skip
 
         return answer
 

@@ -5,7 +5,7 @@ Reference: transformers ``DiffusionGemmaGenerationMixin._denoising_step``.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,20 +72,20 @@ class Denoiser:
                 if decoded is None:
                     decoded = self._decode(canvas, signal, cache, noise, edits, number)
                 sample = decoded.sample
-                if has_signal := edits.projection is not None:
+                if edits.projection is not None:
                     gathered = edits.projection.gather(decoded.raw, self.network.config.final_logit_softcapping)
                     mx.eval(*decoded.sample, *gathered)
                     signal = self._next_signal(decoded)  # the device computes it while the CPU projects
                     sample = edits.projection(decoded.sample, gathered, decoded.uniforms, decoded.temperature)
-                step = self._step(canvas, sample, noise, edits, stopping, number)
+                step = self._step(sample, noise, edits, stopping)
                 if last is not None:
                     step = step.keep_finished(last)
                 read = decoded.sample
                 mx.eval(*step.arrays(), *read)
-                if check is not None and number < max_steps and (rows := step.worth(check)):
-                    signal, decoded, has_signal = self._next_signal(decoded), None, True
+                if check is not None and number < max_steps and (texts := step.worth(check)):
+                    signal, decoded = self._next_signal(decoded), None
                     mx.eval(signal)  # so that the logits are freed: the check has logits of its own
-                    step, pins = step.checked(check, rows)
+                    step, pins = step.checked(check, texts)
                     edits, stopping.free = replace(edits, pins=pins), pins.free
                 last, has_ended = step, number == max_steps or step.all_finished()
                 early = is_lazy and not has_ended and self.network.predicts_at_once(read)
@@ -93,7 +93,7 @@ class Denoiser:
                     yield self._drafts(step, canvas_index, attempt, number)
                 if has_ended:
                     return
-                if not has_signal and decoded is not None:
+                if decoded is not None and edits.projection is None:
                     signal = self._next_signal(decoded)
                 canvas, decoded = step.current_canvas, None  # frees the logits first
                 if early:
@@ -127,12 +127,10 @@ class Denoiser:
             refuse_nan(self.network, draft.mean_entropy, f"step {number} of canvas {canvas_index + 1}")
         return drafts
 
-    def _step(
-        self, canvas: mx.array, sample: CanvasSample, noise: Noise, edits: Edits, stopping: Stopping, number: int
-    ) -> _Step:
-        """Let the sampler write the next canvas (B, C) from this one and its sample, and test whether to stop."""
+    def _step(self, sample: CanvasSample, noise: Noise, edits: Edits, stopping: Stopping) -> _Step:
+        """Let the sampler write the next canvas (B, C) from a sample of this one, and test whether to stop."""
         denoiser_canvas = sample.argmax if self.greedy else sample.sample
-        proposal = Proposal(canvas, denoiser_canvas, sample, edits.free, number, self.network.config.vocab_size)
+        proposal = Proposal(denoiser_canvas, sample, edits.free, self.network.config.vocab_size)
         renoised, accepted_mask = self.speed.sampler(proposal, noise, self.config)
         return _Step(edits.pinned(renoised), sample.argmax, accepted_mask, sample.entropy, *stopping(sample))
 
@@ -193,14 +191,14 @@ class _Step:
         """Return whether every row has passed a stopping test. The step must be evaluated."""
         return all(self.finished())
 
-    def worth(self, check: EncoderCheck) -> list[int]:
-        """Return the open rows that are worth the encoder's check."""
+    def worth(self, check: EncoderCheck) -> dict[int, Sequence[int]]:
+        """Return the texts of the open rows that are worth the encoder's check, by row."""
         finished = self.finished()
-        return [] if all(finished) else check.worth(self.argmax_canvas, self.entropy, finished)
+        return {} if all(finished) else check.worth(self.argmax_canvas, self.entropy, finished)
 
-    def checked(self, check: EncoderCheck, rows: list[int]) -> tuple[_Step, Pins]:
-        """Return this step after the encoder's check of these rows, evaluated, and the positions fixed from now on."""
-        verdict = check(self.argmax_canvas, rows, self.finished())
+    def checked(self, check: EncoderCheck, texts: dict[int, Sequence[int]]) -> tuple[_Step, Pins]:
+        """Return this step after the encoder's check of these texts, evaluated, and the positions fixed from now on."""
+        verdict = check(self.argmax_canvas, texts, self.finished())
         open_rows = (self.test >= len(TESTS))[:, None]
         test = mx.where(verdict.settled, TESTS.index("encoder"), self.test).astype(mx.int32)
         current = mx.where(open_rows, verdict.pins.apply(self.current_canvas), self.current_canvas)

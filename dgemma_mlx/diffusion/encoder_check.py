@@ -10,7 +10,7 @@ what the encoder would have written there was computed before the canvas, and is
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -28,7 +28,6 @@ _UNCERTAIN = 0.2
 # Share of a row's tokens that the encoder must have expected itself, or its judgement is not used: a network whose
 # encoder was not trained to write expects none, and may find everything plausible.
 _AGREEMENT = 0.2
-
 
 # A check reads whole quarters of a canvas: of the published model's 256 positions, 64, below which MLX leaves its fast
 # kernel for experts.
@@ -121,33 +120,39 @@ class EncoderCheck:
         """Whether each row's canvas would be in the cache, if the row were alone."""
         return [row.is_kept for row in self._rows]
 
-    def worth(self, argmax: mx.array, entropy: mx.array, finished: Sequence[bool]) -> list[int]:
-        """Return the rows that are worth a check.
+    def worth(
+        self, argmax: mx.array, entropy: mx.array, finished: Sequence[bool]
+    ) -> dict[int, Sequence[int]]:
+        """Return the texts that are worth a check, by row.
 
         ``argmax`` and ``entropy`` (B, C) are those of a step, evaluated. ``finished`` says which rows are settled.
         """
+        canvases: Any = argmax.tolist()
         entropies: Any = entropy.tolist()
-        rows = zip(self._rows, self._texts(argmax), entropies, finished, strict=True)
-        return [
-            index for index, (row, text, uncertainty, is_finished) in enumerate(rows)
+        texts = [text_ids(canvas, self._eos_ids) for canvas in canvases]
+        rows = zip(self._rows, texts, entropies, finished, strict=True)
+        return {
+            index: text for index, (row, text, uncertainty, is_finished) in enumerate(rows)
             if not is_finished and row.is_worth_it(text, uncertainty, self._rule.max_uncertain)
-        ]  # fmt: skip
+        }  # fmt: skip
 
-    def __call__(self, argmax: mx.array, rows: Sequence[int], finished: Sequence[bool]) -> Verdict:
-        """Check these rows of the argmax canvases (B, C). ``finished`` says which rows are settled already.
+    def __call__(
+        self, argmax: mx.array, texts: Mapping[int, Sequence[int]], finished: Sequence[bool]
+    ) -> Verdict:
+        """Check these texts of the argmax canvases (B, C), by row. ``finished`` says which rows are settled already.
 
         The encoder reads no further than the longest text, in quarters of the canvas.
         """
-        texts = self._texts(argmax)
-        quarter, whole_length = max(1, argmax.shape[1] // _PARTS), argmax.shape[1]
-        lengths = {index: min(whole_length, -(-len(texts[index]) // quarter) * quarter) for index in rows}
+        count, whole_length = argmax.shape
+        quarter = max(1, whole_length // _PARTS)
+        lengths = {index: min(whole_length, -(-len(text) // quarter) * quarter) for index, text in texts.items()}
         length = max(lengths.values())
         snapshot = self._cache.snapshot()
         expected, plausible = self._judgement(argmax[:, :length])
-        whole, ended = [False] * len(texts), [False] * len(texts)
-        for index in rows:
+        whole, ended = [False] * count, [False] * count
+        for index, text in texts.items():
             row = self._rows[index]
-            whole[index] = row.judge(texts[index], expected[index], plausible[index])
+            whole[index] = row.judge(text, expected[index], plausible[index])
             row.passes.append(lengths[index])
             row.is_kept = whole[index] and lengths[index] == whole_length
             ended[index] = bool(row.agreed) and row.agreed[-1] in self._eos_ids
@@ -156,11 +161,7 @@ class EncoderCheck:
         if not self.is_encoded:
             self._cache.restore(snapshot)
         settled = [is_whole or is_ended for is_whole, is_ended in zip(whole, ended, strict=True)]
-        return Verdict(mx.array(settled), self._pins(argmax.shape[1]))
-
-    def _texts(self, argmax: mx.array) -> list[Sequence[int]]:
-        canvases: Any = argmax.tolist()
-        return [text_ids(canvas, self._eos_ids) for canvas in canvases]
+        return Verdict(mx.array(settled), self._pins(whole_length))
 
     def _judgement(self, ids: mx.array) -> tuple[Any, Any]:
         """Encode ids (B, L) into the cache, and judge all positions but the first.

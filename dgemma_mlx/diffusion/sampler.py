@@ -16,19 +16,15 @@ class Proposal(NamedTuple):
     """What a sampler sees of one step. Pins, barred ids and the projection of a constraint are applied already.
 
     Attributes:
-        canvas: The ids that the step has read, (B, C) int32.
         denoiser_canvas: The ids that the step proposes, (B, C) int32: drawn from the prediction, or most probable.
         sample: The statistics of the prediction, (B, C).
         free: The positions that are not pinned, (B, C) bool; None when all are free.
-        number: Number of the step, from 1.
         vocab_size: Number of ids of the vocabulary, V.
     """
 
-    canvas: mx.array
     denoiser_canvas: mx.array
     sample: CanvasSample
     free: mx.array | None
-    number: int
     vocab_size: int
 
 
@@ -54,17 +50,14 @@ class EntropyBound:
 
     def __call__(self, proposal: Proposal, noise: Noise, config: GenerationConfig) -> tuple[mx.array, mx.array]:
         """Accept the proposed ids within the bound, as if there were no pinned positions."""
-        accepted_mask = accept_free(proposal, config.entropy_bound)
-        fresh = noise.canvas(proposal.canvas.shape[1], proposal.vocab_size)
+        entropy, free = proposal.sample.entropy, proposal.free
+        if free is not None:
+            entropy = mx.where(free, entropy, mx.inf)
+        accepted_mask = accept(entropy, config.entropy_bound)
+        if free is not None:
+            accepted_mask = accepted_mask & free
+        fresh = noise.canvas(entropy.shape[1], proposal.vocab_size)
         return mx.where(accepted_mask, proposal.denoiser_canvas, fresh), accepted_mask
-
-
-def accept_free(proposal: Proposal, entropy_bound: float) -> mx.array:
-    """Return the free positions (B, C) bool of a proposal that are accepted, as if no others existed."""
-    entropy, free = proposal.sample.entropy, proposal.free
-    if free is None:
-        return accept(entropy, entropy_bound)
-    return accept(mx.where(free, entropy, mx.inf), entropy_bound) & free
 
 
 def accept(entropy: mx.array, entropy_bound: float) -> mx.array:

@@ -207,9 +207,10 @@ class Runner:
                     if len(finished) < len(rows):
                         self._cancellation.check()
         finally:  # also when it is cancelled
-            for row, passes in zip(rows, () if check is None else check.passes, strict=False):
-                for positions in passes:
-                    self._answers[self._live[row]].count_encoded(positions)
+            if check is not None:
+                for row, passes in zip(rows, check.passes, strict=True):
+                    for positions in passes:
+                        self._answers[self._live[row]].count_encoded(positions)
         return {row: finished[row] for row in rows}
 
     def _verify(

@@ -38,7 +38,7 @@ class Numbers:
         """Return the canvas and the accepted positions of our sampler."""
         T = temperature(config.max_denoising_steps + 1 - number, config)
         sample = canvas_sampler(mx.array(self.logits), mx.array(self.uniforms), None, T)
-        proposal = Proposal(mx.array(self.canvas, mx.int32), sample.sample, sample, None, number, V)
+        proposal = Proposal(sample.sample, sample, None, V)
         canvas, mask = EntropyBound()(proposal, Replay(self.fresh, self.uniforms[None]), config)
         return np.array(canvas), np.array(mask)
 
