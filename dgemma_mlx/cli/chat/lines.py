@@ -33,8 +33,8 @@ def typed_lines() -> Callable[[str], str | None]:
         nonlocal number
         text, warned = "", False
         while True:
-            print("... " if text else ">>> ", end="", flush=True)
             try:
+                print("... " if text else ">>> ", end="", flush=True)  # Ctrl-C may come as soon as it is read
                 line = _line(number := number + 1)
             except KeyboardInterrupt:
                 print()
