@@ -19,7 +19,7 @@ from dgemma_mlx.diffusion.schedule import temperature
 from dgemma_mlx.diffusion.speed import REFERENCE, Speed
 from dgemma_mlx.diffusion.stopping import TESTS, Stopping
 from dgemma_mlx.events import Draft
-from dgemma_mlx.kernels import CanvasSample, canvas_sampler
+from dgemma_mlx.kernels import CanvasSample
 from dgemma_mlx.model.cache import PrefixCache
 from dgemma_mlx.model.half_precision import refuse_nan
 from dgemma_mlx.model.text import DiffusionGemma
@@ -73,7 +73,8 @@ class Denoiser:
                     decoded = self._decode(canvas, signal, cache, noise, edits, number)
                 sample = decoded.sample
                 if edits.projection is not None:
-                    gathered = edits.projection.gather(decoded.raw, self.network.config.final_logit_softcapping)
+                    raw = self.network.whole(decoded.raw)
+                    gathered = edits.projection.gather(raw, self.network.config.final_logit_softcapping)
                     mx.eval(*decoded.sample, *gathered)
                     signal = self._next_signal(decoded)  # the device computes it while the CPU projects
                     sample = edits.projection(decoded.sample, gathered, decoded.uniforms, decoded.temperature)
@@ -106,17 +107,14 @@ class Denoiser:
         self, canvas: mx.array, signal: mx.array, cache: PrefixCache, noise: Noise, edits: Edits, number: int
     ) -> _Decoded:
         """Start the decoder's pass over a canvas (B, C) in step ``number``, and return its lazy results."""
-        x = self.network.decoder_input(canvas, signal)
-        mx.async_eval(x)  # the device starts while Python builds the graph of the layers
-        raw = self.network.project(self.network.decode_layers(x, cache, started=_STARTED))
+        raw = self.network.step(canvas, signal, cache, started=_STARTED)
         uniforms = mx.zeros(canvas.shape) if self.greedy else noise.uniform(canvas.shape[1])
         T = temperature(self.config.max_denoising_steps + 1 - number, self.config)
         return _Decoded(raw, uniforms, T, self._sample(raw, uniforms, T, edits))
 
     def _next_signal(self, decoded: _Decoded) -> mx.array:
         """Start what conditions the next step on this one, whose sample is evaluated, and return it, (B, C, M)."""
-        prediction = self.network.predict(decoded.raw, decoded.sample, decoded.temperature)
-        signal = self.network.conditioning_signal(prediction, decoded.uniforms.shape)
+        signal = self.network.next_signal(decoded.raw, decoded.sample, decoded.temperature)
         mx.async_eval(signal)
         return signal
 
@@ -136,7 +134,7 @@ class Denoiser:
 
     def _sample(self, raw: mx.array, uniforms: mx.array, T: float, edits: Edits) -> CanvasSample:
         """Sample every position from the logits (B, C, V), which are not softcapped yet, under pins and barred ids."""
-        sample = canvas_sampler(raw, uniforms, self.network.config.final_logit_softcapping, T, edits.barred)
+        sample = self.network.sample(raw, uniforms, T, edits.barred)
         return sample if edits.pins is None else edits.pins.certain(sample)
 
 

@@ -17,7 +17,7 @@ from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.kernels import MAX_KEPT
 from dgemma_mlx.model.cache import SCORE_BYTES, SPARE
-from dgemma_mlx.model.text import dense_rows, dense_value_bytes
+from dgemma_mlx.model.prediction import dense_rows, dense_value_bytes
 from dgemma_mlx.sizes import size
 
 DEQUANTIZE_CHOICES = ("auto", "on", "off")

@@ -290,6 +290,9 @@ class PrefixCache:
 
         Afterwards, snapshots with a larger ``offset`` are invalid, because new positions overwrite theirs.
         """
+        self._return_to(snapshot)
+
+    def _return_to(self, snapshot: Snapshot) -> None:
         self.offset = snapshot.offset
         for i, layer in enumerate(self.layers):
             if isinstance(layer, FullLayerCache):
@@ -309,7 +312,7 @@ class PrefixCache:
             layer.fork(snapshot.offset, capacity) if isinstance(layer, FullLayerCache) else copy(layer)
             for layer in self.layers
         ]
-        other.restore(snapshot)
+        other._return_to(snapshot)
         return other
 
     def rows(self, rows: Sequence[int]) -> PrefixCache:

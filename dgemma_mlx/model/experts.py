@@ -153,9 +153,19 @@ class Experts(nn.Module):
         """
         if self.training and self._few_experts and self.gate_up_proj.is_plain and self.down_proj.is_plain:
             return norm(self._all_experts(x, route.weights, route.indices))
+        return moe_combine(self._outputs(x, route), route.slots, route.weights, norm.weight, norm.eps)
+
+    def summed(self, x: mx.array, route: Route) -> mx.array:
+        """Return the weighted sum of each row's K experts without the norm, (N, M), in x's dtype.
+
+        ``x`` and ``route`` are those of a call. A machine that holds a slice of each expert adds the slices up first.
+        """
+        return (route.weights[:, None].astype(x.dtype) @ self._outputs(x, route)[route.slots])[:, 0]
+
+    def _outputs(self, x: mx.array, route: Route) -> mx.array:
+        """Return the output of an expert in each slot, (N * K, M)."""
         y = self.gate_up_proj(x[route.rows][:, None], route.experts, sorted_indices=True)
-        y = self.down_proj(geglu(*mx.split(y, 2, axis=-1)), route.experts, sorted_indices=True)[:, 0]
-        return moe_combine(y, route.slots, route.weights, norm.weight, norm.eps)
+        return self.down_proj(geglu(*mx.split(y, 2, axis=-1)), route.experts, sorted_indices=True)[:, 0]
 
     def _all_experts(self, x: mx.array, weights: mx.array, indices: mx.array) -> mx.array:
         """Compute the same weighted sum, (N, M), by two ordinary matrix products over all experts.

@@ -14,6 +14,26 @@ import numpy as np
 
 from dgemma_mlx.kernels import MAX_KEPT, CanvasSample
 
+DENSE_BYTES = 128 << 20  # working memory for the logits from which one block of expected embeddings is computed
+_TILE = 64  # a block of expected embeddings has a multiple of this number of rows, the height of a GPU's matrix tile
+
+
+def dense_rows(vocab_size: int, dtype: mx.Dtype) -> int:
+    """Return the number of rows of logits from which expected embeddings are computed at a time in ``dtype``.
+
+    The rows take about ``DENSE_BYTES``, but are at least one tile.
+    """
+    return max(1, DENSE_BYTES // (dense_value_bytes(dtype) * vocab_size * _TILE)) * _TILE
+
+
+def dense_value_bytes(dtype: mx.Dtype) -> int:
+    """Return the working memory, in bytes, that one logit takes while expected embeddings are computed in ``dtype``.
+
+    The values are measured, for plain and, in float32, packed tables. In half precision logits are converted to float32
+    for the softcap, and back.
+    """
+    return 4 if dtype == mx.float32 else 8
+
 
 def least_kept(dtype: mx.Dtype) -> float:
     """Return the least probability mass that a position's token list must hold to stand for the whole distribution.

@@ -18,37 +18,25 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from dgemma_mlx.checkpoint.config import TextConfig
-from dgemma_mlx.kernels import CanvasSample, attention_residual, norm_residual, references, sparse_soft_embedding
+from dgemma_mlx.kernels import (
+    CanvasSample,
+    LogitBias,
+    attention_residual,
+    canvas_sampler,
+    norm_residual,
+    references,
+    sparse_soft_embedding,
+)
 from dgemma_mlx.model.attention import AppendKV, Attention
 from dgemma_mlx.model.cache import SCORE_BYTES, Mask, PrefixCache, row_positions
 from dgemma_mlx.model.experts import Experts, Router, RouterLog
 from dgemma_mlx.model.mlp import MLP, SelfConditioning
 from dgemma_mlx.model.packed import times_table, weighted_rows
-from dgemma_mlx.model.prediction import DenseRows, Prediction, incomplete
+from dgemma_mlx.model.prediction import DenseRows, Prediction, dense_rows, incomplete
 from dgemma_mlx.model.soft_tokens import ImageAttention, SoftTokens
 
 # Takes a layer, its index and the cache method that appends keys and values; returns a function to call as the layer.
 LayerWrapper = Callable[["Layer", int, Callable[..., Any]], Callable[..., tuple[mx.array, mx.array]]]
-
-DENSE_BYTES = 128 << 20  # working memory for the logits from which one block of expected embeddings is computed
-_TILE = 64  # a block of expected embeddings has a multiple of this number of rows, the height of a GPU's matrix tile
-
-
-def dense_rows(vocab_size: int, dtype: mx.Dtype) -> int:
-    """Return the number of rows of logits from which expected embeddings are computed at a time in ``dtype``.
-
-    The rows take about ``DENSE_BYTES``, but are at least one tile.
-    """
-    return max(1, DENSE_BYTES // (dense_value_bytes(dtype) * vocab_size * _TILE)) * _TILE
-
-
-def dense_value_bytes(dtype: mx.Dtype) -> int:
-    """Return the working memory, in bytes, that one logit takes while expected embeddings are computed in ``dtype``.
-
-    The values are measured, for plain and, in float32, packed tables. In half precision logits are converted to float32
-    for the softcap, and back.
-    """
-    return 4 if dtype == mx.float32 else 8
 
 
 class Layer(nn.Module):
@@ -254,6 +242,29 @@ class DiffusionGemma(nn.Module):
         """
         masks, scalars = cache.canvas_masks(x.shape[1]), [layer.layer_scalar for layer in self.layers]
         return self._run_layers(x, cache, masks, cache.with_canvas, scalars, router_log, started)
+
+    def step(self, canvas: mx.array, signal: mx.array, cache: PrefixCache, started: int = 0) -> mx.array:
+        """Return the raw logits (B, C, V), before the softcap, of a canvas (B, C), lazily.
+
+        The device starts to compute ``decoder_input`` while Python builds the graph of the layers.
+        """
+        x = self.decoder_input(canvas, signal)
+        mx.async_eval(x)
+        return self.project(self.decode_layers(x, cache, started=started))
+
+    def sample(
+        self, raw: mx.array, uniforms: mx.array, temperature: float, barred: LogitBias | None = None
+    ) -> CanvasSample:
+        """Return the ``CanvasSample`` (B, C) of raw logits (B, C, V), lazily. ``uniforms`` (B, C) are in [0, 1)."""
+        return canvas_sampler(raw, uniforms, self.config.final_logit_softcapping, temperature, barred)
+
+    def next_signal(self, raw: mx.array, sample: CanvasSample, temperature: float) -> mx.array:
+        """Return the signal (B, C, M) with which a step, given as in ``predict``, conditions the next one."""
+        return self.conditioning_signal(self.predict(raw, sample, temperature), sample.argmax.shape)
+
+    def whole(self, raw: mx.array) -> mx.array:
+        """Return the logits (B, C, V) of all ids, given those of ``step``."""
+        return raw
 
     def _encode(
         self, ids: mx.array, cache: PrefixCache, router_log: RouterLog | None, soft: SoftTokens | None,

@@ -18,7 +18,7 @@ from dgemma_mlx.diffusion.edits import Edits, Pins, StartCanvas
 from dgemma_mlx.diffusion.sampler import Noise, accept
 from dgemma_mlx.events import Draft
 from dgemma_mlx.kernels import CanvasSample, LogitBias
-from dgemma_mlx.model import text as text_module
+from dgemma_mlx.model import prediction as prediction_module
 from dgemma_mlx.model.cache import PrefixCache
 from dgemma_mlx.model.text import DiffusionGemma
 from tests.diffusion.replay import Replay, draw
@@ -46,7 +46,7 @@ def run(
 @pytest.mark.parametrize("positions", [64, 65])
 def test_drafts_do_not_wait_for_long_self_conditioning(monkeypatch: pytest.MonkeyPatch, positions: int) -> None:
     """What takes one block is started before the drafts are yielded; what takes several is waited for afterwards."""
-    monkeypatch.setattr(text_module, "DENSE_BYTES", 1)
+    monkeypatch.setattr(prediction_module, "DENSE_BYTES", 1)
     network = DiffusionGemma(replace(CONFIG.text, vocab_size=2048)).eval()
     network.embed_tokens.weight = network.embed_tokens.weight * 1e-3  # every prediction is flat
     begun: list[int] = []

@@ -1,0 +1,346 @@
+"""The channel between rank 0 and the other machines: messages, and the watch over who still answers.
+
+Collective operations hang when a machine dies, stops or was never started. The channel is a TCP connection from each
+machine to rank 0 beside them. Both ends send a heartbeat every second, from a thread of its own, and a machine that is
+silent for ten seconds, or whose connection closes, is lost. What happens then is for the owner of the channel to say:
+work on one cut model ends everywhere, with one line that names the machine; independent work goes on without it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Listener
+from queue import Empty, SimpleQueue
+from typing import Any, NoReturn
+
+from dgemma_mlx.distributed.launch import Launch
+from dgemma_mlx.errors import DgemmaError
+
+Message = dict[str, Any]
+
+SILENCE = 10.0  # seconds without a sign of life after which a machine is lost
+_BEAT = 1.0  # seconds between two heartbeats
+_RETRY = 0.2  # seconds between two attempts to reach rank 0
+_NO_MACHINE = "Start the command again on all machines; `dgemma-mlx cluster check` finds what is wrong."
+
+
+class MachineLost(DgemmaError):
+    """A machine no longer answers.
+
+    Attributes:
+        rank: Its rank.
+    """
+
+    def __init__(self, rank: int, message: str) -> None:
+        super().__init__(message, _NO_MACHINE)
+        self.rank = rank
+
+
+class Peer:
+    """The other end of a connection.
+
+    Attributes:
+        rank: Its rank.
+        hello: What it has said of itself; ``name`` is the name of the machine.
+        heard: When it was last heard, in seconds of the monotonic clock.
+        done: The number of commands that it has carried out.
+        loss: What has happened to it; None while it answers.
+    """
+
+    def __init__(self, rank: int, hello: Message, connection: Connection) -> None:
+        self.rank, self.hello, self._connection = rank, hello, connection
+        with socket.socket(fileno=os.dup(connection.fileno())) as same:  # a command must not wait for the next one
+            same.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.heard, self.done = time.monotonic(), 0
+        self.loss: str | None = None
+        self.inbox: SimpleQueue[Message | None] = SimpleQueue()  # None after the last message
+        self._lock = threading.Lock()
+
+    def __str__(self) -> str:
+        return f"{self.hello.get('name', '?')} (rank {self.rank})"
+
+    def send(self, message: Message) -> None:
+        """Send a message. Raises ``MachineLost``."""
+        try:
+            with self._lock:
+                self._connection.send_bytes(json.dumps(message).encode())
+        except (OSError, ValueError):
+            raise MachineLost(self.rank, f"{self} has ended") from None
+
+    def read(self) -> Message:
+        """Return the next message, heartbeats among them. Raises ``EOFError`` or ``OSError`` when there is none."""
+        message: Message = json.loads(self._connection.recv_bytes())
+        self.heard = time.monotonic()
+        return message
+
+    def close(self) -> None:
+        """Close the connection."""
+        with suppress(OSError):
+            self._connection.close()
+
+
+class Channel:
+    """The connections of one machine: of rank 0 to all others, or of another one to rank 0.
+
+    Attributes:
+        rank: The rank of this machine.
+        size: The number of machines.
+        peers: The other ends, by rank.
+        ends_with: Whether the loss of a machine ends this process, with one line and exit code 1. Otherwise the machine
+            is left out, and ``receive`` raises.
+        done: The number of commands that this machine has carried out.
+    """
+
+    def __init__(self, launch: Launch, peers: Mapping[int, Peer], name: str) -> None:
+        """Begin to watch the peers."""
+        self.rank, self.size, self.peers = launch.rank, launch.size, dict(peers)
+        self.ends_with = launch.rank != 0  # nobody goes on without rank 0
+        self.done = 0
+        self._name, self._closing = name, False
+        self._deadline: float | None = None
+        self._restore = _terminal_state()
+        for peer in self.peers.values():
+            threading.Thread(target=self._read, args=(peer,), daemon=True).start()
+            threading.Thread(target=self._beat, args=(peer,), daemon=True).start()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    @property
+    def alive(self) -> list[int]:
+        """The ranks of the peers that answer."""
+        return [rank for rank, peer in self.peers.items() if peer.loss is None]
+
+    def send(self, message: Message, rank: int = 0) -> None:
+        """Send a message to a peer. Raises ``MachineLost``."""
+        self.peers[rank].send(message)
+
+    def tell(self, message: Message) -> None:
+        """Send a message to all peers. Raises ``MachineLost``."""
+        for peer in self.peers.values():
+            peer.send(message)
+
+    def receive(self, rank: int = 0) -> Message:
+        """Wait for the next message of a peer. Raises ``MachineLost``."""
+        message = self.peers[rank].inbox.get()
+        if message is None:
+            self.peers[rank].inbox.put(None)  # for the next call
+            raise MachineLost(rank, self.peers[rank].loss or f"{self.peers[rank]} has ended")
+        return message
+
+    def next_message(self, rank: int, seconds: float) -> Message | None:
+        """Return the next message of a peer, or None when there is none within ``seconds`` or it is lost."""
+        with suppress(Empty):
+            message = self.peers[rank].inbox.get(timeout=seconds)
+            if message is None:
+                self.peers[rank].inbox.put(None)
+            return message
+        return None
+
+    @contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """End all machines when the block takes longer: some of them wait for each other."""
+        self._deadline = time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            self._deadline = None
+
+    def close(self, reason: str | None = None) -> None:
+        """Tell the peers that the work is done, or the reason why it ends, and close the connections."""
+        self._closing = True
+        for peer in self.peers.values():
+            with suppress(MachineLost):
+                peer.send({"end": reason})
+        for peer in self.peers.values():
+            peer.close()
+
+    def _read(self, peer: Peer) -> None:
+        """Sort the messages of a peer until its connection closes."""
+        try:
+            while True:
+                message = peer.read()
+                if "beat" in message:
+                    peer.done = message["beat"]
+                elif "end" in message:
+                    self._ended(peer, message["end"])
+                    return
+                else:
+                    peer.inbox.put(message)
+        except (OSError, EOFError, ValueError):
+            self._lose(peer, f"{peer} has ended")
+
+    def _ended(self, peer: Peer, reason: str | None) -> None:
+        """The peer has closed the channel: rank 0 because the work is done, or any machine because of a fault."""
+        if reason is None and peer.rank == 0:
+            peer.loss = f"{peer} has ended"
+            peer.inbox.put(None)
+        else:
+            self._lose(peer, reason or f"{peer} has ended")
+
+    def _beat(self, peer: Peer) -> None:
+        """Send heartbeats until the connection closes."""
+        with suppress(MachineLost):
+            while not self._closing:
+                peer.send({"beat": self.done})
+                time.sleep(_BEAT)
+
+    def _watch(self) -> None:
+        """Look for peers that are silent, and for work that does not go on. Never blocks."""
+        while not self._closing:
+            now = time.monotonic()
+            for peer in self.peers.values():
+                if peer.loss is None and now - peer.heard > SILENCE:
+                    self._lose(peer, f"{peer} has not answered for {SILENCE:.0f} s")
+            if self._deadline is not None and now > self._deadline:
+                slowest = min(self.peers.values(), key=lambda peer: peer.done)
+                self._lose(slowest, f"no progress; the last to be heard of is {slowest}")
+            time.sleep(_BEAT / 2)
+
+    def _lose(self, peer: Peer, what: str) -> None:
+        """A machine is lost: end this process, or leave the machine out."""
+        if self._closing or peer.loss is not None:
+            return
+        peer.loss = what
+        peer.inbox.put(None)
+        if self.ends_with:
+            self.fail(what)
+
+    def fail(self, line: str) -> NoReturn:
+        """End all machines with one line on stderr and exit code 1, whatever the main thread waits for."""
+        self._closing = True
+        threads = [threading.Thread(target=self._last_word, args=(peer, line)) for peer in self.peers.values()]
+        for thread in threads:
+            thread.daemon = True
+            thread.start()
+        for thread in threads:
+            thread.join(0.5)  # a machine that has stopped may take nothing more
+        self._restore()
+        with suppress(OSError):
+            os.write(2, f"dgemma-mlx: {line}\n".encode(errors="replace"))
+        os._exit(1)
+
+    @staticmethod
+    def _last_word(peer: Peer, line: str) -> None:
+        with suppress(MachineLost):
+            peer.send({"end": line})
+
+
+def own_hello() -> Message:
+    """Return what a machine says of itself: its name, and what must be the same everywhere."""
+    from importlib.metadata import version
+
+    from dgemma_mlx.version import __version__
+
+    return {"name": socket.gethostname(), "version": __version__, "mlx": version("mlx")}
+
+
+def open_channel(launch: Launch, hello: Message | None = None, seconds: float = SILENCE) -> Channel:
+    """Connect the machines, and return the channel of this one.
+
+    ``hello`` is what this machine says of itself. Raises ``DgemmaError`` when a machine is missing after ``seconds``,
+    when the port of rank 0 is taken, or when the machines' versions of the program or of MLX differ.
+    """
+    mine = own_hello() | (hello or {}) | {"rank": launch.rank}
+    peers = _accept(launch, mine, seconds) if launch.rank == 0 else {0: _join(launch, mine, seconds)}
+    channel = Channel(launch, peers, mine["name"])
+    for peer in channel.peers.values():
+        for what, label in (("version", "dgemma-mlx"), ("mlx", "MLX")):
+            if peer.hello.get(what) != mine[what]:
+                line = f"{peer} has {label} {peer.hello.get(what)}, and {mine['name']} has {mine[what]}"
+                channel.close(line)
+                raise DgemmaError(line, "Install the same versions on all machines.")
+    return channel
+
+
+def _accept(launch: Launch, mine: Message, seconds: float) -> dict[int, Peer]:
+    """Wait until every other machine has connected, and return them by rank."""
+    host, port = launch.channel_address
+    try:
+        listener = Listener((host, port), backlog=launch.size, authkey=launch.key)
+    except OSError as error:
+        hint = "Wait for another run to end, or choose other ports with mlx.launch --starting-port."
+        raise DgemmaError(f"cannot listen on {host}:{port}: {error.strerror}", hint) from None
+    arrived: SimpleQueue[Peer] = SimpleQueue()
+    is_over = threading.Event()
+    threading.Thread(target=_greet, args=(listener, mine, arrived, is_over), daemon=True).start()
+    peers: dict[int, Peer] = {}
+    deadline = time.monotonic() + seconds
+    try:
+        while len(peers) < launch.size - 1:
+            peer = arrived.get(timeout=max(0.0, deadline - time.monotonic()))
+            peers[peer.rank] = peer
+    except Empty:
+        missing = [rank for rank in range(1, launch.size) if rank not in peers]
+        names = ", ".join(_address_of(launch, rank) for rank in missing)
+        line = f"{names} did not come within {seconds:.0f} s"
+        for peer in peers.values():
+            with suppress(MachineLost):
+                peer.send({"end": line})
+        raise DgemmaError(line, _NO_MACHINE) from None
+    finally:
+        is_over.set()
+        with suppress(OSError):  # wakes the thread
+            socket.create_connection((host, port), 1).close()
+    return peers
+
+
+def _greet(listener: Listener, mine: Message, arrived: SimpleQueue[Peer], is_over: threading.Event) -> None:
+    """Accept connections until it is over. A program that cannot prove that it belongs here is ignored."""
+    with listener:
+        while not is_over.is_set():
+            with suppress(AuthenticationError, OSError, EOFError, ValueError, KeyError, TypeError):
+                connection = listener.accept()
+                hello = json.loads(connection.recv_bytes())
+                connection.send_bytes(json.dumps(mine).encode())
+                arrived.put(Peer(int(hello["rank"]), hello, connection))
+
+
+def _join(launch: Launch, mine: Message, seconds: float) -> Peer:
+    """Connect to rank 0, which may begin later than this machine."""
+    found: SimpleQueue[Peer] = SimpleQueue()
+    deadline = time.monotonic() + seconds
+
+    def connect() -> None:
+        while time.monotonic() < deadline:
+            with suppress(OSError, EOFError, ValueError, AuthenticationError):
+                connection = Client(launch.channel_address, authkey=launch.key)
+                connection.send_bytes(json.dumps(mine).encode())
+                found.put(Peer(0, json.loads(connection.recv_bytes()), connection))
+                return
+            time.sleep(_RETRY)
+
+    threading.Thread(target=connect, daemon=True).start()  # a host that drops packets blocks much longer
+    try:
+        return found.get(timeout=seconds)
+    except Empty:
+        host, port = launch.channel_address
+        raise DgemmaError(f"{host}:{port} (rank 0) did not answer within {seconds:.0f} s", _NO_MACHINE) from None
+
+
+def _address_of(launch: Launch, rank: int) -> str:
+    """Return how messages name a machine that has not said its name."""
+    known = launch.addresses[rank][0] if rank < len(launch.addresses) else "?"
+    return f"{known} (rank {rank})"
+
+
+def _terminal_state() -> Any:
+    """Return a function that gives the terminal back as it is now, with its cursor."""
+    if not sys.stdin.isatty():
+        return lambda: None
+    import termios
+
+    state = termios.tcgetattr(sys.stdin.fileno())
+
+    def restore() -> None:
+        with suppress(OSError, termios.error):
+            termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, state)
+            os.write(2, b"\x1b[?25h")
+
+    return restore
