@@ -16,7 +16,8 @@ from dgemma_mlx.version import __version__ as __version__
 if TYPE_CHECKING:
     from dgemma_mlx.constrain.constraint import Constraint
     from dgemma_mlx.events import Committed, Done, Draft, Event, Statistics
-    from dgemma_mlx.generation.api import generate, generate_batch, load, stream
+    from dgemma_mlx.generation.api import generate, generate_batch, stream
+    from dgemma_mlx.generation.load import load
     from dgemma_mlx.generation.model import Model
     from dgemma_mlx.generation.prompt_cache import PromptCache
     from dgemma_mlx.generation.worker import Worker
@@ -48,7 +49,7 @@ _MODULES = {
     "fill": "infill.fill",
     "generate": "generation.api",
     "generate_batch": "generation.api",
-    "load": "generation.api",
+    "load": "generation.load",
     "stream": "generation.api",
 }
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from dgemma_mlx.checks import shown
 from dgemma_mlx.cli.doctor import examine
 from dgemma_mlx.cli.loading import load_model
+from dgemma_mlx.cli.machines import MachineOptions
 from dgemma_mlx.cli.parameters import AsJson, CpuDequantize, Dtype, ModelName, ModelOptions, NoKernels, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.settings import Settings
@@ -54,6 +55,8 @@ def bench(
     dtype: Dtype = None,
     cpu_dequantize: CpuDequantize = None,
     no_kernels: NoKernels = False,
+    *,
+    machines: MachineOptions,
 ) -> None:
     """Measure the speed and the peak memory of a model.
 
@@ -67,7 +70,7 @@ def bench(
     """
     asked = None if prompt_tokens is None else _parse_lengths(prompt_tokens)
     options = ModelOptions(model, None, dtype, cpu_dequantize, no_kernels)
-    loaded = load_model(Settings(), options, quiet=as_json, checked=True)
+    loaded = load_model(Settings(), options, quiet=as_json, checked=True, machines=machines)
     lengths = _fitting(asked, loaded)
     question = prompt or (_DEMO_PROMPT if loaded.name == "demo" else _PROMPT)
     with _progress(runs * (len(lengths) + 1) + 1) as progress:

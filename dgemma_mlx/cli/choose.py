@@ -13,6 +13,7 @@ from dgemma_mlx.cli.image_options import ImageOptions, show_images
 from dgemma_mlx.cli.interrupt import interruptible
 from dgemma_mlx.cli.loading import answer_arguments, load_model
 from dgemma_mlx.cli.log.keep import Keeper
+from dgemma_mlx.cli.machines import MachineOptions
 from dgemma_mlx.cli.parameters import AnswerOptions, AsJson, ModelOptions, Raw, prompt_option
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.prompt import Files, read_prompt
@@ -42,6 +43,7 @@ def choose(
     pictures: ImageOptions,
     answer: AnswerOptions,
     model: ModelOptions,
+    machines: MachineOptions,
 ) -> None:
     """Print how probable each of the given answers is.
 
@@ -62,7 +64,7 @@ def choose(
         from dgemma_mlx.infill.choose import choose as choose_among
 
         settings = Settings()
-        loaded = load_model(settings, model, answer.quiet, images=bool(images))
+        loaded = load_model(settings, model, answer.quiet, images=bool(images), machines=machines)
         arguments = answer_arguments(settings, answer, raw)
         if not (answer.quiet or as_json):
             show_images(images)

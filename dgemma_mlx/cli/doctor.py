@@ -147,7 +147,8 @@ def probe() -> dict[str, float]:
     import mlx.core as mx
 
     from dgemma_mlx.events import Draft
-    from dgemma_mlx.generation.api import load, stream
+    from dgemma_mlx.generation.api import stream
+    from dgemma_mlx.generation.load import load
 
     size, dtype = (2048, mx.bfloat16) if mx.metal.is_available() else (512, mx.float32)
     a = mx.random.normal((size, size)).astype(dtype)

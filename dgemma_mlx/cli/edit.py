@@ -11,6 +11,7 @@ import typer
 from dgemma_mlx.checks import shown
 from dgemma_mlx.cli.image_options import ImageOptions, show_images
 from dgemma_mlx.cli.infill import File, ResultOptions, keep_filled, prepared, print_filled, report, save
+from dgemma_mlx.cli.machines import MachineOptions
 from dgemma_mlx.cli.parameters import AnswerOptions, DenoisingOptions, ModelOptions, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.texts import is_stdin, read_text, without_bom
@@ -41,6 +42,7 @@ def edit(
     pictures: ImageOptions,
     answer: AnswerOptions,
     model: ModelOptions,
+    machines: MachineOptions,
     result: ResultOptions,
     denoising: DenoisingOptions,
 ) -> None:
@@ -69,7 +71,7 @@ def edit(
     before = read_text(file)
     _, text = without_bom(before)
     with quiet_when_closed():
-        with prepared(model, answer, denoising, raw=False, images=bool(images)) as (loaded, arguments):
+        with prepared(model, machines, answer, denoising, raw=False, images=bool(images)) as (loaded, arguments):
             from dgemma_mlx.infill.edit import DEFAULT_CANDIDATES
             from dgemma_mlx.infill.edit import edit as edit_text
 

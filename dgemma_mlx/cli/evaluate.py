@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from dgemma_mlx.checks import LARGEST_SEED, shown
 from dgemma_mlx.cli import complete
 from dgemma_mlx.cli.loading import load_model
+from dgemma_mlx.cli.machines import MachineOptions
 from dgemma_mlx.cli.parameters import AsJson, ModelOptions, Quiet, decoding_option, output_option, section
 from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.errors import DgemmaError
@@ -63,6 +64,7 @@ def evaluate(
     count: Count = None,
     *,
     model: ModelOptions,
+    machines: MachineOptions,
     answers: Answers = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -93,7 +95,7 @@ def evaluate(
             if value is not None:
                 raise DgemmaError(f"{name} is for --task sudoku, not for a file", "Leave it out.", exit_code=2)
         examples = read_examples(Path(task))[:count]
-    loaded = load_model(Settings(), model, quiet, checked=True)
+    loaded = load_model(Settings(), model, quiet, checked=True, machines=machines)
     if examples is not None:
         problems = problems_of(loaded, examples)
     records: list[Mapping[str, Any]] = []

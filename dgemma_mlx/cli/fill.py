@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from dgemma_mlx.checks import shown
 from dgemma_mlx.cli.image_options import ImageOptions, show_images
 from dgemma_mlx.cli.infill import File, ResultOptions, keep_filled, prepared, print_filled, report, save
+from dgemma_mlx.cli.machines import MachineOptions
 from dgemma_mlx.cli.parameters import AnswerOptions, DenoisingOptions, ModelOptions, prompt_option, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.texts import is_stdin, read_text, without_bom
@@ -62,6 +63,7 @@ def fill(
     pictures: ImageOptions,
     answer: AnswerOptions,
     model: ModelOptions,
+    machines: MachineOptions,
     result: ResultOptions,
     denoising: DenoisingOptions,
 ) -> None:
@@ -92,7 +94,7 @@ def fill(
     images = pictures.read()
     before, parts = _parts(file, hole, at, size, hint, prefix_file, suffix_file)
     with quiet_when_closed():
-        with prepared(model, answer, denoising, raw, images=bool(images)) as (loaded, arguments):
+        with prepared(model, machines, answer, denoising, raw, images=bool(images)) as (loaded, arguments):
             from dgemma_mlx.infill.fill import DEFAULT_CANDIDATES
             from dgemma_mlx.infill.fill import fill as fill_text
             from dgemma_mlx.infill.template import shown as shown_gaps

@@ -24,6 +24,7 @@ from dgemma_mlx.cli.loading import answer_arguments, load_model
 from dgemma_mlx.cli.log.asking import asked, begun
 from dgemma_mlx.cli.log.keep import Keeper
 from dgemma_mlx.cli.log.options import ConversationOptions
+from dgemma_mlx.cli.machines import MachineOptions
 from dgemma_mlx.cli.parameters import (
     AnswerOptions,
     DenoisingOptions,
@@ -50,6 +51,7 @@ def generate(
     prompt: Prompt = None,
     *,
     model: ModelOptions,
+    machines: MachineOptions,
     answer: AnswerOptions,
     raw: Raw = False,
     thinking: Thinking = None,
@@ -179,7 +181,7 @@ def generate(
     session, chosen = begun(conversation, settings, named, model, arguments["system"])
     arguments["system"] = session.system
     with quiet_when_closed(), _open(output.trace) as trace:
-        loaded = load_model(settings, chosen, answer.quiet, images=bool(images))
+        loaded = load_model(settings, chosen, answer.quiet, images=bool(images), machines=machines)
         in_force = {name: settings.pick(name, option) for name, option in loop.items()}
         arguments["generation"] = loaded.generation.override(**in_force)
         if batch.batch is not None:

@@ -16,6 +16,7 @@ from dgemma_mlx.checks import reason
 from dgemma_mlx.cli.interrupt import interruptible
 from dgemma_mlx.cli.loading import answer_arguments, load_model
 from dgemma_mlx.cli.log.keep import Keeper, about
+from dgemma_mlx.cli.machines import MachineOptions
 from dgemma_mlx.cli.parameters import (
     AnswerOptions,
     AsJson,
@@ -80,14 +81,15 @@ class ResultOptions:
 
 @contextmanager
 def prepared(
-    model: ModelOptions, answer: AnswerOptions, denoising: DenoisingOptions, raw: bool, images: bool
+    model: ModelOptions, machines: MachineOptions, answer: AnswerOptions, denoising: DenoisingOptions, raw: bool,
+    images: bool,
 ) -> Iterator[tuple[Model, dict[str, Any]]]:
     """Yield the model and the keyword arguments that fill and edit share. ``images`` says whether it is shown any.
 
     Within the block, Ctrl-C ends the work after the current denoising step.
     """
     settings = Settings()
-    loaded = load_model(settings, model, answer.quiet, images=images)
+    loaded = load_model(settings, model, answer.quiet, images=images, machines=machines)
     steps = settings.pick("max_denoising_steps", denoising.max_denoising_steps)
     arguments = {
         **answer_arguments(settings, answer, raw), "speed": settings.pick_checked("speed", denoising.speed),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dgemma_mlx.cli.interrupt import ending_at_once
+from dgemma_mlx.cli.machines import MachineOptions, cut_model
 from dgemma_mlx.cli.parameters import AnswerOptions, ModelOptions
 from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.sizes import parse_size
@@ -32,18 +33,19 @@ def fetch(name: str | None, weights: bool = True) -> Checkpoint:
 
 def load_model(
     settings: Settings, options: ModelOptions, quiet: bool = False, training: bool = False, checked: bool = False,
-    images: bool = False,
+    images: bool = False, machines: MachineOptions | None = None,
 ) -> Model:
     """Load the model that the options or the settings name, and set the mode of the Metal kernels.
 
     Unless ``quiet``, a line on stderr says when the built-in demo answers because no model was chosen. For
     ``training`` the weights keep the dtype in which they are stored, because gradients leave the range of float16.
     Work that takes long has its weights ``checked`` before: one that is NaN or infinite raises `DgemmaError`. A
-    model that is to be shown ``images``, and reads none, is refused before its weights are read.
+    model that is to be shown ``images``, and reads none, is refused before its weights are read. With several
+    ``machines`` the model is cut over them.
     """
     from dgemma_mlx.model.finite import require_finite
 
-    load = model_loader(settings, options, training)
+    load = model_loader(settings, options, training, machines, quiet)
     if images:
         from dgemma_mlx.checkpoint.config import ModelConfig
         from dgemma_mlx.generation.pictures import require_vision
@@ -58,11 +60,14 @@ def load_model(
     return loaded
 
 
-def model_loader(settings: Settings, options: ModelOptions, training: bool = False) -> Callable[[], Model]:
+def model_loader(
+    settings: Settings, options: ModelOptions, training: bool = False, machines: MachineOptions | None = None,
+    quiet: bool = False,
+) -> Callable[[], Model]:
     """Check the options and fetch the checkpoint, and return a function that loads it, which any thread may call."""
     import mlx.core as mx
 
-    from dgemma_mlx.generation.api import load
+    from dgemma_mlx.generation.load import LoadOptions, load
     from dgemma_mlx.kernels.dispatch import set_mode
 
     set_mode(settings.pick("kernels", "off" if options.no_kernels else None))
@@ -72,9 +77,15 @@ def model_loader(settings: Settings, options: ModelOptions, training: bool = Fal
     rule: Any = settings.pick_checked("image_attention", options.image_attention)
     dtype: Any = None if training else "auto" if chosen == "auto" else getattr(mx, chosen)
     fetch(name)
-    return lambda: load(
-        name, dtype=dtype, cpu_dequantize=cpu_dequantize, adapter=options.adapter, image_attention=rule
-    )
+
+    def open_model() -> Model:
+        if machines is not None:
+            loading = LoadOptions(name, dtype, cpu_dequantize, options.adapter, rule)
+            if (cut := cut_model(machines, loading, quiet)) is not None:
+                return cut
+        return load(name, dtype=dtype, cpu_dequantize=cpu_dequantize, adapter=options.adapter, image_attention=rule)
+
+    return open_model
 
 
 def full_name(name: str | None) -> str | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from dgemma_mlx.checks import shown
 from dgemma_mlx.cli.loading import in_bytes, model_loader, say_if_demo
+from dgemma_mlx.cli.machines import MachineOptions
 from dgemma_mlx.cli.parameters import (
     ApiKey,
     MemoryLimit,
@@ -107,6 +108,7 @@ class LimitOptions:
 def serve(
     *,
     model: ModelOptions,
+    machines: MachineOptions,
     address: AddressOptions,
     open_page: Open = False,
     max_tokens: MaxTokens = None,
@@ -143,7 +145,7 @@ def serve(
     settings = Settings()
     chosen = _server_settings(settings, model, address, limits, max_tokens, speed, _logger(quiet), log_prompts)
     check_settings(chosen)  # before a model is fetched
-    load = model_loader(settings, model)
+    load = model_loader(settings, model, machines=machines, quiet=quiet)
     if not quiet:
         say_if_demo(settings, model)
 

@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
@@ -32,7 +32,7 @@ _RETRY = 0.2  # seconds between two attempts to reach rank 0
 _NO_MACHINE = "Start the command again on all machines; `dgemma-mlx cluster check` finds what is wrong."
 
 
-class MachineLost(DgemmaError):
+class MachineLostError(DgemmaError):
     """A machine no longer answers.
 
     Attributes:
@@ -68,12 +68,12 @@ class Peer:
         return f"{self.hello.get('name', '?')} (rank {self.rank})"
 
     def send(self, message: Message) -> None:
-        """Send a message. Raises ``MachineLost``."""
+        """Send a message. Raises ``MachineLostError``."""
         try:
             with self._lock:
                 self._connection.send_bytes(json.dumps(message).encode())
         except (OSError, ValueError):
-            raise MachineLost(self.rank, f"{self} has ended") from None
+            raise MachineLostError(self.rank, f"{self} has ended") from None
 
     def read(self) -> Message:
         """Return the next message, heartbeats among them. Raises ``EOFError`` or ``OSError`` when there is none."""
@@ -97,6 +97,7 @@ class Channel:
         ends_with: Whether the loss of a machine ends this process, with one line and exit code 1. Otherwise the machine
             is left out, and ``receive`` raises.
         done: The number of commands that this machine has carried out.
+        last_acts: Called when the loss of a machine ends this process.
     """
 
     def __init__(self, launch: Launch, peers: Mapping[int, Peer], name: str) -> None:
@@ -104,6 +105,7 @@ class Channel:
         self.rank, self.size, self.peers = launch.rank, launch.size, dict(peers)
         self.ends_with = launch.rank != 0  # nobody goes on without rank 0
         self.done = 0
+        self.last_acts: list[Callable[[], None]] = []
         self._name, self._closing = name, False
         self._deadline: float | None = None
         self._restore = _terminal_state()
@@ -118,20 +120,20 @@ class Channel:
         return [rank for rank, peer in self.peers.items() if peer.loss is None]
 
     def send(self, message: Message, rank: int = 0) -> None:
-        """Send a message to a peer. Raises ``MachineLost``."""
+        """Send a message to a peer. Raises ``MachineLostError``."""
         self.peers[rank].send(message)
 
     def tell(self, message: Message) -> None:
-        """Send a message to all peers. Raises ``MachineLost``."""
+        """Send a message to all peers. Raises ``MachineLostError``."""
         for peer in self.peers.values():
             peer.send(message)
 
     def receive(self, rank: int = 0) -> Message:
-        """Wait for the next message of a peer. Raises ``MachineLost``."""
+        """Wait for the next message of a peer. Raises ``MachineLostError``."""
         message = self.peers[rank].inbox.get()
         if message is None:
             self.peers[rank].inbox.put(None)  # for the next call
-            raise MachineLost(rank, self.peers[rank].loss or f"{self.peers[rank]} has ended")
+            raise MachineLostError(rank, self.peers[rank].loss or f"{self.peers[rank]} has ended")
         return message
 
     def next_message(self, rank: int, seconds: float) -> Message | None:
@@ -156,7 +158,7 @@ class Channel:
         """Tell the peers that the work is done, or the reason why it ends, and close the connections."""
         self._closing = True
         for peer in self.peers.values():
-            with suppress(MachineLost):
+            with suppress(MachineLostError):
                 peer.send({"end": reason})
         for peer in self.peers.values():
             peer.close()
@@ -173,7 +175,7 @@ class Channel:
                     return
                 else:
                     peer.inbox.put(message)
-        except (OSError, EOFError, ValueError):
+        except (OSError, EOFError, ValueError, TypeError):  # a TypeError when it is closed here at the same time
             self._lose(peer, f"{peer} has ended")
 
     def _ended(self, peer: Peer, reason: str | None) -> None:
@@ -186,7 +188,7 @@ class Channel:
 
     def _beat(self, peer: Peer) -> None:
         """Send heartbeats until the connection closes."""
-        with suppress(MachineLost):
+        with suppress(MachineLostError):
             while not self._closing:
                 peer.send({"beat": self.done})
                 time.sleep(_BEAT)
@@ -224,11 +226,13 @@ class Channel:
         self._restore()
         with suppress(OSError):
             os.write(2, f"dgemma-mlx: {line}\n".encode(errors="replace"))
+        for act in self.last_acts:
+            act()
         os._exit(1)
 
     @staticmethod
     def _last_word(peer: Peer, line: str) -> None:
-        with suppress(MachineLost):
+        with suppress(MachineLostError):
             peer.send({"end": line})
 
 
@@ -281,7 +285,7 @@ def _accept(launch: Launch, mine: Message, seconds: float) -> dict[int, Peer]:
         names = ", ".join(_address_of(launch, rank) for rank in missing)
         line = f"{names} did not come within {seconds:.0f} s"
         for peer in peers.values():
-            with suppress(MachineLost):
+            with suppress(MachineLostError):
                 peer.send({"end": line})
         raise DgemmaError(line, _NO_MACHINE) from None
     finally:

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from dgemma_mlx.distributed.channel import Channel, MachineLost, Message
+from dgemma_mlx.distributed.channel import Channel, Message
 from dgemma_mlx.distributed.network import CutNetwork
 from dgemma_mlx.kernels import LogitBias
 from dgemma_mlx.model.cache import PrefixCache, Snapshot
@@ -15,7 +15,7 @@ from dgemma_mlx.model.soft_tokens import SoftTokens
 
 
 class Follower:
-    """A slice of a network, and what rank 0's calls refer to: caches and snapshots by key, and the state of a canvas."""
+    """A slice of a network, and what rank 0's calls refer to: caches and snapshots by key, and a canvas's state."""
 
     def __init__(self, network: CutNetwork, channel: Channel) -> None:
         self._network, self._channel = network, channel
@@ -23,13 +23,15 @@ class Follower:
         self._signal = self._raw = mx.zeros(0)
         self._bias: LogitBias | None = None
 
-    def follow(self) -> None:
-        """Make every call that rank 0 makes, until it ends."""
+    def follow(self) -> Message:
+        """Make every call that rank 0 makes, and return its first message that is no call: other work.
+
+        Raises ``MachineLostError`` when rank 0 has ended.
+        """
         while True:
-            try:
-                message = self._channel.receive()
-            except MachineLost:  # the work is done; a loss would have ended the process
-                return
+            message = self._channel.receive()
+            if "call" not in message:
+                return message
             self._channel.send({"ready": self._channel.done})
             self._make(message)
             self._channel.done += 1

@@ -45,17 +45,17 @@ class Leader:
         self.dropped: deque[int] = deque()  # keys of caches and snapshots that nobody refers to any more
 
     @contextmanager
-    def call(self, name: str, positions: int = 0, **arguments: Any) -> Iterator[None]:
+    def call(self, name: str, encoded: int = 0, **arguments: Any) -> Iterator[None]:
         """Tell the others to make a call, wait until they are ready, and make it in the block.
 
-        ``positions`` is the number of positions to encode, which take time. A call that ends early leaves the machines
+        ``encoded`` is the number of positions to encode, which take time. A call that ends early leaves the machines
         at different places, so that no other call is possible.
         """
         if self._is_broken:
             raise DgemmaError("the machines are no longer at the same place", "Start the command again.")
         self._is_broken = True
         dropped = [self.dropped.popleft() for _ in range(len(self.dropped))]
-        with self._channel.within(self._seconds + positions * _SECONDS_PER_POSITION):
+        with self._channel.within(self._seconds + encoded * _SECONDS_PER_POSITION):
             self._channel.tell({"call": name, "dropped": dropped, **arguments})
             for rank in self._channel.peers:
                 self._channel.receive(rank)

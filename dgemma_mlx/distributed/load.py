@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,35 +14,8 @@ from dgemma_mlx.checkpoint.names import DECODER, parameter_names
 from dgemma_mlx.checkpoint.shards import StoredTensor, stored_tensors
 from dgemma_mlx.distributed.network import CutNetwork
 from dgemma_mlx.distributed.reading import read_part
-from dgemma_mlx.distributed.slices import Slice, slices
+from dgemma_mlx.distributed.slices import Slice, part_of, slices
 from dgemma_mlx.model.load import load_model, pack_modules
-
-_ATTENTION = re.compile(r"layers\.(\d+)\.self_attn\.([qkvo])_proj")
-_DENSE = re.compile(r"(?:layers\.\d+\.mlp|self_conditioning)\.(gate|up|down)_proj")
-_EXPERTS = re.compile(r"layers\.\d+\.experts\.(gate_up|down)_proj")
-
-
-def part_of(path: str, config: TextConfig, own: Slice) -> tuple[int, list[range]] | None:
-    """Return which part of a module's weights (..., O, I) a machine holds: rows (-2) or columns (-1), and which.
-
-    ``path`` is that of the module, such as ``layers.0.mlp.up_proj``. Returns None for a module that every machine
-    holds whole.
-    """
-    if path == "embed_tokens":
-        return -2, [own.vocabulary]
-    if found := _ATTENTION.fullmatch(path):
-        kind = config.layer_types[int(found[1])]
-        heads, D = own.heads[kind], config.layer_head_dim(kind)
-        chosen = heads.queries if found[2] in "qo" else heads.keys
-        return -1 if found[2] == "o" else -2, [range(chosen.start * D, chosen.stop * D)]
-    if found := _DENSE.fullmatch(path):
-        return (-1 if found[1] == "down" else -2), [own.mlp]
-    if found := _EXPERTS.fullmatch(path):
-        inner = config.moe_intermediate_size
-        if found[1] == "down":
-            return -1, [own.experts]
-        return -2, [own.experts, range(inner + own.experts.start, inner + own.experts.stop)]
-    return None
 
 
 def cut_for(config: ModelConfig, network: nn.Module, shares: Sequence[float]) -> list[Slice]:

@@ -21,7 +21,8 @@ import numpy as np
 
 from dgemma_mlx.checkpoint.config import FULL, TextConfig
 from dgemma_mlx.distributed.collective import Collective
-from dgemma_mlx.distributed.slices import Slice
+from dgemma_mlx.distributed.slices import Slice, part_of
+from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.kernels import (
     MAX_KEPT,
     CanvasSample,
@@ -108,6 +109,7 @@ class CutNetwork(DiffusionGemma):
         self.collective = collective
         self.layers = [CutLayer(own_config(config, own, kind), kind, collective) for kind in config.layer_types]
         self._vocabularies = [each.vocabulary for each in all_slices]
+        self._own = own
         self._vocabulary = own.vocabulary
         self._sampled: OwnSample | None = None
 
@@ -115,6 +117,22 @@ class CutNetwork(DiffusionGemma):
     def is_lazy(self) -> bool:
         """False: every call evaluates its results."""
         return False
+
+    def own_part(self, path: str, name: str, value: mx.array) -> mx.array:
+        """Return the part of an adapter's ``lora_a`` (..., I, r) or ``lora_b`` (..., r, O) that belongs to the slice.
+
+        Raises ``DgemmaError`` for DoRA: the length of a row of weights is not known where its columns are cut.
+        """
+        part = part_of(path, self.config, self._own)
+        assert part is not None, "every module that can be adapted is cut"
+        if name == "m":
+            hint = "`dgemma-mlx fuse` merges it into the weights, which can be cut."
+            raise DgemmaError("a DoRA adapter is not for a model that is cut over several machines", hint, exit_code=2)
+        axis, ranges = part
+        if (name == "lora_a") != (axis == -1):
+            return value
+        chosen = mx.concatenate([mx.arange(each.start, each.stop) for each in ranges])
+        return mx.take(value, chosen, axis=-2 if name == "lora_a" else -1)
 
     def embed(self, ids: mx.array) -> mx.array:
         """Return the embeddings (B, L, M) of ids (B, L), scaled by sqrt(M)."""

@@ -13,6 +13,7 @@ in an expert and 33 in the dense branch.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,10 @@ from dgemma_mlx.checkpoint.config import TextConfig
 from dgemma_mlx.errors import DgemmaError
 
 UNIT = 64  # inner values
+
+_ATTENTION = re.compile(r"layers\.(\d+)\.self_attn\.([qkvo])_proj")
+_DENSE = re.compile(r"(?:layers\.\d+\.mlp|self_conditioning)\.(gate|up|down)_proj")
+_EXPERTS = re.compile(r"layers\.\d+\.experts\.(gate_up|down)_proj")
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,29 @@ def slices(config: TextConfig, shares: Sequence[float], group_size: int = UNIT) 
         Slice({kind: of_kind[rank] for kind, of_kind in heads.items()}, mlp[rank], experts[rank], vocabulary[rank])
         for rank in range(len(shares))
     ]
+
+
+def part_of(path: str, config: TextConfig, own: Slice) -> tuple[int, list[range]] | None:
+    """Return which part of a module's weights (..., O, I) a machine holds: rows (-2) or columns (-1), and which.
+
+    ``path`` is that of the module, such as ``layers.0.mlp.up_proj``. Returns None for a module that every machine
+    holds whole.
+    """
+    if path == "embed_tokens":
+        return -2, [own.vocabulary]
+    if found := _ATTENTION.fullmatch(path):
+        kind = config.layer_types[int(found[1])]
+        heads, D = own.heads[kind], config.layer_head_dim(kind)
+        chosen = heads.queries if found[2] in "qo" else heads.keys
+        return -1 if found[2] == "o" else -2, [range(chosen.start * D, chosen.stop * D)]
+    if found := _DENSE.fullmatch(path):
+        return (-1 if found[1] == "down" else -2), [own.mlp]
+    if found := _EXPERTS.fullmatch(path):
+        inner = config.moe_intermediate_size
+        if found[1] == "down":
+            return -1, [own.experts]
+        return -2, [own.experts, range(inner + own.experts.start, inner + own.experts.stop)]
+    return None
 
 
 def cut(size: int, shares: Sequence[float], multiple: int, what: str) -> list[range]:

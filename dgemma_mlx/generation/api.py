@@ -1,151 +1,30 @@
-"""What callers call: ``load``, ``generate``, ``stream`` and ``generate_batch``."""
+"""What callers call: ``load`` (see ``generation.load``), ``generate``, ``stream`` and ``generate_batch``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
 from threading import get_ident
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-import mlx.core as mx
-
-from dgemma_mlx.checkpoint.config import GenerationConfig, ModelConfig
-from dgemma_mlx.checkpoint.hub import resolve
-from dgemma_mlx.checks import reason, shown
+from dgemma_mlx.checkpoint.config import GenerationConfig
+from dgemma_mlx.checks import shown
 from dgemma_mlx.constrain.constraint import Constraint
 from dgemma_mlx.diffusion.speed import DEFAULT_SPEED
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Done, Encoded, Event
-from dgemma_mlx.generation.memory import should_dequantize
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.generation.options import GenerationOptions, Verify
-from dgemma_mlx.generation.pictures import PictureEncoder
 from dgemma_mlx.generation.prompt_cache import PromptCache
 from dgemma_mlx.generation.request import ask, begin
 from dgemma_mlx.generation.runner import Runner
-from dgemma_mlx.model.dequantize import dequantize, dequantized_bytes
-from dgemma_mlx.model.half_precision import fastest, require_float16
-from dgemma_mlx.model.joined import join_projections
-from dgemma_mlx.model.load import load_model
-from dgemma_mlx.model.soft_tokens import IMAGE_ATTENTION, ImageAttention
-from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.text.images import Image
 from dgemma_mlx.text.messages import Message
-from dgemma_mlx.text.tokenizer import Tokenizer, load_tokenizer
 from dgemma_mlx.text.tools import Tool, ToolChoice
 
 _T = TypeVar("_T")
 
 DEFAULT_MAX_TOKENS = 1024
 _ONE_THREAD = "Read a stream in the thread that began it, or let a dgemma_mlx.Worker own the model."
-_DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
-
-
-def load(
-    model: str | Path | None = None, *,
-    dtype: mx.Dtype | Literal["auto", "bfloat16", "float16", "float32"] | None = "auto",
-    cpu_dequantize: str = "auto", adapter: str | Path | None = None, image_attention: ImageAttention | None = None,
-) -> Model:
-    """Open a checkpoint and read its weights. Any thread may use the model afterwards, one at a time.
-
-    Args:
-        model: A folder, a Hub id ``owner/name[@revision]``, or "demo". None is the environment variable
-            ``DGEMMA_MODEL``, else the demo.
-        dtype: A floating dtype to convert all weights to, or its name. None keeps them as stored, except on a machine
-            without Metal, where they become float32. "auto" is None, except that weights stored in bfloat16 become
-            float16 where the GPU has no bfloat16 (M1 and M2) and the model stays within the range of float16.
-        cpu_dequantize: Whether packed weights are unpacked where there is no Metal: "on", "off", or "auto", which
-            unpacks them when that takes no more than half of the free memory.
-        adapter: A folder that ``dgemma-mlx train``, PEFT or mlx_lm has written.
-        image_attention: What the positions of a picture see of each other: "google", "transformers" or "causal"; see
-            ``dgemma_mlx.model.soft_tokens``. None is "google", or "causal" where config.json says so.
-
-    Raises:
-        DgemmaError: When there is no such model or adapter, when its files are incomplete or damaged, when ``dtype``
-            is float16 and the model exceeds its range, or for another ``image_attention``.
-    """
-    if image_attention is not None and image_attention not in IMAGE_ATTENTION:
-        raise DgemmaError(
-            f"image_attention must be one of {', '.join(IMAGE_ATTENTION)}, not {shown(image_attention)}",
-            "Leave it out for the checkpoint's own.", exit_code=2,
-        )  # fmt: skip
-    chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    is_floating = isinstance(chosen, mx.Dtype) and mx.issubdtype(chosen, mx.floating)
-    if dtype is not None and dtype != "auto" and not is_floating:
-        raise DgemmaError(
-            f"dtype must be a floating dtype, not {dtype}", f'Use "auto", {", ".join(_DTYPES)}.', exit_code=2
-        )
-    checkpoint = resolve(None if model is None else str(model))
-    config = ModelConfig.load(checkpoint.folder)
-    folder = None if adapter is None else Path(adapter).expanduser()
-    canvas_length: int | None = None  # of the adapter
-    has_tower = False
-
-    def open_network(dtype: mx.Dtype | None) -> DiffusionGemma:
-        nonlocal canvas_length, has_tower
-        network, weights = load_model(checkpoint.folder, config, dtype)
-        has_tower = bool(weights.vision)
-        if should_dequantize(dequantized_bytes(network), cpu_dequantize):
-            dequantize(network)
-        if folder is not None:
-            from dgemma_mlx.model.adapter_file import load_adapter
-
-            canvas_length = load_adapter(network, folder).canvas_length
-        return network
-
-    if dtype == "auto":
-        network = fastest(open_network, str(mx.device_info()["architecture"]), config.bos_token_id)
-    else:
-        network = open_network(chosen)
-    if isinstance(chosen, mx.Dtype) and chosen == mx.float16:  # a Dtype cannot be compared with None
-        require_float16(network, config.bos_token_id)
-    if canvas_length is not None:
-        config = replace(config, canvas_length=canvas_length)
-    if not has_tower:  # some converters leave out the tower's weights, but not its configuration
-        config = replace(config, vision=None)
-    if mx.metal.is_available():  # a GPU launches less; on a CPU it gains nothing
-        join_projections(network)
-    if image_attention is not None:
-        network.image_attention = image_attention
-    _evaluate(network)
-    generation = GenerationConfig.load(checkpoint.folder, config)
-    tokenizer = load_tokenizer(checkpoint.folder, config.text.vocab_size)
-    _check_ids(tokenizer, generation, config)
-    return Model(
-        name=checkpoint.name,
-        folder=checkpoint.folder,
-        config=config,
-        generation=generation,
-        network=network,
-        tokenizer=tokenizer,
-        pictures=None if config.vision is None else PictureEncoder(checkpoint.folder, config, network.dtype),
-        adapter=folder,
-    )
-
-
-def _check_ids(tokenizer: Tokenizer, generation: GenerationConfig, config: ModelConfig) -> None:
-    """Raise ``DgemmaError`` when an id that begins, ends or pads a text is not one of the model's."""
-    size = config.text.vocab_size
-    named = {"end-of-text id": max(generation.eos_token_ids, default=0), "padding id": generation.pad_token_id,
-             "tokenizer's bos id": tokenizer.bos_id or 0}  # fmt: skip
-    for name, id in named.items():
-        if id >= size:
-            problem = f"the {name} is {id:,}, but the model has only {size:,} ids"
-            raise DgemmaError(problem, "Fetch the checkpoint again.")
-
-
-def _evaluate(network: DiffusionGemma) -> None:
-    """Read and compute all weights, a layer at a time: what is lazy belongs to the thread that made it.
-
-    Raises ``DgemmaError`` when a file cannot be read.
-    """
-    try:
-        for layer in network.layers:
-            mx.eval(layer.parameters())
-        mx.eval(network.parameters())
-    except RuntimeError as error:  # MLX reports a failed read like this
-        raise DgemmaError(f"the weights cannot be read: {reason(error)}", "Fetch the checkpoint again.") from None
 
 
 def generate(

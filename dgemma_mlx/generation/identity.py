@@ -6,13 +6,25 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 
+from dgemma_mlx.checkpoint.config import ModelConfig
 from dgemma_mlx.checkpoint.identity import weights_digest
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.kernels.dispatch import has_metal, mode
 from dgemma_mlx.model.adapter_file import adapter_digest
 from dgemma_mlx.model.dequantize import dequantized_bytes
 from dgemma_mlx.version import __version__
+
+
+def fingerprint(folder: Path, config: ModelConfig, adapter: Path | None) -> str:
+    """Return the SHA-256, in hex, of a checkpoint's architecture and weights and of an adapter.
+
+    Raises ``DgemmaError`` when their files cannot be read.
+    """
+    architecture = json.dumps([asdict(config.text), config.quantization], sort_keys=True, default=dict)
+    of_adapter = "" if adapter is None else adapter_digest(adapter)
+    return hashlib.sha256(f"{architecture}\n{weights_digest(folder)}{of_adapter}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -32,9 +44,7 @@ class ModelIdentity:
     @classmethod
     def of(cls, model: Model) -> ModelIdentity:
         """Return the identity of a loaded model. Raises ``DgemmaError`` when its files cannot be read."""
-        architecture = json.dumps([asdict(model.config.text), model.config.quantization], sort_keys=True, default=dict)
-        adapter = "" if model.adapter is None else adapter_digest(model.adapter)
-        weights = hashlib.sha256(f"{architecture}\n{weights_digest(model.folder)}{adapter}".encode())
+        weights = fingerprint(model.folder, model.config, model.adapter)
         uses_kernels = has_metal() and mode() in ("auto", "force")
         made_with = (
             f"dgemma-mlx {__version__}", f"MLX {version('mlx')}", "GPU" if has_metal() else "CPU",
@@ -43,4 +53,4 @@ class ModelIdentity:
             *(["kernels"] if uses_kernels else []),
             *([] if model.pictures is None else [f"image attention {model.network.image_attention}"]),
         )  # fmt: skip
-        return cls(model.name, weights.hexdigest(), ", ".join(made_with))
+        return cls(model.name, weights, ", ".join(made_with))

@@ -102,7 +102,8 @@ def load_adapter(network: DiffusionGemma, folder: Path) -> AdapterConfig:
     if refused := sorted(ranks.keys() - adapted.keys()):
         raise DgemmaError(f"{folder} adapts {some_of(refused)}, which cannot be adapted", _MADE_FOR)
     for path, parts in tensors.items():
-        for name, value in parts.items():
+        for name, whole in parts.items():
+            value = network.own_part(path, name, whole)
             if name not in adapted[path] or adapted[path][name].shape != value.shape:
                 raise DgemmaError(f"{folder}: {name} of {path} has shape {value.shape}, which does not fit", _MADE_FOR)
             adapted[path][name] = value.astype(mx.float32)

@@ -167,6 +167,10 @@ class DiffusionGemma(nn.Module):
         on_cpu = mx.default_device() == mx.Device(mx.cpu)
         return not (on_cpu and any("scales" in module for module in self.modules()))
 
+    def own_part(self, path: str, name: str, value: mx.array) -> mx.array:
+        """Return the part of an adapter's array that this network holds: all of it, unless the network is a slice."""
+        return value
+
     def new_cache(self, left_padding: mx.array | None = None) -> PrefixCache:
         """Return an empty cache for this network.
 

@@ -21,7 +21,7 @@ from typing import Any
 import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import ModelConfig
-from dgemma_mlx.generation.api import load
+from dgemma_mlx.generation.load import load
 from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.text.chat import ChatTemplate, encode_chat
 from dgemma_mlx.text.tokenizer import Tokenizer, load_tokenizer

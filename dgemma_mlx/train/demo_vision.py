@@ -31,7 +31,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from dgemma_mlx.checkpoint.vision_config import VisionConfig
-from dgemma_mlx.generation.api import load
+from dgemma_mlx.generation.load import load
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.json_text import parse_json, read_json
 from dgemma_mlx.train.demo_tokenizer import CHAT_TEMPLATE

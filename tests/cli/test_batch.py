@@ -13,7 +13,7 @@ import pytest
 
 from dgemma_mlx.cli.batch import read_batch
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.generation.api import load
+from dgemma_mlx.generation.load import load
 from dgemma_mlx.generation.memory import Work, run_memory
 
 

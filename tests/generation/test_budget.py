@@ -14,7 +14,8 @@ from mlx.utils import tree_flatten
 from dgemma_mlx.checkpoint.config import ModelConfig, TextConfig
 from dgemma_mlx.constrain.constraint import Constraint
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.generation.api import generate_batch, load
+from dgemma_mlx.generation.api import generate_batch
+from dgemma_mlx.generation.load import load
 from dgemma_mlx.generation.memory import Budget, Work, cache_memory, device_limit, fitting_budget, run_memory
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.generation.options import Verify

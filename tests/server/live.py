@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import uvicorn
 
-from dgemma_mlx.generation.api import load
+from dgemma_mlx.generation.load import load
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.server.app import make_app
 from dgemma_mlx.server.connection import TimedProtocol

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
-from dgemma_mlx.generation.api import generate, load
+from dgemma_mlx.generation.api import generate
+from dgemma_mlx.generation.load import load
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.train import demo_vision
 from dgemma_mlx.train.pictures import as_picture, drawn, encode_pictures, questions

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dgemma_mlx.generation.api import load
+from dgemma_mlx.generation.load import load
 from dgemma_mlx.generation.model import Model
 from tests.vision.seeing import write_seeing
 

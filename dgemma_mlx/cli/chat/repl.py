@@ -17,6 +17,7 @@ from dgemma_mlx.cli.image_options import ImageBudget, check_budget
 from dgemma_mlx.cli.loading import full_name, load_model, model_loader
 from dgemma_mlx.cli.log.keep import Keeper, about
 from dgemma_mlx.cli.log.options import ConversationOptions
+from dgemma_mlx.cli.machines import MachineOptions
 from dgemma_mlx.cli.parameters import (
     ApiKey,
     MaxTokens,
@@ -62,6 +63,7 @@ def chat(
     url: Url = None,
     key: ApiKey = None,
     model: ModelOptions,
+    machines: MachineOptions,
     no_live: NoLive = False,
     max_tokens: MaxTokens = None,
     seed: Seed = None,
@@ -108,7 +110,7 @@ def chat(
 
     check_budget(image_budget)
     if url is not None:
-        _check_remote(model, verify, prompt_cache, image_budget)
+        _check_remote(model, machines, verify, prompt_cache, image_budget)
     settings = Settings()
     continued = conversation.open(settings)
     flags = {
@@ -123,7 +125,7 @@ def chat(
     if system is not None or continued is None:
         session.system = defaults["system"]
     draw = defaults["live"] and not no_live and can_draw()
-    with quiet_when_closed(), _conversation(url, key, session, defaults, draw, model, prompt_cache) as opened:
+    with quiet_when_closed(), _conversation(url, key, session, defaults, draw, model, machines, prompt_cache) as opened:
         opened.image_budget = image_budget
         opened.check()  # refuse contradictory settings before anything is written
         if continued is not None:
@@ -136,7 +138,7 @@ def chat(
 @contextmanager
 def _conversation(
     url: str | None, key: str | None, session: Session, defaults: dict[str, Any], draw: bool, model: ModelOptions,
-    prompt_cache: Path | None,
+    machines: MachineOptions, prompt_cache: Path | None,
 ) -> Iterator[Chat]:
     """Yield the conversation with the model of a server, or with one that is loaded."""
     if url is not None:
@@ -156,10 +158,10 @@ def _conversation(
 
     def open_model(other: str | None) -> Callable[[], Model]:
         adapter = model.adapter if other == first else None  # it fits only the model that it was trained for
-        return model_loader(settings, replace(model, model=other, adapter=adapter))
+        return model_loader(settings, replace(model, model=other, adapter=adapter), machines=machines)
 
     def load() -> Model:
-        loaded = load_model(settings, replace(model, model=name))
+        loaded = load_model(settings, replace(model, model=name), machines=machines)
         if offered is not None:
             offer.remember(offered)
         return loaded
@@ -173,7 +175,8 @@ def _conversation(
 
 
 def _check_remote(
-    model: ModelOptions, verify: str | None, prompt_cache: Path | None, image_budget: int | None
+    model: ModelOptions, machines: MachineOptions, verify: str | None, prompt_cache: Path | None,
+    image_budget: int | None,
 ) -> None:
     """Raise `DgemmaError` (exit code 2) for options that only a loaded model has."""
     given = {"--verify": verify, "--prompt-cache": prompt_cache, "--image-budget": image_budget} | {

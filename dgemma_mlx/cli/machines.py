@@ -1,0 +1,117 @@
+"""Several machines: the options, and what a process does that is not the first one."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from dgemma_mlx.cli.parameters import section
+from dgemma_mlx.errors import DgemmaError
+
+if TYPE_CHECKING:
+    from dgemma_mlx.distributed.channel import Channel
+    from dgemma_mlx.distributed.launch import Launch
+    from dgemma_mlx.distributed.links import Expectation
+    from dgemma_mlx.generation.load import LoadOptions
+    from dgemma_mlx.generation.model import Model
+
+machine_option = section("Several machines")
+
+Hostfile = Annotated[
+    Path | None,
+    machine_option("--hostfile", metavar="FILE", help="Start on the machines of this file as well, through ssh."),
+]
+Anyway = Annotated[
+    bool, machine_option("--anyway", help="Cut the model over the machines even if one of them would be faster.")
+]
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """The options of every command that can use several machines."""
+
+    hostfile: Hostfile = None
+    anyway: Anyway = False
+
+
+@cache
+def connected(hostfile: Path | None) -> tuple[Launch, Channel] | None:
+    """Connect the machines that mlx.launch has started, or start those of a hostfile; None for one machine.
+
+    Raises `DgemmaError` when a machine is missing or differs.
+    """
+    from dgemma_mlx.distributed.launch import launched
+
+    if hostfile is not None:
+        if "MLX_RANK" in os.environ:
+            raise DgemmaError("--hostfile excludes mlx.launch", "mlx.launch has a --hostfile of its own.", exit_code=2)
+        from dgemma_mlx.distributed.start import start
+
+        start(hostfile)
+    launch = launched()
+    if launch is None:
+        return None
+    from dgemma_mlx.distributed.channel import open_channel
+    from dgemma_mlx.distributed.start import end_started
+
+    channel = open_channel(launch)
+    channel.last_acts.append(end_started)
+    atexit.register(channel.close)
+    return launch, channel
+
+
+def cut_model(machines: MachineOptions, options: LoadOptions, quiet: bool) -> Model | None:
+    """Cut a model over the machines and return it, or return None when there is only one machine."""
+    joined = connected(machines.hostfile)
+    if joined is None:
+        if machines.anyway:
+            raise DgemmaError("--anyway needs several machines", "Name them with --hostfile.", exit_code=2)
+        return None
+    from dgemma_mlx.generation.machines import lead
+
+    launch, channel = joined
+
+    def say(expected: Expectation) -> None:
+        if not quiet:
+            print(
+                f"dgemma-mlx: {channel.size} machines; a step is expected to take {expected.cut:.3f} s, "
+                f"{expected.link:.3f} s of it on the links, and {expected.alone:.3f} s on one machine",
+                file=sys.stderr,
+            )
+
+    return lead(channel, launch, options, say, machines.anyway)
+
+
+def is_follower() -> bool:
+    """Return whether this process is another one than the first of several."""
+    return os.environ.get("MLX_RANK", "0") != "0"
+
+
+def run_follower() -> int:
+    """Do what rank 0 asks for, and return the exit code."""
+    from dgemma_mlx.distributed.channel import MachineLostError, open_channel
+    from dgemma_mlx.distributed.launch import launched
+
+    launch = launched()
+    if launch is None:
+        raise DgemmaError("MLX_RANK is set, but there are no other hosts", "Unset it.", exit_code=2)
+    channel = open_channel(launch)
+    try:
+        message = channel.receive()
+        from dgemma_mlx.generation.machines import follow
+
+        while True:
+            message = follow(channel, launch, message)
+    except MachineLostError:  # rank 0 has ended
+        return 0
+    except DgemmaError as error:
+        reason = error.message
+    except Exception as error:
+        reason = f"unexpected {type(error).__name__}: {error}"
+    channel.fail(f"{socket.gethostname()} (rank {launch.rank}): {reason}")

@@ -1,0 +1,156 @@
+"""Starting of the other machines of a hostfile, through ssh, as ``mlx.launch`` does it.
+
+The process that the user has started becomes rank 0 and keeps the terminal. The hostfile is the one that MLX documents
+and ``mlx.distributed_config`` writes; its first host is this machine.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import secrets
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dgemma_mlx.checks import shown
+from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.json_text import parse_json
+
+_GRACE = 1.0  # seconds that they have for it
+PORT = 32323  # of the first host; the others follow
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+_started: list[subprocess.Popen[bytes]] = []
+_HINT = "`mlx.distributed_config` writes one; docs/several-macs.md shows it."
+
+
+@dataclass(frozen=True)
+class Host:
+    """A machine of a hostfile.
+
+    Attributes:
+        ssh: The name by which ssh reaches it.
+        ips: Its addresses for the ring.
+        rdma: For JACCL, its device towards each machine, or None towards itself.
+    """
+
+    ssh: str
+    ips: tuple[str, ...]
+    rdma: tuple[str | None, ...]
+
+
+def read_hostfile(path: Path) -> tuple[str, list[Host], list[str]]:
+    """Return the back end, the hosts and the environment variables (``NAME=VALUE``) of a hostfile.
+
+    Raises ``DgemmaError`` (exit code 2) when it cannot be read, or names fewer than two hosts.
+    """
+    try:
+        content: Any = parse_json(path.read_bytes())
+    except OSError as error:
+        raise DgemmaError(f"cannot read {path}: {error.strerror}", _HINT, exit_code=2) from None
+    except ValueError as error:
+        raise DgemmaError(f"{path} is not JSON: {error}", _HINT, exit_code=2) from None
+    data = content if isinstance(content, Mapping) else {"hosts": content}
+    try:
+        hosts = [
+            Host(str(host["ssh"]), tuple(map(str, host.get("ips", ()))), tuple(host.get("rdma", ())))
+            for host in data["hosts"]
+        ]
+        backend, variables = str(data.get("backend") or "ring"), list(map(str, data.get("envs", ())))
+    except (KeyError, TypeError, AttributeError):
+        raise DgemmaError(f"{path} is not a hostfile", _HINT, exit_code=2) from None
+    if backend not in ("ring", "jaccl"):
+        raise DgemmaError(f"{path}: the backend must be ring or jaccl, not {shown(backend)}", _HINT, exit_code=2)
+    if len(hosts) < 2:
+        raise DgemmaError(f"{path} names fewer than two hosts", "One machine needs no hostfile.", exit_code=2)
+    if bad := [host.ssh for host in hosts if not host.ips and (backend == "ring" or host is hosts[0])]:
+        raise DgemmaError(f"{path} has no address (ips) of {shown(bad[0])}", _HINT, exit_code=2)
+    if backend == "jaccl" and any(len(host.rdma) != len(hosts) for host in hosts):
+        raise DgemmaError(f"{path}: each host needs one rdma device for each host, null for itself", _HINT, exit_code=2)
+    return backend, hosts, variables
+
+
+def start(path: Path, port: int = PORT) -> None:
+    """Start a process on every other machine of a hostfile, and make this one rank 0, in its environment.
+
+    The others end when this process ends. Raises ``DgemmaError`` as ``read_hostfile`` does, and when ssh is missing.
+    """
+    backend, hosts, variables = read_hostfile(path)
+    if backend == "ring":
+        addresses = [[f"{host.ips[0]}:{port + rank}"] for rank, host in enumerate(hosts)]
+        name, content, common = "MLX_HOSTFILE", json.dumps(addresses), {}
+    else:
+        name, content = "MLX_IBV_DEVICES", json.dumps([host.rdma for host in hosts])
+        common = {"MLX_JACCL_COORDINATOR": f"{hosts[0].ips[0]}:{port}"}
+    common |= {variable.partition("=")[0]: variable.partition("=")[2] for variable in variables}
+    key = secrets.token_hex(16)
+    file = _temporary(content)
+    os.environ.update(common | {name: file, "MLX_RANK": "0", "DGEMMA_CLUSTER_KEY": key})
+    for rank, host in enumerate(hosts[1:], 1):
+        own = common | {"MLX_RANK": str(rank)}
+        process = _start_here(own | {name: file}, key) if host.ssh in _LOCAL else _start_there(
+            host.ssh, own, name, content, key
+        )  # fmt: skip
+        _started.append(process)
+    atexit.register(end_started)
+
+
+def _start_here(variables: Mapping[str, str], key: str) -> subprocess.Popen[bytes]:
+    """Start a process on this machine."""
+    environment = {**os.environ, **variables, "DGEMMA_CLUSTER_KEY": key}
+    command = [sys.executable, "-m", "dgemma_mlx"]
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment, start_new_session=True
+    )
+
+
+def _start_there(
+    host: str, variables: Mapping[str, str], name: str, content: str, key: str
+) -> subprocess.Popen[bytes]:
+    """Start a process on another machine. The key goes through ssh's input, so that no list of processes shows it."""
+    exports = " ".join(f"{variable}={shlex.quote(value)}" for variable, value in variables.items())
+    program = os.environ.get("DGEMMA_REMOTE_COMMAND", "dgemma-mlx")
+    script = (
+        f"file=$(mktemp); trap 'rm -f \"$file\"' EXIT; printf %s {shlex.quote(content)} > \"$file\"; "
+        f"IFS= read -r DGEMMA_CLUSTER_KEY; export DGEMMA_CLUSTER_KEY {exports} {name}=\"$file\"; {program} < /dev/null"
+    )
+    try:
+        process = subprocess.Popen(
+            ["ssh", "-o", "BatchMode=yes", host, script], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:
+        raise DgemmaError(f"cannot run ssh: {error.strerror}", "Install ssh, or use mlx.launch.") from None
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):
+        process.stdin.write(f"{key}\n".encode())
+        process.stdin.close()
+    return process
+
+
+def _temporary(content: str) -> str:
+    """Write a file that is removed when this process ends, and return its path."""
+    with tempfile.NamedTemporaryFile("w", prefix="dgemma-mlx-", suffix=".json", delete=False) as file:
+        file.write(content)
+    atexit.register(lambda: Path(file.name).unlink(missing_ok=True))
+    return file.name
+
+
+def end_started() -> None:
+    """End the processes that ``start`` has started. They have lost rank 0 and end by themselves, unless stopped."""
+    deadline = time.monotonic() + _GRACE
+    while _started:
+        process = _started.pop()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+        with suppress(OSError):
+            process.kill()
+            process.wait()

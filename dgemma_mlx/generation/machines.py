@@ -1,0 +1,157 @@
+"""One model cut over several machines: what rank 0 and the others do from the first word to the last."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from dgemma_mlx.checkpoint.config import ModelConfig
+from dgemma_mlx.checkpoint.hub import resolve
+from dgemma_mlx.checkpoint.shards import stored_tensors
+from dgemma_mlx.distributed.channel import Channel, Message
+from dgemma_mlx.distributed.collective import Collective
+from dgemma_mlx.distributed.follow import Follower
+from dgemma_mlx.distributed.launch import Launch
+from dgemma_mlx.distributed.lead import Leader, LeadingNetwork
+from dgemma_mlx.distributed.links import Expectation, Speed, expectation, measured_link, measured_speed, step_flops
+from dgemma_mlx.distributed.network import CutNetwork
+from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.generation.identity import fingerprint
+from dgemma_mlx.generation.load import LoadOptions, load_cut
+from dgemma_mlx.generation.memory import device_limit
+from dgemma_mlx.generation.model import Model
+
+_SHARED_PORTS = "Wait for another run to end, or choose other ports with mlx.launch --starting-port."
+
+
+def lead(
+    channel: Channel, launch: Launch, options: LoadOptions, say: Callable[[Expectation], None], anyway: bool = False
+) -> Model:
+    """Cut a model over the machines, and return it as rank 0 has it: the engine uses it as any other.
+
+    The machines take shares in proportion to their memory. Before anything is loaded, they must have the same
+    checkpoint and adapter, and the links are measured; ``say`` is told what a step is expected to take. From here on
+    the loss of a machine ends all of them.
+
+    Raises ``DgemmaError`` when the machines differ, when the model cannot be cut, and, unless ``anyway``, when one
+    machine that has the memory for the whole model would be faster.
+    """
+    channel.ends_with = True
+    channel.tell({"work": "cut", "options": _as_message(options)})
+    own = _facts(launch, options)
+    facts = [own, *(channel.receive(rank) for rank in channel.peers)]
+    for peer, other in zip(channel.peers.values(), facts[1:], strict=True):
+        if other["fingerprint"] != own["fingerprint"]:
+            channel.fail(f"{peer} has another checkpoint, configuration or adapter than {socket.gethostname()}")
+    shares = [float(each["memory"]) for each in facts]
+    channel.tell({"shares": shares})
+    collective = _collective(launch)
+    expected = _expectation(collective, options, facts, shares)
+    say(expected)
+    fits_one = max(shares) > own["bytes"]
+    if not (expected.gains or anyway) and fits_one:
+        line = (
+            f"a step is expected to take {expected.cut:.3f} s on {channel.size} machines, {expected.link:.3f} s of it "
+            f"on their links, and {expected.alone:.3f} s on one"
+        )
+        channel.close(line)
+        raise DgemmaError(line, "Use one machine, a faster link, or --anyway.")
+    channel.tell({"load": True})
+    leader = Leader(channel)
+    model = load_cut(options, shares, lambda config, all_slices: LeadingNetwork(config, all_slices, collective, leader))
+    for rank in channel.peers:
+        channel.receive(rank)
+    return model
+
+
+def follow(channel: Channel, launch: Launch, message: Message) -> Message:
+    """Do what rank 0 asks of another machine: take a slice of a model, and follow its calls. Return what it asks next.
+
+    ``message`` is what rank 0 asks for. Raises ``DgemmaError`` as ``lead`` does, and ``MachineLostError`` at the end.
+    """
+    options = _from_message(message["options"])
+    facts = _facts(launch, options)
+    channel.send(facts)
+    shares = channel.receive()["shares"]
+    collective = _collective(launch)
+    _measure(collective, options)
+    channel.receive()
+    model = load_cut(options, shares, lambda config, all_slices: CutNetwork(config, all_slices, collective))
+    channel.send({"loaded": True})
+    assert isinstance(model.network, CutNetwork)
+    return Follower(model.network, channel).follow()
+
+
+def _facts(launch: Launch, options: LoadOptions) -> Message:
+    """Return what the machines compare, and what decides about their shares. Raises ``DgemmaError``."""
+    checkpoint = resolve(options.model)
+    config = ModelConfig.load(checkpoint.folder)
+    _check_port(launch)
+    return {
+        "fingerprint": fingerprint(checkpoint.folder, config, options.adapter), "memory": device_limit(),
+        "bytes": sum(stored.nbytes for stored in stored_tensors(checkpoint.folder).values()),
+        "speed": asdict(measured_speed(_dtype(options))),
+    }  # fmt: skip
+
+
+def _dtype(options: LoadOptions) -> mx.Dtype:
+    """Return the dtype of activations, for measurements."""
+    if options.chosen_dtype is not None:
+        return options.chosen_dtype
+    return mx.bfloat16 if mx.metal.is_available() else mx.float32
+
+
+def _collective(launch: Launch) -> Collective:
+    """Connect the machines for collective operations. Raises ``DgemmaError``."""
+    try:
+        return Collective(mx.distributed.init(strict=True, backend=launch.backend))
+    except RuntimeError as error:
+        raise DgemmaError(f"MLX cannot connect the machines: {error}", _SHARED_PORTS) from None
+
+
+def _check_port(launch: Launch) -> None:
+    """Raise ``DgemmaError`` when this machine's port is taken, on which MLX would wait for long."""
+    if launch.backend != "ring":
+        return
+    host, port = launch.addresses[launch.rank]
+    with socket.socket() as attempt:
+        attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            attempt.bind((host, port))
+        except OSError as error:
+            raise DgemmaError(f"cannot listen on {host}:{port}: {error.strerror}", _SHARED_PORTS) from None
+
+
+def _measure(collective: Collective, options: LoadOptions) -> float:
+    """Return the seconds that the links take in a step. All machines measure at the same time."""
+    config = ModelConfig.load(resolve(options.model).folder)
+    return measured_link(collective, config.text, config.canvas_length, _dtype(options))
+
+
+def _expectation(
+    collective: Collective, options: LoadOptions, facts: list[Message], shares: list[float]
+) -> Expectation:
+    """Return what a step is expected to take."""
+    config = ModelConfig.load(resolve(options.model).folder)
+    speeds = [Speed(**each["speed"]) for each in facts]
+    flops = step_flops(config.text, config.canvas_length)
+    return expectation(facts[0]["bytes"], flops, speeds, shares, _measure(collective, options))
+
+
+def _as_message(options: LoadOptions) -> Message:
+    """Return the options as JSON. The dtype has a name."""
+    dtype: Any = options.dtype
+    if dtype is not None and not isinstance(dtype, str):
+        dtype = str(dtype).removeprefix("mlx.core.")
+    adapter = None if options.adapter is None else str(options.adapter)
+    return {**asdict(replace(options, dtype=None)), "dtype": dtype, "adapter": adapter}
+
+
+def _from_message(message: Message) -> LoadOptions:
+    """Return the options of ``_as_message``."""
+    return LoadOptions(**{**message, "adapter": None if message["adapter"] is None else Path(message["adapter"])})
