@@ -11,6 +11,7 @@ import typer
 from dgemma_mlx.cli.complete import models
 from dgemma_mlx.cli.interrupt import ending_at_once
 from dgemma_mlx.cli.loading import fetch
+from dgemma_mlx.cli.machines import machine_option
 from dgemma_mlx.cli.parameters import AsJson, CpuDequantize, resource_option
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.render.visible import visible
@@ -35,9 +36,15 @@ BatchSize = Annotated[
     int, resource_option("--batch-size", min=1, help="Number of prompts at a time, for the estimate of the memory.")
 ]
 
+Ranks = Annotated[
+    int | None,
+    machine_option("--ranks", min=2, help="Show what each of this many machines would hold (docs/several-macs.md)."),
+]
+
 
 def info(
-    model: ModelName = None, as_json: AsJson = False, batch_size: BatchSize = 1, cpu_dequantize: CpuDequantize = None
+    model: ModelName = None, as_json: AsJson = False, batch_size: BatchSize = 1, cpu_dequantize: CpuDequantize = None,
+    ranks: Ranks = None,
 ) -> None:
     """Show a checkpoint's architecture, size and memory needs.
 
@@ -47,6 +54,7 @@ def info(
     Examples:
         dgemma-mlx info demo
         dgemma-mlx info mlx-community/diffusiongemma-26B-A4B-it-4bit --json
+        dgemma-mlx info --ranks 2 google/diffusiongemma-26B-A4B-it
     """
     from dgemma_convert.source import open_source
     from dgemma_mlx.cli.settings import Settings
@@ -55,20 +63,23 @@ def info(
     checkpoint = fetch(settings.pick("model", model), weights=False)
     with ending_at_once():
         source = open_source(checkpoint)
-    facts = describe(source, settings.pick("cpu_dequantize", cpu_dequantize), batch_size)
+    facts = describe(source, settings.pick("cpu_dequantize", cpu_dequantize), batch_size, ranks)
     with quiet_when_closed():
         print(json.dumps(facts) if as_json else visible(_as_text(facts)))
 
 
-def describe(source: Source, cpu_dequantize: str = "auto", batch_size: int = 1) -> dict[str, Any]:
+def describe(
+    source: Source, cpu_dequantize: str = "auto", batch_size: int = 1, ranks: int | None = None
+) -> dict[str, Any]:
     """Return the facts about a checkpoint, with sizes in bytes.
 
     ``memory`` maps lengths of context to the memory that ``batch_size`` prompts of this length and their answers take
     on this machine, ``fits`` says whether it is there, and ``fitting_recipe`` names the recipe of a conversion that
     would fit if this checkpoint does not. ``unpacked`` says whether packed weights are unpacked in it, as ``load`` does
-    with this ``cpu_dequantize``.
+    with this ``cpu_dequantize``. ``cut`` is what ``cut_facts`` says of this number of ``ranks``, or None.
     """
     from dgemma_convert.recipes import EXPERTS, class_of
+    from dgemma_mlx.cli.ranks import cut_facts
     from dgemma_mlx.cli.verdict import judge, loaded_bytes, unpacks
     from dgemma_mlx.generation.memory import Work, cache_memory, run_memory
 
@@ -114,6 +125,7 @@ def describe(source: Source, cpu_dequantize: str = "auto", batch_size: int = 1) 
         "fits": verdict.fits,
         "fitting_recipe": verdict.recipe,
         "verdict": verdict.sentence(),
+        "cut": None if ranks is None else cut_facts(source, ranks, contexts, cpu_dequantize, batch_size),
     }
 
 
@@ -163,6 +175,7 @@ def _recipe(folder: Path) -> str | None:
 
 def _as_text(facts: dict[str, Any]) -> str:
     """Return the facts as rows of names and values."""
+    from dgemma_mlx.cli.ranks import cut_lines
     from dgemma_mlx.sizes import amount, size
 
     recipe = f", recipe {facts['recipe']}" if facts["recipe"] else ""
@@ -187,6 +200,8 @@ def _as_text(facts: dict[str, Any]) -> str:
         for context, memory in facts["memory"].items()
     ]
     lines.append(f"  {facts['verdict']}")
+    if facts["cut"] is not None:
+        lines += [f"  {line}" for line in cut_lines(facts["cut"])]
     return "\n".join(lines)
 
 

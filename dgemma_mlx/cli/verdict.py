@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dgemma_mlx.sizes import size
 
 if TYPE_CHECKING:
-    from dgemma_convert.source import Source
+    from dgemma_convert.source import Source, Weight
 
 ORIGINAL = "google/diffusiongemma-26B-A4B-it"
 CONTEXTS = (8192, 32_768)
@@ -100,12 +100,15 @@ def fitting_recipe(source: Source, context: int, available: int) -> tuple[str | 
 
 def loaded_bytes(source: Source, cpu_dequantize: str = "auto") -> int:
     """Return the bytes that the text network's weights take on this machine after ``load``."""
+    unpacked = unpacks(source, cpu_dequantize)
+    return sum(loaded_weight(weight, unpacked) for weight in source.text.values())
+
+
+def loaded_weight(weight: Weight, unpacked: bool) -> int:
+    """Return the bytes that a weight takes on this machine; ``unpacked`` says whether packed ones become float32."""
     from dgemma_mlx.generation.memory import weight_memory
 
-    weights, unpacked = source.text.values(), unpacks(source, cpu_dequantize)
-    stored = [weight for weight in weights if weight.format is None or not unpacked]
-    plain = _plain_bytes(source) if unpacked else 0
-    return plain + weight_memory(tensor for weight in stored for tensor in weight.stored)
+    return 4 * weight.size if unpacked and weight.format is not None else weight_memory(weight.stored)
 
 
 def unpacks(source: Source, cpu_dequantize: str) -> bool:

@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from dgemma_mlx.checkpoint.config import TextConfig
 from dgemma_mlx.errors import DgemmaError
@@ -101,6 +102,18 @@ def part_of(path: str, config: TextConfig, own: Slice) -> tuple[int, list[range]
     return None
 
 
+def share_of(path: str, shape: Sequence[int], config: TextConfig, own: Slice) -> Fraction:
+    """Return which share of a module's weights, of unpacked ``shape`` (..., O, I), a machine holds; see ``part_of``.
+
+    Packed weights, their scales and their biases have the same share, because cuts are between whole groups.
+    """
+    part = part_of(path, config, own)
+    if part is None:
+        return Fraction(1)
+    axis, ranges = part
+    return Fraction(sum(map(len, ranges)), shape[axis])
+
+
 def cut(size: int, shares: Sequence[float], multiple: int, what: str) -> list[range]:
     """Cut ``size`` values into one range for each share, in whole units.
 
@@ -120,9 +133,7 @@ def cut(size: int, shares: Sequence[float], multiple: int, what: str) -> list[ra
 def _apportion(total: int, shares: Sequence[float], what: str) -> list[int]:
     """Distribute ``total`` whole units by shares, at least one each (largest remainders; the first wins ties)."""
     if total < len(shares):
-        raise DgemmaError(
-            f"{what} cannot be cut for {len(shares)} machines", "Use fewer machines, or a whole model on each."
-        )
+        raise _too_many(what, len(shares))
     free = total - len(shares)  # one unit each is given in any case
     exact = [max(0.0, total * share / sum(shares) - 1) for share in shares]
     scale = free / (sum(exact) or 1)
@@ -131,6 +142,11 @@ def _apportion(total: int, shares: Sequence[float], what: str) -> list[int]:
     for rank in by_remainder[: free - sum(counts)]:
         counts[rank] += 1
     return [1 + count for count in counts]
+
+
+def _too_many(what: str, machines: int) -> DgemmaError:
+    """Return the error for more machines than parts."""
+    return DgemmaError(f"{what} cannot be cut for {machines} machines", "Use fewer machines, or a whole model on each.")
 
 
 def _step(group_size: int, head_dim: int) -> int:
@@ -152,6 +168,8 @@ def _cut_heads(queries: int, keys: int, shares: Sequence[float], step: int) -> l
         cuts = [Heads(range(part.start * group, part.stop * group), part) for part in owned]
     else:
         cuts = []
+        if group // step < math.ceil(count / keys):
+            raise _too_many(what, count)
         for key in range(keys):  # the machines first * keys ... share this key/value head
             ranks = range(key * count // keys, (key + 1) * count // keys)
             parts = _apportion(group // step, [shares[rank] for rank in ranks], what)
