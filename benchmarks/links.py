@@ -1,4 +1,4 @@
-"""Several machines, predicted: what each holds of the published model, and what links add to a step. Nothing is measured.
+"""Several machines: what each holds of the published model, and what links add to a step. A prediction, not measured.
 
     python benchmarks/links.py
 

@@ -15,6 +15,7 @@ from dgemma_mlx.checks import reason, shown
 from dgemma_mlx.cli.bench import bench
 from dgemma_mlx.cli.chat.repl import chat
 from dgemma_mlx.cli.choose import choose
+from dgemma_mlx.cli.cluster import cluster
 from dgemma_mlx.cli.config import config
 from dgemma_mlx.cli.convert import convert
 from dgemma_mlx.cli.doctor import doctor
@@ -99,6 +100,7 @@ for title, commands in COMMANDS.items():
         app.command(name, cls=Command, rich_help_panel=title)(expand(command))
 app.add_typer(models, name="models", rich_help_panel="Models")
 app.add_typer(config, name="config", rich_help_panel="Machine")
+app.add_typer(cluster, name="cluster", rich_help_panel="Machine")
 app.add_typer(sessions, name="sessions", rich_help_panel="Write")
 app.add_typer(templates, name="templates", rich_help_panel="Write")
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dgemma_mlx.distributed.channel import Channel
     from dgemma_mlx.distributed.launch import Launch
     from dgemma_mlx.distributed.links import Expectation
+    from dgemma_mlx.distributed.start import Started
     from dgemma_mlx.generation.load import LoadOptions
     from dgemma_mlx.generation.model import Model
 
@@ -40,21 +41,31 @@ class MachineOptions:
     anyway: Anyway = False
 
 
+def launch_of(hostfile: Path | None, keep_errors: bool = False) -> tuple[Launch | None, dict[int, Started]]:
+    """Start the machines of a hostfile, or find those that mlx.launch has started; None for one machine.
+
+    Returns also the processes that were started, by rank; `keep_errors` keeps their stderr to themselves. Raises
+    `DgemmaError`.
+    """
+    from dgemma_mlx.distributed.launch import launched
+
+    started: dict[int, Started] = {}
+    if hostfile is not None:
+        if "MLX_RANK" in os.environ:
+            raise DgemmaError("--hostfile excludes mlx.launch", "mlx.launch has a --hostfile of its own.", exit_code=2)
+        from dgemma_mlx.distributed.start import start
+
+        started = start(hostfile, keep_errors=keep_errors)
+    return launched(), started
+
+
 @cache
 def connected(hostfile: Path | None) -> tuple[Launch, Channel] | None:
     """Connect the machines that mlx.launch has started, or start those of a hostfile; None for one machine.
 
     Raises `DgemmaError` when a machine is missing or differs.
     """
-    from dgemma_mlx.distributed.launch import launched
-
-    if hostfile is not None:
-        if "MLX_RANK" in os.environ:
-            raise DgemmaError("--hostfile excludes mlx.launch", "mlx.launch has a --hostfile of its own.", exit_code=2)
-        from dgemma_mlx.distributed.start import start
-
-        start(hostfile)
-    launch = launched()
+    launch, _ = launch_of(hostfile)
     if launch is None:
         return None
     from dgemma_mlx.distributed.channel import open_channel
@@ -104,6 +115,10 @@ def run_follower() -> int:
     channel = open_channel(launch)
     try:
         message = channel.receive()
+        if message["work"] == "check":
+            from dgemma_mlx.cli.machine_check import answer_check
+
+            message = answer_check(channel, launch, message)
         from dgemma_mlx.generation.machines import follow
 
         while True:

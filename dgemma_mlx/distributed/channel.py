@@ -8,6 +8,7 @@ work on one cut model ends everywhere, with one line that names the machine; ind
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -253,45 +254,66 @@ def open_channel(launch: Launch, hello: Message | None = None, seconds: float = 
     """
     mine = own_hello() | (hello or {}) | {"rank": launch.rank}
     peers = _accept(launch, mine, seconds) if launch.rank == 0 else {0: _join(launch, mine, seconds)}
+    if missing := [rank for rank in range(1, launch.size) if launch.rank == 0 and rank not in peers]:
+        names = ", ".join(address_of(launch, rank) for rank in missing)
+        line = f"{names} did not come within {seconds:.0f} s"
+        for peer in peers.values():
+            with suppress(MachineLostError):
+                peer.send({"end": line})
+        raise DgemmaError(line, _NO_MACHINE)
     channel = Channel(launch, peers, mine["name"])
     for peer in channel.peers.values():
-        for what, label in (("version", "dgemma-mlx"), ("mlx", "MLX")):
-            if peer.hello.get(what) != mine[what]:
-                line = f"{peer} has {label} {peer.hello.get(what)}, and {mine['name']} has {mine[what]}"
-                channel.close(line)
-                raise DgemmaError(line, "Install the same versions on all machines.")
+        if line := difference(peer, mine):
+            channel.close(line)
+            raise DgemmaError(line, "Install the same versions on all machines.")
     return channel
 
 
-def _accept(launch: Launch, mine: Message, seconds: float) -> dict[int, Peer]:
-    """Wait until every other machine has connected, and return them by rank."""
+def open_for_check(launch: Launch, has_ended: Callable[[int], bool], seconds: float = SILENCE) -> Channel:
+    """Connect rank 0 with those machines that come within ``seconds``, whatever their versions are.
+
+    ``has_ended`` says of a rank that it cannot come any more. Raises ``DgemmaError`` when the port of rank 0 is taken.
+    """
+    mine = own_hello() | {"rank": 0}
+    return Channel(launch, _accept(launch, mine, seconds, has_ended), mine["name"])
+
+
+def difference(peer: Peer, mine: Message) -> str | None:
+    """Return how the versions of a machine differ from those in this one's hello; None where they are the same."""
+    for what, label in (("version", "dgemma-mlx"), ("mlx", "MLX")):
+        if peer.hello.get(what) != mine[what]:
+            return f"{peer} has {label} {peer.hello.get(what)}, and {mine['name']} has {mine[what]}"
+    return None
+
+
+def _accept(
+    launch: Launch, mine: Message, seconds: float, has_ended: Callable[[int], bool] = lambda rank: False
+) -> dict[int, Peer]:
+    """Wait until every other machine has connected or has ended, and return those that have connected by rank."""
     host, port = launch.channel_address
     try:
         listener = Listener((host, port), backlog=launch.size, authkey=launch.key)
     except OSError as error:
-        hint = "Wait for another run to end, or choose other ports with mlx.launch --starting-port."
+        hint = "Wait for another run to end, or choose other ports with DGEMMA_CLUSTER_PORT or mlx.launch's option."
+        if error.errno != errno.EADDRINUSE:
+            hint = "The first host must be this machine, with an address that it has."
         raise DgemmaError(f"cannot listen on {host}:{port}: {error.strerror}", hint) from None
     arrived: SimpleQueue[Peer] = SimpleQueue()
     is_over = threading.Event()
     threading.Thread(target=_greet, args=(listener, mine, arrived, is_over), daemon=True).start()
     peers: dict[int, Peer] = {}
     deadline = time.monotonic() + seconds
-    try:
-        while len(peers) < launch.size - 1:
-            peer = arrived.get(timeout=max(0.0, deadline - time.monotonic()))
+    while (missing := [rank for rank in range(1, launch.size) if rank not in peers]) and time.monotonic() < deadline:
+        are_gone = all(map(has_ended, missing))
+        try:
+            peer = arrived.get(timeout=_RETRY)
             peers[peer.rank] = peer
-    except Empty:
-        missing = [rank for rank in range(1, launch.size) if rank not in peers]
-        names = ", ".join(_address_of(launch, rank) for rank in missing)
-        line = f"{names} did not come within {seconds:.0f} s"
-        for peer in peers.values():
-            with suppress(MachineLostError):
-                peer.send({"end": line})
-        raise DgemmaError(line, _NO_MACHINE) from None
-    finally:
-        is_over.set()
-        with suppress(OSError):  # wakes the thread
-            socket.create_connection((host, port), 1).close()
+        except Empty:
+            if are_gone:
+                break
+    is_over.set()
+    with suppress(OSError):  # wakes the thread
+        socket.create_connection((host, port), 1).close()
     return peers
 
 
@@ -328,7 +350,7 @@ def _join(launch: Launch, mine: Message, seconds: float) -> Peer:
         raise DgemmaError(f"{host}:{port} (rank 0) did not answer within {seconds:.0f} s", _NO_MACHINE) from None
 
 
-def _address_of(launch: Launch, rank: int) -> str:
+def address_of(launch: Launch, rank: int) -> str:
     """Return how messages name a machine that has not said its name."""
     known = launch.addresses[rank][0] if rank < len(launch.addresses) else "?"
     return f"{known} (rank {rank})"

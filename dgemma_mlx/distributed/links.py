@@ -13,6 +13,7 @@ from dgemma_mlx.checkpoint.config import TextConfig
 from dgemma_mlx.distributed.collective import Collective
 
 _RUNS = 3
+_LARGE = 16 << 20  # bytes of a large sum
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,31 @@ def measured_link(collective: Collective, config: TextConfig, canvas_length: int
 
     step()  # the first one opens what is opened lazily
     return statistics.median(_seconds(step) for _ in range(_RUNS))
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What single sums over the machines take, measured.
+
+    Attributes:
+        latency: Seconds of a sum of one number.
+        bandwidth: Bytes of a large array that are summed in a second.
+    """
+
+    latency: float
+    bandwidth: float
+
+
+def measured_sums(collective: Collective) -> Sums:
+    """Measure a small and a large sum. All machines must call this at the same time."""
+    small, large = mx.zeros(1), mx.zeros(_LARGE // 4)
+    mx.eval(small, large)
+
+    def seconds(array: mx.array, runs: int) -> float:
+        mx.eval(collective.sum(array))
+        return statistics.median(_seconds(lambda: mx.eval(collective.sum(array))) for _ in range(runs))
+
+    return Sums(seconds(small, 7 * _RUNS), large.nbytes / seconds(large, _RUNS))
 
 
 def step_flops(config: TextConfig, canvas_length: int) -> int:

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dgemma_mlx.checks import shown
 from dgemma_mlx.errors import DgemmaError
@@ -27,6 +27,8 @@ from dgemma_mlx.json_text import parse_json
 
 _GRACE = 1.0  # seconds that they have for it
 PORT = 32323  # of the first host; the others follow
+_LAST_PORT = 65_000
+_MOST_WORDS = 1 << 16  # bytes of stderr that are read
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _started: list[subprocess.Popen[bytes]] = []
 _HINT = "`mlx.distributed_config` writes one; docs/several-macs.md shows it."
@@ -78,11 +80,42 @@ def read_hostfile(path: Path) -> tuple[str, list[Host], list[str]]:
     return backend, hosts, variables
 
 
-def start(path: Path, port: int = PORT) -> None:
+@dataclass(frozen=True)
+class Started:
+    """A process that has been started on another machine, or on this one.
+
+    Attributes:
+        host: The name of the machine in the hostfile.
+        process: The process, or ssh.
+        errors: What it writes to stderr, where that is kept.
+    """
+
+    host: str
+    process: subprocess.Popen[bytes]
+    errors: IO[bytes] | None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has ended."""
+        return self.process.poll() is not None
+
+    def last_words(self) -> str:
+        """Return the last line that it has written to stderr, without a hint; empty where there is none."""
+        if self.errors is None:
+            return ""
+        written = os.pread(self.errors.fileno(), _MOST_WORDS, 0)  # the process writes on at the file's own place
+        lines = written.decode(errors="replace").splitlines()
+        return next((line for line in reversed(lines) if line.strip() and not line.startswith("hint: ")), "")
+
+
+def start(path: Path, port: int | None = None, keep_errors: bool = False) -> dict[int, Started]:
     """Start a process on every other machine of a hostfile, and make this one rank 0, in its environment.
 
-    The others end when this process ends. Raises ``DgemmaError`` as ``read_hostfile`` does, and when ssh is missing.
+    The others end when this process ends. ``port`` is that of the first host; None is the environment variable
+    ``DGEMMA_CLUSTER_PORT``, else 32323. Returns the processes by rank; what they write to stderr is shown, or kept with
+    ``keep_errors``. Raises ``DgemmaError`` as ``read_hostfile`` does, for a port that is none, and when ssh is missing.
     """
+    port = _port() if port is None else port
     backend, hosts, variables = read_hostfile(path)
     if backend == "ring":
         addresses = [[f"{host.ips[0]}:{port + rank}"] for rank, host in enumerate(hosts)]
@@ -94,26 +127,43 @@ def start(path: Path, port: int = PORT) -> None:
     key = secrets.token_hex(16)
     file = _temporary(content)
     os.environ.update(common | {name: file, "MLX_RANK": "0", "DGEMMA_CLUSTER_KEY": key})
+    atexit.register(end_started)
+    started: dict[int, Started] = {}
     for rank, host in enumerate(hosts[1:], 1):
         own = common | {"MLX_RANK": str(rank)}
-        process = _start_here(own | {name: file}, key) if host.ssh in _LOCAL else _start_there(
-            host.ssh, own, name, content, key
+        errors = tempfile.TemporaryFile() if keep_errors else None  # noqa: SIM115 - it is read later
+        process = _start_here(own | {name: file}, key, errors) if host.ssh in _LOCAL else _start_there(
+            host.ssh, own, name, content, key, errors
         )  # fmt: skip
         _started.append(process)
-    atexit.register(end_started)
+        started[rank] = Started(host.ssh, process, errors)
+    return started
 
 
-def _start_here(variables: Mapping[str, str], key: str) -> subprocess.Popen[bytes]:
+def _port() -> int:
+    """Return the port of the first host. Raises ``DgemmaError`` (exit code 2) for one that is none."""
+    text = os.environ.get("DGEMMA_CLUSTER_PORT") or str(PORT)
+    if not text.isascii() or not text.isdigit() or not 2 <= int(text) <= _LAST_PORT:
+        raise DgemmaError(
+            f"DGEMMA_CLUSTER_PORT must be a number from 2 to {_LAST_PORT}, not {shown(text)}",
+            "It is the port of the first host; the channel takes the one before, the other hosts those after it.",
+            exit_code=2,
+        )
+    return int(text)
+
+
+def _start_here(variables: Mapping[str, str], key: str, errors: IO[bytes] | None) -> subprocess.Popen[bytes]:
     """Start a process on this machine."""
     environment = {**os.environ, **variables, "DGEMMA_CLUSTER_KEY": key}
     command = [sys.executable, "-m", "dgemma_mlx"]
     return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment, start_new_session=True
-    )
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
 
 
 def _start_there(
-    host: str, variables: Mapping[str, str], name: str, content: str, key: str
+    host: str, variables: Mapping[str, str], name: str, content: str, key: str, errors: IO[bytes] | None
 ) -> subprocess.Popen[bytes]:
     """Start a process on another machine. The key goes through ssh's input, so that no list of processes shows it."""
     exports = " ".join(f"{variable}={shlex.quote(value)}" for variable, value in variables.items())
@@ -125,7 +175,7 @@ def _start_there(
     try:
         process = subprocess.Popen(
             ["ssh", "-o", "BatchMode=yes", host, script], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-            start_new_session=True,
+            stderr=errors, start_new_session=True,
         )  # fmt: skip
     except OSError as error:
         raise DgemmaError(f"cannot run ssh: {error.strerror}", "Install ssh, or use mlx.launch.") from None

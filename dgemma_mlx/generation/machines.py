@@ -50,7 +50,7 @@ def lead(
             channel.fail(f"{peer} has another checkpoint, configuration or adapter than {socket.gethostname()}")
     shares = [float(each["memory"]) for each in facts]
     channel.tell({"shares": shares})
-    collective = _collective(launch)
+    collective = collective_of(launch)
     expected = _expectation(collective, options, facts, shares)
     say(expected)
     fits_one = max(shares) > own["bytes"]
@@ -78,7 +78,7 @@ def follow(channel: Channel, launch: Launch, message: Message) -> Message:
     facts = _facts(launch, options)
     channel.send(facts)
     shares = channel.receive()["shares"]
-    collective = _collective(launch)
+    collective = collective_of(launch)
     _measure(collective, options)
     channel.receive()
     model = load_cut(options, shares, lambda config, all_slices: CutNetwork(config, all_slices, collective))
@@ -91,22 +91,22 @@ def _facts(launch: Launch, options: LoadOptions) -> Message:
     """Return what the machines compare, and what decides about their shares. Raises ``DgemmaError``."""
     checkpoint = resolve(options.model)
     config = ModelConfig.load(checkpoint.folder)
-    _check_port(launch)
+    check_port(launch)
     return {
         "fingerprint": fingerprint(checkpoint.folder, config, options.adapter), "memory": device_limit(),
         "bytes": sum(stored.nbytes for stored in stored_tensors(checkpoint.folder).values()),
-        "speed": asdict(measured_speed(_dtype(options))),
+        "speed": asdict(measured_speed(working_dtype(options))),
     }  # fmt: skip
 
 
-def _dtype(options: LoadOptions) -> mx.Dtype:
+def working_dtype(options: LoadOptions = LoadOptions()) -> mx.Dtype:
     """Return the dtype of activations, for measurements."""
     if options.chosen_dtype is not None:
         return options.chosen_dtype
     return mx.bfloat16 if mx.metal.is_available() else mx.float32
 
 
-def _collective(launch: Launch) -> Collective:
+def collective_of(launch: Launch) -> Collective:
     """Connect the machines for collective operations. Raises ``DgemmaError``."""
     try:
         return Collective(mx.distributed.init(strict=True, backend=launch.backend))
@@ -114,7 +114,7 @@ def _collective(launch: Launch) -> Collective:
         raise DgemmaError(f"MLX cannot connect the machines: {error}", _SHARED_PORTS) from None
 
 
-def _check_port(launch: Launch) -> None:
+def check_port(launch: Launch) -> None:
     """Raise ``DgemmaError`` when this machine's port is taken, on which MLX would wait for long."""
     if launch.backend != "ring":
         return
@@ -130,7 +130,7 @@ def _check_port(launch: Launch) -> None:
 def _measure(collective: Collective, options: LoadOptions) -> float:
     """Return the seconds that the links take in a step. All machines measure at the same time."""
     config = ModelConfig.load(resolve(options.model).folder)
-    return measured_link(collective, config.text, config.canvas_length, _dtype(options))
+    return measured_link(collective, config.text, config.canvas_length, working_dtype(options))
 
 
 def _expectation(

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import pytest
 
 from dgemma_convert.source import open_source
 from dgemma_mlx.checkpoint.hub import resolve
-from dgemma_mlx.cli.info import describe
 from dgemma_mlx.cli.ranks import cut_source, rank_facts
-from dgemma_mlx.errors import DgemmaError
 from tests.model.checkpoint import flat_config, quantized, random_tensors, write_checkpoint
 from tests.several import run_on_ranks
 

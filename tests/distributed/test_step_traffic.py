@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 from dgemma_mlx.checkpoint.config import ModelConfig
@@ -36,7 +37,7 @@ def test_real_steps_have_the_predicted_messages_and_bytes(tmp_path: Path) -> Non
     drafts = json.loads(run_on_ranks(tmp_path, 2, ["-c", COUNT])[0])
     steps = [
         StepTraffic(after[1] - before[1], after[2] - before[2])
-        for before, after in zip(drafts, drafts[1:], strict=False)
+        for before, after in pairwise(drafts)
         if before[0] == after[0]  # of one attempt at a canvas: nothing is encoded between them
     ]
     config = ModelConfig.load(DEMO_FOLDER)
