@@ -95,7 +95,7 @@ def _machine_lines(machines: list[dict[str, Any]]) -> list[str]:
         lines.append(
             f"{start}: dgemma-mlx {each['dgemma_mlx']}, MLX {each['mlx']}, Python {each['python']}, {each['os']}, "
             f"{each['chip']}, {size(each['memory'])} of memory, {size(each['memory_for_model'])} for a model, reads "
-            f"{size(speed['bandwidth'])}/s, {speed['flops'] / 1e12:.2f} TFLOP/s; {_checkpoint(each['checkpoint'], own)}"
+            f"{size(speed['bandwidth'])}/s, {speed['flops'] / 1e9:,.0f} GFLOP/s; {_checkpoint(each['checkpoint'], own)}"
         )
     return lines
 

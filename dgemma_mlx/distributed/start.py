@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import secrets
 import shlex
 import subprocess
@@ -27,6 +28,7 @@ from dgemma_mlx.json_text import parse_json
 
 _GRACE = 1.0  # seconds that they have for it
 PORT = 32323  # of the first host; the others follow
+_VARIABLE = re.compile(r"[A-Za-z_]\w*=", re.ASCII)
 _LAST_PORT = 65_000
 _MOST_WORDS = 1 << 16  # bytes of stderr that are read
 _LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -62,13 +64,12 @@ def read_hostfile(path: Path) -> tuple[str, list[Host], list[str]]:
         raise DgemmaError(f"{path} is not JSON: {error}", _HINT, exit_code=2) from None
     data = content if isinstance(content, Mapping) else {"hosts": content}
     try:
-        hosts = [
-            Host(str(host["ssh"]), tuple(map(str, host.get("ips", ()))), tuple(host.get("rdma", ())))
-            for host in data["hosts"]
-        ]
-        backend, variables = str(data.get("backend") or "ring"), list(map(str, data.get("envs", ())))
-    except (KeyError, TypeError, AttributeError):
+        hosts = [_host(host) for host in data["hosts"]]
+        backend, variables = str(data.get("backend") or "ring"), _texts(data.get("envs") or [])
+    except (KeyError, TypeError, AttributeError, ValueError):
         raise DgemmaError(f"{path} is not a hostfile", _HINT, exit_code=2) from None
+    if wrong := [variable for variable in variables if not _VARIABLE.match(variable)]:
+        raise DgemmaError(f"{path}: envs must be NAME=VALUE, not {shown(wrong[0])}", _HINT, exit_code=2)
     if backend not in ("ring", "jaccl"):
         raise DgemmaError(f"{path}: the backend must be ring or jaccl, not {shown(backend)}", _HINT, exit_code=2)
     if len(hosts) < 2:
@@ -78,6 +79,24 @@ def read_hostfile(path: Path) -> tuple[str, list[Host], list[str]]:
     if backend == "jaccl" and any(len(host.rdma) != len(hosts) for host in hosts):
         raise DgemmaError(f"{path}: each host needs one rdma device for each host, null for itself", _HINT, exit_code=2)
     return backend, hosts, variables
+
+
+def _host(entry: Mapping[str, Any]) -> Host:
+    """Return a host of a hostfile. Raises ``ValueError``, ``KeyError`` or ``TypeError`` when it is malformed."""
+    (name,) = _texts([entry["ssh"]])
+    if name.startswith("-"):
+        raise ValueError("ssh would take it as an option")
+    rdma = entry.get("rdma") or []
+    if not isinstance(rdma, list):
+        raise TypeError("rdma is not a list")
+    return Host(name, tuple(_texts(entry.get("ips") or [])), tuple(rdma))
+
+
+def _texts(values: Any) -> list[str]:
+    """Return a list of texts that are not empty. Raises ``TypeError`` for anything else."""
+    if not isinstance(values, list) or not all(isinstance(value, str) and value for value in values):
+        raise TypeError("not a list of texts")
+    return values
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -67,3 +69,36 @@ def test_the_bytes_are_those_of_the_loaded_slices(tmp_path: Path, checkpoints: l
             assert facts["bytes"] == loaded[rank][index][0], (folder.name, rank)
             keys = [facts["heads"][kind]["keys"] for kind in source.config.text.layer_types]
             assert 2 * sum(keys) == loaded[rank][index][1]
+
+
+def info(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dgemma_mlx", "info", *arguments], stdin=subprocess.DEVNULL, capture_output=True,
+        text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+def test_info_says_what_each_rank_holds() -> None:
+    facts = json.loads(info("--ranks", "2", "--json", "demo").stdout)
+    first, second = facts["cut"]["ranks"]
+    heads = {"queries": 2, "keys": 1}
+    assert first["heads"] == {"sliding_attention": heads, "full_attention": heads}
+    assert (first["mlp"], first["experts"], first["vocabulary"]) == (64, 32, 384)
+    assert first == second and list(first["memory"]) == list(facts["memory"])
+    whole, own = facts["memory"]["1024"], first["memory"]["1024"]
+    # The only key/value head of the full layer is on both, those of the five sliding layers are divided.
+    assert whole["cache"] / 2 < own["cache"] < whole["cache"] and own["total"] < whole["total"]
+    assert facts["cut"]["step"]["messages"] == 16
+    assert json.loads(info("--json", "demo").stdout)["cut"] is None
+
+
+def test_info_says_it_in_words_and_what_cannot_be_cut() -> None:
+    lines = info("--ranks", "3", "demo").stdout.splitlines()
+    start = lines.index("  cut over 3 machines with equal shares:")
+    assert lines[start + 1].startswith("    rank 0: ") and lines[start + 1].endswith(" of weights")
+    assert lines[start + 2] == "      sliding layers: 2 query and 1 key/value heads"
+    assert lines[-1].startswith("    a denoising step sums ") and lines[-1].endswith(" in 16 messages")
+    refused = info("--ranks", "5", "demo")
+    assert refused.returncode == 1
+    assert "attention with 4 query and 2 key/value heads cannot be cut for 5 machines" in refused.stderr
+    assert info("--ranks", "1", "demo").returncode == 2
