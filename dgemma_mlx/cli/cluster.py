@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import json
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from dgemma_mlx.cli.help import Command, Group
-from dgemma_mlx.cli.machines import Hostfile
+from dgemma_mlx.cli.machines import Hostfile, launch_of
 from dgemma_mlx.cli.parameters import AsJson, ModelName
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.render.visible import visible
 from dgemma_mlx.errors import DgemmaError
+
+if TYPE_CHECKING:
+    from dgemma_mlx.distributed.channel import Channel
+    from dgemma_mlx.distributed.launch import Launch
+    from dgemma_mlx.distributed.start import Started
 
 cluster = typer.Typer(cls=Group, no_args_is_help=True, subcommand_metavar="COMMAND [ARGS]...")
 
@@ -31,8 +38,8 @@ def check(hostfile: Hostfile = None, model: ModelName = None, as_json: AsJson = 
     """Reach every machine, measure the links, and say what fits where.
 
     Each machine has a line with its versions, chip, memory and speed, or with the reason why it cannot be used; then
-    the exit code is 1. If all are there, the links are measured at the sizes of the model, and a prediction follows: the
-    memory on each machine, and a denoising step on all of them and on the fastest one alone. No weights are read.
+    the exit code is 1. If all are there, the links are measured at the sizes of the model. A prediction follows: the
+    memory on each machine, and a denoising step on all of them and on the fastest one alone. No weights are loaded.
 
     Examples:
         dgemma-mlx cluster check --hostfile hosts.json
@@ -40,12 +47,12 @@ def check(hostfile: Hostfile = None, model: ModelName = None, as_json: AsJson = 
     """
     from dgemma_convert.source import open_source
     from dgemma_mlx.cli.loading import fetch, full_name
-    from dgemma_mlx.cli.machine_check import all_facts, fits, lead_links, start_machines
+    from dgemma_mlx.cli.machine_check import all_facts, fits, lead_links
     from dgemma_mlx.cli.settings import Settings
 
     chosen = Settings().pick("model", model)
     source = open_source(fetch(chosen, weights=False))
-    launch, channel, started = start_machines(hostfile)
+    launch, channel, started = _start(hostfile)
     facts: dict[str, Any] = {
         "model": source.checkpoint.name, "backend": launch.backend, "machines": [], "links": None, "fits": None,
         "problem": None,
@@ -81,6 +88,23 @@ def check(hostfile: Hostfile = None, model: ModelName = None, as_json: AsJson = 
         raise typer.Exit(1)
 
 
+def _start(hostfile: Path | None) -> tuple[Launch, Channel, dict[int, Started]]:
+    """Start the machines of a hostfile, or take those that mlx.launch has started, and connect those that come.
+
+    Raises ``DgemmaError`` for a hostfile that cannot be used, for a single machine, and when a port is taken.
+    """
+    from dgemma_mlx.distributed.channel import open_for_check
+    from dgemma_mlx.distributed.start import end_started
+
+    launch, started = launch_of(hostfile, keep_errors=True)
+    if launch is None:
+        raise DgemmaError("a check needs several machines", "Name them with --hostfile.", exit_code=2)
+    channel = open_for_check(launch, lambda rank: rank in started and started[rank].has_ended)
+    channel.last_acts.append(end_started)
+    atexit.register(channel.close)
+    return launch, channel, started
+
+
 def _machine_lines(machines: list[dict[str, Any]]) -> list[str]:
     """Return a line for each machine."""
     from dgemma_mlx.sizes import size
@@ -111,10 +135,11 @@ def _link_lines(links: dict[str, float], backend: str) -> list[str]:
     """Return the times of the links as lines."""
     from dgemma_mlx.sizes import size
 
-    return [
+    line = (
         f"links ({backend}): a small sum takes {1e3 * links['small_sum']:.2f} ms, a large one "
         f"{size(links['bandwidth'])}/s, and the sums of a denoising step {links['step']:.3f} s"
-    ]
+    )
+    return [line]
 
 
 def _fit_lines(facts: dict[str, Any]) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgemma_mlx.distributed.channel import MachineLostError, address_of, difference, own_hello
@@ -30,6 +29,7 @@ def own_facts(launch: Launch, model: str | None) -> Message:
     """
     from dgemma_mlx.cli.doctor import examine
     from dgemma_mlx.distributed.links import measured_speed
+    from dgemma_mlx.generation.load import LoadOptions
     from dgemma_mlx.generation.machines import check_port, working_dtype
     from dgemma_mlx.generation.memory import device_limit
 
@@ -41,7 +41,7 @@ def own_facts(launch: Launch, model: str | None) -> Message:
     return {
         "name": own_hello()["name"],
         **{name: examined[name] for name in ("dgemma_mlx", "mlx", "python", "os", "chip", "memory")},
-        "memory_for_model": device_limit(), "speed": asdict(measured_speed(working_dtype())),
+        "memory_for_model": device_limit(), "speed": asdict(measured_speed(working_dtype(LoadOptions()))),
         "checkpoint": _own_checkpoint(model), "problem": problem,
     }  # fmt: skip
 
@@ -136,6 +136,7 @@ def measure_links(
 
     from dgemma_mlx.checkpoint.config import TextConfig
     from dgemma_mlx.distributed.links import measured_link, measured_sums
+    from dgemma_mlx.generation.load import LoadOptions
     from dgemma_mlx.generation.machines import collective_of, working_dtype
 
     config = TextConfig.from_dict(sizes)
@@ -143,7 +144,7 @@ def measure_links(
         collective = collective_of(launch)
         mx.eval(collective.sum(mx.zeros(1)))
     with nullcontext() if channel is None else channel.within(_MEASURE):
-        step = measured_link(collective, config, canvas_length, working_dtype())
+        step = measured_link(collective, config, canvas_length, working_dtype(LoadOptions()))
         sums = measured_sums(collective)
     return {"step": step, "small_sum": sums.latency, "bandwidth": sums.bandwidth}
 
@@ -163,7 +164,8 @@ def fits(source: Source, machines: Sequence[Message], link: float) -> dict[str, 
     held = [part["bytes"] for part in parts]
     weight_bytes = sum(weight.nbytes for weight in source.text.values())
     speeds = [Speed(**machine["speed"]) for machine in machines]
-    expected = expectation(weight_bytes, step_flops(source.config.text, source.config.canvas_length), speeds, held, link)
+    flops = step_flops(source.config.text, source.config.canvas_length)
+    expected = expectation(weight_bytes, flops, speeds, held, link)
     return {
         "context": context,
         "whole": {"bytes": weight_bytes, "memory": needed, "fits": [needed <= limit for limit in limits]},
@@ -174,23 +176,3 @@ def fits(source: Source, machines: Sequence[Message], link: float) -> dict[str, 
         "traffic": traffic_facts(source.config),
         "expected": asdict(expected),
     }  # fmt: skip
-
-
-def start_machines(hostfile: Path | None) -> tuple[Launch, Channel, dict[int, Started]]:
-    """Start the machines of a hostfile, or take those that mlx.launch has started, and connect those that come.
-
-    Raises ``DgemmaError`` for a hostfile that cannot be used, for a single machine, and when a port is taken.
-    """
-    import atexit
-
-    from dgemma_mlx.cli.machines import launch_of
-    from dgemma_mlx.distributed.channel import open_for_check
-    from dgemma_mlx.distributed.start import end_started
-
-    launch, started = launch_of(hostfile, keep_errors=True)
-    if launch is None:
-        raise DgemmaError("a check needs several machines", "Name them with --hostfile.", exit_code=2)
-    channel = open_for_check(launch, lambda rank: rank in started and started[rank].has_ended)
-    channel.last_acts.append(end_started)
-    atexit.register(channel.close)
-    return launch, channel, started

@@ -99,7 +99,7 @@ def _facts(launch: Launch, options: LoadOptions) -> Message:
     }  # fmt: skip
 
 
-def working_dtype(options: LoadOptions = LoadOptions()) -> mx.Dtype:
+def working_dtype(options: LoadOptions) -> mx.Dtype:
     """Return the dtype of activations, for measurements."""
     if options.chosen_dtype is not None:
         return options.chosen_dtype
