@@ -96,7 +96,11 @@ def cut_model(machines: MachineOptions, options: LoadOptions, quiet: bool) -> Mo
                 file=sys.stderr,
             )
 
-    return lead(channel, launch, options, say, machines.anyway)
+    try:
+        return lead(channel, launch, options, say, machines.anyway)
+    except DgemmaError as error:
+        channel.close(error.message)
+        raise
 
 
 def is_follower() -> bool:
@@ -129,4 +133,4 @@ def run_follower() -> int:
         reason = error.message
     except Exception as error:
         reason = f"unexpected {type(error).__name__}: {error}"
-    channel.fail(f"{socket.gethostname()} (rank {launch.rank}): {reason}")
+    return channel.fail(f"{socket.gethostname()} (rank {launch.rank}): {reason}")

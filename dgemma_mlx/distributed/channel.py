@@ -98,6 +98,7 @@ class Channel:
         ends_with: Whether the loss of a machine ends this process, with one line and exit code 1. Otherwise the machine
             is left out, and ``receive`` raises.
         done: The number of commands that this machine has carried out.
+        is_over: Whether rank 0 has said that the work is done.
         last_acts: Called when the loss of a machine ends this process.
     """
 
@@ -107,7 +108,9 @@ class Channel:
         self.ends_with = launch.rank != 0  # nobody goes on without rank 0
         self.done = 0
         self.last_acts: list[Callable[[], None]] = []
+        self.is_over = False
         self._name, self._closing = name, False
+        self._failing = threading.Lock()
         self._deadline: float | None = None
         self._restore = _terminal_state()
         for peer in self.peers.values():
@@ -122,12 +125,17 @@ class Channel:
 
     def send(self, message: Message, rank: int = 0) -> None:
         """Send a message to a peer. Raises ``MachineLostError``."""
-        self.peers[rank].send(message)
+        try:
+            self.peers[rank].send(message)
+        except MachineLostError as error:
+            if self.ends_with and not self.is_over:
+                self.fail(error.message)
+            raise
 
     def tell(self, message: Message) -> None:
         """Send a message to all peers. Raises ``MachineLostError``."""
-        for peer in self.peers.values():
-            peer.send(message)
+        for rank in self.peers:
+            self.send(message, rank)
 
     def receive(self, rank: int = 0) -> Message:
         """Wait for the next message of a peer. Raises ``MachineLostError``."""
@@ -182,6 +190,7 @@ class Channel:
     def _ended(self, peer: Peer, reason: str | None) -> None:
         """The peer has closed the channel: rank 0 because the work is done, or any machine because of a fault."""
         if reason is None and peer.rank == 0:
+            self.is_over = True
             peer.loss = f"{peer} has ended"
             peer.inbox.put(None)
         else:
@@ -211,12 +220,13 @@ class Channel:
         if self._closing or peer.loss is not None:
             return
         peer.loss = what
-        peer.inbox.put(None)
         if self.ends_with:
             self.fail(what)
+        peer.inbox.put(None)
 
     def fail(self, line: str) -> NoReturn:
         """End all machines with one line on stderr and exit code 1, whatever the main thread waits for."""
+        self._failing.acquire()  # never released: the first thread that comes here ends the process
         self._closing = True
         threads = [threading.Thread(target=self._last_word, args=(peer, line)) for peer in self.peers.values()]
         for thread in threads:

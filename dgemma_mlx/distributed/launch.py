@@ -50,8 +50,8 @@ def launched(environ: Mapping[str, str] = os.environ) -> Launch | None:
     try:
         rank = int(environ["MLX_RANK"])
         if "MLX_JACCL_COORDINATOR" in environ:
-            backend, addresses = "jaccl", (_address(environ["MLX_JACCL_COORDINATOR"]),)
-            text = Path(environ["MLX_IBV_DEVICES"]).read_text()
+            addresses: tuple[tuple[str, int], ...] = (_address(environ["MLX_JACCL_COORDINATOR"]),)
+            backend, text = "jaccl", Path(environ["MLX_IBV_DEVICES"]).read_text()
             size = len(json.loads(text))
         else:
             text = Path(environ["MLX_HOSTFILE"]).read_text()

@@ -202,7 +202,9 @@ class LeadingNetwork(CutNetwork):
         ):
             return super().sample(raw, uniforms, temperature, barred)
 
-    def next_signal(self, raw: mx.array, sample: CanvasSample, temperature: float) -> mx.array:
+    def next_signal(
+        self, raw: mx.array, sample: CanvasSample, temperature: float, barred: LogitBias | None = None
+    ) -> mx.array:
         """Return rank 0's own signal (B, C, M) for the next step. Pinned positions of ``sample`` have a list of one."""
         places = np.flatnonzero(np.array(sample.kept_count) == 1)
         ids = np.array(sample.argmax).reshape(-1)[places]

@@ -59,7 +59,6 @@ def lead(
             f"a step is expected to take {expected.cut:.3f} s on {channel.size} machines, {expected.link:.3f} s of it "
             f"on their links, and {expected.alone:.3f} s on one"
         )
-        channel.close(line)
         raise DgemmaError(line, "Use one machine, a faster link, or --anyway.")
     channel.tell({"load": True})
     leader = Leader(channel)
