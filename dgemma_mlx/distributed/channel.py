@@ -273,9 +273,9 @@ def open_channel(launch: Launch, hello: Message | None = None, seconds: float = 
         raise DgemmaError(line, _NO_MACHINE)
     channel = Channel(launch, peers, mine["name"])
     for peer in channel.peers.values():
-        if line := difference(peer, mine):
-            channel.close(line)
-            raise DgemmaError(line, "Install the same versions on all machines.")
+        if (differs := difference(peer, mine)) is not None:
+            channel.close(differs)
+            raise DgemmaError(differs, "Install the same versions on all machines.")
     return channel
 
 

@@ -17,7 +17,7 @@ import pytest
 from dgemma_mlx.distributed.launch import launched
 from dgemma_mlx.distributed.start import read_hostfile
 from dgemma_mlx.errors import DgemmaError
-from tests.several import environments, free_ports
+from tests.distributed.ranks import environments, free_port
 
 CHECK = [sys.executable, "-m", "dgemma_mlx", "cluster", "check", "-m", "demo"]
 LOCAL = {"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}
@@ -28,7 +28,7 @@ def check(
 ) -> subprocess.CompletedProcess[str]:
     """Run the check of a hostfile."""
     (folder / "hosts.json").write_text(json.dumps(hosts))
-    own = {"DGEMMA_CLUSTER_PORT": str(port or free_ports(len(hosts) + 1) + 1), **environment}
+    own = {"DGEMMA_CLUSTER_PORT": str(port or free_port(len(hosts))), **environment}
     return subprocess.run(
         [*CHECK, "--hostfile", str(folder / "hosts.json"), *arguments], env={**os.environ, **own}, timeout=90,
         stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
@@ -96,7 +96,7 @@ def test_a_machine_that_never_starts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("taken", [-1, 0, 1], ids=["the channel's", "rank 0's", "rank 1's"])
 def test_a_taken_port(tmp_path: Path, taken: int) -> None:
-    port = free_ports(3) + 1
+    port = free_port(2)
     with socket.create_server(("127.0.0.1", port + taken)):
         done = check(tmp_path, [LOCAL, LOCAL], port=port)
     line = f"cannot listen on 127.0.0.1:{port + taken}: Address already in use"

@@ -32,6 +32,33 @@ def free_port(count: int = 4) -> int:
     raise AssertionError("no port is free")
 
 
+def environments(folder: Path, size: int, port: int | None = None) -> list[dict[str, str]]:
+    """Return the environment of each rank, with the ports from ``port`` on. ``folder`` takes the file of hosts."""
+    first = port or free_port(size)
+    hosts = folder / "ring.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{first + rank}"] for rank in range(size)]))
+    own = {"MLX_HOSTFILE": str(hosts), "DGEMMA_LOG": "off"}
+    return [{**os.environ, **own, "MLX_RANK": str(rank)} for rank in range(size)]
+
+
+def printed(folder: Path, size: int, arguments: Sequence[str], seconds: float = 100) -> list[str]:
+    """Run Python with these arguments as each rank, and return what each has printed, once all have ended well."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *arguments], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+        )
+        for environment in environments(folder, size)
+    ]
+    try:
+        outputs = [process.communicate(timeout=seconds)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0] * size
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return outputs
+
+
 class Ranks:
     """Processes with ranks from 0, each with its arguments, on free ports.
 
@@ -49,14 +76,12 @@ class Ranks:
         ``folder`` takes the file of hosts, ``folders`` are the working folders by rank, and ``port`` is that of rank 0.
         """
         self.port = port or free_port()
-        hosts = folder / "hosts.json"
-        hosts.write_text(json.dumps([[f"127.0.0.1:{self.port + rank}"] for rank in range(size)]))
+        own = environments(folder, size, self.port)
         self.processes = {
             rank: subprocess.Popen(
                 [sys.executable, "-m", "dgemma_mlx", *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE, text=True, cwd=folders[rank] if folders else None,
-                env={**os.environ, "MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank), "DGEMMA_LOG": "off",
-                     **(environment or {})},
+                env={**own[rank], **(environment or {})},
             )
             for rank in range(size) if rank != without
         }  # fmt: skip

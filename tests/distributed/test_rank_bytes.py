@@ -13,8 +13,8 @@ import pytest
 from dgemma_convert.source import open_source
 from dgemma_mlx.checkpoint.hub import resolve
 from dgemma_mlx.cli.ranks import cut_source, rank_facts
+from tests.distributed.ranks import printed
 from tests.model.checkpoint import flat_config, quantized, random_tensors, write_checkpoint
-from tests.several import run_on_ranks
 
 SIZES = {"hidden_size": 128, "intermediate_size": 320, "moe_intermediate_size": 192, "head_dim": 64}
 # Loads the slices of some checkpoints as they are stored, and prints the bytes of the parameters and of a cache.
@@ -60,7 +60,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.mark.parametrize("shares", [[1, 1], [3, 1, 1]], ids=["two", "three uneven"])
 def test_the_bytes_are_those_of_the_loaded_slices(tmp_path: Path, checkpoints: list[Path], shares: list[int]) -> None:
-    outputs = run_on_ranks(tmp_path, len(shares), ["-c", LOAD, json.dumps(shares), *map(str, checkpoints)])
+    outputs = printed(tmp_path, len(shares), ["-c", LOAD, json.dumps(shares), *map(str, checkpoints)])
     loaded = [json.loads(output) for output in outputs]  # by rank, then by checkpoint
     for index, folder in enumerate(checkpoints):
         source = open_source(resolve(str(folder)))

@@ -11,7 +11,7 @@ from pathlib import Path
 from dgemma_mlx.checkpoint.config import ModelConfig
 from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
 from dgemma_mlx.distributed.links import StepTraffic, step_traffic
-from tests.several import run_on_ranks
+from tests.distributed.ranks import printed
 
 ROOT = Path(__file__).parents[2]
 # Rank 0 answers with the model cut in two, and prints what it has put into the collective operations at each draft.
@@ -34,7 +34,7 @@ print(json.dumps([
 
 
 def test_real_steps_have_the_predicted_messages_and_bytes(tmp_path: Path) -> None:
-    drafts = json.loads(run_on_ranks(tmp_path, 2, ["-c", COUNT])[0])
+    drafts = json.loads(printed(tmp_path, 2, ["-c", COUNT])[0])
     steps = [
         StepTraffic(after[1] - before[1], after[2] - before[2])
         for before, after in pairwise(drafts)
