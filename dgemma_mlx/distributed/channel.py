@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 from dgemma_mlx.distributed.launch import Launch
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.json_text import parse_json
 
 Message = dict[str, Any]
 
@@ -78,7 +79,7 @@ class Peer:
 
     def read(self) -> Message:
         """Return the next message, heartbeats among them. Raises ``EOFError`` or ``OSError`` when there is none."""
-        message: Message = json.loads(self._connection.recv_bytes())
+        message: Message = parse_json(self._connection.recv_bytes())
         self.heard = time.monotonic()
         return message
 
@@ -333,7 +334,7 @@ def _greet(listener: Listener, mine: Message, arrived: SimpleQueue[Peer], is_ove
         while not is_over.is_set():
             with suppress(AuthenticationError, OSError, EOFError, ValueError, KeyError, TypeError):
                 connection = listener.accept()
-                hello = json.loads(connection.recv_bytes())
+                hello = parse_json(connection.recv_bytes())
                 connection.send_bytes(json.dumps(mine).encode())
                 arrived.put(Peer(int(hello["rank"]), hello, connection))
 
@@ -348,7 +349,7 @@ def _join(launch: Launch, mine: Message, seconds: float) -> Peer:
             with suppress(OSError, EOFError, ValueError, AuthenticationError):
                 connection = Client(launch.channel_address, authkey=launch.key)
                 connection.send_bytes(json.dumps(mine).encode())
-                found.put(Peer(0, json.loads(connection.recv_bytes()), connection))
+                found.put(Peer(0, parse_json(connection.recv_bytes()), connection))
                 return
             time.sleep(_RETRY)
 

@@ -233,6 +233,11 @@ class CutNetwork(DiffusionGemma):
         mx.eval(*merged, *own, share)
         return merged
 
+    def processed(self, raw: mx.array, temperature: float, bias: LogitBias | None = None) -> mx.array:
+        """Return raw logits (..., V), softcapped, biased, and divided by the temperature: float32."""
+        capped = self.capped(raw)
+        return (capped if bias is None else capped + bias.table[bias.rows]) / temperature
+
     def own_signal(self, raw: mx.array, temperature: float, pinned: Mapping[int, int]) -> mx.array:
         """Return the machine's own signal (B, C, M) for the next step, evaluated. Their sum is the network's signal.
 

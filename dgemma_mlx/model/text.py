@@ -267,9 +267,11 @@ class DiffusionGemma(nn.Module):
         return positions is None or positions.size <= dense_rows(self.config.vocab_size, self.dtype)
 
     def _expected_embeddings(
-        self, raw: mx.array, positions: mx.array, temperature: float, bias: LogitBias | None
+        self, raw: mx.array, positions: mx.array, temperature: float, barred: LogitBias | None
     ) -> mx.array:
-        """Return the expected embeddings (n, M) of raw logits (B, C, V) at ``positions`` (n,), b * C + c, with a bias.
+        """Return the expected embeddings (n, M) of raw logits (B, C, V) at ``positions`` (n,), b * C + c.
+
+        Ids whose bias in ``barred`` is -inf have no share in them.
 
         The rows are processed in blocks of ``dense_rows``. Each block but the last is evaluated here, because MLX
         allocates ahead of what it has computed: chained by ``mx.depends`` instead, 256 rows of 262,144 values took
@@ -282,14 +284,12 @@ class DiffusionGemma(nn.Module):
             if blocks:
                 mx.eval(blocks[-1])
             chosen = positions[start : start + step]
-            own = None if bias is None else LogitBias(bias.table, bias.rows.reshape(-1)[chosen])
-            blocks.append(self._expected_embedding(self.processed(rows[chosen], temperature, own)))
+            logits = self.capped(rows[chosen]) / temperature
+            if barred is not None:
+                is_barred = (barred.table == -mx.inf)[barred.rows.reshape(-1)[chosen]]  # a byte for each logit
+                logits = mx.where(is_barred, -mx.inf, logits)
+            blocks.append(self._expected_embedding(logits))
         return mx.concatenate(blocks)
-
-    def processed(self, raw: mx.array, temperature: float, bias: LogitBias | None = None) -> mx.array:
-        """Return raw logits (..., V), softcapped, biased, and divided by the temperature: float32."""
-        capped = self.capped(raw)
-        return (capped if bias is None else capped + bias.table[bias.rows]) / temperature
 
     def capped(self, raw: mx.array) -> mx.array:
         """Return cap * tanh(raw / cap) in float32 for raw logits of any shape; cap is ``final_logit_softcapping``."""

@@ -74,7 +74,7 @@ def steps(network: DiffusionGemma) -> Numbers:
         sample = sample if pinned is None else pinned.certain(sample)
         numbers |= {f"logits {number}": network.whole(raw), f"entropy {number}": sample.entropy,
                     f"argmax {number}": sample.argmax, f"sample {number}": sample.sample}
-        if pinned is None and not network.is_whole:
+        if pinned is None and isinstance(network, CutNetwork):
             probable = mx.topk(mx.softmax(network.processed(network.whole(raw), T, bias), axis=-1), 2)
             numbers[f"gap {number}"] = gap(sample) - mx.abs(probable[..., 1] - probable[..., 0])
         signal = network.next_signal(raw, sample, T, bias)
