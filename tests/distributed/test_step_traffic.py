@@ -55,3 +55,5 @@ def test_the_prediction_at_the_published_sizes() -> None:
     assert all(len({row.count("|") for row in table}) == 1 for table in tables)
     assert "| 2 | 0 | 8 and 4 | 8 and 1 | 1,088 | 384 | 131,072 |" in done.stdout
     assert "| 4 | 3 | 4 and 2 | 4 and 1 | 512 | 128 | 65,536 |" in done.stdout
+    page = (ROOT / "docs" / "several-macs.md").read_text(encoding="utf-8")
+    assert all("\n".join(table) in page for table in tables)
