@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +12,15 @@ import pytest
 from dgemma_mlx.generation.load import load
 from dgemma_mlx.model.adapter import AdapterConfig, adapted_modules, attach
 from dgemma_mlx.model.adapter_file import save_adapter
+from tests.distributed.machines import run_on_ranks
 from tests.distributed.models import uneven_checkpoint
-from tests.distributed.ranks import free_port
 
 
 def numbers(folder: Path, model: Path, shares: list[float], *adapter: str) -> dict[str, Any]:
     """Run ``cut_numbers`` in a process for each share, and return what rank 0 prints."""
-    port, hosts = free_port(), folder / "hosts.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{port + rank}"] for rank in range(len(shares))]))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed.cut_numbers", str(model), json.dumps(shares), *adapter],
-            stdout=subprocess.PIPE, text=True, env={**os.environ, "MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)},
-        )
-        for rank in range(len(shares))
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=100)[0] for process in processes]
-        assert [process.returncode for process in processes] == [0] * len(shares)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    printed: dict[str, Any] = json.loads(outputs[0])
-    return printed
+    program = ("tests.distributed.cut_numbers", str(model), json.dumps(shares), *adapter)
+    found: dict[str, Any] = run_on_ranks(folder, len(shares), *program)
+    return found
 
 
 @pytest.mark.parametrize(("bits", "shares"), [(None, [1.0, 1.0]), (4, [1.0, 1.0, 1.0]), (8, [1.0, 2.0])])
