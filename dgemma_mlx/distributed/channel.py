@@ -280,7 +280,7 @@ def _accept(launch: Launch, mine: Message, seconds: float) -> dict[int, Peer]:
     try:
         listener = Listener((host, port), backlog=launch.size, authkey=launch.key)
     except OSError as error:
-        hint = "Wait for another run to end, or choose other ports with mlx.launch --starting-port."
+        hint = "Wait for another run to end, or choose other ports: DGEMMA_CLUSTER_PORT, mlx.launch --starting-port."
         raise DgemmaError(f"cannot listen on {host}:{port}: {error.strerror}", hint) from None
     arrived: SimpleQueue[Peer] = SimpleQueue()
     is_over = threading.Event()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from dgemma_mlx.generation.load import LoadOptions, load_cut
 from dgemma_mlx.generation.memory import device_limit
 from dgemma_mlx.generation.model import Model
 
-_SHARED_PORTS = "Wait for another run to end, or choose other ports with mlx.launch --starting-port."
+_SHARED_PORTS = "Wait for another run to end, or choose other ports: DGEMMA_CLUSTER_PORT, mlx.launch --starting-port."
 
 
 def lead(
@@ -90,7 +91,8 @@ def _facts(launch: Launch, options: LoadOptions) -> Message:
     """Return what the machines compare, and what decides about their shares. Raises ``DgemmaError``."""
     checkpoint = resolve(options.model)
     config = ModelConfig.load(checkpoint.folder)
-    _check_port(launch)
+    if not _collective.cache_info().currsize:  # otherwise this machine itself has the port
+        _check_port(launch)
     return {
         "fingerprint": fingerprint(checkpoint.folder, config, options.adapter), "memory": device_limit(),
         "bytes": sum(stored.nbytes for stored in stored_tensors(checkpoint.folder).values()),
@@ -105,8 +107,9 @@ def _dtype(options: LoadOptions) -> mx.Dtype:
     return mx.bfloat16 if mx.metal.is_available() else mx.float32
 
 
+@cache
 def _collective(launch: Launch) -> Collective:
-    """Connect the machines for collective operations. Raises ``DgemmaError``."""
+    """Connect the machines for collective operations, once. Raises ``DgemmaError``."""
     try:
         return Collective(mx.distributed.init(strict=True, backend=launch.backend))
     except RuntimeError as error:

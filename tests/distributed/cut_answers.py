@@ -42,7 +42,9 @@ def answers(model: Model, picture: str, kinds: Sequence[str]) -> dict[str, Any]:
         "greedy": lambda: [generate(model, prompt, temp=0, seed=1).text for prompt in batch],
         "reference": lambda: [generate(model, prompt, seed=2, speed="reference").text for prompt in batch],
         "batch": lambda: [done.text for done in generate_batch(model, batch, seeds=[1, 2, 3])],
-        "choice": lambda: generate(model, "What is 27 + 45?", seed=1, constraint=Constraint.choice(["yes", "no", "72"])).text,
+        "choice": lambda: generate(
+            model, "What is 27 + 45?", seed=1, constraint=Constraint.choice(["yes", "no", "72"])
+        ).text,
         "schema": lambda: generate(model, "Ada lives in Rome. As JSON.", seed=1, max_tokens=64, response_format={
             "type": "json_schema", "json_schema": {"schema": SCHEMA}
         }).text,

@@ -43,18 +43,22 @@ class Ranks:
     def __init__(
         self, folder: Path, arguments: Sequence[str], size: int, *, without: int | None = None,
         environment: Mapping[str, str] | None = None, folders: Sequence[Path] | None = None, port: int | None = None,
+        addresses: Sequence[str] | None = None, prefixes: Sequence[Sequence[str]] | None = None,
     ) -> None:
         """Start ``size`` processes with the same arguments, all but the rank ``without``.
 
         ``folder`` takes the file of hosts, ``folders`` are the working folders by rank, and ``port`` is that of rank 0.
+        ``addresses`` are those of the ranks, and ``prefixes`` the commands that run the program, as on another host.
         """
         self.port = port or free_port()
         hosts = folder / "hosts.json"
-        hosts.write_text(json.dumps([[f"127.0.0.1:{self.port + rank}"] for rank in range(size)]))
+        where = addresses or ["127.0.0.1"] * size
+        hosts.write_text(json.dumps([[f"{address}:{self.port + rank}"] for rank, address in enumerate(where)]))
         self.processes = {
             rank: subprocess.Popen(
-                [sys.executable, "-m", "dgemma_mlx", *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE, text=True, cwd=folders[rank] if folders else None,
+                [*(prefixes[rank] if prefixes else ()), sys.executable, "-m", "dgemma_mlx", *arguments],
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                cwd=folders[rank] if folders else None,
                 env={**os.environ, "MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank), "DGEMMA_LOG": "off",
                      **(environment or {})},
             )
