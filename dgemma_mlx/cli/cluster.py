@@ -26,7 +26,9 @@ cluster = typer.Typer(cls=Group, no_args_is_help=True, subcommand_metavar="COMMA
 
 @cluster.callback()
 def about() -> None:
-    """Check several machines before they are used together (docs/several-macs.md).
+    """Check several machines before they are used together.
+
+    docs/several-macs.md tells how to set them up.
 
     Examples:
         dgemma-mlx cluster check --hostfile hosts.json

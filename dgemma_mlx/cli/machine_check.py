@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from dgemma_mlx.distributed.start import Started
 
 _ANSWER = 15.0  # seconds that a machine has to say what it is
-_CONNECT = 20.0  # seconds that MLX has to connect the machines
 _MEASURE = 300.0  # seconds that the sums may take: about 0.6 GB over the slowest link
 
 
@@ -132,17 +131,13 @@ def measure_links(
     """
     from contextlib import nullcontext
 
-    import mlx.core as mx
-
     from dgemma_mlx.checkpoint.config import TextConfig
     from dgemma_mlx.distributed.links import measured_link, measured_sums
     from dgemma_mlx.generation.load import LoadOptions
     from dgemma_mlx.generation.machines import collective_of, working_dtype
 
     config = TextConfig.from_dict(sizes)
-    with nullcontext() if channel is None else channel.within(_CONNECT):
-        collective = collective_of(launch)
-        mx.eval(collective.sum(mx.zeros(1)))
+    collective = collective_of(launch)
     with nullcontext() if channel is None else channel.within(_MEASURE):
         step = measured_link(collective, config, canvas_length, working_dtype(LoadOptions()))
         sums = measured_sums(collective)

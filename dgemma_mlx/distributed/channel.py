@@ -305,7 +305,7 @@ def _accept(
     try:
         listener = Listener((host, port), backlog=launch.size, authkey=launch.key)
     except OSError as error:
-        hint = "Wait for another run to end, or choose other ports with DGEMMA_CLUSTER_PORT or mlx.launch's option."
+        hint = "Wait for another run to end, or choose other ports: DGEMMA_CLUSTER_PORT, mlx.launch --starting-port."
         if error.errno != errno.EADDRINUSE:
             hint = "The first host must be this machine, with an address that it has."
         raise DgemmaError(f"cannot listen on {host}:{port}: {error.strerror}", hint) from None

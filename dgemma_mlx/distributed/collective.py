@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import mlx.core as mx
 
 
@@ -40,3 +45,21 @@ class Collective:
     def _count(self, own: mx.array) -> None:
         self.messages += 1
         self.nbytes += own.nbytes
+
+
+@contextmanager
+def ending_after(seconds: float, line: str) -> Iterator[None]:
+    """End this process, with a line on stderr and exit code 1, when the block takes longer.
+
+    MLX holds Python's lock while it connects the machines, and waits for ever for one that does not come: no thread of
+    this program could do anything about it. The timer of ``faulthandler`` needs no lock. It writes its report into a
+    pipe, at whose other end a shell prints the line instead.
+    """
+    script = 'read -r _ && { printf "dgemma-mlx: %s\\n" "$1" >&2; cat > /dev/null; }'
+    with subprocess.Popen(["/bin/sh", "-c", script, "sh", line], stdin=subprocess.PIPE) as shell:
+        assert shell.stdin is not None
+        faulthandler.dump_traceback_later(seconds, exit=True, file=shell.stdin.fileno())
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()

@@ -184,6 +184,14 @@ class CutNetwork(DiffusionGemma):
         mx.eval(raw)
         return raw
 
+    def decode(
+        self, canvas: mx.array, cache: PrefixCache, self_conditioning: mx.array | None = None,
+        router_log: RouterLog | None = None,
+    ) -> mx.array:
+        """Return the softcapped logits (B, C, V) of the first step, that is, for ``self_conditioning`` None."""
+        signal = self.conditioning_signal(self_conditioning, canvas.shape)
+        return self.capped(self.whole(self.step(canvas, signal, cache)))
+
     def project(self, hidden: mx.array) -> mx.array:
         """Return the raw logits (..., V), before the softcap, of hidden states (..., M)."""
         return self._gathered(super().project(hidden))

@@ -27,10 +27,9 @@ from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import parse_json
 
 _GRACE = 1.0  # seconds that they have for it
-PORT = 32323  # of the first host; the others follow
 _VARIABLE = re.compile(r"[A-Za-z_]\w*=", re.ASCII)
-_LAST_PORT = 65_000
 _MOST_WORDS = 1 << 16  # bytes of stderr that are read
+PORT_VARIABLE = "DGEMMA_CLUSTER_PORT"  # of the first host; the others follow, and the one before is the channel's
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _started: list[subprocess.Popen[bytes]] = []
 _HINT = "`mlx.distributed_config` writes one; docs/several-macs.md shows it."
@@ -127,15 +126,14 @@ class Started:
         return next((line for line in reversed(lines) if line.strip() and not line.startswith("hint: ")), "")
 
 
-def start(path: Path, port: int | None = None, keep_errors: bool = False) -> dict[int, Started]:
+def start(path: Path, keep_errors: bool = False) -> dict[int, Started]:
     """Start a process on every other machine of a hostfile, and make this one rank 0, in its environment.
 
-    The others end when this process ends. ``port`` is that of the first host; None is the environment variable
-    ``DGEMMA_CLUSTER_PORT``, else 32323. Returns the processes by rank; what they write to stderr is shown, or kept with
-    ``keep_errors``. Raises ``DgemmaError`` as ``read_hostfile`` does, for a port that is none, and when ssh is missing.
+    The others end when this process ends. Returns the processes by rank; what they write to stderr is shown, or kept
+    with ``keep_errors``. Raises ``DgemmaError`` as ``read_hostfile`` does, and when ssh is missing.
     """
-    port = _port() if port is None else port
     backend, hosts, variables = read_hostfile(path)
+    port = _first_port()
     if backend == "ring":
         addresses = [[f"{host.ips[0]}:{port + rank}"] for rank, host in enumerate(hosts)]
         name, content, common = "MLX_HOSTFILE", json.dumps(addresses), {}
@@ -159,15 +157,14 @@ def start(path: Path, port: int | None = None, keep_errors: bool = False) -> dic
     return started
 
 
-def _port() -> int:
-    """Return the port of the first host. Raises ``DgemmaError`` (exit code 2) for one that is none."""
-    text = os.environ.get("DGEMMA_CLUSTER_PORT") or str(PORT)
-    if not text.isascii() or not text.isdigit() or not 2 <= int(text) <= _LAST_PORT:
-        raise DgemmaError(
-            f"DGEMMA_CLUSTER_PORT must be a number from 2 to {_LAST_PORT}, not {shown(text)}",
-            "It is the port of the first host; the channel takes the one before, the other hosts those after it.",
-            exit_code=2,
-        )
+def _first_port() -> int:
+    """Return the port of the first host: that of the variable ``PORT_VARIABLE``, or mlx.launch's own.
+
+    Raises ``DgemmaError`` (exit code 2) for anything but a port.
+    """
+    text = os.environ.get(PORT_VARIABLE) or "32323"
+    if not (text.isascii() and text.isdigit() and 1 < int(text[:6]) < 1 << 16):
+        raise DgemmaError(f"{PORT_VARIABLE} must be a port, not {shown(text)}", "Choose one above 1024.", exit_code=2)
     return int(text)
 
 

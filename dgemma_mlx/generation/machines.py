@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from dgemma_mlx.checkpoint.config import ModelConfig
 from dgemma_mlx.checkpoint.hub import resolve
 from dgemma_mlx.checkpoint.shards import stored_tensors
 from dgemma_mlx.distributed.channel import Channel, Message
-from dgemma_mlx.distributed.collective import Collective
+from dgemma_mlx.distributed.collective import Collective, ending_after
 from dgemma_mlx.distributed.follow import Follower
 from dgemma_mlx.distributed.launch import Launch
 from dgemma_mlx.distributed.lead import Leader, LeadingNetwork
@@ -26,7 +27,8 @@ from dgemma_mlx.generation.load import LoadOptions, load_cut
 from dgemma_mlx.generation.memory import device_limit
 from dgemma_mlx.generation.model import Model
 
-_SHARED_PORTS = "Wait for another run to end, or choose other ports with mlx.launch --starting-port."
+_CONNECT = 8.0  # seconds that MLX may take to connect the machines: it stops the heartbeat, so less than SILENCE
+_SHARED_PORTS = "Wait for another run to end, or choose other ports: DGEMMA_CLUSTER_PORT, mlx.launch --starting-port."
 
 
 def lead(
@@ -90,7 +92,8 @@ def _facts(launch: Launch, options: LoadOptions) -> Message:
     """Return what the machines compare, and what decides about their shares. Raises ``DgemmaError``."""
     checkpoint = resolve(options.model)
     config = ModelConfig.load(checkpoint.folder)
-    check_port(launch)
+    if not collective_of.cache_info().currsize:  # otherwise this machine itself has the port
+        check_port(launch)
     return {
         "fingerprint": fingerprint(checkpoint.folder, config, options.adapter), "memory": device_limit(),
         "bytes": sum(stored.nbytes for stored in stored_tensors(checkpoint.folder).values()),
@@ -105,10 +108,13 @@ def working_dtype(options: LoadOptions) -> mx.Dtype:
     return mx.bfloat16 if mx.metal.is_available() else mx.float32
 
 
+@cache
 def collective_of(launch: Launch) -> Collective:
-    """Connect the machines for collective operations. Raises ``DgemmaError``."""
+    """Connect the machines for collective operations, once. Raises ``DgemmaError``; see also ``ending_after``."""
+    line = f"{socket.gethostname()} (rank {launch.rank}) and its neighbours did not connect within {_CONNECT:.0f} s"
     try:
-        return Collective(mx.distributed.init(strict=True, backend=launch.backend))
+        with ending_after(_CONNECT, line):
+            return Collective(mx.distributed.init(strict=True, backend=launch.backend))
     except RuntimeError as error:
         raise DgemmaError(f"MLX cannot connect the machines: {error}", _SHARED_PORTS) from None
 

@@ -7,19 +7,19 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
-from multiprocessing.connection import Client
+from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dgemma_mlx.distributed.launch import launched
-from dgemma_mlx.distributed.start import read_hostfile
-from dgemma_mlx.errors import DgemmaError
-from tests.distributed.ranks import environments, free_port
+from tests.distributed.ranks import Ranks, free_port
 
-CHECK = [sys.executable, "-m", "dgemma_mlx", "cluster", "check", "-m", "demo"]
+CHECK = ("cluster", "check", "-m", "demo")
+PROGRAM = (sys.executable, "-m", "dgemma_mlx", *CHECK)
 LOCAL = {"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}
 
 
@@ -30,7 +30,7 @@ def check(
     (folder / "hosts.json").write_text(json.dumps(hosts))
     own = {"DGEMMA_CLUSTER_PORT": str(port or free_port(len(hosts))), **environment}
     return subprocess.run(
-        [*CHECK, "--hostfile", str(folder / "hosts.json"), *arguments], env={**os.environ, **own}, timeout=90,
+        [*PROGRAM, "--hostfile", str(folder / "hosts.json"), *arguments], env={**os.environ, **own}, timeout=90,
         stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
@@ -54,13 +54,10 @@ def test_all_well_through_ssh(tmp_path: Path) -> None:
 
 
 def test_all_well_as_json_in_the_environment_of_mlx_launch(tmp_path: Path) -> None:
-    running = [
-        subprocess.Popen([*CHECK, "--json"], env=each, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
-        for each in environments(tmp_path, 2)
-    ]
-    outputs = [process.communicate(timeout=90)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0] and not outputs[1]
-    facts = json.loads(outputs[0])
+    with Ranks(tmp_path, [*CHECK, "--json"], 2) as ranks:
+        results = ranks.results(90)
+    assert [results[rank][0] for rank in (0, 1)] == [0, 0] and not results[1][1]
+    facts = json.loads(results[0][1])
     assert (facts["model"], facts["backend"], facts["problem"]) == ("demo", "ring", None)
     first, second = facts["machines"]
     assert {**first, "rank": 1}.keys() == second.keys() and second["rank"] == 1
@@ -85,12 +82,10 @@ def test_every_machine_is_tried_and_each_has_a_line(tmp_path: Path) -> None:
 
 
 def test_a_machine_that_never_starts(tmp_path: Path) -> None:
-    environment = environments(tmp_path, 2)[0]
-    done = subprocess.run(
-        CHECK, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90, check=False
-    )
-    assert (done.returncode, done.stderr) == (1, "")
-    missing, last = done.stdout.splitlines()[1:]
+    with Ranks(tmp_path, CHECK, 2, without=1) as ranks:
+        code, output, errors = ranks.results(90)[0]
+    assert (code, errors) == (1, "")
+    missing, last = output.splitlines()[1:]
     assert missing == "rank 1  127.0.0.1 (rank 1): did not come" and last == "1 of 2 machines cannot be used"
 
 
@@ -110,66 +105,46 @@ def test_a_taken_port(tmp_path: Path, taken: int) -> None:
         assert lines[2] == "1 of 2 machines cannot be used" and not done.stderr
 
 
-def test_a_machine_with_another_version(tmp_path: Path) -> None:
-    own = environments(tmp_path, 2)
-    launch = launched(own[1])
+def join(folder: Path, name: str, **versions: str) -> tuple[Connection, dict[str, Any]]:
+    """Connect to rank 0 as rank 1, once it listens, and return the connection and what rank 0 says of itself."""
+    launch = launched({"MLX_RANK": "1", "MLX_HOSTFILE": str(folder / "hosts.json")})
     assert launch is not None
-    running = subprocess.Popen(CHECK, env=own[0], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
-    while True:  # until rank 0 listens
+    while True:
         with suppress(ConnectionRefusedError):
-            other = Client(launch.channel_address, authkey=launch.key)
+            connection = Client(launch.channel_address, authkey=launch.key)
             break
-    other.send_bytes(json.dumps({"rank": 1, "name": "old-mac", "version": "0.0.1", "mlx": "0.30.0"}).encode())
-    mine = json.loads(other.recv_bytes())
-    other.send_bytes(b'{"end": "the versions differ"}')
-    output, _ = running.communicate(timeout=90)
-    other.close()
+        time.sleep(0.05)
+    connection.send_bytes(json.dumps({"rank": 1, "name": name, **versions}).encode())
+    return connection, json.loads(connection.recv_bytes())
+
+
+def test_a_machine_with_another_version(tmp_path: Path) -> None:
+    with Ranks(tmp_path, CHECK, 2, without=1) as ranks:
+        other, mine = join(tmp_path, "old-mac", version="0.0.1", mlx="0.30.0")
+        other.send_bytes(b'{"end": "the versions differ"}')
+        code, output, _ = ranks.results(90)[0]
+        other.close()
     line = f"old-mac (rank 1) has dgemma-mlx 0.0.1, and {mine['name']} has {mine['version']}"
     assert output.splitlines()[1:] == [f"rank 1  old-mac: {line}", "1 of 2 machines cannot be used"]
-    assert running.returncode == 1
+    assert code == 1
+
+
+def test_a_machine_that_ends_before_the_links_are_measured(tmp_path: Path) -> None:
+    facts = {
+        "name": "brief-mac", "dgemma_mlx": "1", "mlx": "1", "python": "3", "os": "macOS", "chip": "M1", "memory": 1e9,
+        "memory_for_model": 1e9, "speed": {"bandwidth": 1e9, "flops": 1e9}, "checkpoint": None, "problem": None,
+    }  # fmt: skip
+    with Ranks(tmp_path, CHECK, 2, without=1) as ranks:
+        other, mine = join(tmp_path, "brief-mac")
+        other.send_bytes(json.dumps(facts).encode())
+        while "sums_of" not in json.loads(other.recv_bytes()):
+            pass
+        other.close()
+        code, output, errors = ranks.results(90)[0]
+    assert code == 1 and output.count("\n") == 2
+    assert errors == f"dgemma-mlx: {mine['name']} (rank 0) and its neighbours did not connect within 8 s\n"
 
 
 def test_several_machines_are_needed() -> None:
-    done = subprocess.run(CHECK, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(PROGRAM, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2 and "a check needs several machines" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "is not JSON"),
-        ("3", "is not a hostfile"),
-        ("[1, 2]", "is not a hostfile"),
-        ('{"hosts": {"ssh": "a"}}', "is not a hostfile"),
-        ('[{"ips": ["10.0.0.1"]}, {"ips": ["10.0.0.2"]}]', "is not a hostfile"),
-        ('[{"ssh": "a", "ips": "10.0.0.1"}, {"ssh": "b", "ips": "10.0.0.2"}]', "is not a hostfile"),
-        ('[{"ssh": "a", "ips": [1]}, {"ssh": "b", "ips": [2]}]', "is not a hostfile"),
-        ('[{"ssh": "-oProxyCommand=x", "ips": ["10.0.0.1"]}, {"ssh": "b", "ips": ["10.0.0.2"]}]', "is not a hostfile"),
-        ('[{"ssh": "a", "ips": ["10.0.0.1"]}]', "fewer than two hosts"),
-        ('[{"ssh": "a", "ips": ["10.0.0.1"]}, {"ssh": "b"}]', "no address (ips) of 'b'"),
-        ('{"backend": "mpi", "hosts": [{"ssh": "a"}, {"ssh": "b"}]}', "must be ring or jaccl, not 'mpi'"),
-        ('{"backend": "jaccl", "hosts": [{"ssh": "a", "ips": ["1"]}, {"ssh": "b"}]}', "one rdma device for each host"),
-        ('{"envs": ["X;ls=1"], "hosts": []}', "envs must be NAME=VALUE, not 'X;ls=1'"),
-        ('{"envs": "X=1", "hosts": []}', "is not a hostfile"),
-    ],
-)
-def test_a_malformed_hostfile(tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "hosts.json"
-    path.write_text(content)
-    with pytest.raises(DgemmaError) as caught:
-        read_hostfile(path)
-    assert message in caught.value.message and str(path) in caught.value.message
-    assert caught.value.exit_code == 2 and caught.value.hint
-
-
-def test_a_hostfile_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(DgemmaError, match="cannot read"):
-        read_hostfile(tmp_path / "nowhere.json")
-
-
-def test_a_hostfile_as_mlx_writes_it(tmp_path: Path) -> None:
-    path = tmp_path / "hosts.json"
-    host = {"ssh": "a", "ips": ["10.0.0.1"], "rdma": []}
-    path.write_text(json.dumps({"backend": "", "envs": [], "hosts": [host, {**host, "ssh": "b"}]}))
-    backend, hosts, variables = read_hostfile(path)
-    assert (backend, [each.ssh for each in hosts], variables) == ("ring", ["a", "b"], [])

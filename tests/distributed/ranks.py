@@ -32,33 +32,6 @@ def free_port(count: int = 4) -> int:
     raise AssertionError("no port is free")
 
 
-def environments(folder: Path, size: int, port: int | None = None) -> list[dict[str, str]]:
-    """Return the environment of each rank, with the ports from ``port`` on. ``folder`` takes the file of hosts."""
-    first = port or free_port(size)
-    hosts = folder / "ring.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{first + rank}"] for rank in range(size)]))
-    own = {"MLX_HOSTFILE": str(hosts), "DGEMMA_LOG": "off"}
-    return [{**os.environ, **own, "MLX_RANK": str(rank)} for rank in range(size)]
-
-
-def printed(folder: Path, size: int, arguments: Sequence[str], seconds: float = 100) -> list[str]:
-    """Run Python with these arguments as each rank, and return what each has printed, once all have ended well."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *arguments], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
-        )
-        for environment in environments(folder, size)
-    ]
-    try:
-        outputs = [process.communicate(timeout=seconds)[0] for process in processes]
-        assert [process.returncode for process in processes] == [0] * size
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return outputs
-
-
 class Ranks:
     """Processes with ranks from 0, each with its arguments, on free ports.
 
@@ -70,18 +43,24 @@ class Ranks:
     def __init__(
         self, folder: Path, arguments: Sequence[str], size: int, *, without: int | None = None,
         environment: Mapping[str, str] | None = None, folders: Sequence[Path] | None = None, port: int | None = None,
+        addresses: Sequence[str] | None = None, prefixes: Sequence[Sequence[str]] | None = None,
     ) -> None:
         """Start ``size`` processes with the same arguments, all but the rank ``without``.
 
         ``folder`` takes the file of hosts, ``folders`` are the working folders by rank, and ``port`` is that of rank 0.
+        ``addresses`` are those of the ranks, and ``prefixes`` the commands that run the program, as on another host.
         """
         self.port = port or free_port()
-        own = environments(folder, size, self.port)
+        hosts = folder / "hosts.json"
+        where = addresses or ["127.0.0.1"] * size
+        hosts.write_text(json.dumps([[f"{address}:{self.port + rank}"] for rank, address in enumerate(where)]))
         self.processes = {
             rank: subprocess.Popen(
-                [sys.executable, "-m", "dgemma_mlx", *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE, text=True, cwd=folders[rank] if folders else None,
-                env={**own[rank], **(environment or {})},
+                [*(prefixes[rank] if prefixes else ()), sys.executable, "-m", "dgemma_mlx", *arguments],
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                cwd=folders[rank] if folders else None,
+                env={**os.environ, "MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank), "DGEMMA_LOG": "off",
+                     **(environment or {})},
             )
             for rank in range(size) if rank != without
         }  # fmt: skip

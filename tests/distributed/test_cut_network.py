@@ -12,14 +12,14 @@ import pytest
 from dgemma_mlx.generation.load import load
 from dgemma_mlx.model.adapter import AdapterConfig, adapted_modules, attach
 from dgemma_mlx.model.adapter_file import save_adapter
+from tests.distributed.machines import run_on_ranks
 from tests.distributed.models import uneven_checkpoint
-from tests.distributed.ranks import printed
 
 
 def numbers(folder: Path, model: Path, shares: list[float], *adapter: str) -> dict[str, Any]:
     """Run ``cut_numbers`` in a process for each share, and return what rank 0 prints."""
-    program = ["-m", "tests.distributed.cut_numbers", str(model), json.dumps(shares), *adapter]
-    found: dict[str, Any] = json.loads(printed(folder, len(shares), program)[0])
+    program = ("tests.distributed.cut_numbers", str(model), json.dumps(shares), *adapter)
+    found: dict[str, Any] = run_on_ranks(folder, len(shares), *program)
     return found
 
 

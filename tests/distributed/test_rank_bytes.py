@@ -13,34 +13,10 @@ import pytest
 from dgemma_convert.source import open_source
 from dgemma_mlx.checkpoint.hub import resolve
 from dgemma_mlx.cli.ranks import cut_source, rank_facts
-from tests.distributed.ranks import printed
+from tests.distributed.machines import run_on_ranks
 from tests.model.checkpoint import flat_config, quantized, random_tensors, write_checkpoint
 
 SIZES = {"hidden_size": 128, "intermediate_size": 320, "moe_intermediate_size": 192, "head_dim": 64}
-# Loads the slices of some checkpoints as they are stored, and prints the bytes of the parameters and of a cache.
-LOAD = """
-import json, sys
-from pathlib import Path
-import mlx.core as mx
-from mlx.utils import tree_flatten
-from dgemma_mlx.checkpoint.config import ModelConfig
-from dgemma_mlx.distributed.collective import Collective
-from dgemma_mlx.distributed.load import load_slice
-from dgemma_mlx.distributed.network import CutNetwork
-collective = Collective(mx.distributed.init(strict=True, backend="ring"))
-found = []
-for folder in map(Path, sys.argv[2:]):
-    config = ModelConfig.load(folder)
-    network, _ = load_slice(
-        folder, config, json.loads(sys.argv[1]), lambda text, all: CutNetwork(text, all, collective), mx.bfloat16
-    )
-    parameters = sum(array.nbytes for _, array in tree_flatten(network.parameters()))
-    cache = network.new_cache()
-    network.encode(mx.zeros((1, 5), mx.int32), cache)
-    cache.reserve(5 + config.canvas_length)
-    found.append([parameters, sum(buffer.shape[1] for buffer in cache.buffers())])
-print(json.dumps(found))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +36,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.mark.parametrize("shares", [[1, 1], [3, 1, 1]], ids=["two", "three uneven"])
 def test_the_bytes_are_those_of_the_loaded_slices(tmp_path: Path, checkpoints: list[Path], shares: list[int]) -> None:
-    outputs = printed(tmp_path, len(shares), ["-c", LOAD, json.dumps(shares), *map(str, checkpoints)])
-    loaded = [json.loads(output) for output in outputs]  # by rank, then by checkpoint
+    program = ("tests.distributed.slice_bytes", json.dumps(shares), *map(str, checkpoints))
+    loaded = run_on_ranks(tmp_path, len(shares), *program)  # by rank, then by checkpoint
     for index, folder in enumerate(checkpoints):
         source = open_source(resolve(str(folder)))
         for rank, own in enumerate(cut_source(source, shares)):

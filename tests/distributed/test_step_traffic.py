@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from itertools import pairwise
@@ -11,30 +10,13 @@ from pathlib import Path
 from dgemma_mlx.checkpoint.config import ModelConfig
 from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
 from dgemma_mlx.distributed.links import StepTraffic, step_traffic
-from tests.distributed.ranks import printed
+from tests.distributed.machines import run_on_ranks
 
 ROOT = Path(__file__).parents[2]
-# Rank 0 answers with the model cut in two, and prints what it has put into the collective operations at each draft.
-COUNT = """
-import json
-from pathlib import Path
-from dgemma_mlx import Draft, stream
-from dgemma_mlx.cli.machines import MachineOptions, cut_model, is_follower, run_follower
-from dgemma_mlx.generation.load import LoadOptions
-if is_follower():
-    raise SystemExit(run_follower())
-model = cut_model(MachineOptions(anyway=True), LoadOptions("demo"), True)
-counts = model.network.collective
-steps = model.generation.override(max_denoising_steps=4, confidence_threshold=0.0)  # none ends before the fourth
-print(json.dumps([
-    [[event.canvas, event.attempt], counts.messages, counts.nbytes]
-    for event in stream(model, "Sort 7 3 5", seed=1, speed="reference", generation=steps) if isinstance(event, Draft)
-]))
-"""
 
 
 def test_real_steps_have_the_predicted_messages_and_bytes(tmp_path: Path) -> None:
-    drafts = json.loads(printed(tmp_path, 2, ["-c", COUNT])[0])
+    drafts = run_on_ranks(tmp_path, 2, "tests.distributed.step_counts")
     steps = [
         StepTraffic(after[1] - before[1], after[2] - before[2])
         for before, after in pairwise(drafts)
