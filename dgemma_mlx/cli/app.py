@@ -114,13 +114,16 @@ def _print_version(value: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
 ) -> None:
-    """Store the options that come before the command."""
+    """Store the options that come before the command, and connect the machines that mlx.launch has started."""
     _ErrorOutput.tracebacks = debug
+    if context.invoked_subcommand != "cluster":  # which says of each machine whether it comes
+        join_launched()
 
 
 def run() -> int:
@@ -131,7 +134,6 @@ def run() -> int:
         with quiet_when_closed():
             if is_follower():
                 return run_follower()
-            join_launched()
             # `python -m dgemma_mlx` has the same name, because completion and errors print it.
             result = app(args=sys.argv[1:] or ["--help"], prog_name=PROGRAM, standalone_mode=False)
             if result == INTERRUPTED:

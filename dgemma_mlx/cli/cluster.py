@@ -164,6 +164,6 @@ def _fit_lines(facts: dict[str, Any]) -> list[str]:
         )
     lines.append(
         f"  prediction: a denoising step takes {expected['cut']:.3f} s on all machines, {expected['link']:.3f} s of it "
-        f"on the links, and {expected['alone']:.3f} s on the fastest one alone"
+        f"on the links, and {expected['alone']:.3f} s on the fastest one alone{'' if room else ', if it fitted one'}"
     )
     return lines
