@@ -32,6 +32,7 @@ def about() -> None:
 
     Examples:
         dgemma-mlx cluster check --hostfile hosts.json
+        dgemma-mlx cluster check --hostfile hosts.json --json
     """
 
 
