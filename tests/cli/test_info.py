@@ -271,14 +271,14 @@ def test_a_model_on_the_hub_is_described_without_downloading_it(tmp_path: Path) 
     repository = Repository({"feature/new": files})
     with HubServer({"owner/name": repository}) as hub:
         done = run(
-            "--json", "owner/name@feature/new", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0",
+            "--json", "--ranks", "2", "owner/name@feature/new", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0",
             HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1", NO_PROXY="127.0.0.1",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr.decode()
         weights = [part for name, part in hub.downloads if name == "model.safetensors"]
         asked = {path for path in hub.requests if path.endswith("model.safetensors")}
     assert asked == {f"/owner/name/resolve/{repository.commit('feature/new')}/model.safetensors"}  # all of one commit
-    facts, demo = json.loads(done.stdout), describe(open_source(resolve("demo")))
+    facts, demo = json.loads(done.stdout), describe(open_source(resolve("demo")), ranks=2)
     assert facts["model"] == "owner/name@feature/new"
     elsewhere = {"model", "folder", "recipe", "memory_available", "verdict"}
     assert {name: facts[name] for name in facts.keys() - elsewhere} == {
