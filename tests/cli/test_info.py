@@ -271,8 +271,8 @@ def test_a_model_on_the_hub_is_described_without_downloading_it(tmp_path: Path) 
     repository = Repository({"feature/new": files})
     with HubServer({"owner/name": repository}) as hub:
         done = run(
-            "--json", "--ranks", "2", "owner/name@feature/new", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0",
-            HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1", NO_PROXY="127.0.0.1",
+            "--json", "--ranks", "2", "owner/name@feature/new", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path),
+            HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1", NO_PROXY="127.0.0.1",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr.decode()
         weights = [part for name, part in hub.downloads if name == "model.safetensors"]
