@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dgemma_mlx.cli.interrupt import ending_at_once
-from dgemma_mlx.cli.machines import MachineOptions, cut_model
+from dgemma_mlx.cli.machines import MachineOptions, cut_model, invite
 from dgemma_mlx.cli.parameters import AnswerOptions, ModelOptions
 from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.sizes import parse_size
@@ -33,7 +33,7 @@ def fetch(name: str | None, weights: bool = True) -> Checkpoint:
 
 def load_model(
     settings: Settings, options: ModelOptions, quiet: bool = False, training: bool = False, checked: bool = False,
-    images: bool = False, machines: MachineOptions | None = None,
+    images: bool = False, machines: MachineOptions | None = None, whole: bool = False,
 ) -> Model:
     """Load the model that the options or the settings name, and set the mode of the Metal kernels.
 
@@ -41,11 +41,11 @@ def load_model(
     ``training`` the weights keep the dtype in which they are stored, because gradients leave the range of float16.
     Work that takes long has its weights ``checked`` before: one that is NaN or infinite raises `DgemmaError`. A
     model that is to be shown ``images``, and reads none, is refused before its weights are read. With several
-    ``machines`` the model is cut over them.
+    ``machines`` the model is cut over them; or each loads it ``whole``, as ``team_of`` expects it.
     """
     from dgemma_mlx.model.finite import require_finite
 
-    load = model_loader(settings, options, training, machines, quiet)
+    load = model_loader(settings, options, training, machines, quiet, whole)
     if images:
         from dgemma_mlx.checkpoint.config import ModelConfig
         from dgemma_mlx.generation.pictures import require_vision
@@ -62,7 +62,7 @@ def load_model(
 
 def model_loader(
     settings: Settings, options: ModelOptions, training: bool = False, machines: MachineOptions | None = None,
-    quiet: bool = False,
+    quiet: bool = False, whole: bool = False,
 ) -> Callable[[], Model]:
     """Check the options and fetch the checkpoint, and return a function that loads it, which any thread may call."""
     import mlx.core as mx
@@ -70,6 +70,8 @@ def model_loader(
     from dgemma_mlx.generation.load import LoadOptions, load
     from dgemma_mlx.kernels.dispatch import set_mode
 
+    if machines is not None:
+        machines.check()
     set_mode(settings.pick("kernels", "off" if options.no_kernels else None))
     name = settings.pick("model", options.model)
     cpu_dequantize = settings.pick("cpu_dequantize", options.cpu_dequantize)
@@ -81,7 +83,9 @@ def model_loader(
     def open_model() -> Model:
         if machines is not None:
             loading = LoadOptions(name, dtype, cpu_dequantize, options.adapter, rule)
-            if (cut := cut_model(machines, loading, quiet)) is not None:
+            if whole:
+                invite(machines, loading, quiet)
+            elif (cut := cut_model(machines, loading, quiet)) is not None:
                 return cut
         return load(name, dtype=dtype, cpu_dequantize=cpu_dequantize, adapter=options.adapter, image_attention=rule)
 

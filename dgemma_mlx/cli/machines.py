@@ -15,11 +15,12 @@ from dgemma_mlx.cli.parameters import section
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
-    from dgemma_mlx.distributed.channel import Channel
+    from dgemma_mlx.distributed.channel import Channel, MachineLostError
     from dgemma_mlx.distributed.launch import Launch
     from dgemma_mlx.distributed.links import Expectation
     from dgemma_mlx.generation.load import LoadOptions
     from dgemma_mlx.generation.model import Model
+    from dgemma_mlx.generation.team import Team
 
 machine_option = section("Several machines")
 
@@ -32,12 +33,54 @@ Anyway = Annotated[
 ]
 
 
+Split = Annotated[
+    bool, machine_option("--split", help="Cut the model over the machines, instead of giving each the whole one.")
+]
+
+
 @dataclass(frozen=True)
 class MachineOptions:
     """The options of every command that can use several machines."""
 
     hostfile: Hostfile = None
     anyway: Anyway = False
+
+    def check(self) -> None:
+        """Raise `DgemmaError` (exit code 2) for an option that has no effect, given that the model is cut."""
+        if self.anyway and not self.are_several:
+            raise DgemmaError("--anyway needs several machines", _NAME_THEM, exit_code=2)
+
+    @property
+    def are_several(self) -> bool:
+        """Whether there are other machines."""
+        return self.hostfile is not None or "MLX_RANK" in os.environ
+
+
+@dataclass(frozen=True)
+class TeamOptions(MachineOptions):
+    """The options of a command whose work can be spread over several machines."""
+
+    split: Split = False
+
+    def check_team(self, is_spread: bool) -> bool:
+        """Return whether each machine is to have the whole model. ``is_spread`` says whether there is work to spread.
+
+        Raises `DgemmaError` (exit code 2) for an option that has no effect.
+        """
+        if self.split and not self.are_several:
+            raise DgemmaError("--split needs several machines", _NAME_THEM, exit_code=2)
+        if self.split and not is_spread:
+            raise DgemmaError(
+                "--split is for work that several machines can share", "Here the model is cut without it.", exit_code=2
+            )
+        self.check()
+        is_whole = is_spread and not self.split
+        if self.anyway and is_whole:
+            raise DgemmaError("--anyway is for a model that is cut", "Add --split, or leave it out.", exit_code=2)
+        return is_whole
+
+
+_NAME_THEM = "Name them with --hostfile."
 
 
 @cache
@@ -70,8 +113,6 @@ def cut_model(machines: MachineOptions, options: LoadOptions, quiet: bool) -> Mo
     """Cut a model over the machines and return it, or return None when there is only one machine."""
     joined = connected(machines.hostfile)
     if joined is None:
-        if machines.anyway:
-            raise DgemmaError("--anyway needs several machines", "Name them with --hostfile.", exit_code=2)
         return None
     from dgemma_mlx.generation.machines import lead
 
@@ -86,6 +127,38 @@ def cut_model(machines: MachineOptions, options: LoadOptions, quiet: bool) -> Mo
             )
 
     return lead(channel, launch, options, say, machines.anyway)
+
+
+def invite(machines: MachineOptions, options: LoadOptions, quiet: bool) -> None:
+    """Let the other machines, if there are any, load the whole model, and say on stderr how many there are."""
+    joined = connected(machines.hostfile)
+    if joined is None:
+        return
+    from dgemma_mlx.generation.team import invite
+
+    _, channel = joined
+    invite(channel, options)
+    if not quiet:
+        print(f"dgemma-mlx: {channel.size} machines, each with the whole model", file=sys.stderr)
+
+
+def team_of(machines: TeamOptions, model: Model, is_whole: bool) -> Team:
+    """Return the machines that have the whole model, those that `invite` has asked: or else this one alone."""
+    from dgemma_mlx.generation.team import Team
+
+    joined = connected(machines.hostfile) if is_whole else None
+    if joined is None:
+        return Team(model)
+    _, channel = joined
+    return Team(model, channel, lambda error: _say_lost(error, channel))
+
+
+def _say_lost(error: MachineLostError, channel: Channel) -> None:
+    """Say on stderr that a machine is lost, and who does its work. A line of progress is overwritten."""
+    others = 1 + len(channel.alive)
+    doers = "this machine does" if others == 1 else f"the other {others} machines do"
+    start = "\r" if sys.stderr.isatty() else ""
+    print(f"{start}dgemma-mlx: {error.message}; {doers} its work", file=sys.stderr, flush=True)
 
 
 def is_follower() -> bool:
@@ -105,9 +178,11 @@ def run_follower() -> int:
     try:
         message = channel.receive()
         from dgemma_mlx.generation.machines import follow
+        from dgemma_mlx.generation.team import answer_task, attend
 
+        kinds = {"answer": answer_task}
         while True:
-            message = follow(channel, launch, message)
+            message = follow(channel, launch, message) if message["work"] == "cut" else attend(channel, message, kinds)
     except MachineLostError:  # rank 0 has ended
         return 0
     except DgemmaError as error:
