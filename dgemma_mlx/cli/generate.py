@@ -146,7 +146,7 @@ def generate(
         dgemma-mlx generate --image cat.jpg "What is the cat doing?"
         cat notes.txt | dgemma-mlx generate -m mlx-community/diffusiongemma-26B-A4B-it-4bit "Summarise:"
     """
-    whole = machines.check_team(batch.batch is not None)
+    whole = machines.check_team(is_spread=batch.batch is not None)
     output.check()
     tool.check()
     _check_batch(batch, prompt, text, tool, output, prompt_cache, trim_canvas)
