@@ -137,7 +137,11 @@ def invite(machines: MachineOptions, options: LoadOptions, quiet: bool) -> None:
     from dgemma_mlx.generation.team import invite
 
     _, channel = joined
-    invite(channel, options)
+    try:
+        invite(channel, options)
+    except DgemmaError as error:
+        channel.close(error.message)
+        raise
     if not quiet:
         print(f"dgemma-mlx: {channel.size} machines, each with the whole model", file=sys.stderr)
 
@@ -155,7 +159,7 @@ def team_of(machines: TeamOptions, model: Model, is_whole: bool) -> Team:
 
 def _say_lost(error: MachineLostError, channel: Channel) -> None:
     """Say on stderr that a machine is lost, and who does its work. A line of progress is overwritten."""
-    others = 1 + len(channel.alive)
+    others = 1 + len({*channel.alive} - {error.rank})
     doers = "this machine does" if others == 1 else f"the other {others} machines do"
     start = "\r" if sys.stderr.isatty() else ""
     print(f"{start}dgemma-mlx: {error.message}; {doers} its work", file=sys.stderr, flush=True)

@@ -215,9 +215,9 @@ class Channel:
         if self._closing or peer.loss is not None:
             return
         peer.loss = what
-        peer.inbox.put(None)
         if self.ends_with:
             self.fail(what)
+        peer.inbox.put(None)
         peer.cut()
 
     def fail(self, line: str) -> NoReturn:

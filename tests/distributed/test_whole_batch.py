@@ -1,0 +1,140 @@
+"""Several machines, each with the whole model: the same results in the same order, whatever happens to the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dgemma_mlx.checkpoint.hub import resolve
+
+FEW = ("-n", "8", "--max-denoising-steps", "3", "--batch-size", "4")  # little work for an answer
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "DGEMMA_LOG": "off"}
+
+
+def free_port() -> int:
+    """Return a port that is free, and the one before it as well."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port: int = first.getsockname()[1]
+            try:
+                second.bind(("127.0.0.1", port - 1))
+            except OSError:
+                continue
+            return port
+
+
+@contextmanager
+def machines(count: int, folder: Path, arguments: Sequence[str | Path], folders: Sequence[Path] = ()) -> Iterator[
+    list[subprocess.Popen[str]]
+]:  # fmt: skip
+    """Start processes as mlx.launch does, each in its folder. The first one has the arguments, and takes its pipes."""
+    hostfile = folder / "hosts.json"
+    hostfile.write_text(json.dumps([[f"127.0.0.1:{free_port()}"] for _ in range(count)]))
+    with ExitStack() as stack:
+        processes = []
+        for rank in range(count):
+            process = stack.enter_context(subprocess.Popen(
+                [sys.executable, "-m", "dgemma_mlx", *(arguments if rank == 0 else ())],
+                env={**ENVIRONMENT, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)},
+                cwd=folders[rank] if folders else None, text=True, stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL, stderr=subprocess.PIPE,
+            ))  # fmt: skip
+            stack.callback(process.kill)
+            processes.append(process)
+        yield processes
+
+
+def alone(*arguments: str | Path) -> str:
+    """Return what one process prints."""
+    return subprocess.run(
+        [sys.executable, "-m", "dgemma_mlx", *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        timeout=120, check=True, env=ENVIRONMENT,
+    ).stdout  # fmt: skip
+
+
+def together(folder: Path, *arguments: str | Path) -> str:
+    """Return what two processes print."""
+    with machines(2, folder, arguments) as (first, second):
+        stdout, stderr = first.communicate(timeout=120)
+        assert (first.returncode, second.wait(10)) == (0, 0), stderr
+        assert "dgemma-mlx: 2 machines, each with the whole model\n" in stderr
+    return stdout
+
+
+def untimed(line: str) -> dict[str, Any]:
+    """Return the object of a line without the times and the memory."""
+    record: dict[str, Any] = json.loads(line)
+    counts = record.get("statistics", record)
+    for name in ("prefill_seconds", "seconds", "tokens_per_second", "peak_memory"):
+        counts.pop(name, None)
+    return record
+
+
+def test_two_hundred_answers_with_one_machine_killed_half_way(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(f"Sort {n % 10} {n * 7 % 10} {n // 10}") + "\n" for n in range(200)))
+    asked = ("generate", "-m", "demo", "--seed", "1", "--batch", prompts, *FEW)
+    expected = [untimed(line) for line in alone(*asked).splitlines()]
+    assert len(expected) == 200
+    found = []
+    with machines(2, tmp_path, asked) as (first, second):
+        assert first.stdout is not None and first.stderr is not None
+        for line in first.stdout:
+            found.append(untimed(line))
+            if len(found) == 80:  # the pipe holds others that are done
+                second.kill()
+        assert first.wait(30) == 0
+        said = first.stderr.read().splitlines()
+    assert found == expected
+    lost = f"dgemma-mlx: {socket.gethostname()} (rank 1) has ended; this machine does its work"
+    assert said == ["dgemma-mlx: 2 machines, each with the whole model", lost]
+
+
+def test_an_evaluation_counts_the_same(tmp_path: Path) -> None:
+    asked = ("eval", "-m", "demo", "--task", "sudoku", "--size", "4", "--count", "8", "--json")
+    assert untimed(together(tmp_path, *asked)) == untimed(alone(*asked))
+
+
+def test_a_machine_with_another_checkpoint_ends_all(tmp_path: Path) -> None:
+    folders = [tmp_path / "own", tmp_path / "other"]
+    for folder in folders:
+        shutil.copytree(resolve("demo").folder, folder / "model")
+    weights = next((folders[1] / "model").glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('"Sort 7 3 5"\n')
+    with machines(2, tmp_path, ("generate", "-m", "model", "--batch", prompts), folders) as processes:
+        ends = [process.communicate(timeout=60) for process in processes]
+    name = socket.gethostname()
+    line = f"dgemma-mlx: {name} (rank 1) has another checkpoint, configuration or adapter than {name}\n"
+    assert [process.returncode for process in processes] == [1, 1]
+    assert [stderr for _, stderr in ends] == [line, line]
+    assert not ends[0][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("eval", "--task", "sudoku", "--split"), "--split needs several machines"),
+        (("eval", "--task", "sudoku", "--hostfile", "hosts.json", "--anyway"), "--anyway is for a model that is cut"),
+        (("generate", "--hostfile", "hosts.json", "--split", "Hi"), "--split is for work that several machines can share"),
+    ],
+)
+def test_options_without_effect_are_refused(arguments: tuple[str, ...], message: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dgemma_mlx", *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr.splitlines()[0]) == (2, f"dgemma-mlx: {message}")
