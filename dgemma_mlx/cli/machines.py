@@ -183,8 +183,9 @@ def run_follower() -> int:
         message = channel.receive()
         from dgemma_mlx.generation.machines import follow
         from dgemma_mlx.generation.team import answer_task, attend
+        from dgemma_mlx.infill.spread import GapWriter
 
-        kinds = {"answer": answer_task}
+        kinds = {"answer": answer_task, "gaps": GapWriter()}
         while True:
             message = follow(channel, launch, message) if message["work"] == "cut" else attend(channel, message, kinds)
     except MachineLostError:  # rank 0 has ended

@@ -26,6 +26,7 @@ from dgemma_mlx.generation.api import generate_batch
 from dgemma_mlx.generation.identity import fingerprint
 from dgemma_mlx.generation.load import LoadOptions, load
 from dgemma_mlx.generation.model import Model
+from dgemma_mlx.generation.wired import wired_memory
 from dgemma_mlx.kernels.dispatch import mode, set_mode
 from dgemma_mlx.text.images import is_image
 from dgemma_mlx.text.parts import ToolCall
@@ -70,7 +71,8 @@ def attend(channel: Channel, message: Message, kinds: Mapping[str, Kind]) -> Mes
         options.model, dtype=options.dtype, cpu_dequantize=options.cpu_dequantize, adapter=options.adapter,
         image_attention=options.image_attention,
     )  # fmt: skip
-    return do_tasks(channel, lambda task: kinds[task["kind"]](model, task, channel))
+    with wired_memory():
+        return do_tasks(channel, lambda task: kinds[task["kind"]](model, task, channel))
 
 
 def _fingerprint(options: LoadOptions) -> str:
@@ -163,16 +165,19 @@ def request_message(request: Request) -> Message:
     prompt = request["prompt"]
     if not isinstance(prompt, str):
         prompt = [
-            {**message, "content": [_inline(part) for part in message["content"]]}
+            {**message, "content": [inline_image(part) for part in message["content"]]}
             if isinstance(message.get("content"), list) and message.get("role") != "tool" else message
             for message in prompt
         ]  # fmt: skip
-    images = {} if request.get("images") is None else {"images": [_inline(part) for part in request["images"]]}
+    images = {} if request.get("images") is None else {"images": [inline_image(part) for part in request["images"]]}
     return {**request, "prompt": prompt, **images}
 
 
-def _inline(part: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a part of a message's content, with the bytes of an image as text."""
+def inline_image(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a part of a message's content, with the bytes of an image as text.
+
+    Raises ``DgemmaError`` when its file cannot be read, and for a video.
+    """
     if not is_image(part) or "base64" in part:
         return part
     if part["type"] == "video":
