@@ -182,10 +182,10 @@ def run_follower() -> int:
     try:
         message = channel.receive()
         from dgemma_mlx.generation.machines import follow
-        from dgemma_mlx.generation.team import answer_task, attend
+        from dgemma_mlx.generation.team import Kind, answer_task, attend
         from dgemma_mlx.infill.spread import GapWriter
 
-        kinds = {"answer": answer_task, "gaps": GapWriter()}
+        kinds: dict[str, Kind] = {"answer": answer_task, "gaps": GapWriter()}
         while True:
             message = follow(channel, launch, message) if message["work"] == "cut" else attend(channel, message, kinds)
     except MachineLostError:  # rank 0 has ended
@@ -194,4 +194,4 @@ def run_follower() -> int:
         reason = error.message
     except Exception as error:
         reason = f"unexpected {type(error).__name__}: {error}"
-    channel.fail(f"{socket.gethostname()} (rank {launch.rank}): {reason}")
+    return channel.fail(f"{socket.gethostname()} (rank {launch.rank}): {reason}")

@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from dgemma_mlx.distributed.channel import Channel, MachineLostError, Message
 from dgemma_mlx.errors import DgemmaError
@@ -67,15 +67,17 @@ class _Job(Generic[T, R]):
 class Pool:
     """The machines that work together. Rank 0 has one for as long as it works; on one machine, it does all itself."""
 
-    def __init__(self, channel: Channel | None = None, lost: Callable[[MachineLostError], None] = lambda _: None) -> None:
+    def __init__(
+        self, channel: Channel | None = None, lost: Callable[[MachineLostError], None] = lambda _: None
+    ) -> None:
         """Wait, in threads, for the other machines to be ready, which each of them says in its first message.
 
         ``lost`` is told, on any thread, of a machine that is lost.
         """
         self._channel, self._lost = channel, lost
         self._change = threading.Condition()
-        self._waiting: deque[_Job] = deque()  # for whoever is idle
-        self._own: deque[_Job] = deque()  # for this machine only
+        self._waiting: deque[_Job[Any, Any]] = deque()  # for whoever is idle
+        self._own: deque[_Job[Any, Any]] = deque()  # for this machine only
         for rank in () if channel is None else channel.peers:
             threading.Thread(target=self._hand_out, args=(rank,), daemon=True).start()
 
@@ -112,7 +114,7 @@ class Pool:
                 except MachineLostError:  # its thread says so
                     continue
 
-    def _next_own(self, wanted: _Job) -> _Job | None:
+    def _next_own(self, wanted: _Job[Any, Any]) -> _Job[Any, Any] | None:
         """Wait for a task for this machine, and return it; return None once the wanted one is done."""
         with self._change:
             while not wanted.is_done:
@@ -124,7 +126,7 @@ class Pool:
     def _hand_out(self, rank: int) -> None:
         """Give tasks to another machine until it is lost."""
         assert self._channel is not None
-        job: _Job | None = None
+        job: _Job[Any, Any] | None = None
         try:
             self._channel.receive(rank)
             while True:
@@ -148,7 +150,7 @@ class Pool:
                     self._waiting.appendleft(job)
                 self._change.notify_all()
 
-    def _answer(self, rank: int, job: _Job) -> Message | None:
+    def _answer(self, rank: int, job: _Job[Any, Any]) -> Message | None:
         """Let another machine do a task; return None when it cannot. Raises ``MachineLostError``."""
         assert self._channel is not None
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from dgemma_mlx.diffusion.edits import Edits
@@ -127,7 +128,7 @@ class _Spread:
 def _chunks(wanted: list[Lengths], machines: int) -> list[_Chunk]:
     """Return the canvases in as many parts of nearly the same size as there are machines."""
     bounds = [len(wanted) * part // machines for part in range(machines + 1)]
-    return [_Chunk(start, wanted[start:stop]) for start, stop in zip(bounds, bounds[1:], strict=False) if start < stop]
+    return [_Chunk(start, wanted[start:stop]) for start, stop in pairwise(bounds) if start < stop]
 
 
 def _last_step(chunks: Sequence[_Steps]) -> int:

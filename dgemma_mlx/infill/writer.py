@@ -31,8 +31,8 @@ Progress = Callable[[int, int], None]
 # Called after each step with the drafts of all canvases that are written together.
 Watch = Callable[[Sequence[Draft]], None]
 
-# When a canvas has settled in n steps, the others are given up after more than 2 n + _PATIENCE steps: the right length settles
-# soon, and a wrong one may never settle.
+# When a canvas has settled in n steps, the others are given up after more than 2 n + _PATIENCE steps: the right length
+# settles soon, and a wrong one may never settle.
 _PATIENCE = 4
 
 

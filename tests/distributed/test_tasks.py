@@ -121,9 +121,8 @@ def test_the_error_of_another_machine_is_raised_here(tmp_path: Path) -> None:
     work = Work(do, lambda number: {"number": number}, lambda number, message: message["square"],
                 lambda number, note: heard.set())  # fmt: skip
     fails = "channel.send({'note': task}); raise DgemmaError('no ink', 'Buy some.', 2)"
-    with others(tmp_path, fails) as channel:
-        with pytest.raises(DgemmaError, match="no ink") as caught:  # one of the tasks is done there, and fails
-            list(Pool(channel).results([0, 1], work))
+    with others(tmp_path, fails) as channel, pytest.raises(DgemmaError, match="no ink") as caught:
+        list(Pool(channel).results([0, 1], work))  # one of the tasks is done there, and fails
     assert (caught.value.hint, caught.value.exit_code) == ("Buy some.", 2)
 
 

@@ -106,6 +106,14 @@ def test_an_evaluation_counts_the_same(tmp_path: Path) -> None:
     assert untimed(together(tmp_path, *asked)) == untimed(alone(*asked))
 
 
+def test_the_candidates_of_a_fill_are_the_same(tmp_path: Path) -> None:
+    text = tmp_path / "text.json"
+    text.write_text('{"name": "Simon", "age": ___}')
+    asked = ("fill", text, "-m", "demo", "--seed", "3", "--candidates", "4", "--json", "--max-denoising-steps", "6",
+             "--prompt", "Make a JSON object: Simon is 59 years old and lives in Rome.")  # fmt: skip
+    assert untimed(together(tmp_path, *asked)) == untimed(alone(*asked))
+
+
 def test_a_machine_with_another_checkpoint_ends_all(tmp_path: Path) -> None:
     folders = [tmp_path / "own", tmp_path / "other"]
     for folder in folders:
@@ -129,8 +137,8 @@ def test_a_machine_with_another_checkpoint_ends_all(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("eval", "--task", "sudoku", "--split"), "--split needs several machines"),
-        (("eval", "--task", "sudoku", "--hostfile", "hosts.json", "--anyway"), "--anyway is for a model that is cut"),
-        (("generate", "--hostfile", "hosts.json", "--split", "Hi"), "--split is for work that several machines can share"),
+        (("eval", "--task", "sudoku", "--hostfile", "h.json", "--anyway"), "--anyway is for a model that is cut"),
+        (("generate", "--hostfile", "h.json", "--split", "Hi"), "--split is for work that several machines can share"),
     ],
 )
 def test_options_without_effect_are_refused(arguments: tuple[str, ...], message: str) -> None:
