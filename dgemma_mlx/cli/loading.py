@@ -15,6 +15,7 @@ from dgemma_mlx.sizes import parse_size
 
 if TYPE_CHECKING:
     from dgemma_mlx.checkpoint.hub import Checkpoint
+    from dgemma_mlx.generation.load import LoadOptions
     from dgemma_mlx.generation.model import Model
 
 
@@ -65,31 +66,40 @@ def model_loader(
     quiet: bool = False, whole: bool = False,
 ) -> Callable[[], Model]:
     """Check the options and fetch the checkpoint, and return a function that loads it, which any thread may call."""
-    import mlx.core as mx
-
-    from dgemma_mlx.generation.load import LoadOptions, load
+    from dgemma_mlx.generation.load import load
     from dgemma_mlx.kernels.dispatch import set_mode
 
     if machines is not None:
         machines.check()
     set_mode(settings.pick("kernels", "off" if options.no_kernels else None))
-    name = settings.pick("model", options.model)
-    cpu_dequantize = settings.pick("cpu_dequantize", options.cpu_dequantize)
-    chosen = settings.pick_checked("dtype", options.dtype)
-    rule: Any = settings.pick_checked("image_attention", options.image_attention)
-    dtype: Any = None if training else "auto" if chosen == "auto" else getattr(mx, chosen)
-    fetch(name)
+    loading = load_options(settings, options, training)
+    fetch(loading.model)
 
     def open_model() -> Model:
         if machines is not None:
-            loading = LoadOptions(name, dtype, cpu_dequantize, options.adapter, rule)
             if whole:
                 invite(machines, loading, quiet)
             elif (cut := cut_model(machines, loading, quiet)) is not None:
                 return cut
-        return load(name, dtype=dtype, cpu_dequantize=cpu_dequantize, adapter=options.adapter, image_attention=rule)
+        return load(
+            loading.model, dtype=loading.dtype, cpu_dequantize=loading.cpu_dequantize, adapter=loading.adapter,
+            image_attention=loading.image_attention,
+        )  # fmt: skip
 
     return open_model
+
+
+def load_options(settings: Settings, options: ModelOptions, training: bool = False) -> LoadOptions:
+    """Return how the model is loaded that the options or the settings name."""
+    import mlx.core as mx
+
+    from dgemma_mlx.generation.load import LoadOptions
+
+    chosen = settings.pick_checked("dtype", options.dtype)
+    dtype: Any = None if training else "auto" if chosen == "auto" else getattr(mx, chosen)
+    rule: Any = settings.pick_checked("image_attention", options.image_attention)
+    name, dequantize = settings.pick("model", options.model), settings.pick("cpu_dequantize", options.cpu_dequantize)
+    return LoadOptions(name, dtype, dequantize, options.adapter, rule)
 
 
 def full_name(name: str | None) -> str | None:

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from dgemma_mlx.cli.parameters import section
 from dgemma_mlx.errors import DgemmaError
@@ -129,21 +129,27 @@ def cut_model(machines: MachineOptions, options: LoadOptions, quiet: bool) -> Mo
     return lead(channel, launch, options, say, machines.anyway)
 
 
-def invite(machines: MachineOptions, options: LoadOptions, quiet: bool) -> None:
-    """Let the other machines, if there are any, load the whole model, and say on stderr how many there are."""
+def invite(
+    machines: MachineOptions, options: LoadOptions, quiet: bool, work: str = "whole", **more: Any
+) -> Channel | None:
+    """Let the other machines, if there are any, load the whole model, and say on stderr how many there are.
+
+    ``work`` is what they are to do with it, and ``more`` is what they must know for that. Returns their channel.
+    """
     joined = connected(machines.hostfile)
     if joined is None:
-        return
+        return None
     from dgemma_mlx.generation.team import invite
 
     _, channel = joined
     try:
-        invite(channel, options)
+        invite(channel, options, work, **more)
     except DgemmaError as error:
         channel.close(error.message)
         raise
     if not quiet:
         print(f"dgemma-mlx: {channel.size} machines, each with the whole model", file=sys.stderr)
+    return channel
 
 
 def team_of(machines: TeamOptions, model: Model, is_whole: bool) -> Team:
@@ -154,10 +160,10 @@ def team_of(machines: TeamOptions, model: Model, is_whole: bool) -> Team:
     if joined is None:
         return Team(model)
     _, channel = joined
-    return Team(model, channel, lambda error: _say_lost(error, channel))
+    return Team(model, channel, lambda error: say_lost(error, channel))
 
 
-def _say_lost(error: MachineLostError, channel: Channel) -> None:
+def say_lost(error: MachineLostError, channel: Channel) -> None:
     """Say on stderr that a machine is lost, and who does its work. A line of progress is overwritten."""
     others = 1 + len({*channel.alive} - {error.rank})
     doers = "this machine does" if others == 1 else f"the other {others} machines do"
@@ -184,10 +190,16 @@ def run_follower() -> int:
         from dgemma_mlx.generation.machines import follow
         from dgemma_mlx.generation.team import Kind, answer_task, attend
         from dgemma_mlx.infill.spread import GapWriter
+        from dgemma_mlx.server.follower import follow_server
 
         kinds: dict[str, Kind] = {"answer": answer_task, "gaps": GapWriter()}
         while True:
-            message = follow(channel, launch, message) if message["work"] == "cut" else attend(channel, message, kinds)
+            if message["work"] == "cut":
+                message = follow(channel, launch, message)
+            elif message["work"] == "serve":
+                message = follow_server(channel, message)
+            else:
+                message = attend(channel, message, kinds)
     except MachineLostError:  # rank 0 has ended
         return 0
     except DgemmaError as error:

@@ -21,7 +21,7 @@ from dgemma_mlx.constrain.constraint import Constraint
 from dgemma_mlx.distributed.channel import Channel, MachineLostError, Message
 from dgemma_mlx.distributed.tasks import Pool, Work, do_tasks
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.events import Done, Statistics
+from dgemma_mlx.events import Committed, Done, Draft, Statistics
 from dgemma_mlx.generation.api import generate_batch
 from dgemma_mlx.generation.identity import fingerprint
 from dgemma_mlx.generation.load import LoadOptions, load
@@ -43,13 +43,15 @@ _EACH = {"seeds": "seed", "max_tokens": "max_tokens", "system": "system", "tools
 _VIDEO = "Its frames are read on this machine."
 
 
-def invite(channel: Channel, options: LoadOptions) -> None:
-    """Let the other machines load the whole model. Rank 0 then loads it too, at the same time.
+def invite(channel: Channel, options: LoadOptions, work: str = "whole", **more: Any) -> None:
+    """Let the other machines load the whole model for some work. Rank 0 then loads it too, at the same time.
+
+    The work "whole" is that of ``attend``, and ``more`` is what others must know.
 
     From here on a machine that is lost is left out. Raises ``DgemmaError`` when a machine cannot find the model, and
     ends all machines when one has another checkpoint, configuration or adapter.
     """
-    channel.tell({"work": "whole", "options": options.as_message(), "kernels": mode()})
+    channel.tell({"work": work, "options": options.as_message(), "kernels": mode(), **more})
     own = _fingerprint(options)
     for rank, peer in channel.peers.items():
         if channel.receive(rank)["fingerprint"] != own:
@@ -63,16 +65,24 @@ def attend(channel: Channel, message: Message, kinds: Mapping[str, Kind]) -> Mes
     ``message`` is the one of ``invite``. Raises ``DgemmaError`` when the model cannot be loaded, and
     ``MachineLostError`` when rank 0 has ended.
     """
+    model = accept(channel, message)()
+    with wired_memory():
+        return do_tasks(channel, lambda task: kinds[task["kind"]](model, task, channel))
+
+
+def accept(channel: Channel, message: Message) -> Callable[[], Model]:
+    """Agree with rank 0 on the model, on another machine, and return a function that loads it.
+
+    ``message`` is the one of ``invite``. Raises ``DgemmaError`` when there is no such model.
+    """
     options = LoadOptions.from_message(message["options"])
     set_mode(message["kernels"])
     channel.send({"fingerprint": _fingerprint(options)})
     channel.receive()
-    model = load(
+    return lambda: load(
         options.model, dtype=options.dtype, cpu_dequantize=options.cpu_dequantize, adapter=options.adapter,
         image_attention=options.image_attention,
     )  # fmt: skip
-    with wired_memory():
-        return do_tasks(channel, lambda task: kinds[task["kind"]](model, task, channel))
 
 
 def _fingerprint(options: LoadOptions) -> str:
@@ -212,8 +222,20 @@ def options_from(message: Message) -> dict[str, Any]:
     return found
 
 
+def draft_from(message: Message) -> Draft:
+    """Return a ``Draft`` that was a dict of its fields, and then JSON."""
+    return Draft(**message | {name: tuple(message[name]) for name in ("tokens", "accepted_mask", "entropy")})
+
+
+def committed_from(message: Message) -> Committed:
+    """Return a ``Committed`` that was a dict of its fields, and then JSON."""
+    calls = tuple(ToolCall(**call) for call in message["tool_calls"])
+    lists = {name: tuple(message[name]) for name in ("tokens", "doubted")}
+    return Committed(**message | lists | {"tool_calls": calls})
+
+
 def done_from(message: Message) -> Done:
-    """Return an answer that is a dict of its fields."""
+    """Return a ``Done`` that was a dict of its fields, and then JSON."""
     calls = tuple(ToolCall(**call) for call in message["tool_calls"])
     statistics = Statistics(**message["statistics"])
     return Done(**{**message, "tool_calls": calls, "tokens": tuple(message["tokens"]), "statistics": statistics})
