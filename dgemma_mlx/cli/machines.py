@@ -6,6 +6,7 @@ import atexit
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from dgemma_mlx.distributed.links import Expectation
     from dgemma_mlx.generation.load import LoadOptions
     from dgemma_mlx.generation.model import Model
-    from dgemma_mlx.generation.team import Team
+    from dgemma_mlx.generation.team import Kind, Team
 
 machine_option = section("Several machines")
 
@@ -152,15 +153,18 @@ def invite(
     return channel
 
 
-def team_of(machines: TeamOptions, model: Model, is_whole: bool) -> Team:
-    """Return the machines that have the whole model, those that `invite` has asked: or else this one alone."""
+def team_of(machines: TeamOptions, model: Model, is_whole: bool, says_lost: bool = True) -> Team:
+    """Return the machines that have the whole model, those that `invite` has asked: or else this one alone.
+
+    A machine that is lost is said on stderr unless ``says_lost`` is false, where its work cannot be done by another.
+    """
     from dgemma_mlx.generation.team import Team
 
     joined = connected(machines.hostfile) if is_whole else None
     if joined is None:
         return Team(model)
     _, channel = joined
-    return Team(model, channel, lambda error: say_lost(error, channel))
+    return Team(model, channel, lambda error: say_lost(error, channel) if says_lost else None)
 
 
 def say_lost(error: MachineLostError, channel: Channel) -> None:
@@ -176,8 +180,8 @@ def is_follower() -> bool:
     return os.environ.get("MLX_RANK", "0") != "0"
 
 
-def run_follower() -> int:
-    """Do what rank 0 asks for, and return the exit code."""
+def run_follower(commands: Mapping[str, Kind]) -> int:
+    """Do what rank 0 asks for, and return the exit code. ``commands`` do the tasks of commands."""
     from dgemma_mlx.distributed.channel import MachineLostError, open_channel
     from dgemma_mlx.distributed.launch import launched
 
@@ -188,11 +192,11 @@ def run_follower() -> int:
     try:
         message = channel.receive()
         from dgemma_mlx.generation.machines import follow
-        from dgemma_mlx.generation.team import Kind, answer_task, attend
+        from dgemma_mlx.generation.team import answer_task, attend
         from dgemma_mlx.infill.spread import GapWriter
         from dgemma_mlx.server.follower import follow_server
 
-        kinds: dict[str, Kind] = {"answer": answer_task, "gaps": GapWriter()}
+        kinds: dict[str, Kind] = {"answer": answer_task, "gaps": GapWriter(), **commands}
         while True:
             if message["work"] == "cut":
                 message = follow(channel, launch, message)

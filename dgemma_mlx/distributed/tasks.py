@@ -6,6 +6,7 @@ so a faster machine does more. The task of a machine that is lost is done by ano
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -78,6 +79,8 @@ class Pool:
         self._change = threading.Condition()
         self._waiting: deque[_Job[Any, Any]] = deque()  # for whoever is idle
         self._own: deque[_Job[Any, Any]] = deque()  # for this machine only
+        self._bound: dict[int, _Job[Any, Any]] = {}  # for one of the others only, by rank
+        self._losses: dict[int, MachineLostError] = {}
         for rank in () if channel is None else channel.peers:
             threading.Thread(target=self._hand_out, args=(rank,), daemon=True).start()
 
@@ -85,6 +88,12 @@ class Pool:
     def size(self) -> int:
         """The number of machines that answer, with this one."""
         return 1 if self._channel is None else 1 + len(self._channel.alive)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the machines, by rank, lost ones among them."""
+        others = () if self._channel is None else self._channel.peers.values()
+        return [f"{socket.gethostname()} (rank 0)", *map(str, others)]
 
     def results(self, tasks: Sequence[T], work: Work[T, R]) -> Iterator[R]:
         """Do tasks, and yield their results in order, each as soon as it and those before it are there.
@@ -104,6 +113,24 @@ class Pool:
             with self._change:
                 self._waiting.clear()
                 self._own.clear()
+
+    def on_each(self, task: T, work: Work[T, R]) -> list[R]:
+        """Do the same task on every machine at the same time, and return the results by rank.
+
+        Raises ``MachineLostError`` when one is lost, and as ``results`` does.
+        """
+        jobs = {} if self._channel is None else {rank: _Job(task, work) for rank in self._channel.peers}
+        with self._change:
+            self._bound.update(jobs)
+            self._change.notify_all()
+        own = work.do(task)
+        with self._change:
+            for rank, job in jobs.items():
+                while not job.is_done:
+                    if rank in self._losses:
+                        raise self._losses[rank]
+                    self._change.wait()
+        return [own, *(job.value() for job in jobs.values())]
 
     def say(self, note: Message) -> None:
         """Say something to all other machines, about the tasks that they do. Those that are lost do not hear it."""
@@ -131,9 +158,9 @@ class Pool:
             self._channel.receive(rank)
             while True:
                 with self._change:
-                    while not self._waiting:
+                    while not (rank in self._bound or self._waiting):
                         self._change.wait()
-                    job = self._waiting.popleft()
+                    job = self._bound.pop(rank, None) or self._waiting.popleft()
                 answer = self._answer(rank, job)
                 with self._change:
                     if answer is None:
@@ -143,6 +170,7 @@ class Pool:
                     job = None
                     self._change.notify_all()
         except MachineLostError as error:
+            self._losses[rank] = error
             self._lost(error)
         finally:  # also after a fault in this program, which must not let the others wait
             with self._change:

@@ -87,7 +87,11 @@ class _Request:
 
 
 class Machines:
-    """The other machines behind a server."""
+    """The other machines behind a server.
+
+    Attributes:
+        machines: Each of them.
+    """
 
     def __init__(
         self, channel: Channel, most: int, prompts: int, lost: Callable[[MachineLostError], None] = lambda _: None
@@ -97,8 +101,8 @@ class Machines:
         self._numbers = count()
         self._lock = threading.Lock()
         self._own_prompts: deque[Sequence[int]] = deque(maxlen=prompts)
-        self._machines = [Machine(rank, most, prompts) for rank in channel.peers]
-        for machine in self._machines:
+        self.machines = [Machine(rank, most, prompts) for rank in channel.peers]
+        for machine in self.machines:
             threading.Thread(target=self._read, args=(machine,), daemon=True).start()
             threading.Thread(target=self._write, args=(machine,), daemon=True).start()
 
@@ -109,7 +113,7 @@ class Machines:
         """
         chosen, prompts = None, self._own_prompts
         least = here, -_common(ids, prompts)
-        for machine in self._machines:
+        for machine in self.machines:
             standing = machine.admission.here, -_common(ids, machine.prompts)
             if machine.room is not None and standing < least:
                 chosen, prompts, least = machine, machine.prompts, standing

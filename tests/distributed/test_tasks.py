@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import textwrap
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from dgemma_mlx.distributed.channel import Channel, MachineLostError, open_channel
-from dgemma_mlx.distributed.launch import launched
+from dgemma_mlx.distributed.channel import MachineLostError
 from dgemma_mlx.distributed.tasks import Pool, Work
 from dgemma_mlx.errors import DgemmaError
-from tests.distributed.test_whole_batch import free_port
+from tests.distributed.whole import joined
 
 OTHER = """
 import os, signal, time
@@ -40,29 +34,9 @@ except MachineLostError:
 """
 
 
-@contextmanager
-def others(folder: Path, *does: str) -> Iterator[Channel]:
-    """Start a process for each text of what it does before it answers, and yield the channel to them."""
-    hostfile = folder / "hosts.json"
-    hostfile.write_text(json.dumps([[f"127.0.0.1:{free_port()}"] for _ in range(1 + len(does))]))
-    environ = {"MLX_HOSTFILE": str(hostfile)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", OTHER.format(do=textwrap.indent(do, "    ").strip() or "pass")],
-            env={**environ, "MLX_RANK": str(rank), "PATH": "", "PYTHONPATH": ":".join(sys.path)},
-        )
-        for rank, do in enumerate(does, 1)
-    ]
-    launch = launched({**environ, "MLX_RANK": "0"})
-    assert launch is not None
-    channel = open_channel(launch)
-    try:
-        yield channel
-    finally:
-        channel.close()
-        for process in processes:
-            process.kill()
-            process.wait()
+def other(do: str) -> tuple[str, str]:
+    """Return the command of a process that does this before it answers."""
+    return "-c", OTHER.format(do=textwrap.indent(do, "    ").strip() or "pass")
 
 
 def squares(own: list[int], goes_on: threading.Event) -> Work[int, int]:
@@ -89,7 +63,7 @@ def test_the_work_of_machines_that_are_killed_or_stopped_is_done_here(tmp_path: 
             goes_on.set()
 
     end = "if task['number'] > 5: os.kill(os.getpid(), signal.{})"
-    with others(tmp_path, end.format("SIGKILL"), end.format("SIGSTOP")) as channel:
+    with joined(tmp_path, other(end.format("SIGKILL")), other(end.format("SIGSTOP"))) as channel:
         pool = Pool(channel, note)
         assert list(pool.results(range(40), squares(own, goes_on))) == [number**2 for number in range(40)]
         assert pool.size == 1
@@ -101,7 +75,7 @@ def test_the_work_of_machines_that_are_killed_or_stopped_is_done_here(tmp_path: 
 def test_a_machine_with_a_fault_is_lost(tmp_path: Path) -> None:
     lost: list[MachineLostError] = []
     goes_on = threading.Event()
-    with others(tmp_path, "channel.fail('out of paper')") as channel:
+    with joined(tmp_path, other("channel.fail('out of paper')")) as channel:
 
         def note(error: MachineLostError) -> None:
             lost.append(error)
@@ -121,7 +95,7 @@ def test_the_error_of_another_machine_is_raised_here(tmp_path: Path) -> None:
     work = Work(do, lambda number: {"number": number}, lambda number, message: message["square"],
                 lambda number, note: heard.set())  # fmt: skip
     fails = "channel.send({'note': task}); raise DgemmaError('no ink', 'Buy some.', 2)"
-    with others(tmp_path, fails) as channel, pytest.raises(DgemmaError, match="no ink") as caught:
+    with joined(tmp_path, other(fails)) as channel, pytest.raises(DgemmaError, match="no ink") as caught:
         list(Pool(channel).results([0, 1], work))  # one of the tasks is done there, and fails
     assert (caught.value.hint, caught.value.exit_code) == ("Buy some.", 2)
 
@@ -130,6 +104,6 @@ def test_what_cannot_be_packed_is_done_here(tmp_path: Path) -> None:
     def pack(number: int) -> dict[str, int]:
         raise DgemmaError("it cannot be sent", "Leave it here.")
 
-    with others(tmp_path, "") as channel:
+    with joined(tmp_path, other("")) as channel:
         work = Work(lambda number: number**2, pack, lambda number, message: message["square"])
         assert list(Pool(channel).results(range(20), work)) == [number**2 for number in range(20)]
