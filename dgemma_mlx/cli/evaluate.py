@@ -76,7 +76,8 @@ def evaluate(
 
     The result also has the denoising steps per answer and per canvas, the tokens per step and the seconds. An answer
     from a file must match exactly. A Sudoku is correct when it keeps the clues and obeys the rules; the puzzles
-    differ from those that recipes/sudoku trains on.
+    differ from those that recipes/sudoku trains on. With several machines, each loads the whole model and answers some
+    of the problems, unless `--split` cuts the model over them (docs/several-macs.md).
 
     Examples:
         dgemma-mlx eval -m demo --task sudoku --size 4 --count 20

@@ -76,6 +76,8 @@ def fill(
         - `--at` puts a gap at a cursor, and `--prefix-file` and `--suffix-file` put one between two files.
         - Gaps of unknown length are written at several lengths at a time (`--candidates`). The most probable candidate
           wins, and `--show-all` lists the others.
+        - With several machines, each loads the whole model and writes some of the candidates. `--candidates 1` and
+          `--split` cut the model over the machines instead (docs/several-macs.md).
         - All gaps and the text between them must fit into one canvas.
         - `--image` shows the model a picture, such as the form that the text describes (docs/images.md).
         - docs/fill.md explains what the model sees and how the candidates are compared.

@@ -107,6 +107,10 @@ def generate(
           `system`, `seed`, `max_tokens`, `tools` and `tool_choice`. The model is loaded once. Every line is checked
           before the first one is answered. With `--batch-size N`, N prompts are answered at a time, each as it would be
           alone, or fewer when N exceed the memory limit.
+        - With several machines, each loads the whole model and answers some of the prompts of a `--batch` file. The
+          lines stay in order, and the answers are those of one machine. The work of a machine that is lost is done by
+          the others. One prompt has the model cut over the machines, and so has a `--batch` with `--split`, for a model
+          that is too large for one (docs/several-macs.md).
         - `--speed reference` follows the reference implementation's loop step by step. `balanced` also commits a canvas
           as soon as every position is nearly certain, or the encoder finds its text plausible; `fast` accepts less
           certainty. On the demo model, `balanced` does 2.0 times less work and answers 976 instead of 942 of 1,000

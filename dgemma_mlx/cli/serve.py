@@ -133,6 +133,9 @@ def serve(
           Obsidian, and `vscode-file://vscode-app` that of VS Code.
         - Images come inside requests, as data URLs. With `--allow-remote-images` the server also fetches them from
           addresses, so whoever may use it can make it connect to any public one; this network is out of reach.
+        - With several machines, each loads the whole model, and an answer is written by the one with the fewest
+          requests. `/v1/fill`, `/v1/edit` and completions with a suffix are for the first machine. `--split` cuts the
+          model over the machines instead (docs/several-macs.md).
         - Ctrl-C or SIGTERM ends the server in order: answers that are being written are cancelled.
         - The extra `serve` has the libraries that the server needs; docs/install.md says how to add them.
 
