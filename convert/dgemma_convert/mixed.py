@@ -23,7 +23,7 @@ from dgemma_convert.recipes import KEPT, class_of, layer_of
 from dgemma_convert.source import Source, Weight
 from dgemma_convert.walk import Walk, as_float, make_samples
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.model.text import Layer
+from dgemma_mlx.model.layer import Layer
 from dgemma_mlx.sizes import size
 
 BITS = (3, 4, 5, 6, 8)

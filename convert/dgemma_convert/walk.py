@@ -16,8 +16,8 @@ import numpy as np
 from dgemma_mlx.checkpoint.config import ModelConfig
 from dgemma_mlx.model.attention import AppendKV
 from dgemma_mlx.model.cache import Mask, row_positions
+from dgemma_mlx.model.layer import Layer
 from dgemma_mlx.model.load import load_model
-from dgemma_mlx.model.text import Layer
 from dgemma_mlx.text.chat import ChatTemplate, encode_chat
 from dgemma_mlx.text.tokenizer import load_tokenizer
 

@@ -127,7 +127,11 @@ def cut_model(machines: MachineOptions, options: LoadOptions, quiet: bool) -> Mo
                 file=sys.stderr,
             )
 
-    return lead(channel, launch, options, say, machines.anyway)
+    try:
+        return lead(channel, launch, options, say, machines.anyway)
+    except DgemmaError as error:
+        channel.close(error.message)
+        raise
 
 
 def invite(

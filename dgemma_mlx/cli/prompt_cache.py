@@ -38,9 +38,10 @@ def kept_prompt_cache(path: Path | None, model: Model) -> Iterator[PromptCache |
     if path is None:
         yield None
         return
-    from dgemma_mlx.generation.prompt_cache import PromptCache
+    from dgemma_mlx.generation.prompt_cache import PromptCache, require_whole
     from dgemma_mlx.generation.prompt_cache_file import check_place
 
+    require_whole(model)
     check_place(path)
     cache = PromptCache.load(path, model) if os.path.exists(path) else PromptCache()
     try:

@@ -19,7 +19,7 @@ from dgemma_mlx.diffusion.schedule import temperature
 from dgemma_mlx.diffusion.speed import REFERENCE, Speed
 from dgemma_mlx.diffusion.stopping import TESTS, Stopping
 from dgemma_mlx.events import Draft
-from dgemma_mlx.kernels import CanvasSample
+from dgemma_mlx.kernels import CanvasSample, LogitBias
 from dgemma_mlx.model.cache import PrefixCache
 from dgemma_mlx.model.half_precision import refuse_nan
 from dgemma_mlx.model.text import DiffusionGemma
@@ -110,11 +110,11 @@ class Denoiser:
         raw = self.network.step(canvas, signal, cache, started=_STARTED)
         uniforms = mx.zeros(canvas.shape) if self.greedy else noise.uniform(canvas.shape[1])
         T = temperature(self.config.max_denoising_steps + 1 - number, self.config)
-        return _Decoded(raw, uniforms, T, self._sample(raw, uniforms, T, edits))
+        return _Decoded(raw, uniforms, T, self._sample(raw, uniforms, T, edits), edits.barred)
 
     def _next_signal(self, decoded: _Decoded) -> mx.array:
         """Start what conditions the next step on this one, whose sample is evaluated, and return it, (B, C, M)."""
-        signal = self.network.next_signal(decoded.raw, decoded.sample, decoded.temperature)
+        signal = self.network.next_signal(decoded.raw, decoded.sample, decoded.temperature, decoded.barred)
         mx.async_eval(signal)
         return signal
 
@@ -147,12 +147,14 @@ class _Decoded:
         uniforms: The random numbers of the sample, (B, C).
         temperature: The step's temperature.
         sample: The sample of the logits under pins and barred ids, (B, C).
+        barred: The bias that bars ids, or None.
     """
 
     raw: mx.array
     uniforms: mx.array
     temperature: float
     sample: CanvasSample
+    barred: LogitBias | None
 
 
 @dataclass

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 from dgemma_mlx.distributed.launch import Launch
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.json_text import parse_json
 
 Message = dict[str, Any]
 
@@ -77,7 +78,7 @@ class Peer:
 
     def read(self) -> Message:
         """Return the next message, heartbeats among them. Raises ``EOFError`` or ``OSError`` when there is none."""
-        message: Message = json.loads(self._connection.recv_bytes())
+        message: Message = parse_json(self._connection.recv_bytes())
         self.heard = time.monotonic()
         return message
 
@@ -102,6 +103,7 @@ class Channel:
         ends_with: Whether the loss of a machine ends this process, with one line and exit code 1. Otherwise the machine
             is left out, and ``receive`` raises.
         done: The number of commands that this machine has carried out.
+        is_over: Whether rank 0 has said that the work is done.
         last_acts: Called when the loss of a machine ends this process.
     """
 
@@ -111,7 +113,9 @@ class Channel:
         self.ends_with = launch.rank != 0  # nobody goes on without rank 0
         self.done = 0
         self.last_acts: list[Callable[[], None]] = []
+        self.is_over = False
         self._name, self._closing = name, False
+        self._failing = threading.Lock()
         self._deadline: float | None = None
         self._restore = _terminal_state()
         for peer in self.peers.values():
@@ -126,12 +130,17 @@ class Channel:
 
     def send(self, message: Message, rank: int = 0) -> None:
         """Send a message to a peer. Raises ``MachineLostError``."""
-        self.peers[rank].send(message)
+        try:
+            self.peers[rank].send(message)
+        except MachineLostError as error:
+            if self.ends_with and not self.is_over:
+                self.fail(error.message)
+            raise
 
     def tell(self, message: Message) -> None:
         """Send a message to all peers. Raises ``MachineLostError``."""
-        for peer in self.peers.values():
-            peer.send(message)
+        for rank in self.peers:
+            self.send(message, rank)
 
     def receive(self, rank: int = 0) -> Message:
         """Wait for the next message of a peer. Raises ``MachineLostError``."""
@@ -186,6 +195,7 @@ class Channel:
     def _ended(self, peer: Peer, reason: str | None) -> None:
         """The peer has closed the channel: rank 0 because the work is done, or any machine because of a fault."""
         if reason is None and peer.rank == 0:
+            self.is_over = True
             peer.loss = f"{peer} has ended"
             peer.inbox.put(None)
         else:
@@ -222,6 +232,7 @@ class Channel:
 
     def fail(self, line: str) -> NoReturn:
         """End all machines with one line on stderr and exit code 1, whatever the main thread waits for."""
+        self._failing.acquire()  # never released: the first thread that comes here ends the process
         self._closing = True
         threads = [threading.Thread(target=self._last_word, args=(peer, line)) for peer in self.peers.values()]
         for thread in threads:
@@ -275,7 +286,7 @@ def _accept(launch: Launch, mine: Message, seconds: float) -> dict[int, Peer]:
     try:
         listener = Listener((host, port), backlog=launch.size, authkey=launch.key)
     except OSError as error:
-        hint = "Wait for another run to end, or choose other ports with mlx.launch --starting-port."
+        hint = "Wait for another run to end, or choose other ports: DGEMMA_CLUSTER_PORT, mlx.launch --starting-port."
         raise DgemmaError(f"cannot listen on {host}:{port}: {error.strerror}", hint) from None
     arrived: SimpleQueue[Peer] = SimpleQueue()
     is_over = threading.Event()
@@ -307,7 +318,7 @@ def _greet(listener: Listener, mine: Message, arrived: SimpleQueue[Peer], is_ove
         while not is_over.is_set():
             with suppress(AuthenticationError, OSError, EOFError, ValueError, KeyError, TypeError):
                 connection = listener.accept()
-                hello = json.loads(connection.recv_bytes())
+                hello = parse_json(connection.recv_bytes())
                 connection.send_bytes(json.dumps(mine).encode())
                 arrived.put(Peer(int(hello["rank"]), hello, connection))
 
@@ -322,7 +333,7 @@ def _join(launch: Launch, mine: Message, seconds: float) -> Peer:
             with suppress(OSError, EOFError, ValueError, AuthenticationError):
                 connection = Client(launch.channel_address, authkey=launch.key)
                 connection.send_bytes(json.dumps(mine).encode())
-                found.put(Peer(0, json.loads(connection.recv_bytes()), connection))
+                found.put(Peer(0, parse_json(connection.recv_bytes()), connection))
                 return
             time.sleep(_RETRY)
 

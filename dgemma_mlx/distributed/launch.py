@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.json_text import parse_json
 
 _HINT = "Start every machine with mlx.launch, or the first one with --hostfile."
 _DEFAULT_PORT = 32323  # mlx.launch's own, for the first address
@@ -50,12 +50,12 @@ def launched(environ: Mapping[str, str] = os.environ) -> Launch | None:
     try:
         rank = int(environ["MLX_RANK"])
         if "MLX_JACCL_COORDINATOR" in environ:
-            backend, addresses = "jaccl", (_address(environ["MLX_JACCL_COORDINATOR"]),)
-            text = Path(environ["MLX_IBV_DEVICES"]).read_text()
-            size = len(json.loads(text))
+            addresses: tuple[tuple[str, int], ...] = (_address(environ["MLX_JACCL_COORDINATOR"]),)
+            backend, text = "jaccl", Path(environ["MLX_IBV_DEVICES"]).read_text()
+            size = len(parse_json(text))
         else:
             text = Path(environ["MLX_HOSTFILE"]).read_text()
-            backend, addresses = "ring", tuple(_address(each[0]) for each in json.loads(text or "[]"))
+            backend, addresses = "ring", tuple(_address(each[0]) for each in parse_json(text or "[]"))
             size = len(addresses)
     except KeyError as error:
         raise DgemmaError(f"MLX_RANK is set, but {error.args[0]} is not", _HINT, exit_code=2) from None

@@ -8,6 +8,7 @@ GPU, work that waits for another machine for some seconds would be killed.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import weakref
 from collections import deque
@@ -20,6 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from dgemma_mlx.checkpoint.config import TextConfig
+from dgemma_mlx.checks import shown
 from dgemma_mlx.distributed.channel import SILENCE, Channel
 from dgemma_mlx.distributed.collective import Collective
 from dgemma_mlx.distributed.network import CutNetwork
@@ -31,6 +33,7 @@ from dgemma_mlx.model.experts import RouterLog
 from dgemma_mlx.model.prediction import Prediction
 from dgemma_mlx.model.soft_tokens import SoftTokens
 
+TIMEOUT_VARIABLE = "DGEMMA_CLUSTER_TIMEOUT"  # seconds that a call may take on the slowest machine
 _SECONDS_PER_POSITION = 0.02  # that encoding may take, in addition to the time of any call
 
 
@@ -39,7 +42,7 @@ class Leader:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._seconds = float(os.environ.get("DGEMMA_CLUSTER_TIMEOUT", SILENCE))
+        self._seconds = _longest_call()
         self._is_broken = False
         self.keys = itertools.count()
         self.dropped: deque[int] = deque()  # keys of caches and snapshots that nobody refers to any more
@@ -68,6 +71,20 @@ class Leader:
         key = next(self.keys)
         weakref.finalize(owner, self.dropped.append, key)
         return key
+
+
+def _longest_call() -> float:
+    """Return the seconds that a call may take. Raises ``DgemmaError`` (exit code 2) when the variable is no number."""
+    text = os.environ.get(TIMEOUT_VARIABLE)
+    if not text:
+        return SILENCE
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise DgemmaError(f"{TIMEOUT_VARIABLE} must be seconds, not {shown(text)}", "Unset it for 10.", exit_code=2)
+    return seconds
 
 
 @dataclass(frozen=True)
@@ -202,7 +219,9 @@ class LeadingNetwork(CutNetwork):
         ):
             return super().sample(raw, uniforms, temperature, barred)
 
-    def next_signal(self, raw: mx.array, sample: CanvasSample, temperature: float) -> mx.array:
+    def next_signal(
+        self, raw: mx.array, sample: CanvasSample, temperature: float, barred: LogitBias | None = None
+    ) -> mx.array:
         """Return rank 0's own signal (B, C, M) for the next step. Pinned positions of ``sample`` have a list of one."""
         places = np.flatnonzero(np.array(sample.kept_count) == 1)
         ids = np.array(sample.argmax).reshape(-1)[places]

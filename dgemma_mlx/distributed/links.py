@@ -84,9 +84,10 @@ class Speed:
     flops: float
 
 
-def measured_speed(dtype: mx.Dtype, size: int = 1024) -> Speed:
-    """Measure this machine for about a tenth of a second. The matrix product has ``size`` rows and columns."""
-    values = mx.zeros(1 << 26)
+def measured_speed(dtype: mx.Dtype) -> Speed:
+    """Measure this machine for about a tenth of a second."""
+    size = 4096 if mx.metal.is_available() else 512  # on a GPU, long beside the time of a launch
+    values = mx.zeros(1 << 25)
     matrix = mx.zeros((size, size), dtype)
     mx.eval(values, values.sum(), matrix @ matrix)
     reading = min(_seconds(lambda: mx.eval(values.sum())) for _ in range(_RUNS))

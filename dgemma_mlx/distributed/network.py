@@ -35,19 +35,22 @@ from dgemma_mlx.kernels import (
 from dgemma_mlx.model.attention import AppendKV
 from dgemma_mlx.model.cache import SCORE_BYTES, Mask, PrefixCache
 from dgemma_mlx.model.experts import RouterLog
+from dgemma_mlx.model.layer import Layer
 from dgemma_mlx.model.prediction import Prediction, least_kept
 from dgemma_mlx.model.soft_tokens import SoftTokens
-from dgemma_mlx.model.text import DiffusionGemma, Layer
+from dgemma_mlx.model.text import DiffusionGemma
 
 
 def own_config(config: TextConfig, own: Slice, kind: str) -> TextConfig:
     """Return the sizes of a machine's own slice of a model, with the heads that it has in a ``kind`` of layer."""
     heads = own.heads[kind]
-    keys = {"num_global_key_value_heads" if kind == FULL else "num_key_value_heads": len(heads.keys)}
-    return replace(
+    cut = replace(
         config, num_attention_heads=len(heads.queries), intermediate_size=len(own.mlp),
-        moe_intermediate_size=len(own.experts), vocab_size=len(own.vocabulary), **keys,
+        moe_intermediate_size=len(own.experts), vocab_size=len(own.vocabulary),
     )  # fmt: skip
+    if kind == FULL:
+        return replace(cut, num_global_key_value_heads=len(heads.keys))
+    return replace(cut, num_key_value_heads=len(heads.keys))
 
 
 class CutLayer(Layer):
@@ -114,6 +117,11 @@ class CutNetwork(DiffusionGemma):
         self._sampled: OwnSample | None = None
 
     @property
+    def is_whole(self) -> bool:
+        """False: this is a slice."""
+        return False
+
+    @property
     def is_lazy(self) -> bool:
         """False: every call evaluates its results."""
         return False
@@ -176,6 +184,14 @@ class CutNetwork(DiffusionGemma):
         mx.eval(raw)
         return raw
 
+    def decode(
+        self, canvas: mx.array, cache: PrefixCache, self_conditioning: mx.array | None = None,
+        router_log: RouterLog | None = None,
+    ) -> mx.array:
+        """Return the softcapped logits (B, C, V) of the first step, that is, for ``self_conditioning`` None."""
+        signal = self.conditioning_signal(self_conditioning, canvas.shape)
+        return self.capped(self.whole(self.step(canvas, signal, cache)))
+
     def project(self, hidden: mx.array) -> mx.array:
         """Return the raw logits (..., V), before the softcap, of hidden states (..., M)."""
         return self._gathered(super().project(hidden))
@@ -200,7 +216,8 @@ class CutNetwork(DiffusionGemma):
         """Return the statistics of all ids, evaluated, and the sample that one machine would draw with ``uniforms``.
 
         ``raw`` are the logits (B, C, V') of the machine's own ids. The list of kept tokens holds the two most probable
-        ones, in no order and without their ids; the other ones stay on their machines, for ``next_signal``.
+        ones, in no order and without their ids; the other ones stay on their machines, for ``own_signal``. It is never
+        cut off, so that the gap between the two is known where a whole network's list would be too long.
         """
         bias = None
         if barred is not None:
@@ -224,8 +241,8 @@ class CutNetwork(DiffusionGemma):
         mx.eval(*merged, *own, share)
         return merged
 
-    def processed(self, raw: mx.array, temperature: float, bias: LogitBias | None) -> mx.array:
-        """Return softcapped and biased logits, divided by the temperature: (..., V') float32."""
+    def processed(self, raw: mx.array, temperature: float, bias: LogitBias | None = None) -> mx.array:
+        """Return raw logits (..., V), softcapped, biased, and divided by the temperature: float32."""
         capped = self.capped(raw)
         return (capped if bias is None else capped + bias.table[bias.rows]) / temperature
 
@@ -268,11 +285,7 @@ class CutNetwork(DiffusionGemma):
 
     def _dense(self, sampled: OwnSample, places: mx.array, temperature: float, share: mx.array) -> mx.array:
         """Return this machine's part (n, M) of the expected embeddings of ``places`` (n,), from all of its logits."""
-        raw = sampled.raw.reshape(-1, sampled.raw.shape[-1])[places]
-        if sampled.bias is not None:
-            rows = sampled.bias.rows.reshape(-1)[places]
-            raw = mx.where(sampled.bias.table[rows] == -mx.inf, mx.array(-mx.inf, raw.dtype), raw)
-        embeddings = self._expected_embeddings(raw, mx.arange(raw.shape[0]), temperature)
+        embeddings = self._expected_embeddings(sampled.raw, places, temperature, sampled.bias)
         return embeddings * share[:, None].astype(embeddings.dtype)
 
 

@@ -83,7 +83,7 @@ def _read_columns(file: BinaryIO, stored: StoredTensor, ranges: Sequence[range],
 def _read_into(file: BinaryIO, place: int, target: NDArray[Any]) -> None:
     """Fill a one-dimensional contiguous array with the bytes from ``place`` on."""
     file.seek(place)
-    rest = memoryview(target).cast("B")
+    rest = target.view(np.uint8).data
     while rest:
         count = file.readinto(rest)  # type: ignore[attr-defined]
         if not count:

@@ -26,7 +26,7 @@ from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import parse_json
 
 _GRACE = 1.0  # seconds that they have for it
-PORT = 32323  # of the first host; the others follow
+PORT_VARIABLE = "DGEMMA_CLUSTER_PORT"  # of the first host; the others follow, and the one before is the channel's
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _started: list[subprocess.Popen[bytes]] = []
 _HINT = "`mlx.distributed_config` writes one; docs/several-macs.md shows it."
@@ -78,12 +78,13 @@ def read_hostfile(path: Path) -> tuple[str, list[Host], list[str]]:
     return backend, hosts, variables
 
 
-def start(path: Path, port: int = PORT) -> None:
+def start(path: Path) -> None:
     """Start a process on every other machine of a hostfile, and make this one rank 0, in its environment.
 
     The others end when this process ends. Raises ``DgemmaError`` as ``read_hostfile`` does, and when ssh is missing.
     """
     backend, hosts, variables = read_hostfile(path)
+    port = _first_port()
     if backend == "ring":
         addresses = [[f"{host.ips[0]}:{port + rank}"] for rank, host in enumerate(hosts)]
         name, content, common = "MLX_HOSTFILE", json.dumps(addresses), {}
@@ -101,6 +102,17 @@ def start(path: Path, port: int = PORT) -> None:
         )  # fmt: skip
         _started.append(process)
     atexit.register(end_started)
+
+
+def _first_port() -> int:
+    """Return the port of the first host: that of the variable ``PORT_VARIABLE``, or mlx.launch's own.
+
+    Raises ``DgemmaError`` (exit code 2) for anything but a port.
+    """
+    text = os.environ.get(PORT_VARIABLE) or "32323"
+    if not (text.isascii() and text.isdigit() and 1 < int(text[:6]) < 1 << 16):
+        raise DgemmaError(f"{PORT_VARIABLE} must be a port, not {shown(text)}", "Choose one above 1024.", exit_code=2)
+    return int(text)
 
 
 def _start_here(variables: Mapping[str, str], key: str) -> subprocess.Popen[bytes]:

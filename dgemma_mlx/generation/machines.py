@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 
 import mlx.core as mx
 
@@ -24,7 +25,7 @@ from dgemma_mlx.generation.load import LoadOptions, load_cut
 from dgemma_mlx.generation.memory import device_limit
 from dgemma_mlx.generation.model import Model
 
-_SHARED_PORTS = "Wait for another run to end, or choose other ports with mlx.launch --starting-port."
+_SHARED_PORTS = "Wait for another run to end, or choose other ports: DGEMMA_CLUSTER_PORT, mlx.launch --starting-port."
 
 
 def lead(
@@ -57,7 +58,6 @@ def lead(
             f"a step is expected to take {expected.cut:.3f} s on {channel.size} machines, {expected.link:.3f} s of it "
             f"on their links, and {expected.alone:.3f} s on one"
         )
-        channel.close(line)
         raise DgemmaError(line, "Use one machine, a faster link, or --anyway.")
     channel.tell({"load": True})
     leader = Leader(channel)
@@ -89,7 +89,8 @@ def _facts(launch: Launch, options: LoadOptions) -> Message:
     """Return what the machines compare, and what decides about their shares. Raises ``DgemmaError``."""
     checkpoint = resolve(options.model)
     config = ModelConfig.load(checkpoint.folder)
-    _check_port(launch)
+    if not _collective.cache_info().currsize:  # otherwise this machine itself has the port
+        _check_port(launch)
     return {
         "fingerprint": fingerprint(checkpoint.folder, config, options.adapter), "memory": device_limit(),
         "bytes": sum(stored.nbytes for stored in stored_tensors(checkpoint.folder).values()),
@@ -104,8 +105,9 @@ def _dtype(options: LoadOptions) -> mx.Dtype:
     return mx.bfloat16 if mx.metal.is_available() else mx.float32
 
 
+@cache
 def _collective(launch: Launch) -> Collective:
-    """Connect the machines for collective operations. Raises ``DgemmaError``."""
+    """Connect the machines for collective operations, once. Raises ``DgemmaError``."""
     try:
         return Collective(mx.distributed.init(strict=True, backend=launch.backend))
     except RuntimeError as error:

@@ -19,6 +19,15 @@ _BLOCK = 1024  # ids
 LEAST_SHARED = 512  # positions that two prompts must share for a mark of its own; fewer are soon encoded again
 
 
+def require_whole(model: Model) -> None:
+    """Raise ``DgemmaError`` when each of several machines holds a part of the keys and values."""
+    if not model.network.is_whole:
+        raise DgemmaError(
+            "the prompt cache of a model that is cut over several machines cannot be kept in a file",
+            "Leave out the file; the cache in memory works as usual.", exit_code=2,
+        )  # fmt: skip
+
+
 class PromptCache:
     """The encoded prefix of a conversation. A new prompt reuses the longest prefix that it shares with it.
 
@@ -52,6 +61,7 @@ class PromptCache:
         from dgemma_mlx.generation import prompt_cache_file
         from dgemma_mlx.generation.identity import ModelIdentity
 
+        require_whole(model)
         loaded = cls()
         loaded._stored = Path(path)
         ids, cache, marks = prompt_cache_file.read(Path(path), model.network, ModelIdentity.of(model))
@@ -99,6 +109,7 @@ class PromptCache:
         encoded = self._encoded
         if encoded is None:
             return
+        require_whole(model)
         if encoded.network is not model.network:
             raise DgemmaError("the prompt cache was filled by another model", "Save it with that model.")
         if not encoded.is_exact():

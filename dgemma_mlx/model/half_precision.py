@@ -23,7 +23,8 @@ import numpy as np
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.model.experts import ExpertLinear, QuantizedExpertLinear
 from dgemma_mlx.model.finite import not_finite, require_finite
-from dgemma_mlx.model.text import DiffusionGemma, Layer
+from dgemma_mlx.model.layer import Layer
+from dgemma_mlx.model.text import DiffusionGemma
 
 LARGEST = 65_504.0  # of float16
 MARGIN = 4.0  # the activations of the check must stay below LARGEST / MARGIN, because later texts may have larger ones

@@ -21,107 +21,20 @@ from dgemma_mlx.checkpoint.config import TextConfig
 from dgemma_mlx.kernels import (
     CanvasSample,
     LogitBias,
-    attention_residual,
     canvas_sampler,
-    norm_residual,
     references,
     sparse_soft_embedding,
 )
-from dgemma_mlx.model.attention import AppendKV, Attention
-from dgemma_mlx.model.cache import SCORE_BYTES, Mask, PrefixCache, row_positions
-from dgemma_mlx.model.experts import Experts, Router, RouterLog
-from dgemma_mlx.model.mlp import MLP, SelfConditioning
+from dgemma_mlx.model.cache import Mask, PrefixCache, row_positions
+from dgemma_mlx.model.experts import RouterLog
+from dgemma_mlx.model.layer import Layer
+from dgemma_mlx.model.mlp import SelfConditioning
 from dgemma_mlx.model.packed import times_table, weighted_rows
 from dgemma_mlx.model.prediction import DenseRows, Prediction, dense_rows, incomplete
 from dgemma_mlx.model.soft_tokens import ImageAttention, SoftTokens
 
 # Takes a layer, its index and the cache method that appends keys and values; returns a function to call as the layer.
 LayerWrapper = Callable[["Layer", int, Callable[..., Any]], Callable[..., tuple[mx.array, mx.array]]]
-
-
-class Layer(nn.Module):
-    """One layer: attention, then a dense and a mixture-of-experts branch in parallel, with norms around each.
-
-    A layer takes the residual stream together with its input norm, and returns the new residual stream together with
-    the norm that the next layer needs, so that one kernel can compute both.
-
-    Reference: transformers ``DiffusionGemmaEncoderTextLayer`` and ``DiffusionGemmaDecoderTextLayer``.
-
-    Attributes:
-        self_attn: The attention.
-        mlp: The dense feed-forward branch.
-        router: The router of the mixture-of-experts branch.
-        experts: The experts of the mixture-of-experts branch.
-        input_layernorm: Norm before the attention. The caller applies it.
-        post_attention_layernorm: Norm of the attention's output.
-        pre_feedforward_layernorm: Norm before the dense branch.
-        pre_feedforward_layernorm_2: Norm before the experts.
-        post_feedforward_layernorm: Norm of the sum of both branches.
-        post_feedforward_layernorm_1: Norm of the dense branch's output.
-        post_feedforward_layernorm_2: Norm of the experts' output.
-        layer_scalar: Factor (1,) on the layer's output in ``decode``.
-        encoder_layer_scalar: Factor (1,) on the layer's output in ``encode``. The two factors are the only weights of
-            a layer that encoder and decoder do not share.
-    """
-
-    def __init__(self, config: TextConfig, kind: str) -> None:
-        super().__init__()
-        self._eps = config.rms_norm_eps
-
-        def norm() -> nn.RMSNorm:
-            return nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-        self.self_attn = Attention(config, kind)
-        self.mlp = MLP(config)
-        self.router = Router(config)
-        self.experts = Experts(config)
-        self.input_layernorm = norm()
-        self.post_attention_layernorm = norm()
-        self.pre_feedforward_layernorm = norm()
-        self.pre_feedforward_layernorm_2 = norm()
-        self.post_feedforward_layernorm = norm()
-        self.post_feedforward_layernorm_1 = norm()
-        self.post_feedforward_layernorm_2 = norm()
-        self.layer_scalar = mx.ones(1)
-        self.encoder_layer_scalar = mx.ones(1)
-
-    def __call__(
-        self,
-        x: mx.array,
-        normed: mx.array,
-        positions: mx.array,
-        mask: Mask,
-        append: AppendKV,
-        scalar: mx.array,
-        next_norm: nn.RMSNorm,
-        router_log: RouterLog | None = None,
-        score_bytes: int = SCORE_BYTES,
-    ) -> tuple[mx.array, mx.array]:
-        """Return the residual stream after this layer and its norm by ``next_norm``, both (B, L, M).
-
-        Args:
-            x: Residual stream, (B, L, M).
-            normed: The residual stream after this layer's ``input_layernorm``, (B, L, M).
-            positions: Position of each token for the rotary embedding, (B, L) int32.
-            mask: Keys that each query sees.
-            append: Stores this layer's new keys and values and returns those to attend over.
-            scalar: Factor on the layer's output, (1,): ``layer_scalar`` or ``encoder_layer_scalar``.
-            next_norm: Norm to apply to the output: the next layer's input norm, or the network's final norm.
-            router_log: List to which the router's probabilities and choices are appended.
-            score_bytes: Bound on the attention scores of a row that exist at once, in bytes (see ``attend``).
-        """
-        attended = self.self_attn(normed, positions, mask, append, score_bytes)
-        after = attention_residual(
-            x, attended, self.post_attention_layernorm.weight, self.pre_feedforward_layernorm.weight,
-            self.pre_feedforward_layernorm_2.weight, self.router.scale, self._eps,
-        )  # fmt: skip
-        rows = (-1, x.shape[-1])  # (N, M)
-        route = self.router(after.router.reshape(rows), router_log)
-        routed = self.experts(after.experts.reshape(rows), route, self.post_feedforward_layernorm_2)
-        return norm_residual(
-            after.x, self.mlp(after.dense), routed.reshape(x.shape), self.post_feedforward_layernorm_1.weight,
-            self.post_feedforward_layernorm.weight, next_norm.weight, scalar, self._eps,
-        )  # fmt: skip
 
 
 class DiffusionGemma(nn.Module):
@@ -160,6 +73,11 @@ class DiffusionGemma(nn.Module):
     def dtype(self) -> mx.Dtype:
         """The dtype of the activations. Packed weights have other dtypes."""
         return self.norm.weight.dtype
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is the whole network, and not a slice of one that is cut over several machines."""
+        return True
 
     @property
     def is_lazy(self) -> bool:
@@ -262,9 +180,11 @@ class DiffusionGemma(nn.Module):
         """Return the ``CanvasSample`` (B, C) of raw logits (B, C, V), lazily. ``uniforms`` (B, C) are in [0, 1)."""
         return canvas_sampler(raw, uniforms, self.config.final_logit_softcapping, temperature, barred)
 
-    def next_signal(self, raw: mx.array, sample: CanvasSample, temperature: float) -> mx.array:
+    def next_signal(
+        self, raw: mx.array, sample: CanvasSample, temperature: float, barred: LogitBias | None = None
+    ) -> mx.array:
         """Return the signal (B, C, M) with which a step, given as in ``predict``, conditions the next one."""
-        return self.conditioning_signal(self.predict(raw, sample, temperature), sample.argmax.shape)
+        return self.conditioning_signal(self.predict(raw, sample, temperature, barred), sample.argmax.shape)
 
     def whole(self, raw: mx.array) -> mx.array:
         """Return the logits (B, C, V) of all ids, given those of ``step``."""
@@ -322,18 +242,20 @@ class DiffusionGemma(nn.Module):
         """Return the softcapped logits (..., V) float32 of hidden states (..., M)."""
         return self.capped(self.project(hidden))
 
-    def predict(self, raw: mx.array, sample: CanvasSample, temperature: float) -> Prediction:
+    def predict(
+        self, raw: mx.array, sample: CanvasSample, temperature: float, barred: LogitBias | None = None
+    ) -> Prediction:
         """Return the ``Prediction`` that conditions the next denoising step.
 
         ``raw`` (B, C, V) holds the step's raw logits from ``project``. ``sample`` is the ``CanvasSample`` of these
-        logits at ``temperature``, and must be evaluated. For the positions whose token lists are incomplete, the
-        expected embeddings are computed from the logits; all but the last block of them is evaluated here. The logits
-        can be discarded once the embeddings are evaluated.
+        logits at ``temperature``, with the bias ``barred``, and must be evaluated. For the positions whose token lists
+        are incomplete, the expected embeddings are computed from the logits; all but the last block of them is
+        evaluated here. The logits can be discarded once the embeddings are evaluated.
         """
         positions = incomplete(sample, self.dtype)
         if positions is None:
             return Prediction(sample)
-        embeddings = self._expected_embeddings(raw.reshape(-1, raw.shape[-1]), positions, temperature)
+        embeddings = self._expected_embeddings(raw, positions, temperature, barred)
         return Prediction(sample, DenseRows(positions, embeddings))
 
     def predicts_at_once(self, sample: CanvasSample) -> bool:
@@ -344,19 +266,29 @@ class DiffusionGemma(nn.Module):
         positions = incomplete(sample, self.dtype)
         return positions is None or positions.size <= dense_rows(self.config.vocab_size, self.dtype)
 
-    def _expected_embeddings(self, raw: mx.array, positions: mx.array, temperature: float) -> mx.array:
-        """Return the expected embeddings (n, M) of the rows ``positions`` (n,) of raw logits (N, V).
+    def _expected_embeddings(
+        self, raw: mx.array, positions: mx.array, temperature: float, barred: LogitBias | None
+    ) -> mx.array:
+        """Return the expected embeddings (n, M) of raw logits (B, C, V) at ``positions`` (n,), b * C + c.
+
+        Ids whose bias in ``barred`` is -inf have no share in them.
 
         The rows are processed in blocks of ``dense_rows``. Each block but the last is evaluated here, because MLX
         allocates ahead of what it has computed: chained by ``mx.depends`` instead, 256 rows of 262,144 values took
         twice the memory of a block in float32, and that of all blocks in bfloat16.
         """
+        rows = raw.reshape(-1, raw.shape[-1])
         step = dense_rows(raw.shape[-1], self.dtype)
         blocks: list[mx.array] = []
         for start in range(0, positions.size, step):
             if blocks:
                 mx.eval(blocks[-1])
-            blocks.append(self._expected_embedding(self.capped(raw[positions[start : start + step]]) / temperature))
+            chosen = positions[start : start + step]
+            logits = self.capped(rows[chosen]) / temperature
+            if barred is not None:
+                is_barred = (barred.table == -mx.inf)[barred.rows.reshape(-1)[chosen]]  # a byte for each logit
+                logits = mx.where(is_barred, -mx.inf, logits)
+            blocks.append(self._expected_embedding(logits))
         return mx.concatenate(blocks)
 
     def capped(self, raw: mx.array) -> mx.array:

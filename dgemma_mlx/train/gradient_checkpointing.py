@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from dgemma_mlx.model.text import Layer
+from dgemma_mlx.model.layer import Layer
 from dgemma_mlx.train.objective import TeacherCache
 
 

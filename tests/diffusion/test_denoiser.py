@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from dgemma_mlx.checkpoint.config import GenerationConfig
-from dgemma_mlx.diffusion import denoiser as denoiser_module
 from dgemma_mlx.diffusion.denoiser import Denoiser
 from dgemma_mlx.diffusion.edits import Edits, Pins, StartCanvas
 from dgemma_mlx.diffusion.sampler import Noise, accept
@@ -129,7 +128,7 @@ def test_pinned_positions_hold_their_ids_and_do_not_count(monkeypatch: pytest.Mo
     ids, free = rng.integers(0, V, (2, C)), rng.random((2, C)) < 0.5
     decoded: list[Any] = []
     entropies: list[Any] = []
-    decode, sampler = DiffusionGemma.decoder_input, denoiser_module.canvas_sampler
+    decode, sampler = DiffusionGemma.decoder_input, DiffusionGemma.sample
 
     def spy(self: DiffusionGemma, canvas: mx.array, *rest: Any) -> mx.array:
         decoded.append(np.array(canvas))
@@ -141,7 +140,7 @@ def test_pinned_positions_hold_their_ids_and_do_not_count(monkeypatch: pytest.Mo
         return sample
 
     monkeypatch.setattr(DiffusionGemma, "decoder_input", spy)
-    monkeypatch.setattr(denoiser_module, "canvas_sampler", sampled)
+    monkeypatch.setattr(DiffusionGemma, "sample", sampled)
     pins = Pins(mx.array(ids, mx.int32), mx.array(free))
     steps = list(Denoiser(golden_model(), SETTLES).denoise(prefix(2), Noise(1, 2), C, Edits(pins=pins)))
     assert len(steps) > 1
