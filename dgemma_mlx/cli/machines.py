@@ -35,7 +35,7 @@ Anyway = Annotated[
 
 
 Split = Annotated[
-    bool, machine_option("--split", help="Cut the model over the machines, instead of giving each the whole one for its part of the work.")
+    bool, machine_option("--split", help="Cut the model over the machines, instead of sharing the work among them.")
 ]
 
 
