@@ -61,7 +61,7 @@ class _Job(Generic[T, R]):
         if self.answer is None:
             return self.result[0]
         if "error" in self.answer:
-            raise DgemmaError(**self.answer["error"])
+            raise DgemmaError(*self.answer["error"])
         return self.work.unpack(self.task, self.answer)
 
 
@@ -209,6 +209,6 @@ def do_tasks(channel: Channel, do: Do) -> Message:
         try:
             answer = do(message["task"])
         except DgemmaError as error:
-            answer = {"error": {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}}
+            answer = {"error": [error.message, error.hint, error.exit_code]}
         channel.send(answer)
         channel.done += 1

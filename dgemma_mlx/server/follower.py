@@ -113,8 +113,8 @@ def event_message(item: Event | End) -> Message:
     return {"kind": "end", "event": None if item.error is None else _told(item.error)}
 
 
-def _told(error: BaseException) -> dict[str, Any]:
+def _told(error: BaseException) -> list[Any]:
     """Return the arguments of a ``DgemmaError`` that tells of an error."""
     if isinstance(error, DgemmaError):
-        return {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
-    return {"message": f"unexpected {type(error).__name__}: {error}", "hint": "This is a bug in dgemma-mlx."}
+        return [error.message, error.hint, error.exit_code]
+    return [f"unexpected {type(error).__name__}: {error}", "This is a bug in dgemma-mlx."]

@@ -197,4 +197,4 @@ def event_from(message: Message) -> Draft | Committed | Done | End:
         return done_from(value)
     if kind == "cancelled":
         return End(Cancelled())
-    return End(None if value is None else DgemmaError(**value))
+    return End(None if value is None else DgemmaError(*value))
