@@ -107,3 +107,15 @@ def test_what_cannot_be_packed_is_done_here(tmp_path: Path) -> None:
     with joined(tmp_path, other("")) as channel:
         work = Work(lambda number: number**2, pack, lambda number, message: message["square"])
         assert list(Pool(channel).results(range(20), work)) == [number**2 for number in range(20)]
+
+
+def test_a_task_for_each_machine_fails_without_one_of_them(tmp_path: Path) -> None:
+    goes_on = threading.Event()
+    goes_on.set()
+    with joined(tmp_path, other(""), other("if task['number'] == 2: os._exit(1)")) as channel:
+        pool = Pool(channel)
+        assert pool.on_each(5, squares([], goes_on)) == [25, 25, 25]
+        assert [name.rpartition(" (")[2] for name in pool.names] == ["rank 0)", "rank 1)", "rank 2)"]
+        with pytest.raises(MachineLostError) as caught:
+            pool.on_each(2, squares([], goes_on))
+        assert caught.value.rank == 2

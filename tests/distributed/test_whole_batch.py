@@ -50,6 +50,15 @@ def test_the_candidates_of_a_fill_are_the_same(tmp_path: Path) -> None:
     assert untimed(together(tmp_path, *asked)) == untimed(alone(*asked))
 
 
+def test_every_machine_measures(tmp_path: Path) -> None:
+    asked = ("bench", "-m", "demo", "--runs", "1", "--steps", "1", "--prompt-tokens", "8")
+    found = json.loads(together(tmp_path, *asked, "--json"))
+    assert [facts["host"].rpartition(" (")[2] for facts in found] == ["rank 0)", "rank 1)"]
+    assert [facts["prompts"][0]["prompt_tokens"] for facts in found] == [8, 8]
+    printed = together(tmp_path, *asked).splitlines()
+    assert printed[-1].startswith("2 machines together: ") and printed[-1].endswith(" tokens/s after the prompts")
+
+
 def test_a_machine_with_another_checkpoint_ends_all(tmp_path: Path) -> None:
     folders = [tmp_path / "own", tmp_path / "other"]
     for folder in folders:

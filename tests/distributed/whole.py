@@ -65,7 +65,6 @@ def together(folder: Path, *arguments: str | Path) -> str:
     with machines(2, folder, arguments) as (first, second):
         stdout, stderr = first.communicate(timeout=120)
         assert (first.returncode, second.wait(10)) == (0, 0), stderr
-        assert "dgemma-mlx: 2 machines, each with the whole model\n" in stderr
     return stdout
 
 
