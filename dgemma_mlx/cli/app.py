@@ -25,7 +25,7 @@ from dgemma_mlx.cli.fuse import fuse
 from dgemma_mlx.cli.generate import generate
 from dgemma_mlx.cli.help import WIDEST, Command, Group
 from dgemma_mlx.cli.info import info
-from dgemma_mlx.cli.machines import is_follower, run_follower
+from dgemma_mlx.cli.machines import is_follower, join_launched, run_follower
 from dgemma_mlx.cli.models import models
 from dgemma_mlx.cli.pages import located
 from dgemma_mlx.cli.parameters import expand
@@ -129,6 +129,7 @@ def run() -> int:
         with quiet_when_closed():
             if is_follower():
                 return run_follower({"bench": measure_task})
+            join_launched()
             # `python -m dgemma_mlx` has the same name, because completion and errors print it.
             result = app(args=sys.argv[1:] or ["--help"], prog_name=PROGRAM, standalone_mode=False)
             if result == INTERRUPTED:

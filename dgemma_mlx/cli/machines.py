@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import select
 import socket
 import sys
 from collections.abc import Mapping
@@ -182,6 +183,21 @@ def say_lost(error: MachineLostError, channel: Channel) -> None:
 def is_follower() -> bool:
     """Return whether this process is another one than the first of several."""
     return os.environ.get("MLX_RANK", "0") != "0"
+
+
+def join_launched() -> None:
+    """Connect the first of several processes of mlx.launch at once: the others wait for it, and not for long.
+
+    mlx.launch never ends the standard input of a process, so that it would be waited for without end. It is closed.
+    """
+    if "MLX_RANK" not in os.environ or connected(None) is None:
+        return
+    if not sys.stdin.isatty() and select.select([sys.stdin], [], [], 0)[0] and os.read(0, 1):
+        hint = "Name the text with --file, or start the other machines with --hostfile instead of mlx.launch."
+        raise DgemmaError("mlx.launch never ends standard input, so it cannot be read", hint, exit_code=2)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
 
 
 def run_follower(commands: Mapping[str, Kind]) -> int:

@@ -13,6 +13,8 @@ from dgemma_mlx.kernels import LogitBias
 from dgemma_mlx.model.cache import PrefixCache, Snapshot
 from dgemma_mlx.model.soft_tokens import SoftTokens
 
+_IDLE_BYTES = 1 << 29  # of freed memory that MLX may keep between two chunks of a prompt
+
 
 class Follower:
     """A slice of a network, and what rank 0's calls refer to: caches and snapshots by key, and a canvas's state."""
@@ -72,10 +74,18 @@ class Follower:
 
     def _encode(self, **call: Any) -> None:
         self._network.encode(*self._prefix(**call))
+        self._free()
 
     def _extend(self, **call: Any) -> None:
         ids, cache, _, soft = self._prefix(**call)
         self._network.extend(ids, cache, soft)
+        self._free()
+
+    @staticmethod
+    def _free() -> None:
+        """Give back freed memory after a chunk: the sizes of its scores grow with the prefix, and do not recur."""
+        if mx.get_cache_memory() > _IDLE_BYTES:
+            mx.clear_cache()
 
     def _prefix(
         self, ids: list[list[int]], cache: int, score_bytes: int, soft: dict[str, Any] | None

@@ -24,6 +24,7 @@ from dgemma_mlx.generation.identity import fingerprint
 from dgemma_mlx.generation.load import LoadOptions, load_cut
 from dgemma_mlx.generation.memory import device_limit
 from dgemma_mlx.generation.model import Model
+from dgemma_mlx.generation.wired import wired_memory
 
 _SHARED_PORTS = "Wait for another run to end, or choose other ports: DGEMMA_CLUSTER_PORT, mlx.launch --starting-port."
 
@@ -82,7 +83,8 @@ def follow(channel: Channel, launch: Launch, message: Message) -> Message:
     model = load_cut(options, shares, lambda config, all_slices: CutNetwork(config, all_slices, collective))
     channel.send({"loaded": True})
     assert isinstance(model.network, CutNetwork)
-    return Follower(model.network, channel).follow()
+    with wired_memory():
+        return Follower(model.network, channel).follow()
 
 
 def _facts(launch: Launch, options: LoadOptions) -> Message:
