@@ -89,7 +89,7 @@ def bench(
             print(json.dumps(found[0]) if as_json else _as_text(found[0]))
             return
         named = [{"host": name, **facts} for name, facts in zip(pool.names, found, strict=True)]
-        print(json.dumps(named) if as_json else _of_all(named))
+        print(json.dumps(named) if as_json else of_all(named))
 
 
 def measure_task(model: Model, task: dict[str, Any], channel: Channel) -> dict[str, Any]:
@@ -294,7 +294,7 @@ def _as_text(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _of_all(named: list[dict[str, Any]]) -> str:
+def of_all(named: list[dict[str, Any]]) -> str:
     """Return the measurements of several machines as tables, and the sum of their speeds."""
     speed = sum(facts["answer"]["tokens_per_second"]["median"] for facts in named)
     tables = [f"{facts['host']}: {_as_text(facts)}\n\n" for facts in named]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dgemma_mlx.checkpoint.hub import resolve
+from dgemma_mlx.cli.bench import of_all
 from tests.distributed.whole import alone, machines, together, untimed
 
 FEW = ("-n", "8", "--max-denoising-steps", "3", "--batch-size", "4")  # little work for an answer
@@ -51,12 +52,12 @@ def test_the_candidates_of_a_fill_are_the_same(tmp_path: Path) -> None:
 
 
 def test_every_machine_measures(tmp_path: Path) -> None:
-    asked = ("bench", "-m", "demo", "--runs", "1", "--steps", "1", "--prompt-tokens", "8")
-    found = json.loads(together(tmp_path, *asked, "--json"))
+    asked = ("bench", "-m", "demo", "--runs", "1", "--steps", "1", "--prompt-tokens", "8", "--json")
+    found = json.loads(together(tmp_path, *asked))
     assert [facts["host"].rpartition(" (")[2] for facts in found] == ["rank 0)", "rank 1)"]
     assert [facts["prompts"][0]["prompt_tokens"] for facts in found] == [8, 8]
-    printed = together(tmp_path, *asked).splitlines()
-    assert printed[-1].startswith("2 machines together: ") and printed[-1].endswith(" tokens/s after the prompts")
+    last = of_all(found).splitlines()[-1]
+    assert last.startswith("2 machines together: ") and last.endswith(" tokens/s after the prompts")
 
 
 def test_a_machine_with_another_checkpoint_ends_all(tmp_path: Path) -> None:
