@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from dgemma_mlx.checks import reason, shown
-from dgemma_mlx.cli.bench import bench
+from dgemma_mlx.cli.bench import bench, measure_task
 from dgemma_mlx.cli.chat.repl import chat
 from dgemma_mlx.cli.choose import choose
 from dgemma_mlx.cli.cluster import cluster
@@ -133,7 +133,7 @@ def run() -> int:
     try:
         with quiet_when_closed():
             if is_follower():
-                return run_follower()
+                return run_follower({"bench": measure_task})
             # `python -m dgemma_mlx` has the same name, because completion and errors print it.
             result = app(args=sys.argv[1:] or ["--help"], prog_name=PROGRAM, standalone_mode=False)
             if result == INTERRUPTED:

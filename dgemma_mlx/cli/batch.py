@@ -21,8 +21,7 @@ from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import parse_json
 
 if TYPE_CHECKING:
-    from dgemma_mlx.events import Done
-    from dgemma_mlx.generation.model import Model
+    from dgemma_mlx.generation.team import Team
 
 _HINT = 'A line is a JSON string, or an object like {"prompt": "...", "images": ["cat.png"], "id": "a", "seed": 1}.'
 NO_ANSWER = "the model gave no answer"
@@ -122,9 +121,9 @@ def _request(line: str, place: str, defaults: Mapping[str, Any]) -> dict[str, An
 
 
 def answer_batch(
-    model: Model, requests: Sequence[Mapping[str, Any]], options: Mapping[str, Any], size: int, keeper: Keeper
+    team: Team, requests: Sequence[Mapping[str, Any]], options: Mapping[str, Any], size: int, keeper: Keeper
 ) -> None:
-    """Answer the requests, ``size`` at a time, and print one JSON object for each, in order.
+    """Answer the requests, ``size`` at a time on each machine, and print one JSON object for each, in order.
 
     An object has ``index`` (from 0), the request's ``id`` if there is one, and the answer. A request that fails gets an
     object with ``error``, and the others are answered all the same. A line on stderr says how many answers were cut
@@ -134,9 +133,10 @@ def answer_batch(
     from dgemma_mlx.events import Done
 
     failed = cut = 0
-    for first in range(0, len(requests), size):
-        group = requests[first : first + size]
-        for number, (request, result) in enumerate(zip(group, _answers(model, group, options), strict=True), first):
+    model = team.model
+    groups = [requests[first : first + size] for first in range(0, len(requests), size)]
+    for place, (group, results) in enumerate(zip(groups, team.answers(groups, options), strict=True)):
+        for number, (request, result) in enumerate(zip(group, results, strict=True), place * size):
             record: dict[str, Any] = {"index": number, **({"id": request["id"]} if "id" in request else {})}
             if isinstance(result, DgemmaError):
                 record["error"] = result.message
@@ -175,28 +175,3 @@ def _messages(
         return {**message, "content": text, **({"images": shown_images} if shown_images else {})}
 
     return [kept(message) for message in with_images(prompt, images)]
-
-
-def _answers(
-    model: Model, requests: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
-) -> list[Done | DgemmaError]:
-    """Answer the requests together. When that fails, answer each half by itself.
-
-    So only the faulty requests fail, and a batch that exceeds the memory limit is answered in parts that fit. A failure
-    costs little, because ``generate_batch`` checks everything before it begins.
-    """
-    from dgemma_mlx.generation.api import generate_batch
-
-    each = {"seeds": "seed", "max_tokens": "max_tokens", "system": "system", "tools": "tools",
-            "tool_choice": "tool_choice", "images": "images"}  # fmt: skip
-    common = {name: value for name, value in options.items() if name not in each.values()}
-    merged = [{"images": None, **options, **request} for request in requests]
-    own: dict[str, Any] = {name: [request[key] for request in merged] for name, key in each.items()}
-    try:
-        answers: list[Any] = generate_batch(model, [request["prompt"] for request in merged], **own, **common)
-        return answers
-    except DgemmaError as error:
-        if len(requests) == 1:
-            return [error]
-        half = len(requests) // 2
-        return [*_answers(model, requests[:half], options), *_answers(model, requests[half:], options)]

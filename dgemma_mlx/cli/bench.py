@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from dgemma_mlx.checks import shown
 from dgemma_mlx.cli.doctor import examine
 from dgemma_mlx.cli.loading import load_model
-from dgemma_mlx.cli.machines import MachineOptions
+from dgemma_mlx.cli.machines import TeamOptions, team_of
 from dgemma_mlx.cli.parameters import AsJson, CpuDequantize, Dtype, ModelName, ModelOptions, NoKernels, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.settings import Settings
@@ -20,6 +20,7 @@ from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.sizes import rate
 
 if TYPE_CHECKING:
+    from dgemma_mlx.distributed.channel import Channel
     from dgemma_mlx.generation.model import Model
     from dgemma_mlx.text import Tokenizer
 
@@ -56,28 +57,50 @@ def bench(
     cpu_dequantize: CpuDequantize = None,
     no_kernels: NoKernels = False,
     *,
-    machines: MachineOptions,
+    machines: TeamOptions,
 ) -> None:
     """Measure the speed and the peak memory of a model.
 
     The command times the encoding of prompts of several lengths, the denoising steps after them, and a whole answer. It
     prints medians and the smallest and largest values of `--runs` runs. docs/benchmarks.md explains how to compare with
-    other programs.
+    other programs. Several machines measure at the same time, each with the whole model; `--json` then prints a list.
 
     Examples:
         dgemma-mlx bench -m demo
         dgemma-mlx bench -m demo --prompt-tokens 64,512 --runs 5 --json
     """
+    whole = machines.check_team(is_spread=True)
+    from dgemma_mlx.distributed.tasks import Work
+
     asked = None if prompt_tokens is None else _parse_lengths(prompt_tokens)
     options = ModelOptions(model, None, dtype, cpu_dequantize, no_kernels)
-    loaded = load_model(Settings(), options, quiet=as_json, checked=True, machines=machines)
+    loaded = load_model(Settings(), options, quiet=as_json, checked=True, machines=machines, whole=whole)
     lengths = _fitting(asked, loaded)
     question = prompt or (_DEMO_PROMPT if loaded.name == "demo" else _PROMPT)
     with _progress(runs * (len(lengths) + 1) + 1) as progress:
-        results = measure(loaded, lengths, steps, runs, question, progress)
-    facts = {**_circumstances(loaded, steps, runs), **results}
+        task = {"kind": "bench", "lengths": lengths, "steps": steps, "runs": runs, "question": question}
+        work = Work(
+            lambda task: _measured(loaded, task, progress), lambda task: task, lambda task, answer: answer["facts"]
+        )
+        pool = team_of(machines, loaded, whole, says_lost=False).pool
+        found = pool.on_each(task, work)
     with quiet_when_closed():
-        print(json.dumps(facts) if as_json else _as_text(facts))
+        if len(found) == 1:
+            print(json.dumps(found[0]) if as_json else _as_text(found[0]))
+            return
+        named = [{"host": name, **facts} for name, facts in zip(pool.names, found, strict=True)]
+        print(json.dumps(named) if as_json else of_all(named))
+
+
+def measure_task(model: Model, task: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    """Measure on another machine."""
+    return {"facts": _measured(model, task, lambda what: None)}
+
+
+def _measured(model: Model, task: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    """Return the measurements and what they depend on. ``task`` has the arguments of `measure`."""
+    results = measure(model, task["lengths"], task["steps"], task["runs"], task["question"], progress)
+    return {**_circumstances(model, task["steps"], task["runs"]), **results}
 
 
 def measure(
@@ -269,6 +292,13 @@ def _as_text(facts: dict[str, Any]) -> str:
         f"{tokens_per_second} tokens/s after the prompt, {tokens_a_step} tokens per step, peak {peak}",
     ]
     return "\n".join(lines)
+
+
+def of_all(named: list[dict[str, Any]]) -> str:
+    """Return the measurements of several machines as tables, and the sum of their speeds."""
+    speed = sum(facts["answer"]["tokens_per_second"]["median"] for facts in named)
+    tables = [f"{facts['host']}: {_as_text(facts)}\n\n" for facts in named]
+    return f"{''.join(tables)}{len(named)} machines together: {_short(speed)} tokens/s after the prompts"
 
 
 def _range(values: dict[str, float]) -> str:

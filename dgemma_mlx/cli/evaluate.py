@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from dgemma_mlx.checks import LARGEST_SEED, shown
 from dgemma_mlx.cli import complete
 from dgemma_mlx.cli.loading import load_model
-from dgemma_mlx.cli.machines import MachineOptions
+from dgemma_mlx.cli.machines import TeamOptions, team_of
 from dgemma_mlx.cli.parameters import AsJson, ModelOptions, Quiet, decoding_option, output_option, section
 from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.errors import DgemmaError
@@ -64,7 +64,7 @@ def evaluate(
     count: Count = None,
     *,
     model: ModelOptions,
-    machines: MachineOptions,
+    machines: TeamOptions,
     answers: Answers = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -76,7 +76,8 @@ def evaluate(
 
     The result also has the denoising steps per answer and per canvas, the tokens per step and the seconds. An answer
     from a file must match exactly. A Sudoku is correct when it keeps the clues and obeys the rules; the puzzles
-    differ from those that recipes/sudoku trains on.
+    differ from those that recipes/sudoku trains on. With several machines, each loads the whole model and answers some
+    of the problems, unless `--split` cuts the model over them (docs/several-macs.md).
 
     Examples:
         dgemma-mlx eval -m demo --task sudoku --size 4 --count 20
@@ -85,6 +86,7 @@ def evaluate(
     from dgemma_mlx.train.dataset import read_examples
     from dgemma_mlx.train.evaluate import evaluate, problems_of, sudoku_problems
 
+    whole = machines.check_team(is_spread=True)
     examples = None
     if task == "sudoku":
         problems = sudoku_problems(size or 6, count or 100, parse_clues(clues), seed)
@@ -95,7 +97,7 @@ def evaluate(
             if value is not None:
                 raise DgemmaError(f"{name} is for --task sudoku, not for a file", "Leave it out.", exit_code=2)
         examples = read_examples(Path(task))[:count]
-    loaded = load_model(Settings(), model, quiet, checked=True, machines=machines)
+    loaded = load_model(Settings(), model, quiet, checked=True, machines=machines, whole=whole)
     if examples is not None:
         problems = problems_of(loaded, examples)
     records: list[Mapping[str, Any]] = []
@@ -105,7 +107,8 @@ def evaluate(
             records.append(record)
             progress(len(records), sum(record["right"] for record in records))
 
-        result = evaluate(loaded, problems, batch_size=batch_size, seed=seed, speed=speed, progress=answered)
+        team = team_of(machines, loaded, whole)
+        result = evaluate(team, problems, batch_size=batch_size, seed=seed, speed=speed, progress=answered)
     if answers is not None:
         _write(answers, "".join(json.dumps(record) + "\n" for record in records))
     if as_json:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from dgemma_mlx.checks import shown
 from dgemma_mlx.cli.image_options import ImageOptions, show_images
 from dgemma_mlx.cli.infill import File, ResultOptions, keep_filled, prepared, print_filled, report, save
-from dgemma_mlx.cli.machines import MachineOptions
+from dgemma_mlx.cli.machines import TeamOptions, team_of
 from dgemma_mlx.cli.parameters import AnswerOptions, DenoisingOptions, ModelOptions, prompt_option, section
 from dgemma_mlx.cli.pipe import quiet_when_closed
 from dgemma_mlx.cli.texts import is_stdin, read_text, without_bom
@@ -63,7 +63,7 @@ def fill(
     pictures: ImageOptions,
     answer: AnswerOptions,
     model: ModelOptions,
-    machines: MachineOptions,
+    machines: TeamOptions,
     result: ResultOptions,
     denoising: DenoisingOptions,
 ) -> None:
@@ -76,6 +76,8 @@ def fill(
         - `--at` puts a gap at a cursor, and `--prefix-file` and `--suffix-file` put one between two files.
         - Gaps of unknown length are written at several lengths at a time (`--candidates`). The most probable candidate
           wins, and `--show-all` lists the others.
+        - With several machines, each loads the whole model and writes some of the candidates. `--candidates 1` and
+          `--split` cut the model over the machines instead (docs/several-macs.md).
         - All gaps and the text between them must fit into one canvas.
         - `--image` shows the model a picture, such as the form that the text describes (docs/images.md).
         - docs/fill.md explains what the model sees and how the candidates are compared.
@@ -86,24 +88,28 @@ def fill(
         dgemma-mlx fill letter.txt --diff
         dgemma-mlx fill main.py --at 12:5 --hint "a docstring" --write
     """
-    split = prefix_file is not None or suffix_file is not None
-    _check(file, at, size, hint, split)
-    result.check(None if split else file)
-    texts = [path for path in (prefix_file, suffix_file) if path is not None] if split else [file]
+    whole = machines.check_team(is_spread=result.candidates != 1)
+    in_two = prefix_file is not None or suffix_file is not None
+    _check(file, at, size, hint, in_two)
+    result.check(None if in_two else file)
+    texts = [path for path in (prefix_file, suffix_file) if path is not None] if in_two else [file]
     pictures.check(prompt_on_stdin=any(map(is_stdin, texts)), raw=raw)
     images = pictures.read()
     before, parts = _parts(file, hole, at, size, hint, prefix_file, suffix_file)
     with quiet_when_closed():
-        with prepared(model, machines, answer, denoising, raw, images=bool(images)) as (loaded, arguments):
+        with prepared(model, machines, answer, denoising, raw, bool(images), whole) as (loaded, arguments):
             from dgemma_mlx.infill.fill import DEFAULT_CANDIDATES
-            from dgemma_mlx.infill.fill import fill as fill_text
+            from dgemma_mlx.infill.spread import Question, fill_together
             from dgemma_mlx.infill.template import shown as shown_gaps
 
             if not (answer.quiet or result.as_json):
                 show_images(images)
-            candidates = result.candidates or DEFAULT_CANDIDATES
-            filled = fill_text(loaded, parts, prompt=prompt, raw=raw, candidates=candidates, images=images,
-                               **arguments)  # fmt: skip
+            candidates, system = result.candidates or DEFAULT_CANDIDATES, arguments["system"]
+            question = Question(parts, prompt, system, raw, candidates, images)
+            team = team_of(machines, loaded, whole)
+            options = {name: arguments[name] for name in ("speed", "temp", "generation", "memory_limit")}
+            aside = {name: arguments[name] for name in ("seed", "progress", "cancelled")}
+            filled = fill_together(team, question, options, **aside)
         report(filled, result, answer.quiet)
         if result.write and file is not None:
             save(filled, file, before)
@@ -111,8 +117,7 @@ def fill(
         if not result.write or form != "text":
             print_filled(filled, loaded, before, file, form)
         asked = shown_gaps(parts)
-        keep_filled("fill", f"{prompt}\n\n{asked}" if prompt else asked, filled, loaded, arguments["system"],
-                    images)  # fmt: skip
+        keep_filled("fill", f"{prompt}\n\n{asked}" if prompt else asked, filled, loaded, system, images)  # fmt: skip
 
 
 def _parts(

@@ -24,7 +24,7 @@ from dgemma_mlx.cli.loading import answer_arguments, load_model
 from dgemma_mlx.cli.log.asking import asked, begun
 from dgemma_mlx.cli.log.keep import Keeper
 from dgemma_mlx.cli.log.options import ConversationOptions
-from dgemma_mlx.cli.machines import MachineOptions
+from dgemma_mlx.cli.machines import TeamOptions, team_of
 from dgemma_mlx.cli.parameters import (
     AnswerOptions,
     DenoisingOptions,
@@ -51,7 +51,7 @@ def generate(
     prompt: Prompt = None,
     *,
     model: ModelOptions,
-    machines: MachineOptions,
+    machines: TeamOptions,
     answer: AnswerOptions,
     raw: Raw = False,
     thinking: Thinking = None,
@@ -107,6 +107,10 @@ def generate(
           `system`, `seed`, `max_tokens`, `tools` and `tool_choice`. The model is loaded once. Every line is checked
           before the first one is answered. With `--batch-size N`, N prompts are answered at a time, each as it would be
           alone, or fewer when N exceed the memory limit.
+        - With several machines, each loads the whole model and answers some of the prompts of a `--batch` file. The
+          lines stay in order, and the answers are those of one machine. The work of a machine that is lost is done by
+          the others. One prompt has the model cut over the machines, and so has a `--batch` with `--split`, for a model
+          that is too large for one (docs/several-macs.md).
         - `--speed reference` follows the reference implementation's loop step by step. `balanced` also commits a canvas
           as soon as every position is nearly certain, or the encoder finds its text plausible; `fast` accepts less
           certainty. On the demo model, `balanced` does 2.0 times less work and answers 976 instead of 942 of 1,000
@@ -146,6 +150,7 @@ def generate(
         dgemma-mlx generate --image cat.jpg "What is the cat doing?"
         cat notes.txt | dgemma-mlx generate -m mlx-community/diffusiongemma-26B-A4B-it-4bit "Summarise:"
     """
+    whole = machines.check_team(is_spread=batch.batch is not None)
     output.check()
     tool.check()
     _check_batch(batch, prompt, text, tool, output, prompt_cache, trim_canvas)
@@ -181,11 +186,13 @@ def generate(
     session, chosen = begun(conversation, settings, named, model, arguments["system"])
     arguments["system"] = session.system
     with quiet_when_closed(), _open(output.trace) as trace:
-        loaded = load_model(settings, chosen, answer.quiet, images=bool(images), machines=machines)
+        loaded = load_model(settings, chosen, answer.quiet, images=bool(images), machines=machines,
+                            whole=whole)  # fmt: skip
         in_force = {name: settings.pick(name, option) for name, option in loop.items()}
         arguments["generation"] = loaded.generation.override(**in_force)
         if batch.batch is not None:
-            answer_batch(loaded, requests, arguments, batch.batch_size or 1, Keeper(settings))
+            team = team_of(machines, loaded, whole)
+            answer_batch(team, requests, arguments, batch.batch_size or 1, Keeper(settings))
             return
         with (
             kept_prompt_cache(prompt_cache, loaded) as arguments["prompt_cache"],

@@ -82,14 +82,16 @@ class ResultOptions:
 @contextmanager
 def prepared(
     model: ModelOptions, machines: MachineOptions, answer: AnswerOptions, denoising: DenoisingOptions, raw: bool,
-    images: bool,
+    images: bool, whole: bool = False,
 ) -> Iterator[tuple[Model, dict[str, Any]]]:
     """Yield the model and the keyword arguments that fill and edit share. ``images`` says whether it is shown any.
+
+    ``whole`` is that of `load_model`.
 
     Within the block, Ctrl-C ends the work after the current denoising step.
     """
     settings = Settings()
-    loaded = load_model(settings, model, answer.quiet, images=images, machines=machines)
+    loaded = load_model(settings, model, answer.quiet, images=images, machines=machines, whole=whole)
     steps = settings.pick("max_denoising_steps", denoising.max_denoising_steps)
     arguments = {
         **answer_arguments(settings, answer, raw), "speed": settings.pick_checked("speed", denoising.speed),

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dgemma_mlx.cli.interrupt import ending_at_once
-from dgemma_mlx.cli.machines import MachineOptions, cut_model
+from dgemma_mlx.cli.machines import MachineOptions, cut_model, invite
 from dgemma_mlx.cli.parameters import AnswerOptions, ModelOptions
 from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.sizes import parse_size
 
 if TYPE_CHECKING:
     from dgemma_mlx.checkpoint.hub import Checkpoint
+    from dgemma_mlx.generation.load import LoadOptions
     from dgemma_mlx.generation.model import Model
 
 
@@ -33,7 +34,7 @@ def fetch(name: str | None, weights: bool = True) -> Checkpoint:
 
 def load_model(
     settings: Settings, options: ModelOptions, quiet: bool = False, training: bool = False, checked: bool = False,
-    images: bool = False, machines: MachineOptions | None = None,
+    images: bool = False, machines: MachineOptions | None = None, whole: bool = False,
 ) -> Model:
     """Load the model that the options or the settings name, and set the mode of the Metal kernels.
 
@@ -41,11 +42,11 @@ def load_model(
     ``training`` the weights keep the dtype in which they are stored, because gradients leave the range of float16.
     Work that takes long has its weights ``checked`` before: one that is NaN or infinite raises `DgemmaError`. A
     model that is to be shown ``images``, and reads none, is refused before its weights are read. With several
-    ``machines`` the model is cut over them.
+    ``machines`` the model is cut over them; or each loads it ``whole``, as ``team_of`` expects it.
     """
     from dgemma_mlx.model.finite import require_finite
 
-    load = model_loader(settings, options, training, machines, quiet)
+    load = model_loader(settings, options, training, machines, quiet, whole)
     if images:
         from dgemma_mlx.checkpoint.config import ModelConfig
         from dgemma_mlx.generation.pictures import require_vision
@@ -62,30 +63,43 @@ def load_model(
 
 def model_loader(
     settings: Settings, options: ModelOptions, training: bool = False, machines: MachineOptions | None = None,
-    quiet: bool = False,
+    quiet: bool = False, whole: bool = False,
 ) -> Callable[[], Model]:
     """Check the options and fetch the checkpoint, and return a function that loads it, which any thread may call."""
-    import mlx.core as mx
-
-    from dgemma_mlx.generation.load import LoadOptions, load
+    from dgemma_mlx.generation.load import load
     from dgemma_mlx.kernels.dispatch import set_mode
 
+    if machines is not None:
+        machines.check()
     set_mode(settings.pick("kernels", "off" if options.no_kernels else None))
-    name = settings.pick("model", options.model)
-    cpu_dequantize = settings.pick("cpu_dequantize", options.cpu_dequantize)
-    chosen = settings.pick_checked("dtype", options.dtype)
-    rule: Any = settings.pick_checked("image_attention", options.image_attention)
-    dtype: Any = None if training else "auto" if chosen == "auto" else getattr(mx, chosen)
-    fetch(name)
+    loading = load_options(settings, options, training)
+    fetch(loading.model)
 
     def open_model() -> Model:
         if machines is not None:
-            loading = LoadOptions(name, dtype, cpu_dequantize, options.adapter, rule)
-            if (cut := cut_model(machines, loading, quiet)) is not None:
+            if whole:
+                invite(machines, loading, quiet)
+            elif (cut := cut_model(machines, loading, quiet)) is not None:
                 return cut
-        return load(name, dtype=dtype, cpu_dequantize=cpu_dequantize, adapter=options.adapter, image_attention=rule)
+        return load(
+            loading.model, dtype=loading.dtype, cpu_dequantize=loading.cpu_dequantize, adapter=loading.adapter,
+            image_attention=loading.image_attention,
+        )  # fmt: skip
 
     return open_model
+
+
+def load_options(settings: Settings, options: ModelOptions, training: bool = False) -> LoadOptions:
+    """Return how the model is loaded that the options or the settings name."""
+    import mlx.core as mx
+
+    from dgemma_mlx.generation.load import LoadOptions
+
+    chosen = settings.pick_checked("dtype", options.dtype)
+    dtype: Any = None if training else "auto" if chosen == "auto" else getattr(mx, chosen)
+    rule: Any = settings.pick_checked("image_attention", options.image_attention)
+    name, dequantize = settings.pick("model", options.model), settings.pick("cpu_dequantize", options.cpu_dequantize)
+    return LoadOptions(name, dtype, dequantize, options.adapter, rule)
 
 
 def full_name(name: str | None) -> str | None:

@@ -7,21 +7,23 @@ import os
 import select
 import socket
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from dgemma_mlx.cli.parameters import section
 from dgemma_mlx.errors import DgemmaError
 
 if TYPE_CHECKING:
-    from dgemma_mlx.distributed.channel import Channel
+    from dgemma_mlx.distributed.channel import Channel, MachineLostError
     from dgemma_mlx.distributed.launch import Launch
     from dgemma_mlx.distributed.links import Expectation
     from dgemma_mlx.distributed.start import Started
     from dgemma_mlx.generation.load import LoadOptions
     from dgemma_mlx.generation.model import Model
+    from dgemma_mlx.generation.team import Kind, Team
 
 machine_option = section("Several machines")
 
@@ -34,12 +36,54 @@ Anyway = Annotated[
 ]
 
 
+Split = Annotated[
+    bool, machine_option("--split", help="Cut the model over the machines, instead of sharing the work among them.")
+]
+
+
 @dataclass(frozen=True)
 class MachineOptions:
     """The options of every command that can use several machines."""
 
     hostfile: Hostfile = None
     anyway: Anyway = False
+
+    def check(self) -> None:
+        """Raise `DgemmaError` (exit code 2) for an option that has no effect, given that the model is cut."""
+        if self.anyway and not self.are_several:
+            raise DgemmaError("--anyway needs several machines", _NAME_THEM, exit_code=2)
+
+    @property
+    def are_several(self) -> bool:
+        """Whether there are other machines."""
+        return self.hostfile is not None or "MLX_RANK" in os.environ
+
+
+@dataclass(frozen=True)
+class TeamOptions(MachineOptions):
+    """The options of a command whose work can be spread over several machines."""
+
+    split: Split = False
+
+    def check_team(self, is_spread: bool) -> bool:
+        """Return whether each machine is to have the whole model. ``is_spread`` says whether there is work to spread.
+
+        Raises `DgemmaError` (exit code 2) for an option that has no effect.
+        """
+        if self.split and not self.are_several:
+            raise DgemmaError("--split needs several machines", _NAME_THEM, exit_code=2)
+        if self.split and not is_spread:
+            raise DgemmaError(
+                "--split is for work that several machines can share", "Here the model is cut without it.", exit_code=2
+            )
+        self.check()
+        is_whole = is_spread and not self.split
+        if self.anyway and is_whole:
+            raise DgemmaError("--anyway is for a model that is cut", "Add --split, or leave it out.", exit_code=2)
+        return is_whole
+
+
+_NAME_THEM = "Name them with --hostfile."
 
 
 def launch_of(hostfile: Path | None, keep_errors: bool = False) -> tuple[Launch | None, dict[int, Started]]:
@@ -82,8 +126,6 @@ def cut_model(machines: MachineOptions, options: LoadOptions, quiet: bool) -> Mo
     """Cut a model over the machines and return it, or return None when there is only one machine."""
     joined = connected(machines.hostfile)
     if joined is None:
-        if machines.anyway:
-            raise DgemmaError("--anyway needs several machines", "Name them with --hostfile.", exit_code=2)
         return None
     from dgemma_mlx.generation.machines import lead
 
@@ -102,6 +144,51 @@ def cut_model(machines: MachineOptions, options: LoadOptions, quiet: bool) -> Mo
     except DgemmaError as error:
         channel.close(error.message)
         raise
+
+
+def invite(
+    machines: MachineOptions, options: LoadOptions, quiet: bool, work: str = "whole", **more: Any
+) -> Channel | None:
+    """Let the other machines, if there are any, load the whole model, and say on stderr how many there are.
+
+    ``work`` is what they are to do with it, and ``more`` is what they must know for that. Returns their channel.
+    """
+    joined = connected(machines.hostfile)
+    if joined is None:
+        return None
+    from dgemma_mlx.generation.team import invite
+
+    _, channel = joined
+    try:
+        invite(channel, options, work, **more)
+    except DgemmaError as error:
+        channel.close(error.message)
+        raise
+    if not quiet:
+        print(f"dgemma-mlx: {channel.size} machines, each with the whole model", file=sys.stderr)
+    return channel
+
+
+def team_of(machines: TeamOptions, model: Model, is_whole: bool, says_lost: bool = True) -> Team:
+    """Return the machines that have the whole model, those that `invite` has asked: or else this one alone.
+
+    A machine that is lost is said on stderr unless ``says_lost`` is false, where its work cannot be done by another.
+    """
+    from dgemma_mlx.generation.team import Team
+
+    joined = connected(machines.hostfile) if is_whole else None
+    if joined is None:
+        return Team(model)
+    _, channel = joined
+    return Team(model, channel, lambda error: say_lost(error, channel) if says_lost else None)
+
+
+def say_lost(error: MachineLostError, channel: Channel) -> None:
+    """Say on stderr that a machine is lost, and who does its work. A line of progress is overwritten."""
+    others = 1 + len({*channel.alive} - {error.rank})
+    doers = "this machine does" if others == 1 else f"the other {others} machines do"
+    start = "\r" if sys.stderr.isatty() else ""
+    print(f"{start}dgemma-mlx: {error.message}; {doers} its work", file=sys.stderr, flush=True)
 
 
 def is_follower() -> bool:
@@ -124,8 +211,8 @@ def join_launched() -> None:
     os.close(nothing)
 
 
-def run_follower() -> int:
-    """Do what rank 0 asks for, and return the exit code."""
+def run_follower(commands: Mapping[str, Kind]) -> int:
+    """Do what rank 0 asks for, and return the exit code. ``commands`` do the tasks of commands."""
     from dgemma_mlx.distributed.channel import MachineLostError, open_channel
     from dgemma_mlx.distributed.launch import launched
 
@@ -140,9 +227,18 @@ def run_follower() -> int:
 
             message = answer_check(channel, launch, message)
         from dgemma_mlx.generation.machines import follow
+        from dgemma_mlx.generation.team import answer_task, attend
+        from dgemma_mlx.infill.spread import GapWriter
+        from dgemma_mlx.server.follower import follow_server
 
+        kinds: dict[str, Kind] = {"answer": answer_task, "gaps": GapWriter(), **commands}
         while True:
-            message = follow(channel, launch, message)
+            if message["work"] == "cut":
+                message = follow(channel, launch, message)
+            elif message["work"] == "serve":
+                message = follow_server(channel, message)
+            else:
+                message = attend(channel, message, kinds)
     except MachineLostError:  # rank 0 has ended
         return 0
     except DgemmaError as error:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from dgemma_mlx.checks import shown
-from dgemma_mlx.cli.loading import in_bytes, model_loader, say_if_demo
-from dgemma_mlx.cli.machines import MachineOptions
+from dgemma_mlx.cli.loading import in_bytes, load_options, model_loader, say_if_demo
+from dgemma_mlx.cli.machines import TeamOptions, invite, say_lost
 from dgemma_mlx.cli.parameters import (
     ApiKey,
     MemoryLimit,
@@ -29,6 +29,8 @@ from dgemma_mlx.cli.settings import Settings
 from dgemma_mlx.errors import DgemmaError, how_to_install
 
 if TYPE_CHECKING:
+    from dgemma_mlx.generation.load import LoadOptions
+    from dgemma_mlx.server.machines import Machines
     from dgemma_mlx.server.settings import ServerSettings
 
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -108,7 +110,7 @@ class LimitOptions:
 def serve(
     *,
     model: ModelOptions,
-    machines: MachineOptions,
+    machines: TeamOptions,
     address: AddressOptions,
     open_page: Open = False,
     max_tokens: MaxTokens = None,
@@ -131,6 +133,9 @@ def serve(
           Obsidian, and `vscode-file://vscode-app` that of VS Code.
         - Images come inside requests, as data URLs. With `--allow-remote-images` the server also fetches them from
           addresses, so whoever may use it can make it connect to any public one; this network is out of reach.
+        - With several machines, each loads the whole model, and an answer is written by the one with the fewest
+          requests. `/v1/fill`, `/v1/edit` and completions with a suffix are for the first machine. `--split` cuts the
+          model over the machines instead (docs/several-macs.md).
         - Ctrl-C or SIGTERM ends the server in order: answers that are being written are cancelled.
         - The extra `serve` has the libraries that the server needs; docs/install.md says how to add them.
 
@@ -145,7 +150,8 @@ def serve(
     settings = Settings()
     chosen = _server_settings(settings, model, address, limits, max_tokens, speed, _logger(quiet), log_prompts)
     check_settings(chosen)  # before a model is fetched
-    load = model_loader(settings, model, machines=machines, quiet=quiet)
+    is_whole = machines.check_team(is_spread=True)
+    load = model_loader(settings, model, machines=None if is_whole else machines, quiet=quiet)
     if not quiet:
         say_if_demo(settings, model)
 
@@ -160,7 +166,18 @@ def serve(
             page = url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
             Thread(target=webbrowser.open, args=(page,), daemon=True).start()  # some browsers are waited for
 
-    listen(load, chosen, ready)
+    listen(load, chosen, ready, _others(machines, load_options(settings, model), chosen, quiet) if is_whole else None)
+
+
+def _others(machines: TeamOptions, loading: LoadOptions, chosen: ServerSettings, quiet: bool) -> Machines | None:
+    """Let the other machines, if there are any, load the whole model, and return them."""
+    facts = {"prompt_caches": chosen.prompt_caches, "keep_alive": chosen.keep_alive}
+    channel = invite(machines, loading, quiet, "serve", **facts)
+    if channel is None:
+        return None
+    from dgemma_mlx.server.machines import Machines
+
+    return Machines(channel, chosen.max_queue, chosen.prompt_caches, lambda error: say_lost(error, channel))
 
 
 def _require_libraries() -> None:

@@ -45,15 +45,17 @@ class Constraint:
 
     Attributes:
         machine: The machine that accepts exactly these texts (``dgemma_mlx.constrain.machine``).
+        source: The class method that has created the constraint, and its argument as JSON, such as
+            ``("regex", "[0-9]+")``; None for a constraint that was created of a machine.
     """
 
-    def __init__(self, machine: Machine, kind: str) -> None:
+    def __init__(self, machine: Machine, kind: str, source: tuple[str, Any] | None = None) -> None:
         """Create a constraint of a machine. Use the class methods instead, which check and translate a description.
 
         ``kind`` names the description in error messages, such as "the regular expression". Raises ``DgemmaError``
         (exit code 2) when no text matches.
         """
-        self.machine = machine
+        self.machine, self.source = machine, source
         if not machine.is_alive(machine.start):
             raise DgemmaError(f"{kind} matches no text at all", "Loosen the constraint.", exit_code=2)
 
@@ -70,7 +72,8 @@ class Constraint:
         The syntax is that of Rust's ``regex`` crate, without word boundaries, and with look-aheads outside repetitions.
         Raises ``DgemmaError`` as described for the class.
         """
-        return cls(languages.of_regex(_checked_text(pattern, "a regular expression")), "the regular expression")
+        machine = languages.of_regex(_checked_text(pattern, "a regular expression"))
+        return cls(machine, "the regular expression", ("regex", pattern))
 
     @classmethod
     def choice(cls, choices: Sequence[str]) -> Constraint:
@@ -85,7 +88,8 @@ class Constraint:
             raise DgemmaError(
                 "choices must be a list of at least one text", 'Give a list like ["yes", "no"].', exit_code=2
             )
-        return cls(languages.of_choices(tuple(_checked_text(text, "a choice") for text in choices)), "the choice")
+        texts = tuple(_checked_text(text, "a choice") for text in choices)
+        return cls(languages.of_choices(texts), "the choice", ("choice", texts))
 
     @classmethod
     def json_schema(cls, schema: Any) -> Constraint:
@@ -106,7 +110,8 @@ class Constraint:
         """
         if is_own_type(schema):
             schema = schema_of(schema)
-        return cls(languages.of_schema(json.dumps(_json_value(schema, "the JSON schema"))), "the JSON schema")
+        text = json.dumps(_json_value(schema, "the JSON schema"))
+        return cls(languages.of_schema(text), "the JSON schema", ("json_schema", text))
 
     @classmethod
     def grammar(cls, grammar: str) -> Constraint:
@@ -118,7 +123,13 @@ class Constraint:
         describes the whole answer. docs/constrained.md describes the syntax. Raises ``DgemmaError``, which gives the
         line, when the grammar is malformed or uses what is not supported, and when a rule has no text.
         """
-        return cls(languages.of_grammar(_checked_text(grammar, "a grammar")), "the grammar")
+        return cls(languages.of_grammar(_checked_text(grammar, "a grammar")), "the grammar", ("grammar", grammar))
+
+    @classmethod
+    def from_source(cls, kind: str, value: Any) -> Constraint:
+        """Create a constraint again from the ``source`` of an equal one. Raises ``DgemmaError`` as the class does."""
+        makers = {"regex": cls.regex, "choice": cls.choice, "json_schema": cls.json_schema, "grammar": cls.grammar}
+        return makers[kind](value)
 
     @classmethod
     def response_format(cls, response_format: Mapping[str, Any]) -> Constraint | None:
@@ -140,7 +151,8 @@ class Constraint:
         if kind == "text":
             return None
         if kind == "json_object":
-            return cls(languages.of_schema('{"type": "object"}'), "the JSON object")
+            schema = '{"type": "object"}'
+            return cls(languages.of_schema(schema), "the JSON object", ("json_schema", schema))
         if kind == "json_schema":
             outer = response_format.get("json_schema")
             if outer is None:  # the form of OpenAI's Responses API

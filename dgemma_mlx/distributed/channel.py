@@ -83,6 +83,11 @@ class Peer:
         self.heard = time.monotonic()
         return message
 
+    def cut(self) -> None:
+        """Break the connection off, so that nothing waits for the other end any more: a send to one that is stopped."""
+        with suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as same:
+            same.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Close the connection."""
         with suppress(OSError):
@@ -224,6 +229,7 @@ class Channel:
         if self.ends_with:
             self.fail(what)
         peer.inbox.put(None)
+        peer.cut()
 
     def fail(self, line: str) -> NoReturn:
         """End all machines with one line on stderr and exit code 1, whatever the main thread waits for."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import mlx.core as mx
 
@@ -68,6 +68,19 @@ class LoadOptions:
         """Whether float16 was chosen."""
         chosen = self.chosen_dtype
         return isinstance(chosen, mx.Dtype) and chosen == mx.float16  # a Dtype cannot be compared with None
+
+    def as_message(self) -> dict[str, Any]:
+        """Return the options as JSON, for other machines. The dtype has a name."""
+        dtype: Any = self.dtype
+        if dtype is not None and not isinstance(dtype, str):
+            dtype = str(dtype).removeprefix("mlx.core.")
+        adapter = None if self.adapter is None else str(self.adapter)
+        return {**asdict(replace(self, dtype=None)), "dtype": dtype, "adapter": adapter}
+
+    @classmethod
+    def from_message(cls, message: Mapping[str, Any]) -> LoadOptions:
+        """Return the options of ``as_message``."""
+        return cls(**{**message, "adapter": None if message["adapter"] is None else Path(message["adapter"])})
 
 
 def load(

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -45,7 +43,7 @@ def lead(
     machine that has the memory for the whole model would be faster.
     """
     channel.ends_with = True
-    channel.tell({"work": "cut", "options": _as_message(options)})
+    channel.tell({"work": "cut", "options": options.as_message()})
     own = _facts(launch, options)
     facts = [own, *(channel.receive(rank) for rank in channel.peers)]
     for peer, other in zip(channel.peers.values(), facts[1:], strict=True):
@@ -76,7 +74,7 @@ def follow(channel: Channel, launch: Launch, message: Message) -> Message:
 
     ``message`` is what rank 0 asks for. Raises ``DgemmaError`` as ``lead`` does, and ``MachineLostError`` at the end.
     """
-    options = _from_message(message["options"])
+    options = LoadOptions.from_message(message["options"])
     facts = _facts(launch, options)
     channel.send(facts)
     shares = channel.receive()["shares"]
@@ -148,17 +146,3 @@ def _expectation(
     speeds = [Speed(**each["speed"]) for each in facts]
     flops = step_flops(config.text, config.canvas_length)
     return expectation(facts[0]["bytes"], flops, speeds, shares, _measure(collective, options))
-
-
-def _as_message(options: LoadOptions) -> Message:
-    """Return the options as JSON. The dtype has a name."""
-    dtype: Any = options.dtype
-    if dtype is not None and not isinstance(dtype, str):
-        dtype = str(dtype).removeprefix("mlx.core.")
-    adapter = None if options.adapter is None else str(options.adapter)
-    return {**asdict(replace(options, dtype=None)), "dtype": dtype, "adapter": adapter}
-
-
-def _from_message(message: Message) -> LoadOptions:
-    """Return the options of ``_as_message``."""
-    return LoadOptions(**{**message, "adapter": None if message["adapter"] is None else Path(message["adapter"])})

@@ -184,19 +184,37 @@ def end_id(model: ModelText) -> int:
 # positions (B, C) are free.
 WatchGaps = Callable[[Sequence[Draft], Sequence[Sequence[bool]]], None]
 
+# Denoises a canvas for each of the combinations of lengths, and returns the last step of each.
+DenoiseGaps = Callable[[Writer, Layout, list[Lengths]], Sequence["Draft | Written"]]
+
+
+class Written(NamedTuple):
+    """A canvas as a step has left it.
+
+    Attributes:
+        tokens: Its ids (C).
+        settled_by: The stopping test that it has passed, as in ``Draft``; None while it is uncertain.
+    """
+
+    tokens: tuple[int, ...]
+    settled_by: str | None
+
 
 @wired_memory()
 def write_gaps(
     model: Model, prepared: Prepared, seed: int | None, options: GenerationOptions, progress: Progress | None = None,
-    watch: WatchGaps | None = None,
+    watch: WatchGaps | None = None, denoise: DenoiseGaps | None = None,
 ) -> Filled:
     """Write the gaps at the lengths of the ladders, and at some between them.
 
-    With a ``strength``, the canvases start as the gaps' original text, of which that share is noise.
+    With a ``strength``, the canvases start as the gaps' original text, of which that share is noise. ``denoise``
+    denoises the canvases in another way than the writer does; without a ``strength`` and a ``watch``.
     """
     layout = prepared.layout
     writer = Writer(model, prepared.ids, prepared.candidates, seed, options, progress)
-    evaluate = partial(_evaluate, writer, layout, prepared.strength, watch)
+    if denoise is None:
+        denoise = partial(_denoise, prepared.strength, watch)
+    evaluate = partial(_evaluate, writer, layout, denoise)
     found = search(prepared.ladders, layout.room, prepared.candidates, evaluate)
     texts = tuple(layout.whole(candidate.texts) for candidate in found)
     doubt = doubt_about(found[0], [slot.gap.original for slot in layout.slots])
@@ -219,16 +237,22 @@ def doubt_about(best: Candidate, originals: Sequence[str | None]) -> str | None:
     return "the model was still uncertain of the result" if best.low_confidence else None
 
 
-def _evaluate(
-    writer: Writer, layout: Layout, strength: float | None, watch: WatchGaps | None, wanted: list[Lengths]
-) -> list[Candidate]:
-    """Denoise a canvas for each of the combinations of lengths, and score the results."""
+def _denoise(
+    strength: float | None, watch: WatchGaps | None, writer: Writer, layout: Layout, wanted: list[Lengths]
+) -> list[Draft]:
+    """Denoise a canvas for each of the combinations of lengths."""
     length = layout.length(wanted)
     pins = layout.pins(wanted, length)
     start = None if strength is None else noised_start(writer, pins.ids, strength)
     edits = Edits(pins, layout.barred(wanted, length, writer.vocab_size), start)
     free = [free for _, free in layout.rows(wanted, length)]
-    drafts = writer.write(length, len(wanted), edits, watch and (lambda drafts: watch(drafts, free)))
+    return writer.write(length, len(wanted), edits, watch and (lambda drafts: watch(drafts, free)))
+
+
+def _evaluate(writer: Writer, layout: Layout, denoise: DenoiseGaps, wanted: list[Lengths]) -> list[Candidate]:
+    """Denoise a canvas for each of the combinations of lengths, and score the results."""
+    length = layout.length(wanted)
+    drafts = denoise(writer, layout, wanted)
     scores = writer.scores([draft.tokens for draft in drafts], [layout.used(lengths, length) for lengths in wanted])
     found = []
     for lengths, draft, score in zip(wanted, drafts, scores, strict=True):

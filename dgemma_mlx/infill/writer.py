@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import mlx.core as mx
@@ -30,8 +31,8 @@ Progress = Callable[[int, int], None]
 # Called after each step with the drafts of all canvases that are written together.
 Watch = Callable[[Sequence[Draft]], None]
 
-# When a canvas has settled in n steps, the others are given up after 2 n + _PATIENCE steps: the right length settles
-# soon, and a wrong one may never settle.
+# When a canvas has settled in n steps, the others are given up after more than 2 n + _PATIENCE steps: the right length
+# settles soon, and a wrong one may never settle.
 _PATIENCE = 4
 
 
@@ -54,11 +55,33 @@ class InfillStatistics:
     peak_memory: int
 
 
+class Patience:
+    """How long canvases that do not settle are waited for, after the first one of those written together has settled.
+
+    Attributes:
+        settled_at: The step in which the first one has settled; None before.
+    """
+
+    def __init__(self) -> None:
+        self.settled_at: int | None = None
+
+    def note(self, step: int) -> None:
+        """Note that a canvas has settled in this step."""
+        self.settled_at = step if self.settled_at is None else min(step, self.settled_at)
+
+    @property
+    def last_step(self) -> float:
+        """The step after which the others are given up; infinite while none has settled."""
+        return inf if self.settled_at is None else 2 * self.settled_at + _PATIENCE + 1
+
+
 class Writer:
     """Denoises and scores canvases after one encoded prefix, with the random numbers of one seed.
 
     Attributes:
         seed: The seed in use.
+        canvases: Number of canvases that are written.
+        steps: Number of decoder passes so far.
     """
 
     def __init__(
@@ -74,7 +97,7 @@ class Writer:
         check_seed(seed)
         self.seed = secrets.randbits(32) if seed is None else seed
         self._began, self._model, self._progress = time.perf_counter(), model, progress
-        self._prompt_tokens, self._batches, self._canvases, self._steps = len(prefix), 0, 0, 0
+        self._prompt_tokens, self._batches, self.canvases, self.steps = len(prefix), 0, 0, 0
         model.check_prompt(prefix)
         mx.reset_peak_memory()
         work = Work(rows, shares_prefix=True, patches=most_patches([prefix]))
@@ -91,9 +114,9 @@ class Writer:
         mx.eval(self._hidden)
         self._copies: tuple[int, PrefixCache] | None = None  # of the prefix, and how many
 
-    def noise(self, rows: int) -> Noise:
-        """Return the random numbers of ``rows`` rows; row i uses seed + i."""
-        return Noise(*((self.seed + row) % 2**64 for row in range(rows)))
+    def noise(self, rows: int, first: int = 0) -> Noise:
+        """Return the random numbers of ``rows`` rows from row ``first`` on; row i uses seed + i."""
+        return Noise(*((self.seed + row) % 2**64 for row in range(first, first + rows)))
 
     @property
     def vocab_size(self) -> int:
@@ -105,30 +128,34 @@ class Writer:
         """Largest number of denoising steps that a canvas may take."""
         return self._denoiser.config.max_denoising_steps
 
-    def write(self, length: int, rows: int, edits: Edits, watch: Watch | None = None) -> list[Draft]:
+    def write(
+        self, length: int, rows: int, edits: Edits, watch: Watch | None = None, *, first: int = 0,
+        patience: Patience | None = None,
+    ) -> list[Draft]:
         """Denoise canvases (rows, length), and return the last draft of each. ``Draft.canvas`` counts such batches.
 
-        Canvases that have not settled long after another one did (``_PATIENCE``) are given up; their last draft is not
-        ``finished``. Raises ``Cancelled`` between two steps.
+        Canvases that have not settled long after another one did (``Patience``) are given up; their last draft is not
+        ``finished``. Raises ``Cancelled`` between two steps. Where these canvases are only some of those that belong
+        together, ``first`` is the number of the first of them, and ``patience`` is that of all.
         """
         drafts: tuple[Draft, ...] = ()
-        settled_at = 0
+        patience = patience or Patience()
         denoising = self._denoiser.denoise(
-            self._repeated(rows), self.noise(rows), length, edits, canvas_index=self._batches
+            self._repeated(rows), self.noise(rows, first), length, edits, canvas_index=self._batches
         )
         self._batches += 1
-        self._canvases += rows
+        self.canvases += rows
         with closing(denoising) as steps:
             for drafts in steps:
-                self._steps += 1
+                self.steps += 1
                 if watch is not None:
                     watch(drafts)
                 if self._progress is not None:
-                    self._progress(self._canvases, self._steps)
+                    self._progress(self.canvases, self.steps)
                 self._cancellation.check()
-                if not settled_at and any(draft.settled_by for draft in drafts):
-                    settled_at = drafts[0].step
-                if settled_at and drafts[0].step > 2 * settled_at + _PATIENCE:
+                if any(draft.settled_by for draft in drafts):
+                    patience.note(drafts[0].step)
+                if drafts[0].step >= patience.last_step:
                     break
         return list(drafts)
 
@@ -136,7 +163,7 @@ class Writer:
         """Return the log-probabilities (C, V) float32 of the first step, from noise, at temperature 1."""
         network = self._model.network
         canvas = self.noise(1).canvas(length, self.vocab_size)
-        self._canvases, self._steps = self._canvases + 1, self._steps + 1
+        self.canvases, self.steps = self.canvases + 1, self.steps + 1
         logits = network.decode(canvas, self._cache)[0]
         log_probabilities = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         total: Any = log_probabilities.sum().item()
@@ -173,7 +200,7 @@ class Writer:
     def statistics(self) -> InfillStatistics:
         """Return the counts and times so far."""
         return InfillStatistics(
-            self._prompt_tokens, self._canvases, self._steps, time.perf_counter() - self._began, mx.get_peak_memory()
+            self._prompt_tokens, self.canvases, self.steps, time.perf_counter() - self._began, mx.get_peak_memory()
         )
 
 

@@ -26,17 +26,23 @@ class Admission:
         self._entered: set[Place] = set()
         self._waiting: list[Place] = []
         self._begun: set[Place] = set()
+        self._elsewhere: set[Place] = set()
         self.need = Need(0, 0)
 
     @property
     def running(self) -> int:
-        """Number of requests that have begun and not ended."""
-        return len(self._begun)
+        """Number of requests that have begun and not ended, with those that work elsewhere."""
+        return len(self._begun) + len(self._elsewhere)
 
     @property
     def waiting(self) -> int:
         """Number of requests that have not begun."""
-        return len(self._entered) - len(self._begun)
+        return len(self._entered) - self.running
+
+    @property
+    def here(self) -> int:
+        """Number of requests that wait, and of those that work but not elsewhere."""
+        return len(self._entered) - len(self._elsewhere)
 
     def enter(self) -> Place:
         """Return a place for a request. Raises ``ApiError`` (503) when all are taken."""
@@ -56,6 +62,7 @@ class Admission:
     def _leave(self, place: Place) -> None:
         self._entered.discard(place)
         self._begun.discard(place)
+        self._elsewhere.discard(place)
         if place in self._waiting:
             self._waiting.remove(place)
         self._admit()
@@ -101,6 +108,10 @@ class Place:
         """Call ``begin`` as soon as there is room for the request, which may be now."""
         self.need, self.begin = need, begin
         self._admission._wait(self)
+
+    def work_elsewhere(self) -> None:
+        """Note that the request takes no memory here, because another machine answers it."""
+        self._admission._elsewhere.add(self)
 
     def leave(self) -> None:
         """Give the place to others. A request that waits then never begins; a second call does nothing."""

@@ -30,6 +30,7 @@ from dgemma_mlx.server import (
 from dgemma_mlx.server.accounting import Accounting
 from dgemma_mlx.server.engine import Engine
 from dgemma_mlx.server.errors import ApiError, error_response
+from dgemma_mlx.server.machines import Machines
 from dgemma_mlx.server.metrics import Metrics
 from dgemma_mlx.server.remarks import Remarks
 from dgemma_mlx.server.security import Guard, check_settings
@@ -44,8 +45,10 @@ ROUTES = [
 WITHOUT_MODEL = {route.path for route in (*openapi.ROUTES, *page.ROUTES, *status.ROUTES)}
 
 
-def make_app(load: Callable[[], Model], settings: ServerSettings) -> Starlette:
+def make_app(load: Callable[[], Model], settings: ServerSettings, machines: Machines | None = None) -> Starlette:
     """Return the application. ``load`` is called on the thread of the model when the application starts.
+
+    ``machines`` are others that answer as well.
 
     Raises ``DgemmaError`` (exit code 2) for settings that are not safe, and (1) for a folder of prompt caches that
     cannot be used.
@@ -58,7 +61,7 @@ def make_app(load: Callable[[], Model], settings: ServerSettings) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        app.state.engine, app.state.remarks = Engine(load, settings, metrics, folder), Remarks(settings.log)
+        app.state.engine, app.state.remarks = Engine(load, settings, metrics, folder, machines), Remarks(settings.log)
         try:
             app.state.engine.start()
             yield

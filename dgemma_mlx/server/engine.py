@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from traceback import format_exception
 from typing import Any, TypeVar
 
+from dgemma_mlx.distributed.channel import Message
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Done, Encoded, Event
 from dgemma_mlx.generation.cancellation import Cancelled
@@ -26,6 +28,7 @@ from dgemma_mlx.server.admission import Admission, Place
 from dgemma_mlx.server.answering import Answering, Inbox, call_soon, failure
 from dgemma_mlx.server.errors import ApiError
 from dgemma_mlx.server.images import ImageReader
+from dgemma_mlx.server.machines import Begin, Machine, Machines, Receive, message_of
 from dgemma_mlx.server.metrics import Metrics
 from dgemma_mlx.server.question import Question
 from dgemma_mlx.server.settings import ServerSettings
@@ -50,15 +53,18 @@ class Engine:
 
     def __init__(
         self, load: Callable[[], Model], settings: ServerSettings, metrics: Metrics,
-        folder: PromptCacheFolder | None = None,
+        folder: PromptCacheFolder | None = None, machines: Machines | None = None,
     ) -> None:  # fmt: skip
-        """Begin the thread of the model. ``folder`` keeps the prompt caches across restarts; ``close`` closes it."""
+        """Begin the thread of the model. ``folder`` keeps the prompt caches across restarts; ``close`` closes it.
+
+        ``machines`` are others that answer as well.
+        """
         self.settings, self.metrics = settings, metrics
         self._load = load
         self.admission = Admission(settings.max_queue, self._room)
         self.caches = PromptCaches(settings.prompt_caches, self._room_for_caches)
         self.images = ImageReader(settings)
-        self._folder = folder
+        self._folder, self._machines = folder, machines
         self._weights = 0  # bytes
         self._model: Model | None = None  # for the worker's thread
         self._worker = Worker(self._loaded, keep_alive=settings.keep_alive, unload=self._unload)
@@ -117,7 +123,7 @@ class Engine:
     async def _ask(self, question: Question, place: Place) -> Answering:
         """Check a question, and let it begin once there is room."""
 
-        def prepare(text: ModelText) -> tuple[Asked, int, GenerationOptions]:
+        def prepare(text: ModelText) -> tuple[Asked, int, GenerationOptions, Message | None]:
             options = GenerationOptions(
                 speed=question.speed or self.settings.speed, temp=question.temp,
                 memory_limit=self.settings.memory_limit, response_format=question.response_format,
@@ -132,16 +138,14 @@ class Engine:
             room = text.config.text.max_position_embeddings - len(asked.ids)
             wanted = min(question.max_tokens or self.settings.max_tokens or room, room)
             new_answer(text, asked, question.seed, wanted, options)  # raises what is known before any work
-            return asked, wanted, options
+            return asked, wanted, options, self._message(question, options, wanted)
 
-        asked, wanted, options = await self.read(prepare)
+        asked, wanted, options, message = await self.read(prepare)
         inbox = Inbox(question)
 
         def request(model: Model, cancelled: Callable[[], bool]) -> Iterator[Event | Encoded]:
-            limit = self.settings.memory_limit
-            if limit is not None:  # what others keep is not there for this one
-                limit -= self.admission.need.kept - place.need.kept
-            chosen = replace(options, cancelled=cancelled, memory_limit=limit)
+            own = place.need.kept if place.has_begun else 0  # for one that another machine was to answer, nothing
+            chosen = replace(options, cancelled=cancelled, memory_limit=self._limit(self.admission, own))
             with self.caches.lease(asked.ids) as prompt_cache:
                 runner = begin(model, [asked], [question.seed], [wanted], chosen, prompt_cache)
                 for _, event in runner.events():
@@ -149,7 +153,16 @@ class Engine:
 
         current_tally().prompts.append(question.prompt)
         need = answer_need(self.text.config, len(asked.ids), most_patches([asked.ids]))
-        inbox.cancel = self._submit(place, need, inbox.receive, request)
+        begin_here = partial(self._begin, request)
+        machine = None
+        if self._machines is not None and message is not None:
+            machine = self._machines.choose(asked.ids, self.admission.here - 1)  # without this request
+        if machine is None or message is None:
+            inbox.cancel = self._submit(place, need, inbox.receive, begin_here)
+        else:
+            begin_there = partial(self._begin_there, machine, message, need, begin_here)
+            place.work_elsewhere()
+            inbox.cancel = self._submit(place, need, inbox.receive, begin_there, machine.admission.enter())
         return Answering(len(asked.ids), inbox, inbox.cancel)
 
     async def run(self, work: Callable[[Model, Callable[[], bool]], T]) -> T:
@@ -159,19 +172,52 @@ class Engine:
         def receive(item: Any) -> None:
             call_soon(future.get_loop(), _settle, future, item)
 
-        cancel = self._submit(
-            self.admission.enter(), Need(0, 0), receive, lambda model, cancelled: [work(model, cancelled)]
-        )
+        begin = partial(self._begin, lambda model, cancelled: [work(model, cancelled)])
+        cancel = self._submit(self.admission.enter(), Need(0, 0), receive, begin)
         try:
             return await future
         finally:
             cancel()
 
-    def _submit(
-        self, place: Place, need: Need, receive: Callable[[Any], None], request: Request[Any]
+    def _message(self, question: Question, options: GenerationOptions, wanted: int) -> Message | None:
+        """Return what another machine is told of a question; None when no other can answer it."""
+        if self._machines is None:
+            return None
+        try:
+            return message_of(question, options, wanted)
+        except DgemmaError:  # a video
+            return None
+
+    def _begin(self, request: Request[Any], receive: Receive) -> Callable[[], None]:
+        """Let this machine work on a request, and return what cancels it. Raises ``DgemmaError`` when it ends."""
+        return self._worker.submit_to(receive, request)
+
+    def _begin_there(
+        self, machine: Machine, message: Message, need: Need, begin_here: Begin, receive: Receive
     ) -> Callable[[], None]:
-        """Let a request begin once there is room, and return a function for the event loop that cancels it."""
+        """Let another machine answer a question, and return what cancels the answer."""
+        assert self._machines is not None
+        memory = {"memory_limit": self._limit(machine.admission, need.kept), "need": machine.admission.need.total}
+        return self._machines.submit(machine, message | memory, receive, begin_here)
+
+    def _limit(self, admission: Admission, own: int) -> int | None:
+        """Return the memory limit of a request that keeps ``own`` bytes: what others keep is not there for it."""
+        limit = self.settings.memory_limit
+        return None if limit is None else limit - (admission.need.kept - own)
+
+    def _submit(
+        self, place: Place, need: Need, receive: Receive, begin: Begin, there: Place | None = None
+    ) -> Callable[[], None]:
+        """Let a request begin once there is room, and return a function for the event loop that cancels it.
+
+        ``there`` is its place on another machine that works on it, or None.
+        """
         loop, tally = asyncio.get_running_loop(), current_tally()
+        working = there or place
+
+        def leave() -> None:
+            working.leave()
+            place.leave()
 
         def receive_there(item: Any) -> None:
             if isinstance(item, (Done, Filled)):
@@ -179,22 +225,22 @@ class Engine:
                 call_soon(loop, self.metrics.add_answer, use)
             elif isinstance(item, End):
                 self._report(item.error)
-                call_soon(loop, place.leave)
+                call_soon(loop, leave)
             receive(item)
 
         def start() -> None:
             try:
-                place.cancel = self._worker.submit_to(receive_there, request)
+                working.cancel = begin(receive_there)
             except DgemmaError:  # the worker is closed
                 receive_there(End(Cancelled()))
 
         def cancel() -> None:
-            if place.has_begun:
-                place.cancel()
+            if working.has_begun:
+                working.cancel()
             else:
-                place.leave()
+                leave()
 
-        place.wait(need, start)
+        working.wait(need, start)
         return cancel
 
     def _loaded(self) -> Model:

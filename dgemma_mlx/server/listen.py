@@ -20,6 +20,7 @@ from dgemma_mlx.generation.model import Model
 from dgemma_mlx.server.app import make_app
 from dgemma_mlx.server.connection import TimedProtocol
 from dgemma_mlx.server.engine import Engine
+from dgemma_mlx.server.machines import Machines
 from dgemma_mlx.server.settings import ServerSettings
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -28,17 +29,22 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _FINISH, _CUT, _END = 5, 7, 9
 
 
-def listen(load: Callable[[], Model], settings: ServerSettings, ready: Callable[[int], None]) -> None:
+def listen(
+    load: Callable[[], Model], settings: ServerSettings, ready: Callable[[int], None],
+    machines: Machines | None = None,
+) -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP, and then end within a few seconds.
 
     Requests are taken from the beginning, and wait until the model is loaded. ``ready`` is called with the port once
     it is. After a signal, no new connections are taken; answers that are not finished soon, or at the second signal,
     are cancelled. The process ends with exit code 0 when even this takes too long, as it does while a model is loaded.
 
+    ``machines`` are others that answer as well.
+
     Raises ``DgemmaError`` when the port is taken or the folder of prompt caches cannot be used, and what loading
     raises.
     """
-    app = make_app(load, settings)
+    app = make_app(load, settings, machines)
     listener = _bind(settings.host, settings.port)
     config = uvicorn.Config(
         app, http=TimedProtocol, ws="none", log_level="warning", access_log=False, proxy_headers=False,

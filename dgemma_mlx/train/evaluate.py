@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.generation.api import generate_batch
 from dgemma_mlx.generation.model import Model
+from dgemma_mlx.generation.team import Team
 from dgemma_mlx.sizes import rate
 from dgemma_mlx.text.messages import Message
 from dgemma_mlx.train import sudoku
@@ -117,7 +117,7 @@ def _same(answer: str, text: str) -> bool:
 
 
 def evaluate(
-    model: Model, problems: Sequence[Problem], *, batch_size: int = 1, seed: int = 0, speed: str = "reference",
+    team: Team, problems: Sequence[Problem], *, batch_size: int = 1, seed: int = 0, speed: str = "reference",
     progress: Callable[[Mapping[str, Any]], None] = lambda record: None,
 ) -> Result:
     """Answer every problem once and count the correct answers.
@@ -125,9 +125,9 @@ def evaluate(
     The model may write as many canvases as the correct answer needs.
 
     Args:
-        model: The model to evaluate.
+        team: The machines with the model to evaluate.
         problems: The problems; at least one.
-        batch_size: Number of problems that are answered at the same time.
+        batch_size: Number of problems that a machine answers at the same time.
         seed: Problem number n is answered with seed ``seed + n``.
         speed: "reference", "balanced" or "fast"; see ``dgemma_mlx.diffusion.speed``.
         progress: Called after each answer with a record of "index", "right", "text", "answer" and "denoising_steps".
@@ -138,31 +138,29 @@ def evaluate(
     if not problems:
         raise DgemmaError("there are no problems to evaluate", "Give at least one problem.", exit_code=2)
     began = time.perf_counter()
-    right = steps = canvases = tokens = number = 0
-    for group in _groups(problems, batch_size):
-        answers = generate_batch(
-            model, [problem.messages for problem in group], max_tokens=[_room(model, problem) for problem in group],
-            seeds=list(range(seed + number, seed + number + len(group))), speed=speed,
-        )
-        for problem, done in zip(group, answers, strict=True):
+    right = steps = canvases = tokens = 0
+    requests = [
+        {"prompt": problem.messages, "max_tokens": _room(team.model, problem), "seed": seed + place}
+        for place, problem in enumerate(problems)
+    ]
+    groups = [range(start, min(start + batch_size, len(problems))) for start in range(0, len(problems), batch_size)]
+    answered = team.answers([[requests[place] for place in group] for group in groups], {"speed": speed})
+    for group, answers in zip(groups, answered, strict=True):
+        for place, done in zip(group, answers, strict=True):
+            if isinstance(done, DgemmaError):
+                raise done
+            problem = problems[place]
             is_right = problem.is_right(done.text)
             right += is_right
             steps += done.statistics.denoising_steps
             canvases += done.statistics.canvases
             tokens += done.statistics.generated_tokens
-            progress({"index": number, "right": is_right, "text": done.text, "answer": problem.answer,
+            progress({"index": place, "right": is_right, "text": done.text, "answer": problem.answer,
                       "denoising_steps": done.statistics.denoising_steps})  # fmt: skip
-            number += 1
     return Result(
         len(problems), right, right / len(problems), round(steps / len(problems), 2), round(rate(steps, canvases), 2),
         round(rate(tokens, steps), 2), round(time.perf_counter() - began, 2),
     )
-
-
-def _groups(problems: Sequence[Problem], size: int) -> Iterator[Sequence[Problem]]:
-    """Yield the problems in groups of at most ``size``."""
-    for start in range(0, len(problems), size):
-        yield problems[start : start + size]
 
 
 def _room(model: Model, problem: Problem) -> int:
