@@ -19,14 +19,17 @@ from dgemma_mlx.distributed.launch import Launch
 from dgemma_mlx.distributed.lead import Leader, LeadingNetwork
 from dgemma_mlx.distributed.links import Expectation, Speed, expectation, measured_link, measured_speed, step_flops
 from dgemma_mlx.distributed.network import CutNetwork
+from dgemma_mlx.distributed.slices import slices
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.identity import fingerprint
 from dgemma_mlx.generation.load import LoadOptions, load_cut
 from dgemma_mlx.generation.memory import device_limit
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.generation.wired import wired_memory
+from dgemma_mlx.kernels.dispatch import mode, set_mode
 
 _CONNECT = 8.0  # seconds that MLX may take to connect the machines: it stops the heartbeat, so less than SILENCE
+_MEASURE = 60.0  # seconds that measuring the links may take: Wi-Fi needs some
 _SHARED_PORTS = "Wait for another run to end, or choose other ports: DGEMMA_CLUSTER_PORT, mlx.launch --starting-port."
 
 
@@ -43,7 +46,7 @@ def lead(
     machine that has the memory for the whole model would be faster.
     """
     channel.ends_with = True
-    channel.tell({"work": "cut", "options": options.as_message()})
+    channel.tell({"work": "cut", "options": options.as_message(), "kernels": mode()})
     own = _facts(launch, options)
     facts = [own, *(channel.receive(rank) for rank in channel.peers)]
     for peer, other in zip(channel.peers.values(), facts[1:], strict=True):
@@ -52,7 +55,8 @@ def lead(
     shares = [float(each["memory"]) for each in facts]
     channel.tell({"shares": shares})
     collective = collective_of(launch)
-    expected = _expectation(collective, options, facts, shares)
+    with channel.within(_MEASURE):
+        expected = _expectation(collective, options, facts, shares)
     say(expected)
     fits_one = max(shares) > own["bytes"]
     if not (expected.gains or anyway) and fits_one:
@@ -75,6 +79,7 @@ def follow(channel: Channel, launch: Launch, message: Message) -> Message:
     ``message`` is what rank 0 asks for. Raises ``DgemmaError`` as ``lead`` does, and ``MachineLostError`` at the end.
     """
     options = LoadOptions.from_message(message["options"])
+    set_mode(message["kernels"])
     facts = _facts(launch, options)
     channel.send(facts)
     shares = channel.receive()["shares"]
@@ -141,8 +146,9 @@ def _measure(collective: Collective, options: LoadOptions) -> float:
 def _expectation(
     collective: Collective, options: LoadOptions, facts: list[Message], shares: list[float]
 ) -> Expectation:
-    """Return what a step is expected to take."""
+    """Return what a step is expected to take. A machine's part is that of the experts, most of the weights."""
     config = ModelConfig.load(resolve(options.model).folder)
     speeds = [Speed(**each["speed"]) for each in facts]
     flops = step_flops(config.text, config.canvas_length)
-    return expectation(facts[0]["bytes"], flops, speeds, shares, _measure(collective, options))
+    parts = [len(own.experts) for own in slices(config.text, shares, (config.quantization or {}).get("group_size", 1))]
+    return expectation(facts[0]["bytes"], flops, speeds, parts, _measure(collective, options))
