@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,21 +13,9 @@ from typing import Any
 
 from dgemma_mlx.distributed.channel import Channel, open_channel
 from dgemma_mlx.distributed.launch import launched
+from tests.distributed.ranks import free_port
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "DGEMMA_LOG": "off"}
-
-
-def free_port() -> int:
-    """Return a port that is free, and the one before it as well."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
-            try:
-                second.bind(("127.0.0.1", port - 1))
-            except OSError:
-                continue
-            return port
 
 
 @contextmanager
