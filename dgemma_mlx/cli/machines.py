@@ -29,7 +29,9 @@ machine_option = section("Several machines")
 
 Hostfile = Annotated[
     Path | None,
-    machine_option("--hostfile", metavar="FILE", help="Start on the machines of this file as well, through ssh."),
+    machine_option(
+        "--hostfile", metavar="FILE", help="Use the machines in this hostfile, through ssh (docs/several-macs.md)."
+    ),
 ]
 Anyway = Annotated[
     bool, machine_option("--anyway", help="Cut the model over the machines even if one of them would be faster.")
