@@ -246,6 +246,7 @@ def _circumstances(model: Model, steps: int, runs: int) -> dict[str, Any]:
         "machine": {name: facts[name] for name in _MACHINE},
         "versions": {name: facts[name] for name in _VERSIONS},
         "kernels": mode(),
+        "cut_over": model.network.machines,
         "steps": steps,
         "runs": runs,
     }
@@ -270,9 +271,10 @@ def _as_text(facts: dict[str, Any]) -> str:
     from dgemma_mlx.sizes import size
 
     machine, versions, answer = facts["machine"], facts["versions"], facts["answer"]
+    cut = "" if facts["cut_over"] == 1 else f", cut over {facts['cut_over']} machines"
     metal = "Metal" if machine["metal"] else "no Metal"
     lines = [
-        f"{facts['model']}, canvas of {facts['canvas_length']}, {facts['dtype']}, kernels {facts['kernels']}",
+        f"{facts['model']}, canvas of {facts['canvas_length']}, {facts['dtype']}, kernels {facts['kernels']}{cut}",
         f"{machine['chip']} ({machine['machine']}), {size(machine['memory'])}, {machine['os']}, {metal}",
         f"dgemma-mlx {versions['dgemma_mlx']}, mlx {versions['mlx']}, Python {versions['python']}",
         "",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dgemma_mlx.distributed.launch import Launch
     from dgemma_mlx.distributed.start import Started
 
-cluster = typer.Typer(cls=Group, no_args_is_help=True, subcommand_metavar="COMMAND [ARGS]...")
+cluster = typer.Typer(cls=Group, subcommand_metavar="COMMAND [ARGS]...")
 
 
 @cluster.callback()
@@ -164,7 +164,7 @@ def _fit_lines(facts: dict[str, Any]) -> list[str]:
             f"{verdict}"
         )
     lines.append(
-        f"  prediction: a denoising step takes {expected['cut']:.3f} s on all machines, {expected['link']:.3f} s of it "
-        f"on the links, and {expected['alone']:.3f} s on the fastest one alone{'' if room else ', if it fitted one'}"
+        f"  prediction: a denoising step takes {expected['cut']:.3f} s on all machines ({expected['link']:.3f} s of it "
+        f"on the links), and {expected['alone']:.3f} s on the fastest one alone{'' if room else ', if it fitted one'}"
     )
     return lines

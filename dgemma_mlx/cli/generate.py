@@ -154,6 +154,7 @@ def generate(
     output.check()
     tool.check()
     _check_batch(batch, prompt, text, tool, output, prompt_cache, trim_canvas)
+    machines.check_prompt_cache(prompt_cache)
     conversation.check(raw=raw, batch=batch.batch is not None)
     media.check(prompt_on_stdin=text.takes_stdin(prompt), raw=raw, batch=batch.batch is not None)
     matched = constraint_of(**asdict(constraint))

@@ -55,6 +55,13 @@ class MachineOptions:
         if self.anyway and not self.are_several:
             raise DgemmaError("--anyway needs several machines", _NAME_THEM, exit_code=2)
 
+    def check_prompt_cache(self, path: Path | None) -> None:
+        """Raise `DgemmaError` (exit code 2) for a file of the prompt cache of a model that will be cut."""
+        if path is not None and self.are_several:
+            from dgemma_mlx.generation.prompt_cache import NOT_IN_A_FILE
+
+            raise DgemmaError(*NOT_IN_A_FILE, exit_code=2)
+
     @property
     def are_several(self) -> bool:
         """Whether there are other machines."""
@@ -112,13 +119,13 @@ def connected(hostfile: Path | None) -> tuple[Launch, Channel] | None:
 
     Raises `DgemmaError` when a machine is missing or differs.
     """
-    launch, _ = launch_of(hostfile)
+    launch, started = launch_of(hostfile)
     if launch is None:
         return None
     from dgemma_mlx.distributed.channel import open_channel
     from dgemma_mlx.distributed.start import end_started
 
-    channel = open_channel(launch)
+    channel = open_channel(launch, has_ended=lambda rank: rank in started and started[rank].has_ended)
     channel.last_acts.append(end_started)
     atexit.register(channel.close)
     return launch, channel
@@ -126,6 +133,10 @@ def connected(hostfile: Path | None) -> tuple[Launch, Channel] | None:
 
 def cut_model(machines: MachineOptions, options: LoadOptions, quiet: bool) -> Model | None:
     """Cut a model over the machines and return it, or return None when there is only one machine."""
+    from dgemma_mlx.generation.load import FLOAT16
+
+    if machines.are_several and options.is_float16:  # refused here before any machine is started
+        raise DgemmaError(*FLOAT16, exit_code=2)
     joined = connected(machines.hostfile)
     if joined is None:
         return None
@@ -136,8 +147,8 @@ def cut_model(machines: MachineOptions, options: LoadOptions, quiet: bool) -> Mo
     def say(expected: Expectation) -> None:
         if not quiet:
             print(
-                f"dgemma-mlx: {channel.size} machines; a step is expected to take {expected.cut:.3f} s, "
-                f"{expected.link:.3f} s of it on the links, and {expected.alone:.3f} s on one machine",
+                f"dgemma-mlx: {channel.size} machines; a step is expected to take {expected.cut:.3f} s "
+                f"({expected.link:.3f} s of it on the links), and {expected.alone:.3f} s on one machine",
                 file=sys.stderr,
             )
 
@@ -213,11 +224,36 @@ def join_launched() -> None:
     os.close(nothing)
 
 
+def _watch_first() -> None:
+    """In a process that `--hostfile` has started, end with the first one, and leave it to that one to say why.
+
+    Its standard input ends when the first process, or the ssh between them, ends.
+    """
+    from threading import Thread
+
+    from dgemma_mlx.distributed.start import STARTED_VARIABLE
+
+    started = os.environ.get(STARTED_VARIABLE)
+    if started is None:
+        return
+    if started == "quiet":
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, 2)
+        os.close(nothing)
+
+    def watch() -> None:
+        os.read(0, 1)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
 def run_follower(commands: Mapping[str, Kind]) -> int:
     """Do what rank 0 asks for, and return the exit code. ``commands`` do the tasks of commands."""
     from dgemma_mlx.distributed.channel import MachineLostError, open_channel
     from dgemma_mlx.distributed.launch import launched
 
+    _watch_first()
     launch = launched()
     if launch is None:
         raise DgemmaError("MLX_RANK is set, but there are no other hosts", "Unset it.", exit_code=2)

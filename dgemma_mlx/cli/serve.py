@@ -151,6 +151,7 @@ def serve(
     chosen = _server_settings(settings, model, address, limits, max_tokens, speed, _logger(quiet), log_prompts)
     check_settings(chosen)  # before a model is fetched
     is_whole = machines.check_team(is_spread=True)
+    machines.check_prompt_cache(None if is_whole else limits.prompt_cache_dir)
     load = model_loader(settings, model, machines=None if is_whole else machines, quiet=quiet)
     if not quiet:
         say_if_demo(settings, model)

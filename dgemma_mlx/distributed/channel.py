@@ -31,7 +31,7 @@ Message = dict[str, Any]
 SILENCE = 10.0  # seconds without a sign of life after which a machine is lost
 _BEAT = 1.0  # seconds between two heartbeats
 _RETRY = 0.2  # seconds between two attempts to reach rank 0
-_NO_MACHINE = "Start the command again on all machines; `dgemma-mlx cluster check` finds what is wrong."
+_NO_MACHINE = "`dgemma-mlx cluster check` finds what is wrong."
 
 
 class MachineLostError(DgemmaError):
@@ -263,17 +263,21 @@ def own_hello() -> Message:
     return {"name": socket.gethostname(), "version": __version__, "mlx": version("mlx")}
 
 
-def open_channel(launch: Launch, hello: Message | None = None, seconds: float = SILENCE) -> Channel:
+def open_channel(
+    launch: Launch, seconds: float = SILENCE, has_ended: Callable[[int], bool] = lambda rank: False
+) -> Channel:
     """Connect the machines, and return the channel of this one.
 
-    ``hello`` is what this machine says of itself. Raises ``DgemmaError`` when a machine is missing after ``seconds``,
-    when the port of rank 0 is taken, or when the machines' versions of the program or of MLX differ.
+    ``has_ended`` says of a rank, on rank 0, that it cannot come any more. Raises ``DgemmaError`` when a machine is
+    missing after ``seconds``, when the port of rank 0 is taken, or when the machines' versions of the program or of MLX
+    differ.
     """
-    mine = own_hello() | (hello or {}) | {"rank": launch.rank}
-    peers = _accept(launch, mine, seconds) if launch.rank == 0 else {0: _join(launch, mine, seconds)}
+    mine, began = own_hello() | {"rank": launch.rank}, time.monotonic()
+    peers = _accept(launch, mine, seconds, has_ended) if launch.rank == 0 else {0: _join(launch, mine, seconds)}
     if missing := [rank for rank in range(1, launch.size) if launch.rank == 0 and rank not in peers]:
         names = ", ".join(address_of(launch, rank) for rank in missing)
-        line = f"{names} did not come within {seconds:.0f} s"
+        late = time.monotonic() - began >= seconds
+        line = f"{names} did not come within {seconds:.0f} s" if late else f"{names} could not be started"
         for peer in peers.values():
             with suppress(MachineLostError):
                 peer.send({"end": line})

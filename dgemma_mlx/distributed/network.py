@@ -117,9 +117,9 @@ class CutNetwork(DiffusionGemma):
         self._sampled: OwnSample | None = None
 
     @property
-    def is_whole(self) -> bool:
-        """False: this is a slice."""
-        return False
+    def machines(self) -> int:
+        """Number of machines over which the network is cut."""
+        return self.collective.size
 
     @property
     def is_lazy(self) -> bool:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +32,7 @@ _VARIABLE = re.compile(r"[A-Za-z_]\w*=", re.ASCII)
 _MOST_WORDS = 1 << 16  # bytes of stderr that are read
 PORT_VARIABLE = "DGEMMA_CLUSTER_PORT"  # of the first host; the others follow, and the one before is the channel's
 _LOCAL = ("127.0.0.1", "localhost", "::1")
+STARTED_VARIABLE = "DGEMMA_STARTED"  # in the processes that are started here: "quiet", or "heard" by who started them
 _started: list[subprocess.Popen[bytes]] = []
 _HINT = "`mlx.distributed_config` writes one; docs/several-macs.md shows it."
 
@@ -73,6 +75,8 @@ def read_hostfile(path: Path) -> tuple[str, list[Host], list[str]]:
         raise DgemmaError(f"{path}: the backend must be ring or jaccl, not {shown(backend)}", _HINT, exit_code=2)
     if len(hosts) < 2:
         raise DgemmaError(f"{path} names fewer than two hosts", "One machine needs no hostfile.", exit_code=2)
+    if wrong := [ip for host in hosts for ip in host.ips if not _is_address(ip)]:
+        raise DgemmaError(f"{path}: {shown(wrong[0])} is not an address such as 10.0.0.2", _HINT, exit_code=2)
     if bad := [host.ssh for host in hosts if not host.ips and (backend == "ring" or host is hosts[0])]:
         raise DgemmaError(f"{path} has no address (ips) of {shown(bad[0])}", _HINT, exit_code=2)
     if backend == "jaccl" and any(len(host.rdma) != len(hosts) for host in hosts):
@@ -89,6 +93,15 @@ def _host(entry: Mapping[str, Any]) -> Host:
     if not isinstance(rdma, list):
         raise TypeError("rdma is not a list")
     return Host(name, tuple(_texts(entry.get("ips") or [])), tuple(rdma))
+
+
+def _is_address(text: str) -> bool:
+    """Return whether a text is an IP address."""
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _texts(values: Any) -> list[str]:
@@ -129,8 +142,9 @@ class Started:
 def start(path: Path, keep_errors: bool = False) -> dict[int, Started]:
     """Start a process on every other machine of a hostfile, and make this one rank 0, in its environment.
 
-    The others end when this process ends. Returns the processes by rank; what they write to stderr is shown, or kept
-    with ``keep_errors``. Raises ``DgemmaError`` as ``read_hostfile`` does, and when ssh is missing.
+    The others end when this process ends, because their standard input ends. Returns the processes by rank. They are
+    quiet, because this process says what happens to them; with ``keep_errors``, what they write to stderr is kept.
+    Raises ``DgemmaError`` as ``read_hostfile`` does, and when ssh is missing.
     """
     backend, hosts, variables = read_hostfile(path)
     port = _first_port()
@@ -141,13 +155,14 @@ def start(path: Path, keep_errors: bool = False) -> dict[int, Started]:
         name, content = "MLX_IBV_DEVICES", json.dumps([host.rdma for host in hosts])
         common = {"MLX_JACCL_COORDINATOR": f"{hosts[0].ips[0]}:{port}"}
     common |= {variable.partition("=")[0]: variable.partition("=")[2] for variable in variables}
+    common_there = common | {STARTED_VARIABLE: "heard" if keep_errors else "quiet"}
     key = secrets.token_hex(16)
     file = _temporary(content)
     os.environ.update(common | {name: file, "MLX_RANK": "0", "DGEMMA_CLUSTER_KEY": key})
     atexit.register(end_started)
     started: dict[int, Started] = {}
     for rank, host in enumerate(hosts[1:], 1):
-        own = common | {"MLX_RANK": str(rank)}
+        own = common_there | {"MLX_RANK": str(rank)}
         errors = tempfile.TemporaryFile() if keep_errors else None  # noqa: SIM115 - it is read later
         process = _start_here(own | {name: file}, key, errors) if host.ssh in _LOCAL else _start_there(
             host.ssh, own, name, content, key, errors
@@ -173,7 +188,7 @@ def _start_here(variables: Mapping[str, str], key: str, errors: IO[bytes] | None
     environment = {**os.environ, **variables, "DGEMMA_CLUSTER_KEY": key}
     command = [sys.executable, "-m", "dgemma_mlx"]
     return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, env=environment,
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, env=environment,
         start_new_session=True,
     )  # fmt: skip
 
@@ -186,7 +201,7 @@ def _start_there(
     program = os.environ.get("DGEMMA_REMOTE_COMMAND", "dgemma-mlx")
     script = (
         f"file=$(mktemp); trap 'rm -f \"$file\"' EXIT; printf %s {shlex.quote(content)} > \"$file\"; "
-        f"IFS= read -r DGEMMA_CLUSTER_KEY; export DGEMMA_CLUSTER_KEY {exports} {name}=\"$file\"; {program} < /dev/null"
+        f"IFS= read -r DGEMMA_CLUSTER_KEY; export DGEMMA_CLUSTER_KEY {exports} {name}=\"$file\"; {program}"
     )
     try:
         process = subprocess.Popen(
@@ -198,7 +213,7 @@ def _start_there(
     assert process.stdin is not None
     with suppress(BrokenPipeError):
         process.stdin.write(f"{key}\n".encode())
-        process.stdin.close()
+        process.stdin.flush()
     return process
 
 
@@ -215,6 +230,9 @@ def end_started() -> None:
     deadline = time.monotonic() + _GRACE
     while _started:
         process = _started.pop()
+        if process.stdin is not None:
+            with suppress(OSError):
+                process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, deadline - time.monotonic()))
         with suppress(OSError):

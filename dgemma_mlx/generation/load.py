@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import GenerationConfig, ModelConfig, TextConfig
-from dgemma_mlx.checkpoint.hub import resolve
+from dgemma_mlx.checkpoint.hub import DEMO, resolve
 from dgemma_mlx.checks import reason, shown
 from dgemma_mlx.distributed.load import load_slice
 from dgemma_mlx.distributed.network import CutNetwork
@@ -29,6 +30,7 @@ from dgemma_mlx.model.text import DiffusionGemma
 from dgemma_mlx.text.tokenizer import Tokenizer, load_tokenizer
 
 _DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
+FLOAT16 = "float16 is not for a model that is cut over several machines", "Use --dtype bfloat16."  # an error
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -70,12 +72,14 @@ class LoadOptions:
         return isinstance(chosen, mx.Dtype) and chosen == mx.float16  # a Dtype cannot be compared with None
 
     def as_message(self) -> dict[str, Any]:
-        """Return the options as JSON, for other machines. The dtype has a name."""
+        """Return the options as JSON, for other machines. The dtype has a name, and a folder its full path."""
         dtype: Any = self.dtype
         if dtype is not None and not isinstance(dtype, str):
             dtype = str(dtype).removeprefix("mlx.core.")
-        adapter = None if self.adapter is None else str(self.adapter)
-        return {**asdict(replace(self, dtype=None)), "dtype": dtype, "adapter": adapter}
+        adapter = None if self.adapter is None else os.path.abspath(self.adapter)
+        is_folder = self.model is not None and self.model != DEMO and os.path.isdir(self.model)
+        model = os.path.abspath(str(self.model)) if is_folder else self.model
+        return {**asdict(replace(self, dtype=None)), "model": model, "dtype": dtype, "adapter": adapter}
 
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> LoadOptions:
@@ -129,9 +133,7 @@ def load_cut(
     """
     loading = _Loading(options)
     if options.is_float16:
-        raise DgemmaError(
-            "float16 is not for a model that is cut over several machines", "Use --dtype bfloat16.", exit_code=2
-        )
+        raise DgemmaError(*FLOAT16, exit_code=2)
     return loading.model(loading.slice_of_network(shares, make))
 
 

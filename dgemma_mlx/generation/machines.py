@@ -45,7 +45,7 @@ def lead(
     Raises ``DgemmaError`` when the machines differ, when the model cannot be cut, and, unless ``anyway``, when one
     machine that has the memory for the whole model would be faster.
     """
-    channel.ends_with = True
+    channel.ends_with, leader = True, Leader(channel)
     channel.tell({"work": "cut", "options": options.as_message(), "kernels": mode()})
     own = _facts(launch, options)
     facts = [own, *(channel.receive(rank) for rank in channel.peers)]
@@ -57,16 +57,15 @@ def lead(
     collective = collective_of(launch)
     with channel.within(_MEASURE):
         expected = _expectation(collective, options, facts, shares)
-    say(expected)
     fits_one = max(shares) > own["bytes"]
     if not (expected.gains or anyway) and fits_one:
         line = (
-            f"a step is expected to take {expected.cut:.3f} s on {channel.size} machines, {expected.link:.3f} s of it "
-            f"on their links, and {expected.alone:.3f} s on one"
+            f"a step is expected to take {expected.cut:.3f} s on {channel.size} machines ({expected.link:.3f} s of it "
+            f"on their links), and {expected.alone:.3f} s on one"
         )
         raise DgemmaError(line, "Use one machine, a faster link, or --anyway.")
+    say(expected)
     channel.tell({"load": True})
-    leader = Leader(channel)
     model = load_cut(options, shares, lambda config, all_slices: LeadingNetwork(config, all_slices, collective, leader))
     for rank in channel.peers:
         channel.receive(rank)

@@ -19,13 +19,16 @@ _BLOCK = 1024  # ids
 LEAST_SHARED = 512  # positions that two prompts must share for a mark of its own; fewer are soon encoded again
 
 
+NOT_IN_A_FILE = (  # an error
+    "the prompt cache of a model that is cut over several machines cannot be kept in a file",
+    "Leave out the file; the cache in memory works as usual.",
+)  # fmt: skip
+
+
 def require_whole(model: Model) -> None:
     """Raise ``DgemmaError`` when each of several machines holds a part of the keys and values."""
-    if not model.network.is_whole:
-        raise DgemmaError(
-            "the prompt cache of a model that is cut over several machines cannot be kept in a file",
-            "Leave out the file; the cache in memory works as usual.", exit_code=2,
-        )  # fmt: skip
+    if model.network.machines > 1:
+        raise DgemmaError(*NOT_IN_A_FILE, exit_code=2)
 
 
 class PromptCache:

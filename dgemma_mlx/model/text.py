@@ -75,9 +75,9 @@ class DiffusionGemma(nn.Module):
         return self.norm.weight.dtype
 
     @property
-    def is_whole(self) -> bool:
-        """Whether this is the whole network, and not a slice of one that is cut over several machines."""
-        return True
+    def machines(self) -> int:
+        """Number of machines over which the network is cut; 1 for a whole one."""
+        return 1
 
     @property
     def is_lazy(self) -> bool:

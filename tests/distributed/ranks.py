@@ -42,12 +42,12 @@ class Ranks:
 
     def __init__(
         self, folder: Path, arguments: Sequence[str], size: int, *, without: int | None = None,
-        environment: Mapping[str, str] | None = None, folders: Sequence[Path] | None = None, port: int | None = None,
+        environment: Mapping[str, str] | None = None, homes: Sequence[Path] | None = None, port: int | None = None,
         addresses: Sequence[str] | None = None, prefixes: Sequence[Sequence[str]] | None = None,
     ) -> None:
         """Start ``size`` processes with the same arguments, all but the rank ``without``.
 
-        ``folder`` takes the file of hosts, ``folders`` are the working folders by rank, and ``port`` is that of rank 0.
+        ``folder`` takes the file of hosts, ``homes`` are the home folders by rank, and ``port`` is that of rank 0.
         ``addresses`` are those of the ranks, and ``prefixes`` the commands that run the program, as on another host.
         """
         self.port = port or free_port()
@@ -58,9 +58,8 @@ class Ranks:
             rank: subprocess.Popen(
                 [*(prefixes[rank] if prefixes else ()), sys.executable, "-m", "dgemma_mlx", *arguments],
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                cwd=folders[rank] if folders else None,
                 env={**os.environ, "MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank), "DGEMMA_LOG": "off",
-                     **(environment or {})},
+                     **(environment or {}), **({"HOME": str(homes[rank])} if homes else {})},
             )
             for rank in range(size) if rank != without
         }  # fmt: skip

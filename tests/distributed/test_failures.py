@@ -59,13 +59,13 @@ def test_a_machine_that_never_comes(tmp_path: Path, missing: int) -> None:
 
 
 def test_another_checkpoint(tmp_path: Path) -> None:
-    folders = [tmp_path / "first", tmp_path / "second"]
-    for seed, folder in enumerate(folders):
+    homes = [tmp_path / "first", tmp_path / "second"]
+    for seed, folder in enumerate(homes):
         write_checkpoint(folder / "model", flat_config(num_experts=4 + 4 * seed), random_tensors(
             flat_config(num_experts=4 + 4 * seed)
         ))  # fmt: skip
     began = time.monotonic()
-    with Ranks(tmp_path, ("generate", "-m", "./model", "--anyway", "Sort"), 2, folders=folders) as ranks:
+    with Ranks(tmp_path, ("generate", "-m", "~/model", "--anyway", "Sort"), 2, homes=homes) as ranks:
         check_all_end(ranks, began, "(rank 1) has another checkpoint")
 
 

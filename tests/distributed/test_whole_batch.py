@@ -70,7 +70,7 @@ def test_a_machine_with_another_checkpoint_ends_all(tmp_path: Path) -> None:
     weights.write_bytes(data)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('"Sort 7 3 5"\n')
-    with machines(2, tmp_path, ("generate", "-m", "model", "--batch", prompts), folders) as processes:
+    with machines(2, tmp_path, ("generate", "-m", "~/model", "--batch", prompts), folders) as processes:
         ends = [process.communicate(timeout=60) for process in processes]
     name = socket.gethostname()
     line = f"dgemma-mlx: {name} (rank 1) has another checkpoint, configuration or adapter than {name}\n"

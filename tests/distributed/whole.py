@@ -19,10 +19,13 @@ ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "DGEMMA_LOG": "off"}
 
 
 @contextmanager
-def machines(count: int, folder: Path, arguments: Sequence[str | Path], folders: Sequence[Path] = ()) -> Iterator[
+def machines(count: int, folder: Path, arguments: Sequence[str | Path], homes: Sequence[Path] = ()) -> Iterator[
     list[subprocess.Popen[str]]
 ]:  # fmt: skip
-    """Start processes as mlx.launch does, each in its folder. The first one has the arguments, and takes its pipes."""
+    """Start processes as mlx.launch does, each with its home folder.
+
+    The first one has the arguments, and takes its pipes.
+    """
     hostfile = folder / "hosts.json"
     hostfile.write_text(json.dumps([[f"127.0.0.1:{free_port()}"] for _ in range(count)]))
     with ExitStack() as stack:
@@ -30,8 +33,9 @@ def machines(count: int, folder: Path, arguments: Sequence[str | Path], folders:
         for rank in range(count):
             process = stack.enter_context(subprocess.Popen(
                 [sys.executable, "-m", "dgemma_mlx", *(arguments if rank == 0 else ())],
-                env={**ENVIRONMENT, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)},
-                cwd=folders[rank] if folders else None, text=True, stdin=subprocess.DEVNULL,
+                env={**ENVIRONMENT, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile),
+                     **({"HOME": str(homes[rank])} if homes else {})},
+                text=True, stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL, stderr=subprocess.PIPE,
             ))  # fmt: skip
             stack.callback(process.kill)

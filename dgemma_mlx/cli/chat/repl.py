@@ -109,6 +109,7 @@ def chat(
     from dgemma_mlx.cli.log.session import Session
 
     check_budget(image_budget)
+    machines.check_prompt_cache(prompt_cache)
     if url is not None:
         _check_remote(model, machines, verify, prompt_cache, image_budget)
     settings = Settings()
