@@ -12,25 +12,28 @@ import errno
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
 from queue import Empty, SimpleQueue
 from typing import Any, NoReturn
 
 from dgemma_mlx.distributed.launch import Launch
+from dgemma_mlx.distributed.terminal import terminal_state
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import parse_json
 
 Message = dict[str, Any]
 
 SILENCE = 10.0  # seconds without a sign of life after which a machine is lost
+WORD = 1.0  # seconds in which the channel ends the process with a better line, after MLX has lost a machine
+_LEAVE = 5.0  # seconds that another machine has to end when rank 0 has ended
 _BEAT = 1.0  # seconds between two heartbeats
 _RETRY = 0.2  # seconds between two attempts to reach rank 0
+_BACKLOG = 64  # connections that wait to be accepted, with those of strangers
 _NO_MACHINE = "`dgemma-mlx cluster check` finds what is wrong."
 
 
@@ -118,7 +121,7 @@ class Channel:
         self._name, self._closing = name, False
         self._failing = threading.Lock()
         self._deadline: float | None = None
-        self._restore = _terminal_state()
+        self._restore = terminal_state()
         for peer in self.peers.values():
             threading.Thread(target=self._read, args=(peer,), daemon=True).start()
             threading.Thread(target=self._beat, args=(peer,), daemon=True).start()
@@ -199,6 +202,8 @@ class Channel:
             self.is_over = True
             peer.loss = f"{peer} has ended"
             peer.inbox.put(None)
+            time.sleep(_LEAVE)  # this thread ends with the process
+            os._exit(0)  # which waits in an operation that rank 0 has left
         else:
             self._lose(peer, reason or f"{peer} has ended")
 
@@ -216,7 +221,8 @@ class Channel:
             for peer in self.peers.values():
                 if peer.loss is None and now - peer.heard > SILENCE:
                     self._lose(peer, f"{peer} has not answered for {SILENCE:.0f} s")
-            if self._deadline is not None and now > self._deadline:
+            deadline = self._deadline  # another thread may set it to None in between
+            if deadline is not None and now > deadline:
                 slowest = min(self.peers.values(), key=lambda peer: peer.done)
                 self._lose(slowest, f"no progress; the last to be heard of is {slowest}")
             time.sleep(_BEAT / 2)
@@ -313,7 +319,7 @@ def _accept(
     """Wait until every other machine has connected or has ended, and return those that have connected by rank."""
     host, port = launch.channel_address
     try:
-        listener = Listener((host, port), backlog=launch.size, authkey=launch.key)
+        listener = Listener((host, port), backlog=_BACKLOG)
     except OSError as error:
         hint = "Wait for another run to end, or choose other ports: DGEMMA_CLUSTER_PORT, mlx.launch --starting-port."
         if error.errno != errno.EADDRINUSE:
@@ -321,7 +327,18 @@ def _accept(
         raise DgemmaError(f"cannot listen on {host}:{port}: {error.strerror}", hint) from None
     arrived: SimpleQueue[Peer] = SimpleQueue()
     is_over = threading.Event()
-    threading.Thread(target=_greet, args=(listener, mine, arrived, is_over), daemon=True).start()
+
+    def greet(connection: Connection) -> None:
+        with suppress(AuthenticationError, OSError, EOFError, ValueError, KeyError, TypeError):
+            arrived.put(_greet(connection, launch.key, mine))
+
+    def listen() -> None:
+        with listener:
+            while not is_over.is_set():
+                with suppress(OSError):  # one that is gone already
+                    threading.Thread(target=greet, args=(listener.accept(),), daemon=True).start()
+
+    threading.Thread(target=listen, daemon=True).start()
     peers: dict[int, Peer] = {}
     deadline = time.monotonic() + seconds
     while (missing := [rank for rank in range(1, launch.size) if rank not in peers]) and time.monotonic() < deadline:
@@ -338,15 +355,16 @@ def _accept(
     return peers
 
 
-def _greet(listener: Listener, mine: Message, arrived: SimpleQueue[Peer], is_over: threading.Event) -> None:
-    """Accept connections until it is over. A program that cannot prove that it belongs here is ignored."""
-    with listener:
-        while not is_over.is_set():
-            with suppress(AuthenticationError, OSError, EOFError, ValueError, KeyError, TypeError):
-                connection = listener.accept()
-                hello = parse_json(connection.recv_bytes())
-                connection.send_bytes(json.dumps(mine).encode())
-                arrived.put(Peer(int(hello["rank"]), hello, connection))
+def _greet(connection: Connection, key: bytes, mine: Message) -> Peer:
+    """Return who has connected. Each connection has a thread of its own: a stranger may say nothing at all.
+
+    Raises ``AuthenticationError`` for a program that cannot prove that it belongs here, or what comes of its bytes.
+    """
+    deliver_challenge(connection, key)
+    answer_challenge(connection, key)
+    hello = parse_json(connection.recv_bytes())
+    connection.send_bytes(json.dumps(mine).encode())
+    return Peer(int(hello["rank"]), hello, connection)
 
 
 def _join(launch: Launch, mine: Message, seconds: float) -> Peer:
@@ -375,19 +393,3 @@ def address_of(launch: Launch, rank: int) -> str:
     """Return how messages name a machine that has not said its name."""
     known = launch.addresses[rank][0] if rank < len(launch.addresses) else "?"
     return f"{known} (rank {rank})"
-
-
-def _terminal_state() -> Any:
-    """Return a function that gives the terminal back as it is now, with its cursor."""
-    if not sys.stdin.isatty():
-        return lambda: None
-    import termios
-
-    state = termios.tcgetattr(sys.stdin.fileno())
-
-    def restore() -> None:
-        with suppress(OSError, termios.error):
-            termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, state)
-            os.write(2, b"\x1b[?25h")
-
-    return restore

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,15 @@ def test_a_port_that_is_taken(tmp_path: Path, offset: int) -> None:
         taken.listen()
         with Ranks(tmp_path, (*DEMO, "Sort 7 3 5"), 2, port=port) as ranks:
             check_all_end(ranks, began, f"127.0.0.1:{port + offset}")
+
+
+def test_strangers_at_the_port(tmp_path: Path) -> None:
+    """They say nothing, or anything, and keep their connections; the machines meet nevertheless."""
+    with Ranks(tmp_path, (*DEMO, "Sort 7 3 5"), 2) as ranks, ExitStack() as stack:
+        strangers: list[socket.socket] = []
+        while len(strangers) < 3:
+            with suppress(ConnectionRefusedError):
+                stranger = socket.create_connection(("127.0.0.1", ranks.port - 1))
+                strangers.append(stack.enter_context(stranger))
+        strangers[0].sendall(b"GET / HTTP/1.0\r\n\r\n")
+        assert ranks.results()[0] == (0, "3 5 7\n", "")
