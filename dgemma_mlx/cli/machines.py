@@ -7,6 +7,7 @@ import os
 import select
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -250,7 +251,7 @@ def _watch_first() -> None:
 
 def run_follower(commands: Mapping[str, Kind]) -> int:
     """Do what rank 0 asks for, and return the exit code. ``commands`` do the tasks of commands."""
-    from dgemma_mlx.distributed.channel import MachineLostError, open_channel
+    from dgemma_mlx.distributed.channel import WORD, MachineLostError, open_channel
     from dgemma_mlx.distributed.launch import launched
 
     _watch_first()
@@ -282,5 +283,8 @@ def run_follower(commands: Mapping[str, Kind]) -> int:
     except DgemmaError as error:
         reason = error.message
     except Exception as error:
+        time.sleep(WORD)
+        if channel.is_over:  # MLX's operations fail when rank 0 has ended
+            return 0
         reason = f"unexpected {type(error).__name__}: {error}"
     return channel.fail(f"{socket.gethostname()} (rank {launch.rank}): {reason}")

@@ -10,11 +10,15 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import signal
+import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import mlx.core as mx
@@ -22,7 +26,7 @@ import numpy as np
 
 from dgemma_mlx.checkpoint.config import TextConfig
 from dgemma_mlx.checks import shown
-from dgemma_mlx.distributed.channel import SILENCE, Channel
+from dgemma_mlx.distributed.channel import SILENCE, WORD, Channel
 from dgemma_mlx.distributed.collective import Collective
 from dgemma_mlx.distributed.network import CutNetwork
 from dgemma_mlx.distributed.slices import Slice
@@ -58,19 +62,40 @@ class Leader:
             raise DgemmaError("the machines are no longer at the same place", "Start the command again.")
         self._is_broken = True
         dropped = [self.dropped.popleft() for _ in range(len(self.dropped))]
-        with self._channel.within(self._seconds + encoded * _SECONDS_PER_POSITION):
-            self._channel.tell({"call": name, "dropped": dropped, **arguments})
-            for rank in self._channel.peers:
-                self._channel.receive(rank)
-            yield
-        self._channel.done += 1
-        self._is_broken = False
+        seconds = self._seconds + encoded * _SECONDS_PER_POSITION
+        with _interrupted_afterwards(), self._channel.within(seconds):
+            try:
+                self._channel.tell({"call": name, "dropped": dropped, **arguments})
+                for rank in self._channel.peers:
+                    self._channel.receive(rank)
+                yield
+            except RuntimeError:  # MLX's, which names no machine: the channel ends this process with a line that does
+                time.sleep(WORD)
+                raise
+            self._channel.done += 1
+            self._is_broken = False
 
     def new_key(self, owner: Any) -> int:
         """Return a key for an object that the others keep under it as long as ``owner`` exists."""
         key = next(self.keys)
         weakref.finalize(owner, self.dropped.append, key)
         return key
+
+
+@contextmanager
+def _interrupted_afterwards() -> Iterator[None]:
+    """Put Ctrl-C off until the block has ended, so that the machines stay at the same place."""
+    if threading.current_thread() is not threading.main_thread():  # which alone is interrupted
+        yield
+        return
+    pressed: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed and callable(before):
+        before(*pressed[0])
 
 
 def _longest_call() -> float:

@@ -7,11 +7,14 @@ Rank 0 prints a JSON object: for each kind of answer, the results of the whole a
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from dgemma_mlx.constrain.constraint import Constraint
+from dgemma_mlx.distributed.lead import LeadingCache, LeadingNetwork
 from dgemma_mlx.generation.api import generate, generate_batch
 from dgemma_mlx.generation.load import LoadOptions, load
 from dgemma_mlx.generation.model import Model
@@ -35,6 +38,22 @@ def conversation(model: Model) -> list[Any]:
     return results
 
 
+def after_an_interrupt(model: Model) -> str:
+    """An answer after a Ctrl-C in a call of all machines, which raises once they all have made it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    is_raised = not isinstance(model.network, LeadingNetwork)
+    if isinstance(model.network, LeadingNetwork):
+        cache = model.network.new_cache()
+        assert isinstance(cache, LeadingCache)
+        try:
+            with model.network._leader.call("reserve", cache=cache.key, positions=8):
+                os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            is_raised = True
+    assert is_raised
+    return generate(model, "Sort 7 3 5", seed=1).text
+
+
 def answers(model: Model, picture: str, kinds: Sequence[str]) -> dict[str, Any]:
     """Answers of these kinds. Those with a seed are the same, because rank 0 draws all random numbers."""
     batch = ["Sort 7 3 5", "Count from 1 to 30", "Reverse: 1 2 3 4"]
@@ -53,6 +72,7 @@ def answers(model: Model, picture: str, kinds: Sequence[str]) -> dict[str, Any]:
         "conversation": lambda: conversation(model),
         "choose": lambda: [choice.text for choice in choose(model, "What is 27 + 45?", ["71", "72", "82"], seed=1)],
         "fill": lambda: fill(model, "The first ___ is red.", seed=1).text,
+        "interrupt": lambda: after_an_interrupt(model),
         "edit": lambda: edit(model, "Sort 9 3 5", "Sort the numbers", seed=1).text,
     }  # fmt: skip
     return {kind: all_kinds[kind]() for kind in kinds}

@@ -16,7 +16,7 @@ KINDS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("size", "kinds"), [(2, KINDS), (3, ("greedy", "schema", "conversation"))])
+@pytest.mark.parametrize(("size", "kinds"), [(2, KINDS), (3, ("interrupt", "greedy", "schema", "conversation"))])
 def test_answers(tmp_path: Path, size: int, kinds: tuple[str, ...]) -> None:
     found = run_on_ranks(tmp_path, size, "tests.distributed.cut_answers", str(PICTURE), *kinds)
     assert found.keys() == set(kinds)
