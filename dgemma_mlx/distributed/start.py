@@ -34,6 +34,7 @@ PORT_VARIABLE = "DGEMMA_CLUSTER_PORT"  # of the first host; the others follow, a
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 STARTED_VARIABLE = "DGEMMA_STARTED"  # in the processes that are started here: "quiet", or "heard" by who started them
 _started: list[subprocess.Popen[bytes]] = []
+_written: list[Path] = []
 _HINT = "`mlx.distributed_config` writes one; docs/several-macs.md shows it."
 
 
@@ -147,7 +148,7 @@ def start(path: Path, keep_errors: bool = False) -> dict[int, Started]:
     Raises ``DgemmaError`` as ``read_hostfile`` does, and when ssh is missing.
     """
     backend, hosts, variables = read_hostfile(path)
-    port = _first_port()
+    port = _first_port(len(hosts))
     if backend == "ring":
         addresses = [[f"{host.ips[0]}:{port + rank}"] for rank, host in enumerate(hosts)]
         name, content, common = "MLX_HOSTFILE", json.dumps(addresses), {}
@@ -157,9 +158,9 @@ def start(path: Path, keep_errors: bool = False) -> dict[int, Started]:
     common |= {variable.partition("=")[0]: variable.partition("=")[2] for variable in variables}
     common_there = common | {STARTED_VARIABLE: "heard" if keep_errors else "quiet"}
     key = secrets.token_hex(16)
+    atexit.register(end_started)
     file = _temporary(content)
     os.environ.update(common | {name: file, "MLX_RANK": "0", "DGEMMA_CLUSTER_KEY": key})
-    atexit.register(end_started)
     started: dict[int, Started] = {}
     for rank, host in enumerate(hosts[1:], 1):
         own = common_there | {"MLX_RANK": str(rank)}
@@ -172,15 +173,19 @@ def start(path: Path, keep_errors: bool = False) -> dict[int, Started]:
     return started
 
 
-def _first_port() -> int:
-    """Return the port of the first host: that of the variable ``PORT_VARIABLE``, or mlx.launch's own.
+def _first_port(count: int) -> int:
+    """Return the port of the first of ``count`` hosts: that of the variable ``PORT_VARIABLE``, or mlx.launch's own.
 
-    Raises ``DgemmaError`` (exit code 2) for anything but a port.
+    Raises ``DgemmaError`` (exit code 2) for anything but a port, and when there are too few ports after it.
     """
     text = os.environ.get(PORT_VARIABLE) or "32323"
     if not (text.isascii() and text.isdigit() and 1 < int(text[:6]) < 1 << 16):
         raise DgemmaError(f"{PORT_VARIABLE} must be a port, not {shown(text)}", "Choose one above 1024.", exit_code=2)
-    return int(text)
+    port = int(text)
+    if port + count > 1 << 16:
+        line = f"{PORT_VARIABLE} is {port}, which leaves too few ports for {count} hosts"
+        raise DgemmaError(line, f"Choose at most {(1 << 16) - count}.", exit_code=2)
+    return port
 
 
 def _start_here(variables: Mapping[str, str], key: str, errors: IO[bytes] | None) -> subprocess.Popen[bytes]:
@@ -218,15 +223,18 @@ def _start_there(
 
 
 def _temporary(content: str) -> str:
-    """Write a file that is removed when this process ends, and return its path."""
+    """Write a file that ``end_started`` removes, and return its path."""
     with tempfile.NamedTemporaryFile("w", prefix="dgemma-mlx-", suffix=".json", delete=False) as file:
         file.write(content)
-    atexit.register(lambda: Path(file.name).unlink(missing_ok=True))
+    _written.append(Path(file.name))
     return file.name
 
 
 def end_started() -> None:
     """End the processes that ``start`` has started. They have lost rank 0 and end by themselves, unless stopped."""
+    while _written:
+        with suppress(OSError):
+            _written.pop().unlink()
     deadline = time.monotonic() + _GRACE
     while _started:
         process = _started.pop()
