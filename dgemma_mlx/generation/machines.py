@@ -52,6 +52,8 @@ def lead(
     for peer, other in zip(channel.peers.values(), facts[1:], strict=True):
         if other["fingerprint"] != own["fingerprint"]:
             channel.fail(f"{peer} has another checkpoint, configuration or adapter than {socket.gethostname()}")
+        if other["dtype"] != own["dtype"]:  # a sum of different sizes would never end
+            channel.fail(f"{peer} computes in {other['dtype']}, and {socket.gethostname()} in {own['dtype']}")
     shares = [float(each["memory"]) for each in facts]
     channel.tell({"shares": shares})
     collective = collective_of(launch)
@@ -102,6 +104,7 @@ def _facts(launch: Launch, options: LoadOptions) -> Message:
         "fingerprint": fingerprint(checkpoint.folder, config, options.adapter), "memory": device_limit(),
         "bytes": sum(stored.nbytes for stored in stored_tensors(checkpoint.folder).values()),
         "speed": asdict(measured_speed(working_dtype(options))),
+        "dtype": str(working_dtype(options)).removeprefix("mlx.core."),
     }  # fmt: skip
 
 
