@@ -231,10 +231,10 @@ def _temporary(content: str) -> str:
 
 
 def end_started() -> None:
-    """End the processes that ``start`` has started. They have lost rank 0 and end by themselves, unless stopped."""
-    while _written:
-        with suppress(OSError):
-            _written.pop().unlink()
+    """End the processes that ``start`` has started, and remove what it has written.
+
+    The processes have lost rank 0 and end by themselves, unless they are stopped.
+    """
     deadline = time.monotonic() + _GRACE
     while _started:
         process = _started.pop()
@@ -246,3 +246,6 @@ def end_started() -> None:
         with suppress(OSError):
             process.kill()
             process.wait()
+    while _written:
+        with suppress(OSError):
+            _written.pop().unlink()
