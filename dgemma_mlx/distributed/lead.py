@@ -94,8 +94,9 @@ def _interrupted_afterwards() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if pressed and callable(before):
-        before(*pressed[0])
+    if callable(before):
+        for press in pressed:
+            before(*press)
 
 
 def _longest_call() -> float:
