@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import IO, Any
 
@@ -77,7 +77,7 @@ def read_hostfile(path: Path) -> tuple[str, list[Host], list[str]]:
     if len(hosts) < 2:
         raise DgemmaError(f"{path} names fewer than two hosts", "One machine needs no hostfile.", exit_code=2)
     if wrong := [ip for host in hosts for ip in host.ips if not _is_address(ip)]:
-        raise DgemmaError(f"{path}: {shown(wrong[0])} is not an address such as 10.0.0.2", _HINT, exit_code=2)
+        raise DgemmaError(f"{path}: {shown(wrong[0])} is not an IPv4 address such as 10.0.0.2", _HINT, exit_code=2)
     if bad := [host.ssh for host in hosts if not host.ips and (backend == "ring" or host is hosts[0])]:
         raise DgemmaError(f"{path} has no address (ips) of {shown(bad[0])}", _HINT, exit_code=2)
     if backend == "jaccl" and any(len(host.rdma) != len(hosts) for host in hosts):
@@ -97,9 +97,9 @@ def _host(entry: Mapping[str, Any]) -> Host:
 
 
 def _is_address(text: str) -> bool:
-    """Return whether a text is an IP address."""
+    """Return whether a text is an IPv4 address."""
     try:
-        ip_address(text)
+        IPv4Address(text)
     except ValueError:
         return False
     return True

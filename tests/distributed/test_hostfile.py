@@ -92,6 +92,7 @@ def test_no_process_stays(tmp_path: Path, end: signal.Signals) -> None:
         (json.dumps({"hosts": [HERE, HERE], "backend": "mpi"}), "the backend must be ring or jaccl"),
         (json.dumps({"hosts": [HERE, HERE], "backend": "jaccl"}), "each host needs one rdma device"),
         (json.dumps("hosts"), "is not a hostfile"),
+        (json.dumps([HERE, {"ssh": "b", "ips": ["b.local"]}]), "'b.local' is not an IPv4 address"),
         (json.dumps([1, 2]), "is not a hostfile"),
         (json.dumps([HERE, {"ssh": "b", "ips": "10.0.0.2"}]), "is not a hostfile"),
         (json.dumps([HERE, {"ssh": "b", "ips": [2]}]), "is not a hostfile"),
