@@ -20,7 +20,6 @@ from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.generation.memory import should_dequantize
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.generation.pictures import PictureEncoder
-from dgemma_mlx.model.adapter_file import load_adapter
 from dgemma_mlx.model.dequantize import dequantize, dequantized_bytes
 from dgemma_mlx.model.half_precision import fastest, require_float16
 from dgemma_mlx.model.joined import join_projections
@@ -171,6 +170,8 @@ class _Loading:
         if should_dequantize(dequantized_bytes(network), self._options.cpu_dequantize):
             dequantize(network)
         if self._options.adapter is not None:
+            from dgemma_mlx.model.adapter_file import load_adapter
+
             self._canvas_length = load_adapter(network, self._options.adapter).canvas_length
         return network
 

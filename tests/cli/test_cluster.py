@@ -142,7 +142,9 @@ def test_a_machine_that_ends_before_the_links_are_measured(tmp_path: Path) -> No
         other.close()
         code, output, errors = ranks.results(90)[0]
     assert code == 1 and output.count("\n") == 2
-    assert errors == f"dgemma-mlx: {mine['name']} (rank 0) and its neighbours did not connect within 8 s\n"
+    lost = "brief-mac (rank 1) has ended"  # what the channel says, if MLX has not begun to connect
+    alone = f"{mine['name']} (rank 0) and its neighbours did not connect within 8 s"
+    assert errors in (f"dgemma-mlx: {lost}\n", f"dgemma-mlx: {alone}\n")
 
 
 def test_several_machines_are_needed() -> None:

@@ -22,6 +22,7 @@ from dgemma_mlx.cli.chat.connection import Server, ServerError
 from dgemma_mlx.cli.chat.remote import RemoteAnswer, RemoteChat
 from dgemma_mlx.cli.chat.repl import _check_remote
 from dgemma_mlx.cli.log.session import Session
+from dgemma_mlx.cli.machines import MachineOptions
 from dgemma_mlx.cli.parameters import ModelOptions
 from dgemma_mlx.cli.settings import SETTINGS
 from dgemma_mlx.errors import DgemmaError
@@ -114,12 +115,14 @@ def test_an_address_or_a_key_may_be_wrong(address: str, url: str, key: str | Non
 ])  # fmt: skip
 def test_options_of_a_loaded_model_are_refused(options: dict[str, Any], name: str) -> None:
     with pytest.raises(DgemmaError, match=f"--url cannot be combined with {name}") as raised:
-        _check_remote(ModelOptions(**options), None, None, None)
+        _check_remote(ModelOptions(**options), MachineOptions(), None, None, None)
     assert raised.value.exit_code == 2
     for verify, cache, budget in (("flag", None, None), (None, Path("x"), None), (None, None, 70)):
         with pytest.raises(DgemmaError, match="--url cannot be combined with"):
-            _check_remote(ModelOptions(), verify, cache, budget)
-    _check_remote(ModelOptions(), None, None, None)
+            _check_remote(ModelOptions(), MachineOptions(), verify, cache, budget)
+    with pytest.raises(DgemmaError, match="--url cannot be combined with --hostfile"):
+        _check_remote(ModelOptions(), MachineOptions(Path("hosts.json")), None, None, None)
+    _check_remote(ModelOptions(), MachineOptions(), None, None, None)
 
 
 def test_a_chat_over_http_imports_no_mlx(address: str, tmp_path: Path) -> None:

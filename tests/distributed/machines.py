@@ -45,10 +45,10 @@ def run_on_ranks(folder: Path, size: int, *program: str, **environment: str) -> 
         for rank in range(size)
     ]  # fmt: skip
     try:
-        outputs = [process.communicate(timeout=100)[0] for process in processes]
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
         assert [process.returncode for process in processes] == [0] * size
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.communicate()  # closes its pipe
     return json.loads(outputs[0])

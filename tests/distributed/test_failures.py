@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import time
@@ -14,19 +15,21 @@ from tests.distributed.ranks import DEMO, ENDLESS, Ranks, free_port
 from tests.model.checkpoint import flat_config, random_tensors, write_checkpoint
 
 LIMIT = 15.0  # seconds
+START = 30.0  # seconds that starting the processes may take on a busy machine
 ENDLESS_DEMO = (*DEMO, "--jsonl", "Sort 7 3 5")
 
 
-def check_all_end(ranks: Ranks, began: float, named: str, except_for: int | None = None) -> None:
+def check_all_end(
+    ranks: Ranks, began: float, named: str, except_for: int | None = None, limit: float = LIMIT
+) -> None:
     """Check that every process ends in time with exit code 1 and one line that has the words ``named``."""
-    for rank, (code, _, stderr) in ranks.results(LIMIT + 5).items():
+    for rank, (code, _, stderr) in ranks.results(limit + 5).items():
         if rank == except_for:
             continue
-        # MLX's ring prints lines of its own when a connection closes.
-        lines = [line for line in stderr.splitlines() if not line.startswith(("hint: ", "[ring] "))]
+        lines = re.findall(r"dgemma-mlx: [^\n]*", stderr)  # MLX's ring prints lines of its own, from another thread
         assert code == 1, (rank, stderr)
         assert len(lines) == 1 and named in lines[0], (rank, stderr)
-    assert time.monotonic() - began < LIMIT
+    assert time.monotonic() - began < limit
 
 
 @pytest.mark.parametrize("lost", [0, 2])
@@ -56,7 +59,7 @@ def test_a_machine_that_stops(tmp_path: Path, lost: int) -> None:
 def test_a_machine_that_never_comes(tmp_path: Path, missing: int) -> None:
     began = time.monotonic()
     with Ranks(tmp_path, (*DEMO, "Sort 7 3 5"), 2, without=missing) as ranks:
-        check_all_end(ranks, began, f"(rank {missing}) did not")
+        check_all_end(ranks, began, f"(rank {missing}) did not", limit=LIMIT + START)
 
 
 def test_another_checkpoint(tmp_path: Path) -> None:
@@ -67,7 +70,7 @@ def test_another_checkpoint(tmp_path: Path) -> None:
         ))  # fmt: skip
     began = time.monotonic()
     with Ranks(tmp_path, ("generate", "-m", "~/model", "--anyway", "Sort"), 2, homes=homes) as ranks:
-        check_all_end(ranks, began, "(rank 1) has another checkpoint")
+        check_all_end(ranks, began, "(rank 1) has another checkpoint", limit=LIMIT + START)
 
 
 @pytest.mark.parametrize("offset", [-1, 0, 1])
@@ -78,7 +81,7 @@ def test_a_port_that_is_taken(tmp_path: Path, offset: int) -> None:
         taken.bind(("127.0.0.1", port + offset))
         taken.listen()
         with Ranks(tmp_path, (*DEMO, "Sort 7 3 5"), 2, port=port) as ranks:
-            check_all_end(ranks, began, f"127.0.0.1:{port + offset}")
+            check_all_end(ranks, began, f"127.0.0.1:{port + offset}", limit=LIMIT + START)
 
 
 def test_strangers_at_the_port(tmp_path: Path) -> None:

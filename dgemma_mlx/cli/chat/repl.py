@@ -181,7 +181,7 @@ def _check_remote(
 ) -> None:
     """Raise `DgemmaError` (exit code 2) for options that only a loaded model has."""
     given = {"--verify": verify, "--prompt-cache": prompt_cache, "--image-budget": image_budget} | {
-        f"--{name.replace('_', '-')}": value for name, value in asdict(model).items() if value
+        f"--{name.replace('_', '-')}": value for name, value in (asdict(model) | asdict(machines)).items() if value
     }
     if names := [name for name, value in given.items() if value is not None]:
         own = {"--verify": "A server does not verify.", "--image-budget": "The server's checkpoint chooses it."}
