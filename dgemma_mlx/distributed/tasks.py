@@ -154,13 +154,15 @@ class Pool:
         """Give tasks to another machine until it is lost."""
         assert self._channel is not None
         job: _Job[Any, Any] | None = None
+        is_bound = False
         try:
             self._channel.receive(rank)
             while True:
                 with self._change:
                     while not (rank in self._bound or self._waiting):
                         self._change.wait()
-                    job = self._bound.pop(rank, None) or self._waiting.popleft()
+                    is_bound = rank in self._bound
+                    job = self._bound.pop(rank) if is_bound else self._waiting.popleft()
                 answer = self._answer(rank, job)
                 with self._change:
                     if answer is None:
@@ -174,7 +176,7 @@ class Pool:
             self._lost(error)
         finally:  # also after a fault in this program, which must not let the others wait
             with self._change:
-                if job is not None:
+                if job is not None and not is_bound:  # one that is bound to this machine is for no other
                     self._waiting.appendleft(job)
                 self._change.notify_all()
 

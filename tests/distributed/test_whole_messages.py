@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,8 @@ def test_every_event_is_the_same_after_its_message() -> None:
 def test_options_of_loading_are_the_same_after_their_message() -> None:
     import mlx.core as mx
 
-    options = LoadOptions("demo", mx.float32, "on", Path("adapter"), "causal")
+    options = LoadOptions("demo", mx.float32, "on", Path("/adapter"), "causal")
     assert LoadOptions.from_message(there_and_back(options.as_message())) == replace(options, dtype="float32")
     assert LoadOptions.from_message(there_and_back(LoadOptions().as_message())) == LoadOptions()
+    found = LoadOptions.from_message(LoadOptions(".", adapter=Path("adapter")).as_message())
+    assert (found.model, found.adapter) == (os.getcwd(), Path.cwd() / "adapter")
