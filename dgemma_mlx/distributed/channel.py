@@ -113,7 +113,7 @@ class Channel:
 
     def __init__(self, launch: Launch, peers: Mapping[int, Peer], name: str) -> None:
         """Begin to watch the peers."""
-        self.rank, self.size, self.peers = launch.rank, launch.size, dict(peers)
+        self.rank, self.size, self.peers = launch.rank, launch.size, dict(sorted(peers.items()))
         self.ends_with = launch.rank != 0  # nobody goes on without rank 0
         self.done = 0
         self.last_acts: list[Callable[[], None]] = []
