@@ -20,7 +20,10 @@ ENDLESS = {
 
 
 def free_port(count: int = 4) -> int:
-    """Return the first of ``count`` consecutive free ports after another one, none of them given to outgoing connections."""
+    """Return the first of ``count`` consecutive free ports after another free one.
+
+    The system gives none of them to outgoing connections.
+    """
     for first in range(10000 + os.getpid() % 500 * 40, 32000, count + 1):
         try:
             for port in range(first - 1, first + count):
