@@ -66,7 +66,7 @@ def model_loader(
     quiet: bool = False, whole: bool = False,
 ) -> Callable[[], Model]:
     """Check the options and fetch the checkpoint, and return a function that loads it, which any thread may call."""
-    from dgemma_mlx.generation.load import load
+    from dgemma_mlx.generation.load import load_as
     from dgemma_mlx.kernels.dispatch import set_mode
 
     if machines is not None:
@@ -81,10 +81,7 @@ def model_loader(
                 invite(machines, loading, quiet)
             elif (cut := cut_model(machines, loading, quiet)) is not None:
                 return cut
-        return load(
-            loading.model, dtype=loading.dtype, cpu_dequantize=loading.cpu_dequantize, adapter=loading.adapter,
-            image_attention=loading.image_attention,
-        )  # fmt: skip
+        return load_as(loading)
 
     return open_model
 

@@ -21,7 +21,7 @@ from multiprocessing.connection import Client, Connection, Listener, answer_chal
 from queue import Empty, SimpleQueue
 from typing import Any, NoReturn
 
-from dgemma_mlx.distributed.launch import Launch
+from dgemma_mlx.distributed.launch import OTHER_PORTS, Launch
 from dgemma_mlx.distributed.terminal import terminal_state
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import parse_json
@@ -111,14 +111,14 @@ class Channel:
         last_acts: Called when the loss of a machine ends this process.
     """
 
-    def __init__(self, launch: Launch, peers: Mapping[int, Peer], name: str) -> None:
+    def __init__(self, launch: Launch, peers: Mapping[int, Peer]) -> None:
         """Begin to watch the peers."""
         self.rank, self.size, self.peers = launch.rank, launch.size, dict(sorted(peers.items()))
         self.ends_with = launch.rank != 0  # nobody goes on without rank 0
         self.done = 0
         self.last_acts: list[Callable[[], None]] = []
         self.is_over = False
-        self._name, self._closing = name, False
+        self._closing = False
         self._failing = threading.Lock()
         self._deadline: float | None = None
         self._restore = terminal_state()
@@ -288,7 +288,7 @@ def open_channel(
             with suppress(MachineLostError):
                 peer.send({"end": line})
         raise DgemmaError(line, _NO_MACHINE)
-    channel = Channel(launch, peers, mine["name"])
+    channel = Channel(launch, peers)
     for peer in channel.peers.values():
         if (differs := difference(peer, mine)) is not None:
             channel.close(differs)
@@ -302,7 +302,7 @@ def open_for_check(launch: Launch, has_ended: Callable[[int], bool], seconds: fl
     ``has_ended`` says of a rank that it cannot come any more. Raises ``DgemmaError`` when the port of rank 0 is taken.
     """
     mine = own_hello() | {"rank": 0}
-    return Channel(launch, _accept(launch, mine, seconds, has_ended), mine["name"])
+    return Channel(launch, _accept(launch, mine, seconds, has_ended))
 
 
 def difference(peer: Peer, mine: Message) -> str | None:
@@ -321,9 +321,9 @@ def _accept(
     try:
         listener = Listener((host, port), backlog=_BACKLOG)
     except OSError as error:
-        hint = "Wait for another run to end, or choose other ports: DGEMMA_CLUSTER_PORT, mlx.launch --starting-port."
-        if error.errno != errno.EADDRINUSE:
-            hint = "The first host must be this machine, with an address that it has."
+        hint = "The first host must be this machine, with an address that it has."
+        if error.errno == errno.EADDRINUSE:
+            hint = OTHER_PORTS
         raise DgemmaError(f"cannot listen on {host}:{port}: {error.strerror}", hint) from None
     arrived: SimpleQueue[Peer] = SimpleQueue()
     is_over = threading.Event()

@@ -12,7 +12,8 @@ from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import parse_json
 
 _HINT = "Start every machine with mlx.launch, or the first one with --hostfile."
-_DEFAULT_PORT = 32323  # mlx.launch's own, for the first address
+DEFAULT_PORT = 32323  # mlx.launch's own, for the first address
+OTHER_PORTS = "Wait for another run to end, or choose other ports: DGEMMA_CLUSTER_PORT, mlx.launch --starting-port."
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def _address(text: str) -> tuple[str, int]:
     """Return the host and the port of an address such as ``10.0.0.1:32323``. Raises ``ValueError``."""
     host, separator, port = text.rpartition(":")
     if not separator:
-        return text, _DEFAULT_PORT
+        return text, DEFAULT_PORT
     if not host or not 1 < int(port) < 1 << 16:
         raise ValueError(text)
     return host, int(port)

@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from dgemma_mlx.checkpoint.config import FULL, TextConfig
@@ -27,13 +26,12 @@ from dgemma_mlx.kernels import (
     MAX_KEPT,
     CanvasSample,
     LogitBias,
-    attention_residual,
+    Route,
     canvas_sampler,
-    norm_residual,
     sparse_soft_embedding,
 )
 from dgemma_mlx.model.attention import AppendKV
-from dgemma_mlx.model.cache import SCORE_BYTES, Mask, PrefixCache
+from dgemma_mlx.model.cache import Mask, PrefixCache
 from dgemma_mlx.model.experts import RouterLog
 from dgemma_mlx.model.layer import Layer
 from dgemma_mlx.model.prediction import Prediction, least_kept
@@ -61,24 +59,17 @@ class CutLayer(Layer):
         super().__init__(config, kind)
         self._collective = collective
 
-    def __call__(
-        self, x: mx.array, normed: mx.array, positions: mx.array, mask: Mask, append: AppendKV, scalar: mx.array,
-        next_norm: nn.RMSNorm, router_log: RouterLog | None = None, score_bytes: int = SCORE_BYTES,
-    ) -> tuple[mx.array, mx.array]:
-        """Return the residual stream after this layer and its norm by ``next_norm``, both (B, L, M)."""
-        attended = self._collective.sum(self.self_attn(normed, positions, mask, append, score_bytes))
-        after = attention_residual(
-            x, attended, self.post_attention_layernorm.weight, self.pre_feedforward_layernorm.weight,
-            self.pre_feedforward_layernorm_2.weight, self.router.scale, self._eps,
-        )  # fmt: skip
-        rows = (-1, x.shape[-1])  # (N, M)
-        route = self.router(after.router.reshape(rows), router_log)
-        routed = self.experts.summed(after.experts.reshape(rows), route)
-        both = self._collective.sum(mx.stack([self.mlp(after.dense), routed.reshape(x.shape)]))
-        return norm_residual(
-            after.x, both[0], self.post_feedforward_layernorm_2(both[1]), self.post_feedforward_layernorm_1.weight,
-            self.post_feedforward_layernorm.weight, next_norm.weight, scalar, self._eps,
-        )  # fmt: skip
+    def _attended(
+        self, normed: mx.array, positions: mx.array, mask: Mask, append: AppendKV, score_bytes: int
+    ) -> mx.array:
+        """Return the attention's output (B, L, M), summed over the machines."""
+        return self._collective.sum(super()._attended(normed, positions, mask, append, score_bytes))
+
+    def _branches(self, dense: mx.array, rows: mx.array, route: Route) -> tuple[mx.array, mx.array]:
+        """Return the outputs of both branches, (B, L, M), summed over the machines before the experts' norm."""
+        routed = self.experts.summed(rows, route)
+        both = self._collective.sum(mx.stack([self.mlp(dense), routed.reshape(dense.shape)]))
+        return both[0], self.post_feedforward_layernorm_2(both[1])
 
 
 class OwnSample(NamedTuple):

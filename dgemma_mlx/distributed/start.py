@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dgemma_mlx.checks import shown
+from dgemma_mlx.distributed.launch import DEFAULT_PORT
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.json_text import parse_json
 
@@ -178,7 +179,7 @@ def _first_port(count: int) -> int:
 
     Raises ``DgemmaError`` (exit code 2) for anything but a port, and when there are too few ports after it.
     """
-    text = os.environ.get(PORT_VARIABLE) or "32323"
+    text = os.environ.get(PORT_VARIABLE) or str(DEFAULT_PORT)
     if not (text.isascii() and text.isdigit() and 1 < int(text[:6]) < 1 << 16):
         raise DgemmaError(f"{PORT_VARIABLE} must be a port, not {shown(text)}", "Choose one above 1024.", exit_code=2)
     port = int(text)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 from dgemma_mlx.checkpoint.config import ModelConfig
 from dgemma_mlx.checkpoint.identity import weights_digest
+from dgemma_mlx.distributed.channel import Channel, Peer
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.kernels.dispatch import has_metal, mode
 from dgemma_mlx.model.adapter_file import adapter_digest
@@ -25,6 +27,12 @@ def fingerprint(folder: Path, config: ModelConfig, adapter: Path | None) -> str:
     architecture = json.dumps([asdict(config.text), config.quantization], sort_keys=True, default=dict)
     of_adapter = "" if adapter is None else adapter_digest(adapter)
     return hashlib.sha256(f"{architecture}\n{weights_digest(folder)}{of_adapter}".encode()).hexdigest()
+
+
+def require_same(channel: Channel, peer: Peer, theirs: str, own: str) -> None:
+    """End all machines, with one line, when the fingerprint of another machine's model is not that of this one's."""
+    if theirs != own:
+        channel.fail(f"{peer} has another checkpoint, configuration or adapter than {socket.gethostname()}")
 
 
 @dataclass(frozen=True)

@@ -108,12 +108,16 @@ def load(
         DgemmaError: When there is no such model or adapter, when its files are incomplete or damaged, when ``dtype``
             is float16 and the model exceeds its range, or for another ``image_attention``.
     """
-    options = LoadOptions(
+    return load_as(LoadOptions(
         None if model is None else str(model), dtype, cpu_dequantize,
         None if adapter is None else Path(adapter).expanduser(), image_attention,
-    )  # fmt: skip
+    ))  # fmt: skip
+
+
+def load_as(options: LoadOptions) -> Model:
+    """Open a checkpoint as ``load`` does."""
     loading = _Loading(options)
-    if dtype == "auto":
+    if isinstance(options.dtype, str) and options.dtype == "auto":  # a Dtype cannot be compared with a text
         architecture = str(mx.device_info()["architecture"])
         network = fastest(loading.whole_network, architecture, loading.config.bos_token_id)
     else:

@@ -15,13 +15,13 @@ from dgemma_mlx.checkpoint.shards import stored_tensors
 from dgemma_mlx.distributed.channel import Channel, Message
 from dgemma_mlx.distributed.collective import Collective, ending_after
 from dgemma_mlx.distributed.follow import Follower
-from dgemma_mlx.distributed.launch import Launch
+from dgemma_mlx.distributed.launch import OTHER_PORTS, Launch
 from dgemma_mlx.distributed.lead import Leader, LeadingNetwork
 from dgemma_mlx.distributed.links import Expectation, Speed, expectation, measured_link, measured_speed, step_flops
 from dgemma_mlx.distributed.network import CutNetwork
 from dgemma_mlx.distributed.slices import slices
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.generation.identity import fingerprint
+from dgemma_mlx.generation.identity import fingerprint, require_same
 from dgemma_mlx.generation.load import LoadOptions, load_cut
 from dgemma_mlx.generation.memory import device_limit
 from dgemma_mlx.generation.model import Model
@@ -30,7 +30,6 @@ from dgemma_mlx.kernels.dispatch import mode, set_mode
 
 _CONNECT = 8.0  # seconds that MLX may take to connect the machines: it stops the heartbeat, so less than SILENCE
 _MEASURE = 60.0  # seconds that measuring the links may take: Wi-Fi needs some
-_SHARED_PORTS = "Wait for another run to end, or choose other ports: DGEMMA_CLUSTER_PORT, mlx.launch --starting-port."
 
 
 def lead(
@@ -47,18 +46,18 @@ def lead(
     """
     channel.ends_with, leader = True, Leader(channel)
     channel.tell({"work": "cut", "options": options.as_message(), "kernels": mode()})
-    own = _facts(launch, options)
+    checkpoint = _Checkpoint(options)
+    own = checkpoint.facts(launch)
     facts = [own, *(channel.receive(rank) for rank in channel.peers)]
     for peer, other in zip(channel.peers.values(), facts[1:], strict=True):
-        if other["fingerprint"] != own["fingerprint"]:
-            channel.fail(f"{peer} has another checkpoint, configuration or adapter than {socket.gethostname()}")
+        require_same(channel, peer, other["fingerprint"], own["fingerprint"])
         if other["dtype"] != own["dtype"]:  # a sum of different sizes would never end
             channel.fail(f"{peer} computes in {other['dtype']}, and {socket.gethostname()} in {own['dtype']}")
     shares = [float(each["memory"]) for each in facts]
     channel.tell({"shares": shares})
     collective = collective_of(launch)
     with channel.within(_MEASURE):
-        expected = _expectation(collective, options, facts, shares)
+        expected = checkpoint.expectation(collective, facts, shares)
     fits_one = max(shares) > own["bytes"]
     if not (expected.gains or anyway) and fits_one:
         line = (
@@ -81,11 +80,11 @@ def follow(channel: Channel, launch: Launch, message: Message) -> Message:
     """
     options = LoadOptions.from_message(message["options"])
     set_mode(message["kernels"])
-    facts = _facts(launch, options)
-    channel.send(facts)
+    checkpoint = _Checkpoint(options)
+    channel.send(checkpoint.facts(launch))
     shares = channel.receive()["shares"]
     collective = collective_of(launch)
-    _measure(collective, options)
+    checkpoint.link(collective)
     channel.receive()
     model = load_cut(options, shares, lambda config, all_slices: CutNetwork(config, all_slices, collective))
     channel.send({"loaded": True})
@@ -94,18 +93,34 @@ def follow(channel: Channel, launch: Launch, message: Message) -> Message:
         return Follower(model.network, channel).follow()
 
 
-def _facts(launch: Launch, options: LoadOptions) -> Message:
-    """Return what the machines compare, and what decides about their shares. Raises ``DgemmaError``."""
-    checkpoint = resolve(options.model)
-    config = ModelConfig.load(checkpoint.folder)
-    if not collective_of.cache_info().currsize:  # otherwise this machine itself has the port
-        check_port(launch)
-    return {
-        "fingerprint": fingerprint(checkpoint.folder, config, options.adapter), "memory": device_limit(),
-        "bytes": sum(stored.nbytes for stored in stored_tensors(checkpoint.folder).values()),
-        "speed": asdict(measured_speed(working_dtype(options))),
-        "dtype": str(working_dtype(options)).removeprefix("mlx.core."),
-    }  # fmt: skip
+class _Checkpoint:
+    """A model that will be cut, as this machine finds it."""
+
+    def __init__(self, options: LoadOptions) -> None:
+        self._folder, self._adapter = resolve(options.model).folder, options.adapter
+        self._config, self._dtype = ModelConfig.load(self._folder), working_dtype(options)
+
+    def facts(self, launch: Launch) -> Message:
+        """Return what the machines compare, and what decides about their shares. Raises ``DgemmaError``."""
+        if not collective_of.cache_info().currsize:  # otherwise this machine itself has the port
+            check_port(launch)
+        return {
+            "fingerprint": fingerprint(self._folder, self._config, self._adapter), "memory": device_limit(),
+            "bytes": sum(stored.nbytes for stored in stored_tensors(self._folder).values()),
+            "speed": asdict(measured_speed(self._dtype)), "dtype": str(self._dtype).removeprefix("mlx.core."),
+        }  # fmt: skip
+
+    def link(self, collective: Collective) -> float:
+        """Return the seconds that the links take in a step. All machines measure at the same time."""
+        return measured_link(collective, self._config.text, self._config.canvas_length, self._dtype)
+
+    def expectation(self, collective: Collective, facts: list[Message], shares: list[float]) -> Expectation:
+        """Return what a step is expected to take. A machine's part is that of the experts, most of the weights."""
+        text, packing = self._config.text, self._config.quantization or {}
+        speeds = [Speed(**each["speed"]) for each in facts]
+        parts = [len(own.experts) for own in slices(text, shares, packing.get("group_size", 1))]
+        flops = step_flops(text, self._config.canvas_length)
+        return expectation(facts[0]["bytes"], flops, speeds, parts, self.link(collective))
 
 
 def working_dtype(options: LoadOptions) -> mx.Dtype:
@@ -123,7 +138,7 @@ def collective_of(launch: Launch) -> Collective:
         with ending_after(_CONNECT, line):
             return Collective(mx.distributed.init(strict=True, backend=launch.backend))
     except RuntimeError as error:
-        raise DgemmaError(f"MLX cannot connect the machines: {error}", _SHARED_PORTS) from None
+        raise DgemmaError(f"MLX cannot connect the machines: {error}", OTHER_PORTS) from None
 
 
 def check_port(launch: Launch) -> None:
@@ -136,21 +151,4 @@ def check_port(launch: Launch) -> None:
         try:
             attempt.bind((host, port))
         except OSError as error:
-            raise DgemmaError(f"cannot listen on {host}:{port}: {error.strerror}", _SHARED_PORTS) from None
-
-
-def _measure(collective: Collective, options: LoadOptions) -> float:
-    """Return the seconds that the links take in a step. All machines measure at the same time."""
-    config = ModelConfig.load(resolve(options.model).folder)
-    return measured_link(collective, config.text, config.canvas_length, working_dtype(options))
-
-
-def _expectation(
-    collective: Collective, options: LoadOptions, facts: list[Message], shares: list[float]
-) -> Expectation:
-    """Return what a step is expected to take. A machine's part is that of the experts, most of the weights."""
-    config = ModelConfig.load(resolve(options.model).folder)
-    speeds = [Speed(**each["speed"]) for each in facts]
-    flops = step_flops(config.text, config.canvas_length)
-    parts = [len(own.experts) for own in slices(config.text, shares, (config.quantization or {}).get("group_size", 1))]
-    return expectation(facts[0]["bytes"], flops, speeds, parts, _measure(collective, options))
+            raise DgemmaError(f"cannot listen on {host}:{port}: {error.strerror}", OTHER_PORTS) from None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import secrets
-import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -23,8 +22,8 @@ from dgemma_mlx.distributed.tasks import Pool, Work, do_tasks
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Committed, Done, Draft, Statistics
 from dgemma_mlx.generation.api import generate_batch
-from dgemma_mlx.generation.identity import fingerprint
-from dgemma_mlx.generation.load import LoadOptions, load
+from dgemma_mlx.generation.identity import fingerprint, require_same
+from dgemma_mlx.generation.load import LoadOptions, load_as
 from dgemma_mlx.generation.model import Model
 from dgemma_mlx.generation.wired import wired_memory
 from dgemma_mlx.kernels.dispatch import mode, set_mode
@@ -54,8 +53,7 @@ def invite(channel: Channel, options: LoadOptions, work: str = "whole", **more: 
     channel.tell({"work": work, "options": options.as_message(), "kernels": mode(), **more})
     own = _fingerprint(options)
     for rank, peer in channel.peers.items():
-        if channel.receive(rank)["fingerprint"] != own:
-            channel.fail(f"{peer} has another checkpoint, configuration or adapter than {socket.gethostname()}")
+        require_same(channel, peer, channel.receive(rank)["fingerprint"], own)
     channel.tell({"load": True})
 
 
@@ -79,10 +77,7 @@ def accept(channel: Channel, message: Message) -> Callable[[], Model]:
     set_mode(message["kernels"])
     channel.send({"fingerprint": _fingerprint(options)})
     channel.receive()
-    return lambda: load(
-        options.model, dtype=options.dtype, cpu_dequantize=options.cpu_dequantize, adapter=options.adapter,
-        image_attention=options.image_attention,
-    )  # fmt: skip
+    return lambda: load_as(options)
 
 
 def _fingerprint(options: LoadOptions) -> str:

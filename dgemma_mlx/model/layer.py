@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from dgemma_mlx.checkpoint.config import TextConfig
-from dgemma_mlx.kernels import attention_residual, norm_residual
+from dgemma_mlx.kernels import Route, attention_residual, norm_residual
 from dgemma_mlx.model.attention import AppendKV, Attention
 from dgemma_mlx.model.cache import SCORE_BYTES, Mask
 from dgemma_mlx.model.experts import Experts, Router, RouterLog
@@ -84,15 +84,29 @@ class Layer(nn.Module):
             router_log: List to which the router's probabilities and choices are appended.
             score_bytes: Bound on the attention scores of a row that exist at once, in bytes (see ``attend``).
         """
-        attended = self.self_attn(normed, positions, mask, append, score_bytes)
+        attended = self._attended(normed, positions, mask, append, score_bytes)
         after = attention_residual(
             x, attended, self.post_attention_layernorm.weight, self.pre_feedforward_layernorm.weight,
             self.pre_feedforward_layernorm_2.weight, self.router.scale, self._eps,
         )  # fmt: skip
         rows = (-1, x.shape[-1])  # (N, M)
         route = self.router(after.router.reshape(rows), router_log)
-        routed = self.experts(after.experts.reshape(rows), route, self.post_feedforward_layernorm_2)
+        dense, routed = self._branches(after.dense, after.experts.reshape(rows), route)
         return norm_residual(
-            after.x, self.mlp(after.dense), routed.reshape(x.shape), self.post_feedforward_layernorm_1.weight,
-            self.post_feedforward_layernorm.weight, next_norm.weight, scalar, self._eps,
+            after.x, dense, routed, self.post_feedforward_layernorm_1.weight, self.post_feedforward_layernorm.weight,
+            next_norm.weight, scalar, self._eps,
         )  # fmt: skip
+
+    def _attended(
+        self, normed: mx.array, positions: mx.array, mask: Mask, append: AppendKV, score_bytes: int
+    ) -> mx.array:
+        """Return the attention's output (B, L, M)."""
+        return self.self_attn(normed, positions, mask, append, score_bytes)
+
+    def _branches(self, dense: mx.array, rows: mx.array, route: Route) -> tuple[mx.array, mx.array]:
+        """Return the outputs of the dense branch and of the experts, the latter after their norm, both (B, L, M).
+
+        ``dense`` (B, L, M) and ``rows`` (N, M) are the inputs of the two branches.
+        """
+        routed = self.experts(rows, route, self.post_feedforward_layernorm_2)
+        return self.mlp(dense), routed.reshape(dense.shape)
