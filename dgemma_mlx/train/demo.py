@@ -28,12 +28,12 @@ from dgemma_mlx.text.tokenizer import Tokenizer, load_tokenizer
 from dgemma_mlx.train import demo_tokenizer
 from dgemma_mlx.train.batches import Conversation, Part, batch_pair_at
 from dgemma_mlx.train.export import export
-from dgemma_mlx.train.loop import Log, TrainConfig, mean_weights, train
+from dgemma_mlx.train.loop import Log, TrainConfig, train
 from dgemma_mlx.train.optimizer import make_optimizer
 from dgemma_mlx.train.score import as_markdown, score_card
 from dgemma_mlx.train.tasks import training_example
 
-STEPS, BATCH, SEED = 20_000, 16, 0  # each process that `make demo-model` starts takes BATCH conversations for a step
+STEPS, BATCH, SEED = 10_000, 16, 0  # each process that `make demo-model` starts takes BATCH conversations for a step
 
 CONFIG: dict[str, Any] = {
     "architectures": ["DiffusionGemmaForBlockDiffusion"],
@@ -127,11 +127,8 @@ def build(folder: Path, steps: int, log: Log) -> None:
     def batch_pair(number: int) -> list[Part]:
         return batch_pair_at(number, sample, BATCH, canvas_length, pad_id, SEED)
 
-    ends = (steps * 4 // 5, steps)  # the ends of the last two cycles of the learning rate
-    config = TrainConfig(steps=steps, seed=SEED, mean_of=ends)
-    train(model, make_optimizer(steps), batch_pair, pad_id, config, folder, log)
+    train(model, make_optimizer(steps), batch_pair, pad_id, TrainConfig(steps=steps, seed=SEED), folder, log)
     if group.rank() == 0:
-        model.load_weights(list(mean_weights(folder, ends).items()))
         export(model, CONFIG, GENERATION, out)
 
 
