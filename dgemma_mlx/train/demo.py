@@ -33,7 +33,7 @@ from dgemma_mlx.train.optimizer import make_optimizer
 from dgemma_mlx.train.score import as_markdown, score_card
 from dgemma_mlx.train.tasks import training_example
 
-STEPS, BATCH, SEED = 10_000, 16, 0  # each process that `make demo-model` starts takes BATCH conversations for a step
+STEPS, BATCH, SEED = 18_000, 16, 0  # each process that `make demo-model` starts takes BATCH conversations for a step
 
 CONFIG: dict[str, Any] = {
     "architectures": ["DiffusionGemmaForBlockDiffusion"],
