@@ -6,6 +6,7 @@ The wordings and answers are the data on which the shipped demo model was traine
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 
 from dgemma_mlx.train.tasks.base import Example, Split, Task
 from dgemma_mlx.train.tasks.facts import Question
@@ -16,7 +17,7 @@ from dgemma_mlx.train.tasks.sentence import Sentence
 from dgemma_mlx.train.tasks.sudoku import Sudoku
 from dgemma_mlx.train.tasks.unknown import Unknown
 
-__all__ = ["MIX", "TASKS", "Example", "Split", "Task", "training_example"]
+__all__ = ["LAST_MIX", "MIX", "TASKS", "Example", "Split", "Task", "training_example"]
 
 UNKNOWN = Unknown()
 
@@ -53,9 +54,13 @@ _KEPT_SHORT_LISTS = 0.25
 _FOREIGN_SHARE = 0.3  # of "unknown" in training: prompts in other scripts
 
 
-def training_example(rng: random.Random) -> Example:
-    """Draw a training example of a task, which is chosen with the probabilities of ``MIX``."""
-    task = rng.choices(list(MIX), list(MIX.values()))[0]
+# In the last steps there are more additions, the last thing that the model learns.
+LAST_MIX = {**MIX, "add": 0.25, "sort": 0.14}
+
+
+def training_example(rng: random.Random, mix: Mapping[str, float] = MIX) -> Example:
+    """Draw a training example of a task, which is chosen with the probabilities of ``mix``."""
+    task = rng.choices(list(mix), list(mix.values()))[0]
     if task == "unknown" and rng.random() < _FOREIGN_SHARE:
         return UNKNOWN.foreign(rng, "train")
     while True:
