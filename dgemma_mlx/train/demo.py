@@ -13,7 +13,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,13 @@ from dgemma_mlx.text.tokenizer import Tokenizer, load_tokenizer
 from dgemma_mlx.train import demo_tokenizer
 from dgemma_mlx.train.batches import Conversation, Part, batch_pair_at
 from dgemma_mlx.train.export import export
-from dgemma_mlx.train.loop import Log, TrainConfig, mean_weights, train
+from dgemma_mlx.train.loop import Log, TrainConfig, train
 from dgemma_mlx.train.optimizer import make_optimizer
 from dgemma_mlx.train.score import as_markdown, score_card
-from dgemma_mlx.train.tasks import training_example
+from dgemma_mlx.train.tasks import LAST_MIX, MIX, training_example
 
-STEPS, BATCH, SEED = 20_000, 16, 0  # each process that `make demo-model` starts takes BATCH conversations for a step
+# Each process that `make demo-model` starts takes BATCH conversations for a step.
+STEPS, LAST_STEPS, BATCH, SEED = 19_500, 1_500, 16, 0
 
 CONFIG: dict[str, Any] = {
     "architectures": ["DiffusionGemmaForBlockDiffusion"],
@@ -99,12 +100,14 @@ def new_model(seed: int) -> DiffusionGemma:
     return model
 
 
-def sampler(tokenizer: Tokenizer, template: ChatTemplate) -> Callable[[random.Random], Conversation]:
-    """Return a function that draws a training example from the mix of tasks and tokenizes it."""
+def sampler(
+    tokenizer: Tokenizer, template: ChatTemplate, mix: Mapping[str, float]
+) -> Callable[[random.Random], Conversation]:
+    """Return a function that draws a training example from a mix of tasks and tokenizes it."""
     end = tokenizer.special_ids["<turn|>"]
 
     def sample(rng: random.Random) -> Conversation:
-        example = training_example(rng)
+        example = training_example(rng, mix)
         prompt = encode_chat(tokenizer, template, list(example.messages))
         return prompt, [*tokenizer.encode(example.answer), end]
 
@@ -122,16 +125,15 @@ def build(folder: Path, steps: int, log: Log) -> None:
     mx.eval(mx.distributed.all_sum(mx.zeros(1)))  # wait until the first process has written the tokenizer
     tokenizer, template = load_tokenizer(out), ChatTemplate.load(out)
     model, pad_id = new_model(SEED), tokenizer.special_ids["<pad>"]
-    sample, canvas_length = sampler(tokenizer, template), CONFIG["canvas_length"]
+    samples, canvas_length = [sampler(tokenizer, template, mix) for mix in (MIX, LAST_MIX)], CONFIG["canvas_length"]
 
     def batch_pair(number: int) -> list[Part]:
-        return batch_pair_at(number, sample, BATCH, canvas_length, pad_id, SEED)
+        is_last = number >= (steps - LAST_STEPS) * group.size()
+        return batch_pair_at(number, samples[is_last], BATCH, canvas_length, pad_id, SEED)
 
-    ends = (steps * 4 // 5, steps)  # the ends of the last two cycles of the learning rate
-    config = TrainConfig(steps=steps, seed=SEED, mean_of=ends)
-    train(model, make_optimizer(steps), batch_pair, pad_id, config, folder, log)
+    config = TrainConfig(steps=steps, seed=SEED)
+    train(model, make_optimizer(steps, LAST_STEPS), batch_pair, pad_id, config, folder, log)
     if group.rank() == 0:
-        model.load_weights(list(mean_weights(folder, ends).items()))
         export(model, CONFIG, GENERATION, out)
 
 

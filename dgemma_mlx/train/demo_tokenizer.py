@@ -15,6 +15,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from dgemma_mlx.train.tasks import TASKS
+from dgemma_mlx.train.tasks.sentence import WORDS
 from dgemma_mlx.train.tasks.words import NAMES, NOUNS, listed
 
 VOCAB_SIZE = 768
@@ -206,6 +207,8 @@ def corpus(seed: int) -> Iterator[str]:
         yield from [f"x {word}"] * 10
     for word in (*NAMES, *NOUNS):
         yield from [f"x {word}"] * 4
+    for word in WORDS:
+        yield from [f"x {word}"] * 250
     for word in PROTOCOL_WORDS:
         yield from [word] * 2000
 

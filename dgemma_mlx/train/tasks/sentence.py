@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 
 from dgemma_mlx.train.tasks.base import ContentTask, Example, reword, with_article
-from dgemma_mlx.train.tasks.words import COLOURS, listed
+from dgemma_mlx.train.tasks.words import listed
 
-ANIMALS = listed("cat dog bird horse mouse rabbit fish frog cow duck fox bear")
-PEOPLE = listed("man woman child teacher king queen boy girl friend baker")
-THINGS = listed("book ball car boat house tree flower chair lamp cup apple hat")
-VERBS = {  # subject -> verbs that fit it
-    **dict.fromkeys(ANIMALS, ("sleeps", "sits", "waits", "plays", "eats", "hides", "rests")),
-    **dict.fromkeys(PEOPLE, ("works", "sits", "waits", "sings", "reads", "stands", "walks")),
-    **dict.fromkeys(THINGS, ("stands", "lies", "is")),
+# Words that are tokens of their own: where a word may be one token or several, no position's token is sure before all
+# words to the left of it are.
+ANIMALS = listed("cat dog bird horse mouse rabbit fish frog cow")
+PEOPLE = listed("man woman boy girl king queen friend child")
+THINGS = listed("book ball car boat house tree apple hat circle square triangle star cross")
+VERBS = {  # subject -> verbs that fit it, the most frequent first
+    **dict.fromkeys(ANIMALS, ("sits", "sleeps", "plays", "eats", "waits")),
+    **dict.fromkeys(PEOPLE, ("sits", "works", "waits", "stands", "reads")),
+    **dict.fromkeys(THINGS, ("is", "lies", "stands")),
 }
-PREPOSITIONS = ("near", "behind", "beside", "in front of")
+PREPOSITIONS = ("near", "behind", "beside", "by")
 PLACES = listed("house tree river garden bridge school market lake wall door park station")
 PLACE_ADJECTIVES = ("old", "small", "big", "new", "green", "white")
-ADJECTIVES = listed("small big old young happy quiet brave kind little good")
-THING_ADJECTIVES = ("small", "big", "old", "new", "little", "good", *COLOURS)
+ADJECTIVES = listed("small big old young happy kind little good")
+THING_ADJECTIVES = ("small", "big", "new", "red", "blue", "green", "yellow", "orange", "purple", "black", "white")
 PATTERN = re.compile(
-    r"The (?:(?P<adjective>\w+) )?(?P<noun>\w+) (?P<verb>\w+) (?:near|behind|beside|in front of) "
+    r"The (?P<adjective>\w+) (?P<noun>\w+) (?P<verb>\w+) (?:near|behind|beside|by) "
     r"the (?:(?P<place_adjective>\w+) )?(?P<place>\w+)\."
 )
+WORDS = sorted({
+    *ANIMALS, *PEOPLE, *THINGS, *PLACES, *PREPOSITIONS, *PLACE_ADJECTIVES, *ADJECTIVES, *THING_ADJECTIVES,
+    *(verb for verbs in VERBS.values() for verb in verbs),
+})  # fmt: skip
 
 ABOUT = (
     "Write a sentence about {a}.",
@@ -46,6 +53,11 @@ def adjectives_of(noun: str) -> tuple[str, ...]:
     return THING_ADJECTIVES if noun in THINGS else tuple(ADJECTIVES)
 
 
+def frequent_first(rng: random.Random, words: Sequence[str]) -> str:
+    """Draw a word; the n-th is drawn in proportion to 1 / n, roughly as the words of a language are (Zipf's law)."""
+    return rng.choices(words, [1 / n for n in range(1, len(words) + 1)])[0]
+
+
 class Sentence(ContentTask):
     """Write a sentence about a cat. Any sentence of the grammar that has the requested words is correct.
 
@@ -57,20 +69,21 @@ class Sentence(ContentTask):
     def make(self, rng: random.Random) -> Example:
         """Draw an example of any split."""
         noun = rng.choice(list(VERBS))
-        adjective = rng.choice(adjectives_of(noun))
-        place = rng.choice([place for place in PLACES if place != noun])
-        place_adjective = rng.choice(("", "", *PLACE_ADJECTIVES))
         form = rng.random()
-        asked_adjective = adjective if form < 0.3 else ""
-        asked_place = place if form >= 0.7 else ""
-        said = f"{adjective} {noun}" if asked_adjective or rng.random() < 0.7 else noun
-        where = f"the {place_adjective} {place}" if place_adjective else f"the {place}"
-        answer = f"The {said} {rng.choice(VERBS[noun])} {rng.choice(PREPOSITIONS)} {where}."
-        wording = rng.choice(WITH_PLACE if asked_place else ABOUT)
-        asked = with_article(f"{asked_adjective} {noun}".strip())
+        is_adjective_asked, is_place_asked = form < 0.3, form >= 0.7
+        places = [place for place in PLACES if place != noun]
+        adjectives = adjectives_of(noun)
+        adjective = rng.choice(adjectives) if is_adjective_asked else frequent_first(rng, adjectives)
+        place = rng.choice(places) if is_place_asked else frequent_first(rng, places)
+        where = f"{frequent_first(rng, PLACE_ADJECTIVES)} {place}" if rng.random() < 0.25 else place
+        verb, preposition = frequent_first(rng, VERBS[noun]), frequent_first(rng, PREPOSITIONS)
+        answer = f"The {adjective} {noun} {verb} {preposition} the {where}."
+        wording = rng.choice(WITH_PLACE if is_place_asked else ABOUT)
+        asked = with_article(f"{adjective} {noun}" if is_adjective_asked else noun)
         request = wording.format(a=asked, b=with_article(place))
         prompt = reword(rng, request, imperative=wording.startswith("W"))
-        return self.example(prompt, answer, f"{noun},{asked_adjective},{asked_place}")
+        key = f"{noun},{adjective if is_adjective_asked else ''},{place if is_place_asked else ''}"
+        return self.example(prompt, answer, key)
 
     def check(self, example: Example, text: str) -> bool:
         """Return whether a text is a sentence of the grammar with the requested words."""
@@ -78,11 +91,10 @@ class Sentence(ContentTask):
         if found is None or found["noun"] not in VERBS:
             return False
         noun, asked_adjective, asked_place = example.key.split(",")
-        adjectives = (asked_adjective,) if asked_adjective else (None, *adjectives_of(noun))
         return (
             found["noun"] == noun
             and found["verb"] in VERBS[noun]
-            and found["adjective"] in adjectives
+            and found["adjective"] in ((asked_adjective,) if asked_adjective else adjectives_of(noun))
             and found["place"] in ((asked_place,) if asked_place else PLACES)
             and found["place_adjective"] in (None, *PLACE_ADJECTIVES)
         )
