@@ -23,6 +23,7 @@ if [ "$(uname -s)" = Linux ]; then
 else
     "$python" -m dgemma_mlx.train.demo --run "$run" "$@"
 fi
-"$python" -m dgemma_mlx convert "$run/model" -o "$run/demo" --recipe bf16 --verify --force
+rm -rf "$run/demo"  # of an earlier run, with a score card, which `convert` does not replace
+"$python" -m dgemma_mlx convert "$run/model" -o "$run/demo" --recipe bf16 --verify
 "$python" -m dgemma_mlx.train.demo --score "$run/demo"
 echo "To release it: cp $run/demo/* dgemma_mlx/demo/" >&2

@@ -28,13 +28,13 @@ from dgemma_mlx.text.tokenizer import Tokenizer, load_tokenizer
 from dgemma_mlx.train import demo_tokenizer
 from dgemma_mlx.train.batches import Conversation, Part, batch_pair_at
 from dgemma_mlx.train.export import export
-from dgemma_mlx.train.loop import Log, TrainConfig, train
+from dgemma_mlx.train.loop import Log, TrainConfig, mean_weights, train
 from dgemma_mlx.train.optimizer import make_optimizer
 from dgemma_mlx.train.score import as_markdown, score_card
 from dgemma_mlx.train.tasks import LAST_MIX, MIX, training_example
 
 # Each process that `make demo-model` starts takes BATCH conversations for a step.
-STEPS, LAST_STEPS, BATCH, SEED = 19_500, 1_500, 16, 0
+STEPS, BATCH, SEED = 21_000, 16, 0
 
 CONFIG: dict[str, Any] = {
     "architectures": ["DiffusionGemmaForBlockDiffusion"],
@@ -117,7 +117,8 @@ def sampler(
 def build(folder: Path, steps: int, log: Log) -> None:
     """Train the demo model, starting from the last checkpoint in ``folder``, and export it to ``folder/model``.
 
-    If ``mlx.launch`` has started several processes, all of them train and only the first one writes files.
+    The weights are the mean of those at the ends of the three falls of the learning rate. If ``mlx.launch`` has started
+    several processes, all of them train and only the first one writes files.
     """
     out, group = folder / "model", mx.distributed.init()
     if group.rank() == 0:
@@ -126,14 +127,16 @@ def build(folder: Path, steps: int, log: Log) -> None:
     tokenizer, template = load_tokenizer(out), ChatTemplate.load(out)
     model, pad_id = new_model(SEED), tokenizer.special_ids["<pad>"]
     samples, canvas_length = [sampler(tokenizer, template, mix) for mix in (MIX, LAST_MIX)], CONFIG["canvas_length"]
+    ends = (steps * 12 // 14, steps * 13 // 14, steps)
 
     def batch_pair(number: int) -> list[Part]:
-        is_last = number >= (steps - LAST_STEPS) * group.size()
-        return batch_pair_at(number, samples[is_last], BATCH, canvas_length, pad_id, SEED)
+        sample = samples[number >= ends[0] * group.size()]
+        return batch_pair_at(number, sample, BATCH, canvas_length, pad_id, SEED)
 
-    config = TrainConfig(steps=steps, seed=SEED)
-    train(model, make_optimizer(steps, LAST_STEPS), batch_pair, pad_id, config, folder, log)
+    config = TrainConfig(steps=steps, seed=SEED, mean_of=ends)
+    train(model, make_optimizer(ends), batch_pair, pad_id, config, folder, log)
     if group.rank() == 0:
+        model.load_weights(list(mean_weights(folder, ends).items()))
         export(model, CONFIG, GENERATION, out)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -10,35 +10,20 @@ import mlx.optimizers as optim
 Schedule = Callable[[mx.array], mx.array]  # step -> learning rate
 
 
-def rate_schedule(peak: float, steps: int, warmup: int = 100, hold: int = 800, last: int = 0) -> Schedule:
-    """Return the learning-rate schedule of the demo model: a warm-up, a short plateau, one long fall, and a short one.
+def rate_schedule(peak: float, ends: Sequence[int], warmup: int = 100, hold: int = 800) -> Schedule:
+    """Return the learning-rate schedule of the demo model: a warm-up, a short plateau, and falls that end at ``ends``.
 
     The rate rises linearly to ``peak`` over ``warmup`` steps and stays there until step ``hold``, because a high rate
     finds the rough solution fast. It then continues with half of it, because small batches need a lower rate: lowering
     the rate to a third at step 750 of the demo model lowered the training loss by a tenth within 70 steps. From there
-    it falls linearly to a 200th of the peak, and in the ``last`` steps once more, from an eighth of the peak.
+    it falls linearly to a 200th of the peak, and in each later fall from an eighth of the peak.
     """
-    rises = [optim.linear_schedule(peak / warmup, peak, warmup - 1), optim.linear_schedule(peak, peak, hold)]
-    fall = optim.linear_schedule(peak / 2, peak / 200, max(1, steps - last - hold))
-    again = optim.linear_schedule(peak / 8, peak / 200, max(1, last))
-    joined: Schedule = optim.join_schedules([*rises, fall, again], [warmup, hold, steps - last])
-    return joined
-
-
-def warmed_up(kind: str, peak: float, steps: int, warmup: int) -> Schedule:
-    """Return a schedule that rises linearly to ``peak`` over ``warmup`` steps and then follows ``kind``.
-
-    "constant" stays at the peak; "linear" and "cosine" fall to zero at the last step.
-    """
-    remaining = max(1, steps - warmup)
-    schedules: dict[str, Schedule] = {
-        "constant": lambda step: mx.array(peak), "linear": optim.linear_schedule(peak, 0.0, remaining),
-        "cosine": optim.cosine_decay(peak, remaining),
-    }  # fmt: skip
-    if not warmup:
-        return schedules[kind]
-    joined: Schedule = optim.join_schedules([optim.linear_schedule(peak / warmup, peak, warmup), schedules[kind]],
-                                            [warmup])  # fmt: skip
+    rates = [optim.linear_schedule(peak / warmup, peak, warmup - 1), optim.linear_schedule(peak, peak, hold)]
+    starts = [warmup, hold, *ends[:-1]]
+    for start, end in zip(starts[1:], ends, strict=True):
+        high = peak / 2 if start == hold else peak / 8
+        rates.append(optim.linear_schedule(high, peak / 200, max(1, end - start)))
+    joined: Schedule = optim.join_schedules(rates, starts)
     return joined
 
 
@@ -87,14 +72,14 @@ def is_matrix(path: str, parameter: mx.array) -> bool:
     return parameter.ndim >= 2 and "embed_tokens" not in path and "router" not in path
 
 
-def make_optimizer(steps: int, last: int = 0, muon_rate: float = 0.03, adam_rate: float = 3e-3,
+def make_optimizer(ends: Sequence[int], muon_rate: float = 0.03, adam_rate: float = 3e-3,
                    weight_decay: float = 0.05) -> optim.MultiOptimizer:
-    """Return the demo model's optimizer for a run of ``steps`` steps: Muon for matrices, AdamW for the rest.
+    """Return the demo model's optimizer for a run whose falls of the rate end at ``ends``.
 
-    Both follow the same schedule, with different peak rates.
+    It is Muon for matrices and AdamW for the rest. Both follow the same schedule, with different peak rates.
     """
-    muon = Muon(rate_schedule(muon_rate, steps, last=last), weight_decay=weight_decay)
-    adamw = optim.AdamW(rate_schedule(adam_rate, steps, last=last), betas=[0.9, 0.98], weight_decay=weight_decay,
+    muon = Muon(rate_schedule(muon_rate, ends), weight_decay=weight_decay)
+    adamw = optim.AdamW(rate_schedule(adam_rate, ends), betas=[0.9, 0.98], weight_decay=weight_decay,
                         bias_correction=True)
     return optim.MultiOptimizer([muon, adamw], [is_matrix])
 
