@@ -13,12 +13,14 @@ from itertools import product
 
 import pytest
 
-from dgemma_mlx.train.tasks import MIX, TASKS, UNKNOWN, Example, Split, training_example
+from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
+from dgemma_mlx.text.tokenizer import load_tokenizer
+from dgemma_mlx.train.tasks import LAST_MIX, MIX, TASKS, UNKNOWN, Example, Split, training_example
 from dgemma_mlx.train.tasks.base import split_of
 from dgemma_mlx.train.tasks.facts import CAPITALS, LEGS, SOUNDS, build_facts
 from dgemma_mlx.train.tasks.numbers import DESCENDING
 from dgemma_mlx.train.tasks.recall import KINDS
-from dgemma_mlx.train.tasks.sentence import VERBS
+from dgemma_mlx.train.tasks.sentence import VERBS, WORDS
 from dgemma_mlx.train.tasks.sudoku import all_grids, is_solved, parse_grid
 from dgemma_mlx.train.tasks.unknown import ANSWER, COUNTRIES, OTHER_ANIMALS
 
@@ -40,9 +42,10 @@ def integers(text: str) -> list[int]:
 
 
 def test_mix_gives_every_task_a_share() -> None:
-    assert list(MIX) == NAMES
-    assert sum(MIX.values()) == pytest.approx(1)
-    assert min(MIX.values()) > 0
+    for mix in (MIX, LAST_MIX):
+        assert list(mix) == NAMES
+        assert sum(mix.values()) == pytest.approx(1)
+        assert min(mix.values()) > 0
 
 
 def test_training_draws_the_mix_and_more_of_the_long_lists_to_sort() -> None:
@@ -217,18 +220,19 @@ def test_json_holds_what_the_sentence_says(split: Split) -> None:
 def test_sentence_is_checked_by_its_grammar() -> None:
     sentence = TASKS["sentence"]
     example = next(e for e in draw("sentence", "train", 500) if e.key == "cat,,")
-    assert sentence.check(example, "The cat sleeps near the house.")
-    assert sentence.check(example, "The happy cat hides in front of the old tree.")
+    assert sentence.check(example, "The big cat sleeps near the house.")
+    assert sentence.check(example, "The happy cat plays by the old tree.")
     for wrong in (
-        "The dog sleeps near the house.",
-        "The cat near the house.",
-        "The cat reads near the house.",
-        "The cat sleeps near the the house.",
-        "The cat sleeps on the house.",
-        "The cat sleeps near the sleeps.",
+        "The big dog sleeps near the house.",
+        "The cat sleeps near the house.",
+        "The big cat near the house.",
+        "The big cat reads near the house.",
+        "The big cat sleeps near the the house.",
+        "The big cat sleeps on the house.",
+        "The big cat sleeps near the sleeps.",
         "The tree cat sleeps near the house.",
-        "The cat sleeps near the house. The cat sleeps near the house.",
-        "the cat sleeps near the house",
+        "The big cat sleeps near the house. The big cat sleeps near the house.",
+        "the big cat sleeps near the house",
     ):
         assert not sentence.check(example, wrong), wrong
 
@@ -244,6 +248,11 @@ def test_sentence_must_use_the_words_asked_for() -> None:
             assert not sentence.check(example, example.answer.replace(f" {adjective} ", " ", 1))
         if place:
             assert not sentence.check(example, re.sub(r"\w+\.$", "lamp.", example.answer))
+
+
+def test_every_word_of_a_sentence_is_one_token_of_the_demo_model() -> None:
+    tokenizer = load_tokenizer(DEMO_FOLDER)
+    assert {word: len(tokenizer.encode(f" {word}")) for word in WORDS} == dict.fromkeys(WORDS, 1)
 
 
 def test_every_fact_is_trained_and_held_out_facts_have_unseen_wordings() -> None:

@@ -46,16 +46,14 @@ MIX = {
     "recall": 0.07,
     "unknown": 0.04,
 }
+# In the last seventh there are more additions, the last thing that the model learns.
+LAST_MIX = {**MIX, "add": 0.25, "sort": 0.14}
 
 # The share of drawn lists to sort that are kept for training, by length: long lists are harder to learn.
 _KEPT_LISTS = {7: 0.5, 8: 1.0}
 _KEPT_SHORT_LISTS = 0.25
 
 _FOREIGN_SHARE = 0.3  # of "unknown" in training: prompts in other scripts
-
-
-# In the last steps there are more additions, the last thing that the model learns.
-LAST_MIX = {**MIX, "add": 0.25, "sort": 0.14}
 
 
 def training_example(rng: random.Random, mix: Mapping[str, float] = MIX) -> Example:
