@@ -49,7 +49,8 @@ def check(hostfile: Hostfile = None, model: ModelName = None, as_json: AsJson = 
         dgemma-mlx cluster check --hostfile hosts.json -m google/diffusiongemma-26B-A4B-it --json
     """
     from dgemma_convert.source import open_source
-    from dgemma_mlx.cli.loading import fetch, full_name
+    from dgemma_mlx.checkpoint.hub import full_name
+    from dgemma_mlx.cli.loading import fetch
     from dgemma_mlx.cli.machine_check import all_facts, fits, lead_links
     from dgemma_mlx.cli.settings import Settings
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -97,13 +96,6 @@ def load_options(settings: Settings, options: ModelOptions, training: bool = Fal
     rule: Any = settings.pick_checked("image_attention", options.image_attention)
     name, dequantize = settings.pick("model", options.model), settings.pick("cpu_dequantize", options.cpu_dequantize)
     return LoadOptions(name, dtype, dequantize, options.adapter, rule)
-
-
-def full_name(name: str | None) -> str | None:
-    """Return the name of a model as a conversation keeps it: of a folder the full path, which any folder can use."""
-    from dgemma_mlx.checkpoint.hub import DEMO
-
-    return os.path.abspath(name) if name not in (None, DEMO) and os.path.isdir(name) else name
 
 
 def say_if_demo(settings: Settings, options: ModelOptions) -> None:

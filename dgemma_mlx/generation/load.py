@@ -11,7 +11,7 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import GenerationConfig, ModelConfig, TextConfig
-from dgemma_mlx.checkpoint.hub import DEMO, resolve
+from dgemma_mlx.checkpoint.hub import full_name, resolve
 from dgemma_mlx.checks import reason, shown
 from dgemma_mlx.distributed.load import load_slice
 from dgemma_mlx.distributed.network import CutNetwork
@@ -76,9 +76,7 @@ class LoadOptions:
         if dtype is not None and not isinstance(dtype, str):
             dtype = str(dtype).removeprefix("mlx.core.")
         adapter = None if self.adapter is None else os.path.abspath(self.adapter)
-        is_folder = self.model is not None and self.model != DEMO and os.path.isdir(self.model)
-        model = os.path.abspath(str(self.model)) if is_folder else self.model
-        return {**asdict(replace(self, dtype=None)), "model": model, "dtype": dtype, "adapter": adapter}
+        return {**asdict(replace(self, dtype=None)), "model": full_name(self.model), "dtype": dtype, "adapter": adapter}
 
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> LoadOptions:

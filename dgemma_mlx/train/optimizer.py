@@ -27,6 +27,23 @@ def rate_schedule(peak: float, ends: Sequence[int], warmup: int = 100, hold: int
     return joined
 
 
+def warmed_up(kind: str, peak: float, steps: int, warmup: int) -> Schedule:
+    """Return a schedule that rises linearly to ``peak`` over ``warmup`` steps and then follows ``kind``.
+
+    "constant" stays at the peak; "linear" and "cosine" fall to zero at the last step.
+    """
+    remaining = max(1, steps - warmup)
+    schedules: dict[str, Schedule] = {
+        "constant": lambda step: mx.array(peak), "linear": optim.linear_schedule(peak, 0.0, remaining),
+        "cosine": optim.cosine_decay(peak, remaining),
+    }  # fmt: skip
+    if not warmup:
+        return schedules[kind]
+    joined: Schedule = optim.join_schedules([optim.linear_schedule(peak / warmup, peak, warmup), schedules[kind]],
+                                            [warmup])  # fmt: skip
+    return joined
+
+
 class Muon(optim.Muon):
     """MLX's Muon optimizer (Jordan, https://kellerjordan.github.io/posts/muon) with two changes.
 

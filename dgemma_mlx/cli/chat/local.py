@@ -8,8 +8,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from dgemma_mlx.checkpoint.config import LOOP_FIELDS
+from dgemma_mlx.checkpoint.hub import full_name
 from dgemma_mlx.cli.chat.answer import Chat
-from dgemma_mlx.cli.loading import full_name, in_bytes
+from dgemma_mlx.cli.loading import in_bytes
 from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.events import Done

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dgemma_mlx.cli.image_options import ImageBudget, check_budget
-from dgemma_mlx.cli.loading import full_name, load_model, model_loader
+from dgemma_mlx.cli.loading import load_model, model_loader
 from dgemma_mlx.cli.log.keep import Keeper, about
 from dgemma_mlx.cli.log.options import ConversationOptions
 from dgemma_mlx.cli.machines import MachineOptions
@@ -148,6 +148,7 @@ def _conversation(
 
         yield RemoteChat(Server(url, api_key(key)), session, defaults, draw=draw)
         return
+    from dgemma_mlx.checkpoint.hub import full_name
     from dgemma_mlx.cli import offer
     from dgemma_mlx.cli.chat.local import LocalChat
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from dgemma_mlx.cli.images import kept_image
-from dgemma_mlx.cli.loading import full_name
 from dgemma_mlx.cli.log.options import ConversationOptions
 from dgemma_mlx.cli.log.session import Session
 from dgemma_mlx.cli.parameters import AnswerOptions, ModelOptions
@@ -22,6 +21,8 @@ def begun(
     A conversation that goes on has its own system prompt and model, unless options name others. ``system`` is the
     system prompt of the options or the settings. Raises `DgemmaError` as ``ConversationOptions.open`` does.
     """
+    from dgemma_mlx.checkpoint.hub import full_name
+
     found = options.open(settings)
     session = Session(name=options.session) if found is None else found
     if found is None or answer.system is not None:
