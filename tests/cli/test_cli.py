@@ -81,7 +81,7 @@ def test_one_seed_gives_one_text_and_json_tells_everything() -> None:
         (["generate", "--t-min", "0.9", "--t-max", "0.5", "hi"], 2, "t_max"),
         (["generate", "--max-denoising-steps", "0", "hi"], 2, "max_denoising_steps"),
         (["generate", "--frobnicate", "hi"], 2, "--frobnicate"),
-        (["generate", "add 1 and 2 " * 1000], 1, "positions"),
+        (["generate", "add 1 and 2 " * 2000], 1, "positions"),
         (["frobnicate"], 2, "frobnicate"),
     ],
 )

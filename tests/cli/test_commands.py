@@ -202,6 +202,7 @@ def test_undo_forgets_the_last_turn(chat: LocalChat) -> None:
 
 def test_regen_answers_the_same_question_with_another_seed(chat: LocalChat) -> None:
     take(chat, "/set seed 20")
+    take(chat, "/set speed reference")
     say(chat, "Write a sentence about a cat.")
     answers = [contents(chat)[1]]
     for seed in (21, 22, 23):

@@ -229,7 +229,7 @@ def test_a_video_becomes_its_frames(run: Run, seeing: str) -> None:
 def test_the_saved_prompt_of_a_picture_goes_on_wherever_the_picture_comes_from(run: Run, seeing: str) -> None:
     Path("a.png").write_bytes(png(1))
     drawn(1).save("c.bmp")
-    asked = ["What is it?", "--prompt-cache", "kept.cache"]
+    asked = ["Reverse", "--prompt-cache", "kept.cache"]
     first = answered(run, seeing, *asked, "--image", "a.png")
     again = answered(run, seeing, *asked, "--image", "c.bmp")
     assert first["statistics"]["cached_tokens"] == 0 and again["statistics"]["cached_tokens"] > 66

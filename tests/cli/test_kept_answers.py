@@ -80,7 +80,7 @@ def test_prompts_of_generate_form_conversations(log: Log, run: Run) -> None:
 def test_each_command_keeps_its_answer(log: Log, run: Run, tmp_path: Path) -> None:
     (tmp_path / "batch.jsonl").write_text('"Sort 7 3 5"\n{"prompt": "Sort 2 1", "system": "Be brief."}\n')
     assert run("generate", "--batch", str(tmp_path / "batch.jsonl"))[0] == 0
-    assert run("generate", "--raw", "-n", "8", "Sort 7")[0] == 0
+    assert run("generate", "--raw", "-n", "8", "--seed", "1", "The cat")[0] == 0
     assert run("choose", "What is 27 + 45?", "--from", "71,72")[0] == 0
     gaps, city = '{"name": "___", "age": ___, "city": "___"}', '{"name": "Simon", "age": 59, "city": "Oslo"}'
     (tmp_path / "gaps").write_text(gaps)

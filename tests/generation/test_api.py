@@ -117,7 +117,7 @@ def test_a_caller_may_stop_between_any_two_steps(demo: Model) -> None:
 
 def test_the_seed_decides_and_is_told(demo: Model) -> None:
     def drafts(seed: int) -> list[tuple[int, ...]]:
-        events = stream(demo, "Write a sentence about a dog.", seed=seed)
+        events = stream(demo, "Write a sentence about a dog.", seed=seed, speed="reference")
         return [event.tokens for event in events if isinstance(event, Draft)]
 
     assert drafts(5) == drafts(5)

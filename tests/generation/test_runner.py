@@ -80,9 +80,9 @@ def test_an_uncertain_canvas_is_begun_again_once_and_never_committed_silently(de
 
 
 def test_of_two_uncertain_attempts_the_more_certain_one_is_committed(demo: Model) -> None:
-    config = replace(demo.generation.override(t_min=3.0, t_max=3.0, max_denoising_steps=1), eos_token_ids=())
+    config = replace(demo.generation.override(t_min=2.0, t_max=2.0, max_denoising_steps=1), eos_token_ids=())
     chosen = set()
-    for seed in (0, 4):
+    for seed in (1, 2):
         events = list(stream(demo, "Make a sentence.", seed=seed, generation=config, max_tokens=32))
         first, second = (event for event in events if isinstance(event, Draft))
         best = min(first, second, key=lambda draft: draft.mean_entropy)
@@ -182,8 +182,8 @@ def test_a_prompt_is_answered_in_a_batch_as_it_is_alone(demo: Model, speed: str,
 
 
 def test_rows_of_a_batch_are_begun_again_alone(demo: Model) -> None:
-    options: dict[str, Any] = {"generation": demo.generation.override(max_denoising_steps=2)}
-    prompts = ["Make a sentence.", "Sort 5 2 9", "What is 27 + 45?", "Make a sentence about a cat."]
+    options: dict[str, Any] = {"generation": demo.generation.override(max_denoising_steps=2, t_min=1.5, t_max=1.5)}
+    prompts = ["Make a sentence.", "Sort 5 2 9", "What is 27 + 45?", COUNT]
     together = generate_batch(demo, prompts, seeds=range(4), max_tokens=32, **options)
     alone = [generate(demo, prompt, seed=seed, max_tokens=32, **options) for seed, prompt in enumerate(prompts)]
     assert [done.tokens for done in together] == [done.tokens for done in alone]
@@ -263,7 +263,7 @@ def decoded_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_only_the_rows_that_are_uncertain_are_denoised_again(demo: Model, decoded_rows: list[int]) -> None:
-    two_steps = demo.generation.override(max_denoising_steps=2)
+    two_steps = demo.generation.override(max_denoising_steps=2, t_min=1.5, t_max=1.5)
     prompts = ["Sort 7 3 5", "Make a sentence.", "What is 27 + 45?"]
     options: dict[str, Any] = {"generation": two_steps, "max_tokens": 20}
     alone = [generate(demo, prompt, seed=seed, **options) for seed, prompt in enumerate(prompts)]
@@ -333,9 +333,11 @@ def test_the_encoder_passes_of_a_cancelled_canvas_are_counted(demo: Model, monke
         return encode(self, ids, *arguments, **named)
 
     monkeypatch.setattr(DiffusionGemma, "_encode", encode_spy)
-    for most in range(1, 5):
+    passes = generate(demo, "Make a sentence.", seed=0).statistics.encoder_passes
+    assert passes > 2
+    for most in range(1, passes):
         encoded.clear()
-        done = generate(demo, "Count from 3 to 47.", seed=0, cancelled=lambda most=most: len(encoded) > most)
+        done = generate(demo, "Make a sentence.", seed=0, cancelled=lambda most=most: len(encoded) > most)
         counted = (done.statistics.encoder_passes, done.statistics.encoded_positions)
         assert (done.finish_reason, *counted) == ("cancelled", len(encoded) - 1, sum(encoded[1:]))
 

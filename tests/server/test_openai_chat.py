@@ -22,7 +22,7 @@ TOOL = {
 CALLS = '<|tool_call>call:add{a:1,b:<|"|>ä "x"<|"|>}<tool_call|><|tool_call>call:add{a:2,b:<|"|><|"|>}<tool_call|>'
 SHORT = "1 2 3 4 5 6"
 NUMBERS = " ".join(str(number) for number in range(30))  # several canvases
-STORY = "Write a story about 5 cats"  # the demo has never seen such a thing, so seeds differ
+SENTENCE = "Write a sentence about a cat."  # many are right, so seeds differ
 PATH = "/v1/chat/completions"
 
 
@@ -133,9 +133,9 @@ def test_what_other_programs_add_is_ignored_and_null_is_absent(demo: str) -> Non
 
 def test_choices_have_a_seed_each(demo: str, address: str) -> None:
     model = load("demo")
-    texts = [generate(model, STORY, seed=seed, max_tokens=16, speed="fast").text for seed in (1, 2)]
+    texts = [generate(model, SENTENCE, seed=seed, max_tokens=16, speed="reference").text for seed in (1, 2)]
     assert texts[0] != texts[1]
-    chunks = streamed(demo, content=STORY, n=2, max_tokens=16, speed="fast")
+    chunks = streamed(demo, content=SENTENCE, n=2, max_tokens=16, speed="reference")
     assert [joined(chunks, index=index) for index in (0, 1)] == texts
     assert len(reasons(chunks)) == 2
     choices = answered(address, n=3)["choices"]

@@ -29,7 +29,7 @@ from tests.server.live import http, serving
 from tests.vision.seeing import png, write_blind, write_seeing
 from tests.waiting import wait_until
 
-SEED, MOST, QUESTION = 3, 8, "What is it?"
+SEED, MOST, QUESTION = 3, 8, "Reverse"
 
 
 def data_url(data: bytes, kind: str = "image/png") -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.text.budget import Budget, TooMuch
 from dgemma_mlx.text.chat import ChatTemplate
 
 _GROW = "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = "
@@ -86,3 +89,16 @@ def test_long_conversations_are_within_the_bounds() -> None:
     )
     messages = [{"role": "user", "content": "long <text> " * 20}] * 1000
     assert ChatTemplate({"default": text}, {}, "").render(messages).endswith("244000")
+
+
+def test_only_the_time_of_the_processor_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that is suspended while a template is rendered, or that gets no processor, goes on afterwards."""
+    monkeypatch.setattr("dgemma_mlx.text.budget._MOST_SECONDS", 0.05)
+    budget = Budget()
+    time.sleep(0.1)
+    budget.step()
+    end = time.thread_time() + 0.05
+    while time.thread_time() <= end:
+        pass
+    with pytest.raises(TooMuch, match="of the processor"):
+        budget.step()

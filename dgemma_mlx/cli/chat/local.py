@@ -8,7 +8,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from dgemma_mlx.checkpoint.config import LOOP_FIELDS
-from dgemma_mlx.checkpoint.hub import full_name
 from dgemma_mlx.cli.chat.answer import Chat
 from dgemma_mlx.cli.loading import in_bytes
 from dgemma_mlx.cli.log.session import Session
@@ -76,6 +75,8 @@ class LocalChat(Chat):
         if self._opener is None:
             hint = "The file holds the prompt of one model. Start another chat with -m."
             raise DgemmaError("/model cannot be combined with --prompt-cache", hint)
+        from dgemma_mlx.checkpoint.hub import full_name
+
         load, load_again = self._opener(name), self._opener(self.session.model)
         self._release()
         try:
