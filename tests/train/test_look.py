@@ -24,7 +24,7 @@ from dgemma_mlx.vision.pixels import read_picture
 from dgemma_mlx.vision.tower import VisionTower
 
 PICTURES = Path(__file__).parents[2] / "docs" / "pictures"
-TEXT_SHA256 = "94367a46f6da0cd77ca610756eb826f4b3d162e0b344fc796b9b2f4db091eb0f"
+TEXT_SHA256 = "eecd14e1e0e76913a5d74bc86062117493dceb8b3032fa1686cf464b5b95ef68"
 
 
 @pytest.fixture(scope="module")
