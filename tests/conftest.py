@@ -8,12 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from dgemma_mlx.text import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY = Path(os.environ.get("DGEMMA_TEST_VOCABULARY", ROOT / "runs" / "gemma4"))
 DATA = Path(os.environ.get("DGEMMA_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+# No test fails because the machine is slow.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 MARKED = ("agents", "clients", "page")  # folders whose tests all have the mark of the same name
 

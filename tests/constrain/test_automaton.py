@@ -54,7 +54,7 @@ def test_an_expression_that_cannot_be_compiled_is_one_error(regex: str, says: st
 
 
 @given(texts=st.lists(st.text(min_size=1, max_size=6), min_size=1, max_size=4))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_choices_are_taken_literally(texts: list[str]) -> None:
     constraint = Constraint.choice(texts)
     rng = np.random.default_rng(0)

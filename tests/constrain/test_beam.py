@@ -54,7 +54,7 @@ def projected(
 
 
 @given(data=st.data(), width=st.sampled_from((1, 2, 1000)))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_beam_of_all_states_equals_all_canvases(data: st.DataObject, width: int) -> None:
     """Argmax, entropy and gap agree with the enumeration of all canvases; a narrow beam's canvases are among them."""
     machine = of_regex(data.draw(st.sampled_from(REGEXES)))

@@ -116,7 +116,7 @@ def test_texts_that_a_grammar_accepts_and_rejects(grammar: str, texts: list[str]
 TEXTS = ["".join(letters) for length in range(5) for letters in product("ab", repeat=length)] + ["é", "aéb", "éé"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(grammars(), st.booleans())
 def test_random_grammars_accept_what_trying_everything_finds(grammar: Grammar, lark: bool) -> None:
     used = {"root"} | {name for name in grammar if f"@{name}" in repr(grammar)}

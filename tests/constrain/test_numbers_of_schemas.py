@@ -60,7 +60,7 @@ def texts_of(value: Fraction) -> list[str]:
 
 
 @given(st.fixed_dictionaries({}, optional={**dict.fromkeys(BOUNDS, DECIMALS), "multipleOf": STEPS}), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_numbers_are_those_within_the_bounds(bounds: dict[str, Fraction], data: st.DataObject) -> None:
     machine = machine_of(NUMBERS.within(bounds, "#"))
     near = [Fraction(n, 1000) for n in (0, 1, -1, 100, -100, 1000, -1000)]
@@ -98,7 +98,7 @@ def test_bounds_that_hold_nothing(bounds: dict[str, str]) -> None:
 
 
 @given(value=st.floats(1e-9, 1e8), strict=st.booleans(), above=st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_reader_that_uses_doubles_agrees(value: float, strict: bool, above: bool) -> None:
     name = f"{'exclusive' if strict else ''}{'Minimum' if above else 'Maximum'}"
     name = name if strict else name.lower()

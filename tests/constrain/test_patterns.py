@@ -81,7 +81,7 @@ WORDS = ["".join(word) for length in range(5) for word in itertools.product("abc
 
 
 @given(pattern=st.one_of(TREES, LOOKING, st.tuples(LOOKING, LOOKING).map(lambda pair: f"(?:{pair[0]}|{pair[1]})b*")))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_random_expressions_with_anchors_and_look_aheads_match_as_in_python(pattern: str) -> None:
     matches, machine = re.compile(pattern.replace("$", r"\Z")).fullmatch, of_regex(pattern)
     for word in WORDS:

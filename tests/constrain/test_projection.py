@@ -55,7 +55,7 @@ def projected(
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_projection_equals_all_canvases(data: st.DataObject) -> None:
     """Argmax, sample, entropy and gap agree, from any state, with ends, padding and a limit on tokens."""
     regex = data.draw(st.sampled_from(REGEXES))
@@ -92,7 +92,7 @@ PROPERTIES: tuple[dict[str, Any], ...] = (
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_projection_equals_its_plain_form(data: st.DataObject) -> None:
     """On automata and vocabularies that are too large to enumerate, with a part of the vocabulary as candidates."""
     tokenizer, vocab_size = load_tokenizer(DEMO_FOLDER), 768

@@ -135,7 +135,7 @@ def test_what_validators_read_in_different_ways_is_left_out(schema: dict[str, An
     assert not Constraint.json_schema(schema).matches(json.dumps(value, ensure_ascii=False))
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(schemas)
 def test_random_schemas_are_never_wider(schema: dict[str, Any]) -> None:
     """What matches is valid by ``jsonschema``: fixed values, and texts that the machine itself makes up."""

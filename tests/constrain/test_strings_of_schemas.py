@@ -74,7 +74,7 @@ def test_a_pattern_read_narrowly_is_within_pythons_and_read_widely_around_it(pat
     narrow, wide, found = search(pattern, wide=False), search(pattern, wide=True), re.compile(pattern).search
 
     @given(TEXTS)
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     def check(text: str) -> None:
         if narrow.matches(text.encode()):
             assert found(text)

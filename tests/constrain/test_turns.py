@@ -162,7 +162,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(arguments=st.dictionaries(NAMES, JSON, max_size=3))
 def test_calls_as_the_template_writes_them_are_allowed_where_anything_is(arguments: dict[str, Any]) -> None:
     call = call_text("f", arguments).replace("None", "null")

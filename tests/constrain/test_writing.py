@@ -144,7 +144,7 @@ schemas = st.one_of(objects, arrays)
 values = st.one_of(st.dictionaries(names, small, max_size=4), st.lists(small, max_size=4))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.one_of(schemas, st.builds(lambda a, b: {"allOf": [a, {"not": b}]}, schemas, schemas)),
     st.lists(values, min_size=6, max_size=12),
@@ -164,7 +164,7 @@ def test_no_schema_allows_what_does_not_validate(schema: dict[str, Any], instanc
         validator.validate(json.loads(text_of(constraint.machine, rng, steps)))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(objects, st.lists(st.dictionaries(names, small, max_size=4), min_size=6, max_size=12))
 def test_objects_in_the_order_of_the_schema_are_accepted(schema: dict[str, Any], instances: list[Any]) -> None:
     """Only where several names that are not named count, an object may be refused."""

@@ -121,7 +121,7 @@ def test_v_is_computed_from_k() -> None:
         assert mx.array_equal(array, expected)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.permutations(range(6)), st.integers(0, LAST_POSITION - 6))
 def test_each_position_is_processed_alone(order: list[int], start: int) -> None:
     """Shuffling the rows with their positions shuffles the result."""

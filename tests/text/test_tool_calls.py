@@ -39,7 +39,7 @@ def parse(text: str) -> Calls:
     return parse_calls(text.split(QUOTE))
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(_CALLS)
 def test_calls_written_as_by_the_template_come_back(call: tuple[str, dict[str, Any]]) -> None:
     """They do in both readings, so that a fault in one place does not change what stands in another."""
@@ -49,7 +49,7 @@ def test_calls_written_as_by_the_template_come_back(call: tuple[str, dict[str, A
         assert same(read_tolerantly(pieces), [call])
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(_CALLS, _CALLS)
 def test_faults_of_the_shell_do_not_change_the_call(
     call: tuple[str, dict[str, Any]], other: tuple[str, dict[str, Any]]
@@ -84,7 +84,7 @@ def test_faults_of_the_shell_do_not_change_the_call(
         assert parse_calls(pieces_of(faulty)) == [] or same(parse_calls(pieces_of(faulty)), [call])
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(_ARGUMENTS.filter(bool), st.data())
 def test_a_lexeme_too_many_or_too_few_gives_the_call_that_was_meant_or_none(
     arguments: dict[str, Any], data: st.DataObject
@@ -104,7 +104,7 @@ def test_a_lexeme_too_many_or_too_few_gives_the_call_that_was_meant_or_none(
         assert found == [] or same(found, [("f", arguments)]), "".join(faulty)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(_ARGUMENTS)
 def test_a_last_brace_too_many_or_too_few_in_flat_arguments_is_mended(arguments: dict[str, Any]) -> None:
     flat = {key: value for key, value in arguments.items() if not isinstance(value, (dict, list))}
