@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from dgemma_mlx.checkpoint.config import GenerationConfig
-from dgemma_mlx.diffusion.edits import NO_EDITS, Edits, Pins
+from dgemma_mlx.diffusion.edits import NO_EDITS, Edits
 from dgemma_mlx.diffusion.encoder_check import EncoderCheck
 from dgemma_mlx.diffusion.sampler import Noise, Proposal
 from dgemma_mlx.diffusion.schedule import temperature
@@ -86,8 +86,7 @@ class Denoiser:
                 if check is not None and number < max_steps and (texts := step.worth(check)):
                     signal, decoded = self._next_signal(decoded), None
                     mx.eval(signal)  # so that the logits are freed: the check has logits of its own
-                    step, pins = step.checked(check, texts)
-                    edits, stopping.free = replace(edits, pins=pins), pins.free
+                    step = step.checked(check, texts)
                 last, has_ended = step, number == max_steps or step.all_finished()
                 early = is_lazy and not has_ended and self.network.predicts_at_once(read)
                 if not early:  # the drafts would come late, after what predict waits for
@@ -196,16 +195,12 @@ class _Step:
         finished = self.finished()
         return {} if all(finished) else check.worth(self.argmax_canvas, self.entropy, finished)
 
-    def checked(self, check: EncoderCheck, texts: dict[int, Sequence[int]]) -> tuple[_Step, Pins]:
-        """Return this step after the encoder's check of these texts, evaluated, and the positions fixed from now on."""
-        verdict = check(self.argmax_canvas, texts, self.finished())
-        open_rows = (self.test >= len(TESTS))[:, None]
-        test = mx.where(verdict.settled, TESTS.index("encoder"), self.test).astype(mx.int32)
-        current = mx.where(open_rows, verdict.pins.apply(self.current_canvas), self.current_canvas)
-        argmax = mx.where(open_rows, verdict.pins.apply(self.argmax_canvas), self.argmax_canvas)
-        step = replace(self, current_canvas=current, argmax_canvas=argmax, test=test)
-        mx.eval(*step.arrays())
-        return step, verdict.pins
+    def checked(self, check: EncoderCheck, texts: dict[int, Sequence[int]]) -> _Step:
+        """Return this step after the encoder's check of these texts, evaluated."""
+        settled = check(self.argmax_canvas, texts, self.finished())
+        test = mx.where(settled, TESTS.index("encoder"), self.test).astype(mx.int32)
+        mx.eval(test)
+        return replace(self, test=test)
 
     def keep_finished(self, last: _Step) -> _Step:
         """Return this step, in which the rows that had finished by the ``last`` step keep its values."""

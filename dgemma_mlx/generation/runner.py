@@ -174,8 +174,8 @@ class Runner:
     def _check(self, cache: PrefixCache) -> EncoderCheck | None:
         """Return the encoder's check of the next canvases; None without one.
 
-        Under a constraint there is none, because the encoder's own token might not match. After pictures there is none
-        either: how well the encoder judges answers about them has not been measured.
+        Under a constraint and after pictures there is none: how well the encoder judges such answers has not been
+        measured.
         """
         rule = self._denoiser.speed.check
         if rule is None or any(a.constraint is not None or a.prompt_ids.pictures for a in self._answers):
@@ -208,8 +208,8 @@ class Runner:
                         self._cancellation.check()
         finally:  # also when it is cancelled
             if check is not None:
-                for row, passes in zip(rows, check.passes, strict=True):
-                    for positions in passes:
+                for row, positions in zip(rows, check.passes, strict=True):
+                    if positions:
                         self._answers[self._live[row]].count_encoded(positions)
         return {row: finished[row] for row in rows}
 

@@ -55,17 +55,12 @@ def asked(
     check: EncoderCheck, *canvases: list[int], finished: list[bool] | None = None, entropy: float = OPEN,
     first: float = CERTAIN,
 ) -> Any:
-    """The verdict on canvases whose positions after the ``first`` have one entropy: settled rows, pinned prefixes."""
+    """The rows that are settled, of canvases whose positions after the ``first`` have one entropy."""
     ids = mx.array(canvases, mx.int32)
     finished = finished or [False] * len(canvases)
     entropies = mx.where(mx.arange(ids.shape[1]) == 0, first, entropy)
     worth = check.worth(ids, mx.broadcast_to(entropies, ids.shape), finished)
-    if not worth:
-        return None
-    verdict = check(ids, worth, finished)
-    rows = zip(np.array(verdict.pins.ids).tolist(), np.array(verdict.pins.free).tolist(), strict=True)
-    return verdict.settled.tolist(), [[i for i, is_free in zip(ids, free, strict=True) if not is_free]
-                                      for ids, free in rows]  # fmt: skip
+    return check(ids, worth, finished).tolist() if worth else None
 
 
 def expected_next(model: Model, ids: list[int]) -> np.ndarray[Any, Any]:
@@ -74,56 +69,52 @@ def expected_next(model: Model, ids: list[int]) -> np.ndarray[Any, Any]:
     return np.array(mx.softmax(model.network.logits(hidden[0, -1]), axis=-1)).astype(np.float64)
 
 
-def judged_one_by_one(model: Model, canvas: list[int]) -> tuple[bool, list[int]]:
-    """Whether the text is plausible, and the prefix to pin: every position by a pass of its own over what precedes."""
+def judged_one_by_one(model: Model, canvas: list[int]) -> bool:
+    """Whether the text is plausible: every position by a pass of its own over what precedes."""
     ids = list(model.encode_prompt(PROMPT))
     ends = [place for place, token in enumerate(canvas) if token in model.generation.eos_token_ids]
     for place in range(1, (ends[0] if ends else len(canvas) - 1) + 1):
         probabilities = expected_next(model, ids + canvas[:place])
         if probabilities[canvas[place]] < RATIO * probabilities.max():
-            return False, [*canvas[:place], int(probabilities.argmax())]
-    return True, []
+            return False
+    return True
 
 
 def test_a_plausible_answer_is_settled(demo: Model, answer: list[int]) -> None:
     cache = prefix(demo)
     offset, check = cache.offset, check_of(demo, cache)
-    assert asked(check, answer) == ([True], [[]]) == ([judged_one_by_one(demo, answer)[0]], [[]])
-    assert not check.is_encoded and cache.offset == offset  # the answer ends here
-    assert check.passes == [[24]]  # a text of 23 ids, in quarters of 32
+    assert asked(check, answer) == [True] == [judged_one_by_one(demo, answer)]
+    assert not check.is_encoded and check.kept == [False] and cache.offset == offset  # the answer ends here
+    assert check.passes == [24]  # a text of 23 ids, in quarters of 32
 
 
 def test_a_plausible_canvas_that_goes_on_stays_encoded(demo: Model, full: list[int]) -> None:
     cache = prefix(demo, LONG)
     check = check_of(demo, cache)
-    assert asked(check, full) == ([True], [[]]) and check.passes == [[32]]
+    assert asked(check, full) == [True] and check.passes == [32]
     fresh = prefix(demo, LONG)
     demo.network.extend(mx.array([full], mx.int32), fresh)
-    assert check.is_encoded and cache.offset == fresh.offset
+    assert check.is_encoded and check.kept == [True] and cache.offset == fresh.offset
     for mine, theirs in zip(cache.state(), fresh.state(), strict=True):
         np.testing.assert_allclose(np.array(mine.astype(mx.float32)), np.array(theirs.astype(mx.float32)), atol=1e-5)
 
 
 @pytest.mark.parametrize("place", [1, 2, 7, 12, 20])
-def test_the_plausible_prefix_and_the_encoders_token_are_pinned(demo: Model, answer: list[int], place: int) -> None:
+def test_an_implausible_text_is_left_to_the_decoder_and_not_read_again(
+    demo: Model, answer: list[int], place: int
+) -> None:
     wrong = [*answer[:place], 400, *answer[place + 1 :]]
-    is_plausible, pinned = judged_one_by_one(demo, wrong)
     cache = prefix(demo)
     offset, check = cache.offset, check_of(demo, cache)
-    assert asked(check, wrong) == ([is_plausible], [pinned])
-    assert pinned == answer[: place + 1]
-    assert not check.is_encoded and cache.offset == offset
-    # The same text is not checked again, and what is pinned is not judged again.
-    assert asked(check, wrong) is None
-    assert asked(check, answer) == ([True], [pinned])
-    assert [len(passes) for passes in check.passes] == [2]
+    assert asked(check, wrong) == [False] == [judged_one_by_one(demo, wrong)]
+    assert not check.is_encoded and check.kept == [False] and cache.offset == offset
+    assert asked(check, answer) is None and check.passes == [24]
 
 
 def test_the_first_token_is_the_decoders_alone(demo: Model, answer: list[int]) -> None:
+    assert asked(check_of(demo, prefix(demo)), answer, first=OPEN) is None  # it is not settled yet
     other = [400, *answer[1:]]
-    assert asked(check_of(demo, prefix(demo)), other, first=OPEN) is None  # it is not settled yet
-    settled, pins = asked(check_of(demo, prefix(demo)), other)
-    assert pins == [judged_one_by_one(demo, other)[1]] and settled == [not pins[0]]
+    assert asked(check_of(demo, prefix(demo)), other) == [judged_one_by_one(demo, other)]
 
 
 def test_rows_are_judged_alone_and_finished_ones_are_left_alone(
@@ -132,12 +123,10 @@ def test_rows_are_judged_alone_and_finished_ones_are_left_alone(
     wrong = [*answer[:7], 400, *answer[8:]]
     for finished in ([False, False, False], [False, False, True]):
         check = check_of(demo, prefix(demo, rows=3), rows=3)
-        settled, pins = asked(check, answer, wrong, wrong, finished=finished)
-        assert settled == [True, False, False]
-        assert pins == [[], answer[:8], [] if finished[2] else answer[:8]]
-        assert [len(passes) for passes in check.passes] == [1, 1, 0 if finished[2] else 1] and not check.is_encoded
+        assert asked(check, answer, wrong, wrong, finished=finished) == [True, False, False]
+        assert check.passes == [24, 24, 0 if finished[2] else 24] and not check.is_encoded
     check = check_of(demo, prefix(demo, LONG, rows=2), rows=2)
-    assert asked(check, full, wrong, finished=[False, True])[0] == [True, False]
+    assert asked(check, full, wrong, finished=[False, True]) == [True, False]
     assert check.is_encoded  # the cache holds what both rows have come to
 
 
@@ -148,22 +137,12 @@ def test_a_text_with_too_many_uncertain_positions_is_not_worth_a_check(demo: Mod
     assert asked(check_of(demo, prefix(demo), max_uncertain=length - 1), answer) is not None
 
 
-def test_an_end_where_the_encoder_expects_it_settles_the_text(demo: Model, answer: list[int]) -> None:
-    eos = demo.generation.eos_token_ids
-    end = next(place for place, token in enumerate(answer) if token in eos)
-    longer = [*answer[:end], 400, *answer[end + 1 :]]
-    check = check_of(demo, prefix(demo))
-    settled, (pinned,) = asked(check, longer)
-    assert settled == [True] and pinned == answer[: end + 1]
-    assert not check.is_encoded  # the cache never held this text
-
-
 @pytest.mark.parametrize("canvas", ["empty", "padding"])
 def test_a_canvas_without_text_is_not_settled(demo: Model, canvas: str) -> None:
     first = demo.generation.eos_token_ids[0] if canvas == "empty" else 0
-    verdict = asked(check_of(demo, prefix(demo)), [first] + [0] * 31, entropy=CERTAIN)
+    settled = asked(check_of(demo, prefix(demo)), [first] + [0] * 31, entropy=CERTAIN)
     # The encoder has no say on the first token, so there is nothing to ask it of an end alone.
-    assert verdict is None if canvas == "empty" else verdict[0] == [False]
+    assert settled is None if canvas == "empty" else settled == [False]
 
 
 def test_an_encoder_that_was_not_trained_to_write_is_not_heard(
@@ -175,9 +154,7 @@ def test_an_encoder_that_was_not_trained_to_write_is_not_heard(
         monkeypatch.setattr(type(demo.network), "project", lambda self, hidden, noise=noise, planted=planted: (
             project(self, hidden) * 0 + (noise[: hidden.shape[1]] if planted == "noise" else 0)
         ))  # fmt: skip
-        check = check_of(demo, prefix(demo))
-        assert asked(check, answer) == ([False], [[]])
-        assert asked(check, [*answer[:2], 400, *answer[3:]]) is None
+        assert asked(check_of(demo, prefix(demo)), answer) == [False]
 
 
 @pytest.mark.parametrize("speed", [speed for speed, tests in SPEEDS.items() if tests.check is not None])

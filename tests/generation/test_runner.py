@@ -333,11 +333,12 @@ def test_the_encoder_passes_of_a_cancelled_canvas_are_counted(demo: Model, monke
         return encode(self, ids, *arguments, **named)
 
     monkeypatch.setattr(DiffusionGemma, "_encode", encode_spy)
-    passes = generate(demo, "Make a sentence.", seed=0).statistics.encoder_passes
+    prompt = "Count to 38."
+    passes = generate(demo, prompt, seed=1).statistics.encoder_passes
     assert passes > 2
     for most in range(1, passes):
         encoded.clear()
-        done = generate(demo, "Make a sentence.", seed=0, cancelled=lambda most=most: len(encoded) > most)
+        done = generate(demo, prompt, seed=1, cancelled=lambda most=most: len(encoded) > most)
         counted = (done.statistics.encoder_passes, done.statistics.encoded_positions)
         assert (done.finish_reason, *counted) == ("cancelled", len(encoded) - 1, sum(encoded[1:]))
 
