@@ -60,7 +60,7 @@ def edit(
 
     Examples:
         echo '{"name": "Simon", "age": 59, "city": "Oslo"}' | dgemma-mlx edit -m demo --match Oslo \\
-            "Make a JSON object: Simon is 59 years old and lives in Rome."
+            "Make a JSON object: Simon is 59 years old and lives in Athens."
         dgemma-mlx edit "Fix the grammar." mail.txt --lines 3-5 --write
         pbpaste | dgemma-mlx edit "Translate to French." | pbcopy
     """

@@ -113,8 +113,8 @@ def generate(
           that is too large for one (docs/several-macs.md).
         - `--speed reference` follows the reference implementation's loop step by step. `balanced` also commits a canvas
           as soon as every position is nearly certain, or the encoder finds its text plausible; `fast` accepts less
-          certainty. On the demo model, `balanced` does 2.2 times less work and answers 992 instead of 993 of 1,000
-          prompts correctly, but where many answers are right, other seeds give the same one more often
+          certainty. On the demo model, `balanced` does 2.0 times less work and answers as many of 1,000 prompts
+          correctly (993), but where many answers are right, other seeds give the same one more often
           (docs/speed.md). Except with `reference`, a canvas that is uncertain after all its steps is started again
           once. If it stays uncertain, a line on stderr and `low_confidence` in the events say so.
         - An answer ends at a canvas that holds nothing but padding; except with `reference`, such a canvas is first
