@@ -34,7 +34,7 @@ demo: $(VENV)/.installed ## ask the built-in model four questions, one of them a
 		"Then: dgemma-mlx chat -m demo"
 
 demo-model: $(VENV)/.installed ## train the built-in model from nothing in runs/demo (resumes), and score it
-	@sh scripts/demo_model.sh $(PYTHON_BIN) $(ARGS)
+	@sh scripts/demo_model.sh $(PYTHON_BIN)
 
 demo-vision: $(VENV)/.installed ## train the built-in model's vision tower in runs/demo-vision (resumes), and score it
 	@library=$$(sh scripts/openblas.sh "training the vision tower") || exit 1; export LD_PRELOAD=$$library; \

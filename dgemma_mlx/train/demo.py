@@ -13,8 +13,10 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,15 @@ from dgemma_mlx.train.export import export
 from dgemma_mlx.train.loop import Log, TrainConfig, mean_weights, train
 from dgemma_mlx.train.optimizer import make_optimizer
 from dgemma_mlx.train.score import as_markdown, score_card
-from dgemma_mlx.train.tasks import LAST_MIX, MIX, training_example
+from dgemma_mlx.train.tasks import LAST_MIX, MIX, Example, training_example
 
 # Each process that `make demo-model` starts takes BATCH conversations for a step.
-STEPS, BATCH, SEED = 21_000, 16, 0
+BATCH, SEED = 16, 0
+# Steps at which the learning rate has fallen, and how an example is drawn during each fall.
+ENDS = (18_000, 19_500, 21_000)
+DRAWS: tuple[Callable[[random.Random], Example], ...] = tuple(
+    partial(training_example, mix=mix) for mix in (MIX, LAST_MIX, LAST_MIX)
+)
 
 CONFIG: dict[str, Any] = {
     "architectures": ["DiffusionGemmaForBlockDiffusion"],
@@ -101,23 +108,23 @@ def new_model(seed: int) -> DiffusionGemma:
 
 
 def sampler(
-    tokenizer: Tokenizer, template: ChatTemplate, mix: Mapping[str, float]
+    tokenizer: Tokenizer, template: ChatTemplate, draw: Callable[[random.Random], Example]
 ) -> Callable[[random.Random], Conversation]:
-    """Return a function that draws a training example from a mix of tasks and tokenizes it."""
+    """Return a function that draws a training example with ``draw`` and tokenizes it."""
     end = tokenizer.special_ids["<turn|>"]
 
     def sample(rng: random.Random) -> Conversation:
-        example = training_example(rng, mix)
+        example = draw(rng)
         prompt = encode_chat(tokenizer, template, list(example.messages))
         return prompt, [*tokenizer.encode(example.answer), end]
 
     return sample
 
 
-def build(folder: Path, steps: int, log: Log) -> None:
+def build(folder: Path, log: Log) -> None:
     """Train the demo model, starting from the last checkpoint in ``folder``, and export it to ``folder/model``.
 
-    The weights are the mean of those at the ends of the three falls of the learning rate. If ``mlx.launch`` has started
+    The weights are the mean of those at the ends of the falls of the learning rate. If ``mlx.launch`` has started
     several processes, all of them train and only the first one writes files.
     """
     out, group = folder / "model", mx.distributed.init()
@@ -126,17 +133,16 @@ def build(folder: Path, steps: int, log: Log) -> None:
     mx.eval(mx.distributed.all_sum(mx.zeros(1)))  # wait until the first process has written the tokenizer
     tokenizer, template = load_tokenizer(out), ChatTemplate.load(out)
     model, pad_id = new_model(SEED), tokenizer.special_ids["<pad>"]
-    samples, canvas_length = [sampler(tokenizer, template, mix) for mix in (MIX, LAST_MIX)], CONFIG["canvas_length"]
-    ends = (steps * 12 // 14, steps * 13 // 14, steps)
+    samples = [sampler(tokenizer, template, draw) for draw in DRAWS]
 
     def batch_pair(number: int) -> list[Part]:
-        sample = samples[number >= ends[0] * group.size()]
-        return batch_pair_at(number, sample, BATCH, canvas_length, pad_id, SEED)
+        fall = bisect_right(ENDS[:-1], number // group.size())
+        return batch_pair_at(number, samples[fall], BATCH, CONFIG["canvas_length"], pad_id, SEED)
 
-    config = TrainConfig(steps=steps, seed=SEED, mean_of=ends)
-    train(model, make_optimizer(ends), batch_pair, pad_id, config, folder, log)
+    config = TrainConfig(steps=ENDS[-1], seed=SEED, mean_of=ENDS)
+    train(model, make_optimizer(ENDS), batch_pair, pad_id, config, folder, log)
     if group.rank() == 0:
-        model.load_weights(list(mean_weights(folder, ends).items()))
+        model.load_weights(list(mean_weights(folder, ENDS).items()))
         export(model, CONFIG, GENERATION, out)
 
 
@@ -152,7 +158,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/demo"),
                         help="folder of checkpoints and log; training resumes from it")  # fmt: skip
-    parser.add_argument("--steps", type=int, default=STEPS, help="updates of the weights")
     parser.add_argument("--score", type=Path, help="score this checkpoint instead of training")
     parser.add_argument("--prompts", type=int, default=200, help="held-out prompts of each task in the score card")
     arguments = parser.parse_args()
@@ -169,7 +174,7 @@ def main() -> None:
             print(line, file=sys.stderr, flush=True)
             print(line, file=log_file, flush=True)
 
-        build(folder, arguments.steps, log)
+        build(folder, log)
 
 
 if __name__ == "__main__":

@@ -115,11 +115,15 @@ def train(
         if first and (step % config.log_every == 0 or step == config.steps or stopping):
             log(meter.record(step, config.steps))
             meter = _Meter(step)
-        if first and (step % config.save_every == 0 or step == config.steps or stopping):
+        is_kept = step in config.mean_of
+        if first and (step % config.save_every == 0 or step == config.steps or stopping or is_kept):
             batch, conditioned = parts[0]
             loss, _ = block_diffusion_loss(model, batch, config.objective, pad_id, key, conditioned)
             if fault := _not_finite(model, optimizer, loss):
                 raise _diverged(fault, step, folder)
+            if is_kept:  # before the checkpoint: a run that goes on from it does not come here again
+                folder.mkdir(parents=True, exist_ok=True)
+                mx.save_safetensors(str(_kept(folder, step)), dict(tree_flatten(model.parameters())))
             save(folder, model, optimizer, step)
         if first and validate is not None and (_every(step, config.valid_every) or step == config.steps):
             began = time.perf_counter()
@@ -129,8 +133,6 @@ def train(
             log({"step": step, **values})
             model.train()
             meter.leave_out(time.perf_counter() - began)
-        if first and step in config.mean_of:
-            mx.save_safetensors(str(_kept(folder, step)), dict(tree_flatten(model.parameters())))
         if stopping:
             break
     return step

@@ -20,9 +20,8 @@ def rate_schedule(peak: float, ends: Sequence[int], warmup: int = 100, hold: int
     """
     rates = [optim.linear_schedule(peak / warmup, peak, warmup - 1), optim.linear_schedule(peak, peak, hold)]
     starts = [warmup, hold, *ends[:-1]]
-    for start, end in zip(starts[1:], ends, strict=True):
-        high = peak / 2 if start == hold else peak / 8
-        rates.append(optim.linear_schedule(high, peak / 200, max(1, end - start)))
+    for fall, (start, end) in enumerate(zip(starts[1:], ends, strict=True)):
+        rates.append(optim.linear_schedule(peak / 8 if fall else peak / 2, peak / 200, max(1, end - start)))
     joined: Schedule = optim.join_schedules(rates, starts)
     return joined
 
