@@ -38,7 +38,8 @@ from tests.server.scripted import scripted_model
 KEY = "k3y"
 DEFAULTS = {name: kind.default for name, kind in SETTINGS.items()}
 WORDS = " ".join(str(number) for number in range(60))
-SCRIPT = {"long": WORDS, "think": "<|channel>thought\nHm, so<channel|>Yes."}
+ENDLESS = " ".join(str(number) for number in range(900))  # so that it is still written when it is to be stopped
+SCRIPT = {"long": WORDS, "endless": ENDLESS, "think": "<|channel>thought\nHm, so<channel|>Yes."}
 
 
 def answer(prompt: str) -> str:
@@ -71,10 +72,9 @@ def test_the_canvas_is_drawn_and_an_answer_can_be_stopped(address: str, tmp_path
     with Terminal(["chat", "--url", address, "--seed", "1"], env=environment) as terminal:
         terminal.wait_for(lambda: terminal.text.endswith(">>>"))
         terminal.type("long\r")
-        terminal.wait_for(lambda: "canvas 1" in terminal.text or "canvas 2" in terminal.text)
-        terminal.wait_for(lambda: terminal.text.endswith("\n>>>"))
+        terminal.wait_for(lambda: WORDS[-8:] in terminal.text and terminal.text.endswith("\n>>>"))
         assert "".join(terminal.text.split()).count("".join(WORDS.split())) == 1
-        terminal.type("long\r")
+        terminal.type("endless\r")
         terminal.wait_for(lambda: "canvas" in terminal.text)
         terminal.type(CTRL_C)
         terminal.wait_for_text("cancelled")
