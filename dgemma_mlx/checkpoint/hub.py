@@ -60,9 +60,9 @@ FILES = (
 
 def full_name(name: str | Path | None) -> str | None:
     """Return a model's name by which any folder and machine finds it: of a folder, the full path."""
-    if name is None or name == DEMO or not os.path.isdir(name):
-        return None if name is None else str(name)
-    return os.path.abspath(name)
+    if name is None:
+        return None
+    return os.path.abspath(name) if name != DEMO and os.path.isdir(name) else str(name)
 
 
 @dataclass(frozen=True)

@@ -192,8 +192,7 @@ class _Step:
 
     def worth(self, check: EncoderCheck) -> dict[int, Sequence[int]]:
         """Return the texts of the open rows that are worth the encoder's check, by row."""
-        finished = self.finished()
-        return {} if all(finished) else check.worth(self.argmax_canvas, self.entropy, finished)
+        return check.worth(self.argmax_canvas, self.entropy, self.finished())
 
     def checked(self, check: EncoderCheck, texts: dict[int, Sequence[int]]) -> _Step:
         """Return this step after the encoder's check of these texts, evaluated."""

@@ -62,6 +62,8 @@ class EncoderCheck:
 
         ``argmax`` and ``entropy`` (B, C) are those of a step, evaluated. ``finished`` says which rows are settled.
         """
+        if all(done or asked for done, asked in zip(finished, self.passes, strict=True)):
+            return {}
         canvases: Any = argmax.tolist()
         entropies: Any = entropy.tolist()
         texts = [text_ids(canvas, self._eos_ids) for canvas in canvases]

@@ -33,7 +33,7 @@ class Stopping:
 
     def __init__(self, config: GenerationConfig, speed: Speed, free: mx.array | None = None) -> None:
         """Only positions that are ``free``, (B, C) bool, count; None means all. ``speed`` may leave out more."""
-        self._config, self._speed, self.free = config, speed, free
+        self._config, self._speed, self._free = config, speed, free
         self._history: list[mx.array] = []  # the argmax canvases (B, C) of earlier steps, the latest last
 
     def __call__(self, sample: CanvasSample) -> tuple[mx.array, mx.array]:
@@ -63,12 +63,12 @@ class Stopping:
     def _counting(self, sample: CanvasSample) -> mx.array | None:
         """Return the positions that count, (B, C) bool; None when all do."""
         if not self._speed.ignore_after_end:
-            return self.free
+            return self._free
         ends = (sample.argmax[..., None] == mx.array(self._config.eos_token_ids)).any(axis=-1)
         first = ends & (mx.cumsum(ends, axis=-1) == 1)
         settled = first & (sample.entropy < SETTLED_END)
         counts = mx.cumsum(settled, axis=-1) - settled == 0
-        return counts if self.free is None else counts & self.free
+        return counts if self._free is None else counts & self._free
 
     def _mean_entropy(self, sample: CanvasSample, counts: mx.array | None) -> mx.array:
         """Return the mean entropy, (B,) float32, in nats.
@@ -79,7 +79,7 @@ class Stopping:
         if counts is None:
             return sample.entropy.mean(axis=-1)
         total = mx.where(counts, sample.entropy, 0).sum(axis=-1)
-        size = sample.entropy.shape[-1] if self.free is None else mx.maximum(self.free.sum(axis=-1), 1)
+        size = sample.entropy.shape[-1] if self._free is None else mx.maximum(self._free.sum(axis=-1), 1)
         return total / size
 
     def _unchanged(self, sample: CanvasSample, counts: mx.array | None, steps: int) -> mx.array:

@@ -14,9 +14,8 @@ import random
 import sys
 import time
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +32,12 @@ from dgemma_mlx.train.export import export
 from dgemma_mlx.train.loop import Log, TrainConfig, mean_weights, train
 from dgemma_mlx.train.optimizer import make_optimizer
 from dgemma_mlx.train.score import as_markdown, score_card
-from dgemma_mlx.train.tasks import LAST_MIX, MIX, Example, training_example
+from dgemma_mlx.train.tasks import LAST_MIX, MIX, training_example
 
 # Each process that `make demo-model` starts takes BATCH conversations for a step.
 BATCH, SEED = 16, 0
-# Steps at which the learning rate has fallen, and how an example is drawn during each fall.
-ENDS = (18_000, 19_500, 21_000)
-DRAWS: tuple[Callable[[random.Random], Example], ...] = tuple(
-    partial(training_example, mix=mix) for mix in (MIX, LAST_MIX, LAST_MIX)
-)
+ENDS = (18_000, 19_500, 21_000)  # the steps at which the learning rate has fallen
+MIXES = (MIX, LAST_MIX, LAST_MIX)  # of the tasks, during each fall
 
 CONFIG: dict[str, Any] = {
     "architectures": ["DiffusionGemmaForBlockDiffusion"],
@@ -108,13 +104,13 @@ def new_model(seed: int) -> DiffusionGemma:
 
 
 def sampler(
-    tokenizer: Tokenizer, template: ChatTemplate, draw: Callable[[random.Random], Example]
+    tokenizer: Tokenizer, template: ChatTemplate, mix: Mapping[str, float]
 ) -> Callable[[random.Random], Conversation]:
-    """Return a function that draws a training example with ``draw`` and tokenizes it."""
+    """Return a function that draws a training example from a mix of tasks and tokenizes it."""
     end = tokenizer.special_ids["<turn|>"]
 
     def sample(rng: random.Random) -> Conversation:
-        example = draw(rng)
+        example = training_example(rng, mix)
         prompt = encode_chat(tokenizer, template, list(example.messages))
         return prompt, [*tokenizer.encode(example.answer), end]
 
@@ -133,7 +129,7 @@ def build(folder: Path, log: Log) -> None:
     mx.eval(mx.distributed.all_sum(mx.zeros(1)))  # wait until the first process has written the tokenizer
     tokenizer, template = load_tokenizer(out), ChatTemplate.load(out)
     model, pad_id = new_model(SEED), tokenizer.special_ids["<pad>"]
-    samples = [sampler(tokenizer, template, draw) for draw in DRAWS]
+    samples = [sampler(tokenizer, template, mix) for mix in MIXES]
 
     def batch_pair(number: int) -> list[Part]:
         fall = bisect_right(ENDS[:-1], number // group.size())

@@ -122,8 +122,7 @@ def train(
             if fault := _not_finite(model, optimizer, loss):
                 raise _diverged(fault, step, folder)
             if is_kept:  # before the checkpoint: a run that goes on from it does not come here again
-                folder.mkdir(parents=True, exist_ok=True)
-                mx.save_safetensors(str(_kept(folder, step)), dict(tree_flatten(model.parameters())))
+                _keep(folder, model, step)
             save(folder, model, optimizer, step)
         if first and validate is not None and (_every(step, config.valid_every) or step == config.steps):
             began = time.perf_counter()
@@ -240,6 +239,12 @@ def mean_weights(folder: Path, steps: Sequence[int]) -> dict[str, mx.array]:
     """
     kept: Any = [mx.load(str(_kept(folder, step))) for step in steps]
     return {name: sum(weights[name] for weights in kept) / len(kept) for name in kept[0]}
+
+
+def _keep(folder: Path, model: DiffusionGemma, step: int) -> None:
+    """Write the weights after a step, for ``mean_weights``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mx.save_safetensors(str(_kept(folder, step)), dict(tree_flatten(model.parameters())))
 
 
 def _kept(folder: Path, step: int) -> Path:

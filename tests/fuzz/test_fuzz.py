@@ -17,7 +17,7 @@ from tests.fuzz.contract import check_lines, keeps
 from tests.fuzz.mutations import texts
 from tests.fuzz.readers import READERS, SHARD, make_folder
 
-COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+COMMON = {"database": None, "suppress_health_check": list(HealthCheck)}
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 
 from dgemma_mlx.checkpoint.hub import DEMO_FOLDER
 from dgemma_mlx.text.tokenizer import load_tokenizer
-from dgemma_mlx.train.demo import DRAWS, ENDS
+from dgemma_mlx.train.demo import ENDS, MIXES
 from dgemma_mlx.train.tasks import LAST_MIX, MIX, TASKS, UNKNOWN, Example, Split, training_example
 from dgemma_mlx.train.tasks.base import split_of
 from dgemma_mlx.train.tasks.facts import CAPITALS, LEGS, SOUNDS, build_facts
@@ -62,11 +62,11 @@ def test_training_draws_the_mix_and_more_of_the_long_lists_to_sort() -> None:
 
 
 def test_there_are_more_additions_after_the_first_fall_of_the_learning_rate() -> None:
-    assert len(DRAWS) == len(ENDS) and list(ENDS) == sorted(ENDS)
+    assert len(MIXES) == len(ENDS) and list(ENDS) == sorted(ENDS)
     shares = []
-    for draw_example in DRAWS:
+    for mix in MIXES:
         rng = random.Random(0)
-        shares.append(sum(draw_example(rng).task == "add" for _ in range(2000)) / 2000)
+        shares.append(sum(training_example(rng, mix).task == "add" for _ in range(2000)) / 2000)
     assert shares == pytest.approx([MIX["add"], LAST_MIX["add"], LAST_MIX["add"]], abs=0.03)
 
 

@@ -46,7 +46,7 @@ MIX = {
     "recall": 0.07,
     "unknown": 0.04,
 }
-# In the last seventh there are more additions, the last thing that the model learns.
+# After the first fall of the learning rate there are more additions, the last thing that the model learns.
 LAST_MIX = {**MIX, "add": 0.25, "sort": 0.14}
 
 # The share of drawn lists to sort that are kept for training, by length: long lists are harder to learn.
