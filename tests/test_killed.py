@@ -81,6 +81,14 @@ PULL = """
 from dgemma_mlx.checkpoint.hub import resolve
 print(resolve("owner/model").folder)
 """
+# As PULL, but a file's name must not disappear for a moment, because another process may be reading it.
+WATCHED_PULL = """
+def watch_names(event, arguments):
+    if event == "os.remove" and "/snapshots/" in str(arguments[0]):
+        raise AssertionError(f"{arguments[0]} was removed")
+
+sys.addaudithook(watch_names)
+""" + PULL
 
 
 def start(here: Path, code: str, left: int = 0, **environment: str) -> subprocess.Popen[str]:
@@ -269,8 +277,8 @@ def hub(models: Path) -> Iterator[HubServer]:
         yield server
 
 
-def pulled(here: Path, hub: HubServer, number: int = 0) -> subprocess.Popen[str]:
-    return start(here, PULL, number, HF_ENDPOINT=hub.url, HF_HOME=str(here), HF_HUB_OFFLINE="0",
+def pulled(here: Path, hub: HubServer, number: int = 0, code: str = PULL) -> subprocess.Popen[str]:
+    return start(here, code, number, HF_ENDPOINT=hub.url, HF_HOME=str(here), HF_HUB_OFFLINE="0",
                  HF_HUB_DISABLE_XET="1")  # fmt: skip
 
 
@@ -295,8 +303,8 @@ def test_pull(tmp_path: Path, hub: HubServer, number: int) -> None:
 
 
 def test_two_pulls_at_once(tmp_path: Path, hub: HubServer) -> None:
-    one, other = pulled(tmp_path, hub), pulled(tmp_path, hub)
-    assert (end(one), end(other)) == (False, False)
+    pulls = [pulled(tmp_path, hub, code=WATCHED_PULL) for _ in range(2)]
+    assert [end(pull) for pull in pulls] == [False, False]
     check_pulled(tmp_path, hub)
 
 

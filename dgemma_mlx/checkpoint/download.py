@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from dgemma_mlx.checkpoint.vision_config import VISION_FILE
 from dgemma_mlx.checks import shown
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.files import write_whole
 from dgemma_mlx.sizes import size
 
 if TYPE_CHECKING:
@@ -144,38 +143,33 @@ def check_space(repository: Repository, files: Sequence[RemoteFile]) -> None:
         )
 
 
-def download(
-    repository: Repository, files: Sequence[RemoteFile], revision: str | None, progress: Progress | None = None
-) -> None:
-    """Download files of a commit, and note that ``revision`` (None for the main branch) is this commit.
+def download(repository: Repository, files: Sequence[RemoteFile], progress: Progress | None = None) -> None:
+    """Download files of a commit, each of which gets its name when it is whole and its checksum right, and keeps it.
 
-    A killed or failed download is continued. Each file is whole and its checksum right before it gets its name. Partial
-    files that nothing will continue are removed first. ``progress`` is called by the calling thread alone.
+    A killed or failed download is continued. Partial files that nothing will continue are removed first. ``progress``
+    is called by the calling thread alone.
 
     Raises ``DgemmaError`` before a byte is downloaded if the disk has too little space, or if a file arrives damaged
     twice. Other errors are those of ``huggingface_hub``, of its HTTP library, and ``OSError``.
     """
     blobs = repository.folder / "blobs"
-    _remove_stale(blobs, {repository.part(file) for file in files})
+    _remove_stale(blobs, {repository.part(file) for file in repository.files})
     check_space(repository, files)
     blobs.mkdir(parents=True, exist_ok=True)
     storage = _XetStorage(repository)
     transfers = [_Transfer(repository, file, storage) for file in sorted(files, key=lambda file: -file.size)]
     _run(transfers, progress)
     for file in sorted(files, key=lambda file: file.size):  # a copy that has its weights has everything
-        link = repository.snapshot / file.name
-        if link.resolve() != repository.blob(file).resolve():  # else another process was faster, and may read it
-            link.unlink(missing_ok=True)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileExistsError):
-                link.symlink_to(os.path.relpath(repository.blob(file), link.parent))
-    note_revision(repository, revision)
+        _link(repository.snapshot / file.name, repository.blob(file))
 
 
-def note_revision(repository: Repository, revision: str | None) -> None:
-    """Note in the cache that a revision, or the main branch for None, is this commit."""
-    if revision != repository.commit:
-        write_whole(repository.folder / "refs" / (revision or "main"), repository.commit)
+def _link(link: Path, blob: Path) -> None:
+    """Make a symbolic link to a blob in one operation, because another process may already read the file."""
+    new = blob.with_name(f"{blob.name}.{threading.get_native_id()}.incomplete")
+    new.unlink(missing_ok=True)
+    new.symlink_to(os.path.relpath(blob, link.parent))
+    link.parent.mkdir(parents=True, exist_ok=True)
+    new.replace(link)
 
 
 def _run(transfers: list[_Transfer], progress: Progress | None) -> None:
@@ -373,8 +367,11 @@ def _locked(part: Path) -> Iterator[BinaryIO]:
         with part.open("a+b", buffering=0) as file:
             with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
-            # The other process may have completed the file, or given up on it.
-            if os.path.exists(part) and os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
+            try:
+                is_at_path = os.path.samestat(os.fstat(file.fileno()), os.stat(part))
+            except FileNotFoundError:
+                is_at_path = False  # the other process has completed the file, or given up on it
+            if is_at_path:
                 yield file
                 return
 
@@ -396,5 +393,5 @@ def _remove_stale(blobs: Path, kept: set[Path]) -> None:
     """Remove the partial files that nothing will continue: those of earlier commits, and of the Hub's library."""
     for path in blobs.glob("*.incomplete"):
         with suppress(OSError):  # gone, or somebody else's
-            if path not in kept and time.time() - path.stat().st_mtime > _STALE_SECONDS:
+            if path not in kept and time.time() - path.lstat().st_mtime > _STALE_SECONDS:
                 path.unlink()

@@ -23,13 +23,13 @@ from dgemma_mlx.checkpoint.download import (
     download,
     hub_cache,
     list_files,
-    note_revision,
     size_of,
 )
 from dgemma_mlx.checkpoint.shards import shard_files, shard_names
 from dgemma_mlx.checkpoint.vision_config import VISION_FILE
 from dgemma_mlx.checks import reason, shown
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.files import write_whole
 from dgemma_mlx.json_text import read_json
 
 DEMO = "demo"
@@ -185,11 +185,10 @@ def _fetch(
             if _is_answer(error) or not (refresh and (cached := cached_snapshot(repo_id, revision))):
                 raise
             return Checkpoint(cached, name, is_demo=False, was_compared=False)
-        # These files come first, so that an unsupported model is refused before its 50 GB of weights. The library also
-        # notes the names of all files, by which it knows an incomplete copy. A truncated file it takes for a whole one.
-        for file in repository.missing(_FACTS):
-            if size_of(repository.blob(file)) not in (-1, file.size):  # -1: another program may put it there meanwhile
-                repository.blob(file).unlink(missing_ok=True)
+        # These files come first, so that an unsupported model is refused before its 50 GB of weights. The library finds
+        # them there, and notes the names and sizes of all files, by which an incomplete copy is known. It does not
+        # download: it takes a truncated file for a whole one, and removes a link that another process may be reading.
+        download(repository, repository.missing(_FACTS))
         snapshot_download(
             repo_id, revision=repository.commit, allow_patterns=list(_FACTS), tqdm_class=_silent_bar()
         )  # fmt: skip
@@ -199,9 +198,8 @@ def _fetch(
             if not weights:
                 return Checkpoint(repository.snapshot, name, is_demo=False, has_weights=False)
             with _library_bar(repo_id, progress) as drawn:
-                download(repository, missing, revision, drawn)
-        else:
-            note_revision(repository, revision)
+                download(repository, missing, drawn)
+        _note_revision(repository, revision)
     except DgemmaError:
         raise
     except Exception as error:  # includes those of the HTTP library, which depends on the version
@@ -211,6 +209,12 @@ def _fetch(
             f"{repo_id} on the Hub is not a complete checkpoint", "It lacks weights or a tokenizer; choose another."
         )
     return Checkpoint(repository.snapshot, name, is_demo=False)
+
+
+def _note_revision(repository: Repository, revision: str | None) -> None:
+    """Note in the cache that a revision, or the main branch for None, is this commit."""
+    if revision != repository.commit:
+        write_whole(repository.folder / "refs" / (revision or "main"), repository.commit)
 
 
 def cached_snapshot(repo_id: str, revision: str | None = None) -> Path | None:
