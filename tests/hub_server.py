@@ -31,6 +31,7 @@ class Repository:
     Attributes:
         revisions: The files of each branch.
         on_info: Status and X-Error-Code that answer every request for information; None for no error.
+        on_lists: Statuses that answer the next requests for the list of files.
         on_file: Status and X-Error-Code that answer every request for a file; None for no error.
         troubles: Errors of single files. Each one affects one of the file's next downloads. It is an HTTP status, or a
             number of bytes after which the connection of the next longer download is closed.
@@ -41,6 +42,7 @@ class Repository:
 
     revisions: dict[str, Files] = field(default_factory=dict)
     on_info: tuple[int, str] | None = None
+    on_lists: list[int] = field(default_factory=list)
     on_file: tuple[int, str] | None = None
     troubles: dict[str, list[HTTPStatus | int]] = field(default_factory=dict)
     damaged: dict[str, int] = field(default_factory=dict)
@@ -195,6 +197,9 @@ class _Handler(BaseHTTPRequestHandler):
         if files is None:
             return self._error(404, "RevisionNotFound")
         if kind == "tree":
+            status = repository.on_lists.pop(0) if repository.on_lists else 200
+            if status != 200:
+                return self._error(status, "")
             return self._json([_entry(repository, name, data) for name, data in files.items()])
         if kind == "xet-read-token":
             storage = {"X-Xet-Cas-Url": self.server_of.xet_endpoint, "X-Xet-Access-Token": "token",

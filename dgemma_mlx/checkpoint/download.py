@@ -19,9 +19,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from dgemma_mlx.checkpoint.vision_config import VISION_FILE
+from dgemma_mlx.checkpoint.xet import XetStorage
 from dgemma_mlx.checks import shown
 from dgemma_mlx.errors import DgemmaError
 from dgemma_mlx.sizes import size
@@ -146,30 +147,35 @@ def check_space(repository: Repository, files: Sequence[RemoteFile]) -> None:
 def download(repository: Repository, files: Sequence[RemoteFile], progress: Progress | None = None) -> None:
     """Download files of a commit, each of which gets its name when it is whole and its checksum right, and keeps it.
 
-    A killed or failed download is continued. Partial files that nothing will continue are removed first. ``progress``
-    is called by the calling thread alone.
+    A killed or failed download is continued. ``progress`` is called by the calling thread alone.
 
     Raises ``DgemmaError`` before a byte is downloaded if the disk has too little space, or if a file arrives damaged
     twice. Other errors are those of ``huggingface_hub``, of its HTTP library, and ``OSError``.
     """
     blobs = repository.folder / "blobs"
-    _remove_stale(blobs, {repository.part(file) for file in repository.files})
     check_space(repository, files)
     blobs.mkdir(parents=True, exist_ok=True)
-    storage = _XetStorage(repository)
+    storage = XetStorage(repository.repo_id, repository.commit)
     transfers = [_Transfer(repository, file, storage) for file in sorted(files, key=lambda file: -file.size)]
     _run(transfers, progress)
-    for file in sorted(files, key=lambda file: file.size):  # a copy that has its weights has everything
-        _link(repository.snapshot / file.name, repository.blob(file))
+    with _alone(blobs):  # else two processes may find a name to be wrong, and one remove what the other has put there
+        for file in sorted(files, key=lambda file: file.size):  # a copy that has its weights has everything
+            _name(repository.snapshot / file.name, repository.blob(file), file.size)
 
 
-def _link(link: Path, blob: Path) -> None:
-    """Make a symbolic link to a blob in one operation, because another process may already read the file."""
-    new = blob.with_name(f"{blob.name}.{threading.get_native_id()}.incomplete")
-    new.unlink(missing_ok=True)
-    new.symlink_to(os.path.relpath(blob, link.parent))
-    link.parent.mkdir(parents=True, exist_ok=True)
-    new.replace(link)
+def _name(name: Path, blob: Path, size: int) -> None:
+    """Give a blob its name in the snapshot, unless another process was faster, which may be reading the file."""
+    if size_of(name) == size:
+        return
+    name.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(name):
+        name.unlink()
+    try:
+        name.symlink_to(os.path.relpath(blob, name.parent))
+    except FileExistsError:
+        pass  # the Hub's library was faster
+    except OSError:  # the disk has no symbolic links
+        blob.replace(name)
 
 
 def _run(transfers: list[_Transfer], progress: Progress | None) -> None:
@@ -215,7 +221,7 @@ class _Transfer:
         arrived: Number of its bytes that are on the disk.
     """
 
-    def __init__(self, repository: Repository, file: RemoteFile, storage: _XetStorage) -> None:
+    def __init__(self, repository: Repository, file: RemoteFile, storage: XetStorage) -> None:
         self.file = file
         self._repository = repository
         self._blob = repository.blob(file)
@@ -224,23 +230,30 @@ class _Transfer:
         self.arrived = repository.arrived(file)
 
     def run(self, stop: threading.Event) -> None:
-        """Download what is missing of the file, check it, and give it its name, unless ``stop`` is set before."""
+        """Download what is missing of the file, and check it, unless ``stop`` is set before."""
         with _locked(self._part) as part:
-            if size_of(self._blob) == self.file.size:  # another commit has it, or another process was faster
-                self._part.unlink(missing_ok=True)
-                self.arrived = self.file.size
+            try:
+                self._complete(part, stop)
+            finally:
+                if size_of(self._part) == 0:  # there is nothing to continue
+                    self._part.unlink(missing_ok=True)
+
+    def _complete(self, part: BinaryIO, stop: threading.Event) -> None:
+        if size_of(self._blob) == self.file.size:  # another commit has it, or another process was faster
+            self._part.unlink(missing_ok=True)
+            self.arrived = self.file.size
+            return
+        if size_of(self._part) > self.file.size:
+            self._restart(part)
+        for _ in range(2):
+            digest = self._receive(part, stop)
+            if stop.is_set():
                 return
-            if size_of(self._part) > self.file.size:
-                self._restart(part)
-            for _ in range(2):
-                digest = self._receive(part, stop)
-                if stop.is_set():
-                    return
-                if self.arrived == self.file.size and digest == self.file.etag:
-                    os.fsync(part.fileno())
-                    self._part.replace(self._blob)
-                    return
-                self._restart(part)
+            if self.arrived == self.file.size and digest == self.file.etag:
+                os.fsync(part.fileno())
+                self._part.replace(self._blob)
+                return
+            self._restart(part)
         raise DgemmaError(
             f"{self.file.name} of {self._repository.repo_id} arrived damaged twice: its checksum is wrong",
             "Try again later, or over another connection.",
@@ -286,7 +299,7 @@ class _Transfer:
     def _pieces(self, part: BinaryIO) -> Iterator[bytes]:
         """Yield the bytes of the file from the end of ``part`` on. A server that knows no ranges starts it again."""
         if self._storage is not None:
-            yield from self._storage.pieces(self.file, self.arrived)
+            yield from self._storage.pieces(self.file.xet_hash, self.file.size, self.arrived)
             return
         from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.utils import (  # type: ignore[attr-defined]
@@ -303,48 +316,6 @@ class _Transfer:
             if response.status_code != 206:
                 self._restart(part)
             yield from response.iter_raw()
-
-
-class _XetStorage:
-    """The Xet storage of a repository's files, opened when the first of them is asked for.
-
-    What ``huggingface_hub`` itself uses of hf_xet writes whole files only, from their beginning. A stream begins
-    anywhere. hf_xet reads ahead, so what it has read when the process is killed is downloaded again.
-    """
-
-    def __init__(self, repository: Repository) -> None:
-        self._repository = repository
-        self._lock = threading.Lock()
-        self._group: Any = None
-
-    @staticmethod
-    def is_allowed() -> bool:
-        """Return whether the environment leaves the storage switched on."""
-        from huggingface_hub import constants
-
-        return not constants.HF_HUB_DISABLE_XET
-
-    def pieces(self, file: RemoteFile, start: int) -> Iterator[bytes]:
-        """Yield the bytes of a file from ``start`` on. Any exception means that the storage cannot be used."""
-        from hf_xet import XetFileInfo  # type: ignore[import-untyped]
-
-        with self._lock:
-            self._group = self._group or self._open()
-        yield from self._group.download_stream(XetFileInfo(file.xet_hash, file.size), start=start)
-
-    def _open(self) -> Any:
-        """Return an ``XetDownloadStreamGroup``. It asks the Hub for its address and for tokens itself."""
-        from hf_xet import XetSession
-        from huggingface_hub import constants
-        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
-
-        headers = build_hf_headers()
-        route = f"/api/models/{self._repository.repo_id}/xet-read-token/{self._repository.commit}"
-        return XetSession().new_download_stream_group(
-            token_refresh_url=constants.ENDPOINT + route,
-            token_refresh_headers=headers,
-            custom_headers={name: value for name, value in headers.items() if name.lower() != "authorization"},
-        )
 
 
 def _is_final(error: Exception) -> bool:
@@ -365,8 +336,7 @@ def _locked(part: Path) -> Iterator[BinaryIO]:
     """
     while True:
         with part.open("a+b", buffering=0) as file:
-            with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
+            _wait_for(file.fileno())
             try:
                 is_at_path = os.path.samestat(os.fstat(file.fileno()), os.stat(part))
             except FileNotFoundError:
@@ -374,6 +344,23 @@ def _locked(part: Path) -> Iterator[BinaryIO]:
             if is_at_path:
                 yield file
                 return
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in this block for the same folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _wait_for(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _wait_for(descriptor: int) -> None:
+    """Lock an open file or folder, after waiting for the process that has it locked, until it is closed."""
+    with suppress(OSError):  # a disk without locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def _new_checksum(file: RemoteFile) -> _Hash:
@@ -389,9 +376,10 @@ def size_of(path: Path) -> int:
         return -1
 
 
-def _remove_stale(blobs: Path, kept: set[Path]) -> None:
+def remove_stale(repository: Repository) -> None:
     """Remove the partial files that nothing will continue: those of earlier commits, and of the Hub's library."""
-    for path in blobs.glob("*.incomplete"):
+    kept = {repository.part(file) for file in repository.files}
+    for path in (repository.folder / "blobs").glob("*.incomplete"):
         with suppress(OSError):  # gone, or somebody else's
-            if path not in kept and time.time() - path.lstat().st_mtime > _STALE_SECONDS:
+            if path not in kept and time.time() - path.stat().st_mtime > _STALE_SECONDS:
                 path.unlink()

@@ -23,6 +23,7 @@ from dgemma_mlx.checkpoint.download import (
     download,
     hub_cache,
     list_files,
+    remove_stale,
     size_of,
 )
 from dgemma_mlx.checkpoint.shards import shard_files, shard_names
@@ -192,11 +193,14 @@ def _fetch(
         snapshot_download(
             repo_id, revision=repository.commit, allow_patterns=list(_FACTS), tqdm_class=_silent_bar()
         )  # fmt: skip
+        if not _tree(repository.snapshot).exists():  # the library takes a snapshot without its list for a whole one
+            raise ConnectionError("the Hub did not list its files")
         ModelConfig.load(repository.snapshot)
         missing = repository.missing(FILES)
         if missing:
             if not weights:
                 return Checkpoint(repository.snapshot, name, is_demo=False, has_weights=False)
+            remove_stale(repository)
             with _library_bar(repo_id, progress) as drawn:
                 download(repository, missing, drawn)
         _note_revision(repository, revision)
@@ -213,8 +217,10 @@ def _fetch(
 
 def _note_revision(repository: Repository, revision: str | None) -> None:
     """Note in the cache that a revision, or the main branch for None, is this commit."""
-    if revision != repository.commit:
-        write_whole(repository.folder / "refs" / (revision or "main"), repository.commit)
+    path = repository.folder / "refs" / (revision or "main")
+    is_noted = path.exists() and path.read_bytes() == repository.commit.encode()  # then the cache may be read-only
+    if revision != repository.commit and not is_noted:
+        write_whole(path, repository.commit)
 
 
 def cached_snapshot(repo_id: str, revision: str | None = None) -> Path | None:
@@ -265,7 +271,7 @@ def needed_files(snapshot: Path) -> list[tuple[str, str, int]]:
     They are those of the list that the Hub's library keeps. There is none of a copy that an older version has made.
     """
     try:
-        files = read_json(snapshot.parent.parent / "trees" / f"{snapshot.name}.json").get("files")
+        files = read_json(_tree(snapshot)).get("files")
     except DgemmaError:
         return []
     needed = []
@@ -277,6 +283,11 @@ def needed_files(snapshot: Path) -> list[tuple[str, str, int]]:
             if isinstance(size, int) and isinstance(etag, str):
                 needed.append((name, Path(etag).name, size))
     return needed
+
+
+def _tree(snapshot: Path) -> Path:
+    """Return the path of the library's list of a commit's files."""
+    return snapshot.parent.parent / "trees" / f"{snapshot.name}.json"
 
 
 def is_complete(folder: Path) -> bool:

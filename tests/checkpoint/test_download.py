@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from http import HTTPStatus
 from pathlib import Path
 
@@ -23,19 +24,18 @@ from dgemma_mlx.checkpoint import download
 from dgemma_mlx.checkpoint.download import RemoteFile
 from dgemma_mlx.checkpoint.hub import DEMO_FOLDER, is_complete
 from dgemma_mlx.checkpoint.vision_config import VISION_FILE
-from tests.hub_server import PIECE, Files, HubServer, Repository
+from tests.hub_server import Files, HubServer, Repository
 from tests.waiting import wait_until
 
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 SIZE = 1_500_000  # bytes of each shard
 BLOBS = Path("hub/models--owner--name/blobs")
-IN_FLIGHT = 64 * 1024 + 2 * PIECE  # bytes of one connection: a chunk, and what lies in the buffers of both ends
 
 RESOLVE = """
 import sys
 from dgemma_mlx.checkpoint.hub import resolve
 from dgemma_mlx import DgemmaError
-try: print(resolve(sys.argv[1], refresh=True).folder)
+try: print(resolve(sys.argv[1], weights="--small" not in sys.argv, refresh=True).folder)
 except DgemmaError as error: sys.exit(f"{error.message}; {error.hint}")
 """
 STORE = """
@@ -64,10 +64,13 @@ def hub() -> Iterator[HubServer]:
         yield server
 
 
-def start(hub: HubServer, home: Path, name: str = "owner/name", **environment: str) -> subprocess.Popen[str]:
+def start(
+    hub: HubServer, home: Path, *arguments: str, code: str = RESOLVE, **environment: str
+) -> subprocess.Popen[str]:
     kept = {k: v for k, v in os.environ.items() if not k.upper().startswith(("HF_", "DGEMMA_"))}
     return subprocess.Popen(
-        [sys.executable, "-c", RESOLVE, name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", code, "owner/name", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**kept, "HF_HOME": str(home), "HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1",
              "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment},
     )  # fmt: skip
@@ -83,9 +86,9 @@ def check_whole(hub: HubServer, home: Path, **environment: str) -> None:
     assert not list((home / BLOBS).glob("*.incomplete"))
 
 
-def fails(hub: HubServer, home: Path) -> str:
+def fails(hub: HubServer, home: Path, *arguments: str) -> str:
     """Download, and return the error."""
-    with start(hub, home) as process:
+    with start(hub, home, *arguments) as process:
         _, error = process.communicate(timeout=60)
     assert process.returncode == 1
     return error.strip()
@@ -98,17 +101,28 @@ def kill_after(process: subprocess.Popen[str], reached: Callable[[], bool]) -> N
         process.communicate()
 
 
+def on_disk(home: Path, data: bytes) -> int:
+    """Return how much of a large file with this content is in the cache."""
+    blob = home / BLOBS / sha256(data).hexdigest()
+    return max(download.size_of(blob), download.size_of(blob.with_name(f"{blob.name}.incomplete")), 0)
+
+
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_no_byte_is_downloaded_twice_after_kills_at_random_moments(hub: HubServer, tmp_path: Path, kills: int) -> None:
-    """What arrives twice is at most what was under way when the process was killed, one chunk of each connection."""
+    """Each download asks for what is not on the disk yet. What is under way when the process is killed is lost."""
     hub.rate = 2_000_000
-    moments = sorted(random.sample(range(2 * SIZE), kills))
-    for moment in moments:
-        kill_after(start(hub, tmp_path), lambda moment=moment: hub.sent.total() > moment)  # type: ignore[misc]
-    hub.rate = None
-    check_whole(hub, tmp_path)
-    total = sum(map(len, random_files().values()))
-    assert hub.sent.total() - total <= kills * len(SHARDS) * IN_FLIGHT
+    there = dict.fromkeys(SHARDS, 0)
+    for moment in (*sorted(random.sample(range(2 * SIZE), kills)), None):
+        before = len(hub.downloads)
+        if moment is None:
+            hub.rate = None
+            check_whole(hub, tmp_path)
+        else:
+            kill_after(start(hub, tmp_path), lambda moment=moment: hub.sent.total() > moment)  # type: ignore[misc]
+        asked = [(name, begin) for name, begin in hub.downloads[before:] if name in SHARDS]
+        assert set(asked) <= {(name, f"bytes={size}-") for name, size in there.items()}
+        there = {name: on_disk(tmp_path, random_files()[name]) for name in SHARDS}
+    assert there == dict.fromkeys(SHARDS, SIZE)
 
 
 def test_the_vision_towers_own_file_is_downloaded_and_no_other_in_a_folder(hub: HubServer, tmp_path: Path) -> None:
@@ -218,10 +232,45 @@ def test_partial_files_without_a_writer_are_removed(hub: HubServer, tmp_path: Pa
     for path in (old, new):
         path.write_bytes(b"half")
     os.utime(old, (time.time() - 7200,) * 2)
-    with start(hub, tmp_path) as process:
-        process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert (old.exists(), new.exists()) == (False, True)  # another program may be writing the new one
+    for arguments, removed in ((["--small"], False), ([], True)):  # a request for a few kB must not cost anybody 50 GB
+        with start(hub, tmp_path, *arguments) as process:
+            process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert (old.exists(), new.exists()) == (not removed, True)  # another program may be writing the new one
+
+
+def test_a_copy_without_its_list_of_files_is_not_taken_for_whole(hub: HubServer, tmp_path: Path) -> None:
+    """The library asks for the list as well, and ignores the Hub's refusal where a part of the copy is there."""
+    hub.repositories["owner/name"].on_lists = [200, 403]
+    assert fails(hub, tmp_path) == (
+        "owner/name could not be downloaded: the Hub did not list its files; "
+        "Check the connection. The next attempt downloads only what is missing."
+    )
+    check_whole(hub, tmp_path)
+
+
+def test_a_refused_file_leaves_no_empty_part(hub: HubServer, tmp_path: Path) -> None:
+    hub.repositories["owner/name"].on_file = (403, "GatedRepo")
+    assert "gated" in fails(hub, tmp_path, "--small")
+    assert list((tmp_path / BLOBS).iterdir()) == []
+
+
+def test_a_disk_without_symbolic_links(hub: HubServer, tmp_path: Path) -> None:
+    refused = "import os\ndef refuse(*_, **__): raise PermissionError(1, 'no links here')\nos.symlink = refuse\n"
+    for _ in range(2):
+        with start(hub, tmp_path, code=refused + RESOLVE) as process:
+            printed, error = process.communicate(timeout=60)
+        assert process.returncode == 0, error
+        found = {path.name: path.read_bytes() for path in Path(printed.strip()).iterdir() if not path.is_symlink()}
+        assert found == hub.repositories["owner/name"].files("main")
+    assert hub.sent[SHARDS[0]] == SIZE
+
+
+def test_a_copy_that_is_still_the_newest_is_not_written_to(hub: HubServer, tmp_path: Path) -> None:
+    check_whole(hub, tmp_path)
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    check_whole(hub, tmp_path)
+    assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_a_copy_that_another_program_removes_is_said(hub: HubServer, tmp_path: Path) -> None:
