@@ -173,7 +173,8 @@ def _unfinished(path: Path) -> Iterator[Path]:
 
     The folder is created if necessary.
     """
-    other = path.with_name(f".{path.name}.{os.getpid()}")
+    # Not the process's number: another thread, or a process of another container, may write the same file.
+    other = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield other

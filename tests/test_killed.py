@@ -337,7 +337,7 @@ def test_killed_at_any_time(models: Path, trained: tuple[Path, bool]) -> None:
     rng = np.random.default_rng(15)
     folder, full = trained
     for round in range(8):
-        here = models / f"any{round}"
+        here = models / f"any{round}-{full}"
         here.mkdir()
         shutil.copytree(models / "fused1", here / "out")
         shutil.copytree(folder / "old", here / "run")

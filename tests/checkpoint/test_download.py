@@ -256,6 +256,9 @@ def test_a_refused_file_leaves_no_empty_part(hub: HubServer, tmp_path: Path) -> 
 
 
 def test_a_disk_without_symbolic_links(hub: HubServer, tmp_path: Path) -> None:
+    hub.repositories["owner/name"].revisions["main"].update(
+        {"generation_config.json": b"{}", "processor_config.json": b"{}"}  # as tokenizer.json: one content, three names
+    )
     refused = "import os\ndef refuse(*_, **__): raise PermissionError(1, 'no links here')\nos.symlink = refuse\n"
     for _ in range(2):
         with start(hub, tmp_path, code=refused + RESOLVE) as process:
@@ -264,6 +267,20 @@ def test_a_disk_without_symbolic_links(hub: HubServer, tmp_path: Path) -> None:
         found = {path.name: path.read_bytes() for path in Path(printed.strip()).iterdir() if not path.is_symlink()}
         assert found == hub.repositories["owner/name"].files("main")
     assert hub.sent[SHARDS[0]] == SIZE
+
+
+def test_threads_of_a_process_may_download_the_same(hub: HubServer, tmp_path: Path) -> None:
+    threads = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dgemma_mlx.checkpoint.hub import resolve
+with ThreadPoolExecutor(4) as pool:
+    print(*{found.folder for found in pool.map(lambda _: resolve(sys.argv[1]), range(4))})
+"""
+    with start(hub, tmp_path, code=threads) as process:
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    check_whole(hub, tmp_path)
 
 
 def test_a_copy_that_is_still_the_newest_is_not_written_to(hub: HubServer, tmp_path: Path) -> None:
