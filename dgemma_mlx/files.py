@@ -116,16 +116,19 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked_file(path: Path) -> Iterator[None]:
-    """Lock an existing file while the block runs, after waiting for the process that has locked it.
+def locked_path(path: Path) -> Iterator[None]:
+    """Lock an existing file or folder while the block runs, after waiting for the process that has locked it.
 
-    The block must read the file again if it is to replace it: another process may have replaced it before. On a disk
-    without locks, nothing is locked. Raises ``OSError`` if the file cannot be opened.
+    The block must read a file again if it is to replace it: another process may have replaced it before. On a disk
+    without locks, nothing is locked. Raises ``OSError`` if the path cannot be opened.
     """
-    with path.open("rb") as file:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
         with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def _stream_at(path: Path) -> BinaryIO | None:

@@ -25,6 +25,7 @@ from dgemma_mlx.checkpoint.vision_config import VISION_FILE
 from dgemma_mlx.checkpoint.xet import XetStorage
 from dgemma_mlx.checks import shown
 from dgemma_mlx.errors import DgemmaError
+from dgemma_mlx.files import locked_path
 from dgemma_mlx.sizes import size
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def download(repository: Repository, files: Sequence[RemoteFile], progress: Prog
     storage = XetStorage(repository.repo_id, repository.commit)
     transfers = [_Transfer(repository, file, storage) for file in sorted(files, key=lambda file: -file.size)]
     _run(transfers, progress)
-    with _alone(blobs):  # else two processes may find a name to be wrong, and one remove what the other has put there
+    with locked_path(blobs):  # or one process may remove the name that another has given, having found a wrong one
         for file in sorted(files, key=lambda file: file.size):  # a copy that has its weights has everything
             _name(repository, file)
 
@@ -340,7 +341,8 @@ def _locked(part: Path) -> Iterator[BinaryIO]:
     """
     while True:
         with part.open("a+b", buffering=0) as file:
-            _wait_for(file.fileno())
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
             try:
                 is_at_path = os.path.samestat(os.fstat(file.fileno()), os.stat(part))
             except FileNotFoundError:
@@ -348,23 +350,6 @@ def _locked(part: Path) -> Iterator[BinaryIO]:
             if is_at_path:
                 yield file
                 return
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in this block for the same folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        _wait_for(descriptor)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _wait_for(descriptor: int) -> None:
-    """Lock an open file or folder, after waiting for the process that has it locked, until it is closed."""
-    with suppress(OSError):  # a disk without locks
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def _new_checksum(file: RemoteFile) -> _Hash:

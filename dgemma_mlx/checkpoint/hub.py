@@ -217,9 +217,10 @@ def _fetch(
 
 def _note_revision(repository: Repository, revision: str | None) -> None:
     """Note in the cache that a revision, or the main branch for None, is this commit."""
+    if revision == repository.commit:
+        return
     path = repository.folder / "refs" / (revision or "main")
-    is_noted = path.exists() and path.read_bytes() == repository.commit.encode()  # then the cache may be read-only
-    if revision != repository.commit and not is_noted:
+    if not path.exists() or path.read_bytes() != repository.commit.encode():  # else the cache may be read-only
         write_whole(path, repository.commit)
 
 

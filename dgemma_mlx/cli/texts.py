@@ -10,7 +10,7 @@ from pathlib import Path
 from dgemma_mlx.cli.render.visible import visible
 from dgemma_mlx.cli.stdin import BOM, read_stdin
 from dgemma_mlx.errors import DgemmaError
-from dgemma_mlx.files import locked_file, write_whole
+from dgemma_mlx.files import locked_path, write_whole
 from dgemma_mlx.infill.template import lines_of
 
 _COLOURS = {"+": "32", "-": "31", "@": "36"}
@@ -52,7 +52,7 @@ def save_text(path: Path, text: str, before: str) -> None:
     Raises `DgemmaError` when the file no longer holds the text ``before``, or when it cannot be written.
     """
     try:
-        with locked_file(path):
+        with locked_path(path):
             if read_text(path) != before:
                 raise DgemmaError(f"{path} has changed in the meantime", "Nothing was written. Run the command again.")
             write_whole(path, text)
