@@ -36,11 +36,11 @@ def test_the_first_chat_offers_models_and_remembers_the_choice(environment: dict
         terminal.wait_for_text("Number, 1 to 4 [1]:")
         shown = terminal.text.splitlines()[-5:-1]
         assert [line.split()[1] for line in shown] == ["4-bit", "8-bit", "q3", "demo"]
-        assert all("fits with " in line for line in shown[:3]) and "4.0 MB" in shown[0]
+        assert all("fits with " in line for line in shown[:3]) and "4.4 MB" in shown[0]
         terminal.type("7\r")
         terminal.wait_for(lambda: terminal.text.count("Number") == 2)
         terminal.type("2\r")
-        terminal.wait_for_text("Download 4.0 MB? [Y/n]:")
+        terminal.wait_for_text("Download 4.4 MB? [Y/n]:")
         terminal.type("\r")
         terminal.wait_for_text(f"{NAMES[1]} is now the model in ")
         terminal.wait_for_text(">>>")
